@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="fastdiff",
+    version="0.1.0",
+    description="Fused Triton kernels for diffusion models under a small PyTorch API",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    # The kernels live in kernels/ and are installed as fastdiff.kernels:
+    # the import name `kernels` belongs to another package.
+    packages=["fastdiff", "fastdiff.kernels"],
+    package_dir={"fastdiff.kernels": "kernels"},
+    package_data={"fastdiff": ["py.typed"]},
+    install_requires=["torch>=2.6", 'triton>=3.2; platform_system == "Linux"', "numpy"],
+    extras_require={
+        "train": ["scikit-learn", "pillow", "tqdm", "safetensors"],
+        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "scipy"],
+    },
+    entry_points={"console_scripts": ["fastdiff=fastdiff.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
