@@ -1,0 +1,140 @@
+"""Weighted regression loss L = w_t mean(rho(pred - y)), y = p_t x_0 + q_t z, with its gradient in the same pass.
+
+The noise of the forward pass is drawn again, not read. Partial sums go through a second small kernel in a fixed order,
+so equal inputs give equal bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import FUSED, block_of, grid_of, is_fast, lay_out, owner, row_of, stride_of
+from .noise import tile, tile_normals
+
+REDUCE_BLOCK = 1024
+
+
+@triton.jit
+def loss_kernel(
+    pred_ptr,  # (B, n), any floating type
+    x0_ptr,  # (B, n) or None: p = 0
+    noise_ptr,  # (B, n) or None: draw it
+    partial_ptr,  # (B, blocks) float32
+    grad_ptr,  # (B, n), the type of pred, or None
+    t_ptr,  # (1,) or (B,) int64
+    table_ptr,  # (levels, 3) float32: p, q, w
+    seed_ptr,  # (1,) int64, or None: given noise, or q = 0
+    ids_ptr,  # (B,) int64 or None: sample i is number i
+    batch, n, levels, t_stride, scale, grad_scale, delta,
+    RHO: tl.constexpr,
+    STREAM: tl.constexpr, FAST: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    sample, block = owner()
+    if sample >= batch:
+        return
+    t, row, poison = row_of(t_ptr, t_stride, sample, levels)
+    w = tl.load(table_ptr + row * 3 + 2) + poison
+
+    start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
+    start += sample * n
+    residual = tl.load(pred_ptr + start + offsets, mask=mask).to(tl.float32)
+    if x0_ptr is not None:
+        p = tl.load(table_ptr + row * 3)
+        residual -= p * tl.load(x0_ptr + start + offsets, mask=mask).to(tl.float32)
+    if noise_ptr is not None:
+        q = tl.load(table_ptr + row * 3 + 1)
+        residual -= q * tl.load(noise_ptr + start + offsets, mask=mask).to(tl.float32)
+    elif seed_ptr is not None:
+        q = tl.load(table_ptr + row * 3 + 1)
+        number = sample if ids_ptr is None else tl.load(ids_ptr + sample)
+        residual -= q * tile_normals(seed_ptr, number, t, block, n, STREAM, CHANNELS, BLOCK, VEC, FAST)
+
+    if RHO == "mse":
+        value = residual * residual
+        slope = 2.0 * residual
+    else:
+        size = tl.abs(residual)
+        sign = tl.where(residual > 0, 1.0, tl.where(residual < 0, -1.0, residual))
+        if RHO == "l1":
+            value = size
+            slope = sign
+        else:  # Huber: quadratic up to delta, then linear
+            near = size <= delta
+            value = tl.where(near, 0.5 * residual * residual, delta * (size - 0.5 * delta))
+            slope = tl.where(near, residual, delta * sign)
+    total = tl.sum(tl.where(mask, value, 0.0))
+    tl.store(partial_ptr + sample * tl.num_programs(0) + block, total * (w * scale))
+    if grad_ptr is not None:
+        tl.store(grad_ptr + start + offsets, slope * (w * grad_scale), mask=mask)
+
+
+@triton.jit
+def reduce_kernel(partial_ptr, out_ptr, columns, BLOCK: tl.constexpr):
+    """out[row] = sum of partial[row, :], always in the same order; partial (rows, columns) and out (rows,) float32."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + row * columns + column, mask=column < columns, other=0.0)
+    tl.store(out_ptr + row, tl.sum(total))
+
+
+@triton.jit
+def scale_kernel(
+    grad_ptr,  # (B, n), any floating type; scaled in place
+    incoming_ptr,  # (1,) or (B,) float32
+    batch, n, incoming_stride, factor, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample, block = owner()
+    if sample >= batch:
+        return
+    by = tl.load(incoming_ptr + sample * incoming_stride) * factor
+    if by != 1.0:
+        start = block * BLOCK
+        offsets = tl.arange(0, BLOCK)
+        mask = start + offsets < n
+        pointers = grad_ptr + sample * n + start + offsets
+        tl.store(pointers, tl.load(pointers, mask=mask).to(tl.float32) * by, mask=mask)
+
+
+def storage_scale(pred: Tensor, count: int) -> float:
+    """Power of two that the stored gradient carries: float16 would lose gradients of 1/count to underflow."""
+    return 2.0 ** (count.bit_length() - 1) if pred.dtype == torch.float16 else 1.0
+
+
+def loss(
+    pred: Tensor, x0: Tensor | None, t: Tensor, table: Tensor,
+    seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
+    rho: str, delta: float, per_sample: bool, with_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(loss, stored gradient): the loss () float32, the mean over the batch, or (B,) if per_sample; the gradient of
+    the loss (of each sample's loss if per_sample) by pred, times `storage_scale`, or an empty tensor."""
+    generated = noise is None and seed is not None
+    channels, (pred, x0, noise) = lay_out(pred, x0, noise, generated=generated)
+    batch, n = len(pred), pred[0].numel()
+    count = n if per_sample else batch * n
+    meta = block_of(n, channels, pred, x0, noise)
+    grid = grid_of(batch, n, meta["BLOCK"])
+    partial = torch.empty(batch, grid[0], dtype=torch.float32, device=pred.device)
+    grad = torch.empty_like(pred) if with_grad else None
+    loss_kernel[grid](
+        pred, x0, noise, partial, grad, t, table, seed, ids,
+        batch, n, len(table), stride_of(t),
+        1.0 / count, storage_scale(pred, count) / count, delta,
+        RHO=rho, STREAM=stream, FAST=is_fast(pred), **meta,
+    )  # fmt: skip
+    out = torch.empty(batch if per_sample else 1, dtype=torch.float32, device=pred.device)
+    reduce_kernel[(len(out),)](partial, out, partial.numel() // len(out), BLOCK=REDUCE_BLOCK, **FUSED)
+    return out if per_sample else out.reshape(()), pred.new_empty(0) if grad is None else grad
+
+
+def scale_(grad: Tensor, incoming: Tensor, factor: float) -> Tensor:
+    """grad *= incoming * factor in place, incoming () or (B,) float32; touches nothing where the product is 1."""
+    n = grad[0].numel()
+    meta = block_of(n, 1, grad)
+    scale_kernel[grid_of(len(grad), n, meta["BLOCK"])](
+        grad, incoming, len(grad), n, stride_of(incoming), factor, BLOCK=meta["BLOCK"], num_warps=meta["num_warps"],
+        **FUSED,
+    )
+    return grad

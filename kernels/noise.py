@@ -1,0 +1,162 @@
+"""Normal noise as a function: z(seed, stream, sample, step, element), Philox4x32-10 and Box-Muller.
+
+Key: the 64-bit seed. Counter: (element // 4, sample, step, stream). Element j of a sample takes output j % 4 of its
+block, so four neighbouring elements share one block and a thread's normals lie beside its loads.
+
+Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox); Box & Muller 1958.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from .coefficients import COS, LOG, SIN
+from .launch import block_of, channels_of, grid_of, is_fast, owner, stride_of
+
+M0 = tl.constexpr(0xD2511F53)
+M1 = tl.constexpr(0xCD9E8D57)
+W0 = tl.constexpr(0x9E3779B9)
+W1 = tl.constexpr(0xBB67AE85)
+S0, S1, S2, S3, S4 = (tl.constexpr(c) for c in SIN)
+C0, C1, C2, C3, C4, C5 = (tl.constexpr(c) for c in COS)
+# The radius wants -2 log u: the factor goes into the coefficients.
+L0, L1, L2, L3, L4, L5, L6, L7 = (tl.constexpr(-2 * c) for c in LOG)
+MINUS_2_LN2 = tl.constexpr(-1.3862943611198906)
+PI = tl.constexpr(3.141592653589793)
+BITS_OF_SQRT_HALF = tl.constexpr(0x3F3504F3)
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Ten rounds; counters and key are uint32 (tensors or scalars). Returns four uint32 words."""
+    for _ in tl.static_range(10):
+        # One 64-bit product gives the high and the low word in one instruction on NVIDIA and AMD.
+        p0 = c0.to(tl.uint64) * M0
+        p1 = c2.to(tl.uint64) * M1
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = p1.to(tl.uint32)
+        c3 = p0.to(tl.uint32)
+        k0 = k0 + W0
+        k1 = k1 + W1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def box_muller(radius_bits, angle_bits, FAST: tl.constexpr):
+    """Two normals from two uint32 words: r cos(pi x), r sin(pi x) with r = sqrt(-2 log u).
+
+    u = (bits + 1/2) 2^-32 rounded to float32, in [2^-33, 1]; x = int32(bits) 2^-31, in [-1, 1].
+    FAST takes NVIDIA's approximate log2, sin and cos in place of the polynomials.
+    """
+    u = radius_bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    x = angle_bits.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10
+    if FAST:
+        # abs, not max(., 0): log2 may come out as +1e-8 at u = 1, and abs is a free operand modifier.
+        r = tl.sqrt(tl.abs(libdevice.fast_log2f(u) * MINUS_2_LN2))
+        return r * libdevice.fast_cosf(x * PI), r * libdevice.fast_sinf(x * PI)
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - BITS_OF_SQRT_HALF) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    log_m = L7
+    log_m = log_m * f + L6
+    log_m = log_m * f + L5
+    log_m = log_m * f + L4
+    log_m = log_m * f + L3
+    log_m = log_m * f + L2
+    log_m = log_m * f + L1
+    log_m = log_m * f + L0
+    r = tl.sqrt(tl.maximum(exponent.to(tl.float32) * MINUS_2_LN2 + f * log_m, 0.0))
+    y = x * x
+    sin = ((((S4 * y + S3) * y + S2) * y + S1) * y + S0) * (x - x * y)
+    cos = (((((C5 * y + C4) * y + C3) * y + C2) * y + C1) * y + C0) * (1.0 - 4.0 * y)
+    return r * cos, r * sin
+
+
+@triton.jit
+def normal4(c0, sample, step, STREAM: tl.constexpr, k0, k1, FAST: tl.constexpr):
+    """The four normals of each Philox block c0."""
+    stream = tl.full((), STREAM, tl.uint32)
+    b0, b1, b2, b3 = philox4x32(c0, sample.to(tl.uint32), step.to(tl.uint32), stream, k0, k1)
+    z0, z1 = box_muller(b0, b1, FAST)
+    z2, z3 = box_muller(b2, b3, FAST)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def tile(block, n, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """What a program owns of a sample of n elements: (int64 start, int32 offsets from it, mask).
+
+    CHANNELS = 1: memory order is logical order. Otherwise the sample is stored channels last: groups of four logical
+    neighbours stand CHANNELS apart in memory, and the groups are dealt out so that neighbouring threads take
+    neighbouring channels.
+    """
+    if CHANNELS == 1:
+        start = block * BLOCK
+        offsets = tl.arange(0, BLOCK)
+        return start, offsets, start + offsets < n
+    group = (block * (BLOCK // 4)).to(tl.int32) + tl.arange(0, BLOCK // 4)
+    first = (group // CHANNELS) * (4 * CHANNELS) + group % CHANNELS
+    offsets = tl.reshape(first[:, None] + CHANNELS * tl.arange(0, 4)[None, :], [BLOCK])
+    return block * 0, offsets, offsets < n
+
+
+@triton.jit
+def tile_normals(
+    seed_ptr, sample, step, block, n,
+    STREAM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The normals of the elements of `tile`, in its order, float32 [BLOCK].
+
+    VEC = 4 or 8 elements (one or two Philox blocks) stand in one thread: 16 bytes of the storage type, so that the
+    result has the layout of the loads and nothing passes through shared memory.
+    """
+    seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    group = (block * (BLOCK // 4)).to(tl.uint32) + (VEC // 4) * tl.arange(0, BLOCK // VEC).to(tl.uint32)
+    if CHANNELS > 1:
+        group = (group % CHANNELS) * (n // (4 * CHANNELS)).to(tl.uint32) + group // CHANNELS
+    z0, z1, z2, z3 = normal4(group, sample, step, STREAM, k0, k1, FAST)
+    if VEC == 4:
+        z = tl.join(tl.join(z0, z2), tl.join(z1, z3))
+    else:
+        z4, z5, z6, z7 = normal4(group + 1, sample, step, STREAM, k0, k1, FAST)
+        even = tl.join(tl.join(z0, z4), tl.join(z2, z6))
+        odd = tl.join(tl.join(z1, z5), tl.join(z3, z7))
+        z = tl.join(even, odd)
+    return tl.reshape(z, [BLOCK])
+
+
+@triton.jit
+def normal_kernel(
+    out_ptr,  # (B, n), any floating type, stride out_stride between samples
+    seed_ptr,  # (1,) int64
+    ids_ptr,  # (B,) int64 or None: sample i is number i
+    step_ptr,  # (1,) or (B,) int64
+    batch, n, out_stride, step_stride,
+    STREAM: tl.constexpr, FAST: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    sample, block = owner()
+    if sample >= batch:
+        return
+    number = sample if ids_ptr is None else tl.load(ids_ptr + sample)
+    step = tl.load(step_ptr + sample * step_stride)
+    start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
+    z = tile_normals(seed_ptr, number, step, block, n, STREAM, CHANNELS, BLOCK, VEC, FAST)
+    tl.store(out_ptr + sample * out_stride + start + offsets, z, mask=mask)
+
+
+def normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream: int) -> Tensor:
+    """Fill out (B, ...) with z(seed, stream, ids[i], step, element); returns it."""
+    channels = channels_of(out)
+    n = out[0].numel()
+    if channels == 0 or (channels > 1 and (n % (4 * channels) or n >= 2**31)):
+        return out.copy_(normal_(torch.empty_like(out, memory_format=torch.contiguous_format), seed, ids, step, stream))
+    meta = block_of(n, channels, out)
+    normal_kernel[grid_of(len(out), n, meta["BLOCK"])](
+        out, seed, ids, step, len(out), n, out.stride(0), stride_of(step), STREAM=stream, FAST=is_fast(out), **meta
+    )
+    return out

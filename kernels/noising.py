@@ -1,0 +1,54 @@
+"""Forward noising x_t = alpha_t x_0 + sigma_t z: reads x_0, writes x_t, and draws z in registers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import block_of, grid_of, is_fast, lay_out, owner, row_of, stride_of
+from .noise import tile, tile_normals
+
+
+@triton.jit
+def noising_kernel(
+    x0_ptr,  # (B, n), any floating type
+    noise_ptr,  # (B, n) or None: draw it
+    out_ptr,  # (B, n), the type of x0
+    t_ptr,  # (1,) or (B,) int64
+    table_ptr,  # (levels, 2) float32: alpha, sigma
+    seed_ptr,  # (1,) int64 or None
+    ids_ptr,  # (B,) int64 or None: sample i is number i
+    batch, n, levels, t_stride,
+    STREAM: tl.constexpr, FAST: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    sample, block = owner()
+    if sample >= batch:
+        return
+    t, row, poison = row_of(t_ptr, t_stride, sample, levels)
+    alpha = tl.load(table_ptr + row * 2) + poison
+    sigma = tl.load(table_ptr + row * 2 + 1)
+
+    start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
+    start += sample * n
+    x0 = tl.load(x0_ptr + start + offsets, mask=mask).to(tl.float32)
+    if noise_ptr is None:
+        number = sample if ids_ptr is None else tl.load(ids_ptr + sample)
+        z = tile_normals(seed_ptr, number, t, block, n, STREAM, CHANNELS, BLOCK, VEC, FAST)
+    else:
+        z = tl.load(noise_ptr + start + offsets, mask=mask).to(tl.float32)
+    tl.store(out_ptr + start + offsets, alpha * x0 + sigma * z, mask=mask)
+
+
+def noising(
+    x0: Tensor, t: Tensor, table: Tensor, seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int
+) -> Tensor:
+    """x_t, shaped and typed like x0."""
+    channels, (x, z) = lay_out(x0, noise, generated=noise is None)
+    out = torch.empty_like(x)
+    n = x[0].numel()
+    meta = block_of(n, channels, x, z)
+    noising_kernel[grid_of(len(x), n, meta["BLOCK"])](
+        x, z, out, t, table, seed, ids, len(x), n, len(table), stride_of(t),
+        STREAM=stream, FAST=is_fast(x), **meta,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,96 @@
+"""The reverse update of every sampler: x' = c x0hat + d x + e pred + f z + g hist, x0hat = clip(a x + b pred).
+
+One row of the step table holds the numbers: (a, b, c, d, e, f, g, h, w). Guidance replaces pred by
+uncond + w (pred - uncond); a learned variance replaces f by exp(f + r (h - f)), r = (raw + 1) / 2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import block_of, grid_of, is_fast, laid_like, lay_out, owner, row_of, sliced_like, stride_of
+from .noise import tile, tile_normals
+
+
+@triton.jit
+def update_kernel(
+    x_ptr,  # (B, n), any floating type
+    pred_ptr,  # (B, n), any floating type, pred_stride between samples: often a slice of a model's output
+    uncond_ptr,  # (B, n) like pred, or None: no guidance
+    raw_ptr,  # (B, n) like pred, or None: the variance is in the row
+    noise_ptr,  # (B, n) or None
+    hist_ptr,  # (B, n), the type of x, or None; KEEP is written back
+    out_ptr,  # (B, n), the type of x; may be x
+    rows_ptr,  # (steps, 9) float32
+    step_ptr,  # (1,) or (B,) int64
+    seed_ptr,  # (1,) int64, or None: given noise, or none
+    ids_ptr,  # (B,) int64 or None: sample i is number i
+    batch, n, steps, pred_stride, step_stride, clip,
+    CLIP: tl.constexpr, KEEP: tl.constexpr,
+    STREAM: tl.constexpr, FAST: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    sample, block = owner()
+    if sample >= batch:
+        return
+    step, index, poison = row_of(step_ptr, step_stride, sample, steps)
+    row = rows_ptr + index * 9
+    a, b, c, d, e = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3) + poison, tl.load(row + 4)
+
+    start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
+    at = sample * pred_stride + start
+    start += sample * n
+    x = tl.load(x_ptr + start + offsets, mask=mask).to(tl.float32)
+    pred = tl.load(pred_ptr + at + offsets, mask=mask).to(tl.float32)
+    if uncond_ptr is not None:
+        w = tl.load(row + 8)
+        uncond = tl.load(uncond_ptr + at + offsets, mask=mask).to(tl.float32)
+        pred = uncond + w * (pred - uncond)
+
+    x0 = a * x + b * pred
+    if CLIP:  # NaN stays NaN, as in torch.clamp
+        x0 = tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
+    out = c * x0 + d * x + e * pred
+
+    if noise_ptr is not None or seed_ptr is not None:
+        f = tl.load(row + 5)
+        if noise_ptr is not None:
+            z = tl.load(noise_ptr + start + offsets, mask=mask).to(tl.float32)
+        else:
+            number = sample if ids_ptr is None else tl.load(ids_ptr + sample)
+            z = tile_normals(seed_ptr, number, step, block, n, STREAM, CHANNELS, BLOCK, VEC, FAST)
+        if raw_ptr is not None:
+            h = tl.load(row + 7)
+            raw = tl.load(raw_ptr + at + offsets, mask=mask).to(tl.float32)
+            out += tl.exp(f + (0.5 * raw + 0.5) * (h - f)) * z
+        else:
+            out += f * z
+    if hist_ptr is not None:
+        g = tl.load(row + 6)
+        hist = hist_ptr + start + offsets
+        out += g * tl.load(hist, mask=mask).to(tl.float32)
+        tl.store(hist, x0 if KEEP == "x0hat" else x, mask=mask)
+    tl.store(out_ptr + start + offsets, out, mask=mask)
+
+
+def update(
+    x: Tensor, pred: Tensor, rows: Tensor, step: Tensor, seed: Tensor | None, ids: Tensor | None,
+    uncond: Tensor | None, raw: Tensor | None, noise: Tensor | None, hist: Tensor | None,
+    clip: float | None, keep: str, stream: int, in_place: bool,
+) -> Tensor:  # fmt: skip
+    """x', a new tensor or x itself (in_place); hist, if given, is overwritten with what `keep` names."""
+    channels, (laid, noise, past) = lay_out(x, noise, hist, generated=noise is None and seed is not None)
+    slices = [pred, uncond, raw]
+    if any(t is not None and not sliced_like(laid, t, pred.stride(0)) for t in slices):
+        slices = [None if t is None else laid_like(laid, t) for t in slices]
+    out = laid if in_place else torch.empty_like(laid)
+    batch, n = len(laid), laid[0].numel()
+    meta = block_of(n, channels, laid, pred, noise)
+    update_kernel[grid_of(batch, n, meta["BLOCK"])](
+        laid, *slices, noise, past, out, rows, step, seed, ids,
+        batch, n, len(rows), slices[0].stride(0), stride_of(step), 0.0 if clip is None else clip,
+        CLIP=clip is not None, KEEP=keep, STREAM=stream, FAST=is_fast(x), **meta,
+    )  # fmt: skip
+    if hist is not None and past is not hist:
+        hist.copy_(past)
+    return x.copy_(out) if in_place and out is not x else out
