@@ -1,0 +1,287 @@
+"""The reference U-Net: the DDPM architecture (Ho et al. 2020, arXiv:2006.11239, appendix B).
+
+Constructor keywords, state_dict keys and arithmetic are those of diffusers' UNet2DModel, so its weights load.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.nn import (
+    Attention,
+    DownBlock,
+    Downsample,
+    FourierProjection,
+    MidBlock,
+    ResnetBlock,
+    TimeEmbedding,
+    UpBlock,
+    Upsample,
+    sinusoidal_embedding,
+)
+
+
+class UNet(nn.Module):
+    """U-Net of resnet and attention blocks, one level per entry of block_out_channels.
+
+    Args:
+        sample_size: image size, int or (H, W), multiples of 2^(levels-1); only read by `sample_shape`.
+        in_channels, out_channels: channels of x and of the output.
+        center_input_sample: map x to 2x - 1 first, for images in [0, 1].
+        time_embedding_type: "positional" (sinusoids of t with freq_shift and flip_sin_to_cos) or "fourier"
+            (random features of log t; t > 0 is the noise level sigma and the output is divided by it).
+        time_embedding_dim: D, default 4 block_out_channels[0].
+        down_block_types: "DownBlock2D" or "AttnDownBlock2D" per level, from the image down.
+        up_block_types: "UpBlock2D" or "AttnUpBlock2D" per level, from the middle up.
+        layers_per_block: resnet blocks per level on the way down; one more on the way up.
+        add_attention, mid_block_scale_factor: of the middle block; its residual sums are divided by the factor.
+        downsample_padding: 0 pads right and bottom only, 1 pads all round.
+        downsample_type, upsample_type: "conv", or "resnet", which only changes levels with attention.
+        dropout: probability in [0, 1), in the resnet blocks.
+        attention_head_dim: channels per head; None is one head.
+        attn_norm_num_groups: of the middle attention; None is norm_num_groups, or no norm with "scale_shift".
+        resnet_time_scale_shift: how the embedding enters, added ("default") or "scale_shift".
+        num_class_embeds: number of classes, makes the model class-conditional.
+
+    Raises ValueError naming the argument for anything else; of mid_block_type, act_fn, class_embed_type and
+    num_train_timesteps only the default is supported. `config` holds the arguments, ready for JSON, and
+    UNet(**config) builds the same model. `time_embedding(t)` gives the embeddings (N, D) of timesteps t (N,).
+    """
+
+    def __init__(
+        self,
+        sample_size: int | Sequence[int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: float = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: Sequence[str] = ("DownBlock2D", *["AttnDownBlock2D"] * 3),
+        mid_block_type: str = "UNetMidBlock2D",
+        up_block_types: Sequence[str] = (*["AttnUpBlock2D"] * 3, "UpBlock2D"),
+        block_out_channels: Sequence[int] = (224, 448, 672, 896),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: None = None,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: None = None,
+    ) -> None:
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        _check_config(config)
+        super().__init__()
+        self.config = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in config.items()}
+        widths, last = list(block_out_channels), len(block_out_channels) - 1
+        self.emb_dim = time_embedding_dim or 4 * widths[0]
+        scale_shift = resnet_time_scale_shift == "scale_shift"
+        resnet = partial(
+            ResnetBlock,
+            emb_dim=self.emb_dim,
+            groups=norm_num_groups,
+            eps=norm_eps,
+            dropout=dropout,
+            scale_shift=scale_shift,
+        )
+        attention = partial(Attention, head_dim=attention_head_dim, groups=norm_num_groups, eps=norm_eps)
+
+        fourier = time_embedding_type == "fourier"
+        self.time_proj = FourierProjection(widths[0]) if fourier else None
+        proj = self.time_proj or partial(
+            sinusoidal_embedding, dim=widths[0], freq_shift=freq_shift, flip_sin_to_cos=flip_sin_to_cos
+        )
+        self.time_embedding = TimeEmbedding(proj, (1 + fourier) * widths[0], self.emb_dim)
+        self.class_embedding = nn.Embedding(num_class_embeds, self.emb_dim) if num_class_embeds else None
+
+        def layers(kind: str, inputs: list[int], width: int) -> tuple[list[ResnetBlock], list[Attention]]:
+            attended = inputs if kind.startswith("Attn") else []
+            return [resnet(n, width) for n in inputs], [attention(width) for _ in attended]
+
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        channels, skips = widths[0], [widths[0]]
+        for i, (kind, width) in enumerate(zip(down_block_types, widths, strict=True)):
+            inputs = [channels] + [width] * (layers_per_block - 1)
+            down = DownBlock(*layers(kind, inputs, width))
+            if i < last and kind == "AttnDownBlock2D" and downsample_type == "resnet":
+                down.downsamplers.append(resnet(width, width, resample=nn.AvgPool2d(2)))
+            elif i < last:
+                down.downsamplers.append(Downsample(width, downsample_padding))
+            self.down_blocks.append(down)
+            channels = width
+            skips += [width] * (layers_per_block + len(down.downsamplers))
+
+        scale = mid_block_scale_factor
+        groups = attn_norm_num_groups or (None if scale_shift else norm_num_groups)
+        self.mid_block = MidBlock(
+            [resnet(channels, channels, scale=scale) for _ in range(2)],
+            [attention(channels, groups=groups, scale=scale)] if add_attention else [],
+        )
+
+        for i, (kind, width) in enumerate(zip(up_block_types, reversed(widths), strict=True)):
+            inputs = [n + skips.pop() for n in [channels] + [width] * layers_per_block]
+            up = UpBlock(*layers(kind, inputs, width))
+            if i < last and kind == "AttnUpBlock2D" and upsample_type == "resnet":
+                up.upsamplers.append(resnet(width, width, resample=nn.Upsample(scale_factor=2.0)))
+            elif i < last:
+                up.upsamplers.append(Upsample(width))
+            self.up_blocks.append(up)
+            channels = width
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
+        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int] | None:
+        """(in_channels, H, W) of one sample, or None if sample_size is None."""
+        size = self.config["sample_size"]
+        h, w = size if isinstance(size, list) else (size, size)
+        return None if size is None else (self.conv_in.in_channels, h, w)
+
+    def forward(
+        self, x: Tensor, t: Tensor | float | None, class_labels: Tensor | None = None, emb: Tensor | None = None
+    ) -> Tensor:
+        """The model's prediction at x_t, shape (B, out_channels, H, W).
+
+        Args:
+            x: floating (B, in_channels, H, W), H and W multiples of 2^(levels-1).
+            t: timesteps, tensor of shape (B,), (1,) or (), or a number; the 0-based index for "positional".
+            class_labels: integer (B,), given if and only if num_class_embeds is.
+            emb: time_embedding(t), (B, D) or (1, D). t is then ignored, except by "fourier", which still
+                divides the output by it.
+
+        Raises ValueError for any other shape or type.
+        """
+        self._check_inputs(x, class_labels, emb)
+        sigma = None
+        if emb is None or self.time_proj is not None:
+            t = _timesteps(t, x)
+            if self.time_proj is not None:
+                sigma = t.reshape(-1, 1, 1, 1)
+            if emb is None:
+                emb = self.time_embedding(t)
+        if self.class_embedding is not None:
+            emb = emb + self.class_embedding(class_labels)
+        emb = F.silu(emb)  # every resnet block starts with it
+
+        h = self.conv_in(2 * x - 1 if self.config["center_input_sample"] else x)
+        skips = [h]
+        for block in self.down_blocks:
+            h = block(h, emb, skips)
+        h = self.mid_block(h, emb)
+        for block in self.up_blocks:
+            h = block(h, emb, skips)
+        h = self.conv_out(F.silu(self.conv_norm_out(h)))
+        return h if sigma is None else (h / sigma).to(h.dtype)
+
+    def _check_inputs(self, x: Tensor, class_labels: Tensor | None, emb: Tensor | None) -> None:
+        channels, factor = self.conv_in.in_channels, 2 ** (len(self.down_blocks) - 1)
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
+            raise ValueError(f"x: expected a floating tensor (B, C, H, W), got {_describe(x)}")
+        batch, c, h, w = x.shape
+        if c != channels or h % factor or w % factor:
+            raise ValueError(f"x: expected C = {channels}, H and W multiples of {factor}, got {_describe(x)}")
+        if emb is not None and emb.shape not in ((batch, self.emb_dim), (1, self.emb_dim)):
+            raise ValueError(f"emb: expected shape ({batch} or 1, {self.emb_dim}), got {_describe(emb)}")
+        if self.class_embedding is None:
+            if class_labels is not None:
+                raise ValueError("class_labels: expected None, as num_class_embeds is None, got labels")
+        elif not isinstance(class_labels, Tensor) or (
+            class_labels.dtype not in (torch.int32, torch.int64) or class_labels.shape != (batch,)
+        ):
+            raise ValueError(f"class_labels: expected integers ({batch},), got {_describe(class_labels)}")
+
+
+def _timesteps(t: Tensor | float | None, x: Tensor) -> Tensor:
+    """t as a tensor (B,) or (1,) on x's device."""
+    if isinstance(t, Tensor):
+        if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, x.shape[0])):
+            raise ValueError(f"t: expected shape ({x.shape[0]},), (1,) or (), got {_describe(t)}")
+        return t.to(x.device).reshape(-1)
+    if not isinstance(t, (int, float)):
+        raise ValueError(f"t: expected a tensor or a number, got {t!r}")
+    return torch.full((1,), t, dtype=torch.float32, device=x.device)  # a fill, not a copy from the host
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "center_input_sample": (False, True),
+    "time_embedding_type": ("positional", "fourier"),
+    "flip_sin_to_cos": (False, True),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
+    "act_fn": ("silu",),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "add_attention": (False, True),
+    "class_embed_type": (None,),
+    "num_train_timesteps": (None,),
+}
+_POSITIVE_INTS = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
+_OPTIONAL_INTS = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
+
+
+def _positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_config(c: dict[str, Any]) -> None:
+    """Raises the ValueError of the first argument that is not supported."""
+
+    def check(ok: bool, name: str, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{name}: expected {expected}, got {c[name]!r}")
+
+    def number(name: str, low: float, high: float) -> None:
+        ok = isinstance(c[name], (int, float)) and low <= c[name] < high
+        check(ok, name, f"a number in [{low:g}, {high:g})")
+
+    def sequence(name: str, of: Callable[[Any], bool]) -> bool:
+        return isinstance(c[name], (list, tuple)) and len(c[name]) > 0 and all(map(of, c[name]))
+
+    for name, choices in _CHOICES.items():
+        check(c[name] in choices, name, " or ".join(map(repr, choices)))
+    for name in _POSITIVE_INTS:
+        check(_positive_int(c[name]), name, "a positive int")
+    for name in _OPTIONAL_INTS:
+        check(c[name] is None or _positive_int(c[name]), name, "a positive int or None")
+    tiny, inf = torch.finfo(torch.float32).tiny, float("inf")
+    number("dropout", 0, 1)
+    number("norm_eps", tiny, inf)
+    number("mid_block_scale_factor", tiny, inf)
+
+    groups, widths = c["norm_num_groups"], c["block_out_channels"]
+    ok = sequence("block_out_channels", lambda w: _positive_int(w) and w % groups == 0)
+    check(ok, "block_out_channels", f"positive multiples of norm_num_groups={groups}")
+    if c["time_embedding_type"] == "positional":
+        number("freq_shift", 0, widths[0] // 2)
+    levels = len(widths)
+    for way in ("Down", "Up"):
+        name, kinds = f"{way.lower()}_block_types", (f"{way}Block2D", f"Attn{way}Block2D")
+        ok = sequence(name, kinds.__contains__) and len(c[name]) == levels
+        check(ok, name, f"{levels} of {kinds}, one for each of block_out_channels")
+    ok = widths[-1] % (c["attn_norm_num_groups"] or 1) == 0
+    check(ok, "attn_norm_num_groups", f"a divisor of block_out_channels[-1]={widths[-1]}")
+
+    size, factor = c["sample_size"], 2 ** (levels - 1)
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    ok = size is None or (len(sides) == 2 and all(_positive_int(n) and n % factor == 0 for n in sides))
+    check(ok, "sample_size", f"None, a positive multiple of {factor} or a pair of them")
