@@ -1,0 +1,10 @@
+"""fastdiff: fused Triton kernels for diffusion models under a small PyTorch API."""
+
+from . import ops, reference
+from ._backend import backend
+from .ddpm import DDPM
+from .schedule import NoiseSchedule
+from .unet import UNet
+
+__version__ = "0.1.0"
+__all__ = ["DDPM", "NoiseSchedule", "UNet", "backend", "ops", "reference"]

@@ -21,7 +21,7 @@ def loss_kernel(
     x0_ptr,  # (B, n) or None: p = 0
     noise_ptr,  # (B, n) or None: draw it
     partial_ptr,  # (B, blocks) float32
-    grad_ptr,  # (B, n), the type of pred, or None
+    grad_ptr,  # (B, n), any floating type, or None
     t_ptr,  # (1,) or (B,) int64
     table_ptr,  # (levels, 3) float32: p, q, w
     seed_ptr,  # (1,) int64, or None: given noise, or q = 0
@@ -98,43 +98,35 @@ def scale_kernel(
         tl.store(pointers, tl.load(pointers, mask=mask).to(tl.float32) * by, mask=mask)
 
 
-def storage_scale(pred: Tensor, count: int) -> float:
-    """Power of two that the stored gradient carries: float16 would lose gradients of 1/count to underflow."""
-    return 2.0 ** (count.bit_length() - 1) if pred.dtype == torch.float16 else 1.0
-
-
 def loss(
-    pred: Tensor, x0: Tensor | None, t: Tensor, table: Tensor,
+    out: Tensor, grad: Tensor | None, pred: Tensor, x0: Tensor | None, t: Tensor, table: Tensor,
     seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
-    rho: str, delta: float, per_sample: bool, with_grad: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(loss, stored gradient): the loss () float32, the mean over the batch, or (B,) if per_sample; the gradient of
-    the loss (of each sample's loss if per_sample) by pred, times `storage_scale`, or an empty tensor."""
+    rho: str, delta: float, scale: float, grad_scale: float,
+) -> None:  # fmt: skip
+    """Write scale w_t sum(rho) of each sample into out (B,), or of the whole batch into out (1,), float32; and
+    grad_scale w_t rho' into grad, shaped like pred, if it is given."""
     generated = noise is None and seed is not None
-    channels, (pred, x0, noise) = lay_out(pred, x0, noise, generated=generated)
-    batch, n = len(pred), pred[0].numel()
-    count = n if per_sample else batch * n
-    meta = block_of(n, channels, pred, x0, noise)
+    lead = pred if grad is None else grad
+    channels, (laid, pred, x0, noise) = lay_out(lead, pred, x0, noise, generated=generated)
+    batch, n = len(laid), laid[0].numel()
+    meta = block_of(n, channels, laid, pred, x0, noise)
     grid = grid_of(batch, n, meta["BLOCK"])
     partial = torch.empty(batch, grid[0], dtype=torch.float32, device=pred.device)
-    grad = torch.empty_like(pred) if with_grad else None
     loss_kernel[grid](
-        pred, x0, noise, partial, grad, t, table, seed, ids,
-        batch, n, len(table), stride_of(t),
-        1.0 / count, storage_scale(pred, count) / count, delta,
-        RHO=rho, STREAM=stream, FAST=is_fast(pred), **meta,
+        pred, x0, noise, partial, None if grad is None else laid, t, table, seed, ids,
+        batch, n, len(table), stride_of(t), scale, grad_scale, delta,
+        RHO=rho, STREAM=stream, FAST=is_fast(laid), **meta,
     )  # fmt: skip
-    out = torch.empty(batch if per_sample else 1, dtype=torch.float32, device=pred.device)
     reduce_kernel[(len(out),)](partial, out, partial.numel() // len(out), BLOCK=REDUCE_BLOCK, **FUSED)
-    return out if per_sample else out.reshape(()), pred.new_empty(0) if grad is None else grad
+    if grad is not None and laid is not grad:
+        grad.copy_(laid)
 
 
-def scale_(grad: Tensor, incoming: Tensor, factor: float) -> Tensor:
-    """grad *= incoming * factor in place, incoming () or (B,) float32; touches nothing where the product is 1."""
+def scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
+    """Gapless grad *= incoming * factor in place, incoming (1,) or (B,) float32; returns at once where that is 1."""
     n = grad[0].numel()
     meta = block_of(n, 1, grad)
     scale_kernel[grid_of(len(grad), n, meta["BLOCK"])](
-        grad, incoming, len(grad), n, stride_of(incoming), factor, BLOCK=meta["BLOCK"], num_warps=meta["num_warps"],
-        **FUSED,
-    )
-    return grad
+        grad, incoming, len(grad), n, stride_of(incoming), factor,
+        BLOCK=meta["BLOCK"], num_warps=meta["num_warps"], **FUSED,
+    )  # fmt: skip

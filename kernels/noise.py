@@ -6,14 +6,13 @@ block, so four neighbouring elements share one block and a thread's normals lie 
 Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox); Box & Muller 1958.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
 from .coefficients import COS, LOG, SIN
-from .launch import block_of, channels_of, grid_of, is_fast, owner, stride_of
+from .launch import block_of, grid_of, is_fast, lay_out, owner, stride_of
 
 M0 = tl.constexpr(0xD2511F53)
 M1 = tl.constexpr(0xCD9E8D57)
@@ -132,11 +131,11 @@ def tile_normals(
 
 @triton.jit
 def normal_kernel(
-    out_ptr,  # (B, n), any floating type, stride out_stride between samples
+    out_ptr,  # (B, n), any floating type
     seed_ptr,  # (1,) int64
     ids_ptr,  # (B,) int64 or None: sample i is number i
     step_ptr,  # (1,) or (B,) int64
-    batch, n, out_stride, step_stride,
+    batch, n, step_stride,
     STREAM: tl.constexpr, FAST: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     sample, block = owner()
@@ -146,17 +145,16 @@ def normal_kernel(
     step = tl.load(step_ptr + sample * step_stride)
     start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
     z = tile_normals(seed_ptr, number, step, block, n, STREAM, CHANNELS, BLOCK, VEC, FAST)
-    tl.store(out_ptr + sample * out_stride + start + offsets, z, mask=mask)
+    tl.store(out_ptr + sample * n + start + offsets, z, mask=mask)
 
 
-def normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream: int) -> Tensor:
-    """Fill out (B, ...) with z(seed, stream, ids[i], step, element); returns it."""
-    channels = channels_of(out)
-    n = out[0].numel()
-    if channels == 0 or (channels > 1 and (n % (4 * channels) or n >= 2**31)):
-        return out.copy_(normal_(torch.empty_like(out, memory_format=torch.contiguous_format), seed, ids, step, stream))
-    meta = block_of(n, channels, out)
-    normal_kernel[grid_of(len(out), n, meta["BLOCK"])](
-        out, seed, ids, step, len(out), n, out.stride(0), stride_of(step), STREAM=stream, FAST=is_fast(out), **meta
+def normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream: int) -> None:
+    """Fill out (B, ...) with z(seed, stream, ids[i], step, element)."""
+    channels, (laid,) = lay_out(out, generated=True)
+    n = laid[0].numel()
+    meta = block_of(n, channels, laid)
+    normal_kernel[grid_of(len(laid), n, meta["BLOCK"])](
+        laid, seed, ids, step, len(laid), n, stride_of(step), STREAM=stream, FAST=is_fast(laid), **meta
     )
-    return out
+    if laid is not out:
+        out.copy_(laid)

@@ -1,6 +1,5 @@
 """Forward noising x_t = alpha_t x_0 + sigma_t z: reads x_0, writes x_t, and draws z in registers."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +12,7 @@ from .noise import tile, tile_normals
 def noising_kernel(
     x0_ptr,  # (B, n), any floating type
     noise_ptr,  # (B, n) or None: draw it
-    out_ptr,  # (B, n), the type of x0
+    out_ptr,  # (B, n), any floating type
     t_ptr,  # (1,) or (B,) int64
     table_ptr,  # (levels, 2) float32: alpha, sigma
     seed_ptr,  # (1,) int64 or None
@@ -40,15 +39,16 @@ def noising_kernel(
 
 
 def noising(
-    x0: Tensor, t: Tensor, table: Tensor, seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int
-) -> Tensor:
-    """x_t, shaped and typed like x0."""
-    channels, (x, z) = lay_out(x0, noise, generated=noise is None)
-    out = torch.empty_like(x)
-    n = x[0].numel()
-    meta = block_of(n, channels, x, z)
-    noising_kernel[grid_of(len(x), n, meta["BLOCK"])](
-        x, z, out, t, table, seed, ids, len(x), n, len(table), stride_of(t),
-        STREAM=stream, FAST=is_fast(x), **meta,
+    out: Tensor, x0: Tensor, t: Tensor, table: Tensor,
+    seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
+) -> None:  # fmt: skip
+    """Write x_t into out (B, ...), shaped like x0."""
+    channels, (laid, x0, noise) = lay_out(out, x0, noise, generated=noise is None)
+    n = laid[0].numel()
+    meta = block_of(n, channels, laid, x0, noise)
+    noising_kernel[grid_of(len(laid), n, meta["BLOCK"])](
+        x0, noise, laid, t, table, seed, ids, len(laid), n, len(table), stride_of(t),
+        STREAM=stream, FAST=is_fast(laid), **meta,
     )  # fmt: skip
-    return out
+    if laid is not out:
+        out.copy_(laid)

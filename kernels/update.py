@@ -4,7 +4,6 @@ One row of the step table holds the numbers: (a, b, c, d, e, f, g, h, w). Guidan
 uncond + w (pred - uncond); a learned variance replaces f by exp(f + r (h - f)), r = (raw + 1) / 2.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,23 +73,24 @@ def update_kernel(
 
 
 def update(
-    x: Tensor, pred: Tensor, rows: Tensor, step: Tensor, seed: Tensor | None, ids: Tensor | None,
+    out: Tensor, x: Tensor, pred: Tensor, rows: Tensor, step: Tensor, seed: Tensor | None, ids: Tensor | None,
     uncond: Tensor | None, raw: Tensor | None, noise: Tensor | None, hist: Tensor | None,
-    clip: float | None, keep: str, stream: int, in_place: bool,
-) -> Tensor:  # fmt: skip
-    """x', a new tensor or x itself (in_place); hist, if given, is overwritten with what `keep` names."""
-    channels, (laid, noise, past) = lay_out(x, noise, hist, generated=noise is None and seed is not None)
+    clip: float | None, keep: str, stream: int,
+) -> None:  # fmt: skip
+    """Write x' into out (B, ...), which may be x; hist, if given, is overwritten with what `keep` names."""
+    generated = noise is None and seed is not None
+    channels, (laid, x, noise, past) = lay_out(out, x, noise, hist, generated=generated)
     slices = [pred, uncond, raw]
     if any(t is not None and not sliced_like(laid, t, pred.stride(0)) for t in slices):
         slices = [None if t is None else laid_like(laid, t) for t in slices]
-    out = laid if in_place else torch.empty_like(laid)
     batch, n = len(laid), laid[0].numel()
     meta = block_of(n, channels, laid, pred, noise)
     update_kernel[grid_of(batch, n, meta["BLOCK"])](
-        laid, *slices, noise, past, out, rows, step, seed, ids,
+        x, *slices, noise, past, laid, rows, step, seed, ids,
         batch, n, len(rows), slices[0].stride(0), stride_of(step), 0.0 if clip is None else clip,
-        CLIP=clip is not None, KEEP=keep, STREAM=stream, FAST=is_fast(x), **meta,
+        CLIP=clip is not None, KEEP=keep, STREAM=stream, FAST=is_fast(laid), **meta,
     )  # fmt: skip
-    if hist is not None and past is not hist:
+    if past is not hist:
         hist.copy_(past)
-    return x.copy_(out) if in_place and out is not x else out
+    if laid is not out:
+        out.copy_(laid)

@@ -1,0 +1,92 @@
+"""Argument checks: what cannot be right is a TypeError or ValueError that names the argument, before any work."""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected one of {names(FLOATING)}, got {x.dtype}")
+    if x.ndim < 1:
+        raise ValueError(f"{name}: expected a batch dimension, got shape ()")
+
+
+def check_like(name: str, given: Tensor, x: Tensor) -> None:
+    check_floating(name, given)
+    if given.shape != x.shape:
+        raise ValueError(f"{name}: expected shape {tuple(x.shape)}, got {tuple(given.shape)}")
+    if given.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device}, got {given.device}")
+
+
+def as_index(name: str, index: int | Tensor, x: Tensor) -> Tensor:
+    """(1,) or (B,) int64 on the device of x. Its range is checked where that costs no wait, in `ops`."""
+    if not isinstance(index, Tensor):
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"{name}: expected an int or an int64 tensor, got {type(index).__name__}")
+        return torch.full((1,), index, dtype=torch.int64, device=x.device)
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {index.dtype}")
+    if index.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device}, got {index.device}")
+    if index.ndim == 0:
+        return index.reshape(1)
+    if index.ndim > 1 or index.shape[0] not in (1, x.shape[0]):
+        raise ValueError(f"{name}: expected shape () or ({x.shape[0]},), got {tuple(index.shape)}")
+    return index.contiguous()
+
+
+def check_table(name: str, table: Tensor, columns: int, x: Tensor) -> None:
+    expected = (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
+    if table.dtype not in expected:
+        raise TypeError(f"{name}: expected {names(expected)}, got {table.dtype}")
+    if table.ndim != 2 or table.shape[1] != columns or table.shape[0] == 0 or not table.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous (rows, {columns}) table, got shape {tuple(table.shape)}")
+    if table.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device}, got {table.device}")
+
+
+def as_ids(sample_ids: Tensor | None, x: Tensor) -> Tensor | None:
+    if sample_ids is None:
+        return None
+    if sample_ids.dtype != torch.int64:
+        raise TypeError(f"sample_ids: expected int64, got {sample_ids.dtype}")
+    if sample_ids.shape != x.shape[:1]:
+        raise ValueError(f"sample_ids: expected shape ({x.shape[0]},), got {tuple(sample_ids.shape)}")
+    if sample_ids.device != x.device:
+        raise ValueError(f"sample_ids: expected device {x.device}, got {sample_ids.device}")
+    return sample_ids.contiguous()
+
+
+def noise_source(x: Tensor, seed: int | Tensor | None, noise: Tensor | None) -> Tensor | None:
+    if noise is None:
+        return as_seed(seed, x.device)
+    if seed is not None:
+        raise ValueError("seed: expected None where noise is given")
+    check_like("noise", noise, x)
+    return None
+
+
+def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """(1,) int64 on the device; drawn from PyTorch's default generator of the device if None, without a host sync."""
+    if seed is None:
+        return torch.empty(1, dtype=torch.int64, device=device).random_()
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(f"seed: expected one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"seed: expected device {device}, got {seed.device}")
+        return seed.reshape(1)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected 64 bits, got {seed}")
+    return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

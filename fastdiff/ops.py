@@ -1,0 +1,441 @@
+"""The operations: argument checks, torch.library ops (schema, fake, autograd) and the choice of implementation.
+
+Public functions `normal`, `noising`, `loss`, `update`, `update_` check their arguments and call torch.ops.fastdiff.*.
+The ops are defined on a bare torch.library.Library: its dispatch costs a few microseconds, where custom_op and
+register_autograd cost tens (README has the measurement).
+
+Common arguments:
+    seed: the 64-bit key of the noise; an int, an int64 tensor of one element, or None to draw one on the device from
+        PyTorch's default generator.
+    sample_ids: (B,) int64 in [0, 2^32): the number of each sample in the noise; 0..B-1 if None.
+    noise: a floating tensor shaped like the data that takes the place of generated noise.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backend, reference
+from ._check import FLOATING, as_ids, as_index, as_seed, check_floating, check_like, check_table, names, noise_source
+
+# Streams keep draws with the same seed, sample and step apart.
+PRIOR, FORWARD, REVERSE = 0, 1, 2
+LOSSES = ("mse", "l1", "huber")
+KEEPS = ("none", "x0hat", "x")
+
+
+# --- public functions -------------------------------------------------------------------------------------------
+
+
+def normal(
+    shape: tuple[int, ...] | torch.Size,
+    seed: int | Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    step: int | Tensor = 0,
+    stream: int = PRIOR,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """z(seed, stream, sample, step, element) ~ N(0, 1), shape (B, ...): Philox4x32-10 and Box-Muller.
+
+    A sample's numbers depend on its id and the element's place in it, not on the batch, the device or the layout.
+    step: an int or an int64 tensor () or (B,). Raises TypeError or ValueError, naming the argument.
+    """
+    if dtype not in FLOATING:
+        raise TypeError(f"dtype: expected one of {names(FLOATING)}, got {dtype}")
+    if len(shape) < 1:
+        raise ValueError("shape: expected a batch dimension, got ()")
+    out = torch.empty(shape, dtype=dtype, device=device)
+    step = as_index("step", step, out)
+    torch.ops.fastdiff.normal_(out, as_seed(seed, out.device), as_ids(sample_ids, out), step, stream)
+    return out
+
+
+def noising(
+    x0: Tensor,
+    t: int | Tensor,
+    table: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """x_t = alpha_t x_0 + sigma_t z (Ho et al. 2020, eq. 4), shaped and typed like x0 (B, ...).
+
+    t: level, an int or an int64 tensor () or (B,), in [0, len(table)). table: (levels, 2) float32 rows (alpha, sigma).
+    Without `noise`, z is the noise of stream FORWARD at step t. Differentiable by x0 and noise. A level outside the
+    table is a ValueError on the CPU; on a GPU, where looking would wait for the device, its sample becomes NaN.
+    """
+    check_floating("x0", x0)
+    t = as_index("t", t, x0)
+    check_table("table", table, 2, x0)
+    seed = noise_source(x0, seed, noise)
+    return torch.ops.fastdiff.noising(x0, t, table, seed, as_ids(sample_ids, x0), noise, FORWARD)
+
+
+def loss(
+    pred: Tensor,
+    t: int | Tensor,
+    table: Tensor,
+    *,
+    x0: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    noise: Tensor | None = None,
+    kind: str = "mse",
+    delta: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """L = w_t mean(rho(pred - y)) with y = p_t x_0 + q_t z, float32: () for reduction "mean", (B,) for "none".
+
+    table: (levels, 3) float32 rows (p, q, w). x0 may be left out where p = 0, and seed and noise where q = 0; with the
+    seed of `noising` the noise is drawn again, not read. kind: rho(r) = "mse" r^2, "l1" |r|, "huber" r^2/2 up to delta
+    and delta (|r| - delta/2) beyond. The gradient by pred is computed in the same pass; it can be walked backward once.
+    Differentiable by pred, x0 and noise. Levels outside the table: as for `noising`.
+    """
+    check_floating("pred", pred)
+    t = as_index("t", t, pred)
+    check_table("table", table, 3, pred)
+    if x0 is not None:
+        check_like("x0", x0, pred)
+    if noise is not None or seed is not None:
+        seed = noise_source(pred, seed, noise)
+    if kind not in LOSSES:
+        raise ValueError(f"kind: expected one of {', '.join(LOSSES)}, got {kind!r}")
+    if not delta > 0:
+        raise ValueError(f"delta: expected a number above 0, got {delta}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+    inputs = (pred, x0, noise)
+    with_grad = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs)
+    ids = as_ids(sample_ids, pred)
+    per_sample = reduction == "none"
+    return torch.ops.fastdiff.loss(
+        pred, x0, t, table, seed, ids, noise, FORWARD, kind, float(delta), per_sample, with_grad
+    )[0]
+
+
+def update(
+    x: Tensor,
+    pred: Tensor,
+    rows: Tensor,
+    step: int | Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    noise: Tensor | None = None,
+    uncond: Tensor | None = None,
+    raw_variance: Tensor | None = None,
+    hist: Tensor | None = None,
+    clip: float | None = None,
+    keep: str = "none",
+    noisy: bool = True,
+    inplace: bool = False,
+) -> Tensor:
+    """x' = c x0hat + d x + e pred + f z + g hist, x0hat = clip(a x + b pred): one step of any sampler, typed like x.
+
+    x, pred: (B, ...). rows: (steps, 9) float32 rows (a, b, c, d, e, f, g, h, w); step: the row, an int or an int64
+    tensor () or (B,). Without `noise`, z is the noise of stream REVERSE at `step`; noisy=False leaves f z out.
+    uncond: pred becomes uncond + w (pred - uncond). raw_variance: f becomes exp(f + (raw + 1)/2 (h - f)).
+    hist: read, then overwritten with what `keep` names, "x0hat" or "x". clip: x0hat is kept in [-clip, clip].
+    inplace: x becomes x' and nothing is allocated. Rows outside the table: as levels for `noising`.
+    Where a gradient by x, pred, uncond, raw_variance or noise is wanted, the differentiable reference runs instead.
+    """
+    check_floating("x", x)
+    check_like("pred", pred, x)
+    check_table("rows", rows, 9, x)
+    step = as_index("step", step, x)
+    if noisy or noise is not None:
+        seed = noise_source(x, seed, noise)
+    elif seed is not None:
+        raise ValueError("seed: expected None with noisy=False")
+    for name, given in (("uncond", uncond), ("raw_variance", raw_variance)):
+        if given is not None:
+            check_like(name, given, x)
+    if keep not in KEEPS:
+        raise ValueError(f"keep: expected one of {', '.join(KEEPS)}, got {keep!r}")
+    if (hist is None) != (keep == "none"):
+        raise ValueError(f"hist: expected exactly where keep is not 'none', got keep = {keep!r}")
+    if hist is not None:
+        check_like("hist", hist, x)
+        if hist.dtype != x.dtype:
+            raise TypeError(f"hist: expected the dtype of x, {x.dtype}, got {hist.dtype}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
+    ids = as_ids(sample_ids, x)
+    args = (pred, rows, step, seed, ids, uncond, raw_variance, noise, hist, clip, keep, REVERSE)
+    inputs = (x, pred, uncond, raw_variance, noise)
+    if torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs):
+        if inplace or hist is not None:
+            raise ValueError("inplace, hist: a tensor would be overwritten that the gradient needs")
+        return reference.update(x, *args)[0]
+    if inplace:
+        torch.ops.fastdiff.update_(x, *args)
+        return x
+    return torch.ops.fastdiff.update(x, *args)
+
+
+# --- implementations --------------------------------------------------------------------------------------------
+
+
+def _in_range(name: str, index: Tensor, rows: int) -> None:
+    if index.device.type == "cpu":
+        low, high = (v.item() for v in index.aminmax())
+        if low < 0 or high >= rows:
+            raise ValueError(f"{name}: expected values in [0, {rows}), got {low if low < 0 else high}")
+
+
+def _ids_in_range(ids: Tensor | None) -> None:
+    if ids is not None:
+        _in_range("sample_ids", ids, 2**32)
+
+
+@functools.cache
+def _kernels() -> SimpleNamespace:
+    """The Triton launchers, imported at the first use."""
+    names = ("noise", "noising", "loss", "update")
+    return SimpleNamespace(**{name: importlib.import_module(f".kernels.{name}", __package__) for name in names})
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _runs_triton(x: Tensor) -> bool:
+    if x.dtype == torch.float64:
+        return False
+    forced = _backend.forced()
+    possible = x.is_cuda or _interpreting()
+    if forced == "triton" and not possible:
+        raise ValueError(f"backend: 'triton' expected a GPU tensor or TRITON_INTERPRET=1, got device {x.device}")
+    return possible if forced is None else forced == "triton"
+
+
+def _on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
+def _laid_out(like: Tensor, result: Tensor) -> Tensor:
+    """The result with the strides that the op promises, those of empty_like."""
+    out = torch.empty_like(like)
+    return result if result.stride() == out.stride() else out.copy_(result)
+
+
+def _normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream: int) -> None:
+    _ids_in_range(ids)
+    if out.numel() == 0:
+        return
+    if _runs_triton(out):
+        with _on_device(out):
+            _kernels().noise.normal_(out, seed, ids, step, stream)
+    else:
+        out.copy_(reference.normal(out.shape, seed, ids, step, stream, reference.work_dtype(out)))
+
+
+def _noising(
+    x0: Tensor, t: Tensor, table: Tensor, seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int
+) -> Tensor:
+    if x0.numel() == 0:
+        return torch.empty_like(x0)
+    _in_range("t", t, len(table))
+    _ids_in_range(ids)
+    if not _runs_triton(x0):
+        return _laid_out(x0, reference.noising(x0, t, table, seed, ids, noise, stream))
+    out = torch.empty_like(x0)
+    with _on_device(x0):
+        _kernels().noising.noising(out, x0, t, table, seed, ids, noise, stream)
+    return out
+
+
+def _loss(
+    pred: Tensor, x0: Tensor | None, t: Tensor, table: Tensor,
+    seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
+    kind: str, delta: float, per_sample: bool, with_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, n = len(pred), pred.numel() // max(1, len(pred))
+    out = torch.empty(batch if per_sample else 1, dtype=torch.float32, device=pred.device)
+    grad = torch.empty_like(pred) if with_grad else pred.new_empty(0)
+    count = n if per_sample else batch * n
+    if pred.numel() == 0:
+        return (out if per_sample else out.fill_(torch.nan).reshape(())), grad
+    _in_range("t", t, len(table))
+    _ids_in_range(ids)
+    scale, grad_scale = 1.0 / count, _stored_scale(pred, count) / count
+    if _runs_triton(pred):
+        stored = grad if with_grad else None
+        with _on_device(pred):
+            _kernels().loss.loss(
+                out, stored, pred, x0, t, table, seed, ids, noise, stream, kind, delta, scale, grad_scale
+            )
+    else:
+        value, slope = reference.loss(pred, x0, t, table, seed, ids, noise, stream, kind, delta)
+        out.copy_(value.flatten(1).sum(1).mul(scale) if per_sample else value.sum().mul(scale).reshape(1))
+        if with_grad:
+            grad.copy_(slope * grad_scale)
+    return out if per_sample else out.reshape(()), grad
+
+
+def _stored_scale(pred: Tensor, count: int) -> float:
+    """The power of two that the stored gradient carries: in float16 a gradient of 1/count would underflow."""
+    return 2.0 ** (count.bit_length() - 1) if pred.dtype == torch.float16 else 1.0
+
+
+def _scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
+    if grad.numel() == 0:
+        return
+    whole = incoming.numel() == 1 or grad.stride(0) == grad[0].numel()
+    if _runs_triton(grad) and whole:
+        with _on_device(grad):
+            _kernels().loss.scale_(grad, incoming, factor)
+    else:
+        grad.mul_((incoming * factor).to(reference.work_dtype(grad)).reshape(-1, *[1] * (grad.ndim - 1)))
+
+
+def _update(x: Tensor, *args: Any) -> Tensor:
+    out = torch.empty_like(x)
+    _update_into(out, x, *args)
+    return out
+
+
+def _update_(x: Tensor, *args: Any) -> None:
+    _update_into(x, x, *args)
+
+
+def _update_into(
+    out: Tensor, x: Tensor, pred: Tensor, rows: Tensor, step: Tensor, seed: Tensor | None, ids: Tensor | None,
+    uncond: Tensor | None, raw: Tensor | None, noise: Tensor | None, hist: Tensor | None, *args: Any,
+) -> None:  # fmt: skip
+    if x.numel() == 0:
+        return
+    _in_range("step", step, len(rows))
+    _ids_in_range(ids)
+    if _runs_triton(x):
+        with _on_device(x):
+            _kernels().update.update(out, x, pred, rows, step, seed, ids, uncond, raw, noise, hist, *args)
+    else:
+        result, kept = reference.update(x, pred, rows, step, seed, ids, uncond, raw, noise, hist, *args)
+        out.copy_(result)
+        if hist is not None and kept is not None:
+            hist.copy_(kept)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------
+
+
+class _Noising(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x0, t, table = args[:3]
+        ctx.save_for_backward(t, table)
+        ctx.dtypes = x0.dtype, None if args[5] is None else args[5].dtype
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.fastdiff.noising(*args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """d x_t / d x_0 = alpha_t, d x_t / d z = sigma_t."""
+        alpha, sigma = reference.rows_of(ctx.saved_tensors[1], ctx.saved_tensors[0], grad)
+        by_x0 = (alpha * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        by_noise = (sigma * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[5] else None
+        return by_x0, None, None, None, None, by_noise, None
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        pred, x0, t, table, _, _, noise = args[:7]
+        with torch._C._AutoDispatchBelowAutograd():
+            value, grad = torch.ops.fastdiff.loss(*args[:-1], True)
+        ctx.save_for_backward(grad, t, table)
+        ctx.mark_non_differentiable(grad)
+        ctx.dtypes = [None if i is None else i.dtype for i in (x0, noise)]
+        per_sample = args[-2]
+        count = pred.numel() // len(pred) if per_sample and len(pred) else pred.numel()
+        ctx.factor = 1.0 / _stored_scale(pred, count)
+        ctx.used = False
+        return value, grad
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fastdiff.ops.loss is differentiable once: backward with create_graph=True is not supported; "
+                "use fastdiff.reference.loss for second derivatives"
+            )
+        if ctx.used:
+            raise RuntimeError("the gradient of fastdiff.ops.loss was already taken; compute the loss again")
+        ctx.used = True
+        grad, t, table = ctx.saved_tensors
+        incoming = incoming.reshape(-1).contiguous()
+        if type(grad) is Tensor:
+            torch.ops.fastdiff.scale_(grad, incoming, ctx.factor)
+        else:  # A traced graph may not change what its forward returned; there the product is one fused pass.
+            by = (incoming * ctx.factor).reshape(-1, *[1] * (grad.ndim - 1))
+            grad = (grad * by).to(grad.dtype)
+        by_x0 = by_noise = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[6]:
+            p, q, _w = reference.rows_of(table, t, grad)
+            by_x0 = (-p * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+            by_noise = (-q * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[6] else None
+        return grad, by_x0, None, None, None, None, by_noise, None, None, None, None, None
+
+
+def _with_gradient(function: type[torch.autograd.Function], op: Any) -> Any:
+    def autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return autograd
+
+
+# --- registration -----------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("fastdiff", "DEF")
+_NOISE = "Tensor? seed, Tensor? ids"
+_SCHEMAS = {
+    "normal_": "(Tensor(a!) out, Tensor seed, Tensor? ids, Tensor step, int stream) -> ()",
+    "noising": f"(Tensor x0, Tensor t, Tensor table, {_NOISE}, Tensor? noise, int stream) -> Tensor",
+    "loss": f"(Tensor pred, Tensor? x0, Tensor t, Tensor table, {_NOISE}, Tensor? noise, int stream, str kind, "
+    "float delta, bool per_sample, bool with_grad) -> (Tensor, Tensor)",
+    "scale_": "(Tensor(a!) grad, Tensor incoming, float factor) -> ()",
+    "update": f"(Tensor x, Tensor pred, Tensor rows, Tensor step, {_NOISE}, Tensor? uncond, Tensor? raw, "
+    "Tensor? noise, Tensor(a!)? hist, float? clip, str keep, int stream) -> Tensor",
+    "update_": f"(Tensor(a!) x, Tensor pred, Tensor rows, Tensor step, {_NOISE}, Tensor? uncond, Tensor? raw, "
+    "Tensor? noise, Tensor(b!)? hist, float? clip, str keep, int stream) -> ()",
+}
+
+
+def _fake_loss(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    per_sample, with_grad = args[-2:]
+    value = pred.new_empty(pred.shape[:1] if per_sample else (), dtype=torch.float32)
+    return value, torch.empty_like(pred) if with_grad else pred.new_empty(0)
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "normal_": (_normal_, lambda *args: None),
+    "noising": (_noising, lambda x0, *args: torch.empty_like(x0)),
+    "loss": (_loss, _fake_loss),
+    "scale_": (_scale_, lambda *args: None),
+    "update": (_update, lambda x, *args: torch.empty_like(x)),
+    "update_": (_update_, lambda *args: None),
+}
+for _name, (_run, _fake) in _IMPLEMENTATIONS.items():
+    _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _run, "CPU")
+    _library.impl(_name, _run, "CUDA")
+    torch.library.register_fake(f"fastdiff::{_name}", _fake, lib=_library)
+_library.impl("noising", _with_gradient(_Noising, torch.ops.fastdiff.noising.default), "Autograd")
+_library.impl("loss", _with_gradient(_Loss, torch.ops.fastdiff.loss.default), "Autograd")

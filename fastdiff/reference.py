@@ -1,0 +1,171 @@
+"""The functions of the kernels in plain PyTorch: the oracle that they are checked against, and the CPU path.
+
+Everything is computed in float32, or in float64 where the data is float64 (the oracle), and cast at the end. A table
+index outside the table gives NaN, as in the kernels.
+
+Ho et al. 2020 is arXiv:2006.11239 (DDPM); Song et al. 2021 is arXiv:2010.02502 (DDIM); Nichol & Dhariwal 2021 is
+arXiv:2102.09672; Salmon et al. 2011 is "Parallel random numbers: as easy as 1, 2, 3".
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al. 2011, section 3.3) on 32-bit words held in int64; four words of one shape.
+
+    The int64 product of two words wraps, which leaves all of its 64 bits right.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return c0, c1, c2, c3
+
+
+def uniform_bits(batch: int, n: int, seed: Tensor, ids: Tensor | None, step: Tensor, stream: int) -> Tensor:
+    """The Philox words (batch, ceil(n / 4), 4) behind n normals of each sample, as int64 in [0, 2^32).
+
+    Key: seed (1,) int64. Counter: (element // 4, ids (B,) or 0..B-1, step (1,) or (B,), stream).
+    """
+    device = seed.device
+    block = torch.arange((n + 3) // 4, device=device)[None, :]
+    sample = (torch.arange(batch, device=device) if ids is None else ids)[:, None] & MASK
+    counter = (block, sample, step[:, None] & MASK, torch.full_like(block[:, :1], stream))
+    words = philox4x32(counter, (seed & MASK, (seed >> 32) & MASK))
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1)
+
+
+def box_muller(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normals from words (..., 4): words 0, 1 give r cos(pi x), r sin(pi x) with r = sqrt(-2 log u); so do 2, 3.
+
+    u = (word + 1/2) 2^-32 in [2^-33, 1] and x = int32(word) 2^-31 in [-1, 1] are float32 numbers by definition, so
+    that they are the same in every implementation; the functions of them are taken in `dtype`.
+    """
+    u = bits[..., 0::2].to(torch.float32) * 2.0**-32 + 2.0**-33
+    angle = bits[..., 1::2]
+    x = (angle - ((angle >> 31) << 32)).to(torch.float32) * 2.0**-31
+    r = (-2 * u.to(dtype).log()).clamp_(min=0).sqrt_()
+    x = x.to(dtype) * math.pi
+    return torch.stack((r * x.cos(), r * x.sin()), dim=-1).flatten(-2)
+
+
+def normal(
+    shape: torch.Size | tuple[int, ...],
+    seed: Tensor,
+    ids: Tensor | None,
+    step: Tensor,
+    stream: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """z(seed, stream, ids[i], step, element), shape (B, ...); element j takes output j % 4 of block j // 4."""
+    n = math.prod(shape[1:])
+    bits = uniform_bits(shape[0], n, seed, ids, step, stream)
+    return box_muller(bits, dtype).flatten(1)[:, :n].reshape(shape)
+
+
+def noising(
+    x0: Tensor, t: Tensor, table: Tensor, seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int
+) -> Tensor:
+    """x_t = alpha_t x_0 + sigma_t z (Ho et al. 2020, eq. 4); table (levels, 2) holds (alpha, sigma)."""
+    alpha, sigma = rows_of(table, t, x0)
+    if noise is None:
+        if seed is None:
+            raise ValueError("seed: expected a tensor where no noise is given, got None")
+        noise = normal(x0.shape, seed, ids, t, stream, work_dtype(x0))
+    return (alpha * x0 + sigma * noise).to(x0.dtype)
+
+
+def loss(
+    pred: Tensor,
+    x0: Tensor | None,
+    t: Tensor,
+    table: Tensor,
+    seed: Tensor | None,
+    ids: Tensor | None,
+    noise: Tensor | None,
+    stream: int,
+    rho: str,
+    delta: float,
+) -> tuple[Tensor, Tensor]:
+    """(w_t rho(pred - y), its derivative by pred) per element, y = p_t x_0 + q_t z; table (levels, 3) holds (p, q, w).
+
+    rho: "mse" r^2 (Ho et al. 2020, eq. 14); "l1" |r|; "huber" r^2 / 2 up to |r| = delta, then delta (|r| - delta / 2).
+    x0 None stands for p = 0, and neither seed nor noise for q = 0.
+    """
+    p, q, w = rows_of(table, t, pred)
+    r = pred.to(work_dtype(pred))
+    if x0 is not None:
+        r = r - p * x0
+    if noise is None and seed is not None:
+        noise = normal(pred.shape, seed, ids, t, stream, work_dtype(pred))
+    if noise is not None:
+        r = r - q * noise
+    if rho == "mse":
+        return w * r * r, w * 2 * r
+    if rho == "l1":
+        return w * r.abs(), w * r.sign()
+    near = r.abs() <= delta
+    return (
+        w * torch.where(near, 0.5 * r * r, delta * (r.abs() - 0.5 * delta)),
+        w * torch.where(near, r, delta * r.sign()),
+    )
+
+
+def update(
+    x: Tensor,
+    pred: Tensor,
+    rows: Tensor,
+    step: Tensor,
+    seed: Tensor | None,
+    ids: Tensor | None,
+    uncond: Tensor | None,
+    raw: Tensor | None,
+    noise: Tensor | None,
+    hist: Tensor | None,
+    clip: float | None,
+    keep: str,
+    stream: int,
+) -> tuple[Tensor, Tensor | None]:
+    """(x', what to keep): x' = c x0hat + d x + e pred + f z + g hist with x0hat = clip(a x + b pred).
+
+    rows (steps, 9) holds (a, b, c, d, e, f, g, h, w). Guidance (Ho & Salimans 2022, arXiv:2207.12598, eq. 6 with
+    w = 1 + their weight): pred = uncond + w (pred - uncond). Learned variance (Nichol & Dhariwal 2021, eq. 15):
+    exp(f + r (h - f)) for f, with r = (raw + 1) / 2, f = log(beta~) / 2 and h = log(beta) / 2.
+    """
+    a, b, c, d, e, f, g, h, w = rows_of(rows, step, x)
+    work = work_dtype(x)
+    state = x.to(work)
+    pred = pred.to(work)
+    if uncond is not None:
+        pred = uncond + w * (pred - uncond)
+    x0 = a * state + b * pred
+    if clip is not None:
+        x0 = x0.clamp(-clip, clip)
+    out = c * x0 + d * state + e * pred
+    if noise is None and seed is not None:
+        noise = normal(x.shape, seed, ids, step, stream, work)
+    if noise is not None:
+        out = out + (f if raw is None else torch.exp(f + (raw.to(work) + 1) / 2 * (h - f))) * noise
+    if hist is not None:
+        out = out + g * hist
+    kept = {"none": None, "x0hat": x0, "x": state}[keep]
+    return out.to(x.dtype), None if kept is None else kept.to(x.dtype)
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def rows_of(table: Tensor, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """The columns of table[index], each shaped (1 or B, 1, ...) to multiply `like`; NaN where the index is outside."""
+    known = (index >= 0) & (index < len(table))
+    rows = table[torch.where(known, index, 0)].to(work_dtype(like))
+    rows = torch.where(known[:, None], rows, math.nan)
+    return tuple(column.reshape(-1, *[1] * (like.ndim - 1)) for column in rows.unbind(1))

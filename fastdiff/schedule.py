@@ -1,0 +1,212 @@
+"""Noise schedules: x_t = alpha_t x_0 + sigma_t eps at the levels t = 0 (data) to T.
+
+Everything is built from the logarithm of alpha in float64. A chain that keeps its variance (VP) is given by
+L_t = log alpha_bar_t: alpha = exp(L / 2), sigma^2 = -expm1(L), alpha_t / alpha_s = exp((L_t - L_s) / 2). So nothing is
+lost where alpha_bar is 1 - 1e-10 or 1e-600, and alpha_bar_T = 0 is an ordinary value.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """Levels 0..T of a forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I); level 0 is data.
+
+    log_alpha: (T + 1,) float64, log_alpha[0] = 0, never increasing; -inf where the signal is gone.
+    sigma: (T + 1,) float64, >= 0.
+    vp: whether alpha^2 + sigma^2 = 1 throughout, so that small differences follow from log_alpha exactly.
+    """
+
+    log_alpha: Tensor
+    sigma: Tensor
+    vp: bool
+
+    @classmethod
+    def from_log_alpha_bar(cls, log_alpha_bar: Tensor) -> "NoiseSchedule":
+        """The variance-preserving chain with the given log alpha_bar_t, (T + 1,), from 0 downwards."""
+        log_alpha_bar = log_alpha_bar.double()
+        return cls(log_alpha_bar / 2, (-torch.expm1(log_alpha_bar)).sqrt(), vp=True)
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> "NoiseSchedule":
+        """The DDPM chain with q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (Ho et al. 2020, eq. 2).
+
+        betas: (T,) for t = 1..T, each in (0, 1]; 1 only at the end. ValueError otherwise.
+        """
+        betas = torch.as_tensor(betas).double().cpu()
+        if betas.ndim != 1 or len(betas) == 0:
+            raise ValueError(f"betas: expected a non-empty 1-D sequence, got shape {tuple(betas.shape)}")
+        if not bool(((betas > 0) & (betas <= 1)).all()):
+            wrong = betas[~((betas > 0) & (betas <= 1))][0].item()
+            raise ValueError(f"betas: expected values in (0, 1], got {wrong}")
+        if bool((betas[:-1] == 1).any()):
+            raise ValueError("betas: 1 removes all signal and may stand only at the last timestep")
+        return cls.from_log_alpha_bar(_from_zero(torch.log1p(-betas)))
+
+    @classmethod
+    def from_alpha_sigma(cls, alpha: Tensor, sigma: Tensor) -> "NoiseSchedule":
+        """Any process with x_t = alpha_t x_0 + sigma_t eps at t = 1..T; level 0 (alpha 1, sigma 0) is added.
+
+        alpha, sigma: (T,); alpha in [0, 1], never increasing; sigma > 0; sigma / alpha increasing; else ValueError.
+        """
+        alpha = torch.as_tensor(alpha).double().cpu()
+        sigma = torch.as_tensor(sigma).double().cpu()
+        if alpha.ndim != 1 or len(alpha) == 0 or alpha.shape != sigma.shape:
+            raise ValueError(
+                "alpha, sigma: expected two equal non-empty 1-D shapes, "
+                f"got {tuple(alpha.shape)} and {tuple(sigma.shape)}"
+            )
+        if not bool(((alpha >= 0) & (alpha <= 1)).all()) or bool((alpha.diff() > 0).any()):
+            raise ValueError("alpha: expected values in [0, 1] that never increase")
+        if not bool((torch.isfinite(sigma) & (sigma > 0)).all()):
+            raise ValueError("sigma: expected finite values above 0")
+        # In this form 0 is an ordinary alpha: log(alpha / sigma) = -inf.
+        if not bool(((alpha / sigma).diff() < 0).all()):
+            raise ValueError("sigma / alpha: expected strictly increasing noise")
+        one = torch.ones(1, dtype=torch.float64)
+        log_alpha = torch.cat((0 * one, alpha.log()))
+        return cls(log_alpha, torch.cat((0 * one, sigma)), vp=False)
+
+    @property
+    def timesteps(self) -> int:
+        """T, the number of noise levels above the data."""
+        return len(self.sigma) - 1
+
+    @property
+    def alpha(self) -> Tensor:
+        """alpha_t, (T + 1,); sqrt(alpha_bar_t) of Ho et al."""
+        return self.log_alpha.exp()
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        """alpha_t^2, (T + 1,)."""
+        return (2 * self.log_alpha).exp()
+
+    @property
+    def betas(self) -> Tensor:
+        """beta_t of q(x_t | x_{t-1}), (T,) for t = 1..T."""
+        t = torch.arange(1, self.timesteps + 1)
+        return self.transition(t, t - 1)[1]
+
+    @property
+    def snr(self) -> Tensor:
+        """alpha_t^2 / sigma_t^2, (T + 1,); inf at level 0."""
+        return self.log_snr.exp()
+
+    @property
+    def log_snr(self) -> Tensor:
+        """log(alpha_t^2 / sigma_t^2), (T + 1,); inf at level 0, -inf where alpha = 0."""
+        return 2 * (self.log_alpha - self.sigma.log())
+
+    def transition(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha_ts, beta_ts) of q(x_t | x_s) = N(alpha_ts x_s, beta_ts I) for levels s < t.
+
+        alpha_ts = alpha_t / alpha_s; beta_ts = sigma_t^2 - alpha_ts^2 sigma_s^2, which is 1 - alpha_ts^2 for VP.
+        """
+        log_alpha_ts = self.log_alpha[t] - self.log_alpha[s]
+        alpha_ts = log_alpha_ts.exp()
+        if self.vp:
+            return alpha_ts, -torch.expm1(2 * log_alpha_ts)
+        part = alpha_ts * self.sigma[s]
+        return alpha_ts, (self.sigma[t] - part) * (self.sigma[t] + part)
+
+    def posterior(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(c, d, beta~) of q(x_s | x_t, x_0) = N(c x_0 + d x_t, beta~ I) for levels s < t (Ho et al. 2020, eq. 6, 7).
+
+        c = alpha_s beta_ts / sigma_t^2, d = alpha_ts sigma_s^2 / sigma_t^2, beta~ = beta_ts sigma_s^2 / sigma_t^2.
+        """
+        alpha_ts, beta_ts = self.transition(t, s)
+        var_s, var_t = self.sigma[s] ** 2, self.sigma[t] ** 2
+        return self.alpha[s] * beta_ts / var_t, alpha_ts * var_s / var_t, beta_ts * var_s / var_t
+
+    def prior_kl(self, second_moment: float = 1.0) -> float:
+        """KL(q(x_T | x_0) || N(0, 1)) in nats per dimension at E[x_0^2] = second_moment: what sampling from the prior
+        leaves out (Ho et al. 2020, L_T of eq. 5). Near 0 for a chain that ends in noise."""
+        var = self.sigma[-1].item() ** 2
+        # log sigma_T^2 through log1p where sigma_T^2 = 1 - alpha_bar_T
+        signal = self.alpha_bar[-1].item()
+        log_var = math.log1p(-signal) if self.vp else math.log(var)
+        spread = -signal if self.vp else var - 1
+        return 0.5 * (spread + signal * second_moment - log_var)
+
+
+def linear(timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+    """beta_t evenly spaced from beta_start to beta_end (Ho et al. 2020, section 4)."""
+    return NoiseSchedule.from_betas(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
+
+
+def scaled_linear(timesteps: int, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
+    """sqrt(beta_t) evenly spaced (Rombach et al. 2022, latent diffusion, arXiv:2112.10752)."""
+    root = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64)
+    return NoiseSchedule.from_betas(root**2)
+
+
+def proportional(timesteps: int, max_beta: float = 0.02) -> NoiseSchedule:
+    """beta_t = max_beta t / T."""
+    return NoiseSchedule.from_betas(max_beta * torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps)
+
+
+def raised_cosine(timesteps: int) -> NoiseSchedule:
+    """beta_t = (1 - cos(pi t / T)) / 2 = sin^2(pi t / 2T).
+
+    It ends in pure noise: beta_T = 1 and alpha_bar_T = 0, so the last step determines nothing of x_0 from eps; use
+    objective "x0" or "v".
+    """
+    t = torch.arange(1, timesteps + 1, dtype=torch.float64)
+    early = torch.log1p(-torch.sin(math.pi * t / (2 * timesteps)) ** 2)
+    late = 2 * torch.sin(math.pi * (timesteps - t) / (2 * timesteps)).log()
+    return NoiseSchedule.from_log_alpha_bar(_from_zero(torch.where(2 * t < timesteps, early, late)))
+
+
+def cosine(timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), beta_t <= max_beta (Nichol & Dhariwal 2021,
+    eq. 17)."""
+    u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    log_f = 2 * torch.cos((u + s) / (1 + s) * math.pi / 2).clamp(min=0).log()
+    return _with_max_beta(log_f, max_beta)
+
+
+def sigmoid(timesteps: int, start: float = -3.0, end: float = 3.0, max_beta: float = 0.999) -> NoiseSchedule:
+    """alpha_bar_t = (S(end) - S(v_t)) / (S(end) - S(start)), v_t from start to end, S the logistic function, beta_t <=
+    max_beta (Jabri et al. 2022, arXiv:2212.11972, with tau = 1)."""
+    v = torch.linspace(start, end, timesteps + 1, dtype=torch.float64)
+    # S(e) - S(v) = S(e) S(-v) (1 - exp(v - e)): no two near numbers are subtracted.
+    log_f = torch.nn.functional.logsigmoid(-v) + torch.log(-torch.expm1(v - end))
+    return _with_max_beta(log_f, max_beta)
+
+
+SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
+    "linear": linear,
+    "scaled_linear": scaled_linear,
+    "proportional": proportional,
+    "raised_cosine": raised_cosine,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+}
+
+
+def make_schedule(schedule: "str | NoiseSchedule | Tensor", timesteps: int) -> NoiseSchedule:
+    """A NoiseSchedule from a name of SCHEDULES and T, from betas (T,), or as it is. ValueError where it cannot be."""
+    if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
+        raise ValueError(f"timesteps: expected an integer of at least 1, got {timesteps!r}")
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        return SCHEDULES[schedule](timesteps)
+    made = schedule if isinstance(schedule, NoiseSchedule) else NoiseSchedule.from_betas(schedule)
+    if made.timesteps != timesteps:
+        raise ValueError(f"timesteps: expected {made.timesteps}, the length of the given schedule, got {timesteps}")
+    return made
+
+
+def _from_zero(log_terms: Tensor) -> Tensor:
+    return torch.cat((torch.zeros(1, dtype=torch.float64), log_terms.cumsum(0)))
+
+
+def _with_max_beta(log_f: Tensor, max_beta: float) -> NoiseSchedule:
+    return NoiseSchedule.from_log_alpha_bar(_from_zero(log_f.diff().clamp(min=math.log1p(-max_beta))))
