@@ -1,0 +1,39 @@
+# Everything runs in .venv. Without CUDA a CPU build of torch is pinned (a bare `torch` brings gigabytes of CUDA);
+# with CUDA the newest torch is taken, which brings its own triton.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
+DEMO := runs/demo
+
+.PHONY: demo test test-deep lint bench clean
+
+$(BIN)/.installed: setup.py pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[train,dev]'
+	touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/fastdiff train --data digits --out $(DEMO)
+	$(BIN)/fastdiff sample $(DEMO)/model.safetensors --out $(DEMO)/samples
+	$(BIN)/fastdiff eval $(DEMO)/model.safetensors --json $(DEMO)/eval.json
+	$(BIN)/fastdiff bench
+	@echo "samples: $(DEMO)/samples.png"
+	@echo "figures: $(DEMO)/eval.json"
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest
+
+test-deep: $(BIN)/.installed
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(BIN)/.installed
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
