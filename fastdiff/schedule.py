@@ -8,6 +8,7 @@ lost where alpha_bar is 1 - 1e-10 or 1e-600, and alpha_bar_T = 0 is an ordinary 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,16 @@ class NoiseSchedule:
 
     @classmethod
     def from_log_alpha_bar(cls, log_alpha_bar: Tensor) -> "NoiseSchedule":
-        """The variance-preserving chain with the given log alpha_bar_t, (T + 1,), from 0 downwards."""
-        log_alpha_bar = log_alpha_bar.double()
-        return cls(log_alpha_bar / 2, (-torch.expm1(log_alpha_bar)).sqrt(), vp=True)
+        """The variance-preserving chain with the given log alpha_bar_t, (T + 1,): 0 at level 0, never increasing, -inf
+        only at the end; ValueError otherwise."""
+        log_alpha_bar = _float64("log_alpha_bar", log_alpha_bar)
+        if log_alpha_bar.ndim != 1 or len(log_alpha_bar) < 2:
+            raise ValueError(f"log_alpha_bar: expected shape (T + 1,), got {tuple(log_alpha_bar.shape)}")
+        falls = log_alpha_bar[0] == 0 and (log_alpha_bar.diff() <= 0).all()
+        if not (bool(falls) and bool(log_alpha_bar[:-1].isfinite().all())):
+            raise ValueError("log_alpha_bar: expected 0, then values that never increase, -inf only at the end")
+        # abs: -expm1(0) would be -0
+        return cls(log_alpha_bar / 2, torch.expm1(log_alpha_bar).abs().sqrt(), vp=True)
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "NoiseSchedule":
@@ -38,7 +46,7 @@ class NoiseSchedule:
 
         betas: (T,) for t = 1..T, each in (0, 1]; 1 only at the end. ValueError otherwise.
         """
-        betas = torch.as_tensor(betas).double().cpu()
+        betas = _float64("betas", betas)
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas: expected a non-empty 1-D sequence, got shape {tuple(betas.shape)}")
         if not bool(((betas > 0) & (betas <= 1)).all()):
@@ -54,8 +62,7 @@ class NoiseSchedule:
 
         alpha, sigma: (T,); alpha in [0, 1], never increasing; sigma > 0; sigma / alpha increasing; else ValueError.
         """
-        alpha = torch.as_tensor(alpha).double().cpu()
-        sigma = torch.as_tensor(sigma).double().cpu()
+        alpha, sigma = _float64("alpha", alpha), _float64("sigma", sigma)
         if alpha.ndim != 1 or len(alpha) == 0 or alpha.shape != sigma.shape:
             raise ValueError(
                 "alpha, sigma: expected two equal non-empty 1-D shapes, "
@@ -204,9 +211,19 @@ def make_schedule(schedule: "str | NoiseSchedule | Tensor", timesteps: int) -> N
     return made
 
 
+def _float64(name: str, values: Any) -> Tensor:
+    # dtype in the call: a list of Python floats would become float32 first
+    try:
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected numbers, got {type(values).__name__}") from error
+
+
 def _from_zero(log_terms: Tensor) -> Tensor:
     return torch.cat((torch.zeros(1, dtype=torch.float64), log_terms.cumsum(0)))
 
 
 def _with_max_beta(log_f: Tensor, max_beta: float) -> NoiseSchedule:
+    if not 0 < max_beta < 1:
+        raise ValueError(f"max_beta: expected a number between 0 and 1, got {max_beta}")
     return NoiseSchedule.from_log_alpha_bar(_from_zero(log_f.diff().clamp(min=math.log1p(-max_beta))))
