@@ -109,12 +109,13 @@ def loss(
         r = r - q * noise
     if rho == "mse":
         return w * r * r, w * 2 * r
+    sign = torch.where(r.isnan(), r, r.sign())  # torch.sign(NaN) is 0, and a NaN must not look converged
     if rho == "l1":
-        return w * r.abs(), w * r.sign()
+        return w * r.abs(), w * sign
     near = r.abs() <= delta
     return (
         w * torch.where(near, 0.5 * r * r, delta * (r.abs() - 0.5 * delta)),
-        w * torch.where(near, r, delta * r.sign()),
+        w * torch.where(near, r, delta * sign),
     )
 
 
