@@ -32,6 +32,8 @@ def as_index(name: str, index: int | Tensor, x: Tensor) -> Tensor:
     if not isinstance(index, Tensor):
         if isinstance(index, bool) or not isinstance(index, int):
             raise TypeError(f"{name}: expected an int or an int64 tensor, got {type(index).__name__}")
+        if not -(2**63) <= index < 2**63:
+            raise ValueError(f"{name}: expected 64 bits, got {index}")
         return torch.full((1,), index, dtype=torch.int64, device=x.device)
     if index.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {index.dtype}")
@@ -46,6 +48,8 @@ def as_index(name: str, index: int | Tensor, x: Tensor) -> Tensor:
 
 def check_table(name: str, table: Tensor, columns: int, x: Tensor) -> None:
     expected = (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
+    if not isinstance(table, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(table).__name__}")
     if table.dtype not in expected:
         raise TypeError(f"{name}: expected {names(expected)}, got {table.dtype}")
     if table.ndim != 2 or table.shape[1] != columns or table.shape[0] == 0 or not table.is_contiguous():
@@ -57,6 +61,8 @@ def check_table(name: str, table: Tensor, columns: int, x: Tensor) -> None:
 def as_ids(sample_ids: Tensor | None, x: Tensor) -> Tensor | None:
     if sample_ids is None:
         return None
+    if not isinstance(sample_ids, Tensor):
+        raise TypeError(f"sample_ids: expected an int64 tensor, got {type(sample_ids).__name__}")
     if sample_ids.dtype != torch.int64:
         raise TypeError(f"sample_ids: expected int64, got {sample_ids.dtype}")
     if sample_ids.shape != x.shape[:1]:
