@@ -53,6 +53,8 @@ def normal(
         raise TypeError(f"dtype: expected one of {names(FLOATING)}, got {dtype}")
     if len(shape) < 1:
         raise ValueError("shape: expected a batch dimension, got ()")
+    if not 0 <= stream < 2**32:
+        raise ValueError(f"stream: expected a number in [0, 2^32), got {stream}")
     out = torch.empty(shape, dtype=dtype, device=device)
     step = as_index("step", step, out)
     torch.ops.fastdiff.normal_(out, as_seed(seed, out.device), as_ids(sample_ids, out), step, stream)
@@ -176,6 +178,9 @@ def update(
     if torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs):
         if inplace or hist is not None:
             raise ValueError("inplace, hist: a tensor would be overwritten that the gradient needs")
+        if type(step) is Tensor and not torch.compiler.is_compiling():
+            _in_range("step", step, len(rows))
+            _ids_in_range(ids)
         return reference.update(x, *args)[0]
     if inplace:
         torch.ops.fastdiff.update_(x, *args)
@@ -268,7 +273,8 @@ def _loss(
     grad = torch.empty_like(pred) if with_grad else pred.new_empty(0)
     count = n if per_sample else batch * n
     if pred.numel() == 0:
-        return (out if per_sample else out.fill_(torch.nan).reshape(())), grad
+        out.fill_(torch.nan)
+        return (out if per_sample else out.reshape(())), grad
     _in_range("t", t, len(table))
     _ids_in_range(ids)
     scale, grad_scale = 1.0 / count, _stored_scale(pred, count) / count
