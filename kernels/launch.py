@@ -4,6 +4,8 @@ All tensors of one call have the shape (B, ...). A program owns BLOCK elements o
 `owner(batch)`. Kernels address by (sample stride, offset within the sample), so batch-strided views need no copy.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,18 +19,17 @@ FUSED = {"enable_fp_fusion": True}
 
 @triton.jit
 def owner():
-    """(int64 sample, int64 block) of this program; the sample can lie beyond the batch in the last row of the grid."""
-    sample = tl.program_id(2).to(tl.int64) * 32768 + tl.program_id(1)
-    return sample, tl.program_id(0).to(tl.int64)
+    """(sample, int64 block) of this program; the sample can lie beyond the batch in the last row of the grid."""
+    return tl.program_id(2) * 32768 + tl.program_id(1), tl.program_id(0).to(tl.int64)
 
 
 @triton.jit
 def row_of(index_ptr, index_stride, sample, rows):
     """(index, its row, 0 or NaN): an index outside the table cannot be refused without a host sync, so it reads row 0
     and whatever is computed with it gets the NaN added."""
-    index = tl.load(index_ptr + sample * index_stride)
-    known = (index >= 0) & (index < rows)
-    return index, tl.where(known, index, 0), tl.where(known, 0.0, float("nan"))
+    index = tl.load(index_ptr + sample.to(tl.int64) * index_stride)
+    known = index.to(tl.uint64, bitcast=True) < rows  # a negative index is a huge one
+    return index, tl.where(known, index.to(tl.int32), 0), tl.where(known, 0.0, float("nan"))
 
 
 def channels_of(x: Tensor) -> int:
@@ -89,12 +90,15 @@ def sliced_like(x: Tensor, t: Tensor, stride: int) -> bool:
     )
 
 
-def block_of(n: int, channels: int, *tensors: Tensor | None) -> dict[str, int]:
-    """BLOCK, VEC and num_warps: 16 elements a thread, one 16-byte access of the narrowest type at a time."""
+def block_of(n: int, channels: int, generated: bool, *tensors: Tensor | None) -> dict[str, Any]:
+    """CHANNELS, BLOCK, VEC and num_warps for samples of n elements: one 16-byte access of the narrowest type at a time;
+    16 elements a thread, or 32 where no noise is drawn and the work before the first element weighs more."""
     narrow = min(t.element_size() for t in tensors if t is not None)
-    block = min(2048, max(256, triton.next_power_of_2(n)))
+    per_thread = 16 if generated else 32
+    block = min(128 * per_thread, max(256, triton.next_power_of_2(n)))
     vec = 8 if narrow == 2 and channels == 1 else 4
-    return {"CHANNELS": channels, "BLOCK": block, "VEC": vec, "num_warps": max(1, block // 512)} | FUSED
+    warps = max(1, block // (32 * per_thread))
+    return {"CHANNELS": channels, "BLOCK": block, "VEC": vec, "num_warps": warps} | FUSED
 
 
 def grid_of(batch: int, n: int, block: int) -> tuple[int, int, int]:

@@ -37,7 +37,7 @@ def loss_kernel(
     w = tl.load(table_ptr + row * 3 + 2) + poison
 
     start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
-    start += sample * n
+    start += sample.to(tl.int64) * n
     residual = tl.load(pred_ptr + start + offsets, mask=mask).to(tl.float32)
     if x0_ptr is not None:
         p = tl.load(table_ptr + row * 3)
@@ -64,7 +64,7 @@ def loss_kernel(
             value = tl.where(near, 0.5 * residual * residual, delta * (size - 0.5 * delta))
             slope = tl.where(near, residual, delta * sign)
     total = tl.sum(tl.where(mask, value, 0.0))
-    tl.store(partial_ptr + sample * tl.num_programs(0) + block, total * (w * scale))
+    tl.store(partial_ptr + sample.to(tl.int64) * tl.num_programs(0) + block, total * (w * scale))
     if grad_ptr is not None:
         tl.store(grad_ptr + start + offsets, slope * (w * grad_scale), mask=mask)
 
@@ -89,12 +89,12 @@ def scale_kernel(
     sample, block = owner()
     if sample >= batch:
         return
-    by = tl.load(incoming_ptr + sample * incoming_stride) * factor
+    by = tl.load(incoming_ptr + sample.to(tl.int64) * incoming_stride) * factor
     if by != 1.0:
         start = block * BLOCK
         offsets = tl.arange(0, BLOCK)
         mask = start + offsets < n
-        pointers = grad_ptr + sample * n + start + offsets
+        pointers = grad_ptr + sample.to(tl.int64) * n + start + offsets
         tl.store(pointers, tl.load(pointers, mask=mask).to(tl.float32) * by, mask=mask)
 
 
@@ -109,7 +109,7 @@ def loss(
     lead = pred if grad is None else grad
     channels, (laid, pred, x0, noise) = lay_out(lead, pred, x0, noise, generated=generated)
     batch, n = len(laid), laid[0].numel()
-    meta = block_of(n, channels, laid, pred, x0, noise)
+    meta = block_of(n, channels, generated, laid, pred, x0, noise)
     grid = grid_of(batch, n, meta["BLOCK"])
     partial = torch.empty(batch, grid[0], dtype=torch.float32, device=pred.device)
     loss_kernel[grid](
@@ -125,7 +125,7 @@ def loss(
 def scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
     """Gapless grad *= incoming * factor in place, incoming (1,) or (B,) float32; returns at once where that is 1."""
     n = grad[0].numel()
-    meta = block_of(n, 1, grad)
+    meta = block_of(n, 1, False, grad)
     scale_kernel[grid_of(len(grad), n, meta["BLOCK"])](
         grad, incoming, len(grad), n, stride_of(incoming), factor,
         BLOCK=meta["BLOCK"], num_warps=meta["num_warps"], **FUSED,

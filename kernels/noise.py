@@ -95,7 +95,7 @@ def tile(block, n, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     if CHANNELS == 1:
         start = block * BLOCK
         offsets = tl.arange(0, BLOCK)
-        return start, offsets, start + offsets < n
+        return start, offsets, offsets < tl.minimum(n - start, BLOCK).to(tl.int32)
     group = (block * (BLOCK // 4)).to(tl.int32) + tl.arange(0, BLOCK // 4)
     first = (group // CHANNELS) * (4 * CHANNELS) + group % CHANNELS
     offsets = tl.reshape(first[:, None] + CHANNELS * tl.arange(0, 4)[None, :], [BLOCK])
@@ -142,17 +142,17 @@ def normal_kernel(
     if sample >= batch:
         return
     number = sample if ids_ptr is None else tl.load(ids_ptr + sample)
-    step = tl.load(step_ptr + sample * step_stride)
+    step = tl.load(step_ptr + sample.to(tl.int64) * step_stride)
     start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
     z = tile_normals(seed_ptr, number, step, block, n, STREAM, CHANNELS, BLOCK, VEC, FAST)
-    tl.store(out_ptr + sample * n + start + offsets, z, mask=mask)
+    tl.store(out_ptr + sample.to(tl.int64) * n + start + offsets, z, mask=mask)
 
 
 def normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream: int) -> None:
     """Fill out (B, ...) with z(seed, stream, ids[i], step, element)."""
     channels, (laid,) = lay_out(out, generated=True)
     n = laid[0].numel()
-    meta = block_of(n, channels, laid)
+    meta = block_of(n, channels, True, laid)
     normal_kernel[grid_of(len(laid), n, meta["BLOCK"])](
         laid, seed, ids, step, len(laid), n, stride_of(step), STREAM=stream, FAST=is_fast(laid), **meta
     )

@@ -28,7 +28,7 @@ def noising_kernel(
     sigma = tl.load(table_ptr + row * 2 + 1)
 
     start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
-    start += sample * n
+    start += sample.to(tl.int64) * n
     x0 = tl.load(x0_ptr + start + offsets, mask=mask).to(tl.float32)
     if noise_ptr is None:
         number = sample if ids_ptr is None else tl.load(ids_ptr + sample)
@@ -43,9 +43,10 @@ def noising(
     seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
 ) -> None:  # fmt: skip
     """Write x_t into out (B, ...), shaped like x0."""
-    channels, (laid, x0, noise) = lay_out(out, x0, noise, generated=noise is None)
+    generated = noise is None
+    channels, (laid, x0, noise) = lay_out(out, x0, noise, generated=generated)
     n = laid[0].numel()
-    meta = block_of(n, channels, laid, x0, noise)
+    meta = block_of(n, channels, generated, laid, x0, noise)
     noising_kernel[grid_of(len(laid), n, meta["BLOCK"])](
         x0, noise, laid, t, table, seed, ids, len(laid), n, len(table), stride_of(t),
         STREAM=stream, FAST=is_fast(laid), **meta,

@@ -37,8 +37,8 @@ def update_kernel(
     a, b, c, d, e = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3) + poison, tl.load(row + 4)
 
     start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
-    at = sample * pred_stride + start
-    start += sample * n
+    at = sample.to(tl.int64) * pred_stride + start
+    start += sample.to(tl.int64) * n
     x = tl.load(x_ptr + start + offsets, mask=mask).to(tl.float32)
     pred = tl.load(pred_ptr + at + offsets, mask=mask).to(tl.float32)
     if uncond_ptr is not None:
@@ -84,7 +84,7 @@ def update(
     if any(t is not None and not sliced_like(laid, t, pred.stride(0)) for t in slices):
         slices = [None if t is None else laid_like(laid, t) for t in slices]
     batch, n = len(laid), laid[0].numel()
-    meta = block_of(n, channels, laid, pred, noise)
+    meta = block_of(n, channels, generated, laid, pred, noise)
     update_kernel[grid_of(batch, n, meta["BLOCK"])](
         x, *slices, noise, past, laid, rows, step, seed, ids,
         batch, n, len(rows), slices[0].stride(0), stride_of(step), 0.0 if clip is None else clip,
