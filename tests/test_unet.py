@@ -138,6 +138,77 @@ def test_config_round_trip():
     assert net.sample_shape == again.sample_shape == (3, 8, 12)
 
 
+def fill_with_cosines(net: UNet) -> None:
+    for j, (key, v) in enumerate(sorted(net.state_dict().items())):
+        w = torch.cos(j + 1.7 * torch.arange(v.numel(), dtype=torch.float64)).reshape(v.shape)
+        if key.endswith("weight") and v.dim() == 1:
+            v.copy_(1 + 0.3 * w)
+        else:
+            v.copy_(w / (v[0].numel() ** 0.5 if v.dim() > 1 else 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {
+                "norm_eps": 0.01,
+                "mid_block_scale_factor": 2.0,
+                "freq_shift": 1,
+                "downsample_padding": 0,
+                "num_class_embeds": 3,
+            },
+            [-0.1597957, 0.4671030, 0.2662450, -0.3936128, 0.2668238],
+        ),
+        (
+            {
+                **RESNET,
+                "norm_eps": 0.01,
+                "resnet_time_scale_shift": "scale_shift",
+                "attention_head_dim": 4,
+                "flip_sin_to_cos": False,
+            },
+            [-0.0526512, 0.5280492, 0.0386136, 0.1944519, 0.1204854],
+        ),
+        (
+            {
+                "time_embedding_type": "fourier",
+                "attn_norm_num_groups": 2,
+                "layers_per_block": 2,
+                "center_input_sample": True,
+            },
+            [-0.0403436, 0.4467312, 0.0045540, 0.0006435, 0.0247170],
+        ),
+    ],
+    ids=["classes", "resnet", "fourier"],
+)
+def test_outputs_of_diffusers(changes, expected):
+    # expected: UNet2DModel of diffusers 0.42.1 in float64 with the same weights and input
+    net = small(**changes).double()
+    fill_with_cosines(net)
+    x = torch.cos(0.37 * torch.arange(2 * 3 * 8 * 8, dtype=torch.float64)).reshape(2, 3, 8, 8)
+    labels = torch.tensor([0, 2]) if "num_class_embeds" in changes else None
+    y = net(x, torch.tensor([3, 40]), labels)
+    got = torch.stack((y[0, 0, 0, 0], y[0, 2, 3, 4], y[1, 1, 7, 2], y[1, 2, 5, 7], y.square().mean()))
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-5)
+
+
+def test_gradient_against_finite_differences():
+    net, x = small().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    params = list(net.parameters())
+    step = [torch.randn_like(p) * 1e-5 for p in params]
+
+    def loss(sign: int) -> torch.Tensor:
+        with torch.no_grad():
+            for p, d in zip(params, step, strict=True):
+                p.add_(d, alpha=sign)
+        return net(x, torch.tensor([3, 700])).square().sum()
+
+    grads = torch.autograd.grad(loss(0), params)
+    slope = sum((g * d).sum() for g, d in zip(grads, step, strict=True))
+    torch.testing.assert_close((loss(1) - loss(-2)) / 2, slope, rtol=1e-5, atol=0)
+
+
 def test_sample_shape():
     assert small(in_channels=1).sample_shape == (1, 8, 8)
     assert small(sample_size=None).sample_shape is None
@@ -305,7 +376,7 @@ def test_channels_last(changes):
 @pytest.mark.parametrize("kind", ["positional", "fourier"])
 def test_half_precision_keeps_its_type(kind):
     net = small(time_embedding_type=kind)
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 30])
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 30.0])
     expected = net(x, t) if kind == "positional" else None
     out = net.bfloat16()(x.bfloat16(), t)
     assert out.dtype == torch.bfloat16
