@@ -282,7 +282,7 @@ class DDPM(nn.Module):
         path = torch.empty(n + 1, *x.shape, dtype=x.dtype, device=device) if return_trajectory else None
         if path is not None:
             path[0] = x
-        was_training = self.training
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             with torch.inference_mode():
@@ -301,7 +301,8 @@ class DDPM(nn.Module):
                     if callback is not None:
                         callback(k, int(table.levels[k + 1]), x)
         finally:
-            self.train(was_training)
+            for module in training:
+                module.training = True
         return x if path is None else path
 
     def _step(
