@@ -25,8 +25,8 @@ MEAN, STD = (0.3, -0.5, 0.0, 0.2), (0.5, 0.1, 1.0, 0.02)
 
 
 class Exact(nn.Module):
-    """The best prediction for data N(MEAN, STD^2), h + k x_t: with r = (x_t - alpha MEAN) / (alpha^2 STD^2 + sigma^2) it
-    is E[x_0 | x_t] = MEAN + alpha STD^2 r, E[eps | x_t] = sigma r, and v = alpha E[eps | x_t] - sigma E[x_0 | x_t]."""
+    """The best prediction for data N(MEAN, STD^2), h + k x_t: with r = (x_t - alpha MEAN) / (alpha^2 STD^2 + sigma^2),
+    E[x_0 | x_t] = MEAN + alpha STD^2 r, E[eps | x_t] = sigma r and v = alpha E[eps | x_t] - sigma E[x_0 | x_t]."""
 
     def __init__(self, made: NoiseSchedule, objective: str, dtype: torch.dtype):
         super().__init__()
