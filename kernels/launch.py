@@ -1,7 +1,6 @@
-"""How every kernel of this package is laid over its tensors: memory layout, grid, block size.
+"""How every Triton kernel is laid over its tensors: grid, block size, table rows.
 
-All tensors of one call have the shape (B, ...). A program owns BLOCK elements of one sample; its sample and block are
-`owner(batch)`. Kernels address by (sample stride, offset within the sample), so batch-strided views need no copy.
+A program owns BLOCK elements of one sample, those that `owner` names.
 """
 
 from typing import Any
@@ -30,64 +29,6 @@ def row_of(index_ptr, index_stride, sample, rows):
     index = tl.load(index_ptr + sample.to(tl.int64) * index_stride)
     known = index.to(tl.uint64, bitcast=True) < rows  # a negative index is a huge one
     return index, tl.where(known, index.to(tl.int32), 0), tl.where(known, 0.0, float("nan"))
-
-
-def channels_of(x: Tensor) -> int:
-    """1 where every sample of x is contiguous, C where it is channels last, 0 for any other layout.
-
-    Says nothing of the stride between samples.
-    """
-    if x.is_contiguous():
-        return 1
-    shape, stride = x.shape[1:], x.stride()[1:]
-    dims = list(range(len(shape)))
-    for order, channels in ((dims, 1), ([*dims[1:], *dims[:1]], shape[0] if dims else 1)):
-        expected = 1
-        for i in reversed(order):
-            if shape[i] > 1 and stride[i] != expected:
-                break
-            expected *= shape[i]
-        else:
-            return channels
-    return 0
-
-
-def lay_out(x: Tensor, *others: Tensor | None, generated: bool) -> tuple[int, list[Tensor | None]]:
-    """(CHANNELS, gapless operands of one layout), that of x where possible; copies only what does not share it.
-
-    CHANNELS = 1 walks a sample in memory order. Generated noise belongs to logical elements, so a sample stored
-    channels last is walked by groups of four pixels of a channel, which needs 4 | H W and 32-bit offsets.
-    """
-    channels = 1
-    if not x.is_contiguous():
-        if not is_dense(x):
-            x = x.contiguous()
-        elif generated:
-            n = x[0].numel()
-            channels = channels_of(x)
-            if channels == 0 or n % (4 * channels) or n >= 2**31:
-                x, channels = x.contiguous(), 1
-    return channels, [x, *(None if t is None else laid_like(x, t) for t in others)]
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether x fills one gapless, non-overlapping range of memory with the samples outermost."""
-    return x.stride(0) == x[0].numel() and torch.empty_like(x, device="meta").stride() == x.stride()
-
-
-def laid_like(x: Tensor, t: Tensor) -> Tensor:
-    """t itself where it lies in memory as x does, else a copy that does."""
-    if t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous()):
-        return t
-    return torch.empty_like(x, dtype=t.dtype).copy_(t)
-
-
-def sliced_like(x: Tensor, t: Tensor, stride: int) -> bool:
-    """Whether every sample of t lies in memory as those of x do, `stride` elements after the one before."""
-    one, other = x[0], t[0]
-    return t.stride(0) == stride and (
-        one.stride() == other.stride() or (one.is_contiguous() and other.is_contiguous())
-    )
 
 
 def block_of(n: int, channels: int, generated: bool, *tensors: Tensor | None) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, block_of, grid_of, is_fast, lay_out, owner, row_of, stride_of
+from .launch import FUSED, block_of, grid_of, is_fast, owner, row_of, stride_of
+from .layout import lay_out
 from .noise import tile, tile_normals
 
 REDUCE_BLOCK = 1024

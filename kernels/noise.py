@@ -12,7 +12,8 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .coefficients import COS, LOG, SIN
-from .launch import block_of, grid_of, is_fast, lay_out, owner, stride_of
+from .launch import block_of, grid_of, is_fast, owner, stride_of
+from .layout import lay_out
 
 M0 = tl.constexpr(0xD2511F53)
 M1 = tl.constexpr(0xCD9E8D57)

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block_of, grid_of, is_fast, laid_like, lay_out, owner, row_of, sliced_like, stride_of
+from .launch import block_of, grid_of, is_fast, owner, row_of, stride_of
+from .layout import laid_like, lay_out, sliced_like
 from .noise import tile, tile_normals
 
 

@@ -1,0 +1,62 @@
+"""How the operands of one call lie in memory. All tensors of a call have the shape (B, ...)."""
+
+import torch
+from torch import Tensor
+
+
+def channels_of(x: Tensor) -> int:
+    """1 where every sample of x is contiguous, C where it is channels last, 0 for any other layout.
+
+    Says nothing of the stride between samples.
+    """
+    if x.is_contiguous():
+        return 1
+    shape, stride = x.shape[1:], x.stride()[1:]
+    dims = list(range(len(shape)))
+    for order, channels in ((dims, 1), ([*dims[1:], *dims[:1]], shape[0] if dims else 1)):
+        expected = 1
+        for i in reversed(order):
+            if shape[i] > 1 and stride[i] != expected:
+                break
+            expected *= shape[i]
+        else:
+            return channels
+    return 0
+
+
+def lay_out(x: Tensor, *others: Tensor | None, generated: bool) -> tuple[int, list[Tensor | None]]:
+    """(CHANNELS, gapless operands of one layout), that of x where possible; copies only what does not share it.
+
+    CHANNELS = 1 walks a sample in memory order. Generated noise belongs to logical elements, so a sample stored
+    channels last is walked by groups of four pixels of a channel, which needs 4 | H W and 32-bit offsets.
+    """
+    channels = 1
+    if not x.is_contiguous():
+        if not is_dense(x):
+            x = x.contiguous()
+        elif generated:
+            n = x[0].numel()
+            channels = channels_of(x)
+            if channels == 0 or n % (4 * channels) or n >= 2**31:
+                x, channels = x.contiguous(), 1
+    return channels, [x, *(None if t is None else laid_like(x, t) for t in others)]
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x fills one gapless, non-overlapping range of memory with the samples outermost."""
+    return x.stride(0) == x[0].numel() and torch.empty_like(x, device="meta").stride() == x.stride()
+
+
+def laid_like(x: Tensor, t: Tensor) -> Tensor:
+    """t itself where it lies in memory as x does, else a copy that does."""
+    if t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous()):
+        return t
+    return torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def sliced_like(x: Tensor, t: Tensor, stride: int) -> bool:
+    """Whether every sample of t lies in memory as those of x do, `stride` elements after the one before."""
+    one, other = x[0], t[0]
+    return t.stride(0) == stride and (
+        one.stride() == other.stride() or (one.is_contiguous() and other.is_contiguous())
+    )
