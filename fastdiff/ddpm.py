@@ -65,11 +65,11 @@ class DDPM(nn.Module):
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
-        if not callable(model):
-            raise TypeError(f"model: expected a module, got {type(model).__name__}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.schedule = make_schedule(schedule, timesteps)
         if objective == "eps":
-            steps.check_eps(self.schedule, torch.arange(1, timesteps + 1))
+            steps.check_eps(self.schedule, torch.arange(1, timesteps + 1, device="cpu"))
         self.model = model
         self.schedule_name = schedule if isinstance(schedule, str) else None
         self.timesteps, self.objective, self.loss_kind = timesteps, objective, loss
@@ -79,12 +79,13 @@ class DDPM(nn.Module):
         p, q = target_rows(self.schedule, objective)
         w = weights(self.schedule, objective, weighting)
         self._uses_x0, self._uses_noise = bool((p != 0).any()), bool((q != 0).any())
+        device = next((p.device for p in model.parameters()), None)
         for name, columns in (
             ("_noising_bits", torch.stack((self.schedule.alpha, self.schedule.sigma), 1)),
             ("_loss_bits", torch.stack((p, q, w), 1)),
             ("_denoise_bits", steps.denoise(self.schedule, objective)),
         ):
-            self.register_buffer(name, columns.float().contiguous().view(torch.int32), persistent=False)
+            self.register_buffer(name, columns.float().contiguous().view(torch.int32).to(device), persistent=False)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -75,9 +75,8 @@ class NoiseSchedule:
         # In this form 0 is an ordinary alpha: log(alpha / sigma) = -inf.
         if not bool(((alpha / sigma).diff() < 0).all()):
             raise ValueError("sigma / alpha: expected strictly increasing noise")
-        one = torch.ones(1, dtype=torch.float64)
-        log_alpha = torch.cat((0 * one, alpha.log()))
-        return cls(log_alpha, torch.cat((0 * one, sigma)), vp=False)
+        zero = alpha.new_zeros(1)
+        return cls(torch.cat((zero, alpha.log())), torch.cat((zero, sigma)), vp=False)
 
     @property
     def timesteps(self) -> int:
@@ -97,7 +96,7 @@ class NoiseSchedule:
     @property
     def betas(self) -> Tensor:
         """beta_t of q(x_t | x_{t-1}), (T,) for t = 1..T."""
-        t = torch.arange(1, self.timesteps + 1)
+        t = torch.arange(1, self.timesteps + 1, device="cpu")
         return self.transition(t, t - 1)[1]
 
     @property
@@ -204,7 +203,8 @@ def make_schedule(schedule: "str | NoiseSchedule | Tensor", timesteps: int) -> N
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
-        return SCHEDULES[schedule](timesteps)
+        with torch.device("cpu"):
+            return SCHEDULES[schedule](timesteps)
     made = schedule if isinstance(schedule, NoiseSchedule) else NoiseSchedule.from_betas(schedule)
     if made.timesteps != timesteps:
         raise ValueError(f"timesteps: expected {made.timesteps}, the length of the given schedule, got {timesteps}")
@@ -220,7 +220,7 @@ def _float64(name: str, values: Any) -> Tensor:
 
 
 def _from_zero(log_terms: Tensor) -> Tensor:
-    return torch.cat((torch.zeros(1, dtype=torch.float64), log_terms.cumsum(0)))
+    return torch.cat((log_terms.new_zeros(1), log_terms.cumsum(0)))
 
 
 def _with_max_beta(log_f: Tensor, max_beta: float) -> NoiseSchedule:

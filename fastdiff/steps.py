@@ -56,7 +56,7 @@ def grid(timesteps: int, steps: int | None) -> Tensor:
     steps = timesteps if steps is None else steps
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= timesteps:
         raise ValueError(f"steps: expected an integer from 1 to {timesteps}, got {steps!r}")
-    return torch.linspace(0, timesteps, steps + 1, dtype=torch.float64).round().long().flip(0)
+    return torch.linspace(0, timesteps, steps + 1, dtype=torch.float64, device="cpu").round().long().flip(0)
 
 
 def ancestral(
@@ -106,7 +106,7 @@ def ddim(
 def denoise(schedule: NoiseSchedule, objective: str) -> Tensor:
     """Rows (T + 1, 9) that turn x_t into x0hat, row t for level t; non-finite rows become NaN."""
     a, b = x0_rows(schedule, objective)
-    rows = torch.zeros(len(a), 9, dtype=torch.float64)
+    rows = a.new_zeros(len(a), 9)
     rows[:, A], rows[:, B], rows[:, C], rows[:, W] = a, b, 1.0, 1.0
     known = rows.float().isfinite().all(1, keepdim=True)
     return torch.where(known, rows, math.nan)
@@ -124,7 +124,7 @@ def _rows_with_x0(schedule: NoiseSchedule, t: Tensor, s: Tensor, objective: str,
                 f"objective: 'eps' without clip loses x_0 from level {int(t[k])} to {int(s[k])}, where "
                 f"alpha_s / alpha_t = {gain[k].item():.3g} (at most {MAX_GAIN:g}); set clip, or use 'x0' or 'v'"
             )
-    rows = torch.zeros(len(t), 9, dtype=torch.float64)
+    rows = a.new_zeros(len(t), 9)
     rows[:, A], rows[:, B], rows[:, W] = a[t], b[t], 1.0
     return rows
 
