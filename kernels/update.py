@@ -35,7 +35,7 @@ def update_kernel(
         return
     step, index, poison = row_of(step_ptr, step_stride, sample, steps)
     row = rows_ptr + index * 9
-    a, b, c, d, e = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3) + poison, tl.load(row + 4)
+    a, b, c, d, e = tl.load(row) + poison, tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
 
     start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
     at = sample.to(tl.int64) * pred_stride + start
