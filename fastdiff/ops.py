@@ -286,7 +286,7 @@ def _loss(
             )
     else:
         value, slope = reference.loss(pred, x0, t, table, seed, ids, noise, stream, kind, delta)
-        out.copy_(value.flatten(1).sum(1).mul(scale) if per_sample else value.sum().mul(scale).reshape(1))
+        out.copy_(value.reshape(batch, -1).sum(1).mul(scale) if per_sample else value.sum().mul(scale).reshape(1))
         if with_grad:
             grad.copy_(slope * grad_scale)
     return out if per_sample else out.reshape(()), grad
@@ -331,9 +331,9 @@ def _update_into(
             _kernels().update.update(out, x, pred, rows, step, seed, ids, uncond, raw, noise, hist, *args)
     else:
         result, kept = reference.update(x, pred, rows, step, seed, ids, uncond, raw, noise, hist, *args)
-        out.copy_(result)
         if hist is not None and kept is not None:
-            hist.copy_(kept)
+            hist.copy_(kept)  # first: what is kept may be x itself, and out too
+        out.copy_(result)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------
