@@ -1,0 +1,175 @@
+"""Checkpoints: one safetensors file of weights, EMA, optimizer and RNG state, with JSON metadata; no pickle."""
+
+import copy
+import errno
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.ddpm import DDPM
+from fastdiff.unet import UNet
+
+VERSION = 1
+METADATA_KEY = "fastdiff"
+
+
+def need(module: str) -> Any:
+    """Import an optional dependency. Raises ImportError naming the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is not installed: pip install fastdiff[train]") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, which takes the place of `path` when the block ends without error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())  # the new bytes are on the disk before the name is
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def writable(path: Path) -> Path:
+    """`path`, once it is certain that a file can be put there; makes its folder. Raises OSError otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with tempfile.TemporaryFile(dir=path.parent):
+        return path
+
+
+@dataclass
+class State:
+    """Everything a run needs to go on as if it had never stopped, at the end of step `step`.
+
+    ddpm:      the DDPM with the trained weights
+    ema:       the UNet whose weights are the moving average (the one to sample from)
+    optimizer: tensors of torch.optim.AdamW, optimizer[i][key] for parameter i
+    rng:       state of PyTorch's default generators, by device type
+    options:   the options of the run (JSON)
+    """
+
+    ddpm: DDPM
+    ema: UNet
+    optimizer: dict[int, dict[str, Tensor]]
+    rng: dict[str, Tensor]
+    options: dict[str, Any]
+    step: int
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """State of the generators that training on `device` draws from, as uint8 tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Undo of `rng_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def save(path: Path, state: State) -> None:
+    """Write `state` to `path`; an error on the way leaves the old file as it was."""
+    groups: dict[str, dict[str, Tensor]] = {
+        "model": state.ddpm.model.state_dict(),
+        "ema": state.ema.state_dict(),
+        "rng": state.rng,
+        **{f"optimizer.{index}": tensors for index, tensors in state.optimizer.items()},
+    }
+    tensors = {
+        f"{group}.{name}": tensor.detach().contiguous()
+        for group, members in groups.items()
+        for name, tensor in members.items()
+    }
+    metadata = {
+        "version": VERSION,
+        "step": state.step,
+        "unet": state.ema.config,
+        "ddpm": state.ddpm.config,
+        "options": state.options,
+    }
+    with replacing(path) as temporary:
+        need("safetensors.torch").save_file(tensors, temporary, {METADATA_KEY: json.dumps(metadata)})
+
+
+def load(path: Path) -> State:
+    """Read a checkpoint to the CPU.
+
+    Raises OSError where the file cannot be read, and ValueError naming the file where it is cut short, is no
+    fastdiff checkpoint, or does not fit the networks that its own metadata describes.
+    """
+    with open(path, "rb"):
+        pass  # a missing file or a folder is told in the system's own words
+    safetensors = need("safetensors")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = _metadata(file.metadata())
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _state(metadata, tensors)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or is cut short ({error})") from error
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a usable fastdiff checkpoint: {reason[:300]}") from error
+
+
+def load_ddpm(path: Path) -> DDPM:
+    """The DDPM of a checkpoint with the EMA weights, in eval mode on the CPU. Raises as `load`."""
+    state = load(path)
+    return DDPM(state.ema, **state.ddpm.config).eval()
+
+
+def _metadata(header: dict[str, str] | None) -> dict[str, Any]:
+    text = (header or {}).get(METADATA_KEY)
+    if text is None:
+        raise ValueError("it carries no fastdiff metadata")
+    metadata = json.loads(text)
+    kinds = {"version": int, "step": int, "unet": dict, "ddpm": dict, "options": dict}
+    for name, kind in kinds.items():
+        if not isinstance(metadata, dict) or not isinstance(metadata.get(name), kind):
+            raise ValueError(f"its metadata has no {name!r} of type {kind.__name__}")
+    if metadata["version"] != VERSION:
+        raise ValueError(f"format version {metadata['version']}, expected {VERSION}")
+    return metadata
+
+
+def _state(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> State:
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "rng": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        if group not in groups:
+            raise ValueError(f"unknown tensor {name!r}")
+        groups[group][rest] = tensor
+    unet = UNet(**metadata["unet"])
+    ema = copy.deepcopy(unet)
+    unet.load_state_dict(groups["model"])
+    ema.load_state_dict(groups["ema"])
+    optimizer: dict[int, dict[str, Tensor]] = {}
+    parameters = list(unet.parameters())
+    for name, tensor in groups["optimizer"].items():
+        number, _, key = name.partition(".")
+        index = int(number)
+        if index not in range(len(parameters)) or tensor.shape not in (parameters[index].shape, torch.Size()):
+            raise ValueError(f"optimizer state {name!r} of shape {tuple(tensor.shape)} fits no parameter")
+        optimizer.setdefault(index, {})[key] = tensor
+    ddpm = DDPM(unet, **metadata["ddpm"])
+    return State(ddpm, ema, optimizer, groups["rng"], metadata["options"], metadata["step"])
