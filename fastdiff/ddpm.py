@@ -119,7 +119,7 @@ class DDPM(nn.Module):
         x0: (B, ...). t: levels in 1..T, an int or int64 () or (B,); uniformly drawn if None. seed, noise: of x_t; drawn
         if None. reduction: "mean" gives (), "none" gives (B,).
         """
-        t = self._levels(x0, t)
+        t = self._levels("x0", x0, t)
         if noise is None:
             seed = as_seed(seed, x0.device)
         x_t = ops.noising(x0, t, self._table("_noising_bits"), seed=seed, noise=noise)
@@ -146,7 +146,7 @@ class DDPM(nn.Module):
     def predict_x0(self, x_t: Tensor, t: int | Tensor, **model_kwargs: Any) -> Tensor:
         """The model's estimate of x_0 from x_t (Ho et al. 2020, eq. 15), clipped; t: levels in 1..T, an int, () or
         (B,)."""
-        t = self._levels(x_t, t)
+        t = self._levels("x_t", x_t, t)
         pred = self._predict(x_t, t, model_kwargs)
         return ops.update(x_t, pred, self._table("_denoise_bits"), t, clip=self.clip, noisy=False)
 
@@ -160,7 +160,7 @@ class DDPM(nn.Module):
         **model_kwargs: Any,
     ) -> Tensor:
         """x_{t-1} ~ p(x_{t-1} | x_t) (Ho et al. 2020, algorithm 2, line 4); t: levels in 1..T, an int, () or (B,)."""
-        t = self._levels(x_t, t)
+        t = self._levels("x_t", x_t, t)
         table = self._steps("ddpm", None, 0.0)
         pred = self._predict(x_t, t, model_kwargs)
         rows = table.rows.to(x_t.device, _state_dtype(x_t.dtype))
@@ -201,13 +201,13 @@ class DDPM(nn.Module):
         shape = self._shape(shape)
         table = self._steps(sampler, steps, eta)
         device, dtype = self._device(), self._dtype()
-        ids = None if sample_ids is None else torch.as_tensor(sample_ids, dtype=torch.int64, device=device)
-        if ids is not None and ids.shape != shape[:1]:
-            raise ValueError(f"sample_ids: expected shape ({shape[0]},), got {tuple(ids.shape)}")
-        if isinstance(noise, Tensor) and noise.shape != (len(table), *shape):
-            raise ValueError(f"noise: expected shape {(len(table), *shape)}, got {tuple(noise.shape)}")
-        if x_T is not None and tuple(x_T.shape) != shape:
-            raise ValueError(f"x_T: expected shape {shape}, got {tuple(x_T.shape)}")
+        ids = None if sample_ids is None else _sample_ids(sample_ids, shape[0], device)
+        if noise is not None and not callable(noise):
+            _check_shape("noise", noise, (len(table), *shape))
+        if x_T is not None:
+            _check_shape("x_T", x_T, shape)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback: expected a function, got {type(callback).__name__}")
         seed = as_seed(seed, device)
         if x_T is None:
             x = ops.normal(shape, seed, sample_ids=ids, dtype=dtype, device=device)
@@ -232,6 +232,7 @@ class DDPM(nn.Module):
         x0, x1: (B, ...). weight: of x1, in [0, 1], a number or (B,). The mixed noise is rescaled to unit variance, so
         that the mixture is as noisy as level t.
         """
+        check_floating("x0", x0)
         check_like("x1", x1, x0)
         t = max(1, self.timesteps // 2) if t is None else t
         if isinstance(t, bool) or not isinstance(t, int) or not 1 <= t <= self.timesteps:
@@ -346,9 +347,9 @@ class DDPM(nn.Module):
             raise ValueError(f"eta: expected 0 with sampler 'ddpm', got {eta}")
         return steps.ancestral(self.schedule, levels, self.objective, self.clip, self.variance)
 
-    def _levels(self, x: Tensor, t: int | Tensor | None) -> Tensor:
-        """(B,) int64 levels in 1..T."""
-        check_floating("x", x)
+    def _levels(self, name: str, x: Tensor, t: int | Tensor | None) -> Tensor:
+        """(B,) int64 levels in 1..T for the data x."""
+        check_floating(name, x)
         if t is None:
             return torch.randint(1, self.timesteps + 1, x.shape[:1], device=x.device)
         t = as_index("t", t, x)
@@ -365,10 +366,10 @@ class DDPM(nn.Module):
             if rest is None:
                 raise ValueError("shape: expected (B, ...), since the model has no sample_shape; got a number alone")
             shape = (shape, *rest)
-        shape = tuple(shape)
-        if not shape or any(not isinstance(d, int) or d < 0 for d in shape):
+        sizes = tuple(shape) if isinstance(shape, Iterable) else ()
+        if not sizes or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in sizes):
             raise ValueError(f"shape: expected a number of samples or (B, ...), got {shape}")
-        return shape
+        return sizes
 
     def _table(self, name: str) -> Tensor:
         return getattr(self, name).view(torch.float32)
@@ -381,6 +382,23 @@ class DDPM(nn.Module):
 
     def _dtype(self) -> torch.dtype:
         return _state_dtype(self._parameter_dtype() or torch.float32)
+
+
+def _check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
+    check_floating(name, given)
+    if given.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(given.shape)}")
+
+
+def _sample_ids(given: Tensor | Iterable[int], batch: int, device: torch.device) -> Tensor:
+    ids = given if isinstance(given, Tensor) else torch.as_tensor(list(given))
+    if ids.dtype != torch.int64:
+        raise TypeError(f"sample_ids: expected int64, got {ids.dtype}")
+    if ids.shape != (batch,):
+        raise ValueError(f"sample_ids: expected shape ({batch},), got {tuple(ids.shape)}")
+    if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= 2**32)).any()):
+        raise ValueError(f"sample_ids: expected values in [0, 2^32), got {ids.tolist()}")
+    return ids.to(device)
 
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:
