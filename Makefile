@@ -11,7 +11,7 @@ DEMO := runs/demo
 $(BIN)/.installed: setup.py pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[train,dev]'
+	$(BIN)/pip install --quiet --editable '.[cpu,train,dev]'
 	touch $@
 
 demo: $(BIN)/.installed

@@ -17,6 +17,7 @@ setup(
     package_data={"fastdiff": ["py.typed"]},
     install_requires=["torch>=2.6", 'triton>=3.2; platform_system == "Linux"', "numpy"],
     extras_require={
+        "cpu": ["numba"],
         "train": ["scikit-learn", "pillow", "tqdm", "safetensors"],
         "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "scipy"],
     },

@@ -2,7 +2,7 @@
 
 import os
 
-BACKENDS = ("triton", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 
 
 def _checked(name: str | None) -> str | None:
@@ -19,12 +19,13 @@ def forced() -> str | None:
 
 
 class backend:
-    """Force "triton" or "reference" for every op of the process from here on, or within a `with` block; None undoes it.
+    """Force "triton", "cpu" or "reference" for every op of the process from here on, or within a `with` block; None
+    undoes it.
 
-    By default CUDA and ROCm tensors run the Triton kernels and CPU tensors the plain PyTorch path; float64 tensors
-    always run plain PyTorch. The environment variable FASTDIFF_BACKEND sets it from the start. "triton" on CPU tensors
-    needs Triton's interpreter (TRITON_INTERPRET=1), which then is the default too and is for verification only.
-    ValueError for any other name.
+    By default CUDA and ROCm tensors run the Triton kernels, and CPU tensors the kernels compiled by numba (extra
+    `[cpu]`), or the reference in plain PyTorch where numba is missing; float64 tensors always run the reference. The
+    environment variable FASTDIFF_BACKEND sets it from the start. "triton" on CPU tensors needs Triton's interpreter
+    (TRITON_INTERPRET=1), which then is the default too and is for verification only. ValueError for any other name.
     """
 
     def __init__(self, name: str | None) -> None:

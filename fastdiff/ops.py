@@ -13,7 +13,9 @@ Common arguments:
 
 import functools
 import importlib
+import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -204,24 +206,49 @@ def _ids_in_range(ids: Tensor | None) -> None:
 
 
 @functools.cache
-def _kernels() -> SimpleNamespace:
-    """The Triton launchers, imported at the first use."""
-    names = ("noise", "noising", "loss", "update")
-    return SimpleNamespace(**{name: importlib.import_module(f".kernels.{name}", __package__) for name in names})
+def _launchers(name: str) -> Any:
+    """The launchers normal_, noising, loss, scale_ and update of a backend, imported at the first use."""
+    if name == "cpu":
+        return importlib.import_module(".kernels.cpu", __package__)
+    noise, noising, loss, update = (
+        importlib.import_module(f".kernels.{file}", __package__) for file in ("noise", "noising", "loss", "update")
+    )
+    return SimpleNamespace(
+        normal_=noise.normal_, noising=noising.noising, loss=loss.loss, scale_=loss.scale_, update=update.update
+    )
 
 
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _runs_triton(x: Tensor) -> bool:
-    if x.dtype == torch.float64:
-        return False
-    forced = _backend.forced()
-    possible = x.is_cuda or _interpreting()
-    if forced == "triton" and not possible:
+@functools.cache
+def _has_numba() -> bool:
+    found = importlib.util.find_spec("numba") is not None
+    if not found:
+        warnings.warn(
+            "fastdiff runs CPU tensors in plain PyTorch; pip install fastdiff[cpu] adds compiled kernels", stacklevel=2
+        )
+    return found
+
+
+def _kernels(x: Tensor) -> Any:
+    """The launchers that serve x, or None for the reference."""
+    name = _backend.forced()
+    if x.dtype == torch.float64 or name == "reference":
+        return None
+    if name is None:
+        if x.is_cuda or _interpreting():
+            name = "triton"
+        elif _has_numba():
+            name = "cpu"
+        else:
+            return None
+    if name == "triton" and not (x.is_cuda or _interpreting()):
         raise ValueError(f"backend: 'triton' expected a GPU tensor or TRITON_INTERPRET=1, got device {x.device}")
-    return possible if forced is None else forced == "triton"
+    if name == "cpu" and x.device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' expected a CPU tensor, got device {x.device}")
+    return _launchers(name)
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -241,9 +268,9 @@ def _normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream
     _ids_in_range(ids)
     if out.numel() == 0:
         return
-    if _runs_triton(out):
+    if kernels := _kernels(out):
         with _on_device(out):
-            _kernels().noise.normal_(out, seed, ids, step, stream)
+            kernels.normal_(out, seed, ids, step, stream)
     else:
         out.copy_(reference.normal(out.shape, seed, ids, step, stream, reference.work_dtype(out)))
 
@@ -255,11 +282,12 @@ def _noising(
         return torch.empty_like(x0)
     _in_range("t", t, len(table))
     _ids_in_range(ids)
-    if not _runs_triton(x0):
+    kernels = _kernels(x0)
+    if kernels is None:
         return _laid_out(x0, reference.noising(x0, t, table, seed, ids, noise, stream))
     out = torch.empty_like(x0)
     with _on_device(x0):
-        _kernels().noising.noising(out, x0, t, table, seed, ids, noise, stream)
+        kernels.noising(out, x0, t, table, seed, ids, noise, stream)
     return out
 
 
@@ -278,10 +306,10 @@ def _loss(
     _in_range("t", t, len(table))
     _ids_in_range(ids)
     scale, grad_scale = 1.0 / count, _stored_scale(pred, count) / count
-    if _runs_triton(pred):
+    if kernels := _kernels(pred):
         stored = grad if with_grad else None
         with _on_device(pred):
-            _kernels().loss.loss(
+            kernels.loss(
                 out, stored, pred, x0, t, table, seed, ids, noise, stream, kind, delta, scale, grad_scale
             )
     else:
@@ -301,9 +329,10 @@ def _scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
     if grad.numel() == 0:
         return
     whole = incoming.numel() == 1 or grad.stride(0) == grad[0].numel()
-    if _runs_triton(grad) and whole:
+    kernels = _kernels(grad)
+    if kernels and whole:
         with _on_device(grad):
-            _kernels().loss.scale_(grad, incoming, factor)
+            kernels.scale_(grad, incoming, factor)
     else:
         grad.mul_((incoming * factor).to(reference.work_dtype(grad)).reshape(-1, *[1] * (grad.ndim - 1)))
 
@@ -326,9 +355,9 @@ def _update_into(
         return
     _in_range("step", step, len(rows))
     _ids_in_range(ids)
-    if _runs_triton(x):
+    if kernels := _kernels(x):
         with _on_device(x):
-            _kernels().update.update(out, x, pred, rows, step, seed, ids, uncond, raw, noise, hist, *args)
+            kernels.update(out, x, pred, rows, step, seed, ids, uncond, raw, noise, hist, *args)
     else:
         result, kept = reference.update(x, pred, rows, step, seed, ids, uncond, raw, noise, hist, *args)
         if hist is not None and kept is not None:
