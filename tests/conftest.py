@@ -1,0 +1,37 @@
+"""Where the kernels run, which implementation a test gets by default, and how many examples a property sees.
+
+Without CUDA the Triton kernels run in Triton's interpreter on CPU tensors, which has to be asked for before anything
+imports triton. Child processes inherit both variables, so that none of them interprets kernels by accident.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["FASTDIFF_BACKEND"] = "reference"
+
+torch.set_num_threads(1)
+settings.register_profile("default", max_examples=20, deadline=None, derandomize=True)
+settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(autouse=True)
+def reference_backend() -> Iterator[None]:
+    """Plain PyTorch, unless the test asks for the kernels."""
+    import fastdiff
+
+    with fastdiff.backend("reference"):
+        yield
