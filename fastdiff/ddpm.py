@@ -261,6 +261,10 @@ class DDPM(nn.Module):
         graph = {"mode": "reduce-overhead"} if self._device().type == "cuda" and "mode" not in options else {}
         self._compiled_step = torch.compile(self._step, **{**graph, **options})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # As with any module, a copy or pickle is not compiled: the compiled step is bound to this model's weights.
+        return {**super().__getstate__(), "_compiled_step": None}
+
     # --- the loop ---------------------------------------------------------------------------------------------
 
     def _run(
@@ -352,11 +356,15 @@ class DDPM(nn.Module):
         check_floating(name, x)
         if t is None:
             return torch.randint(1, self.timesteps + 1, x.shape[:1], device=x.device)
-        t = as_index("t", t, x)
-        visible = t.device.type == "cpu" and not torch.compiler.is_compiling()
-        if visible and bool(((t < 1) | (t > self.timesteps)).any()):
-            raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t.tolist()}")
-        return t.expand(len(x))
+        levels = as_index("t", t, x)
+        if isinstance(t, int):
+            wrong = not 1 <= t <= self.timesteps
+        else:  # a look at a GPU's tensor would wait for it
+            visible = levels.device.type == "cpu" and not torch.compiler.is_compiling()
+            wrong = visible and bool(((levels < 1) | (levels > self.timesteps)).any())
+        if wrong:
+            raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t}")
+        return levels.expand(len(x))
 
     def _shape(self, shape: int | tuple[int, ...]) -> tuple[int, ...]:
         if isinstance(shape, bool):
