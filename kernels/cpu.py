@@ -44,8 +44,9 @@ M0, M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 W0, W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 
 # Multiply-adds may be fused, as on a GPU. Nothing that could change NaN or infinity is relaxed.
-STAGE: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract"}}
-SUM: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "reassoc", "nsz"}}
+ENTRY: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract"}, "no_cfunc_wrapper": True}
+STAGE = ENTRY | {"no_cpython_wrapper": True}
+SUM = STAGE | {"fastmath": {"contract", "reassoc", "nsz"}}
 
 
 @intrinsic
@@ -293,7 +294,7 @@ def scratch():
 # --- ops: chunks lo to hi of a call -----------------------------------------------------------------------------
 
 
-@njit(**STAGE)
+@njit(**ENTRY)
 def normal_chunks(lo, hi, chunks, n, channels, seed, ids, step, step_stride, stream, out, out_code):
     words, parts, z, raw, moved = scratch()
     for k in range(lo, hi):
@@ -310,7 +311,7 @@ def mix(alpha, x, sigma, z):
         x[i] = alpha * x[i] + sigma * z[i]
 
 
-@njit(**STAGE)
+@njit(**ENTRY)
 def noising_chunks(
     lo, hi, chunks, n, channels, seed, ids, t, t_stride, stream, table, levels,
     x0, x0_code, noise, noise_code, out, out_code,
@@ -370,7 +371,7 @@ def scale(by, x):
         x[i] *= by
 
 
-@njit(**STAGE)
+@njit(**ENTRY)
 def loss_chunks(
     lo, hi, chunks, n, channels, seed, ids, t, t_stride, stream, table, levels,
     pred, pred_code, x0, x0_code, noise, noise_code, grad, grad_code, partial, kind, delta, loss_scale, grad_scale,
@@ -399,7 +400,7 @@ def loss_chunks(
             store(r, grad, grad_code, at, first, channels, plane, raw, moved)
 
 
-@njit(**STAGE)
+@njit(**ENTRY)
 def reduce_rows(partial, out):
     """out[row] = sum of partial[row, :], in float64 and in order."""
     for row in range(len(out)):
@@ -409,7 +410,7 @@ def reduce_rows(partial, out):
         out[row] = s
 
 
-@njit(**STAGE)
+@njit(**ENTRY)
 def scale_chunks(lo, hi, chunks, n, channels, grad, grad_code, incoming, incoming_stride, factor):
     _, _, values, raw, moved = scratch()
     for k in range(lo, hi):
@@ -417,9 +418,9 @@ def scale_chunks(lo, hi, chunks, n, channels, grad, grad_code, incoming, incomin
         by = np.float32(carray(pointer(incoming + 4 * incoming_stride * sample), 1, np.float32)[0] * factor)
         if by != ONE:
             x = values[: min(CHUNK, n - first)]
-            load(grad, grad_code, sample * n, first, 1, n, x, raw)
+            load(grad, grad_code, sample * n, first, channels, n // channels, x, raw)
             scale(by, x)
-            store(x, grad, grad_code, sample * n, first, 1, n, raw, moved)
+            store(x, grad, grad_code, sample * n, first, channels, n // channels, raw, moved)
 
 
 @njit(**STAGE)
@@ -455,7 +456,7 @@ def add_learned(f, h, raw_variance, z, out):
         out[i] += np.exp(f + (HALF * raw_variance[i] + HALF) * (h - f)) * z[i]
 
 
-@njit(**STAGE)
+@njit(**ENTRY)
 def update_chunks(
     lo, hi, chunks, n, channels, seed, ids, step, step_stride, stream, rows, steps,
     x, x_code, pred, pred_code, pred_stride, uncond, uncond_code, variance, variance_code,
