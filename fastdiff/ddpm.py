@@ -11,6 +11,7 @@ from ._check import as_index, as_seed, check_floating, check_like
 from .objective import OBJECTIVES, WEIGHTINGS, target_rows, weights
 from .schedule import NoiseSchedule, make_schedule
 from .steps import StepTable
+from .unet import UNet
 
 SAMPLERS = ("ddpm", "ddim")
 VARIANCES = ("posterior", "beta")
@@ -123,7 +124,7 @@ class DDPM(nn.Module):
         if noise is None:
             seed = as_seed(seed, x0.device)
         x_t = ops.noising(x0, t, self._table("_noising_bits"), seed=seed, noise=noise)
-        pred = self._predict(x_t, t, model_kwargs)
+        pred = self._predict(x_t, t - 1, model_kwargs)
         return ops.loss(
             pred,
             t,
@@ -147,7 +148,7 @@ class DDPM(nn.Module):
         """The model's estimate of x_0 from x_t (Ho et al. 2020, eq. 15), clipped; t: levels in 1..T, an int, () or
         (B,)."""
         t = self._levels("x_t", x_t, t)
-        pred = self._predict(x_t, t, model_kwargs)
+        pred = self._predict(x_t, t - 1, model_kwargs)
         return ops.update(x_t, pred, self._table("_denoise_bits"), t, clip=self.clip, noisy=False)
 
     def p_sample(
@@ -162,7 +163,7 @@ class DDPM(nn.Module):
         """x_{t-1} ~ p(x_{t-1} | x_t) (Ho et al. 2020, algorithm 2, line 4); t: levels in 1..T, an int, () or (B,)."""
         t = self._levels("x_t", x_t, t)
         table = self._steps("ddpm", None, 0.0)
-        pred = self._predict(x_t, t, model_kwargs)
+        pred = self._predict(x_t, t - 1, model_kwargs)
         rows = table.rows.to(x_t.device, _state_dtype(x_t.dtype))
         return ops.update(x_t, pred, rows, self.timesteps - t, seed=seed, noise=noise, clip=self.clip)
 
@@ -282,7 +283,7 @@ class DDPM(nn.Module):
         """Apply a step table to x, in place."""
         n, device = len(table), x.device
         rows = table.rows.to(device, _state_dtype(x.dtype))
-        t = table.levels[:-1].to(device)[:, None].expand(n, len(x)).contiguous()
+        t = (table.levels[:-1] - 1).to(device)[:, None].expand(n, len(x)).contiguous()
         index = torch.arange(n, device=device)[:, None]
         noisy = table.noisy or noise is not None
         path = torch.empty(n + 1, *x.shape, dtype=x.dtype, device=device) if return_trajectory else None
@@ -292,10 +293,13 @@ class DDPM(nn.Module):
         self.eval()
         try:
             with torch.inference_mode():
+                # The embeddings depend on the step alone: all of them at once.
+                emb = self.model.time_embedding(t[:, 0]) if isinstance(self.model, UNet) and len(x) else None
                 for k in _bar(n, progress):
                     given = noise[k] if isinstance(noise, Tensor) else noise(k) if noise is not None else None
                     key = seed if given is None and noisy else None
-                    args = (t[k], index[k], rows, key, ids, given, noisy, model_kwargs)
+                    kwargs = model_kwargs if emb is None else {"emb": emb[k : k + 1], **model_kwargs}
+                    args = (t[k], index[k], rows, key, ids, given, noisy, kwargs)
                     if self._compiled_step is None:
                         self._step(x, *args, inplace=True)
                     else:
@@ -330,10 +334,11 @@ class DDPM(nn.Module):
         )
 
     def _predict(self, x: Tensor, t: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        """The model's output at x for t, the 0-based index that it is trained on."""
         dtype = self._parameter_dtype()
         # Under autocast the network casts for itself.
         x = x if dtype is None or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
-        out = self.model(x, t - 1, **model_kwargs)
+        out = self.model(x, t, **model_kwargs)
         pred = out if isinstance(out, Tensor) else getattr(out, "sample", None)
         if not isinstance(pred, Tensor):
             raise TypeError(f"model: expected a tensor or an object with a tensor `sample`, got {type(out).__name__}")
@@ -399,7 +404,7 @@ def _check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
 
 
 def _sample_ids(given: Tensor | Iterable[int], batch: int, device: torch.device) -> Tensor:
-    ids = given if isinstance(given, Tensor) else torch.as_tensor(list(given))
+    ids = given if isinstance(given, Tensor) else torch.as_tensor(list(given), device="cpu")
     if ids.dtype != torch.int64:
         raise TypeError(f"sample_ids: expected int64, got {ids.dtype}")
     if ids.shape != (batch,):
