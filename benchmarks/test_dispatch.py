@@ -1,0 +1,100 @@
+"""What the op boundary costs: one element, through
+
+direct: the implementation itself
+op: torch.ops.fastdiff, without the argument checks
+public: fastdiff.ops, with them
+custom_op: the same implementation and schema registered by torch.library.custom_op
+
+extra_info["overhead_us"] is the time beyond "direct", from interleaved rounds. The noise is given, not drawn.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from timing import BUDGET, DEVICE, on_device, time_call
+
+from fastdiff import bench, ops
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def custom(name: str, implementation: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
+    return torch.library.custom_op(
+        f"fastdiff_benchmark::{name}", implementation, mutates_args=mutates, schema=ops._SCHEMAS[name]
+    )
+
+
+NOISING = custom("noising", ops._noising)
+UPDATE = custom("update_", ops._update_, ("x", "hist"))
+LOSS = custom("loss", ops._loss)
+LOSS.register_autograd(
+    lambda ctx, *grads: (ctx.saved_tensors[0] * grads[0], *[None] * 11),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]),
+)
+
+
+def noising() -> Calls:
+    x, t, table = one(), index(), torch.ones(3, 2, device=DEVICE)
+    args = (x, t, table, None, None, one(), ops.FORWARD)
+    return {
+        "direct": lambda: ops._noising(*args),
+        "op": lambda: torch.ops.fastdiff.noising(*args),
+        "public": lambda: ops.noising(x, t, table, noise=args[5]),
+        "custom_op": lambda: NOISING(*args),
+    }
+
+
+def update() -> Calls:
+    """In place."""
+    x, pred, rows, step = one(), one(), torch.ones(3, 9, device=DEVICE) / 4, index()
+    noise = one()
+    args = (x, pred, rows, step, None, None, None, None, noise, None, 1.0, "none", ops.REVERSE)
+    return {
+        "direct": lambda: ops._update_(*args) or x,
+        "op": lambda: torch.ops.fastdiff.update_(*args) or x,
+        "public": lambda: ops.update(x, pred, rows, step, noise=noise, clip=1.0, inplace=True),
+        "custom_op": lambda: UPDATE(*args) or x,
+    }
+
+
+def loss() -> Calls:
+    """The forward call, with its gradient kept for the backward."""
+    pred, t, table = one().requires_grad_(), index(), torch.ones(3, 3, device=DEVICE)
+    noise = one()
+    args = (pred, None, t, table, None, None, noise, ops.FORWARD, "mse", 1.0, False, True)
+    detached = (pred.detach(), *args[1:])
+    return {
+        "direct": lambda: ops._loss(*detached),
+        "op": lambda: torch.ops.fastdiff.loss(*args),
+        "public": lambda: ops.loss(pred, t, table, noise=noise),
+        "custom_op": lambda: LOSS(*args),
+    }
+
+
+def one() -> torch.Tensor:
+    return torch.full((1, 1), 0.5, device=DEVICE)
+
+
+def index() -> torch.Tensor:
+    return torch.ones(1, dtype=torch.int64, device=DEVICE)
+
+
+@pytest.mark.parametrize("row", ["direct", "op", "public", "custom_op"])
+@pytest.mark.parametrize("calls", [noising, update, loss], ids=lambda calls: calls.__name__)
+@on_device
+def test_dispatch(benchmark: BenchmarkFixture, calls: Callable[[], Calls], row: str) -> None:
+    benchmark.group = "dispatch"
+    # Each from its own arguments, as an update changes them.
+    assert torch.equal(first(calls()[row]()), first(calls()["direct"]()))
+    own = calls()
+    call, direct = own[row], own["direct"]
+    times = bench.medians([call, direct], DEVICE, BUDGET)
+    time_call(benchmark, call)
+    benchmark.extra_info["overhead_us"] = (times[0] - times[1]) * 1e6
+
+
+def first(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result

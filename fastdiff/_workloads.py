@@ -1,0 +1,346 @@
+"""What the benchmarks time: the library, and the same arithmetic as one writes it in eager PyTorch.
+
+A workload is a dict of rows, all with the same inputs and the same network: "fused" is the library as it runs on the
+device, "reference" is eager PyTorch, "compile" is torch.compile of "reference". A network runs eagerly in every row, so
+that rows differ in nothing but the arithmetic around it.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops, reference
+from .ddpm import DDPM
+from .schedule import linear
+from .steps import ancestral, grid
+from .unet import UNet
+
+TIMESTEPS = 1000
+SEED = 1
+CLIP = 1.0
+# Allowed distance from the float64 reference, relative, root mean square: float32 allows some roundings of the size of
+# the largest intermediate value, bfloat16 those of eager PyTorch, which rounds after every operation.
+BOUND = {torch.float32: 3e-6, torch.bfloat16: 2**-7}
+
+
+@dataclass(frozen=True)
+class Row:
+    """run: one call of what is timed, drawing its own noise. check: RuntimeError unless the same code, given known
+    noise, agrees with the float64 reference."""
+
+    run: Callable[[], object]
+    check: Callable[[], None]
+
+
+Rows = dict[str, Row]
+
+
+class Eager:
+    """DDPM (Ho et al. 2020, arXiv:2006.11239) in eager PyTorch: linear betas, eps prediction, 0-based t.
+
+    compiled: q_sample, corrupt, mse and step are torch.compile'd.
+    """
+
+    def __init__(self, timesteps: int, device: torch.device, compiled: bool = False) -> None:
+        beta = torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
+        alpha_bar = (1 - beta).cumprod(0)
+        before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
+        a, b = (1 / alpha_bar).sqrt(), -(1 / alpha_bar - 1).sqrt()
+        c = before.sqrt() * beta / (1 - alpha_bar)
+        d = (1 - beta).sqrt() * (1 - before) / (1 - alpha_bar)
+        f = (beta * (1 - before) / (1 - alpha_bar)).sqrt()
+        q = ((1 - before) / (1 - alpha_bar)).sqrt()
+        self.timesteps = timesteps
+        self.sqrt_alpha_bar = alpha_bar.sqrt().float().to(device)
+        self.sqrt_one_minus_alpha_bar = (1 - alpha_bar).sqrt().float().to(device)
+        self.rows = {
+            "ddpm": torch.stack((a, b, c, d, f), 1).float().to(device),
+            "ddim": torch.stack((a, b, before.sqrt() - alpha_bar.sqrt() * q, q, 0 * f), 1).float().to(device),
+        }
+        wrap: Callable[..., Callable[..., Tensor]] = torch.compile if compiled else _identity
+        self.q_sample = wrap(self._q_sample)
+        self.mse = wrap(self._mse)
+        self.step = wrap(self._step)
+        self.corrupt: Callable[..., tuple[Tensor, Tensor]] = wrap(self._corrupt)  # type: ignore[assignment]
+
+    def _corrupt(self, x0: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x_t, noise); t: (B,)."""
+        if noise is None:
+            noise = torch.randn_like(x0)
+        shape = (-1, *[1] * (x0.ndim - 1))
+        a = self.sqrt_alpha_bar[t].to(x0.dtype).view(shape)
+        s = self.sqrt_one_minus_alpha_bar[t].to(x0.dtype).view(shape)
+        return a * x0 + s * noise, noise
+
+    def _q_sample(self, x0: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self._corrupt(x0, t, noise)[0]
+
+    def _mse(self, pred: Tensor, noise: Tensor) -> Tensor:
+        return F.mse_loss(pred.float(), noise.float())
+
+    def _step(self, x: Tensor, eps: Tensor, row: Tensor, noisy: bool, noise: Tensor | None = None) -> Tensor:
+        """x_{t-1}; row: (5,), of rows["ddpm"], with noise, or rows["ddim"], without."""
+        a, b, c, d, f = row.unbind()
+        x0 = (a * x + b * eps).clamp(-CLIP, CLIP)
+        mean = c * x0 + d * x
+        if not noisy:
+            return mean
+        return mean + f * (torch.randn_like(x) if noise is None else noise)
+
+    def loss(self, net: nn.Module, x0: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        if t is None:
+            t = torch.randint(0, self.timesteps, x0.shape[:1], device=x0.device)
+        x_t, noise = self.corrupt(x0, t, noise)
+        return self.mse(net(x_t, t), noise)
+
+    @torch.inference_mode()
+    def sample(self, net: nn.Module, sampler: str, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x_0 from x = x_T; noise: (timesteps, B, ...), in the order of use."""
+        levels = torch.arange(self.timesteps, device=x.device)
+        for k in reversed(range(self.timesteps)):
+            eps = net(x, levels[k].expand(len(x)))
+            given = None if noise is None else noise[self.timesteps - 1 - k]
+            x = self.step(x, eps, self.rows[sampler][k], sampler == "ddpm", given)
+        return x
+
+
+def _identity(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
+
+
+def refuse_interpreter() -> None:
+    """ValueError where TRITON_INTERPRET is set: what the interpreter takes says nothing of the kernels."""
+    value = os.environ.get("TRITON_INTERPRET", "")
+    if value not in ("", "0"):
+        raise ValueError(f"TRITON_INTERPRET: expected it unset, as the interpreter is not to be timed, got {value!r}")
+
+
+def agree(name: str, got: Sequence[Tensor], want: Sequence[Tensor], bound: float) -> None:
+    """RuntimeError unless ||got - want|| <= bound ||want|| for each pair; want in float64."""
+    for part, (g, w) in enumerate(zip(got, want, strict=True)):
+        if g.shape != w.shape:
+            raise RuntimeError(f"{name}: part {part} has shape {tuple(g.shape)}, the reference {tuple(w.shape)}")
+        error = ((g.detach().double() - w).norm() / w.norm()).item()
+        if not error <= bound:
+            raise RuntimeError(f"{name}: part {part} is {error:.1e} off the float64 reference, allowed {bound:.1e}")
+
+
+# --- operations -------------------------------------------------------------------------------------------------
+
+
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(data in [-1, 1], a prediction, levels (B,) in 1..T, a seed)."""
+    random = torch.Generator(device).manual_seed(0)
+    data = torch.rand(shape, generator=random, device=device).mul_(2).sub_(1).to(dtype)
+    pred = torch.randn(shape, generator=random, device=device).to(dtype)
+    t = torch.randint(1, TIMESTEPS + 1, shape[:1], generator=random, device=device)
+    return data, pred, t, torch.full((1,), SEED, device=device)
+
+
+def _noise(x: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
+    """The noise of the library's ops, float64."""
+    return reference.normal(x.shape, seed, None, step, stream, torch.float64)
+
+
+def forward_noising(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    x0, given, t, seed = _inputs(shape, dtype, device)
+    schedule = linear(TIMESTEPS)
+    table = torch.stack((schedule.alpha, schedule.sigma), 1).float().to(device)
+
+    def check(name: str, got: Tensor, noise: Tensor) -> None:
+        want = reference.noising(x0.double(), t, table, None, None, noise, ops.FORWARD)
+        agree(f"forward_noising {name}", [got], [want], BOUND[dtype])
+
+    def eager(name: str, compiled: bool) -> Row:
+        model = Eager(TIMESTEPS, device, compiled)
+        index = t - 1
+        return Row(
+            lambda: model.q_sample(x0, index),
+            lambda: check(name, model.q_sample(x0, index, given), given.double()),
+        )
+
+    fused = Row(
+        lambda: ops.noising(x0, t, table),
+        lambda: check("fused", ops.noising(x0, t, table, seed=seed), _noise(x0, seed, t, ops.FORWARD)),
+    )
+    return {"fused": fused, "reference": eager("reference", False), "compile": eager("compile", True)}
+
+
+def loss_forward_backward(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """The eps loss and its gradient. The library draws the noise again; eager PyTorch has kept it."""
+    noise, pred, t, seed = _inputs(shape, dtype, device)
+    pred.requires_grad_()
+    table = torch.tensor([0.0, 1.0, 1.0], device=device).repeat(TIMESTEPS + 1, 1)
+
+    def check(name: str, got: tuple[Tensor, ...], noise: Tensor) -> None:
+        want, slope = reference.loss(pred.detach().double(), None, t, table, None, None, noise, 0, "mse", 1.0)
+        agree(f"loss_forward_backward {name}", got, [want.mean(), slope / slope.numel()], BOUND[dtype])
+
+    def with_gradient(value: Tensor) -> tuple[Tensor, Tensor]:
+        return value.detach(), torch.autograd.grad(value, pred)[0]
+
+    def eager(name: str, compiled: bool) -> Row:
+        model = Eager(TIMESTEPS, device, compiled)
+
+        def run() -> tuple[Tensor, Tensor]:
+            return with_gradient(model.mse(pred, noise))
+
+        return Row(run, lambda: check(name, run(), noise.double()))
+
+    def fused() -> tuple[Tensor, Tensor]:
+        return with_gradient(ops.loss(pred, t, table, seed=seed))
+
+    return {
+        "fused": Row(fused, lambda: check("fused", fused(), _noise(pred, seed, t, ops.FORWARD))),
+        "reference": eager("reference", False),
+        "compile": eager("compile", True),
+    }
+
+
+def reverse_update(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """The ancestral step at t = T/2, in place in the library, as in its sampling loop."""
+    x, pred, _, seed = _inputs(shape, dtype, device)
+    given = pred.flip(0)
+    rows = ancestral(linear(TIMESTEPS), grid(TIMESTEPS, None), "eps", CLIP).rows.float().to(device)
+    step = torch.full((1,), TIMESTEPS // 2, device=device)
+
+    def fused(state: Tensor) -> Tensor:
+        return ops.update(state, pred, rows, step, seed=seed, clip=CLIP, inplace=True)
+
+    def check(name: str, got: Tensor, noise: Tensor) -> None:
+        wide = x.double(), pred.double(), rows, step
+        want = reference.update(*wide, None, None, None, None, noise, None, CLIP, "none", ops.REVERSE)[0]
+        agree(f"reverse_update {name}", [got], [want], BOUND[dtype])
+
+    def eager(name: str, compiled: bool) -> Row:
+        model = Eager(TIMESTEPS, device, compiled)
+        row = model.rows["ddpm"][TIMESTEPS // 2 - 1]  # the step from level T/2
+        return Row(
+            lambda: model.step(x, pred, row, True),
+            lambda: check(name, model.step(x, pred, row, True, given), given.double()),
+        )
+
+    state = x.clone()
+    return {
+        "fused": Row(
+            lambda: fused(state), lambda: check("fused", fused(x.clone()), _noise(x, seed, step, ops.REVERSE))
+        ),
+        "reference": eager("reference", False),
+        "compile": eager("compile", True),
+    }
+
+
+OPERATIONS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]] = {
+    "forward_noising": forward_noising,
+    "loss_forward_backward": loss_forward_backward,
+    "reverse_update": reverse_update,
+}
+# Tensors that must be read or written at least: (x_0, x_t), (pred, gradient), (x, pred, x').
+TENSORS = {"forward_noising": 2, "loss_forward_backward": 2, "reverse_update": 3}
+
+
+# --- whole steps ------------------------------------------------------------------------------------------------
+
+
+def network(device: torch.device) -> UNet:
+    """A small U-Net; smaller still on a CPU."""
+    torch.manual_seed(0)
+    widths = (128, 256, 256) if device.type == "cuda" else (32, 64)
+    return UNet(
+        sample_size=32 if device.type == "cuda" else 16,
+        block_out_channels=widths,
+        down_block_types=(*["DownBlock2D"] * (len(widths) - 1), "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", *["UpBlock2D"] * (len(widths) - 1)),
+        layers_per_block=2 if device.type == "cuda" else 1,
+    ).to(device)
+
+
+def _network_bound(dtype: torch.dtype, device: torch.device) -> float:
+    """Of what went through a network. On a GPU the convolutions of float32 may run in TF32."""
+    if dtype != torch.float32:
+        return 1e-1
+    return 1e-2 if device.type == "cuda" else 3e-5
+
+
+def training_step(batch: int, dtype: torch.dtype, device: torch.device) -> Rows:
+    """Loss, backward and AdamW step of a U-Net, under autocast where dtype is not float32."""
+    net = network(device)
+    data, given, t, _ = _inputs((batch, *(net.sample_shape or ())), torch.float32, device)
+    cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def row(name: str, net: UNet, loss: Callable[..., Tensor]) -> Row:
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+
+        def run() -> None:
+            optimizer.zero_grad()
+            with cast:
+                value = loss()
+            value.backward()
+            optimizer.step()
+
+        def check() -> None:
+            wide = copy.deepcopy(net).double()
+            want = _with_gradient(DDPM(wide).to(device)(data.double(), t=t, noise=given.double()), wide)
+            with cast:
+                value = loss(t, given)
+            agree(f"training_step {name}", _with_gradient(value, net), want, _network_bound(dtype, device))
+
+        return Row(run, check)
+
+    def eager(name: str, compiled: bool) -> Row:
+        own, model = copy.deepcopy(net), Eager(TIMESTEPS, device, compiled)
+        return row(
+            name,
+            own,
+            lambda t=None, noise=None: model.loss(own, data, None if t is None else t - 1, noise),
+        )
+
+    own = copy.deepcopy(net)
+    ddpm = DDPM(own).to(device)
+    return {
+        "fused": row("fused", own, lambda t=None, noise=None: ddpm(data, t=t, noise=noise)),
+        "reference": eager("reference", False),
+        "compile": eager("compile", True),
+    }
+
+
+def _with_gradient(value: Tensor, net: nn.Module) -> tuple[Tensor, Tensor]:
+    """(value, its gradient by all parameters as one vector)."""
+    gradient = torch.autograd.grad(value, list(net.parameters()))
+    return value.detach(), torch.cat([g.flatten() for g in gradient])
+
+
+def sampling(batch: int, sampler: str, steps: int, device: torch.device) -> Rows:
+    """Images from a U-Net in `steps` steps, with T = steps; "ddpm" or "ddim"."""
+    net = network(device).eval()
+    wide = copy.deepcopy(net).double()
+    shape = (batch, *(net.sample_shape or ()))
+    random = torch.Generator(device).manual_seed(0)
+    x_T = torch.randn(shape, generator=random, device=device)
+    noise = torch.randn((steps, *shape), generator=random, device=device)
+    ddpm = DDPM(net, timesteps=steps).to(device)
+
+    def check(name: str, got: Tensor) -> None:
+        oracle = DDPM(wide, timesteps=steps).to(device)
+        given = noise.double() if sampler == "ddpm" else None
+        want = oracle.sample(shape, sampler=sampler, x_T=x_T.double(), noise=given)
+        agree(f"sampling {sampler} {name}", [got], [want], _network_bound(torch.float32, device))
+
+    def eager(name: str, compiled: bool) -> Row:
+        model = Eager(steps, device, compiled)
+        return Row(
+            lambda: model.sample(net, sampler, torch.randn(shape, device=device)),
+            lambda: check(name, model.sample(net, sampler, x_T, noise)),
+        )
+
+    given = noise if sampler == "ddpm" else None
+    fused = Row(
+        lambda: ddpm.sample(shape, sampler=sampler),
+        lambda: check("fused", ddpm.sample(shape, sampler=sampler, x_T=x_T, noise=given)),
+    )
+    return {"fused": fused, "reference": eager("reference", False), "compile": eager("compile", True)}
