@@ -143,7 +143,7 @@ def test_ddim_is_first_order():
 # --- rows -------------------------------------------------------------------------------------------------------
 
 betas = st.lists(st.floats(1e-4, 0.99), min_size=1, max_size=10)
-rules = settings(deadline=None, derandomize=True)
+rules = settings(deadline=None)
 
 
 def some_levels(n: int, mask: int) -> Tensor:
