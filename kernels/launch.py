@@ -31,6 +31,14 @@ def row_of(index_ptr, index_stride, sample, rows):
     return index, tl.where(known, index.to(tl.int32), 0), tl.where(known, 0.0, float("nan"))
 
 
+@triton.jit
+def load_float32(pointers, mask):
+    x = tl.load(pointers, mask=mask)
+    if x.dtype == tl.bfloat16:  # The upper half of a float32: one shift or mask, where the cast takes up to two.
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
 def block_of(n: int, channels: int, generated: bool, *tensors: Tensor | None) -> dict[str, Any]:
     """CHANNELS, BLOCK, VEC and num_warps for samples of n elements: one 16-byte access of the narrowest type at a time;
     16 elements a thread, or 32 where no noise is drawn and the work before the first element weighs more."""

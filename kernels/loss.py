@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, block_of, grid_of, is_fast, owner, row_of, stride_of
+from .launch import FUSED, block_of, grid_of, is_fast, load_float32, owner, row_of, stride_of
 from .layout import lay_out
 from .noise import tile, tile_normals
 
@@ -39,13 +39,13 @@ def loss_kernel(
 
     start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
     start += sample.to(tl.int64) * n
-    residual = tl.load(pred_ptr + start + offsets, mask=mask).to(tl.float32)
+    residual = load_float32(pred_ptr + start + offsets, mask)
     if x0_ptr is not None:
         p = tl.load(table_ptr + row * 3)
-        residual -= p * tl.load(x0_ptr + start + offsets, mask=mask).to(tl.float32)
+        residual -= p * load_float32(x0_ptr + start + offsets, mask)
     if noise_ptr is not None:
         q = tl.load(table_ptr + row * 3 + 1)
-        residual -= q * tl.load(noise_ptr + start + offsets, mask=mask).to(tl.float32)
+        residual -= q * load_float32(noise_ptr + start + offsets, mask)
     elif seed_ptr is not None:
         q = tl.load(table_ptr + row * 3 + 1)
         number = sample if ids_ptr is None else tl.load(ids_ptr + sample)
@@ -96,7 +96,7 @@ def scale_kernel(
         offsets = tl.arange(0, BLOCK)
         mask = start + offsets < n
         pointers = grad_ptr + sample.to(tl.int64) * n + start + offsets
-        tl.store(pointers, tl.load(pointers, mask=mask).to(tl.float32) * by, mask=mask)
+        tl.store(pointers, load_float32(pointers, mask) * by, mask=mask)
 
 
 def loss(

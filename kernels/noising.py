@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block_of, grid_of, is_fast, owner, row_of, stride_of
+from .launch import block_of, grid_of, is_fast, load_float32, owner, row_of, stride_of
 from .layout import lay_out
 from .noise import tile, tile_normals
 
@@ -30,12 +30,12 @@ def noising_kernel(
 
     start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
     start += sample.to(tl.int64) * n
-    x0 = tl.load(x0_ptr + start + offsets, mask=mask).to(tl.float32)
+    x0 = load_float32(x0_ptr + start + offsets, mask)
     if noise_ptr is None:
         number = sample if ids_ptr is None else tl.load(ids_ptr + sample)
         z = tile_normals(seed_ptr, number, t, block, n, STREAM, CHANNELS, BLOCK, VEC, FAST)
     else:
-        z = tl.load(noise_ptr + start + offsets, mask=mask).to(tl.float32)
+        z = load_float32(noise_ptr + start + offsets, mask)
     tl.store(out_ptr + start + offsets, alpha * x0 + sigma * z, mask=mask)
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block_of, grid_of, is_fast, owner, row_of, stride_of
+from .launch import block_of, grid_of, is_fast, load_float32, owner, row_of, stride_of
 from .layout import laid_like, lay_out, sliced_like
 from .noise import tile, tile_normals
 
@@ -40,13 +40,15 @@ def update_kernel(
     start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
     at = sample.to(tl.int64) * pred_stride + start
     start += sample.to(tl.int64) * n
-    x = tl.load(x_ptr + start + offsets, mask=mask).to(tl.float32)
-    pred = tl.load(pred_ptr + at + offsets, mask=mask).to(tl.float32)
+    x = load_float32(x_ptr + start + offsets, mask)
+    pred = load_float32(pred_ptr + at + offsets, mask)
     if uncond_ptr is not None:
         w = tl.load(row + 8)
-        uncond = tl.load(uncond_ptr + at + offsets, mask=mask).to(tl.float32)
+        uncond = load_float32(uncond_ptr + at + offsets, mask)
         pred = uncond + w * (pred - uncond)
 
+    if KEEP != "x0hat":  # Only c x0hat is needed: c goes into a, b and the bound, once per program.
+        a, b, clip, c = c * a, c * b, tl.abs(c) * clip, 1.0
     x0 = a * x + b * pred
     if CLIP:  # NaN stays NaN, as in torch.clamp
         x0 = tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
@@ -55,20 +57,20 @@ def update_kernel(
     if noise_ptr is not None or seed_ptr is not None:
         f = tl.load(row + 5)
         if noise_ptr is not None:
-            z = tl.load(noise_ptr + start + offsets, mask=mask).to(tl.float32)
+            z = load_float32(noise_ptr + start + offsets, mask)
         else:
             number = sample if ids_ptr is None else tl.load(ids_ptr + sample)
             z = tile_normals(seed_ptr, number, step, block, n, STREAM, CHANNELS, BLOCK, VEC, FAST)
         if raw_ptr is not None:
             h = tl.load(row + 7)
-            raw = tl.load(raw_ptr + at + offsets, mask=mask).to(tl.float32)
+            raw = load_float32(raw_ptr + at + offsets, mask)
             out += tl.exp(f + (0.5 * raw + 0.5) * (h - f)) * z
         else:
             out += f * z
     if hist_ptr is not None:
         g = tl.load(row + 6)
         hist = hist_ptr + start + offsets
-        out += g * tl.load(hist, mask=mask).to(tl.float32)
+        out += g * load_float32(hist, mask)
         tl.store(hist, x0 if KEEP == "x0hat" else x, mask=mask)
     tl.store(out_ptr + start + offsets, out, mask=mask)
 
