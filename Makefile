@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 DEMO := runs/demo
+KERNEL_TESTS := tests/test_noise.py tests/test_kernels.py tests/test_ops.py tests/test_guards.py tests/test_roofline.py
 
-.PHONY: demo test test-deep lint bench clean
+.PHONY: demo test test-deep test-matrix lint bench gpu-check clean
 
 $(BIN)/.installed: setup.py pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +35,17 @@ lint: $(BIN)/.installed
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+# For a machine with a GPU: tests, timings and a report in benchmarks/results/.
+gpu-check: $(BIN)/.installed
+	$(BIN)/python benchmarks/gpu_check.py
+
+# The kernels under every Triton that the last three torch releases pin; 3.9.0 is also the newest.
+test-matrix: $(BIN)/.installed
+	set -e; for version in 3.7.1 3.8.0 3.9.0; do \
+	    $(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$$version triton==$$version; \
+	    PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m pytest $(KERNEL_TESTS); \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
