@@ -59,7 +59,8 @@ def normal(
         raise ValueError(f"stream: expected a number in [0, 2^32), got {stream}")
     out = torch.empty(shape, dtype=dtype, device=device)
     step = as_index("step", step, out)
-    torch.ops.fastdiff.normal_(out, as_seed(seed, out.device), as_ids(sample_ids, out), step, stream)
+    ids = as_ids(sample_ids, out)
+    torch.ops.fastdiff.normal_(out, as_seed(seed, out.device), ids, step, stream)
     return out
 
 
@@ -81,8 +82,8 @@ def noising(
     check_floating("x0", x0)
     t = as_index("t", t, x0)
     check_table("table", table, 2, x0)
-    seed = noise_source(x0, seed, noise)
-    return torch.ops.fastdiff.noising(x0, t, table, seed, as_ids(sample_ids, x0), noise, FORWARD)
+    ids = as_ids(sample_ids, x0)
+    return torch.ops.fastdiff.noising(x0, t, table, noise_source(x0, seed, noise), ids, noise, FORWARD)
 
 
 def loss(
@@ -157,10 +158,6 @@ def update(
     check_like("pred", pred, x)
     check_table("rows", rows, 9, x)
     step = as_index("step", step, x)
-    if noisy or noise is not None:
-        seed = noise_source(x, seed, noise)
-    elif seed is not None:
-        raise ValueError("seed: expected None with noisy=False")
     for name, given in (("uncond", uncond), ("raw_variance", raw_variance)):
         if given is not None:
             check_like(name, given, x)
@@ -175,19 +172,26 @@ def update(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
     ids = as_ids(sample_ids, x)
-    args = (pred, rows, step, seed, ids, uncond, raw_variance, noise, hist, clip, keep, REVERSE)
     inputs = (x, pred, uncond, raw_variance, noise)
-    if torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs):
-        if inplace or hist is not None:
-            raise ValueError("inplace, hist: a tensor would be overwritten that the gradient needs")
+    with_grad = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs)
+    if with_grad and (inplace or hist is not None):
+        raise ValueError("inplace, hist: a tensor would be overwritten that the gradient needs")
+    if noisy or noise is not None:
+        seed = noise_source(x, seed, noise)
+    elif seed is not None:
+        raise ValueError("seed: expected None with noisy=False")
+    args = (pred, rows, step, seed, ids, uncond, raw_variance, noise, hist, clip, keep, REVERSE)
+    if with_grad:
         if type(step) is Tensor and not torch.compiler.is_compiling():
             _in_range("step", step, len(rows))
             _ids_in_range(ids)
         return reference.update(x, *args)[0]
-    if inplace:
+    if inplace or hist is not None:
+        # Inductor cannot take an op that both returns a tensor and overwrites an optional one.
+        x = x if inplace else x.clone()
         torch.ops.fastdiff.update_(x, *args)
         return x
-    return torch.ops.fastdiff.update(x, *args)
+    return torch.ops.fastdiff.update(x, *args[:8], clip, REVERSE)
 
 
 # --- implementations --------------------------------------------------------------------------------------------
@@ -338,8 +342,9 @@ def _scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
 
 
 def _update(x: Tensor, *args: Any) -> Tensor:
+    *operands, clip, stream = args
     out = torch.empty_like(x)
-    _update_into(out, x, *args)
+    _update_into(out, x, *operands, None, clip, "none", stream)
     return out
 
 
@@ -447,7 +452,7 @@ _SCHEMAS = {
     "float delta, bool per_sample, bool with_grad) -> (Tensor, Tensor)",
     "scale_": "(Tensor(a!) grad, Tensor incoming, float factor) -> ()",
     "update": f"(Tensor x, Tensor pred, Tensor rows, Tensor step, {_NOISE}, Tensor? uncond, Tensor? raw, "
-    "Tensor? noise, Tensor(a!)? hist, float? clip, str keep, int stream) -> Tensor",
+    "Tensor? noise, float? clip, int stream) -> Tensor",
     "update_": f"(Tensor(a!) x, Tensor pred, Tensor rows, Tensor step, {_NOISE}, Tensor? uncond, Tensor? raw, "
     "Tensor? noise, Tensor(b!)? hist, float? clip, str keep, int stream) -> ()",
 }
