@@ -84,7 +84,7 @@ def noise_source(x: Tensor, seed: int | Tensor | None, noise: Tensor | None) -> 
 def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """(1,) int64 on the device; drawn from PyTorch's default generator of the device if None, without a host sync."""
     if seed is None:
-        return torch.empty(1, dtype=torch.int64, device=device).random_()
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)  # torch.compile cannot trace random_
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"seed: expected one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}")
