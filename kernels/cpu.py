@@ -40,6 +40,7 @@ U_SCALE, U_SHIFT, X_SCALE = np.float32(2.0**-32), np.float32(2.0**-33), np.float
 ZERO, HALF, ONE, TWO, FOUR = (np.float32(c) for c in (0, 0.5, 1, 2, 4))
 REBIAS = np.float32(2.0**112)
 BITS_OF_SQRT_HALF = np.int32(0x3F3504F3)
+MASK, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 M0, M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 W0, W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 
@@ -144,31 +145,44 @@ def narrow_f16(bits, moved, out):
 
 
 @njit(**STAGE)
-def load(address, code, at, first, channels, plane, out, raw):
-    """out = float32 of elements first.. of the sample that starts `at` elements behind the address."""
-    m = len(out)
+def read(address, code, at, first, channels, plane, buffer, raw):
+    """float32 of elements first.. of the sample that starts `at` elements behind the address: where they lie, if that
+    is what lies there, else in the buffer."""
+    m = len(buffer)
     if code == F32:
         if channels == 1:
-            copy(carray(pointer(address + 4 * (at + first)), m, np.float32), out)
-        else:
-            gather(carray(pointer(address + 4 * at), channels * plane, np.float32), first, channels, plane, out)
-        return
+            return carray(pointer(address + 4 * (at + first)), m, np.float32)
+        gather(carray(pointer(address + 4 * at), channels * plane, np.float32), first, channels, plane, buffer)
+        return buffer
     if channels == 1:
         copy(carray(pointer(address + 2 * (at + first)), m, np.uint16), raw[:m])
     else:
         gather(carray(pointer(address + 2 * at), channels * plane, np.uint16), first, channels, plane, raw[:m])
     if code == BF16:
-        widen_bf16(raw[:m], out.view(np.uint32))
+        widen_bf16(raw[:m], buffer.view(np.uint32))
     else:
-        widen_f16(raw[:m], out.view(np.uint32))
-        rebias_f16(raw[:m], out)
+        widen_f16(raw[:m], buffer.view(np.uint32))
+        rebias_f16(raw[:m], buffer)
+    return buffer
+
+
+@njit(**STAGE)
+def target(address, code, at, first, channels, buffer, shared):
+    """Where to write elements first.. in float32: in place, if that is their storage, else the buffer. Not in place
+    where an operand is `shared` with the output: a loop over overlapping arrays is not vectorised."""
+    if code == F32 and channels == 1 and not shared:
+        return carray(pointer(address + 4 * (at + first)), len(buffer), np.float32)
+    return buffer
 
 
 @njit(**STAGE)
 def store(values, address, code, at, first, channels, plane, raw, moved):
+    """Bring what was written to `target` into storage."""
     m = len(values)
     if code == F32:
         if channels == 1:
+            if values.ctypes.data == address + 4 * (at + first):
+                return
             copy(values, carray(pointer(address + 4 * (at + first)), m, np.float32))
         else:
             scatter(values, first, channels, plane, carray(pointer(address + 4 * at), channels * plane, np.float32))
@@ -189,22 +203,21 @@ def store(values, address, code, at, first, channels, plane, raw, moved):
 
 @njit(inline="always")
 def philox_round(c0, c1, c2, c3, k0, k1):
-    p0, p1 = np.uint64(c0) * M0, np.uint64(c2) * M1
-    d0 = np.uint32(np.uint32(p1 >> np.uint64(32)) ^ c1 ^ k0)
-    d2 = np.uint32(np.uint32(p0 >> np.uint64(32)) ^ c3 ^ k1)
-    return d0, np.uint32(p1), d2, np.uint32(p0)
+    """On 32-bit words in 64-bit lanes, whose upper halves may hold anything: so no lane is ever moved."""
+    p0, p1 = (c0 & MASK) * M0, (c2 & MASK) * M1
+    return (p1 >> SHIFT) ^ c1 ^ np.uint64(k0), p1, (p0 >> SHIFT) ^ c3 ^ np.uint64(k1), p0
 
 
 @njit(**STAGE)
 def philox(first, sample, step, stream, key0, key1, w0, w1, w2, w3):
     """The words of blocks first.. of a sample (Philox4x32-10, Salmon et al. 2011)."""
     for i in range(len(w0)):
-        c0, c1, c2, c3 = np.uint32(first + np.uint32(i)), sample, step, stream
+        c0, c1, c2, c3 = np.uint64(first) + np.uint64(i), np.uint64(sample), np.uint64(step), np.uint64(stream)
         k0, k1 = key0, key1
         for _ in range(10):
             c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
             k0, k1 = np.uint32(k0 + W0), np.uint32(k1 + W1)
-        w0[i], w1[i], w2[i], w3[i] = c0, c1, c2, c3
+        w0[i], w1[i], w2[i], w3[i] = np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(c3)
 
 
 @njit(**STAGE)
@@ -306,9 +319,9 @@ def normal_chunks(lo, hi, chunks, n, channels, seed, ids, step, step_stride, str
 
 
 @njit(**STAGE)
-def mix(alpha, x, sigma, z):
-    for i in range(len(x)):
-        x[i] = alpha * x[i] + sigma * z[i]
+def mix(alpha, x, sigma, z, out):
+    for i in range(len(out)):
+        out[i] = alpha * x[i] + sigma * z[i]
 
 
 @njit(**ENTRY)
@@ -317,19 +330,20 @@ def noising_chunks(
     x0, x0_code, noise, noise_code, out, out_code,
 ):  # fmt: skip
     words, parts, z, raw, moved = scratch()
-    buffer = np.empty(CHUNK, np.float32)
+    buffers = np.empty((2, CHUNK), np.float32)
     for k in range(lo, hi):
         sample, first = k // chunks, (k % chunks) * CHUNK
         m, at, plane = min(CHUNK, n - first), sample * n, n // channels
         level, row = row_of(t, t_stride, sample, table, levels, 2)
         if noise == 0:
             normals(seed, number_of(ids, sample), level, stream, first, z[: (m + 3) // 4 * 4], words, parts)
+            eps = z[:m]
         else:
-            load(noise, noise_code, at, first, channels, plane, z[:m], raw)
-        x = buffer[:m]
-        load(x0, x0_code, at, first, channels, plane, x, raw)
-        mix(row[0], x, row[1], z[:m])
-        store(x, out, out_code, at, first, channels, plane, raw, moved)
+            eps = read(noise, noise_code, at, first, channels, plane, z[:m], raw)
+        x = read(x0, x0_code, at, first, channels, plane, buffers[0, :m], raw)
+        x_t = target(out, out_code, at, first, channels, buffers[1, :m], False)
+        mix(row[0], x, row[1], eps, x_t)
+        store(x_t, out, out_code, at, first, channels, plane, raw, moved)
 
 
 @njit(**STAGE)
@@ -383,13 +397,11 @@ def loss_chunks(
         m, at, plane = min(CHUNK, n - first), sample * n, n // channels
         level, row = row_of(t, t_stride, sample, table, levels, 3)
         r = residual[:m]
-        load(pred, pred_code, at, first, channels, plane, r, raw)
+        copy(read(pred, pred_code, at, first, channels, plane, r, raw), r)
         if x0 != 0:
-            load(x0, x0_code, at, first, channels, plane, z[:m], raw)
-            subtract(r, row[0], z[:m])
+            subtract(r, row[0], read(x0, x0_code, at, first, channels, plane, z[:m], raw))
         if noise != 0:
-            load(noise, noise_code, at, first, channels, plane, z[:m], raw)
-            subtract(r, row[1], z[:m])
+            subtract(r, row[1], read(noise, noise_code, at, first, channels, plane, z[:m], raw))
         elif seed != 0:
             normals(seed, number_of(ids, sample), level, stream, first, z[: (m + 3) // 4 * 4], words, parts)
             subtract(r, row[1], z[:m])
@@ -418,15 +430,15 @@ def scale_chunks(lo, hi, chunks, n, channels, grad, grad_code, incoming, incomin
         by = np.float32(carray(pointer(incoming + 4 * incoming_stride * sample), 1, np.float32)[0] * factor)
         if by != ONE:
             x = values[: min(CHUNK, n - first)]
-            load(grad, grad_code, sample * n, first, channels, n // channels, x, raw)
+            x = read(grad, grad_code, sample * n, first, channels, n // channels, x, raw)
             scale(by, x)
             store(x, grad, grad_code, sample * n, first, channels, n // channels, raw, moved)
 
 
 @njit(**STAGE)
-def guide(pred, uncond, w):
-    for i in range(len(pred)):
-        pred[i] = uncond[i] + w * (pred[i] - uncond[i])
+def guide(pred, uncond, w, out):
+    for i in range(len(out)):
+        out[i] = uncond[i] + w * (pred[i] - uncond[i])
 
 
 @njit(**STAGE)
@@ -463,32 +475,33 @@ def update_chunks(
     noise, noise_code, hist, hist_code, out, out_code, clip, keep,
 ):  # fmt: skip
     words, parts, z, raw, moved = scratch()
-    buffers = np.empty((4, CHUNK), np.float32)
+    buffers = np.empty((5, CHUNK), np.float32)
     for k in range(lo, hi):
         sample, first = k // chunks, (k % chunks) * CHUNK
         m, at, plane = min(CHUNK, n - first), sample * n, n // channels
         index, row = row_of(step, step_stride, sample, rows, steps, 9)
-        state, p, x0, result = buffers[0, :m], buffers[1, :m], buffers[2, :m], buffers[3, :m]
-        load(x, x_code, at, first, channels, plane, state, raw)
-        load(pred, pred_code, sample * pred_stride, first, channels, plane, p, raw)
+        x0, result = buffers[0, :m], target(out, out_code, at, first, channels, buffers[1, :m], out == x)
+        state = read(x, x_code, at, first, channels, plane, buffers[2, :m], raw)
+        p = read(pred, pred_code, sample * pred_stride, first, channels, plane, buffers[3, :m], raw)
         if uncond != 0:
-            load(uncond, uncond_code, sample * pred_stride, first, channels, plane, x0, raw)
-            guide(p, x0, row[8])
+            other = read(uncond, uncond_code, sample * pred_stride, first, channels, plane, buffers[4, :m], raw)
+            guide(p, other, row[8], buffers[3, :m])
+            p = buffers[3, :m]
         estimate(row[0], state, row[1], p, clip, x0)
         combine(row[2], x0, row[3], state, row[4], p, result)
+        eps = z[:m]
         if noise != 0:
-            load(noise, noise_code, at, first, channels, plane, z[:m], raw)
+            eps = read(noise, noise_code, at, first, channels, plane, eps, raw)
         elif seed != 0:
             normals(seed, number_of(ids, sample), index, stream, first, z[: (m + 3) // 4 * 4], words, parts)
         if noise != 0 or seed != 0:
             if variance != 0:
-                load(variance, variance_code, sample * pred_stride, first, channels, plane, p, raw)
-                add_learned(row[5], row[7], p, z[:m], result)
+                v = read(variance, variance_code, sample * pred_stride, first, channels, plane, buffers[4, :m], raw)
+                add_learned(row[5], row[7], v, eps, result)
             else:
-                add(row[5], z[:m], result)
+                add(row[5], eps, result)
         if hist != 0:
-            load(hist, hist_code, at, first, channels, plane, p, raw)
-            add(row[6], p, result)
+            add(row[6], read(hist, hist_code, at, first, channels, plane, buffers[4, :m], raw), result)
             store(x0 if keep == 1 else state, hist, hist_code, at, first, channels, plane, raw, moved)
         store(result, out, out_code, at, first, channels, plane, raw, moved)
 
