@@ -14,6 +14,7 @@ Common arguments:
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -171,6 +172,7 @@ def update(
             raise TypeError(f"hist: expected the dtype of x, {x.dtype}, got {hist.dtype}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
+    clip = None if clip == math.inf else clip  # the kernel multiplies the bound by c, which may be 0
     ids = as_ids(sample_ids, x)
     inputs = (x, pred, uncond, raw_variance, noise)
     with_grad = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs)
