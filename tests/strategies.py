@@ -69,9 +69,11 @@ def laid(x: Tensor, layout: str) -> Tensor:
 
 
 def table(rows: int, columns: int, salt: int) -> Tensor:
-    """Float32 coefficients in [-2, 2]."""
+    """Float32 coefficients in [-2, 2], a quarter of them 0 or 1 as in the rows of schedules and samplers."""
     generator = torch.Generator().manual_seed(salt + 1)
-    return (4 * torch.rand(rows, columns, generator=generator) - 2).to(DEVICE)
+    drawn = 4 * torch.rand(rows, columns, generator=generator) - 2
+    exact = torch.randint(2, (rows, columns), generator=generator).float()
+    return torch.where(torch.rand(rows, columns, generator=generator) < 0.25, exact, drawn).to(DEVICE)
 
 
 def index(rows: int, batch: int, per_sample: bool, salt: int) -> Tensor:
