@@ -75,6 +75,8 @@ def test_named_schedule_to_float64_precision(name, n):
     assert_close(made.log_alpha, log_alpha, 1e-11)
     assert_close(made.sigma, [mpmath.sqrt(1 - a) for a in alpha_bar], 1e-11)
     assert_close(made.betas, betas, 1e-11)
+    t = torch.arange(1, n + 1)
+    assert_close(made.transition(t, t - 1)[0], [mpmath.sqrt(1 - beta) for beta in betas], 1e-11)
 
 
 def test_linear_figures():
@@ -242,6 +244,14 @@ def test_objectives_are_inverse_to_noising(betas):
         gain = 1e-13 * (a.abs() + b.abs() + 1)
         assert ((a * made.alpha + b * p - 1).abs() <= gain).all()
         assert ((a * made.sigma + b * q).abs() <= gain).all()
+
+
+def test_v_determines_x0_where_the_variance_is_not_kept():
+    """From x_t = alpha x_0 + sigma z and v = alpha z - sigma x_0: x_0 = (alpha x_t - sigma v) / (alpha^2 + sigma^2)."""
+    made = NoiseSchedule.from_alpha_sigma([1.0, 0.5, 0.0], [0.2, 3.0, 2.0])
+    (p, q), (a, b) = target_rows(made, "v"), x0_rows(made, "v")
+    torch.testing.assert_close(a * made.alpha + b * p, torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(a * made.sigma + b * q, torch.zeros(4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("objective", ["eps", "x0", "v"])
