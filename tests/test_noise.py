@@ -163,7 +163,7 @@ def test_normal(backend, shape, dtype, layout, seed, salt, numbered, per_sample,
     with fastdiff.backend(backend):
         torch.ops.fastdiff.normal_(out, key, ids, step, stream)
     want, error = normals(shape, key, ids, step, stream, fast=backend == "triton" and is_fast(out))
-    assert_close(out, want, error)
+    assert_close(out, want, error, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
