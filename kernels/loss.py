@@ -54,16 +54,12 @@ def loss_kernel(
     if RHO == "mse":
         value = residual * residual
         slope = 2.0 * residual
-    else:
-        size = tl.abs(residual)
-        sign = tl.where(residual > 0, 1.0, tl.where(residual < 0, -1.0, residual))
-        if RHO == "l1":
-            value = size
-            slope = sign
-        else:  # Huber: quadratic up to delta, then linear
-            near = size <= delta
-            value = tl.where(near, 0.5 * residual * residual, delta * (size - 0.5 * delta))
-            slope = tl.where(near, residual, delta * sign)
+    elif RHO == "l1":
+        value = tl.abs(residual)
+        slope = tl.where(residual > 0, 1.0, tl.where(residual < 0, -1.0, residual))
+    else:  # Huber: r^2 / 2 up to delta, then delta (|r| - delta / 2)
+        slope = tl.clamp(residual, -delta, delta, propagate_nan=tl.PropagateNan.ALL)
+        value = slope * (residual - 0.5 * slope)
     total = tl.sum(tl.where(mask, value, 0.0))
     tl.store(partial_ptr + sample.to(tl.int64) * tl.num_programs(0) + block, total * (w * scale))
     if grad_ptr is not None:
