@@ -96,6 +96,11 @@ def test_raised_cosine_ends_in_exactly_no_signal():
     assert 2 * made.log_alpha[-2].item() == pytest.approx(math.log(T) + (1 - T) * math.log(4), rel=1e-9)
     assert made.snr[-1] == 0 and made.log_snr[-1] == -math.inf
     assert made.prior_kl(0.25) == 0
+    # near the end alpha_t / alpha_{t-1} = sin(pi (T - t) / 2T) keeps its digits, which 1 - sin^2 would not
+    long = schedules.raised_cosine(10**5)
+    t = 10**5 - torch.tensor([1, 2, 10])
+    expected = [mpmath.sin(mpmath.pi * k / (2 * 10**5)) for k in (1, 2, 10)]
+    assert_close(long.transition(t, t - 1)[0], expected, 1e-9)
 
 
 @pytest.mark.parametrize("weighting", ["simple", "min_snr"])
