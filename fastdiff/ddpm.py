@@ -192,7 +192,7 @@ class DDPM(nn.Module):
         sampler: "ddpm" (Ho et al. 2020, algorithm 2, respaced where steps < T) or "ddim" with eta (Song et al. 2021).
         seed: an int or int64 tensor; drawn from PyTorch's default generator if None. sample_ids: (B,), the number of
             each sample in the seed's noise, 0..B-1 if None: sample i of a seed is the same in whatever batch.
-        x_T: (B, ...), the start, in place of N(0, sigma_T^2 I). noise: (steps, B, ...), or a function from the step's
+        x_T: (B, ...), the start, in place of N(0, prior_std^2 I). noise: (steps, B, ...), or a function from the step's
             number to (B, ...), in place of generated noise.
         progress: show a bar (needs tqdm). callback(k, level, x): called after step k with the state at that level;
             x is overwritten by the next step. return_trajectory: give (steps + 1, B, ...), from x_T to x_0.
@@ -212,7 +212,7 @@ class DDPM(nn.Module):
         seed = as_seed(seed, device)
         if x_T is None:
             x = ops.normal(shape, seed, sample_ids=ids, dtype=dtype, device=device)
-            x.mul_(self.schedule.sigma[-1].item())
+            x.mul_(self.schedule.prior_std)
         else:
             x = x_T.detach().to(device, dtype, copy=True)
         return self._run(table, x, seed, ids, noise, progress, callback, return_trajectory, model_kwargs)

@@ -109,6 +109,11 @@ class NoiseSchedule:
         """log(alpha_t^2 / sigma_t^2), (T + 1,); inf at level 0, -inf where alpha = 0."""
         return 2 * (self.log_alpha - self.sigma.log())
 
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the draw that sampling starts from: 1 for VP (Ho et al. 2020), else sigma_T."""
+        return 1.0 if self.vp else self.sigma[-1].item()
+
     def transition(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha_ts, beta_ts) of q(x_t | x_s) = N(alpha_ts x_s, beta_ts I) for levels s < t.
 

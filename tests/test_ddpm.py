@@ -258,6 +258,9 @@ def test_sampling_starts_from_the_prior():
     ddpm = DDPM(Pointwise(), made, 3, "x0", clip=None)
     path = ddpm.sample((4, 6), seed=2, return_trajectory=True)
     torch.testing.assert_close(path[0], 30 * ops.normal((4, 6), 2))
+    # A chain that keeps its variance starts from N(0, 1), however much signal it leaves.
+    short = DDPM(Pointwise(), torch.tensor([0.1, 0.2]), 2)
+    assert torch.equal(short.sample((4, 6), seed=2, return_trajectory=True)[0], ops.normal((4, 6), 2))
 
 
 @pytest.mark.parametrize(("sampler", "eta"), ETAS)
@@ -265,7 +268,7 @@ def test_given_start_and_noise(sampler, eta):
     ddpm = DDPM(Pointwise(), timesteps=20)
     options = {"sampler": sampler, "eta": eta, "steps": 7}
     expected = ddpm.sample(SHAPE, seed=3, **options)
-    x_T = ops.normal(SHAPE, 3) * ddpm.schedule.sigma[-1]
+    x_T = ops.normal(SHAPE, 3)
     noise = torch.stack([ops.normal(SHAPE, 3, step=k, stream=ops.REVERSE) for k in range(7)])
     before = x_T.clone()
     asked = []
