@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import _backend, ops
+from . import _backend, ops, roofline
 from ._workloads import OPERATIONS, TENSORS, Rows, refuse_interpreter
 from .checkpoint import replacing, writable
 from .cli import device_argument, device_of
@@ -77,11 +77,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=["quick", "full"], default="quick", help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     device_argument(parser)
+    parser.add_argument("--static", action="store_true", help="predict from machine code instead, for GPUs not here")
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="with --static: all compiled code to DIR")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --static: a PNG of the predictions")
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the table. Raises RuntimeError where a row disagrees with the float64 reference, ValueError for options."""
     refuse_interpreter()
+    if args.static:
+        return roofline.main(args)
+    for name in ("dump", "plot"):
+        if getattr(args, name):
+            raise ValueError(f"--{name}: expected --static with it")
     device = device_of(args)
     if args.json:
         writable(args.json)
