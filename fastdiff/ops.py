@@ -201,7 +201,7 @@ def update(
 
 def _in_range(name: str, index: Tensor, rows: int) -> None:
     if index.device.type == "cpu":
-        low, high = (v.item() for v in index.aminmax())
+        low, high = [v.item() for v in ((index, index) if index.numel() == 1 else index.aminmax())]
         if low < 0 or high >= rows:
             raise ValueError(f"{name}: expected values in [0, {rows}), got {low if low < 0 else high}")
 
