@@ -1,0 +1,170 @@
+"""Every load and store of every kernel, address by address: inside the elements of a tensor that the launch was given,
+no element written twice, none written by one program and read by another.
+
+Triton's interpreter is made to report the addresses; sizes are and are not multiples of the block.
+"""
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from strategies import laid, table, tensor
+from triton.runtime import interpreter
+
+import fastdiff
+from fastdiff import ops
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels report no addresses"),
+]
+ROWS = 6
+
+
+class Launch:
+    """What the programs of one launch read and wrote: byte addresses, and the program of each."""
+
+    def __init__(self, tensors):
+        self.elements = np.unique(np.concatenate([addresses(t) for t in tensors]))
+        self.read, self.written = ([], []), ([], [])
+
+    def note(self, log, pointers, mask):
+        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel().astype(np.int64)
+        x, y, z = interpreter.interpreter_builder.grid_idx
+        log[0].append(at)
+        log[1].append(np.full(at.shape, (z << 40) + (y << 20) + x))
+
+    def check(self):
+        (read, reader), (written, writer) = (map(np.concatenate, log) for log in (self.read, self.written))
+        for name, at in (("read", read), ("write", written)):
+            outside = at[~np.isin(at, self.elements)]
+            assert not len(outside), f"{len(outside)} of {len(at)} elements that programs {name} lie outside"
+        order = np.argsort(written, kind="stable")
+        written, writer = written[order], writer[order]
+        assert len(np.unique(written)) == len(written), "an element is written twice"
+        place = np.minimum(np.searchsorted(written, read), len(written) - 1)
+        assert not ((written[place] == read) & (writer[place] != reader)).any(), "read and written by two programs"
+
+
+def addresses(t):
+    offsets = torch.zeros(t.shape, dtype=torch.int64)
+    for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        offsets += (torch.arange(size) * stride).view(-1, *[1] * (t.ndim - dim - 1))
+    return (t.data_ptr() + t.element_size() * offsets.flatten()).numpy()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The launches of a test, checked as each ends."""
+    done = []
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
+
+    def noted_load(self, pointers, mask, *rest):
+        done[-1].note(done[-1].read, pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def noted_store(self, pointers, value, mask, *rest):
+        done[-1].note(done[-1].written, pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def checked(self, *args, **kwargs):
+        done.append(Launch([a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]))
+        call(self, *args, **kwargs)
+        done[-1].check()
+
+    monkeypatch.setattr(builder, "create_masked_load", noted_load)
+    monkeypatch.setattr(builder, "create_masked_store", noted_store)
+    monkeypatch.setattr(executor, "__call__", checked)
+    with fastdiff.backend("triton"):
+        yield done
+
+
+# One block of 2048 or 4096 elements and its neighbours, several blocks, samples that are no multiple of anything.
+CASES = [
+    ((2, 2048), torch.float32, "contiguous"),
+    ((2, 4097), torch.bfloat16, "contiguous"),
+    ((3, 257), torch.float32, "contiguous"),
+    ((1, 3, 64, 64), torch.bfloat16, "contiguous"),
+    ((2, 3, 5, 7), torch.float16, "half"),
+    ((2, 4, 16, 48), torch.float32, "half"),
+    ((2, 3, 4, 6), torch.float32, "channels_last"),
+    ((2, 3, 32, 48), torch.bfloat16, "channels_last"),
+]
+every = pytest.mark.parametrize(("shape", "dtype", "layout"), CASES)
+drawn = pytest.mark.parametrize("generated", [True, False])
+
+
+def noise_of(x, generated):
+    """Numbers of samples that are not their places."""
+    if generated:
+        return {"seed": 5, "sample_ids": torch.arange(len(x)) + 70_000}
+    return {"noise": tensor(tuple(x.shape), x.dtype, salt=3)}
+
+
+@every
+def test_normal(launches, shape, dtype, layout):
+    out = laid(torch.empty(shape, dtype=dtype), layout)
+    torch.ops.fastdiff.normal_(out, torch.tensor([3]), None, torch.tensor([1]), ops.PRIOR)
+    assert len(launches) == 1
+
+
+@every
+@drawn
+def test_noising(launches, shape, dtype, layout, generated):
+    x0 = tensor(shape, dtype, layout)
+    ops.noising(x0, torch.arange(len(x0)), table(ROWS, 2, salt=0), **noise_of(x0, generated))
+    assert len(launches) == 1
+
+
+@every
+@drawn
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_loss_and_its_gradient(launches, shape, dtype, layout, generated, reduction):
+    pred, x0 = tensor(shape, dtype, layout).requires_grad_(), tensor(shape, dtype, layout, salt=1)
+    t = torch.arange(len(x0))
+    loss = ops.loss(pred, t, table(ROWS, 3, salt=0), x0=x0, reduction=reduction, **noise_of(pred, generated))
+    (3 * loss.sum()).backward()
+    assert len(launches) == 3  # with the sum of the partial sums and the scaling of the gradient
+
+
+@every
+@drawn
+@pytest.mark.parametrize("keep", ops.KEEPS)
+@pytest.mark.parametrize("inplace", [True, False])
+def test_update(launches, shape, dtype, layout, generated, keep, inplace):
+    x, pred, uncond, raw, hist = (tensor(shape, dtype, layout, salt=i) for i in range(5))
+    hist = None if keep == "none" else hist
+    ops.update(
+        x, pred, table(ROWS, 9, salt=0), 3, uncond=uncond, raw_variance=raw, hist=hist, clip=1.0, keep=keep,
+        inplace=inplace, **noise_of(x, generated),
+    )  # fmt: skip
+    assert len(launches) == 1
+
+
+@triton.jit
+def faulty(in_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at % 8, tl.load(in_ptr + at))
+
+
+def test_a_load_outside_is_found(launches):
+    with pytest.raises(AssertionError, match="1 of 8 elements that programs read lie outside"):
+        faulty[(1,)](torch.ones(8)[:7], torch.empty(8), BLOCK=8)
+
+
+def test_a_store_into_a_gap_is_found(launches):
+    with pytest.raises(AssertionError, match="4 of 8 elements that programs write lie outside"):
+        faulty[(1,)](torch.ones(8), torch.empty(8)[::2], BLOCK=8)
+
+
+def test_a_race_between_stores_is_found(launches):
+    with pytest.raises(AssertionError, match="written twice"):
+        faulty[(2,)](torch.ones(16), torch.empty(8), BLOCK=8)
+
+
+def test_a_race_between_a_load_and_a_store_is_found(launches):
+    x = torch.ones(16)
+    with pytest.raises(AssertionError, match="read and written by two programs"):
+        faulty[(2,)](x, x[4:12], BLOCK=4)
