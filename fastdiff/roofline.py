@@ -277,7 +277,7 @@ COLUMNS = {  # key: heading, width, format
     "target": ("target", -7, "s"),
     "dtype": ("dtype", -9, "s"),
     "noise": ("noise", -10, "s"),
-    "bytes_per_element": ("B/el", 5, "g"),
+    "bytes_per_element": ("B/el", 5, ".4g"),
     "load_bits": ("load", 5, ""),
     "store_bits": ("store", 6, ""),
     "instructions_per_element": ("ins/el", 7, ".2f"),
