@@ -20,6 +20,7 @@ from fastdiff.unet import UNet
 
 VERSION = 1
 METADATA_KEY = "fastdiff"
+OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def need(module: str) -> Any:
@@ -127,7 +128,9 @@ def load(path: Path) -> State:
         return _state(metadata, tensors)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or is cut short ({error})") from error
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path} is not a usable fastdiff checkpoint: it has no tensor {error}") from error
+    except (ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a usable fastdiff checkpoint: {reason[:300]}") from error
 
@@ -163,13 +166,13 @@ def _state(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> State:
     ema = copy.deepcopy(unet)
     unet.load_state_dict(groups["model"])
     ema.load_state_dict(groups["ema"])
+    torch.Generator().set_state(groups["rng"]["cpu"])  # raises where it is no such state
     optimizer: dict[int, dict[str, Tensor]] = {}
-    parameters = list(unet.parameters())
-    for name, tensor in groups["optimizer"].items():
-        number, _, key = name.partition(".")
-        index = int(number)
-        if index not in range(len(parameters)) or tensor.shape not in (parameters[index].shape, torch.Size()):
-            raise ValueError(f"optimizer state {name!r} of shape {tuple(tensor.shape)} fits no parameter")
-        optimizer.setdefault(index, {})[key] = tensor
+    for index, parameter in enumerate(unet.parameters()):
+        optimizer[index] = {key: groups["optimizer"].pop(f"{index}.{key}") for key in OPTIMIZER_KEYS}
+        if any(tensor.shape not in (parameter.shape, ()) for tensor in optimizer[index].values()):
+            raise ValueError(f"the optimizer's state {index} does not fit its parameter")
+    if groups["optimizer"]:
+        raise ValueError(f"unknown tensor {'optimizer.' + next(iter(groups['optimizer']))!r}")
     ddpm = DDPM(unet, **metadata["ddpm"])
     return State(ddpm, ema, optimizer, groups["rng"], metadata["options"], metadata["step"])

@@ -153,8 +153,8 @@ def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
     command.add_argument("checkpoint", type=Path, help="model.safetensors of a run")
     text = "%(default)s" if n else "as many as real ones to train on"
     command.add_argument("--n", type=positive, default=n, help=f"images to draw (default: {text})")
-    command.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="(default: %(default)s)")
-    command.add_argument("--steps", type=positive, help="network calls (default: 100, or timesteps if fewer)")
+    command.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddim", help="(default: %(default)s)")
+    command.add_argument("--steps", type=positive, help="network calls (default: 50, or timesteps if fewer)")
     command.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (default: 0)")
     command.add_argument("--seed", type=int, default=0, help="image i of a seed is always the same")
     command.add_argument("--batch-size", type=positive, default=256, help="images at a time (default: 256)")
@@ -171,7 +171,7 @@ def positive(text: str) -> int:
 def draw(args: argparse.Namespace, ddpm: Any, n: int) -> Tensor:
     """Draw `n` images, float32 (n, C, H, W) on the CPU, in batches with one progress bar of network calls."""
     ddpm = ddpm.to(device_of(args))
-    steps = args.steps or min(100, ddpm.config["timesteps"])
+    steps = args.steps or min(50, ddpm.config["timesteps"])
     batches = [torch.arange(n)[i : i + args.batch_size] for i in range(0, n, args.batch_size)]
     tqdm, bar = checkpoint.need("tqdm").tqdm, None
 

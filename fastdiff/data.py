@@ -54,7 +54,7 @@ def folder(path: Path, size: int, gray: bool = False) -> Images:
     next(path.iterdir(), None)  # a missing folder is told in the system's own words
     files = sorted(file for file in path.rglob("*") if file.is_file())
     arrays, skipped = [], []
-    for file in need("tqdm").tqdm(files, desc=f"reading {path}", unit="file", leave=False):
+    for file in need("tqdm").tqdm(files, desc=f"reading {path}", unit="file", leave=False, delay=1):
         try:
             with image_module.open(file) as image:
                 upright = ops.exif_transpose(image).convert("L" if gray else "RGB")

@@ -74,13 +74,13 @@ class Options:
 DIGITS: dict[str, Any] = {
     "size": 8,
     "gray": True,
-    "steps": 1000,
-    "batch_size": 128,
-    "lr": 2e-3,
+    "steps": 1600,
+    "batch_size": 64,
+    "lr": 3e-3,
     "warmup": 50,
-    "ema": 0.995,
+    "ema": 0.998,
     "channels": 24,
-    "save_every": 250,
+    "save_every": 400,
 }
 
 
@@ -160,9 +160,7 @@ def train(options: Options, out: Path, device: torch.device, resume: checkpoint.
         if not math.isfinite(smooth.item()):
             raise ValueError(f"the loss is {smooth.item()} at step {step}, nothing was written; try a lower --lr")
         state = optimizer.state_dict()["state"]
-        checkpoint.save(
-            path, checkpoint.State(ddpm, ema, state, checkpoint.rng_state(device), asdict(options), step)
-        )
+        checkpoint.save(path, checkpoint.State(ddpm, ema, state, checkpoint.rng_state(device), asdict(options), step))
 
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported() if options.bf16 is None else options.bf16
     smooth = torch.zeros((), device=device)  # the loss, averaged over the last steps for the eye

@@ -61,9 +61,9 @@ def test_train_on_a_folder_of_images(tmp_path, capsys):
         Image.new("RGB", (20, 10), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
     size = ["--size", "8", "--steps", "2", *TINY]
     out = tmp_path / "run"
-    assert main(["train", "--data", str(tmp_path), "--out", str(out), *size]) == 0
+    assert main(["train", "--data", str(tmp_path), "--out", str(out), "--bf16", *size]) == 0
     state = checkpoint.load(out / "model.safetensors")
-    assert state.ema.sample_shape == (3, 8, 8) and state.step == 2
+    assert state.ema.sample_shape == (3, 8, 8) and state.step == 2 and state.options["bf16"]
     line = refused(capsys, "eval", out / "model.safetensors", "--device", "cpu")
     assert "expected a model of the 8x8 digits, it draws (3, 8, 8)" in line
 

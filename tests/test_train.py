@@ -18,14 +18,6 @@ CPU = torch.device("cpu")
 TINY = {**DIGITS, "data": "digits", "channels": 8, "batch_size": 16, "timesteps": 20, "warmup": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(out: Path, resume: bool = False, **options) -> int:
     state = checkpoint.load(out / "model.safetensors") if resume else None
     return training.train(Options(**{**TINY, **options}), out, CPU, state)
@@ -269,7 +261,7 @@ def test_resume_refuses_other_options(tmp_path):
     run(tmp_path, steps=1)
     state = checkpoint.load(tmp_path / "model.safetensors")
     assert training.resumed_options(state, {"steps": 9, "lr": DIGITS["lr"]}).steps == 9
-    with pytest.raises(ValueError, match=r"^lr: the run was started with 0\.002, got 0\.1"):
+    with pytest.raises(ValueError, match=r"^lr: the run was started with 0\.003, got 0\.1"):
         training.resumed_options(state, {"lr": 0.1})
     state.options.pop("lr")
     with pytest.raises(ValueError, match="options"):
@@ -286,9 +278,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         temporary.write_text("half of the n")
         raise RuntimeError("disk full")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
-    with checkpoint.replacing(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
+    with open(path) as reader:
+        with checkpoint.replacing(path) as temporary:
+            temporary.write_text("new")
+            assert path.read_text() == "old"
+        assert reader.read() == "old"  # who has the file open sees all of the old one
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -313,7 +307,8 @@ def rewrite(path: Path, tensors: dict | None = None, **changes) -> None:
 
     with safe_open(path, "pt") as file:
         metadata = json.loads(file.metadata()["fastdiff"])
-    save_file({**load_file(path), **(tensors or {})}, path, {"fastdiff": json.dumps({**metadata, **changes})})
+    kept = {name: tensor for name, tensor in {**load_file(path), **(tensors or {})}.items() if tensor is not None}
+    save_file(kept, path, {"fastdiff": json.dumps({**metadata, **changes})})
 
 
 @pytest.mark.parametrize(
@@ -332,9 +327,11 @@ def rewrite(path: Path, tensors: dict | None = None, **changes) -> None:
         (lambda p: rewrite(p, unet={"colour": 1}), "usable fastdiff checkpoint"),
         (lambda p: rewrite(p, ddpm={"schedule": "none"}), "usable fastdiff checkpoint"),
         (lambda p: rewrite(p, {"ema.conv_in.weight": torch.zeros(16, 1, 3, 3)}), "conv_in.weight"),
-        (lambda p: rewrite(p, {"optimizer.0.exp_avg": torch.zeros(3)}), "optimizer state '0.exp_avg'"),
-        (lambda p: rewrite(p, {"optimizer.-1.exp_avg": torch.zeros(())}), "optimizer state"),
+        (lambda p: rewrite(p, {"optimizer.0.exp_avg": torch.zeros(3)}), "optimizer's state 0 does not fit"),
+        (lambda p: rewrite(p, {"optimizer.999.step": torch.zeros(())}), "unknown tensor 'optimizer.999.step'"),
         (lambda p: rewrite(p, {"other": torch.zeros(3)}), "unknown tensor 'other'"),
+        (lambda p: rewrite(p, {"rng.cpu": torch.zeros(3)}), "usable fastdiff checkpoint"),
+        (lambda p: rewrite(p, {"optimizer.0.step": None}), "no tensor '0.step'"),
     ],
 )
 def test_foreign_and_spoiled_checkpoints_are_told_in_one_line(tmp_path, tiny, spoil, message):
@@ -345,6 +342,15 @@ def test_foreign_and_spoiled_checkpoints_are_told_in_one_line(tmp_path, tiny, sp
     with pytest.raises(ValueError, match=message) as error:
         checkpoint.load(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_load_ddpm_takes_the_moving_average(tiny):
+    stored = load_file(tiny)
+    assert not torch.equal(stored["ema.conv_in.weight"], stored["model.conv_in.weight"])
+    ddpm = checkpoint.load_ddpm(tiny)
+    assert not ddpm.training and ddpm.config == checkpoint.load(tiny).ddpm.config
+    for name, tensor in ddpm.model.state_dict().items():
+        assert torch.equal(tensor, stored[f"ema.{name}"])
 
 
 @pytest.fixture(scope="module")
