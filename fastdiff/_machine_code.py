@@ -107,7 +107,10 @@ def _per_element(kernel: Any, elements: int, counts: dict[str, Any], listing: st
 
 
 # A load or store of a tensor in Triton's GPU IR: kind, attributes, shape, bits.
-ACCESS = re.compile(r"\b(?:tt|amdg|amdgpu)\.(?:buffer_)?(load|store)\b(.*) : tensor<([\dx]+)x(?:!tt\.ptr<)?[a-z]+(\d+)")
+ACCESS = re.compile(
+    r"\b(?:tt|amdg|amdgpu)\.(?:buffer_)?(load|store)\b(.*) : (?:!tt\.ptr<\w+> -> )?"
+    r"tensor<([\dx]+)x(?:!tt\.ptr<)?[a-z]+(\d+)"
+)
 
 
 def tensor_bytes(ttgir: str) -> dict[str, int]:
@@ -117,7 +120,7 @@ def tensor_bytes(ttgir: str) -> dict[str, int]:
     """
     moved = {"load": 0, "store": 0}
     for kind, attributes, shape, bits in ACCESS.findall(ttgir):
-        if "evictionPolicy = evict_last" not in attributes:
+        if "evict_last" not in attributes:
             moved[kind] += _elements(shape) * max(1, int(bits) // 8)
     return moved
 

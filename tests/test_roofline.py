@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from fastdiff.kernels.launch import is_fast
 from PIL import Image
 
@@ -32,7 +33,9 @@ def dump(tmp_path_factory):
 def run(dump):
     command = [sys.executable, SCRIPT, "--size", "quick", "--json", dump / "rows.json", "--dump", dump]
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.fixture(scope="session")
@@ -69,8 +72,8 @@ BUDGETS = {
     ("loss", "plain", "given"): (14, 14),
     ("loss", "grad", "given"): (14, 14),
     ("update", "plain", "given"): (14, 14),
-    # Triton 3.7 spends two instructions on the clip in place of one from 3.8 on, which meets 14.
-    ("update", "clip", "given"): (14, 15.2),
+    # Triton 3.7 takes two instructions for a clip, from 3.8 on one.
+    ("update", "clip", "given"): (14, 15.2 if triton.__version__.startswith("3.7.") else 14),
 }
 
 
@@ -290,10 +293,12 @@ def test_bytes_are_counted_from_the_types_of_tensors():
     %a = tt.load %p : !tt.ptr<i64> loc(#loc1)
     %b = tt.load %q, %m : tensor<2048x!tt.ptr<bf16>, #blocked> loc(#loc2)
     %c = tt.load %q, %m evictionPolicy = evict_last : tensor<2048x!tt.ptr<i64>, #blocked> loc(#loc2)
+    %c = tt.load %q {cachePolicy = #tt<eviction_policy = evict_last>} : tensor<2048x!tt.ptr<i64>, #blocked> loc(#loc2)
     %d = amdg.buffer_load %p[%o], %m {contiguity = 8 : i32} : tensor<1x512xf32, #blocked> loc(#loc3)
+    %e = amdg.buffer_load %p[%o], %m {contiguity = 8 : i32} : !tt.ptr<f32> -> tensor<256xf32, #blocked> loc(#loc3)
     tt.store %q, %v, %m : tensor<2048x!tt.ptr<i1>, #blocked> loc(#loc4)
     """
-    assert _machine_code.tensor_bytes(ttgir) == {"load": 4096 + 2048, "store": 2048}
+    assert _machine_code.tensor_bytes(ttgir) == {"load": 4096 + 2048 + 1024, "store": 2048}
     assert _machine_code.largest_tensor(ttgir) == 2048
 
 
