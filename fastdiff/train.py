@@ -74,13 +74,13 @@ class Options:
 DIGITS: dict[str, Any] = {
     "size": 8,
     "gray": True,
-    "steps": 1600,
+    "steps": 1400,
     "batch_size": 64,
     "lr": 3e-3,
     "warmup": 50,
     "ema": 0.998,
     "channels": 24,
-    "save_every": 400,
+    "save_every": 350,
 }
 
 
