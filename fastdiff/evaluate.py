@@ -73,9 +73,10 @@ def evaluate(samples: Tensor) -> Report:
     train_images, labels, held_out_images, held_out_labels = digits()
     train, held_out = train_images[:], held_out_images[:]
     classifier = need("sklearn.neural_network").MLPClassifier((128,), max_iter=400, random_state=0)
-    classifier.fit(train.flatten(1).numpy(), labels.numpy())
-    seen = classifier.predict_proba(samples.flatten(1).numpy())
-    seen_real = classifier.predict_proba(held_out.flatten(1).numpy())
+    with need("threadpoolctl").threadpool_limits(1):  # the matrices are too small for more
+        classifier.fit(train.flatten(1).numpy(), labels.numpy())
+        seen = classifier.predict_proba(samples.flatten(1).numpy())
+        seen_real = classifier.predict_proba(held_out.flatten(1).numpy())
     counts = np.bincount(seen.argmax(1), minlength=10)
     share = counts[counts > 0] / counts.sum()
     return Report(
