@@ -17,6 +17,7 @@ $(BIN)/.installed: setup.py pyproject.toml Makefile
 	touch $@
 
 demo: $(BIN)/.installed
+	rm -rf $(DEMO)
 	$(BIN)/fastdiff train --data digits --out $(DEMO)
 	$(BIN)/fastdiff sample $(DEMO)/model.safetensors --out $(DEMO)/samples
 	$(BIN)/fastdiff eval $(DEMO)/model.safetensors --json $(DEMO)/eval.json
