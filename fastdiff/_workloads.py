@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from . import ops, reference
 from .ddpm import DDPM
+from .process import grid
 from .schedule import linear
-from .steps import ancestral, grid
+from .steps import ancestral
 from .unet import UNet
 
 TIMESTEPS = 1000

@@ -21,11 +21,16 @@ class NoiseSchedule:
     log_alpha: (T + 1,) float64, log_alpha[0] = 0, never increasing; -inf where the signal is gone.
     sigma: (T + 1,) float64, >= 0.
     vp: whether alpha^2 + sigma^2 = 1 throughout, so that small differences follow from log_alpha exactly.
+    time: (T + 1,), the time of each level; None: its number.
+    drift, g2: (T + 1,) float64, f and g^2 of dx = f x dt + g dw at each level where the levels are those of an SDE.
     """
 
     log_alpha: Tensor
     sigma: Tensor
     vp: bool
+    time: Tensor | None = None
+    drift: Tensor | None = None
+    g2: Tensor | None = None
 
     @classmethod
     def from_log_alpha_bar(cls, log_alpha_bar: Tensor) -> "NoiseSchedule":
@@ -110,9 +115,34 @@ class NoiseSchedule:
         return 2 * (self.log_alpha - self.sigma.log())
 
     @property
-    def prior_std(self) -> float:
-        """Standard deviation of the draw that sampling starts from: 1 for VP (Ho et al. 2020), else sigma_T."""
-        return 1.0 if self.vp else self.sigma[-1].item()
+    def rates(self) -> tuple[Tensor, Tensor]:
+        """(f, g^2) of dx = f x dt + g dw at each level; ValueError where the levels are not those of an SDE."""
+        if self.drift is None or self.g2 is None:
+            raise ValueError("schedule: expected the levels of an SDE, got a chain without rates")
+        return self.drift, self.g2
+
+    def times(self, levels: Tensor) -> Tensor:
+        """The time of each of the levels: the level itself, int64, or float64."""
+        return levels if self.time is None else self.time[levels]
+
+    def prior_std(self, level: int = -1) -> float:
+        """Standard deviation of the draw that sampling starts from: 1 for VP (Ho et al. 2020), else sigma."""
+        return 1.0 if self.vp else self.sigma[level].item()
+
+    def increments(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(f dt, g^2 dt) of dx = f x dt + g dw from level s up to level t: with f and g^2 at t if the levels have them
+        (Euler's rule; Song et al. 2021, arXiv:2011.13456, eq. 5), else what log alpha and sigma^2 gain between them.
+
+        f = d log alpha / dt, g^2 = d sigma^2 / dt - 2 f sigma^2.
+        """
+        if self.time is not None and self.drift is not None:
+            dt = self.time[t] - self.time[s]
+            f, g2 = self.rates
+            return f[t] * dt, g2[t] * dt
+        drift = self.log_alpha[t] - self.log_alpha[s]
+        if self.vp:
+            return drift, -2 * drift
+        return drift, self.sigma[t] ** 2 * (1 - 2 * drift) - self.sigma[s] ** 2
 
     def transition(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha_ts, beta_ts) of q(x_t | x_s) = N(alpha_ts x_s, beta_ts I) for levels s < t.

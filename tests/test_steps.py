@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdiff import DDPM, reference, schedule, steps
 from fastdiff.objective import OBJECTIVES
+from fastdiff.process import grid
 from fastdiff.schedule import NoiseSchedule, make_schedule
 from fastdiff.steps import LOG_ZERO, StepTable
 
@@ -26,16 +27,17 @@ MEAN, STD = (0.3, -0.5, 0.0, 0.2), (0.5, 0.1, 1.0, 0.02)
 
 class Exact(nn.Module):
     """The best prediction for data N(MEAN, STD^2), h + k x_t: with r = (x_t - alpha MEAN) / (alpha^2 STD^2 + sigma^2),
-    E[x_0 | x_t] = MEAN + alpha STD^2 r, E[eps | x_t] = sigma r and v = alpha E[eps | x_t] - sigma E[x_0 | x_t]."""
+    E[x_0 | x_t] = MEAN + alpha STD^2 r, E[eps | x_t] = sigma r, v = alpha E[eps | x_t] - sigma E[x_0 | x_t] and
+    score = -r."""
 
     def __init__(self, made: NoiseSchedule, objective: str, dtype: torch.dtype):
         super().__init__()
         self.dtype_of_state = nn.Parameter(torch.zeros((), dtype=dtype))
         mean, var = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64) ** 2
         alpha, sigma = made.alpha[1:, None], made.sigma[1:, None]
-        share = {"eps": sigma, "x0": alpha * var, "v": alpha * sigma - sigma * alpha * var}[objective]
+        share = {"eps": sigma, "x0": alpha * var, "v": alpha * sigma - sigma * alpha * var, "score": -1}[objective]
         self.k = share / (alpha**2 * var + sigma**2)
-        self.h = {"eps": 0 * mean, "x0": mean, "v": -sigma * mean}[objective] - self.k * alpha * mean
+        self.h = {"x0": mean, "v": -sigma * mean}.get(objective, 0 * mean) - self.k * alpha * mean
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return (self.h[t] + self.k[t] * x).to(x.dtype)
@@ -99,7 +101,7 @@ RUNS = {
     ("linear", "posterior", 50, "ddim"): (0.471403, 0.074173, 0.963551, 0.005038),
 }
 CASES = [
-    (*run, objective) for run in RUNS for objective in OBJECTIVES if (run[0], objective) != ("raised_cosine", "eps")
+    (*run, objective) for run in RUNS for objective in OBJECTIVES if run[0] != "raised_cosine" or objective in "x0 v"
 ]
 
 
@@ -160,9 +162,10 @@ def test_every_row_keeps_the_marginals(values, mask, objective, eta):
     levels = some_levels(len(values), mask)
     t, s = levels[:-1], levels[1:]
     alpha, sigma = made.alpha, made.sigma
-    clip = 1.0 if objective == "eps" else None
+    clip = 1.0 if objective in ("eps", "score") else None
     tables = [steps.ancestral(made, levels, objective, clip), steps.ddim(made, levels, objective, clip, eta)]
-    p, q = {"eps": (0 * alpha, 1 + 0 * alpha), "x0": (1 + 0 * alpha, 0 * alpha), "v": (-sigma, alpha)}[objective]
+    zero, one = 0 * alpha, 1 + 0 * alpha
+    p, q = {"eps": (zero, one), "x0": (one, zero), "v": (-sigma, alpha), "score": (zero, -1 / sigma)}[objective]
     for table in tables:
         a, b, c, d, e, f, g, _, w = table.rows.unbind(1)
         gain = 1e-13 * (a.abs() + b.abs() + 1)
@@ -179,17 +182,17 @@ def test_every_row_keeps_the_marginals(values, mask, objective, eta):
 
 def test_noisy_says_whether_noise_is_added():
     made = schedule.linear(10)
-    assert steps.ancestral(made, steps.grid(10, None), "x0").noisy
-    assert not steps.ancestral(made, steps.grid(10, 1), "x0").noisy
-    assert not steps.ddim(made, steps.grid(10, None), "x0").noisy
-    assert steps.ddim(made, steps.grid(10, None), "x0", eta=0.1).noisy
-    assert not steps.ddim(made, steps.grid(10, 1), "x0", eta=1.0).noisy
+    assert steps.ancestral(made, grid(10, None), "x0").noisy
+    assert not steps.ancestral(made, grid(10, 1), "x0").noisy
+    assert not steps.ddim(made, grid(10, None), "x0").noisy
+    assert steps.ddim(made, grid(10, None), "x0", eta=0.1).noisy
+    assert not steps.ddim(made, grid(10, 1), "x0", eta=1.0).noisy
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_learned_variance_reaches_from_posterior_to_beta(objective):
     """raw = -1 gives beta~, raw = 1 gives beta, raw = 0 their geometric mean; nothing at the step to level 0."""
-    made, levels = schedule.cosine(6), steps.grid(6, None)
+    made, levels = schedule.cosine(6), grid(6, None)
     tables = {name: steps.ancestral(made, levels, objective, 1.0, name) for name in steps.VARIANCES}
     learned = tables["learned"].rows
     assert (learned[-1, [5, 7]] == LOG_ZERO).all()
@@ -213,17 +216,17 @@ def test_learned_variance_reaches_from_posterior_to_beta(objective):
 def test_denoise_rows(objective):
     """Row t turns x_t and the true prediction into x_0; where eps does not determine it, the row is NaN."""
     made = schedule.raised_cosine(8)
-    rows = steps.denoise(made, objective)
+    rows = steps.denoise_rows(made, objective)
     assert rows.shape == (9, 9)
     g = torch.Generator().manual_seed(0)
     x0, z = torch.randn(2, 9, 5, generator=g, dtype=torch.float64)
     alpha, sigma = made.alpha[:, None], made.sigma[:, None]
-    pred = {"eps": z, "x0": x0, "v": alpha * z - sigma * x0}[objective]
+    pred = {"eps": z, "x0": x0, "v": alpha * z - sigma * x0, "score": -z / sigma}[objective]
     args = (alpha * x0 + sigma * z, pred, rows, torch.arange(9))
     got = reference.update(*args, None, None, None, None, z, None, None, "none", 2)[0]
-    known = 8 if objective == "eps" else 9
-    torch.testing.assert_close(got[:known], x0[:known], rtol=1e-9, atol=1e-9)
-    assert got[known:].isnan().all() and rows[known:].isnan().all()
+    known = slice(1 if objective == "score" else 0, 8 if objective in ("eps", "score") else 9)
+    torch.testing.assert_close(got[known], x0[known], rtol=1e-9, atol=1e-9)
+    assert rows[known].isfinite().all() and got[known.stop :].isnan().all() and rows[known.stop :].isnan().all()
 
 
 def test_raised_cosine_steps_out_of_pure_noise():
@@ -242,19 +245,19 @@ def test_raised_cosine_steps_out_of_pure_noise():
 def test_grid():
     for timesteps in [*range(1, 40), T]:
         for n in {1, 2, 3, 7, 20, 50, timesteps - 1, timesteps} & set(range(1, timesteps + 1)):
-            levels = steps.grid(timesteps, n)
+            levels = grid(timesteps, n)
             assert levels.dtype == torch.int64
             for k, level in enumerate(levels.tolist()):
                 assert abs(2 * level * n - 2 * timesteps * (n - k)) <= n  # |level - T (n - k) / n| <= 1 / 2
             assert (levels.diff() < 0).all() and levels[0] == timesteps and levels[-1] == 0
-    assert torch.equal(steps.grid(T, None), torch.arange(T, -1, -1))
-    assert steps.grid(T, 50)[:3].tolist() == [1000, 980, 960]
+    assert torch.equal(grid(T, None), torch.arange(T, -1, -1))
+    assert grid(T, 50)[:3].tolist() == [1000, 980, 960]
 
 
 @pytest.mark.parametrize("n", [0, -1, 11, 5.0, True, "5"])
 def test_grid_refuses(n):
     with pytest.raises(ValueError, match=f"steps: expected an integer from 1 to 10, got {n!r}"):
-        steps.grid(10, n)
+        grid(10, n)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
@@ -267,10 +270,10 @@ SAMPLERS = pytest.mark.parametrize("sampler", [steps.ancestral, steps.ddim])
 def test_eps_is_refused_where_it_cannot_determine_x0(sampler, clip):
     made = schedule.raised_cosine(10)
     with pytest.raises(ValueError, match=r"objective: 'eps' cannot determine x_0 at level 10, where alpha = 0;"):
-        sampler(made, steps.grid(10, None), "eps", clip)
+        sampler(made, grid(10, None), "eps", clip)
     sampler(made, torch.tensor([9, 4, 0]), "eps", clip)
     for objective in ("x0", "v"):
-        sampler(made, steps.grid(10, None), objective, clip)
+        sampler(made, grid(10, None), objective, clip)
     # alpha = 10^-38.05 is below what float32 holds in full
     tiny = NoiseSchedule.from_log_alpha_bar(torch.tensor([0.0, -76.1 * math.log(10)], dtype=torch.float64))
     with pytest.raises(ValueError, match=r"level 1, where alpha = 8\.9"):
@@ -290,7 +293,7 @@ def test_unclipped_eps_is_refused_beyond_float32(sampler):
 
 
 def test_eta_out_of_range():
-    made, levels = schedule.linear(T), steps.grid(T, None)
+    made, levels = schedule.linear(T), grid(T, None)
     for eta in (-0.1, -1e-9, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"eta: expected a finite number of at least 0, got {re.escape(str(eta))}"):
             steps.ddim(made, levels, "eps", eta=eta)

@@ -1,0 +1,315 @@
+"""Forward processes in continuous time: dx = f(t) x dt + g(t) dw, or x_t = alpha(t) x_0 + sigma(t) eps in closed form.
+
+A process is a source of noise schedules: samplers and losses work on the levels that it puts at given times, so that
+the same step tables serve chains and SDEs.
+
+    VP        dx = -beta/2 x dt + sqrt(beta) dw                          the limit of DDPM for T to infinity
+    sub-VP    dx = -beta/2 x dt + sqrt(beta (1 - exp(-2 B))) dw          B = integral of beta
+    VE        dx = sqrt(d sigma^2 / dt) dw                               the limit of the NCSN ladder
+
+Song et al. 2021 is arXiv:2011.13456 (score SDEs), Karras et al. 2022 is arXiv:2206.00364 (EDM), Song & Ermon 2019 is
+arXiv:1907.05600 (NCSN).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .schedule import NoiseSchedule
+
+# Noise levels sigma / alpha between which Karras et al. 2022 sample.
+KARRAS_RANGE = (0.002, 80.0)
+Grid = tuple[NoiseSchedule, Tensor]
+
+
+class Process(ABC):
+    """x_t = alpha(t) x_0 + sigma(t) eps for t from `first`, the least noise that a model is trained on, to `last`.
+
+    default_steps: of a sampler that is not told how many.
+    """
+
+    first: float
+    last: float
+    default_steps: int
+
+    @abstractmethod
+    def at(self, times: Tensor) -> NoiseSchedule:
+        """A level for each of the times (N,), in that order, on their device; level 0 is then not data."""
+
+    @abstractmethod
+    def condition(self, times: Tensor) -> Tensor:
+        """What the model is told of the times (N,)."""
+
+    @abstractmethod
+    def time_of(self, ratio: Tensor) -> Tensor:
+        """The times at which sigma / alpha = ratio, (N,) float64 each."""
+
+    def sigma_range(self) -> tuple[float, float]:
+        """sigma / alpha at `first` and at `last`."""
+        ends = self.at(torch.tensor([self.first, self.last], dtype=torch.float64, device="cpu"))
+        low, high = (-ends.log_snr / 2).exp().tolist()
+        return low, high
+
+    def discretize(self, times: Tensor) -> NoiseSchedule:
+        """Level 0 (data) and a level for each of the increasing times (N,) > 0."""
+        levels = self.at(times)
+        zero = levels.sigma.new_zeros(1)
+
+        def from_zero(values: Tensor | None) -> Tensor | None:
+            return None if values is None else torch.cat((zero.to(values), values))
+
+        log_alpha, sigma = (torch.cat((zero, values)) for values in (levels.log_alpha, levels.sigma))
+        time, drift, g2 = (from_zero(values) for values in (levels.time, levels.drift, levels.g2))
+        return NoiseSchedule(log_alpha, sigma, levels.vp, time, drift, g2)
+
+    def grid(self, steps: int | Iterable[float] | None) -> Grid:
+        """(levels, those to visit in turn): `steps` equal strides from `last` to `first`, then data; or the given
+        decreasing times, to which data (0) may belong as the last. ValueError for any other."""
+        if isinstance(steps, Iterable):
+            times = self._given(steps)
+            times = times[:-1] if times[-1] == 0 else times
+        else:
+            n = _count("steps", self.default_steps if steps is None else steps)
+            times = torch.linspace(self.last, self.first, n + 1, dtype=torch.float64, device="cpu")
+        made = self.discretize(times.flip(0))
+        return made, torch.arange(len(times), -1, -1, device="cpu")
+
+    def karras(
+        self,
+        steps: int | None = None,
+        *,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        rho: float = 7.0,
+        churn: float = 0.0,
+        churn_min: float = 0.0,
+        churn_max: float = math.inf,
+    ) -> Grid:
+        """The grid of Karras et al. 2022: ratios sigma / alpha = (max^1/rho + i / (n - 1) (min^1/rho - max^1/rho))^rho
+        for i = 0..n-1 (18 if None), then data (eq. 5). A level that is visited within [churn_min, churn_max] is first
+        raised by the factor 1 + min(churn / n, sqrt(2) - 1) (algorithm 2).
+
+        The range is that of the process within [0.002, 80], unless given. ValueError where it is not finite: a process
+        that ends without signal has no largest ratio.
+        """
+        n = _count("steps", 18 if steps is None else steps)
+        low, high = self.sigma_range()
+        if sigma_max is None and not math.isfinite(high):
+            raise ValueError("sigma_max: expected a finite number, since sigma / alpha of the process ends at infinity")
+        low = max(low, KARRAS_RANGE[0]) if sigma_min is None else sigma_min
+        high = min(high, KARRAS_RANGE[1]) if sigma_max is None else sigma_max
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"sigma_min, sigma_max: expected 0 < sigma_min <= sigma_max < inf, got {low} and {high}")
+        if not (math.isfinite(rho) and rho > 0):
+            raise ValueError(f"rho: expected a finite number above 0, got {rho}")
+        if not churn >= 0:
+            raise ValueError(f"churn: expected a number of at least 0, got {churn}")
+        share = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
+        ratios = (high ** (1 / rho) + share * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+        gamma = min(churn / n, math.sqrt(2) - 1)
+        visited = []
+        for ratio in ratios.tolist():
+            visited += [ratio, ratio * (1 + gamma)] if gamma and churn_min <= ratio <= churn_max else [ratio]
+        levels, where = torch.tensor(visited, dtype=torch.float64, device="cpu").unique(return_inverse=True)
+        return self.discretize(self.time_of(levels)), torch.cat((where + 1, where.new_zeros(1)))
+
+    def ladder(self, steps: int | None) -> Grid:
+        """Every level from noise to data, each visited `steps` times (100 if None); for chains alone."""
+        raise ValueError("sampler: 'annealed_langevin' expected the levels of a ladder (NCSN), got an SDE")
+
+    def _given(self, steps: Any) -> Tensor:
+        """Decreasing times, (n + 1,) float64, between 0 and `last`."""
+        values = steps.tolist() if isinstance(steps, Tensor) else list(steps)
+        times = torch.tensor(values, dtype=torch.float64, device="cpu")
+        if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
+            raise ValueError(f"steps: expected a number, or two or more decreasing times, got {times.tolist()}")
+        if not (times[-1] >= 0 and times[0] <= self.last):
+            raise ValueError(f"steps: expected times from {self.last:g} to 0, got {times[0]:g} to {times[-1]:g}")
+        return times
+
+
+class Chain(Process):
+    """A NoiseSchedule as a process whose time is the level: whole numbers are its levels, and in between log alpha (and
+    log sigma, where the variance is not kept) is interpolated linearly: beta(t) is constant from level to level.
+
+    The model is told t - 1, an int64 index where all times are levels, as published checkpoints are trained.
+    """
+
+    first = 1.0
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.schedule = schedule
+        self.last = float(schedule.timesteps)
+        self.default_steps = schedule.timesteps
+
+    def at(self, times: Tensor) -> NoiseSchedule:
+        made, lowest = self.schedule, 0.0 if self.schedule.vp else 1.0
+        if not bool(((times >= lowest) & (times <= self.last)).all()):
+            raise ValueError(f"times: expected them from {lowest:g} to {self.last:g}, got {times.tolist()}")
+        log_alpha, sigma = made.log_alpha.to(times.device), made.sigma.to(times.device)
+        upper = times.ceil().long().clamp(min=1)
+        share = times - (upper - 1)
+
+        def between(values: Tensor) -> Tensor:
+            # The ends as they are: 0 times -inf would be NaN.
+            low, high = values[upper - 1], values[upper]
+            return torch.where(share == 1, high, torch.where(share == 0, low, low + share * (high - low)))
+
+        drift = log_alpha[upper] - log_alpha[upper - 1]
+        here = between(log_alpha)
+        if made.vp:
+            return NoiseSchedule(here, torch.expm1(2 * here).abs().sqrt(), True, times, drift, -2 * drift)
+        log_sigma = sigma.log()
+        spread = between(log_sigma).exp()
+        growth = log_sigma[upper] - log_sigma[upper - 1]
+        return NoiseSchedule(here, spread, False, times, drift, 2 * spread**2 * (growth - drift))
+
+    def condition(self, times: Tensor) -> Tensor:
+        # Below the first level, where only an inversion looks, the model is asked at the first.
+        return (times - 1).clamp(min=0)
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        made = self.schedule
+        if made.vp:  # log alpha = -log(1 + ratio^2) / 2, and time is linear in it
+            wanted, known = torch.log1p(ratio**2) / 2, -made.log_alpha
+        else:
+            wanted, known = ratio.log(), -made.log_snr[1:] / 2
+        if not bool(((wanted >= known[0]) & (wanted <= known[-1])).all()):
+            low, high = self.sigma_range()
+            raise ValueError(f"sigma: expected levels from {low:.4g} to {high:.4g}, those of the schedule")
+        upper = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+        share = (wanted - known[upper - 1]) / (known[upper] - known[upper - 1])
+        return upper - 1 + share + (0 if made.vp else 1)
+
+    def grid(self, steps: int | Iterable[float] | None) -> Grid:
+        """(the schedule, levels to visit): round(linspace(0, T, steps + 1)) downwards, all of them if None, or the
+        given decreasing levels. ValueError unless 1 <= steps <= T."""
+        if isinstance(steps, Iterable):
+            levels = self._given(steps)
+            if bool((levels != levels.round()).any()):
+                raise ValueError(f"steps: expected whole levels, got {levels.tolist()}")
+            return self.schedule, levels.long()
+        return self.schedule, grid(self.schedule.timesteps, steps)
+
+    def ladder(self, steps: int | None) -> Grid:
+        n = _count("steps", 100 if steps is None else steps)
+        levels = torch.arange(self.schedule.timesteps, 0, -1, device="cpu").repeat_interleave(n)
+        return self.schedule, torch.cat((levels, torch.tensor([1, 0], device="cpu")))
+
+
+class Ladder(Chain):
+    """The noise levels of NCSN, sigma_i geometric from sigma_min (level 1) to sigma_max (level n), alpha = 1 (Song &
+    Ermon 2019, section 4.2). The model is told sigma."""
+
+    def __init__(self, sigma_max: float = 1.0, sigma_min: float = 0.01, levels: int = 10) -> None:
+        _sigmas(sigma_min, sigma_max)
+        ends = math.log(sigma_min), math.log(sigma_max)
+        sigma = torch.linspace(*ends, _count("levels", levels), dtype=torch.float64, device="cpu").exp()
+        super().__init__(NoiseSchedule.from_alpha_sigma(torch.ones_like(sigma), sigma))
+
+    def condition(self, times: Tensor) -> Tensor:
+        return self.at(times.double()).sigma.float()
+
+
+class VP(Process):
+    """Variance preserving: beta(t) = beta_min + t (beta_max - beta_min), B(t) its integral, t in [1e-3, 1];
+    alpha = exp(-B/2), sigma^2 = 1 - exp(-B), f = -beta/2, g^2 = beta (Song et al. 2021, eq. 11, 32, 33).
+
+    DDPM with beta_i = beta(i/T)/T tends to it as T grows, and is not equal to it: alpha_bar at the end is 4.0358e-5 for
+    beta = 1e-4..0.02 with T = 1000, and 4.3186e-5 here. The model is told 999 t.
+    """
+
+    first, last, default_steps = 1e-3, 1.0, 1000
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        if not 0 < beta_min <= beta_max < math.inf:
+            raise ValueError(f"beta_min, beta_max: expected 0 < beta_min <= beta_max, got {beta_min} and {beta_max}")
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def _beta(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """(beta, B) at the times."""
+        slope = self.beta_max - self.beta_min
+        return self.beta_min + times * slope, times * (self.beta_min + 0.5 * slope * times)
+
+    def at(self, times: Tensor) -> NoiseSchedule:
+        beta, total = self._beta(times.double())
+        return NoiseSchedule(-total / 2, (-torch.expm1(-total)).sqrt(), True, times.double(), -beta / 2, beta)
+
+    def condition(self, times: Tensor) -> Tensor:
+        return (999 * times).float()
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        return self._time_of_total(torch.log1p(ratio**2))
+
+    def _time_of_total(self, total: Tensor) -> Tensor:
+        slope = self.beta_max - self.beta_min
+        return 2 * total / (self.beta_min + (self.beta_min**2 + 2 * slope * total).sqrt())
+
+
+class SubVP(VP):
+    """Sub-VP: beta and alpha of VP, sigma = 1 - exp(-B), g^2 = beta (1 - exp(-2 B)) (Song et al. 2021, eq. 27, 29)."""
+
+    def at(self, times: Tensor) -> NoiseSchedule:
+        beta, total = self._beta(times.double())
+        g2 = -beta * torch.expm1(-2 * total)
+        return NoiseSchedule(-total / 2, -torch.expm1(-total), False, times.double(), -beta / 2, g2)
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        # With w = exp(-B/2): w^2 + ratio w - 1 = 0.
+        return self._time_of_total(2 * torch.log((ratio + (ratio**2 + 4).sqrt()) / 2))
+
+
+class VE(Process):
+    """Variance exploding: sigma = sigma_min (sigma_max / sigma_min)^t, alpha = 1, f = 0,
+    g^2 = 2 sigma^2 log(sigma_max / sigma_min), t in [1e-5, 1] (Song et al. 2021, eq. 9, 30). The model is told sigma.
+    """
+
+    first, last, default_steps = 1e-5, 1.0, 1000
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
+        _sigmas(sigma_min, sigma_max)
+        self.sigma_min, self.log_range = sigma_min, math.log(sigma_max / sigma_min)
+
+    def at(self, times: Tensor) -> NoiseSchedule:
+        times = times.double()
+        sigma = self.sigma_min * (self.log_range * times).exp()
+        zero = torch.zeros_like(times)
+        return NoiseSchedule(zero, sigma, False, times, zero, 2 * self.log_range * sigma**2)
+
+    def condition(self, times: Tensor) -> Tensor:
+        return self.at(times).sigma.float()
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        return (ratio / self.sigma_min).log() / self.log_range
+
+    def sigma_range(self) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_min * math.exp(self.log_range)
+
+
+SDES: dict[str, type[Process]] = {"vp": VP, "subvp": SubVP, "ve": VE}
+
+
+def grid(timesteps: int, steps: int | None) -> Tensor:
+    """Levels from T down to 0 in `steps` near-equal strides, round(linspace(0, T, steps + 1)); all of them if None.
+
+    ValueError unless 1 <= steps <= T.
+    """
+    steps = timesteps if steps is None else steps
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= timesteps:
+        raise ValueError(f"steps: expected an integer from 1 to {timesteps}, got {steps!r}")
+    return torch.linspace(0, timesteps, steps + 1, dtype=torch.float64, device="cpu").round().long().flip(0)
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    return value
+
+
+def _sigmas(sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"sigma_min, sigma_max: expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
