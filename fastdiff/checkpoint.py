@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from fastdiff.ddpm import DDPM
+from fastdiff.diffusion import Diffusion
+from fastdiff.score import NCSN, ScoreSDE
 from fastdiff.unet import UNet
 
-VERSION = 1
+VERSION = 2
+MODELS: dict[str, type[Diffusion]] = {"DDPM": DDPM, "NCSN": NCSN, "ScoreSDE": ScoreSDE}
 METADATA_KEY = "fastdiff"
 OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -58,14 +61,14 @@ def writable(path: Path) -> Path:
 class State:
     """Everything a run needs to go on as if it had never stopped, at the end of step `step`.
 
-    ddpm:      the DDPM with the trained weights
+    diffusion: the DDPM, NCSN or ScoreSDE with the trained weights
     ema:       the UNet whose weights are the moving average (the one to sample from)
     optimizer: tensors of torch.optim.AdamW, optimizer[i][key] for parameter i
     rng:       state of PyTorch's default generators, by device type
     options:   the options of the run (JSON)
     """
 
-    ddpm: DDPM
+    diffusion: Diffusion
     ema: UNet
     optimizer: dict[int, dict[str, Tensor]]
     rng: dict[str, Tensor]
@@ -91,7 +94,7 @@ def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
 def save(path: Path, state: State) -> None:
     """Write `state` to `path`; an error on the way leaves the old file as it was."""
     groups: dict[str, dict[str, Tensor]] = {
-        "model": state.ddpm.model.state_dict(),
+        "model": state.diffusion.model.state_dict(),
         "ema": state.ema.state_dict(),
         "rng": state.rng,
         **{f"optimizer.{index}": tensors for index, tensors in state.optimizer.items()},
@@ -105,7 +108,8 @@ def save(path: Path, state: State) -> None:
         "version": VERSION,
         "step": state.step,
         "unet": state.ema.config,
-        "ddpm": state.ddpm.config,
+        "model": type(state.diffusion).__name__,
+        "config": state.diffusion.config,
         "options": state.options,
     }
     with replacing(path) as temporary:
@@ -135,10 +139,10 @@ def load(path: Path) -> State:
         raise ValueError(f"{path} is not a usable fastdiff checkpoint: {reason[:300]}") from error
 
 
-def load_ddpm(path: Path) -> DDPM:
-    """The DDPM of a checkpoint with the EMA weights, in eval mode on the CPU. Raises as `load`."""
+def load_model(path: Path) -> Diffusion:
+    """The DDPM, NCSN or ScoreSDE of a checkpoint with the EMA weights, in eval mode on the CPU. Raises as `load`."""
     state = load(path)
-    return DDPM(state.ema, **state.ddpm.config).eval()
+    return type(state.diffusion)(state.ema, **state.diffusion.config).eval()
 
 
 def _metadata(header: dict[str, str] | None) -> dict[str, Any]:
@@ -146,12 +150,14 @@ def _metadata(header: dict[str, str] | None) -> dict[str, Any]:
     if text is None:
         raise ValueError("it carries no fastdiff metadata")
     metadata = json.loads(text)
-    kinds = {"version": int, "step": int, "unet": dict, "ddpm": dict, "options": dict}
+    kinds = {"version": int, "step": int, "unet": dict, "model": str, "config": dict, "options": dict}
     for name, kind in kinds.items():
         if not isinstance(metadata, dict) or not isinstance(metadata.get(name), kind):
             raise ValueError(f"its metadata has no {name!r} of type {kind.__name__}")
     if metadata["version"] != VERSION:
         raise ValueError(f"format version {metadata['version']}, expected {VERSION}")
+    if metadata["model"] not in MODELS:
+        raise ValueError(f"model {metadata['model']!r}, expected one of {', '.join(MODELS)}")
     return metadata
 
 
@@ -174,5 +180,5 @@ def _state(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> State:
             raise ValueError(f"the optimizer's state {index} does not fit its parameter")
     if groups["optimizer"]:
         raise ValueError(f"unknown tensor {'optimizer.' + next(iter(groups['optimizer']))!r}")
-    ddpm = DDPM(unet, **metadata["ddpm"])
-    return State(ddpm, ema, optimizer, groups["rng"], metadata["options"], metadata["step"])
+    diffusion = MODELS[metadata["model"]](unet, **metadata["config"])
+    return State(diffusion, ema, optimizer, groups["rng"], metadata["options"], metadata["step"])

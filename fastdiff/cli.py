@@ -17,8 +17,16 @@ from torch import Tensor
 
 from fastdiff import checkpoint, data, evaluate
 from fastdiff import train as training
+from fastdiff.diffusion import Diffusion
+from fastdiff.steps import SAMPLERS
 
 INTERRUPTED = 130
+# The sampler, and its steps, that suits a formulation unless one is named.
+SUITED: dict[str, tuple[str, int]] = {
+    "DDPM": ("ddim", 50),
+    "NCSN": ("annealed_langevin", 10),
+    "ScoreSDE": ("predictor_corrector", 200),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,7 +63,7 @@ def parser(with_bench: bool = False) -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    train_arguments(add("train", train, "Train a DDPM on the digits or on a folder of images."))
+    train_arguments(add("train", train, "Train a diffusion model on the digits or on a folder of images."))
     command = add("sample", sample, "Draw images: PREFIX.png, a grid, and PREFIX.npy, float32 (N, C, H, W).")
     sample_arguments(command, n=64)
     command.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="start of the two names")
@@ -100,11 +108,14 @@ TRAIN_HELP = {
     "ema": "decay of the moving average of the weights, in [0, 1)",
     "clip_grad": "largest norm of the gradient",
     "channels": "channels of the U-Net at full resolution, a multiple of 8",
-    "objective": "what the network predicts: eps, x0 or v",
-    "schedule": "noise schedule: linear, scaled_linear, cosine, sigmoid, proportional or raised_cosine",
-    "timesteps": "length of the diffusion chain",
+    "formulation": "ddpm, ncsn (score-based), or a score SDE: vp, subvp or ve",
+    "objective": "what the network predicts: eps, x0, v or score",
+    "schedule": "noise schedule of ddpm: linear, scaled_linear, cosine, sigmoid, proportional or raised_cosine",
+    "timesteps": "length of ddpm's chain, or of ncsn's ladder",
+    "sigma_min": "smallest noise of ncsn and ve",
+    "sigma_max": "largest noise of ncsn and ve",
     "loss": "mse, l1 or huber",
-    "weighting": "of the loss over timesteps: simple or min_snr",
+    "weighting": "of the loss over noise levels: simple or min_snr; vlb of ddpm and ncsn; likelihood of SDEs",
     "seed": "of weights, batches and noise",
     "bf16": "autocast to bfloat16 (default: where CUDA supports it)",
     "save_every": "steps between checkpoints",
@@ -123,7 +134,7 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
         if isinstance(field.default, bool | None):
             command.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
-        default = str(field.default)
+        default = str(field.default) or ", ".join(f"{v} for {k}" for k, v in training.OBJECTIVES.items())
         if field.name in training.DIGITS:
             default += f", for the digits {training.DIGITS[field.name]}"
         text = f"{text} (default: {default})"
@@ -145,7 +156,8 @@ def train(args: argparse.Namespace) -> int:
     elif path.exists():
         raise ValueError(f"{path} exists: go on with --resume, or train into another --out")
     else:
-        options = training.Options(**{**(training.DIGITS if given["data"] == "digits" else {}), **given})
+        suited = training.digits_options(given.get("formulation", "ddpm")) if given["data"] == "digits" else {}
+        options = training.Options(**{**suited, **given})
     limit_threads(device, options.size)
     start = time.perf_counter()
     done = training.train(options, args.out, device, state)
@@ -161,8 +173,10 @@ def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
     command.add_argument("checkpoint", type=Path, help="model.safetensors of a run")
     text = "%(default)s" if n else "as many as real ones to train on"
     command.add_argument("--n", type=positive, default=n, help=f"images to draw (default: {text})")
-    command.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddim", help="(default: %(default)s)")
-    command.add_argument("--steps", type=positive, help="network calls (default: 50, or timesteps if fewer)")
+    names = ", ".join(f"{sampler} for {name}" for name, (sampler, _) in SUITED.items())
+    command.add_argument("--sampler", choices=[*SAMPLERS, "ode"], help=f"(default: {names})")
+    text = "of the sampler; for annealed_langevin at each level (default: that of the sampler, 50 for ddim)"
+    command.add_argument("--steps", type=positive, help=text)
     command.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (default: 0)")
     command.add_argument("--seed", type=int, default=0, help="image i of a seed is always the same")
     command.add_argument("--batch-size", type=positive, default=256, help="images at a time (default: 256)")
@@ -176,22 +190,29 @@ def positive(text: str) -> int:
     return value
 
 
-def draw(args: argparse.Namespace, ddpm: Any, n: int) -> Tensor:
+def draw(args: argparse.Namespace, model: Diffusion, n: int) -> Tensor:
     """Draw `n` images, float32 (n, C, H, W) on the CPU, in batches with one progress bar of network calls."""
     device = device_of(args)
-    limit_threads(device, max(ddpm.model.sample_shape[1:]))
-    ddpm = ddpm.to(device)
-    steps = args.steps or min(50, ddpm.config["timesteps"])
+    limit_threads(device, max(model.model.sample_shape[1:]))  # type: ignore[index]
+    model = model.to(device)
+    suited, few = SUITED[type(model).__name__]
+    sampler, steps = args.sampler or suited, args.steps
+    if steps is None and sampler in (suited, "ddim"):
+        steps = few if sampler == suited else 50
+        steps = min(steps, getattr(model, "timesteps", steps)) if sampler == "ddim" else steps
     batches = [torch.arange(n)[i : i + args.batch_size] for i in range(0, n, args.batch_size)]
     tqdm, bar = checkpoint.need("tqdm").tqdm, None
 
     def advance(*_: object) -> None:
         nonlocal bar  # made at the first step, so that it does not precede an error in the arguments
-        bar = bar or tqdm(total=steps * len(batches), desc=f"{n} images", unit="step")
+        bar = bar or tqdm(total=calls * len(batches), desc=f"{n} images", unit="step")
         bar.update()
 
-    how = {"steps": steps, "sampler": args.sampler, "eta": args.eta, "seed": args.seed}
-    drawn = [ddpm.sample(len(ids), sample_ids=ids, callback=advance, **how).cpu() for ids in batches]
+    how: dict[str, Any] = {"steps": steps, "sampler": sampler, "eta": args.eta, "seed": args.seed}
+    if sampler != "ode":
+        calls = len(model.step_table(sampler, steps, args.eta))
+        how["callback"] = advance
+    drawn = [model.sample(len(ids), sample_ids=ids, **how).cpu() for ids in batches]
     if bar:
         bar.close()
     return torch.cat(drawn)
@@ -199,9 +220,9 @@ def draw(args: argparse.Namespace, ddpm: Any, n: int) -> Tensor:
 
 def sample(args: argparse.Namespace) -> int:
     grid, array = (checkpoint.writable(args.out.with_name(args.out.name + end)) for end in (".png", ".npy"))
-    ddpm = checkpoint.load_ddpm(args.checkpoint)
+    model = checkpoint.load_model(args.checkpoint)
     start = time.perf_counter()
-    images = draw(args, ddpm, args.n)
+    images = draw(args, model, args.n)
     seconds = time.perf_counter() - start
     data.save_grid(grid, images)
     with checkpoint.replacing(array) as temporary, open(temporary, "wb") as file:
@@ -213,11 +234,11 @@ def sample(args: argparse.Namespace) -> int:
 def evaluation(args: argparse.Namespace) -> int:
     if args.json:
         checkpoint.writable(args.json)
-    ddpm = checkpoint.load_ddpm(args.checkpoint)
-    shape = ddpm.model.sample_shape
+    model = checkpoint.load_model(args.checkpoint)
+    shape = model.model.sample_shape
     if shape != (1, 8, 8):
         raise ValueError(f"{args.checkpoint}: expected a model of the 8x8 digits, it draws {shape}")
-    report = evaluate.evaluate(draw(args, ddpm, args.n or len(data.digits()[0])))
+    report = evaluate.evaluate(draw(args, model, args.n or len(data.digits()[0])))
     for name, value in asdict(report).items():
         print(f"{name:27}{value:.4f}" if isinstance(value, float) else f"{name:27}{value}")
     if args.json:

@@ -12,7 +12,7 @@ from .diffusion import Diffusion, How, check_choice, state_dtype
 from .objective import WEIGHTINGS, target_rows, weights
 from .process import Chain
 from .schedule import NoiseSchedule, make_schedule
-from .steps import Sampler, StepTable
+from .steps import Sampler, StepTable, make_steps
 
 VARIANCES = ("posterior", "beta")
 # alpha_bar at the last level beyond which the prior is visibly not where the chain ends.
@@ -173,7 +173,7 @@ class DDPM(ChainDiffusion):
     ) -> Tensor:
         """x_{t-1} ~ p(x_{t-1} | x_t) (Ho et al. 2020, algorithm 2, line 4); t: levels in 1..T, an int, () or (B,)."""
         t = self._times("x_t", x_t, t)
-        table = self._steps("ddpm", None, 0.0)
+        table = self.step_table("ddpm")
         pred, raw, _ = self._predict(x_t, self.process.condition(t), model_kwargs)
         rows = table.rows.to(x_t.device, state_dtype(x_t.dtype))
         return ops.update(
@@ -224,14 +224,14 @@ class DDPM(ChainDiffusion):
         mix = mix.to(first.dtype)
         z = torch.lerp(first, second, mix) / (mix**2 + (1 - mix) ** 2).sqrt()
         x = self.q_sample(torch.lerp(x0.to(z.dtype), x1.to(z.dtype), mix), t, noise=z).detach()
-        table = self._steps("ddpm", range(t, -1, -1), 0.0)
+        table = self.step_table("ddpm", range(t, -1, -1))
         how = How(self.clip, table.keep, table.noisy, table.learned)
         return self._run(table, how, x, seed, None, None, model_kwargs, False, None, False)
 
-    def _steps(self, sampler: str | Sampler, n: Any, eta: float) -> StepTable:
+    def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
         if sampler == "ddpm" and eta == 0.0:
-            return steps.make_steps(self.process, sampler, n, self.objective, self.clip, variance=self.variance)
-        return super()._steps(sampler, n, eta)
+            return make_steps(self.process, sampler, steps, self.objective, self.clip, variance=self.variance)
+        return super().step_table(sampler, steps, eta)
 
 
 def slerp(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:

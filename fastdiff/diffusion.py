@@ -40,6 +40,11 @@ class Diffusion(nn.Module, ABC):
     process: Process
     default_sampler: str
 
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """The constructor's options but the model, JSON-serialisable. ValueError where there is no such form."""
+
     def __init__(self, model: nn.Module, objective: str, loss: str, clip: float | None) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -168,7 +173,7 @@ class Diffusion(nn.Module, ABC):
             raise TypeError(f"callback: expected a function, got {type(callback).__name__}")
         sampler = self.default_sampler if sampler is None else sampler
         both = _guided(guidance, uncond, model_kwargs, shape[0])
-        table = None if sampler == "ode" else self._steps(sampler, steps, eta)
+        table = None if sampler == "ode" else self.step_table(sampler, steps, eta)
         if table is None and (steps, noise, callback, return_trajectory, guidance) != (None, None, None, False, None):
             raise ValueError("sampler: 'ode' chooses its own steps and expected no steps, noise, callback, trajectory "
                              "or guidance")  # fmt: skip
@@ -341,7 +346,8 @@ class Diffusion(nn.Module, ABC):
     _learns_variance = False
     _starts_at_data = False
 
-    def _steps(self, sampler: str | Sampler, steps: Any, eta: float) -> StepTable:
+    def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
+        """The table of numbers that `sample` applies with these arguments; ValueError as there."""
         if sampler == "ddim":
             return make_steps(self.process, sampler, steps, self.objective, self.clip, eta=eta)
         if eta != 0.0:

@@ -74,7 +74,8 @@ class ScoreSDE(Diffusion):
     Args:
         model: called as model(x_t, c, **model_kwargs) with x_t (B, ...) and c (B,) float32: 999 t for VP and sub-VP,
             sigma for VE; returns the prediction, shaped like x_t.
-        sde: "vp", "subvp", "ve", or a fastdiff.process.Process.
+        sde: "vp", "subvp", "ve", or a fastdiff.process.Process. sde_options: of the named one, beta_min and beta_max,
+            or sigma_min and sigma_max.
         objective: "score", "eps" = -sigma score, "x0" or "v".
         loss: "mse", "l1" or "huber".
         weighting: "simple" (sigma^2 on the error of the score), "likelihood" (g^2, which bounds the likelihood: Song et
@@ -94,26 +95,33 @@ class ScoreSDE(Diffusion):
         loss: str = "mse",
         weighting: str = "simple",
         clip: float | None = None,
+        **sde_options: float,
     ) -> None:
         super().__init__(model, objective, loss, clip)
-        if not isinstance(sde, Process):
-            check_choice("sde", sde, SDES)
         check_choice("weighting", weighting, ("simple", "likelihood", "min_snr"))
-        self.process = sde if isinstance(sde, Process) else SDES[sde]()
-        self.sde_name = sde if isinstance(sde, str) else None
+        if isinstance(sde, Process):
+            if sde_options:
+                raise ValueError(f"{next(iter(sde_options))}: expected no options beside a process, got {sde_options}")
+            self.process = sde
+        else:
+            check_choice("sde", sde, SDES)
+            self.process = SDES[sde](**sde_options)
+        self.sde = sde if isinstance(sde, str) else None
+        self.sde_options = sde_options
         self.weighting = weighting
 
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's options but the model, JSON-serialisable. ValueError where the SDE has no name."""
-        if self.sde_name is None:
+        if self.sde is None:
             raise ValueError("config: expected an SDE given by name, got an object")
         return {
-            "sde": self.sde_name,
+            "sde": self.sde,
             "objective": self.objective,
             "loss": self.loss_kind,
             "weighting": self.weighting,
             "clip": self.clip,
+            **self.sde_options,
         }
 
     def q_sample(

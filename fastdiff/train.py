@@ -14,7 +14,12 @@ from torch import nn
 
 from fastdiff import checkpoint, data
 from fastdiff.ddpm import DDPM
+from fastdiff.diffusion import Diffusion
+from fastdiff.score import NCSN, ScoreSDE
 from fastdiff.unet import UNet
+
+# What the network predicts unless told otherwise.
+OBJECTIVES = {"ddpm": "v", "ncsn": "score", "vp": "v", "subvp": "v", "ve": "score"}
 
 
 @dataclass
@@ -27,7 +32,11 @@ class Options:
     ema         decay of the moving average of the weights, in [0, 1)
     clip_grad   largest norm of the gradient
     channels    of the U-Net at full resolution, a multiple of 8
-    objective, schedule, timesteps, loss, weighting: see fastdiff.ddpm.DDPM
+    formulation "ddpm", "ncsn", or an SDE: "vp", "subvp", "ve"
+    objective, loss, weighting: see fastdiff.ddpm.DDPM; "" is the objective that suits the formulation
+    schedule    of ddpm
+    timesteps   of ddpm, or the levels of ncsn
+    sigma_min, sigma_max  of ncsn and ve
     bf16        autocast to bfloat16; None: where CUDA supports it
     save_every  steps between checkpoints
     Raises ValueError naming the option that is out of its range.
@@ -43,9 +52,12 @@ class Options:
     ema: float = 0.9999
     clip_grad: float = 1.0
     channels: int = 64
-    objective: str = "v"
+    formulation: str = "ddpm"
+    objective: str = ""
     schedule: str = "cosine"
     timesteps: int = 1000
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
     loss: str = "mse"
     weighting: str = "simple"
     seed: int = 0
@@ -53,6 +65,9 @@ class Options:
     save_every: int = 1000
 
     def __post_init__(self) -> None:
+        if self.formulation not in OBJECTIVES:
+            raise ValueError(f"formulation: expected one of {', '.join(OBJECTIVES)}, got {self.formulation!r}")
+        self.objective = self.objective or OBJECTIVES[self.formulation]
         for name in ("size", "steps", "batch_size", "channels", "timesteps", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -82,6 +97,14 @@ DIGITS: dict[str, Any] = {
     "channels": 24,
     "save_every": 350,
 }
+# Distances between digits are about 8, and neighbouring levels should overlap in 64 dimensions (Song & Ermon 2020,
+# arXiv:2006.09011, techniques 1 and 2).
+DIGITS_LADDER: dict[str, Any] = {"sigma_max": 8.0, "timesteps": 28}
+
+
+def digits_options(formulation: str) -> dict[str, Any]:
+    """The options that suit the digits."""
+    return DIGITS | (DIGITS_LADDER if formulation == "ncsn" else {})
 
 
 def training_images(options: Options) -> data.Images:
@@ -96,8 +119,8 @@ def levels(size: int) -> int:
     return 2 if size <= 8 else 3 if size <= 32 else 4
 
 
-def build(options: Options) -> DDPM:
-    """The untrained DDPM of a run. Channels double once; levels of 16x16 and below attend, but not for 8x8."""
+def build(options: Options) -> Diffusion:
+    """The untrained model of a run. Channels double once; levels of 16x16 and below attend, but not for 8x8."""
     count, channels = levels(options.size), 1 if options.gray else 3
     attends = [options.size > 8 and options.size >> level <= 16 for level in range(count)]
     unet = UNet(
@@ -109,15 +132,16 @@ def build(options: Options) -> DDPM:
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         norm_num_groups=8,
+        # Where the model is told sigma; its output is divided by it, as a score wants.
+        time_embedding_type="fourier" if options.formulation in ("ncsn", "ve") else "positional",
     )
-    return DDPM(
-        unet,
-        schedule=options.schedule,
-        timesteps=options.timesteps,
-        objective=options.objective,
-        loss=options.loss,
-        weighting=options.weighting,
-    )
+    same: dict[str, Any] = {"objective": options.objective, "loss": options.loss, "weighting": options.weighting}
+    sigmas: dict[str, Any] = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max}
+    if options.formulation == "ddpm":
+        return DDPM(unet, schedule=options.schedule, timesteps=options.timesteps, **same)
+    if options.formulation == "ncsn":
+        return NCSN(unet, levels=options.timesteps, **sigmas, **same)
+    return ScoreSDE(unet, options.formulation, **same, **(sigmas if options.formulation == "ve" else {}))
 
 
 @torch.no_grad()
@@ -148,9 +172,9 @@ def train(options: Options, out: Path, device: torch.device, resume: checkpoint.
     path = checkpoint.writable(out / "model.safetensors")
     torch.manual_seed(options.seed)
     images = training_images(options)
-    ddpm = (resume.ddpm if resume else build(options)).to(device).train()
-    ema = resume.ema.to(device) if resume else cast(UNet, copy.deepcopy(ddpm.model))
-    optimizer = torch.optim.AdamW(ddpm.parameters(), lr=options.lr, fused=True)
+    diffusion = (resume.diffusion if resume else build(options)).to(device).train()
+    ema = resume.ema.to(device) if resume else cast(UNet, copy.deepcopy(diffusion.model))
+    optimizer = torch.optim.AdamW(diffusion.parameters(), lr=options.lr, fused=True)
     start = step = resume.step if resume else 0
     if resume:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": resume.optimizer})
@@ -159,8 +183,8 @@ def train(options: Options, out: Path, device: torch.device, resume: checkpoint.
     def save() -> None:
         if not math.isfinite(smooth.item()):
             raise ValueError(f"the loss is {smooth.item()} at step {step}, nothing was written; try a lower --lr")
-        state = optimizer.state_dict()["state"]
-        checkpoint.save(path, checkpoint.State(ddpm, ema, state, checkpoint.rng_state(device), asdict(options), step))
+        state, rng = optimizer.state_dict()["state"], checkpoint.rng_state(device)
+        checkpoint.save(path, checkpoint.State(diffusion, ema, state, rng, asdict(options), step))
 
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported() if options.bf16 is None else options.bf16
     smooth = torch.zeros((), device=device)  # the loss, averaged over the last steps for the eye
@@ -171,13 +195,13 @@ def train(options: Options, out: Path, device: torch.device, resume: checkpoint.
                 group["lr"] = options.lr * min(1.0, (step + 1) / (options.warmup + 1))
             x0 = images[torch.randint(len(images), (options.batch_size,))].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = ddpm(x0)
+                loss = diffusion(x0)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(ddpm.parameters(), options.clip_grad)
+            nn.utils.clip_grad_norm_(diffusion.parameters(), options.clip_grad)
             optimizer.step()
             # the decay grows from 0.1, so that the random weights of the start are soon forgotten
-            update_ema(ema, ddpm.model, min(options.ema, (1 + step) / (10 + step)))
+            update_ema(ema, diffusion.model, min(options.ema, (1 + step) / (10 + step)))
 
             smooth = smooth.lerp(loss.detach(), 1 / min(step - start + 1, 50))
             step += 1

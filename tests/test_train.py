@@ -214,8 +214,8 @@ def test_training_reduces_the_loss(tmp_path):
     before = loss(training.build(Options(**TINY)))
     assert run(tmp_path, steps=100, ema=0.9) == 100
     state = checkpoint.load(tmp_path / "model.safetensors")
-    assert loss(state.ddpm) < 0.7 * before
-    assert loss(checkpoint.load_ddpm(tmp_path / "model.safetensors")) < 0.7 * before
+    assert loss(state.diffusion) < 0.7 * before
+    assert loss(checkpoint.load_model(tmp_path / "model.safetensors")) < 0.7 * before
 
 
 def test_resume_is_exact_in_every_bit(tmp_path):
@@ -251,7 +251,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     before = (tmp_path / "model.safetensors").read_bytes()
     state = checkpoint.load(tmp_path / "model.safetensors")
     with torch.no_grad():
-        next(state.ddpm.parameters()).fill_(math.nan)
+        next(state.diffusion.parameters()).fill_(math.nan)
     with pytest.raises(ValueError, match="loss is nan at step 4"):
         training.train(Options(**{**TINY, "steps": 4}), tmp_path, CPU, state)
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -322,10 +322,11 @@ def rewrite(path: Path, tensors: dict | None = None, **changes) -> None:
         (lambda p: save_file(load_file(p), p, {"fastdiff": "{"}), "usable fastdiff checkpoint"),
         (lambda p: save_file(load_file(p), p, {"fastdiff": "[" * 100_000}), "usable fastdiff checkpoint"),
         (lambda p: save_file(load_file(p), p, {"fastdiff": "[1]"}), "'version'"),
-        (lambda p: rewrite(p, version=2), "format version 2, expected 1"),
+        (lambda p: rewrite(p, version=1), "format version 1, expected 2"),
         (lambda p: rewrite(p, unet={"block_out_channels": "x"}), "usable fastdiff checkpoint"),
         (lambda p: rewrite(p, unet={"colour": 1}), "usable fastdiff checkpoint"),
-        (lambda p: rewrite(p, ddpm={"schedule": "none"}), "usable fastdiff checkpoint"),
+        (lambda p: rewrite(p, config={"schedule": "none"}), "usable fastdiff checkpoint"),
+        (lambda p: rewrite(p, model="Other"), "model 'Other', expected one of DDPM, NCSN, ScoreSDE"),
         (lambda p: rewrite(p, {"ema.conv_in.weight": torch.zeros(16, 1, 3, 3)}), "conv_in.weight"),
         (lambda p: rewrite(p, {"optimizer.0.exp_avg": torch.zeros(3)}), "optimizer's state 0 does not fit"),
         (lambda p: rewrite(p, {"optimizer.999.step": torch.zeros(())}), "unknown tensor 'optimizer.999.step'"),
@@ -344,11 +345,11 @@ def test_foreign_and_spoiled_checkpoints_are_told_in_one_line(tmp_path, tiny, sp
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
-def test_load_ddpm_takes_the_moving_average(tiny):
+def test_load_model_takes_the_moving_average(tiny):
     stored = load_file(tiny)
     assert not torch.equal(stored["ema.conv_in.weight"], stored["model.conv_in.weight"])
-    ddpm = checkpoint.load_ddpm(tiny)
-    assert not ddpm.training and ddpm.config == checkpoint.load(tiny).ddpm.config
+    ddpm = checkpoint.load_model(tiny)
+    assert not ddpm.training and ddpm.config == checkpoint.load(tiny).diffusion.config
     for name, tensor in ddpm.model.state_dict().items():
         assert torch.equal(tensor, stored[f"ema.{name}"])
 
