@@ -178,9 +178,12 @@ class Chain(Process):
             wanted, known = torch.log1p(ratio**2) / 2, -made.log_alpha
         else:
             wanted, known = ratio.log(), -made.log_snr[1:] / 2
-        if not bool(((wanted >= known[0]) & (wanted <= known[-1])).all()):
+        # Both ends may have come from sigma_range with a rounding.
+        inside = wanted.clamp(known[0], known[-1])
+        if not bool(torch.isclose(wanted, inside, rtol=1e-9, atol=1e-12).all()):
             low, high = self.sigma_range()
             raise ValueError(f"sigma: expected levels from {low:.4g} to {high:.4g}, those of the schedule")
+        wanted = inside
         upper = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
         share = (wanted - known[upper - 1]) / (known[upper] - known[upper - 1])
         return upper - 1 + share + (0 if made.vp else 1)
@@ -259,8 +262,8 @@ class SubVP(VP):
         return NoiseSchedule(-total / 2, -torch.expm1(-total), False, times.double(), -beta / 2, g2)
 
     def time_of(self, ratio: Tensor) -> Tensor:
-        # With w = exp(-B/2): w^2 + ratio w - 1 = 0.
-        return self._time_of_total(2 * torch.log((ratio + (ratio**2 + 4).sqrt()) / 2))
+        # sigma / alpha = exp(B/2) - exp(-B/2)
+        return self._time_of_total(2 * torch.asinh(ratio / 2))
 
 
 class VE(Process):
