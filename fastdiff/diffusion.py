@@ -88,7 +88,7 @@ class Diffusion(nn.Module, ABC):
             seed = as_seed(seed, x0.device)
         table, row = self._rows("noising", t)
         x_t = ops.noising(x0, row, table, seed=seed, noise=noise)
-        pred = self._predict(x_t, self.process.condition(t), model_kwargs)[0]
+        pred = self._predict(x_t, self._condition(t), model_kwargs)[0]
         table, row = self._rows("loss", t)
         return ops.loss(
             pred,
@@ -106,7 +106,7 @@ class Diffusion(nn.Module, ABC):
     def predict_x0(self, x_t: Tensor, t: float | Tensor, **model_kwargs: Any) -> Tensor:
         """The model's estimate of x_0 from x_t (Ho et al. 2020, eq. 15), clipped; t: times, a number, () or (B,)."""
         t = self._times("x_t", x_t, t)
-        pred = self._predict(x_t, self.process.condition(t), model_kwargs)[0]
+        pred = self._predict(x_t, self._condition(t), model_kwargs)[0]
         table, row = self._rows("denoise", t)
         return ops.update(x_t, pred, table, row, clip=self.clip, noisy=False)
 
@@ -118,7 +118,7 @@ class Diffusion(nn.Module, ABC):
         """
         check_choice("wanted", wanted, OBJECTIVES)
         t = self._times("x_t", x_t, t)
-        pred = self._predict(x_t, self.process.condition(t), model_kwargs)[0]
+        pred = self._predict(x_t, self._condition(t), model_kwargs)[0]
         u, v = conversion_rows(self.process.at(t.double()), self.objective, wanted)
         rows = u.new_zeros(len(t), 9)
         rows[:, D], rows[:, E] = u, v
@@ -249,7 +249,7 @@ class Diffusion(nn.Module, ABC):
         """Apply a step table to x, in place."""
         n, device = len(table), x.device
         rows = table.rows.to(device, state_dtype(x.dtype))
-        t = self.process.condition(table.levels[:-1]).to(device)[:, None].expand(n, len(x)).contiguous()
+        t = self._condition(table.levels[:-1]).to(device)[:, None].expand(n, len(x)).contiguous()
         index = torch.arange(n, device=device)[:, None]
         hist = None if how.keep == "none" else torch.zeros_like(x)
         path = torch.empty(n + 1, *x.shape, dtype=x.dtype, device=device) if return_trajectory else None
@@ -320,6 +320,11 @@ class Diffusion(nn.Module, ABC):
         own = rows.new_zeros(len(x), 9)
         own[:, D], own[:, E], own[:, F] = 1.0, e, (2 * e).sqrt()
         ops.update(x, score, own, torch.arange(len(x), device=x.device), noise=noise, inplace=True)
+
+    def _condition(self, times: Tensor) -> Tensor:
+        """What the model is told of the times (N,): indices as they are, numbers typed like the state."""
+        told = self.process.condition(times)
+        return told.to(self._dtype()) if told.is_floating_point() else told
 
     def _predict(self, x: Tensor, t: Tensor, model_kwargs: dict[str, Any], guided: bool = False) -> Predicted:
         """(prediction, raw variance or None, unconditional prediction or None) at x for what the model is told of t."""

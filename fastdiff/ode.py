@@ -120,7 +120,7 @@ def _flow(diffusion: "Diffusion", x: Tensor, t: Tensor, kwargs: dict[str, Any]) 
     u, v = conversion_rows(made, diffusion.objective, "score")
     drift, g2 = made.rates
     half = g2 / 2
-    pred = diffusion._predict(x, diffusion.process.condition(times).expand(len(x)), kwargs)[0]
+    pred = diffusion._predict(x, diffusion._condition(times).expand(len(x)), kwargs)[0]
     return (drift - half * u).to(x.dtype) * x - (half * v).to(x.dtype) * pred
 
 

@@ -42,7 +42,7 @@ class Process(ABC):
 
     @abstractmethod
     def condition(self, times: Tensor) -> Tensor:
-        """What the model is told of the times (N,)."""
+        """What the model is told of the times (N,): int64 indices, or numbers, float64 for float64 times."""
 
     @abstractmethod
     def time_of(self, ratio: Tensor) -> Tensor:
@@ -215,7 +215,8 @@ class Ladder(Chain):
         super().__init__(NoiseSchedule.from_alpha_sigma(torch.ones_like(sigma), sigma))
 
     def condition(self, times: Tensor) -> Tensor:
-        return self.at(times.double()).sigma.float()
+        # Level 0 is data, where only an inversion looks: the model is asked at the first.
+        return self.at(times.double().clamp(min=1)).sigma
 
 
 class VP(Process):
@@ -243,7 +244,7 @@ class VP(Process):
         return NoiseSchedule(-total / 2, (-torch.expm1(-total)).sqrt(), True, times.double(), -beta / 2, beta)
 
     def condition(self, times: Tensor) -> Tensor:
-        return (999 * times).float()
+        return 999 * times
 
     def time_of(self, ratio: Tensor) -> Tensor:
         return self._time_of_total(torch.log1p(ratio**2))
@@ -284,7 +285,7 @@ class VE(Process):
         return NoiseSchedule(zero, sigma, False, times, zero, 2 * self.log_range * sigma**2)
 
     def condition(self, times: Tensor) -> Tensor:
-        return self.at(times).sigma.float()
+        return self.at(times).sigma
 
     def time_of(self, ratio: Tensor) -> Tensor:
         return (ratio / self.sigma_min).log() / self.log_range

@@ -25,9 +25,9 @@ class NCSN(ChainDiffusion):
     dynamics.
 
     Args:
-        model: called as model(x_t, sigma, **model_kwargs) with x_t (B, ...) and sigma (B,) float32; returns the
-            prediction, shaped like x_t. A UNet with time_embedding_type "fourier" takes sigma, and divides its output
-            by it, as a score wants.
+        model: called as model(x_t, sigma, **model_kwargs) with x_t (B, ...) and sigma (B,), float32 or float64 as the
+            state; returns the prediction, shaped like x_t. A UNet with time_embedding_type "fourier" takes sigma, and
+            divides its output by it, as a score wants.
         sigma_max, sigma_min, levels: sigma of level t = 1..levels is geometric from sigma_min to sigma_max.
         objective: "score" = -z / sigma, "eps" = z, or "x0".
         loss: "mse", "l1" or "huber".
@@ -72,8 +72,8 @@ class ScoreSDE(Diffusion):
     """A score model of an SDE in continuous time (Song et al. 2021, arXiv:2011.13456).
 
     Args:
-        model: called as model(x_t, c, **model_kwargs) with x_t (B, ...) and c (B,) float32: 999 t for VP and sub-VP,
-            sigma for VE; returns the prediction, shaped like x_t.
+        model: called as model(x_t, c, **model_kwargs) with x_t (B, ...) and c (B,), float32 or float64 as the state:
+            999 t for VP and sub-VP, sigma for VE; returns the prediction, shaped like x_t.
         sde: "vp", "subvp", "ve", or a fastdiff.process.Process. sde_options: of the named one, beta_min and beta_max,
             or sigma_min and sigma_max.
         objective: "score", "eps" = -sigma score, "x0" or "v".
