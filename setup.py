@@ -19,7 +19,8 @@ setup(
     extras_require={
         "cpu": ["numba"],
         "train": ["scikit-learn", "pillow", "tqdm", "safetensors"],
-        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "scipy"],
+        "ode": ["torchdiffeq"],
+        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "scipy", "torchdiffeq"],
     },
     entry_points={"console_scripts": ["fastdiff=fastdiff.cli:main"]},
     classifiers=[

@@ -174,9 +174,16 @@ class Diffusion(nn.Module, ABC):
         sampler = self.default_sampler if sampler is None else sampler
         both = _guided(guidance, uncond, model_kwargs, shape[0])
         table = None if sampler == "ode" else self.step_table(sampler, steps, eta)
-        if table is None and (steps, noise, callback, return_trajectory, guidance) != (None, None, None, False, None):
-            raise ValueError("sampler: 'ode' chooses its own steps and expected no steps, noise, callback, trajectory "
-                             "or guidance")  # fmt: skip
+        if table is None:
+            from . import ode
+
+            given = (steps, eta, noise, callback, return_trajectory, guidance)
+            if given != (None, 0.0, None, None, False, None):
+                raise ValueError(
+                    "sampler: 'ode' chooses its own steps and expected no steps, eta, noise, callback, trajectory or "
+                    "guidance"
+                )
+            ode.check(self.process)
         if noise is not None and not callable(noise) and table is not None:
             _check_shape("noise", noise, (len(table), *shape))
         seed = as_seed(seed, device)
@@ -186,8 +193,6 @@ class Diffusion(nn.Module, ABC):
         else:
             x = x_T.detach().to(device, dtype, copy=True)
         if table is None:
-            from . import ode
-
             return ode.sample(self, x, model_kwargs)
         if guidance is not None:
             table.rows[:, W] = guidance

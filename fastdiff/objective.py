@@ -92,7 +92,7 @@ def weights(schedule: NoiseSchedule, objective: str, weighting: str) -> Tensor:
         return _bound_weights(schedule, objective)
     snr, sigma2 = schedule.snr, schedule.sigma**2
     norm = schedule.alpha**2 + sigma2
-    # The error of x_0 is that of the prediction times the square root of this.
+    # The error of the prediction is that of x_0 times the square root of this.
     per_error = {"eps": snr, "x0": torch.ones_like(snr), "v": norm**2 / sigma2, "score": schedule.alpha**2 / sigma2**2}
     # At SNR = 0 both cut-off and divisor vanish for eps: the ratio's limit is 1, and sigma^2 for the score.
     limit = {"eps": torch.ones_like(snr), "score": sigma2}.get(objective, torch.zeros_like(snr))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._check import as_seed, check_floating
 from .objective import conversion_rows
+from .process import Process
 
 if TYPE_CHECKING:
     from .diffusion import Diffusion
@@ -22,8 +23,7 @@ METHOD = "dopri5"
 
 
 def sample(diffusion: "Diffusion", x: Tensor, model_kwargs: dict[str, Any], tolerance: float = 1e-5) -> Tensor:
-    """From x at the process's last time down to its first, without gradients and in eval mode."""
-    _solver()
+    """From x at the process's last time down to its first, without gradients and in eval mode; after `check`."""
     training = [module for module in diffusion.modules() if module.training]
     diffusion.eval()
     try:
@@ -48,15 +48,15 @@ def log_likelihood(
 
     trace: "hutchinson", e' J e for one e ~ {-1, 1}^n per sample, an unbiased estimate at the cost of one more backward
     pass (Grathwohl et al. 2019, arXiv:1810.01367); or "exact", n of them. seed: of e; an int, or drawn if None.
-    tolerance: relative and absolute, of the solver. ValueError for an unknown trace. In bits per dimension it is
-    -log p / (n ln 2).
+    tolerance: relative and absolute, of the solver. ValueError for an unknown trace and for a chain that ends at
+    alpha = 0. In bits per dimension it is -log p / (n ln 2).
     """
     check_floating("x0", x0)
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"trace: expected 'hutchinson' or 'exact', got {trace!r}")
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a finite number above 0, got {tolerance}")
-    _solver()
+    check(diffusion.process)
     x = x0.detach().to(diffusion._device(), diffusion._dtype())
     generator = torch.Generator(x.device).manual_seed(int(as_seed(seed, torch.device("cpu"))))
     signs = torch.randint(2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1
@@ -76,6 +76,13 @@ def log_likelihood(
     n = x[0].numel()
     squares = (x_T / std).square().flatten(1).sum(1)
     return divergence - 0.5 * squares - n * (math.log(std) + 0.5 * math.log(2 * math.pi))
+
+
+def check(process: Process) -> None:
+    """ImportError without the solver; ValueError where the process ends without signal, at an infinite rate."""
+    _solver()
+    if not math.isfinite(process.sigma_range()[1]):
+        raise ValueError("process: the ODE expected a finite sigma / alpha at the end, got alpha = 0")
 
 
 def _solver() -> Any:

@@ -165,6 +165,7 @@ def heun(
     if not (math.isfinite(noise_scale) and noise_scale >= 0):
         raise ValueError(f"noise_scale: expected a finite number of at least 0, got {noise_scale}")
     check_signal(schedule, levels[:-1], objective)
+    _check_finite_ratio("heun", schedule, levels[:-1])
     ratio = (-schedule.log_snr / 2).exp()  # sigma / alpha
     made, visited, kinds = [], [levels[0]], []
 
@@ -206,6 +207,7 @@ def euler_maruyama(
     denoise: the step to level 0 gives x0hat (Tweedie's formula, app. G); otherwise it is left out.
     """
     t, s = levels[:-1], levels[1:]
+    _check_finite_ratio("euler_maruyama", schedule, t)
     drift, g2 = schedule.increments(t, s)
     return _score_steps(schedule, levels, objective, clip, 1 - drift, g2, g2.sqrt(), denoise)
 
@@ -216,6 +218,7 @@ def probability_flow(
     """Euler's rule for the probability-flow ODE dx/dt = f x - g^2/2 s(x, t), whose marginals are those of the SDE (Song
     et al. 2021b, eq. 13). denoise: as in euler_maruyama."""
     t, s = levels[:-1], levels[1:]
+    _check_finite_ratio("probability_flow", schedule, t)
     drift, g2 = schedule.increments(t, s)
     return _score_steps(schedule, levels, objective, clip, 1 - drift, g2 / 2, torch.zeros_like(g2), denoise)
 
@@ -356,6 +359,15 @@ def check_signal(schedule: NoiseSchedule, t: Tensor, objective: str) -> None:
         raise ValueError(
             f"objective: {objective!r} cannot determine x_0 at level {level}, where alpha = "
             f"{schedule.alpha[level].item():.3g}; use 'x0' or 'v', or a schedule that keeps some signal"
+        )
+
+
+def _check_finite_ratio(sampler: str, schedule: NoiseSchedule, t: Tensor) -> None:
+    """ValueError where sigma / alpha is infinite at one of the levels t."""
+    if bool((schedule.alpha[t] == 0).any()):
+        raise ValueError(
+            f"sampler: {sampler!r} expected a finite sigma / alpha, got alpha = 0 at level "
+            f"{int(t[schedule.alpha[t] == 0].max())}; start below it, or use 'ddpm', 'ddim' or 'dpm++2m'"
         )
 
 

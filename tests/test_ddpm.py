@@ -87,7 +87,7 @@ def test_loss_and_gradient(objective, kind, weighting):
     gained = before / (1 - before) - alpha_bar / (1 - alpha_bar)
     fall = torch.where(before == 1, 1 / (1 - alpha_bar), gained).float() / 2
     on_x0 = {"simple": snr if objective in ("eps", "score") else 1.0, "min_snr": least, "vlb": fall}[weighting]
-    # The error of x_0 is that of the prediction times the square root of this.
+    # The error of the prediction is that of x_0 times the square root of this.
     per_error = {"eps": snr, "x0": 1.0, "v": snr + 1, "score": snr / sigma**2}[objective]
     w = 1.0 if weighting == "simple" and objective in ("x0", "v") else on_x0 / per_error
     expected = (w * rho(pred, y)).mean((1, 2, 3))
