@@ -1,6 +1,6 @@
 """The operations: argument checks, torch.library ops (schema, fake, autograd) and the choice of implementation.
 
-Public functions `normal`, `noising`, `loss`, `update`, `update_` check their arguments and call torch.ops.fastdiff.*.
+Public functions `normal`, `noising`, `loss`, `vlb`, `update` check their arguments and call torch.ops.fastdiff.*.
 The ops are defined on a bare torch.library.Library: its dispatch costs a few microseconds, where custom_op and
 register_autograd cost tens (README has the measurement).
 
@@ -129,6 +129,53 @@ def loss(
     )[0]
 
 
+def vlb(
+    pred: Tensor,
+    x_t: Tensor,
+    x0: Tensor,
+    t: int | Tensor,
+    rows: Tensor,
+    *,
+    raw_variance: Tensor | None = None,
+    clip: float | None = None,
+    detach_mean: bool = False,
+    reduction: str = "none",
+) -> Tensor:
+    """The term of level t of the variational bound, in nats per dimension: (B,) for reduction "none", () for "mean";
+    float32, or float64 for float64 data (Ho et al. 2020, eq. 5).
+
+    With x0hat = clip(a x_t + b pred), KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) = 1/2 (delta + exp(-delta) - 1 +
+    w (x_0 - x0hat)^2 exp(-delta)). Where the row says decoder, -log p(x_0 | x_t) of images in 256 steps over [-1, 1]:
+    the probability of x_0's bin, 1/255 to each side and open at both ends, under N(x0hat, exp(delta)) (eq. 13).
+
+    pred, x_t, x0: (B, ...). rows: (levels, 6) float32 rows (a, b, w, low, high, decoder), see `bound.vlb_rows`.
+    delta = low, or with raw_variance low + (raw + 1)/2 (high - low) (Nichol & Dhariwal 2021, eq. 15).
+    clip: x0hat is kept in [-clip, clip]. detach_mean: no gradient by pred, as in their hybrid loss.
+    The gradients by pred and raw_variance are computed in the same pass; they can be walked backward once. Where one by
+    x_t or x0 is wanted too, the differentiable reference runs instead. Levels outside the table: as for `noising`.
+    """
+    check_floating("pred", pred)
+    check_like("x_t", x_t, pred)
+    check_like("x0", x0, pred)
+    if raw_variance is not None:
+        check_like("raw_variance", raw_variance, pred)
+    t = as_index("t", t, pred)
+    check_table("rows", rows, 6, pred)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+    pred = pred.detach() if detach_mean else pred
+    with_grad = torch.is_grad_enabled()
+    if with_grad and (x_t.requires_grad or x0.requires_grad):
+        if not torch.compiler.is_compiling():
+            _in_range("t", t, len(rows))
+        value = reference.vlb(pred, raw_variance, x_t, x0, t, rows, clip)[0]
+        return value.mean() if reduction == "mean" else value.reshape(len(value), -1).mean(1)
+    wanted = [with_grad and i is not None and i.requires_grad for i in (pred, raw_variance)]
+    return torch.ops.fastdiff.vlb(pred, raw_variance, x_t, x0, t, rows, clip, reduction == "none", *wanted)[0]
+
+
 def update(
     x: Tensor,
     pred: Tensor,
@@ -213,14 +260,20 @@ def _ids_in_range(ids: Tensor | None) -> None:
 
 @functools.cache
 def _launchers(name: str) -> Any:
-    """The launchers normal_, noising, loss, scale_ and update of a backend, imported at the first use."""
+    """The launchers normal_, noising, loss, scale_, vlb (not "cpu") and update of a backend, imported at first use."""
     if name == "cpu":
         return importlib.import_module(".kernels.cpu", __package__)
-    noise, noising, loss, update = (
-        importlib.import_module(f".kernels.{file}", __package__) for file in ("noise", "noising", "loss", "update")
+    noise, noising, loss, vlb, update = (
+        importlib.import_module(f".kernels.{file}", __package__)
+        for file in ("noise", "noising", "loss", "vlb", "update")
     )
     return SimpleNamespace(
-        normal_=noise.normal_, noising=noising.noising, loss=loss.loss, scale_=loss.scale_, update=update.update
+        normal_=noise.normal_,
+        noising=noising.noising,
+        loss=loss.loss,
+        scale_=loss.scale_,
+        vlb=vlb.vlb,
+        update=update.update,
     )
 
 
@@ -326,6 +379,45 @@ def _loss(
     return out if per_sample else out.reshape(()), grad
 
 
+def _vlb(
+    pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor, rows: Tensor,
+    clip: float | None, per_sample: bool, by_pred: bool, by_raw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, n = len(pred), pred.numel() // max(1, len(pred))
+    out, *grads = _empty_vlb(pred, raw, per_sample, by_pred, by_raw)
+    if pred.numel() == 0:
+        return out.fill_(torch.nan), grads[0], grads[1]
+    _in_range("t", t, len(rows))
+    count = n if per_sample else batch * n
+    scale = 1.0 / count
+    stored = [grads[0] if by_pred else None, grads[1] if by_raw else None]
+    if launch := getattr(_kernels(pred), "vlb", None):
+        with _on_device(pred):
+            launch(out.reshape(-1), *stored, pred, raw, x_t, x0, t, rows, clip, scale)
+    else:
+        value, *slopes = reference.vlb(pred, raw, x_t, x0, t, rows, clip)
+        out.copy_(value.reshape(batch, -1).mean(1) if per_sample else value.mean())
+        for grad, slope in zip(stored, slopes, strict=True):
+            if grad is not None:
+                grad.copy_(slope * scale)
+    return out, grads[0], grads[1]
+
+
+def _empty_vlb(
+    pred: Tensor, raw: Tensor | None, per_sample: bool, by_pred: bool, by_raw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(nats, gradient by pred, by raw); a gradient that is not wanted is empty. XX
+    holds, and are kept in float32 there."""
+    value = pred.new_empty(pred.shape[:1] if per_sample else (), dtype=reference.work_dtype(pred))
+    pred_grad, raw_grad = (
+        torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
+        if x is not None and wanted
+        else pred.new_empty(0)
+        for x, wanted in ((pred, by_pred), (raw, by_raw))
+    )
+    return value, pred_grad, raw_grad
+
+
 def _stored_scale(pred: Tensor, count: int) -> float:
     """The power of two that the stored gradient carries: in float16 a gradient of 1/count would underflow."""
     return 2.0 ** (count.bit_length() - 1) if pred.dtype == torch.float16 else 1.0
@@ -410,27 +502,56 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fastdiff.ops.loss is differentiable once: backward with create_graph=True is not supported; "
-                "use fastdiff.reference.loss for second derivatives"
-            )
-        if ctx.used:
-            raise RuntimeError("the gradient of fastdiff.ops.loss was already taken; compute the loss again")
-        ctx.used = True
+        _take_once(ctx, "loss")
         grad, t, table = ctx.saved_tensors
-        incoming = incoming.reshape(-1).contiguous()
-        if type(grad) is Tensor:
-            torch.ops.fastdiff.scale_(grad, incoming, ctx.factor)
-        else:  # A traced graph may not change what its forward returned; there the product is one fused pass.
-            by = (incoming * ctx.factor).reshape(-1, *[1] * (grad.ndim - 1))
-            grad = (grad * by).to(grad.dtype)
+        grad = _scaled(grad, incoming, ctx.factor)
         by_x0 = by_noise = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[6]:
             p, q, _w = reference.rows_of(table, t, grad)
             by_x0 = (-p * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
             by_noise = (-q * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[6] else None
         return grad, by_x0, None, None, None, None, by_noise, None, None, None, None, None
+
+
+class _Vlb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            value, *grads = torch.ops.fastdiff.vlb(*args[:8], *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(*grads)
+        ctx.dtypes = [None if i is None else i.dtype for i in args[:2]]
+        ctx.used = False
+        return value, grads[0], grads[1]
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        _take_once(ctx, "vlb")
+        given = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        by_pred, by_raw = (_scaled(g, incoming, 1.0).to(dtype) if wanted else None for g, dtype, wanted in given)
+        return by_pred, by_raw, None, None, None, None, None, None, None, None
+
+
+def _take_once(ctx: Any, name: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"fastdiff.ops.{name} is differentiable once: backward with create_graph=True is not supported; "
+            f"use fastdiff.reference.{name} for second derivatives"
+        )
+    if ctx.used:
+        raise RuntimeError(f"the gradient of fastdiff.ops.{name} was already taken; compute the loss again")
+    ctx.used = True
+
+
+def _scaled(grad: Tensor, incoming: Tensor, factor: float) -> Tensor:
+    """The stored gradient, overwritten with its product by incoming, () or (B,), and factor."""
+    incoming = incoming.reshape(-1).contiguous()
+    if type(grad) is Tensor:
+        torch.ops.fastdiff.scale_(grad, incoming, factor)
+        return grad
+    # A traced graph may not change what its forward returned; there the product is one fused pass.
+    by = (incoming * factor).reshape(-1, *[1] * (grad.ndim - 1))
+    return (grad * by).to(grad.dtype)
 
 
 def _with_gradient(function: type[torch.autograd.Function], op: Any) -> Any:
@@ -452,6 +573,8 @@ _SCHEMAS = {
     "noising": f"(Tensor x0, Tensor t, Tensor table, {_NOISE}, Tensor? noise, int stream) -> Tensor",
     "loss": f"(Tensor pred, Tensor? x0, Tensor t, Tensor table, {_NOISE}, Tensor? noise, int stream, str kind, "
     "float delta, bool per_sample, bool with_grad) -> (Tensor, Tensor)",
+    "vlb": "(Tensor pred, Tensor? raw, Tensor x_t, Tensor x0, Tensor t, Tensor rows, float? clip, bool per_sample, "
+    "bool by_pred, bool by_raw) -> (Tensor, Tensor, Tensor)",
     "scale_": "(Tensor(a!) grad, Tensor incoming, float factor) -> ()",
     "update": f"(Tensor x, Tensor pred, Tensor rows, Tensor step, {_NOISE}, Tensor? uncond, Tensor? raw, "
     "Tensor? noise, float? clip, int stream) -> Tensor",
@@ -470,6 +593,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "normal_": (_normal_, lambda *args: None),
     "noising": (_noising, lambda x0, *args: torch.empty_like(x0)),
     "loss": (_loss, _fake_loss),
+    "vlb": (_vlb, lambda pred, raw, *args: _empty_vlb(pred, raw, *args[-3:])),
     "scale_": (_scale_, lambda *args: None),
     "update": (_update, lambda x, *args: torch.empty_like(x)),
     "update_": (_update_, lambda *args: None),
@@ -481,3 +605,4 @@ for _name, (_run, _fake) in _IMPLEMENTATIONS.items():
     torch.library.register_fake(f"fastdiff::{_name}", _fake, lib=_library)
 _library.impl("noising", _with_gradient(_Noising, torch.ops.fastdiff.noising.default), "Autograd")
 _library.impl("loss", _with_gradient(_Loss, torch.ops.fastdiff.loss.default), "Autograd")
+_library.impl("vlb", _with_gradient(_Vlb, torch.ops.fastdiff.vlb.default), "Autograd")

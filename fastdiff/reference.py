@@ -160,6 +160,62 @@ def update(
     return out.to(x.dtype), None if kept is None else kept.to(x.dtype)
 
 
+def vlb(
+    pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor, rows: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(nats, their derivative by pred, by raw) per element: KL(q(x_s | x_t, x_0) || p(x_s | x_t)), or -log p(x_0 | x_t)
+    where the row says so, with x0hat = clip(a x_t + b pred) (Ho et al. 2020, eq. 5, 13).
+
+    rows (levels, 6) holds (a, b, w, low, high, decoder). log variance of p: v = low + r (high - low), r = (raw + 1) / 2
+    (Nichol & Dhariwal 2021, eq. 15), or low without raw; relative to that of q but where there is a decoder.
+    """
+    a, b, w, low, high, decoder = rows_of(rows, t, pred)
+    work = work_dtype(pred)
+    mean = a * x_t + b * pred.to(work)
+    x0hat = mean if clip is None else mean.clamp(-clip, clip)
+    data = x0.to(work)
+    v = low if raw is None else low + (raw.to(work) + 1) / 2 * (high - low)
+    v = v.expand_as(mean)
+
+    # Each function sees harmless values where the other is wanted, so that no NaN comes back through `where`.
+    first = (decoder != 0).expand_as(mean)
+    bins = discretized_gaussian(data, torch.where(first, x0hat, data), torch.where(first, v, 0.0))
+    other = gaussian_kl(data - x0hat, w, torch.where(first, 0.0, v))
+    value, by_mean, by_v = (torch.where(first, i, j) for i, j in zip(bins, other, strict=True))
+    if clip is not None:
+        by_mean = torch.where(mean.abs() > clip, 0.0, by_mean)
+    return value, by_mean * b, by_v * (high - low) / 2
+
+
+def gaussian_kl(error: Tensor, w: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(KL, its derivative by the estimate of x_0, by delta) with 2 KL = delta + expm1(-delta) + w error^2 exp(-delta),
+    where w = c^2 / beta~ and delta = log of the variance over beta~."""
+    shrink = torch.expm1(-delta)
+    pull = w * error * (-delta).exp()
+    return 0.5 * (delta + shrink + pull * error), -pull, -0.5 * (shrink + pull * error)
+
+
+def discretized_gaussian(x0: Tensor, mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(-log p, its derivative by mean, by log_var), p the probability of x_0's bin of 256 under N(mean, exp(log_var));
+    the bins at -1 and 1 are open (Ho et al. 2020, eq. 13). Always in float64: p is a difference of logarithms."""
+    data, m, v = x0.double(), mean.double(), log_var.double()
+    inverse = (-0.5 * v).exp()
+    upper = torch.where(data > 0.999, math.inf, (data + 1 / 255 - m) * inverse)
+    lower = torch.where(data < -0.999, -math.inf, (data - 1 / 255 - m) * inverse)
+    # Phi(upper) - Phi(lower) = Phi(-lower) - Phi(-upper): left of the mean neither is near 1.
+    flip = data > m
+    upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
+    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    log_p = log_upper + torch.log1p(-(log_lower - log_upper).exp())
+
+    # Densities at the ends over p; 0 at infinity, also times the end.
+    at_upper, at_lower = ((-0.5 * z * z - 0.5 * math.log(2 * math.pi) - log_p).exp() for z in (upper, lower))
+    by_c = at_upper - at_lower
+    by_scale = at_upper * upper.nan_to_num(posinf=0.0) - at_lower * lower.nan_to_num(neginf=0.0)
+    by_mean = torch.where(flip, -by_c, by_c) * inverse
+    return -log_p.to(x0.dtype), by_mean.to(x0.dtype), (0.5 * by_scale).to(x0.dtype)
+
+
 def work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

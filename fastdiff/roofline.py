@@ -93,6 +93,7 @@ def subsets(*options: str) -> list[str]:
 
 
 DRAWN = ("generated", "given")
+VLB = [o for o in subsets("clip", "raw", "by_pred", "by_raw") if "by_raw" not in o or "+raw" in f"+{o}"]
 # Kernel, sources of noise, options: what training and sampling loops launch every day, and what else can be launched.
 COMMON = [
     ("normal", ("generated",), [""]),
@@ -100,6 +101,8 @@ COMMON = [
     ("loss", DRAWN, subsets("grad")),
     ("reduce", ("none",), [""]),
     ("scale", ("none",), [""]),
+    # The bound alone, evaluated and trained on, and beside another loss, which leaves the mean to that.
+    ("vlb", ("none",), ["clip", "clip+raw", "raw+by_pred+by_raw", "raw+by_raw"]),
     ("update", DRAWN, subsets("clip")),
 ]
 RARE = [
@@ -108,6 +111,7 @@ RARE = [
     ("loss", DRAWN, subsets("x0", "grad")),
     ("loss", ("none",), ["x0", "x0+grad"]),
     ("loss", ("generated",), ["grad+l1", "grad+huber", "grad+ids", "grad+channels_last", "x0+grad+mixed"]),
+    ("vlb", ("none",), [*VLB, "raw+by_raw+mixed"]),
     ("update", DRAWN, subsets("clip", "uncond", "raw", "x0hat")),
     ("update", ("none",), subsets("clip", "uncond", "x0hat")),
     ("update", ("generated",), ["clip+x", "clip+ids", "clip+channels_last", "clip+mixed"]),
@@ -140,12 +144,22 @@ def integers(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int64, device="meta")
 
 
+def output(v: Variant) -> tuple[Tensor, Tensor | None]:
+    """(pred, raw): a model that predicts the variance too returns twice the channels, of which they are halves."""
+    one = v.data(torch.bfloat16 if v.has("mixed") else None)
+    if not v.has("raw"):
+        return one, None
+    pred, raw = torch.cat([one, one], 1).chunk(2, 1)
+    return pred, raw
+
+
 def launch(v: Variant) -> None:
     """Call the launcher as ops does."""
     from .kernels.loss import loss, scale_
     from .kernels.noise import normal_
     from .kernels.noising import noising
     from .kernels.update import update
+    from .kernels.vlb import vlb
 
     seed = integers(1) if v.noise == "generated" else None
     ids = integers(BATCH) if v.has("ids") else None
@@ -161,10 +175,14 @@ def launch(v: Variant) -> None:
         loss(floats(1), grad, v.data(), x0, t, table, seed, ids, noise, STREAM, rho, 1.0, 0.5, 0.5)
     elif v.kernel == "scale":
         scale_(v.data(), floats(1), 0.5)
+    elif v.kernel == "vlb":
+        pred, raw = output(v)
+        wide = torch.float32 if pred.dtype == torch.float16 else pred.dtype
+        grads = [torch.empty_like(pred, dtype=wide) if v.has(by) else None for by in ("by_pred", "by_raw")]
+        t, table, clip = integers(BATCH), floats(LEVELS, 6), 1.0 if v.has("clip") else None
+        vlb(floats(1), *grads, pred, raw, v.data(), v.data(), t, table, clip, 0.5)
     else:
-        # A model that predicts the variance too returns twice the channels; pred and raw are halves of it.
-        one = v.data(torch.bfloat16 if v.has("mixed") else None)
-        pred, raw = torch.cat([one, one], 1).chunk(2, 1) if v.has("raw") else (one, None)
+        pred, raw = output(v)
         uncond = pred if v.has("uncond") else None
         clip, keep = 1.0 if v.has("clip") else None, v.one_of("x0hat", "x", "none")
         hist = None if keep == "none" else v.data()

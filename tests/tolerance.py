@@ -24,6 +24,8 @@ ARITHMETIC = 8 * 2.0**-24
 SUMMATION = 32 * 2.0**-24
 # Of the polynomials (kernels/coefficients.py), with r <= 6.77 and the roundings on the way.
 NORMAL = 3e-6
+# Of the bound's polynomials with the roundings on the way and an approximate reciprocal or exponential, relative.
+BOUND = 8e-7
 # NVIDIA's approximations (CUDA programming guide, intrinsic functions). Of r^2 = -2 ln 2 log2 u, absolute, between 1/2
 # and 2; and all that is relative to r: the rest of the logarithm, sine or cosine on [-pi, pi], and four roundings.
 FAST_SQUARE, FAST_RELATIVE = 2 * math.log(2) * 2.0**-22, 2.0**-20

@@ -1,0 +1,101 @@
+"""The variational bound (Ho et al. 2020, arXiv:2006.11239, eq. 5): the rows of its terms, its constant, and the choice
+of the terms that training sees.
+
+bound(x_0) = KL(q(x_T | x_0) || N(0, 1)) + sum over t = 2..T of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
+- log p(x_0 | x_1): `prior_kl`, and `ops.vlb` with `vlb_rows`. All in nats per dimension; over ln 2 they are bits.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .objective import x0_rows
+from .reference import work_dtype
+from .schedule import NoiseSchedule
+from .steps import VARIANCES, check_signal
+
+
+def vlb_rows(schedule: NoiseSchedule, objective: str, variance: str) -> Tensor:
+    """Rows (T + 1, 6) of `ops.vlb`, float64: (a, b, w, low, high, decoder); NaN at level 0, which has no term.
+
+    x0hat = a x_t + b pred. q and p share the mean's part d x_t, so that their means differ by c (x_0 - x0hat) and
+    w = c^2 / beta~. low, high: log of the variance of p over beta~; of the variance itself at level 1, where beta~ = 0.
+    variance: "posterior", beta~ (at level 1 that of level 2); "beta", beta; "learned", between the two (Nichol &
+    Dhariwal 2021, arXiv:2102.09672, eq. 14, 15). ValueError for any other, and where the objective determines no x_0.
+    """
+    if variance not in VARIANCES:
+        raise ValueError(f"variance: expected one of {', '.join(VARIANCES)}, got {variance!r}")
+    t = torch.arange(1, schedule.timesteps + 1, device="cpu")
+    check_signal(schedule, t, objective)
+    a, b = x0_rows(schedule, objective)
+    c, _, posterior = schedule.posterior(t, t - 1)
+    beta = schedule.transition(t, t - 1)[1]
+    log_beta = 2 * (schedule.sigma[t] / schedule.sigma[t - 1]).log()  # over beta~ it is sigma_t^2 / sigma_{t-1}^2
+    log_posterior = torch.zeros_like(log_beta)
+    log_beta[0] = beta[0].log()
+    log_posterior[0] = posterior[1].log() if schedule.timesteps > 1 else log_beta[0]
+    w = c**2 / posterior
+    w[0] = 0.0
+    low = log_beta if variance == "beta" else log_posterior
+    high = log_posterior if variance == "posterior" else log_beta
+    rows = torch.stack((a[t], b[t], w, low, high, (t == 1).double()), 1)
+    return torch.cat((torch.full_like(rows[:1], torch.nan), rows))
+
+
+def prior_kl(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
+    """KL(q(x_T | x_0) || N(0, s^2)) in nats per dimension, (B,), of data x0 (B, ...), s = schedule.prior_std(): the
+    bound's L_T, which no model changes. float32, or float64 for float64 data."""
+    second_moment = x0.to(work_dtype(x0)).square().reshape(len(x0), -1).mean(1)
+    # 1/2 (alpha^2 x_0^2 / s^2 + sigma^2 / s^2 - 1 - log(sigma^2 / s^2)), and s = sigma where the variance is not kept.
+    spread = schedule.prior_kl(0.0) if schedule.vp else 0.0
+    return spread + 0.5 * schedule.alpha_bar[-1].item() / schedule.prior_std() ** 2 * second_moment
+
+
+class LossSecondMoment(nn.Module):
+    """Levels drawn in proportion to sqrt(E[L_t^2]), which makes the estimate of the bound least noisy (Nichol &
+    Dhariwal 2021, eq. 18).
+
+    E is the mean over the last 10 losses of a level. Until each of the levels 1..T has that many they are drawn evenly,
+    and one in a thousand is ever after.
+    """
+
+    HISTORY = 10
+    UNIFORM = 0.001
+    losses: Tensor  # (T, HISTORY), a ring for each level
+    seen: Tensor  # (T,) int64, losses that came in
+
+    def __init__(self, timesteps: int) -> None:
+        super().__init__()
+        if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
+            raise ValueError(f"timesteps: expected an integer of at least 1, got {timesteps!r}")
+        self.register_buffer("losses", torch.zeros(timesteps, self.HISTORY))
+        self.register_buffer("seen", torch.zeros(timesteps, dtype=torch.int64))
+
+    def probabilities(self) -> Tensor:
+        """p_t for t = 1..T, (T,)."""
+        size = self.losses.square().mean(1).sqrt()
+        even = torch.full_like(size, 1 / len(size))
+        known = (self.seen >= self.HISTORY).all() & (size.sum() > 0)
+        return torch.where(known, (1 - self.UNIFORM) * size / size.sum() + self.UNIFORM * even, even)
+
+    def sample(self, batch: int) -> tuple[Tensor, Tensor]:
+        """(t, weights), each (batch,): levels in 1..T from PyTorch's default generator, and 1 / (T p_t), with which
+        E[weight L_t] is the mean of L over the levels. Nothing waits for the device."""
+        p = self.probabilities()
+        drawn = torch.multinomial(p, batch, replacement=True)
+        return drawn + 1, 1 / (len(p) * p[drawn])
+
+    @torch.no_grad()
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Note the losses (B,) of the levels t (B,) in 1..T, without weights and in the order of the batch; what is
+        not finite is left out. Nothing waits for the device."""
+        losses = losses.detach().to(self.losses.dtype)
+        valid = losses.isfinite()
+        same = (t[:, None] == t[None, :]) & valid[None, :]
+        before = same.tril(-1).sum(1)
+        kept = valid & (same.sum(1) - before <= self.HISTORY)  # of more than fit into a ring, the last
+        level = t - 1
+        slot = torch.where(kept, (self.seen[level] + before) % self.HISTORY, self.HISTORY)
+        padded = nn.functional.pad(self.losses, (0, 1))  # the further column takes what is not kept
+        padded[level, slot] = losses
+        self.losses.copy_(padded[:, :-1])
+        self.seen.index_add_(0, level, valid.long())
