@@ -25,7 +25,7 @@ INTERRUPTED = 130
 SUITED: dict[str, tuple[str, int]] = {
     "DDPM": ("ddim", 50),
     "NCSN": ("annealed_langevin", 10),
-    "ScoreSDE": ("predictor_corrector", 200),
+    "ScoreSDE": ("heun", 18),
 }
 
 
@@ -111,10 +111,11 @@ TRAIN_HELP = {
     "formulation": "ddpm, ncsn (score-based), or a score SDE: vp, subvp or ve",
     "objective": "what the network predicts: eps, x0, v or score",
     "schedule": "noise schedule of ddpm: linear, scaled_linear, cosine, sigmoid, proportional or raised_cosine",
+    "variance": "of ddpm's steps: posterior, beta or learned (with loss hybrid or vlb)",
     "timesteps": "length of ddpm's chain, or of ncsn's ladder",
     "sigma_min": "smallest noise of ncsn and ve",
     "sigma_max": "largest noise of ncsn and ve",
-    "loss": "mse, l1 or huber",
+    "loss": "mse, l1 or huber; hybrid or vlb of ddpm",
     "weighting": "of the loss over noise levels: simple or min_snr; vlb of ddpm and ncsn; likelihood of SDEs",
     "seed": "of weights, batches and noise",
     "bf16": "autocast to bfloat16 (default: where CUDA supports it)",

@@ -74,14 +74,15 @@ def folder(path: Path, size: int, gray: bool = False) -> Images:
     return Images(torch.from_numpy(np.stack(arrays)))
 
 
-def save_grid(path: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [-1, 1], C 1 or 3, as one PNG; those below 48 pixels are magnified."""
+def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
+    """Write images (N, C, H, W) in [-1, 1], C 1 or 3, as one PNG, near square unless `columns` says how wide; those
+    below 48 pixels are magnified."""
     count, channels, height, width = images.shape
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     zoom = max(1, 48 // max(height, width))
     pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=64)  # a thin frame tells neighbours apart
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     grid = pixels.new_full((rows * columns, *pixels.shape[1:]), 64)
     grid[:count] = pixels

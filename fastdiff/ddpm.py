@@ -1,22 +1,25 @@
 """DDPM: denoising diffusion over the levels of a chain (Ho et al. 2020, arXiv:2006.11239)."""
 
+import math
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops, steps
+from . import bound, ops, steps
 from ._check import as_index, as_seed, check_floating, check_like
-from .diffusion import Diffusion, How, check_choice, state_dtype
+from ._run import state_dtype
+from .diffusion import Diffusion, How, check_choice
 from .objective import WEIGHTINGS, target_rows, weights
 from .process import Chain
 from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, make_steps
 
-VARIANCES = ("posterior", "beta")
 # alpha_bar at the last level beyond which the prior is visibly not where the chain ends.
 MAX_REMAINING_SIGNAL = 1e-3
+# Of the bound in the hybrid loss (Nichol & Dhariwal 2021, section 3.1).
+HYBRID_WEIGHT = 1e-3
 
 
 class ChainDiffusion(Diffusion):
@@ -40,14 +43,17 @@ class ChainDiffusion(Diffusion):
         steps.check_signal(schedule, torch.arange(1, self.timesteps + 1, device="cpu"), objective)
         p, q = target_rows(schedule, objective)
         w = weights(schedule, objective, weighting)
-        device = next((p.device for p in model.parameters()), None)
         for kind, columns in (
             ("noising", torch.stack((schedule.alpha, schedule.sigma), 1)),
             ("loss", torch.stack((p, q, w), 1)),
             ("denoise", steps.denoise_rows(schedule, objective)),
         ):
-            bits = columns.float().contiguous().view(torch.int32).to(device)
-            self.register_buffer(f"_{kind}_bits", bits, persistent=False)
+            self._register(kind, columns)
+
+    def _register(self, kind: str, columns: Tensor) -> None:
+        device = next((p.device for p in self.model.parameters()), None)
+        bits = columns.float().contiguous().view(torch.int32).to(device)
+        self.register_buffer(f"_{kind}_bits", bits, persistent=False)
 
     def q_sample(
         self, x0: Tensor, t: int | Tensor, *, seed: int | Tensor | None = None, noise: Tensor | None = None
@@ -107,9 +113,14 @@ class DDPM(ChainDiffusion):
         schedule: a name of fastdiff.schedule.SCHEDULES, a NoiseSchedule, or betas (T,).
         timesteps: T, the number of noise levels; level 0 is data and the chain runs over t = 1..T.
         objective: what the model predicts: "eps", "x0", "v" = alpha eps - sigma x_0, or "score" = -eps / sigma.
-        loss: "mse", "l1" or "huber" (with delta 1).
         weighting: "simple" (1; sigma^2 for score), "min_snr" (Hang et al. 2023) or "vlb" (the bound's own weights).
-        variance: of the ancestral step: "posterior" (beta~) or "beta".
+        loss: "mse", "l1" or "huber" (with delta 1).
+            "hybrid" adds 1e-3 of the variational bound to "mse", with its gradient by the variance alone, and "vlb" is
+            the bound alone, in bits per dimension (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1).
+        variance: of the ancestral step: "posterior" (beta~), "beta", or "learned", between the two: the model then
+            returns twice the channels, the second half of them r in exp((r + 1)/2 log beta + (1 - r)/2 log beta~).
+        importance: draw the levels in proportion to the root mean square of their last losses, which makes "vlb" less
+            noisy (section 3.3 there).
         clip: the sampler keeps its estimate of x_0 in [-clip, clip]; None leaves it free.
 
     Data is expected around [-1, 1]. ValueError for an unknown name, and where objective "eps" or "score" meets a
@@ -122,6 +133,8 @@ class DDPM(ChainDiffusion):
     """
 
     default_sampler = "ddpm"
+    _losses = (*ops.LOSSES, "hybrid", "vlb")
+    _bound_bits: Tensor
 
     def __init__(
         self,
@@ -133,12 +146,20 @@ class DDPM(ChainDiffusion):
         weighting: str = "simple",
         variance: str = "posterior",
         clip: float | None = 1.0,
+        importance: bool = False,
     ) -> None:
-        check_choice("variance", variance, VARIANCES)
+        check_choice("variance", variance, steps.VARIANCES)
+        if loss == "hybrid" and variance != "learned":
+            raise ValueError(f"variance: expected 'learned' with loss 'hybrid', got {variance!r}")
+        if variance == "learned" and loss in ops.LOSSES:
+            raise ValueError(f"loss: expected 'hybrid' or 'vlb', which train a learned variance, got {loss!r}")
         made = make_schedule(schedule, timesteps)
         super().__init__(model, Chain(made), objective, loss, weighting, clip)
         self.schedule_name = schedule if isinstance(schedule, str) else None
-        self.variance = variance
+        self.variance, self._learns_variance = variance, variance == "learned"
+        self.importance = bound.LossSecondMoment(timesteps) if importance else None
+        if loss in ("hybrid", "vlb"):
+            self._register("bound", bound.vlb_rows(made, objective, variance))
         remaining = made.alpha_bar[-1].item()
         if made.vp and remaining > MAX_REMAINING_SIGNAL:
             warnings.warn(
@@ -160,7 +181,34 @@ class DDPM(ChainDiffusion):
             "weighting": self.weighting,
             "variance": self.variance,
             "clip": self.clip,
+            "importance": self.importance is not None,
         }
+
+    def forward(
+        self, x0: Tensor, *, t: float | Tensor | None = None, reduction: str = "mean", **options: Any
+    ) -> Tensor:
+        """As Diffusion.forward. With `importance`, levels drawn in training carry the weights 1 / (T p_t), and their
+        losses are noted."""
+        if t is not None or self.importance is None or not self.training:
+            return super().forward(x0, t=t, reduction=reduction, **options)
+        t, weight = self.importance.sample(len(x0))
+        losses = super().forward(x0, t=t, reduction="none", **options)
+        self.importance.update(t, losses.detach())
+        return (weight * losses).mean() if reduction == "mean" else weight * losses
+
+    def _loss(
+        self, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor,
+        seed: int | Tensor | None, noise: Tensor | None, reduction: str, kind: str | None = None,
+    ) -> Tensor:  # fmt: skip
+        if self.loss_kind in ops.LOSSES:
+            return super()._loss(pred, raw, x_t, x0, t, seed, noise, reduction)
+        hybrid = self.loss_kind == "hybrid"
+        rows, row = self._rows("bound", t)
+        nats = ops.vlb(pred, x_t, x0, row, rows, raw_variance=raw, detach_mean=hybrid, reduction=reduction)
+        bits = nats * (self.timesteps / math.log(2))
+        if not hybrid:
+            return bits
+        return super()._loss(pred, raw, x_t, x0, t, seed, noise, reduction, "mse") + HYBRID_WEIGHT * bits
 
     def p_sample(
         self,
@@ -174,7 +222,7 @@ class DDPM(ChainDiffusion):
         """x_{t-1} ~ p(x_{t-1} | x_t) (Ho et al. 2020, algorithm 2, line 4); t: levels in 1..T, an int, () or (B,)."""
         t = self._times("x_t", x_t, t)
         table = self.step_table("ddpm")
-        pred, raw, _ = self._predict(x_t, self.process.condition(t), model_kwargs)
+        pred, raw, _ = self._predict(x_t, self._condition(t), model_kwargs)
         rows = table.rows.to(x_t.device, state_dtype(x_t.dtype))
         return ops.update(
             x_t, pred, rows, self.timesteps - t, seed=seed, noise=noise, raw_variance=raw, clip=self.clip

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import bound, ops
 from ._check import as_seed, check_floating
+from ._run import bar, evaluating, state_dtype
 from .objective import OBJECTIVES, conversion_rows
 from .process import Grid, Process
 from .steps import D, E, F, Sampler, StepTable, W, ddim_inversion, make_steps
@@ -50,12 +51,12 @@ class Diffusion(nn.Module, ABC):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         check_choice("objective", objective, OBJECTIVES)
-        check_choice("loss", loss, ops.LOSSES)
+        check_choice("loss", loss, self._losses)
         if clip is not None and not clip > 0:
             raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
         self.model = model
         self.objective, self.loss_kind, self.clip = objective, loss, clip
-        self._compiled_step: Callable[..., Tensor] | None = None
+        self._compiled_step: Callable[..., tuple[Tensor, ...]] | None = None
 
     # --- training ---------------------------------------------------------------------------------------------
 
@@ -88,7 +89,13 @@ class Diffusion(nn.Module, ABC):
             seed = as_seed(seed, x0.device)
         table, row = self._rows("noising", t)
         x_t = ops.noising(x0, row, table, seed=seed, noise=noise)
-        pred = self._predict(x_t, self._condition(t), model_kwargs)[0]
+        pred, raw, _ = self._predict(x_t, self._condition(t), model_kwargs)
+        return self._loss(pred, raw, x_t, x0, t, seed, noise, reduction)
+
+    def _loss(
+        self, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor,
+        seed: int | Tensor | None, noise: Tensor | None, reduction: str, kind: str | None = None,
+    ) -> Tensor:  # fmt: skip
         table, row = self._rows("loss", t)
         return ops.loss(
             pred,
@@ -97,7 +104,7 @@ class Diffusion(nn.Module, ABC):
             x0=None if self.objective in ("eps", "score") else x0,
             seed=None if self.objective == "x0" else seed,
             noise=None if self.objective == "x0" else noise,
-            kind=self.loss_kind,
+            kind=kind or self.loss_kind,
             reduction=reduction,
         )
 
@@ -217,6 +224,10 @@ class Diffusion(nn.Module, ABC):
         how = How(None, table.keep, noisy=False)
         return self._run(table, how, x, None, None, None, model_kwargs, progress, None, False)
 
+    def bits_per_dim(self, x0: Tensor, **options: Any) -> "bound.Bound":
+        """The variational bound of images x0, term by term: see fastdiff.bound.evaluate for the options."""
+        return bound.evaluate(self, x0, **options)
+
     def log_likelihood(self, x0: Tensor, **options: Any) -> Tensor:
         """log p(x0) in nats, (B,), by the probability-flow ODE: see fastdiff.ode.log_likelihood for the options."""
         from . import ode
@@ -260,42 +271,41 @@ class Diffusion(nn.Module, ABC):
         path = torch.empty(n + 1, *x.shape, dtype=x.dtype, device=device) if return_trajectory else None
         if path is not None:
             path[0] = x
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            with torch.inference_mode():
-                # The embeddings depend on the step alone: all of them at once.
-                emb = self.model.time_embedding(t[:, 0]) if isinstance(self.model, UNet) and len(x) else None
-                for k in _bar(n, progress):
-                    given = noise[k] if isinstance(noise, Tensor) else noise(k) if noise is not None else None
-                    key = seed if given is None and how.noisy else None
-                    kwargs = model_kwargs if emb is None else {"emb": emb[k : k + 1], **model_kwargs}
-                    operands = (index[k], rows, key, ids, given, hist, how)
-                    if table.kinds[k] == "add":
-                        self._update(x, (x, None, None), *operands, inplace=True)
-                    elif table.kinds[k] == "correct":
-                        self._correct(x, t[k], *operands, kwargs)
-                    elif self._compiled_step is None:
-                        self._step(x, t[k], *operands, kwargs, inplace=True)
-                    else:
-                        # The graph's output lives in its own memory until the next replay.
-                        torch.compiler.cudagraph_mark_step_begin()
-                        x.copy_(self._compiled_step(x, t[k], *operands, kwargs))
-                    if path is not None:
-                        path[k + 1] = x
-                    if callback is not None:
-                        callback(k, table.levels[k + 1].item(), x)
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(self), torch.inference_mode():
+            # The embeddings depend on the step alone: all of them at once.
+            emb = self.model.time_embedding(t[:, 0]) if isinstance(self.model, UNet) and len(x) else None
+            for k in bar(n, progress):
+                given = noise[k] if isinstance(noise, Tensor) else noise(k) if noise is not None else None
+                key = seed if given is None and how.noisy else None
+                kwargs = model_kwargs if emb is None else {"emb": emb[k : k + 1], **model_kwargs}
+                operands = (index[k], rows, key, ids, given, hist, how)
+                if table.kinds[k] == "add":
+                    self._update(x, (x, None, None), *operands, inplace=True)
+                elif table.kinds[k] == "correct":
+                    self._correct(x, t[k], *operands, kwargs)
+                elif self._compiled_step is None:
+                    self._step(x, t[k], *operands, kwargs, inplace=True)
+                else:
+                    # The graph's outputs live in its own memory until the next replay.
+                    torch.compiler.cudagraph_mark_step_begin()
+                    for state, new in zip((x, hist), self._compiled_step(x, t[k], *operands, kwargs), strict=False):
+                        state.copy_(new)
+                if path is not None:
+                    path[k + 1] = x
+                if callback is not None:
+                    callback(k, table.levels[k + 1].item(), x)
         return x if path is None else path
 
     def _step(
         self, x: Tensor, t: Tensor, index: Tensor, rows: Tensor, seed: Tensor | None, ids: Tensor | None,
         noise: Tensor | None, hist: Tensor | None, how: How, model_kwargs: dict[str, Any], inplace: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """(x', hist' if there is one): x and hist themselves, overwritten, if `inplace`; a CUDA graph must leave its
+        inputs as they are."""
         predicted = self._predict(x, t, model_kwargs, how.guided)
-        return self._update(x, predicted, index, rows, seed, ids, noise, hist, how, inplace)
+        hist = hist.clone() if hist is not None and not inplace else hist
+        out = self._update(x, predicted, index, rows, seed, ids, noise, hist, how, inplace)
+        return (out,) if hist is None else (out, hist)
 
     def _update(
         self, x: Tensor, predicted: Predicted, index: Tensor, rows: Tensor, seed: Tensor | None, ids: Tensor | None,
@@ -353,6 +363,8 @@ class Diffusion(nn.Module, ABC):
 
     # --- what the formulations set ----------------------------------------------------------------------------
 
+    _losses: tuple[str, ...] = ops.LOSSES
+    variance = "posterior"
     _learns_variance = False
     _starts_at_data = False
 
@@ -399,10 +411,6 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _guided(
     guidance: float | None, uncond: dict[str, Any] | None, cond: dict[str, Any], batch: int
 ) -> dict[str, Any] | None:
@@ -445,13 +453,3 @@ def _sample_ids(given: Tensor | Iterable[int], batch: int, device: torch.device)
     if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= 2**32)).any()):
         raise ValueError(f"sample_ids: expected values in [0, 2^32), got {ids.tolist()}")
     return ids.to(device)
-
-
-def _bar(n: int, progress: bool) -> Iterable[int]:
-    if not progress:
-        return range(n)
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError("progress: needs tqdm; pip install fastdiff[train]") from error
-    return tqdm(range(n), desc="sampling", unit="step")

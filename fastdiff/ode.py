@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._check import as_seed, check_floating
+from ._run import evaluating
 from .objective import conversion_rows
 from .process import Process
 
@@ -24,14 +25,8 @@ METHOD = "dopri5"
 
 def sample(diffusion: "Diffusion", x: Tensor, model_kwargs: dict[str, Any], tolerance: float = 1e-5) -> Tensor:
     """From x at the process's last time down to its first, without gradients and in eval mode; after `check`."""
-    training = [module for module in diffusion.modules() if module.training]
-    diffusion.eval()
-    try:
-        with torch.no_grad():
-            return _solve(diffusion, (x,), backwards=True, rtol=tolerance, atol=tolerance, kwargs=model_kwargs)[0]
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(diffusion), torch.no_grad():
+        return _solve(diffusion, (x,), backwards=True, tolerance=tolerance, kwargs=model_kwargs)[0]
 
 
 def log_likelihood(
@@ -60,18 +55,10 @@ def log_likelihood(
     x = x0.detach().to(diffusion._device(), diffusion._dtype())
     generator = torch.Generator(x.device).manual_seed(int(as_seed(seed, torch.device("cpu"))))
     signs = torch.randint(2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1
-    training = [module for module in diffusion.modules() if module.training]
-    diffusion.eval()
-    try:
-        probe = signs if trace == "hutchinson" else None
-        with torch.no_grad():
-            state = (x, x.new_zeros(len(x)))
-            x_T, divergence = _solve(
-                diffusion, state, backwards=False, rtol=tolerance, atol=tolerance, kwargs=model_kwargs, probe=probe
-            )
-    finally:
-        for module in training:
-            module.training = True
+    probe = signs if trace == "hutchinson" else None
+    state = (x, x.new_zeros(len(x)))
+    with evaluating(diffusion), torch.no_grad():
+        x_T, divergence = _solve(diffusion, state, False, tolerance, model_kwargs, probe)
     std = diffusion._prior_std()
     n = x[0].numel()
     squares = (x_T / std).square().flatten(1).sum(1)
@@ -96,8 +83,7 @@ def _solve(
     diffusion: "Diffusion",
     state: tuple[Tensor, ...],
     backwards: bool,
-    rtol: float,
-    atol: float,
+    tolerance: float,
     kwargs: dict[str, Any],
     probe: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
@@ -116,7 +102,7 @@ def _solve(
 
     ends = [process.last, process.first] if backwards else [process.first, process.last]
     times = torch.tensor(ends, dtype=torch.float64, device=state[0].device)
-    path = _solver().odeint(velocity, state, times, rtol=rtol, atol=atol, method=METHOD)
+    path = _solver().odeint(velocity, state, times, rtol=tolerance, atol=tolerance, method=METHOD)
     return tuple(part[-1] for part in path)
 
 

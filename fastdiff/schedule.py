@@ -166,14 +166,12 @@ class NoiseSchedule:
         return self.alpha[s] * beta_ts / var_t, alpha_ts * var_s / var_t, beta_ts * var_s / var_t
 
     def prior_kl(self, second_moment: float = 1.0) -> float:
-        """KL(q(x_T | x_0) || N(0, 1)) in nats per dimension at E[x_0^2] = second_moment: what sampling from the prior
-        leaves out (Ho et al. 2020, L_T of eq. 5). Near 0 for a chain that ends in noise."""
-        var = self.sigma[-1].item() ** 2
-        # log sigma_T^2 through log1p where sigma_T^2 = 1 - alpha_bar_T
+        """KL(q(x_T | x_0) || N(0, prior_std^2)) in nats per dimension at E[x_0^2] = second_moment: what sampling from
+        the prior leaves out (Ho et al. 2020, L_T of eq. 5). Near 0 for a chain that ends in noise."""
         signal = self.alpha_bar[-1].item()
-        log_var = math.log1p(-signal) if self.vp else math.log(var)
-        spread = -signal if self.vp else var - 1
-        return 0.5 * (spread + signal * second_moment - log_var)
+        if self.vp:  # log sigma_T^2 through log1p, as sigma_T^2 = 1 - alpha_bar_T
+            return 0.5 * (signal * (second_moment - 1) - math.log1p(-signal))
+        return 0.5 * signal * second_moment / self.sigma[-1].item() ** 2
 
 
 def linear(timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:

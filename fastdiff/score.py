@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from . import ops
 from ._check import check_floating
+from ._run import state_dtype
 from .ddpm import ChainDiffusion
-from .diffusion import Diffusion, check_choice, state_dtype
+from .diffusion import Diffusion, check_choice
 from .objective import target_rows, weights
 from .process import SDES, Ladder, Process
 from .steps import denoise_rows
@@ -66,6 +67,11 @@ class NCSN(ChainDiffusion):
             "weighting": self.weighting,
             "clip": self.clip,
         }
+
+    def _condition(self, times: Tensor) -> Tensor:
+        if times.is_floating_point() or self._dtype() == torch.float64:
+            return super()._condition(times)
+        return self._rows("noising", times)[0][times.clamp(min=1), 1]  # on the device, where `at` would wait for it
 
 
 class ScoreSDE(Diffusion):

