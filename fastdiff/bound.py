@@ -5,13 +5,24 @@ bound(x_0) = KL(q(x_T | x_0) || N(0, 1)) + sum over t = 2..T of KL(q(x_{t-1} | x
 - log p(x_0 | x_1): `prior_kl`, and `ops.vlb` with `vlb_rows`. All in nats per dimension; over ln 2 they are bits.
 """
 
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
+from . import ops
+from ._check import as_seed, check_floating
+from ._run import bar, evaluating, state_dtype
 from .objective import x0_rows
 from .reference import work_dtype
 from .schedule import NoiseSchedule
 from .steps import VARIANCES, check_signal
+
+if TYPE_CHECKING:
+    from .diffusion import Diffusion
 
 
 def vlb_rows(schedule: NoiseSchedule, objective: str, variance: str) -> Tensor:
@@ -45,9 +56,7 @@ def prior_kl(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
     """KL(q(x_T | x_0) || N(0, s^2)) in nats per dimension, (B,), of data x0 (B, ...), s = schedule.prior_std(): the
     bound's L_T, which no model changes. float32, or float64 for float64 data."""
     second_moment = x0.to(work_dtype(x0)).square().reshape(len(x0), -1).mean(1)
-    # 1/2 (alpha^2 x_0^2 / s^2 + sigma^2 / s^2 - 1 - log(sigma^2 / s^2)), and s = sigma where the variance is not kept.
-    spread = schedule.prior_kl(0.0) if schedule.vp else 0.0
-    return spread + 0.5 * schedule.alpha_bar[-1].item() / schedule.prior_std() ** 2 * second_moment
+    return schedule.prior_kl(0.0) + 0.5 * schedule.alpha_bar[-1].item() / schedule.prior_std() ** 2 * second_moment
 
 
 class LossSecondMoment(nn.Module):
@@ -99,3 +108,55 @@ class LossSecondMoment(nn.Module):
         padded[level, slot] = losses
         self.losses.copy_(padded[:, :-1])
         self.seen.index_add_(0, level, valid.long())
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The variational bound of images, in bits per dimension.
+
+    prior: (B,), the KL from q(x_T | x_0) to the draw that sampling starts from. terms: (B, n), those of the n steps
+    from noise to data; the last is the decoder's.
+    """
+
+    prior: Tensor
+    terms: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """(B,): their sum, an upper bound on -log2 p(x_0) per dimension."""
+        return self.prior + self.terms.sum(1)
+
+
+def evaluate(
+    diffusion: "Diffusion",
+    x0: Tensor,
+    *,
+    steps: int | Iterable[float] | None = None,
+    seed: int | Tensor | None = None,
+    progress: bool = False,
+    **model_kwargs: Any,
+) -> Bound:
+    """Every term of the bound (Ho et al. 2020, eq. 5) of images x0 (B, ...) in 256 steps over [-1, 1], by one draw of
+    x_t and one call of the model each, with the model's variance ("posterior" where it is no DDPM) and clip.
+
+    steps: as in Diffusion.sample: a chain's every level if None, and fewer bound the likelihood of the respaced chain.
+    seed: of the draws; drawn if None. ValueError where the prediction does not determine x_0.
+    """
+    check_floating("x0", x0)
+    x0 = x0.detach().to(diffusion._device(), diffusion._dtype())
+    grid, levels = diffusion.process.grid(steps)
+    times = grid.times(levels)[:-1]
+    made = diffusion.process.discretize(times.flip(0).double())
+    n, dtype = len(times), state_dtype(x0.dtype)
+    rows = vlb_rows(made, diffusion.objective, diffusion.variance).to(x0.device, dtype)
+    noising = torch.stack((made.alpha, made.sigma), 1).to(x0.device, dtype)
+    told = diffusion._condition(times).to(x0.device)
+    seed = as_seed(seed, x0.device)
+    terms = x0.new_empty(len(x0), n)
+    with evaluating(diffusion), torch.inference_mode():
+        for k in bar(n, progress):
+            x_t = ops.noising(x0, n - k, noising, seed=seed)
+            pred, raw, _ = diffusion._predict(x_t, told[k].expand(len(x0)), model_kwargs)
+            terms[:, k] = ops.vlb(pred, x_t, x0, n - k, rows, raw_variance=raw, clip=diffusion.clip)
+        prior = prior_kl(made, x0)
+    return Bound(prior / math.log(2), terms / math.log(2))

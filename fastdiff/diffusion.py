@@ -288,8 +288,10 @@ class Diffusion(nn.Module, ABC):
                 else:
                     # The graph's outputs live in its own memory until the next replay.
                     torch.compiler.cudagraph_mark_step_begin()
-                    for state, new in zip((x, hist), self._compiled_step(x, t[k], *operands, kwargs), strict=False):
-                        state.copy_(new)
+                    new, *kept = self._compiled_step(x, t[k], *operands, kwargs)
+                    x.copy_(new)
+                    if hist is not None:
+                        hist.copy_(kept[0])
                 if path is not None:
                     path[k + 1] = x
                 if callback is not None:

@@ -484,7 +484,7 @@ def test_config_round_trip():
     net = Net()
     chosen = {
         "schedule": "cosine", "timesteps": 12, "objective": "v", "loss": "huber", "weighting": "min_snr",
-        "variance": "beta", "clip": None,
+        "variance": "beta", "clip": None, "importance": False,
     }  # fmt: skip
     ddpm = DDPM(net, **chosen)
     assert ddpm.config == chosen
@@ -667,9 +667,9 @@ def test_compiled_equals_eager_without_recompiling():
     ("options", "error", "said"),
     [
         ({"objective": "epsilon"}, ValueError, "objective: expected one of eps, x0, v, score, got 'epsilon'"),
-        ({"loss": "l2"}, ValueError, "loss: expected one of mse, l1, huber, got 'l2'"),
+        ({"loss": "l2"}, ValueError, "loss: expected one of mse, l1, huber, hybrid, vlb, got 'l2'"),
         ({"weighting": "snr"}, ValueError, "weighting: expected one of simple, min_snr, vlb, got 'snr'"),
-        ({"variance": "learned"}, ValueError, "variance: expected one of posterior, beta, got 'learned'"),
+        ({"variance": "fixed"}, ValueError, "variance: expected one of posterior, beta, learned, got 'fixed'"),
         ({"clip": 0.0}, ValueError, "clip: expected a number above 0 or None, got 0.0"),
         ({"clip": -1.0}, ValueError, "clip: expected a number above 0 or None, got -1.0"),
         ({"clip": math.nan}, ValueError, "clip: expected a number above 0 or None, got nan"),
