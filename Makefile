@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 DEMO := runs/demo
-KERNEL_TESTS := tests/test_noise.py tests/test_kernels.py tests/test_ops.py tests/test_guards.py tests/test_roofline.py \
-    tests/test_sanitizer.py
+KERNEL_TESTS := tests/test_noise.py tests/test_kernels.py tests/test_bound.py tests/test_ops.py tests/test_guards.py \
+    tests/test_roofline.py tests/test_sanitizer.py
 
 .PHONY: demo test test-deep test-matrix lint bench gpu-check clean
 

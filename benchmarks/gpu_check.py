@@ -35,13 +35,16 @@ for dtype in (torch.float32, torch.bfloat16):
         ops.normal(shape, 1, dtype=dtype, device=device)
         ops.noising(x, t, torch.ones(1, 2, device=device))
         (3 * ops.loss(x, t, torch.ones(1, 3, device=device), seed=1)).backward()
+        for decoder in (0.0, 1.0):
+            rows = torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0, decoder]], device=device)
+            (3 * ops.vlb(x, x.detach(), x.detach(), t, rows, raw_variance=x, clip=1.0).sum()).backward()
         ops.update(x.detach(), x.detach(), torch.ones(1, 9, device=device), t, clip=1.0, inplace=True)
 """
 
 
 def tests() -> dict[str, Any]:
     """Outcome counts of the tests of the kernels, which run on the GPU where there is one."""
-    files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("noise", "kernels", "ops", "guards")]
+    files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("noise", "kernels", "bound", "ops", "guards")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

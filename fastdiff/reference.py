@@ -206,14 +206,24 @@ def discretized_gaussian(x0: Tensor, mean: Tensor, log_var: Tensor) -> tuple[Ten
     flip = data > m
     upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
     log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    log_p = log_upper + torch.log1p(-(log_lower - log_upper).exp())
+    share = (log_lower - log_upper).exp()
+    log_p = log_upper + torch.log1p(-share)
 
-    # Densities at the ends over p; 0 at infinity, also times the end.
-    at_upper, at_lower = ((-0.5 * z * z - 0.5 * math.log(2 * math.pi) - log_p).exp() for z in (upper, lower))
-    by_c = at_upper - at_lower
-    by_scale = at_upper * upper.nan_to_num(posinf=0.0) - at_lower * lower.nan_to_num(neginf=0.0)
+    # The densities at the ends over p = Phi(upper) (1 - share). An infinite end has none, and may be any finite one.
+    upper, lower = torch.where(upper.isinf(), 40.0, upper), torch.where(lower.isinf(), 0.0, lower)
+    rest = -torch.expm1(log_lower - log_upper)
+    at_upper, at_lower = density_ratio(upper) / rest, density_ratio(lower) * share / rest
+    by_c, by_scale = at_upper - at_lower, at_upper * upper - at_lower * lower
     by_mean = torch.where(flip, -by_c, by_c) * inverse
     return -log_p.to(x0.dtype), by_mean.to(x0.dtype), (0.5 * by_scale).to(x0.dtype)
+
+
+def density_ratio(z: Tensor) -> Tensor:
+    """phi(z) / Phi(z) of the normal distribution, without overflow: -z far to the left, 0 far to the right."""
+    left, right = z.clamp(max=0), z.clamp(min=0)
+    over = math.sqrt(2 / math.pi) / torch.special.erfcx(-left / math.sqrt(2))
+    density = (-0.5 * right * right - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(right)).exp()
+    return torch.where(z < 0, over, density)
 
 
 def work_dtype(x: Tensor) -> torch.dtype:

@@ -207,7 +207,7 @@ def term_errors(pred, raw, x_t, x0, t, rows, clip, backend):
     errors[0] = errors[0] + mean_slopes[0] * mean_error**2 + v_slopes[1] * v_error**2
     errors[1] = b.abs() * (errors[1] + torch.where(at_bound, by_mean.abs(), 0.0))
     errors[2] = 0.5 * ((high - low).abs() * errors[2] + ARITHMETIC * (high.abs() + low.abs()) * by_v.abs())
-    return [e.detach() for e in errors], (v.abs() > 80).detach()
+    return [e.detach() for e in errors], (v.abs() > 30).detach()
 
 
 SAME, LAST = ("contiguous",) * 4, ("channels_last",) * 4
@@ -256,7 +256,7 @@ def test_vlb(backend, shape, dtype, layout, learned, clip, detach_mean, reductio
     exact[1] = exact[1] if learned else None
     want, *slopes = reference.vlb(*exact, t, rows.double(), clip)
     (value_error, *errors), wild = term_errors(*exact, t, rows, clip, backend)
-    # What becomes of an infinite operand or of a variance beyond float32 depends on the grouping of the terms.
+    # What becomes of an infinite operand or of a variance of exp(30) or exp(-30) depends on the grouping of the terms.
     operands = torch.stack([i for i in exact if i is not None])
     wild = wild | operands.isinf().any(0)
     not_a_number = operands.isnan().any(0)

@@ -132,6 +132,24 @@ def test_update(backend, shape, dtype, layout, guard, generated):
     hist.check()
 
 
+@pytest.mark.parametrize("backend", ["triton"])  # the only one with a kernel of it
+@at_all_sizes
+@shaped
+def test_vlb(backend, shape, dtype, layout, guard, generated):
+    """Terms and decoders by turns; `generated` takes the gradient by the variance too."""
+    pred, raw, x_t, x0 = (source(shape, dtype, layout, guard, i) for i in range(4))
+    grads = [Guarded(shape, dtype, layout, guard) for _ in range(2)]
+    out = Guarded((shape[0] if guard == 64 else 1,), torch.float32, "contiguous", guard)
+    rows = table(ROWS, 6, 0)
+    rows[:, 5] = torch.arange(ROWS) % 2
+    t = index(ROWS, shape[0], True, 1)
+    stored = [grads[0].tensor, grads[1].tensor if generated else None]
+    ops._launchers(backend).vlb(out.tensor, *stored, pred, raw, x_t, x0, t, rows, 1.0, 0.01)
+    out.check()
+    for grad in grads[: 1 + generated]:
+        grad.check()
+
+
 # --- layouts and grids ------------------------------------------------------------------------------------------
 
 

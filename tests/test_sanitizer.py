@@ -130,6 +130,18 @@ def test_loss_and_its_gradient(launches, shape, dtype, layout, generated, reduct
 
 
 @every
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_vlb_and_its_gradients(launches, shape, dtype, layout, reduction):
+    pred, raw = (tensor(shape, dtype, layout, salt=i).requires_grad_() for i in range(2))
+    x_t, x0 = (tensor(shape, dtype, layout, salt=i) for i in (2, 3))
+    rows = table(ROWS, 6, salt=0)
+    rows[:, 5] = torch.arange(ROWS) % 2
+    nats = ops.vlb(pred, x_t, x0, torch.arange(len(x0)), rows, raw_variance=raw, clip=1.0, reduction=reduction)
+    (3 * nats.sum()).backward()
+    assert len(launches) == 4  # with the sum of the partial sums and the scaling of two gradients
+
+
+@every
 @drawn
 @pytest.mark.parametrize("keep", ops.KEEPS)
 @pytest.mark.parametrize("inplace", [True, False])
