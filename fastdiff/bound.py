@@ -40,7 +40,9 @@ def vlb_rows(schedule: NoiseSchedule, objective: str, variance: str) -> Tensor:
     a, b = x0_rows(schedule, objective)
     c, _, posterior = schedule.posterior(t, t - 1)
     beta = schedule.transition(t, t - 1)[1]
-    log_beta = 2 * (schedule.sigma[t] / schedule.sigma[t - 1]).log()  # over beta~ it is sigma_t^2 / sigma_{t-1}^2
+    # beta / beta~ = sigma_t^2 / sigma_s^2, which comes near 1.
+    var_s, var_t = schedule.sigma[t - 1] ** 2, schedule.sigma[t] ** 2
+    log_beta = torch.log1p((schedule.alpha[t - 1] ** 2 * beta if schedule.vp else var_t - var_s) / var_s)
     log_posterior = torch.zeros_like(log_beta)
     log_beta[0] = beta[0].log()
     log_posterior[0] = posterior[1].log() if schedule.timesteps > 1 else log_beta[0]
