@@ -89,15 +89,14 @@ def decoder_nats(x0, error, log_var):
     by_scale = ratio * (decay * far - near)  # c d/dc + h d/dh of log p
     offset = tl.where(inside, 0.0, 0.5 * near * near + HALF_LOG_2PI)
 
-    # log p = log(2 h phi(c)) + log(sinh(y) / y) - h^2 / 6 (1 + 2 y^2 / 15) + O(h^4)
+    # log p = log(2 h phi(c)) + log(sinh(y) / y) - h^2 / 6 + O(h^2 y^2 + h^4)
     y2 = y * y
-    h2 = h * h
     by_y = y * (0.33333334 - y2 * (0.022222222 - y2 * 0.0021164021))
-    series = y2 * (0.16666667 - y2 * (0.0055555556 - y2 * 0.00035273369)) - h2 * (0.16666667 + 0.022222222 * y2)
+    series = y2 * (0.16666667 - y2 * (0.0055555556 - y2 * 0.00035273369)) - 0.16666667 * h * h
     part = tl.where(narrow, 2.0 * h, part)
     offset = tl.where(narrow, 0.5 * c * c + HALF_LOG_2PI - series, offset)
     by_c = tl.where(narrow, h * by_y - c, by_c)
-    by_scale = tl.where(narrow, 1.0 - c * c + 2.0 * y * by_y - 0.33333334 * h2, by_scale)
+    by_scale = tl.where(narrow, 1.0 - c * c + 2.0 * y * by_y - 0.33333334 * h * h, by_scale)
     return offset - tl.log(part), by_c * sign * inverse, 0.5 * by_scale
 
 

@@ -139,6 +139,8 @@ def test_vlb_and_its_gradients(launches, shape, dtype, layout, reduction):
     nats = ops.vlb(pred, x_t, x0, torch.arange(len(x0)), rows, raw_variance=raw, clip=1.0, reduction=reduction)
     (3 * nats.sum()).backward()
     assert len(launches) == 4  # with the sum of the partial sums and the scaling of two gradients
+    for half in (pred, raw):
+        assert np.isin(addresses(half), launches[0].elements).all(), "a copy was read"
 
 
 @every
