@@ -128,6 +128,30 @@ def test_far_tails_are_finite(backend):
     assert_close(mean.grad, slope, error / 40 / std)
 
 
+@every
+def test_decoder_of_every_width_and_distance(backend):
+    """Bins from far wider than the standard deviation to far narrower, from around the mean to the tail."""
+    std = torch.tensor([0.001, 0.01, 0.05, 0.1, 0.15, 0.3, 2.0, 500.0])
+    sigmas = torch.tensor([0.0, 0.2, 0.6, 1.0, 3.0, 6.0, 10.0, 40.0])
+    level, at = (i.flatten() for i in torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"))
+    mean = (sigmas[at] * std[level])[:, None].to(DEVICE).requires_grad_()
+    x0 = torch.zeros_like(mean)
+    raw = (x0.detach() - 1).requires_grad_()
+    log_var = 2 * std.log()
+    rows = torch.stack((0 * std, 0 * std + 1, 0 * std, log_var, log_var + 2, 0 * std + 1), 1).to(DEVICE)
+    with fastdiff.backend(backend):
+        nats = ops.vlb(mean, x0, x0, level.to(DEVICE), rows, raw_variance=raw)
+        nats.sum().backward()
+    v = rows[level, 3].double()[:, None]
+    exact = x0.double(), mean.detach().double(), v
+    want = reference.discretized_gaussian(*exact)
+    errors = decoder_errors(*exact, *want)
+    for got, value, error in zip((nats[:, None], mean.grad, raw.grad), want, errors, strict=True):
+        # The standard deviation is exp(v / 2) in float32, and -log p and its derivatives are at most quadratic in it.
+        inherent = ARITHMETIC * (1 + v.abs()) * ((value.abs() + 1) if got is not mean.grad else value.abs())
+        assert_close(got.detach(), value, error + inherent + 1e-10)  # the oracle, at 500
+
+
 # --- every term -------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +392,19 @@ def test_halves_of_a_models_output(backend, dtype):
     want = torch.cat(slopes, 1) * scale
     error = torch.cat(errors, 1) * scale.abs()
     assert_close(whole.grad, want, error, 3, backend)
+
+
+@every
+def test_float16_gradients_beyond_its_range(backend):
+    """1.25e5 before it is multiplied by what comes in, 125 after; and 3e-9, 2e-4 after."""
+    rows = torch.tensor([[0, 1.0, 0, 2 * math.log(0.002), 0, 1], [0, 1, 1e-5, 0, 0, 0]], device=DEVICE)
+    for level, n, apart, incoming in ((0, 1, 0.5, 1e-3), (1, 1024, 0.3, 65536.0)):
+        x0 = torch.zeros(1, n, device=DEVICE, dtype=torch.float16)
+        pred = torch.full_like(x0, apart).requires_grad_()
+        with fastdiff.backend(backend):
+            ops.vlb(pred, x0, x0, level, rows).backward(torch.tensor([incoming], device=DEVICE))
+        slope = reference.vlb(pred.detach().double(), None, x0, x0, torch.tensor([level]), rows.double(), None)[1]
+        assert_close(pred.grad, slope * incoming / n, 1e-5 * (slope * incoming / n).abs())
 
 
 # --- what cannot be computed ------------------------------------------------------------------------------------
@@ -686,7 +723,7 @@ def test_only_the_last_ten_losses_of_a_level_count():
     moments = LossSecondMoment(2)
     losses = torch.arange(1.0, 26)
     t = torch.where(torch.arange(25) % 6 == 5, 2, 1)
-    losses[3] = math.nan
+    losses[3], losses[9] = math.nan, math.inf
     for part in (slice(0, 4), slice(4, 25)):
         moments.update(t[part], losses[part])
     first = losses[(t == 1) & losses.isfinite()]
