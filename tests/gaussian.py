@@ -1,0 +1,66 @@
+"""Data N(MEAN, STD^2), on which the exact prediction makes every sampler an affine map of its start and its noises."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.diffusion import Diffusion
+from fastdiff.process import VE, VP, Ladder, Process
+from fastdiff.steps import F
+
+MEAN, STD = (0.3, -0.5, 0.0, 0.2), (0.5, 0.1, 1.0, 0.02)
+
+
+def told(process: Process, c: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma), (B, 1) float64, from what the model is told: sigma, 999 t, or t - 1."""
+    c = c.double()
+    if isinstance(process, VE | Ladder):
+        return torch.ones_like(c)[:, None], c[:, None]
+    made = process.at(c / 999 if isinstance(process, VP) else c + 1)
+    return made.alpha[:, None], made.sigma[:, None]
+
+
+class Exact(nn.Module):
+    """The best prediction for the data: with r = (x_t - alpha MEAN) / (alpha^2 STD^2 + sigma^2), E[x_0 | x_t] = MEAN +
+    alpha STD^2 r, E[eps | x_t] = sigma r, v = alpha E[eps | x_t] - sigma E[x_0 | x_t] and score = -r."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype_of_state = nn.Parameter(torch.zeros((), dtype=dtype))
+        self.mean, self.var = (torch.tensor(v, dtype=torch.float64) for v in (MEAN, [s * s for s in STD]))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        alpha, sigma = told(self.process, c)
+        r = (x.double() - alpha * self.mean) / (alpha**2 * self.var + sigma**2)
+        x0, eps = self.mean + alpha * self.var * r, sigma * r
+        return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "score": -r}[self.objective].to(x.dtype)
+
+
+def exact(made: type[Diffusion], *args: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Diffusion:
+    """A diffusion of that class, whose model predicts exactly, unclipped."""
+    model = Exact(dtype)
+    diffusion = made(model, *args, clip=None, **options)
+    model.process, model.objective = diffusion.process, diffusion.objective
+    return diffusion
+
+
+def moments(diffusion: Diffusion, sampler: Any = None, steps: Any = None, **options: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the samples, without chance: sample 0 starts from 0 without noise, sample 1 from
+    one standard deviation of the prior, and each further one has noise 1 at one step, so that the differences from
+    sample 0 are the coefficients of the map."""
+    sampler = diffusion.default_sampler if sampler is None else sampler
+    table = diffusion.step_table(sampler, steps)
+    where = {k: 2 + i for i, k in enumerate((table.rows[:, F] != 0).nonzero().flatten().tolist())}
+    x_T = torch.zeros(2 + len(where), 4, dtype=diffusion.model.dtype_of_state.dtype)
+    x_T[1] = table.start
+
+    def noise(k: int) -> Tensor:
+        z = torch.zeros_like(x_T)
+        if k in where:
+            z[where[k]] = 1
+        return z
+
+    given = noise if where else None
+    x = diffusion.sample(tuple(x_T.shape), x_T=x_T, noise=given, sampler=sampler, steps=steps, **options).double()
+    return x[0], (x[1:] - x[0]).norm(dim=0)
