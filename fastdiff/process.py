@@ -146,11 +146,12 @@ class Chain(Process):
         self.default_steps = schedule.timesteps
 
     def at(self, times: Tensor) -> NoiseSchedule:
-        made, lowest = self.schedule, 0.0 if self.schedule.vp else 1.0
+        # Without the variance kept, log sigma at level 0 is no end to interpolate from.
+        made, lowest = self.schedule, 0 if self.schedule.vp else 1
         if not bool(((times >= lowest) & (times <= self.last)).all()):
-            raise ValueError(f"times: expected them from {lowest:g} to {self.last:g}, got {times.tolist()}")
+            raise ValueError(f"times: expected them from {lowest} to {self.last:g}, got {times.tolist()}")
         log_alpha, sigma = made.log_alpha.to(times.device), made.sigma.to(times.device)
-        upper = times.ceil().long().clamp(min=1)
+        upper = times.ceil().long().clamp(min=lowest + 1).clamp(max=made.timesteps)
         share = times - (upper - 1)
 
         def between(values: Tensor) -> Tensor:
