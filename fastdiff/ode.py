@@ -1,8 +1,9 @@
 """The probability-flow ODE by an adaptive solver: sampling, and the likelihood of data.
 
 dx/dt = f(t) x - g(t)^2 / 2 s(x, t) has the marginals of the process (Song et al. 2021, arXiv:2011.13456, eq. 13), and
-d log p(x_t) / dt = -div of its right side (eq. 39). Solved by torchdiffeq (extra `[ode]`), which chooses its step for
-the whole batch: a sample's last digits may depend on its neighbours.
+d log p(x_t) / dt = -div of its right side (eq. 39). It is solved over log(sigma / alpha) in place of t, where the
+flow of a chain has no kinks at its levels, by torchdiffeq (extra `[ode]`), which chooses its step for the whole batch:
+a sample's last digits may depend on its neighbours.
 """
 
 import importlib
@@ -90,31 +91,40 @@ def _solve(
     """The state at the other end of the process; its second part, if there is one, gathers the divergence."""
     process = diffusion.process
 
-    def velocity(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = state[0]
+    def velocity(level: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, level = state[0], level.clamp(levels[0], levels[1])
         if len(state) == 1:
-            return (_flow(diffusion, x, t, kwargs),)
+            return (_flow(diffusion, x, level, kwargs),)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            flow = _flow(diffusion, x, t, kwargs)
+            flow = _flow(diffusion, x, level, kwargs)
             divergence = _divergence(flow, x, probe)
         return flow.detach(), divergence
 
-    ends = [process.last, process.first] if backwards else [process.first, process.last]
-    times = torch.tensor(ends, dtype=torch.float64, device=state[0].device)
-    path = _solver().odeint(velocity, state, times, rtol=tolerance, atol=tolerance, method=METHOD)
+    ends = process.at(torch.tensor([process.first, process.last], dtype=torch.float64, device=state[0].device))
+    levels = -ends.log_snr / 2
+    path = _solver().odeint(
+        velocity,
+        state,
+        levels.flip(0) if backwards else levels,
+        rtol=tolerance,
+        atol=tolerance,
+        method=METHOD,
+        options={"step_t": levels},  # its last step ends there, and does not look beyond the process
+    )
     return tuple(part[-1] for part in path)
 
 
-def _flow(diffusion: "Diffusion", x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """f x - g^2 / 2 s(x, t), differentiable by x."""
-    times = t.detach().double().reshape(1).clamp(diffusion.process.first, diffusion.process.last)
-    made = diffusion.process.at(times)
+def _flow(diffusion: "Diffusion", x: Tensor, level: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """dx / d level = (f x - g^2 / 2 s(x, t)) 2 sigma^2 / g^2, differentiable by x, at level = log(sigma / alpha)."""
+    process = diffusion.process
+    times = process.time_of(level.detach().double().reshape(1).exp()).clamp(process.first, process.last)
+    made = process.at(times)
     u, v = conversion_rows(made, diffusion.objective, "score")
     drift, g2 = made.rates
-    half = g2 / 2
+    var = made.sigma**2
     pred = diffusion._predict(x, diffusion._condition(times).expand(len(x)), kwargs)[0]
-    return (drift - half * u).to(x.dtype) * x - (half * v).to(x.dtype) * pred
+    return (2 * var * drift / g2 - var * u).to(x.dtype) * x - (var * v).to(x.dtype) * pred
 
 
 def _divergence(flow: Tensor, x: Tensor, probe: Tensor | None) -> Tensor:
