@@ -71,6 +71,10 @@ def test_rates_are_the_derivatives(name):
     whole = isinstance(process, Chain)
     times = some_times(process)
     times = (times[:-1].floor() + 0.37) if whole else times
+    if whole:  # where the first level's rates are those of the interval above
+        here, above = (process.at(torch.tensor([t], dtype=torch.float64)) for t in (process.first, 1.5))
+        if not here.vp:
+            assert here.drift == above.drift and here.rates[1].isfinite()
     made = process.at(times)
     f, g2 = made.rates
     assert torch.equal(made.time, times)
