@@ -110,7 +110,7 @@ def test_time_of_keeps_its_digits_near_data():
     for process in (VP(), SubVP()):
         for t in (1e-8, 1e-5):
             made = process.at(torch.tensor([t], dtype=torch.float64))
-            assert process.time_of(made.sigma / made.alpha).item() == pytest.approx(t, rel=1e-12)
+            assert process.time_of(made.sigma / made.alpha).item() == pytest.approx(t, rel=1e-12, abs=0)
 
 
 def test_sigma_ranges():
@@ -199,6 +199,15 @@ def test_conditions():
     told = Chain(schedule.linear(10)).condition(torch.tensor([10, 1, 0]))
     assert told.dtype == torch.int64 and told.tolist() == [9, 0, 0]
     assert Chain(schedule.linear(10)).condition(torch.tensor([1.5, 0.5])).tolist() == [0.5, 0.0]
+
+
+@EACH
+def test_times_on_another_device_are_not_waited_for(name):
+    """A tensor without values cannot be looked at, and a GPU's should not."""
+    times = some_times(PROCESSES[name]).to("meta")
+    made = PROCESSES[name].at(times)
+    assert {v.device.type for v in (made.log_alpha, made.sigma, *made.rates)} == {"meta"}
+    assert PROCESSES[name].condition(times).device.type == "meta"
 
 
 class Listens(nn.Module):
