@@ -374,3 +374,23 @@ def test_guidance_is_two_calls_combined(sampler):
     close(guided(1.0), diffusion.sample(SHAPE, y=cond, **options))
     close(guided(0.0), diffusion.sample(SHAPE, y=uncond, **options))
     assert not torch.allclose(guided(0.0), guided(1.0))
+
+
+def test_guidance_leaves_a_learned_variance_to_the_condition():
+    class Both(nn.Module):
+        def __init__(self, model: nn.Module):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor, c: Tensor, y: Tensor) -> Tensor:
+            return torch.cat((self.model(x, c, y=y), torch.tanh(x + y.view(-1, 1, 1))), 1)
+
+    class Combined(Both):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            (pred, raw), (other, _) = (self.model(x, c, y=y).chunk(2, 1) for y in (cond, uncond))
+            return torch.cat((other + 1.7 * (pred - other), raw), 1)
+
+    model, cond, uncond = Both(Curved()), torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3)
+    guided, combined = (DDPM(m, "cosine", 8, loss="hybrid", variance="learned") for m in (model, Combined(model)))
+    got = guided.sample(SHAPE, seed=3, guidance=1.7, y=cond, uncond={"y": uncond})
+    close(got, combined.sample(SHAPE, seed=3))
