@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -202,7 +203,9 @@ class Diffusion(nn.Module, ABC):
         if table is None:
             return ode.sample(self, x, model_kwargs)
         if guidance is not None:
-            table.rows[:, W] = guidance
+            rows = table.rows.clone()
+            rows[:, W] = guidance
+            table = replace(table, rows=rows)
         how = How(self.clip, table.keep, table.noisy or noise is not None, table.learned, both is not None)
         kwargs = model_kwargs if both is None else both
         return self._run(table, how, x, seed, ids, noise, kwargs, progress, callback, return_trajectory)

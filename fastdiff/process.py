@@ -213,7 +213,9 @@ class Ladder(Chain):
     def __init__(self, sigma_max: float = 1.0, sigma_min: float = 0.01, levels: int = 10) -> None:
         _sigmas(sigma_min, sigma_max)
         ends = math.log(sigma_min), math.log(sigma_max)
-        sigma = torch.linspace(*ends, _count("levels", levels), dtype=torch.float64, device="cpu").exp()
+        if _count("levels", levels) == 1:
+            raise ValueError("levels: expected at least 2, from sigma_min to sigma_max, got 1")
+        sigma = torch.linspace(*ends, levels, dtype=torch.float64, device="cpu").exp()
         super().__init__(NoiseSchedule.from_alpha_sigma(torch.ones_like(sigma), sigma))
 
     def condition(self, times: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class NCSN(ChainDiffusion):
         sigma_max, sigma_min, levels: sigma of level t = 1..levels is geometric from sigma_min to sigma_max.
         objective: "score" = -z / sigma, "eps" = z, or "x0".
         loss: "mse", "l1" or "huber".
-        weighting: "simple" (sigma^2 on the error of the score, 1 on that of eps or x0) or "min_snr".
+        weighting: "simple" (sigma^2 on the error of the score, 1 on that of eps or x0), "min_snr" or "vlb".
         clip: the sampler keeps its estimate of x_0 in [-clip, clip]; None, as published, leaves it free.
 
     ValueError for an unknown name and unless 0 < sigma_min < sigma_max.

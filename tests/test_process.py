@@ -332,6 +332,8 @@ def test_wrong_processes():
         for made in (VE, Ladder):
             with pytest.raises(ValueError, match="sigma_min, sigma_max: expected 0 < sigma_min < sigma_max"):
                 made(*((low, high) if made is VE else (high, low)))
+    with pytest.raises(ValueError, match="levels: expected at least 2, from sigma_min to sigma_max, got 1"):
+        Ladder(levels=1)
     with pytest.raises(ValueError, match="sampler: 'annealed_langevin' expected the levels of a ladder"):
         VP().ladder(3)
     assert set(SDES) == {"vp", "subvp", "ve"}
