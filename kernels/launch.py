@@ -26,7 +26,7 @@ def owner():
 def row_of(index_ptr, index_stride, sample, rows):
     """(index, its row, 0 or NaN): an index outside the table cannot be refused without a host sync, so it reads row 0
     and whatever is computed with it gets the NaN added."""
-    index = tl.load(index_ptr + sample.to(tl.int64) * index_stride)
+    index = tl.load(index_ptr + sample * index_stride)
     known = index.to(tl.uint64, bitcast=True) < rows  # a negative index is a huge one
     return index, tl.where(known, index.to(tl.int32), 0), tl.where(known, 0.0, float("nan"))
 
