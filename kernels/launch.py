@@ -3,6 +3,7 @@
 A program owns BLOCK elements of one sample, those that `owner` names.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ from torch import Tensor
 MAX_GRID_Y = 32768
 # The arithmetic is written for fused multiply-adds; Triton 3.10 stops contracting by default.
 FUSED = {"enable_fp_fusion": True}
+# Decorates what is launched. The numbers of samples and rows, and where a number is read, differ from step to step and
+# call to call: to compile for each would gain nothing, and happen within a sampling loop or a CUDA graph's capture.
+kernel = functools.partial(
+    triton.jit,
+    do_not_specialize=["batch", "levels", "steps"],
+    do_not_specialize_on_alignment=[
+        f"{name}_ptr" for name in ("t", "step", "table", "rows", "seed", "ids", "incoming")
+    ],
+)
 
 
 @triton.jit

@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, block_of, grid_of, is_fast, load_float32, owner, row_of, stride_of
+from .launch import FUSED, block_of, grid_of, is_fast, kernel, load_float32, owner, row_of, stride_of
 from .layout import lay_out
 from .noise import tile, tile_normals
 
 REDUCE_BLOCK = 1024
 
 
-@triton.jit
+@kernel
 def loss_kernel(
     pred_ptr,  # (B, n), any floating type
     x0_ptr,  # (B, n) or None: p = 0
@@ -77,7 +77,7 @@ def reduce_kernel(partial_ptr, out_ptr, columns, BLOCK: tl.constexpr):
     tl.store(out_ptr + row, tl.sum(total))
 
 
-@triton.jit
+@kernel
 def scale_kernel(
     grad_ptr,  # (B, n), any floating type; scaled in place
     incoming_ptr,  # (1,) or (B,) float32

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .coefficients import COS, LOG, SIN
-from .launch import block_of, grid_of, is_fast, owner, stride_of
+from .launch import block_of, grid_of, is_fast, kernel, owner, stride_of
 from .layout import lay_out
 
 M0 = tl.constexpr(0xD2511F53)
@@ -130,7 +130,7 @@ def tile_normals(
     return tl.reshape(z, [BLOCK])
 
 
-@triton.jit
+@kernel
 def normal_kernel(
     out_ptr,  # (B, n), any floating type
     seed_ptr,  # (1,) int64

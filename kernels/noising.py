@@ -1,15 +1,14 @@
 """Forward noising x_t = alpha_t x_0 + sigma_t z: reads x_0, writes x_t, and draws z in registers."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block_of, grid_of, is_fast, load_float32, owner, row_of, stride_of
+from .launch import block_of, grid_of, is_fast, kernel, load_float32, owner, row_of, stride_of
 from .layout import lay_out
 from .noise import tile, tile_normals
 
 
-@triton.jit
+@kernel
 def noising_kernel(
     x0_ptr,  # (B, n), any floating type
     noise_ptr,  # (B, n) or None: draw it

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block_of, grid_of, is_fast, load_float32, owner, row_of, stride_of
+from .launch import block_of, grid_of, is_fast, kernel, load_float32, owner, row_of, stride_of
 from .layout import laid_like, lay_out, sliced_like
 from .noise import tile, tile_normals
 
@@ -25,7 +25,7 @@ def clamp(x, bound, BLOCK: tl.constexpr):
     return tl.clamp(x, -bounds, bounds, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
+@kernel
 def update_kernel(
     x_ptr,  # (B, n), any floating type
     pred_ptr,  # (B, n), any floating type, pred_stride between samples: often a slice of a model's output

@@ -172,6 +172,33 @@ def test_launchers_take_approximations_on_nvidia_alone(monkeypatch, cuda, hip, f
     assert is_fast(SimpleNamespace(is_cuda=cuda)) is fast
 
 
+STEPS = """
+import torch
+from fastdiff import _machine_code, roofline
+from fastdiff.kernels.loss import loss
+from fastdiff.kernels.noising import noising
+from fastdiff.kernels.update import update
+
+with _machine_code.compile_only(_machine_code.target_of("sm_90")) as compiled:
+    for batch, rows, k in ((1, 50, 0), (2, 50, 1), (16, 64, 2), (3, 1, 0)):
+        x = torch.empty(batch, 3, 64, 64)
+        index = torch.arange(rows)[k : k + 1]  # 16-byte aligned or not
+        seed, table = torch.zeros(2, dtype=torch.int64)[k % 2 :][:1], torch.zeros(rows + 1, 9)[1:]
+        noising(x, x, index, table[:, :2], seed, None, None, 1)
+        loss(torch.empty(1), x, x, x, index, table[:, :3], seed, None, None, 1, "mse", 1.0, 0.5, 0.5)
+        update(x, x, x, table, index, seed, None, None, None, None, None, 1.0, "none", 2)
+launched = [k for k, _ in compiled if k.metadata.name != "reduce_kernel"]  # whose work is the number of samples
+print(len({k.hash for k in launched}), len(launched))
+"""
+
+
+def test_a_kernel_is_compiled_once_for_all_steps_batches_and_tables():
+    """Else it would be in the middle of a sampling loop, or of the capture of a CUDA graph."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
+    done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["3", "12"], done.stdout + done.stderr
+
+
 # --- addresses --------------------------------------------------------------------------------------------------
 
 
