@@ -51,7 +51,7 @@ def box_muller(bits: Tensor, dtype: torch.dtype) -> Tensor:
     u = bits[..., 0::2].to(torch.float32) * 2.0**-32 + 2.0**-33
     angle = bits[..., 1::2]
     x = (angle - ((angle >> 31) << 32)).to(torch.float32) * 2.0**-31
-    r = (-2 * u.to(dtype).log()).clamp_(min=0).sqrt_()
+    r = (-2 * u.to(dtype).log()).clamp(min=0).sqrt()
     x = x.to(dtype) * math.pi
     return torch.stack((r * x.cos(), r * x.sin()), dim=-1).flatten(-2)
 
