@@ -241,6 +241,22 @@ def test_reduce_overhead_on_a_gpu(monkeypatch):
     assert asked == [{"mode": "default"}] * 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", CHAINS, ids=str)
+def test_cuda_graphs_of_the_compiled_step(options):
+    """The same by PyTorch's own CUDA graphs, which it must not have given up."""
+    net = UNet(**UNET).cuda()
+    plain, compiled = DDPM(net, timesteps=20), DDPM(net, timesteps=20)
+    compiled.compile(fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    with fastdiff.backend("triton"), torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            chain = {"steps": 5, "seed": seed, "return_trajectory": True, **options}
+            got, want = compiled.sample(SHAPE, **chain), plain.sample(SHAPE, **chain)
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
 # --- no wait for the device -------------------------------------------------------------------------------------
 
 
