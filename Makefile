@@ -5,8 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 DEMO := runs/demo
-KERNEL_TESTS := tests/test_noise.py tests/test_kernels.py tests/test_bound.py tests/test_ops.py tests/test_guards.py \
-    tests/test_roofline.py tests/test_sanitizer.py
 
 .PHONY: demo test test-deep test-matrix lint bench gpu-check clean
 
@@ -42,11 +40,13 @@ bench: $(BIN)/.installed
 gpu-check: $(BIN)/.installed
 	$(BIN)/python benchmarks/gpu_check.py
 
-# The kernels under every Triton that the last three torch releases pin; 3.9.0 is also the newest.
+# The suite under every Triton that the last three torch releases pin: 2.13 has 3.7.1, 2.14 3.8, 2.15 3.9, also the newest.
 test-matrix: $(BIN)/.installed
 	set -e; for version in 3.7.1 3.8.0 3.9.0; do \
 	    $(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$$version triton==$$version; \
-	    PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m pytest $(KERNEL_TESTS); \
+	    export PYTHONPATH=$(CURDIR)/$(VENV)/triton-$$version; \
+	    $(BIN)/python -c "import triton; assert triton.__version__ == '$$version', triton.__version__"; \
+	    $(BIN)/python -m pytest; \
 	done
 
 clean:
