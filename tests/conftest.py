@@ -1,7 +1,8 @@
 """Where the kernels run, which implementation a test gets by default, and how many examples a property sees.
 
 Without CUDA the Triton kernels run in Triton's interpreter on CPU tensors, which has to be asked for before anything
-imports triton. Child processes inherit both variables, so that none of them interprets kernels by accident.
+imports triton, and every launch of the suite is watched by the sanitizer. Child processes inherit both variables, so
+that none of them interprets kernels by accident.
 """
 
 import os
@@ -14,6 +15,10 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["FASTDIFF_BACKEND"] = "reference"
+
+    import sanitizer
+
+    sanitizer.install()
 
 torch.set_num_threads(1)
 settings.register_profile("default", max_examples=20, deadline=None, derandomize=True)

@@ -1,18 +1,15 @@
-"""Every load and store of every kernel, address by address: inside the elements of a tensor that the launch was given,
-no element written twice, none written by one program and read by another.
-
-Triton's interpreter is made to report the addresses; sizes are and are not multiples of the block.
+"""Every kernel under the sanitizer, which also watches the rest of the suite (conftest.py): sizes that are and are not
+multiples of the block, layouts with gaps, programs beyond the batch; and faulty kernels, which it must find.
 """
 
 import importlib
 
-import numpy as np
 import pytest
+import sanitizer
 import torch
 import triton
 import triton.language as tl
 from strategies import laid, table, tensor
-from triton.runtime import interpreter
 
 import fastdiff
 from fastdiff import ops
@@ -24,64 +21,12 @@ pytestmark = [
 ROWS = 6
 
 
-class Launch:
-    """What the programs of one launch read and wrote: byte addresses, and the program of each."""
-
-    def __init__(self, tensors):
-        self.elements = np.unique(np.concatenate([addresses(t) for t in tensors]))
-        self.read, self.written = ([], []), ([], [])
-
-    def note(self, log, kind, pointers, mask):
-        """Keep what is read or written, which fails before it is done where it lies outside."""
-        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel().astype(np.int64)
-        place = np.minimum(np.searchsorted(self.elements, at), len(self.elements) - 1)
-        outside = at[self.elements[place] != at]
-        assert not len(outside), f"{len(outside)} of {len(at)} elements that a program {kind} lie outside"
-        x, y, z = interpreter.interpreter_builder.grid_idx
-        log[0].append(at)
-        log[1].append(np.full(at.shape, (z << 40) + (y << 20) + x))
-
-    def check(self):
-        (read, reader), (written, writer) = (map(np.concatenate, log) for log in (self.read, self.written))
-        order = np.argsort(written, kind="stable")
-        written, writer = written[order], writer[order]
-        assert len(np.unique(written)) == len(written), "an element is written twice"
-        place = np.minimum(np.searchsorted(written, read), len(written) - 1)
-        assert not ((written[place] == read) & (writer[place] != reader)).any(), "read and written by two programs"
-
-
-def addresses(t):
-    offsets = torch.zeros(t.shape, dtype=torch.int64)
-    for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
-        offsets += (torch.arange(size) * stride).view(-1, *[1] * (t.ndim - dim - 1))
-    return (t.data_ptr() + t.element_size() * offsets.flatten()).numpy()
-
-
 @pytest.fixture
-def launches(monkeypatch):
-    """The launches of a test, checked as each ends."""
-    done = []
-    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
-
-    def noted_load(self, pointers, mask, *rest):
-        done[-1].note(done[-1].read, "reads", pointers, mask)
-        return load(self, pointers, mask, *rest)
-
-    def noted_store(self, pointers, value, mask, *rest):
-        done[-1].note(done[-1].written, "writes", pointers, mask)
-        return store(self, pointers, value, mask, *rest)
-
-    def checked(self, *args, **kwargs):
-        done.append(Launch([a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]))
-        call(self, *args, **kwargs)
-        done[-1].check()
-
-    monkeypatch.setattr(builder, "create_masked_load", noted_load)
-    monkeypatch.setattr(builder, "create_masked_store", noted_store)
-    monkeypatch.setattr(executor, "__call__", checked)
+def launches():
+    """Those of a test."""
+    sanitizer.launches.clear()
     with fastdiff.backend("triton"):
-        yield done
+        yield sanitizer.launches
 
 
 # One block of 2048 or 4096 elements and its neighbours, several blocks, samples that are no multiple of anything.
