@@ -4,6 +4,7 @@ One run of `benchmarks/roofline.py` compiles the common launches for GPUs that n
 rows and its dump. It is another process because this one has Triton's interpreter in the place of its compiler.
 """
 
+import itertools
 import json
 import os
 import re
@@ -197,6 +198,21 @@ def test_a_kernel_is_compiled_once_for_all_steps_batches_and_tables():
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
     done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["3", "12"], done.stdout + done.stderr
+
+
+def test_the_generators_in_their_order():
+    """benchmarks/noise_cost.py: one Philox block for one element, for four, by polynomials, by the approximations."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
+    script = SCRIPT.with_name("noise_cost.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    lines = [line.strip("|").split("|") for line in done.stdout.splitlines()[2:]]
+    assert [line[0].strip() for line in lines] == [
+        "tl.randn", "tl.randn4x and tl.join", "fastdiff polynomials", "fastdiff"
+    ], done.stderr  # fmt: skip
+    for column in range(2):
+        costs = [float(line[1].split("/")[column]) for line in lines]
+        assert all(a > 1.3 * b for a, b in itertools.pairwise(costs)), done.stdout
+        assert costs[0] > 4 * costs[3], done.stdout
 
 
 # --- addresses --------------------------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+"""What a normal costs: forward noising with Triton's own generators and with the library's, compiled for an H100 and
+counted in the machine code as `fastdiff bench --static` counts it, as a Markdown table. Needs no GPU.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastdiff.kernels.launch import FUSED, load_float32, owner, row_of
+from fastdiff.kernels.noise import tile
+
+from fastdiff import _machine_code as machine_code
+from fastdiff import roofline
+from fastdiff._workloads import refuse_interpreter
+
+BLOCK = 2048  # 16 elements a thread, as in the library
+
+
+@triton.jit
+def trial_kernel(
+    x0_ptr, out_ptr, t_ptr, table_ptr, seed_ptr, batch, n, levels, FOUR: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """noising_kernel with tl.randn, one Philox block an element, or tl.randn4x, one for four."""
+    sample, block = owner()
+    if sample >= batch:
+        return
+    _, row, poison = row_of(t_ptr, 1, sample, levels)
+    alpha, sigma = tl.load(table_ptr + row * 2) + poison, tl.load(table_ptr + row * 2 + 1)
+    start, offsets, mask = tile(block, n, 1, BLOCK)
+    start += sample.to(tl.int64) * n
+    x0 = load_float32(x0_ptr + start + offsets, mask)
+    seed = tl.load(seed_ptr)
+    if FOUR:
+        group = (start // 4).to(tl.int32) + tl.arange(0, BLOCK // 4)
+        z0, z1, z2, z3 = tl.randn4x(seed, group)
+        z = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [BLOCK])
+    else:
+        z = tl.randn(seed, start.to(tl.int32) + offsets)
+    tl.store(out_ptr + start + offsets, alpha * x0 + sigma * z, mask=mask)
+
+
+def rows(dtype: torch.dtype) -> list[dict[str, Any]]:
+    """tl.randn, tl.randn4x, and the library's noising by the polynomials and by the approximations."""
+    noising = roofline.Variant("noising", dtype, "generated", "")
+    target, x0 = machine_code.target_of("sm_90"), noising.data()
+    t, table, seed = roofline.integers(len(x0)), roofline.floats(roofline.LEVELS, 2), roofline.integers(1)
+    with machine_code.compile_only(target) as compiled:
+        for four in (False, True):
+            sizes = len(x0), x0[0].numel(), len(table)
+            trial_kernel[(1,)](x0, x0, t, table, seed, *sizes, FOUR=four, BLOCK=BLOCK, num_warps=4, **FUSED)
+    names = [
+        {"source": s, "kernel": "noising", "target": "sm_90", "dtype": str(dtype)}
+        for s in ("tl.randn", "tl.randn4x and tl.join")
+    ]
+    trials = roofline.rows_of(names, [(kernel, BLOCK) for kernel, _ in compiled], None)
+    return trials + [roofline.compile_cases([(noising, "sm_90", way)], None)[0] for way in (True, False)]
+
+
+COLUMNS = {
+    "instructions_per_element": ("instructions per element", ".1f"),
+    "mufu_per_element": ("MUFU", ".2g"),
+    "integer_multiply_per_element": ("integer multiply", ".2g"),
+    "barriers": ("barriers", "d"),
+    "registers": ("registers", "d"),
+    "H100": ("predicted fraction of the H100's memory roofline", ".2f"),
+}
+
+
+def main() -> None:
+    refuse_interpreter()
+    titles = [title for title, _ in COLUMNS.values()]
+    print(f"| float32 / bfloat16 | {' | '.join(titles)} |\n|{'---|' * (len(titles) + 1)}")
+    for pair in zip(rows(torch.float32), rows(torch.bfloat16), strict=True):
+        both = [r | r["predicted_roofline"] for r in pair]
+        cells = [" / ".join(f"{r[key]:{form}}" for r in both) for key, (_, form) in COLUMNS.items()]
+        print(f"| {pair[0]['source']} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
