@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .coefficients import KL, MILLS
-from .launch import FUSED, block_of, grid_of, load_float32, owner, row_of, stride_of
+from .launch import FUSED, block_of, grid_of, kernel, load_float32, owner, row_of, stride_of
 from .layout import laid_like, lay_out, sliced_like
 from .loss import REDUCE_BLOCK, reduce_kernel
 from .noise import tile
@@ -100,7 +100,7 @@ def decoder_nats(x0, error, log_var):
     return offset - tl.log(part), by_c * sign * inverse, 0.5 * by_scale
 
 
-@triton.jit
+@kernel
 def vlb_kernel(
     pred_ptr,  # (B, n), any floating type, pred_stride between samples: often a slice of a model's output
     raw_ptr,  # (B, n) like pred, or None: the variance is in the row

@@ -152,6 +152,7 @@ CHAINS = [
     {"sampler": "ddpm"},
     {"sampler": "ddim"},
     {"sampler": "ddim", "eta": 0.5},
+    {"sampler": "dpm++2m"},
 ]
 
 
@@ -159,7 +160,7 @@ CHAINS = [
 @pytest.mark.parametrize("model", [Net, lambda: UNet(**UNET)], ids=["net", "unet"])
 def test_one_captured_step_serves_all_steps_and_seeds(graphs, model, options):
     net = model()
-    plain, compiled = DDPM(net, timesteps=20), DDPM(net, timesteps=20)
+    plain, compiled = DDPM(net, "cosine", 20), DDPM(net, "cosine", 20)
     compiled.compile(backend=graphs, fullgraph=True)
     for seed in range(3):
         chain = {"steps": 5, "seed": seed, "return_trajectory": True, **options}
@@ -169,7 +170,7 @@ def test_one_captured_step_serves_all_steps_and_seeds(graphs, model, options):
 
 def test_captured_steps_take_their_ids_and_given_noise(graphs):
     net = Net()
-    plain, compiled = DDPM(net, timesteps=20), DDPM(net, timesteps=20)
+    plain, compiled = DDPM(net, "cosine", 20), DDPM(net, "cosine", 20)
     compiled.compile(backend=graphs, fullgraph=True)
     for ids in ([0, 1], [7, 3]):
         chain = {"steps": 4, "seed": 1, "sample_ids": ids}
@@ -246,7 +247,7 @@ def test_reduce_overhead_on_a_gpu(monkeypatch):
 def test_cuda_graphs_of_the_compiled_step(options):
     """The same by PyTorch's own CUDA graphs, which it must not have given up."""
     net = UNet(**UNET).cuda()
-    plain, compiled = DDPM(net, timesteps=20), DDPM(net, timesteps=20)
+    plain, compiled = DDPM(net, "cosine", 20), DDPM(net, "cosine", 20)
     compiled.compile(fullgraph=True)
     torch._dynamo.utils.counters.clear()
     with fastdiff.backend("triton"), torch._dynamo.config.patch(error_on_recompile=True):
@@ -299,7 +300,7 @@ def test_training_reads_no_scalar_and_copies_nothing(meta, objective, loss):
 @pytest.mark.parametrize("options", CHAINS, ids=str)
 @pytest.mark.parametrize("model", [Net, lambda: UNet(**UNET)], ids=["net", "unet"])
 def test_sampling_reads_no_scalar_and_copies_nothing_in_a_step(meta, model, options):
-    ddpm = DDPM(model().to("meta"), timesteps=20)
+    ddpm = DDPM(model().to("meta"), "cosine", 20)
     ids = torch.ones(2, dtype=torch.int64, device="meta")
     counts = []
     for steps in (2, 20):

@@ -107,14 +107,16 @@ def test_update(launches, shape, dtype, layout, generated, keep, inplace):
 
 def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     """The last row of a grid of more than 32,768 samples has them."""
-    for file in ("noise", "noising", "loss", "update"):
+    for file in ("noise", "noising", "loss", "update", "vlb"):
         module = importlib.import_module(f"fastdiff.kernels.{file}")
         monkeypatch.setattr(module, "grid_of", lambda batch, n, block: (triton.cdiv(n, block), batch + 2, 1))
     x = tensor((2, 300)).requires_grad_()
     ops.normal(x.shape, 5)
     (3 * ops.loss(x, 1, table(ROWS, 3, salt=0), seed=5, reduction="none").sum()).backward()
-    ops.update(ops.noising(x.detach(), 1, table(ROWS, 2, salt=0)), x.detach(), table(ROWS, 9, salt=0), 1)
-    assert len(launches) == 6
+    x = x.detach()
+    ops.update(ops.noising(x, 1, table(ROWS, 2, salt=0)), x, table(ROWS, 9, salt=0), 1)
+    ops.vlb(x, x, x, 1, table(ROWS, 6, salt=0))
+    assert len(launches) == 8
 
 
 @triton.jit
