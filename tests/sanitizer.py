@@ -13,6 +13,7 @@ class Launch:
     """What the programs of one launch read and wrote: byte addresses, and the program of each."""
 
     def __init__(self, tensors):
+        self.starts = {t.data_ptr() for t in tensors}
         self.elements = np.unique(np.concatenate([addresses(t) for t in tensors]))
         self.read, self.written = ([], []), ([], [])
 

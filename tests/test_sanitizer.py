@@ -88,7 +88,7 @@ def test_vlb_and_its_gradients(launches, shape, dtype, layout, reduction):
     (3 * nats.sum()).backward()
     assert len(launches) == 4  # with the sum of the partial sums and the scaling of two gradients
     for half in (pred, raw):
-        assert np.isin(addresses(half), launches[0].elements).all(), "a copy was read"
+        assert half.data_ptr() in launches[0].starts, "a copy was read"
 
 
 @every
