@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.10",
     # The kernels live in kernels/ and are installed as fastdiff.kernels:
     # the import name `kernels` belongs to another package.
-    packages=["fastdiff", "fastdiff.kernels"],
+    packages=["fastdiff", "fastdiff.interop", "fastdiff.kernels"],
     package_dir={"fastdiff.kernels": "kernels"},
     package_data={"fastdiff": ["py.typed"]},
     install_requires=["torch>=2.6", 'triton>=3.2; platform_system == "Linux"', "numpy"],
@@ -20,7 +20,18 @@ setup(
         "cpu": ["numba"],
         "train": ["scikit-learn", "pillow", "tqdm", "safetensors"],
         "ode": ["torchdiffeq"],
-        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "scipy", "torchdiffeq"],
+        # The schedulers repeat the arithmetic of this version.
+        "diffusers": ["diffusers>=0.42.1,<0.43"],
+        "dev": [
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "scipy",
+            "torchdiffeq",
+            "diffusers==0.42.1",
+        ],
     },
     entry_points={"console_scripts": ["fastdiff=fastdiff.cli:main"]},
     classifiers=[
