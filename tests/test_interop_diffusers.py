@@ -581,6 +581,18 @@ def test_fused_noise(name: str, config: dict[str, Any]) -> None:
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+def test_fused_noise_gives_an_image_whatever_its_batch() -> None:
+    unet = small_unet()
+    images = []
+    for batch in (1, 3):
+        pipeline = diffusers.DDPMPipeline(unet, fused.DDPMScheduler(fused_noise=True))
+        pipeline.set_progress_bar_config(disable=True)
+        call = {"batch_size": batch, "num_inference_steps": 10, "output_type": "pt"}
+        images.append(torch.as_tensor(pipeline(generator=seeded(4), **call).images))
+    torch.testing.assert_close(images[1][:1], images[0], rtol=0, atol=1e-4)
+    assert not torch.equal(images[1][0], images[1][1])
+
+
 def test_fused_noise_without_a_generator() -> None:
     """torch.manual_seed rules, and every step has a seed of its own."""
     ours = fused.DDPMScheduler(fused_noise=True)

@@ -17,7 +17,7 @@ Neither a step nor add_noise waits for the device or breaks a graph. A timestep 
 number, a CPU tensor, or an element of self.timesteps, of which the first step after set_timesteps makes a copy on the
 host. A DDPM step that can not tell whether t > 0 (another GPU tensor; under torch.compile any tensor) draws noise at
 t = 0 too and multiplies it by 0. DPMSolverMultistepScheduler counts its steps; where it has to look for the first one
-in a tensor that is not free to read it does as stock, unless set_begin_index was called, as pipelines do.
+in a tensor that is not free to read it does as stock, unless set_begin_index was called.
 
 Differences from stock, all of them defects there:
     - variance_type "fixed_large_log" gives what "fixed_large" gives; stock takes the root of a logarithm: NaN.
@@ -154,15 +154,20 @@ def _normal(like: Tensor, seed: int | None, index: Tensor) -> Tensor:
 
 
 def _index(timestep: Any, device: torch.device) -> Tensor:
-    """(1,) or (B,) int64 on the device, which a number gets to without a copy from the host."""
+    """(1,) or (B,) int64 on the device; one number of the host gets there as an argument of a kernel, not as a copy."""
     if isinstance(timestep, Tensor):
-        return timestep.to(device, torch.int64).reshape(-1)
+        compiling = torch.compiler.is_compiling()
+        if timestep.device == device or compiling or timestep.device.type != "cpu" or timestep.numel() != 1:
+            return timestep.to(device, torch.int64).reshape(-1)
+        timestep = timestep.reshape(()).tolist()
     return torch.full((1,), int(timestep), dtype=torch.int64, device=device)
 
 
-def _promoted(*tensors: Tensor) -> list[Tensor]:
+def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    if all(t.dtype == tensors[0].dtype for t in tensors):
+        return tensors
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
-    return [t.to(dtype) for t in tensors]
+    return tuple(t.to(dtype) for t in tensors)
 
 
 def _table_dtype(x: Tensor) -> torch.dtype:
@@ -202,38 +207,45 @@ class _Discrete(_Fused):
         dtype = _table_dtype(like)
         return self._cached(f"levels {sign}", build, (self.alphas_cumprod,), like.device, dtype)
 
-    def _solved(self, name: str, x: Tensor, y: Tensor, index: Tensor, terms: Callable[..., tuple[Any, ...]]) -> Tensor:
-        """(a x + b y) / e with (a, b, e) = terms(alpha, sigma) by timestep, e None for 1.
+    def _solved(
+        self,
+        name: str,
+        terms: Callable[[Tensor, Tensor], tuple[Tensor | float, Tensor, Tensor | float]],
+        x: Tensor,
+        y: Tensor,
+        index: Tensor,
+        clip: float | None = None,
+    ) -> Tensor:
+        """clip((a x + b y) / e) with (a, b, e) = terms(alpha, sigma) by timestep.
 
         On the CPU stock divides, and so does this, to the bit; on a GPU stock multiplies by the reciprocal.
         """
-        divides = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+        cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
         def build() -> tuple[Tensor, Tensor | None]:
             alpha_bar = self.alphas_cumprod
             a, b, e = terms(alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
-            if e is None or divides:
-                return _rows(alpha_bar, a=a, b=b, c=1.0).to(x.device), None if e is None else e.to(x.device)
-            return _rows(alpha_bar, a=a, b=b, c=1 / e).to(x.device), None
+            if cpu and isinstance(e, Tensor):
+                return _rows(alpha_bar, a=a, b=b, c=1.0).to(x.device), e.to(x.device)
+            return _rows(alpha_bar, a=a / e, b=b / e, c=1.0).to(x.device), None
 
-        rows, divisor = self._cached(name, build, (self.alphas_cumprod,), x.device, divides)
-        out = ops.update(x, y, rows, index, noisy=False)
-        return out if divisor is None else out.div_(divisor[index].reshape(-1, *[1] * (x.ndim - 1)))
+        rows, divisor = self._cached(name, build, (self.alphas_cumprod,), x.device, cpu)
+        if divisor is None:
+            return ops.update(x, y, rows, index, noisy=False, clip=clip)
+        out = ops.update(x, y, rows, index, noisy=False).div_(divisor[index].reshape(-1, *[1] * (x.ndim - 1)))
+        return out if clip is None else out.clamp_(-clip, clip)
 
     def _x0(self, model_output: Tensor, sample: Tensor, index: Tensor) -> Tensor:
         """The prediction of x_0, clipped or thresholded."""
         config = self.config
+        clip = config.clip_sample_range if config.clip_sample and not config.thresholding else None
         if config.prediction_type == "epsilon":
-            x0 = self._solved("x0 of eps", sample, model_output, index, lambda alpha, sigma: (1.0, -sigma, alpha))
+            x0 = self._solved("x0 of eps", lambda a, s: (1.0, -s, a), sample, model_output, index, clip)
         elif config.prediction_type == "v_prediction":
-            x0 = self._solved("x0 of v", sample, model_output, index, lambda alpha, sigma: (alpha, -sigma, None))
+            x0 = self._solved("x0 of v", lambda a, s: (a, -s, 1.0), sample, model_output, index, clip)
         else:
-            x0 = model_output
-        if config.thresholding:
-            return self._threshold_sample(x0)
-        if config.clip_sample:
-            return x0.clamp(-config.clip_sample_range, config.clip_sample_range)
-        return x0
+            x0 = model_output if clip is None else model_output.clamp(-clip, clip)
+        return self._threshold_sample(x0) if config.thresholding else x0
 
 
 class DDPMScheduler(_Discrete, diffusers.DDPMScheduler):
@@ -267,7 +279,7 @@ class DDPMScheduler(_Discrete, diffusers.DDPMScheduler):
                 f"got {model_output.shape[1]}"
             )
         sample, model_output = _promoted(sample, model_output)
-        index = _index(timestep if t is None else t, sample.device)
+        index = _index(timestep, sample.device)
         x0 = self._x0(model_output, sample, index)
         noise: dict[str, Any] = {"noisy": False}
         if noisy:
@@ -358,14 +370,13 @@ class DDIMScheduler(_Discrete, diffusers.DDIMScheduler):
                 model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
             )
         sample, model_output = _promoted(sample, model_output)
-        t = self._number(timestep)
-        index = _index(timestep if t is None else t, sample.device)
+        index = _index(timestep, sample.device)
         x0 = self._x0(model_output, sample, index)
         if use_clipped_model_output or prediction == "sample":
             clean = x0 if use_clipped_model_output else model_output
-            eps = self._solved("eps of x0", sample, clean, index, lambda alpha, sigma: (1.0, -alpha, sigma))
+            eps = self._solved("eps of x0", lambda a, s: (1.0, -a, s), sample, clean, index)
         elif prediction == "v_prediction":
-            eps = self._solved("eps of v", sample, model_output, index, lambda alpha, sigma: (sigma, alpha, None))
+            eps = self._solved("eps of v", lambda a, s: (s, a, 1.0), sample, model_output, index)
         else:
             eps = model_output
         noise: dict[str, Any] = {"noisy": False}
