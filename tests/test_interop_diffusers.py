@@ -277,6 +277,21 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
     assert (got - better).abs().max() <= (want - better).abs().max() + PARITY
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_mixed_dtypes(name: str) -> None:
+    """A model under autocast: noise, generator and the type of the result are stock's."""
+    x, output = draw(torch.Generator().manual_seed(0))
+    generators = [torch.Generator().manual_seed(2) for _ in range(2)]
+    results = []
+    for scheduler, generator in zip(both(name, 10), generators, strict=True):
+        step = scheduler.step_pred if name == "ScoreSdeVeScheduler" else scheduler.step
+        extra = {"eta": 1.0} if name == "DDIMScheduler" else {}
+        results.append(step(output.bfloat16(), scheduler.timesteps[5], x, generator=generator, **extra).prev_sample)
+    assert results[0].dtype == results[1].dtype == torch.float32
+    torch.testing.assert_close(results[1], results[0], rtol=2**-7, atol=2**-7)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
 # --- add_noise and get_velocity -----------------------------------------------------------------------------------
 
 

@@ -5,7 +5,9 @@
 A class here is the stock class of that name and overrides add_noise, get_velocity and step (step_pred) alone, so
 configurations, files, set_timesteps and signatures are the stock ones; what is saved loads in diffusers on a machine
 without fastdiff. For the same `generator` the stock noise is drawn in the stock order and the result is the stock one,
-to rounding: the coefficients are computed in float32 in the stock order of operations.
+to rounding: the coefficients are computed in float32 in the stock order of operations. On the CPU in plain PyTorch
+(fastdiff.backend("reference")) DDPM and DDIM give the stock bits, but for learned_range; the compiled kernels fuse
+multiplications with additions.
 
     fused_noise: a keyword of the constructor, from_config and from_pretrained, and an attribute; not saved. True draws
         the noise of step (step_pred) in the kernel: z(seed, sample, timestep), the same whatever the batch or device.
@@ -21,8 +23,8 @@ in a tensor that is not free to read it does as stock, unless set_begin_index wa
 
 Differences from stock, all of them defects there:
     - variance_type "fixed_large_log" gives what "fixed_large" gives; stock takes the root of a logarithm: NaN.
-    - bfloat16 and float16 samples are computed in float32 and rounded once. In stock's bfloat16 add_noise, alpha_bar
-      rounds to 1 for t = 0 to 9 of the default schedule: no noise is added at all.
+    - bfloat16 and float16 are computed in float32; x_0 and the result are rounded once. In stock's bfloat16 add_noise
+      alpha_bar rounds to 1 for t = 0 to 9 of the default schedule: no noise is added at all.
 
 DDIMPipeline converts what it is given to the stock DDIMScheduler: assign pipeline.scheduler afterwards.
 """
@@ -52,8 +54,6 @@ from ..steps import LOG_ZERO, A, B, C, D, E, F, H
 
 Generators = torch.Generator | list[torch.Generator] | None
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-
-
 COLUMNS = {"a": A, "b": B, "c": C, "d": D, "e": E, "f": F, "h": H}
 
 
@@ -278,18 +278,15 @@ class DDPMScheduler(_Discrete, diffusers.DDPMScheduler):
                 f"model_output: expected {2 * sample.shape[1]} channels for variance_type {kind!r}, "
                 f"got {model_output.shape[1]}"
             )
-        sample, model_output = _promoted(sample, model_output)
         index = _index(timestep, sample.device)
+        noise: dict[str, Any] = self._noise(model_output, generator, index) if noisy else {"noisy": False}
+        if noisy and kind == "learned_range":
+            noise["raw_variance"] = raw
+        elif noisy and kind == "learned":
+            z = noise["noise"] if "noise" in noise else _normal(model_output, noise["seed"], index)
+            noise = {"noise": raw**0.5 * z}  # type: ignore[operator]
+        sample, model_output = _promoted(sample, model_output)
         x0 = self._x0(model_output, sample, index)
-        noise: dict[str, Any] = {"noisy": False}
-        if noisy:
-            noise = self._noise(model_output, generator, index)
-            if kind == "learned_range":
-                noise["raw_variance"] = raw
-            elif kind == "learned":
-                z = noise.get("noise")
-                z = _normal(model_output, noise["seed"], index) if z is None else z
-                noise = {"noise": raw**0.5 * z}  # type: ignore[operator]
         prev_sample = ops.update(sample, x0, self._steps(sample.device), index, **noise)
         if not return_dict:
             return (prev_sample, x0)
@@ -369,8 +366,13 @@ class DDIMScheduler(_Discrete, diffusers.DDIMScheduler):
             return super().step(  # stock's error
                 model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
             )
-        sample, model_output = _promoted(sample, model_output)
         index = _index(timestep, sample.device)
+        noise: dict[str, Any] = {"noisy": False}
+        if eta > 0 and variance_noise is None:
+            noise = self._noise(model_output, generator, index)
+        elif eta > 0:
+            noise = {"noise": variance_noise.expand(sample.shape)}  # type: ignore[union-attr]
+        sample, model_output = _promoted(sample, model_output)
         x0 = self._x0(model_output, sample, index)
         if use_clipped_model_output or prediction == "sample":
             clean = x0 if use_clipped_model_output else model_output
@@ -379,13 +381,6 @@ class DDIMScheduler(_Discrete, diffusers.DDIMScheduler):
             eps = self._solved("eps of v", lambda a, s: (s, a, 1.0), sample, model_output, index)
         else:
             eps = model_output
-        noise: dict[str, Any] = {"noisy": False}
-        if eta > 0:
-            noise = (
-                self._noise(model_output, generator, index)
-                if variance_noise is None
-                else {"noise": variance_noise.expand(sample.shape)}
-            )
         prev_sample = ops.update(eps, x0, self._steps(sample.device, float(eta)), index, **noise)
         if not return_dict:
             return (prev_sample, x0)
