@@ -427,7 +427,8 @@ def test_timesteps_and_their_owners_may_be_changed() -> None:
 
 def test_tables_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    monkeypatch.setattr(fused, "_rows", lambda *args, _rows=fused._rows, **kw: built.append(1) or _rows(*args, **kw))
+    rows_of = fused.rows_of
+    monkeypatch.setattr(fused, "rows_of", lambda *args, **kw: built.append(1) or rows_of(*args, **kw))
     _, ours = both("DDPMScheduler", 10)
     x, output = draw(torch.Generator().manual_seed(0))
     for t in ours.timesteps:

@@ -21,6 +21,9 @@ host. A DDPM step that can not tell whether t > 0 (another GPU tensor; under tor
 t = 0 too and multiplies it by 0. DPMSolverMultistepScheduler counts its steps; where it has to look for the first one
 in a tensor that is not free to read it does as stock, unless set_begin_index was called.
 
+Tables are kept until what they are made of is replaced or changed in place; only changes in place of a GPU tensor that
+was made in inference mode, which leave no trace, are missed.
+
 Differences from stock, all of them defects there:
     - variance_type "fixed_large_log" gives what "fixed_large" gives; stock takes the root of a logarithm: NaN.
     - bfloat16 and float16 are computed in float32; x_0 and the result are rounded once. In stock's bfloat16 add_noise
@@ -30,8 +33,6 @@ DDIMPipeline converts what it is given to the stock DDIMScheduler: assign pipeli
 """
 
 import functools
-import inspect
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -44,146 +45,28 @@ try:
     from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
     from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
-    from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
     message = "fastdiff.interop.diffusers needs diffusers: pip install 'fastdiff[diffusers]'"
     raise ImportError(f"{message} ({error})") from error
 
 from .. import ops
-from ..steps import LOG_ZERO, A, B, C, D, E, F, H
+from ..steps import LOG_ZERO
+from ._scheduler import (
+    FusedScheduler,
+    Generators,
+    index_of,
+    noising,
+    normal,
+    promoted,
+    rows_of,
+    table_dtype,
+    with_fused_noise,
+)
 
-Generators = torch.Generator | list[torch.Generator] | None
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-COLUMNS = {"a": A, "b": B, "c": C, "d": D, "e": E, "f": F, "h": H}
 
 
-def _rows(like: Tensor, **columns: Tensor | float) -> Tensor:
-    """Rows (n, 9) of `ops.update`, float32, on the device of like (n,), from columns given by name."""
-    rows = torch.zeros(len(like), 9, dtype=torch.float32, device=like.device)
-    for name, value in columns.items():
-        rows[:, COLUMNS[name]] = value
-    return rows
-
-
-def _with_fused_noise(stock: type) -> Callable[..., None]:
-    """stock.__init__ with the keyword fused_noise, which stays out of the configuration."""
-
-    @functools.wraps(stock.__init__)  # type: ignore[misc]
-    def __init__(self: Any, *args: Any, fused_noise: bool = False, **kwargs: Any) -> None:
-        stock.__init__(self, *args, **kwargs)  # type: ignore[misc]
-        self.fused_noise = fused_noise
-
-    signature = inspect.signature(stock.__init__)  # type: ignore[misc]
-    keyword = inspect.Parameter("fused_noise", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
-    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), keyword])  # type: ignore[attr-defined]
-    return __init__
-
-
-class _Fused:
-    """What the schedulers share: cached tables, timesteps on the host, noise."""
-
-    config: Any
-    timesteps: Tensor
-    fused_noise: bool
-    _cache: dict[str, tuple[Any, ...]]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        scheduler = super().__new__(cls)
-        scheduler._cache = {}
-        if cls.__module__ == __name__:
-            # Pipelines write this into model_index.json as the library that the class comes from.
-            scheduler.__module__ = "diffusers"
-        return scheduler
-
-    def _cached(self, name: str, build: Callable[[], Any], sources: tuple[Tensor, ...], *key: Any) -> Any:
-        """build(), kept until a source is replaced or changed in place, or the key differs."""
-        if torch.compiler.is_compiling() or any(s.is_inference() for s in sources):  # these have no version
-            return build()
-        key = (*key, *(s._version for s in sources))
-        entry = self._cache.get(name)
-        if entry is None or entry[1] != key or any(a is not b for a, b in zip(entry[2], sources, strict=True)):
-            with torch.inference_mode(False), torch.no_grad():
-                entry = self._cache[name] = (build(), key, sources)
-        return entry[0]
-
-    def _host_timesteps(self) -> list[float]:
-        return self._cached("timesteps", self.timesteps.tolist, (self.timesteps,))
-
-    def _number(self, timestep: Any) -> Any:
-        """The timestep as a number, or None where finding out would wait for a device or break a graph."""
-        if not isinstance(timestep, Tensor):
-            return timestep if isinstance(timestep, float) else operator.index(timestep)
-        if torch.compiler.is_compiling() or timestep.numel() != 1:
-            return None
-        if timestep.device.type == "cpu":
-            return timestep.reshape(()).tolist()
-        steps = self.timesteps
-        if steps.device == timestep.device and _memory(steps) == _memory(timestep) and steps.dtype == timestep.dtype:
-            place, rest = divmod(int(timestep.storage_offset() - steps.storage_offset()), int(steps.stride(0)))
-            if rest == 0 and 0 <= place < len(steps):
-                return self._host_timesteps()[place]
-        return None
-
-    def _threshold_sample(self, sample: Tensor) -> Tensor:
-        """Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3); stock's breaks the graph."""
-        x0 = sample.flatten(1).to(_table_dtype(sample))
-        s = torch.quantile(x0.abs(), self.config.dynamic_thresholding_ratio, dim=1)
-        s = s.clamp(min=1, max=self.config.sample_max_value)[:, None]
-        return (x0.clamp(-s, s) / s).reshape(sample.shape).to(sample.dtype)
-
-    def _noise(self, like: Tensor, generator: Generators, index: Tensor) -> dict[str, Any]:
-        """The noise of a step as arguments of `ops.update`: the stock draw, or the seed of the kernel's."""
-        if not self.fused_noise:
-            return {"noise": randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)}
-        if not isinstance(generator, list):
-            return {"seed": None if generator is None else generator.initial_seed()}
-        if len(generator) == 1:
-            return {"seed": generator[0].initial_seed()}
-        if len(generator) != len(like):
-            raise ValueError(f"generator: expected a list of {len(like)}, one per sample, got {len(generator)}")
-        rows = zip(like.split(1), generator, index.expand(len(like)).split(1), strict=True)
-        return {"noise": torch.cat([_normal(one, g.initial_seed(), step) for one, g, step in rows])}
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _normal(like: Tensor, seed: int | None, index: Tensor) -> Tensor:
-    return ops.normal(like.shape, seed, step=index, stream=ops.REVERSE, dtype=like.dtype, device=like.device)
-
-
-def _index(timestep: Any, device: torch.device) -> Tensor:
-    """(1,) or (B,) int64 on the device; one number of the host gets there as an argument of a kernel, not as a copy."""
-    if isinstance(timestep, Tensor):
-        compiling = torch.compiler.is_compiling()
-        if timestep.device == device or compiling or timestep.device.type != "cpu" or timestep.numel() != 1:
-            return timestep.to(device, torch.int64).reshape(-1)
-        timestep = timestep.reshape(()).tolist()
-    return torch.full((1,), int(timestep), dtype=torch.int64, device=device)
-
-
-def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
-    if all(t.dtype == tensors[0].dtype for t in tensors):
-        return tensors
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
-    return tuple(t.to(dtype) for t in tensors)
-
-
-def _table_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _noising(x: Tensor, noise: Tensor, index: Tensor, table: Tensor) -> Tensor:
-    """alpha x + sigma noise with the promotion and broadcasting of stock."""
-    x, noise = _promoted(x, noise)
-    shape = torch.broadcast_shapes(x.shape, noise.shape, (len(index), *[1] * (x.ndim - 1)))
-    if not x.shape == noise.shape == shape:
-        x, noise = x.expand(shape), noise.expand(shape)
-    return ops.noising(x, index, table, noise=noise)
-
-
-class _Discrete(_Fused):
+class _Discrete(FusedScheduler):
     """DDPM and DDIM: levels by alphas_cumprod."""
 
     alphas_cumprod: Tensor
@@ -191,11 +74,11 @@ class _Discrete(_Fused):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise in one pass."""
         table = self._levels(original_samples, 1)
-        return _noising(original_samples, noise, _index(timesteps, original_samples.device), table)
+        return noising(original_samples, noise, index_of(timesteps, original_samples.device), table)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0 in one pass."""
-        return _noising(noise, sample, _index(timesteps, sample.device), self._levels(sample, -1))
+        return noising(noise, sample, index_of(timesteps, sample.device), self._levels(sample, -1))
 
     def _levels(self, like: Tensor, sign: int) -> Tensor:
         """(alpha_t, sign sigma_t) by timestep."""
@@ -204,7 +87,7 @@ class _Discrete(_Fused):
             alpha_bar = self.alphas_cumprod.to(dtype)
             return torch.stack((alpha_bar**0.5, sign * (1 - alpha_bar) ** 0.5), 1).to(like.device)
 
-        dtype = _table_dtype(like)
+        dtype = table_dtype(like)
         return self._cached(f"levels {sign}", build, (self.alphas_cumprod,), like.device, dtype)
 
     def _solved(
@@ -226,8 +109,8 @@ class _Discrete(_Fused):
             alpha_bar = self.alphas_cumprod
             a, b, e = terms(alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
             if cpu and isinstance(e, Tensor):
-                return _rows(alpha_bar, a=a, b=b, c=1.0).to(x.device), e.to(x.device)
-            return _rows(alpha_bar, a=a / e, b=b / e, c=1.0).to(x.device), None
+                return rows_of(alpha_bar, a=a, b=b, c=1.0).to(x.device), e.to(x.device)
+            return rows_of(alpha_bar, a=a / e, b=b / e, c=1.0).to(x.device), None
 
         rows, divisor = self._cached(name, build, (self.alphas_cumprod,), x.device, cpu)
         if divisor is None:
@@ -251,7 +134,7 @@ class _Discrete(_Fused):
 class DDPMScheduler(_Discrete, diffusers.DDPMScheduler):
     """diffusers.DDPMScheduler (Ho et al. 2020, arXiv:2006.11239) on the fused operations; see the module."""
 
-    __init__ = _with_fused_noise(diffusers.DDPMScheduler)
+    __init__ = with_fused_noise(diffusers.DDPMScheduler)
 
     def step(
         self,
@@ -278,14 +161,14 @@ class DDPMScheduler(_Discrete, diffusers.DDPMScheduler):
                 f"model_output: expected {2 * sample.shape[1]} channels for variance_type {kind!r}, "
                 f"got {model_output.shape[1]}"
             )
-        index = _index(timestep, sample.device)
+        index = index_of(timestep, sample.device)
         noise: dict[str, Any] = self._noise(model_output, generator, index) if noisy else {"noisy": False}
         if noisy and kind == "learned_range":
             noise["raw_variance"] = raw
         elif noisy and kind == "learned":
-            z = noise["noise"] if "noise" in noise else _normal(model_output, noise["seed"], index)
+            z = noise["noise"] if "noise" in noise else normal(model_output, noise["seed"], index)
             noise = {"noise": raw**0.5 * z}  # type: ignore[operator]
-        sample, model_output = _promoted(sample, model_output)
+        sample, model_output = promoted(sample, model_output)
         x0 = self._x0(model_output, sample, index)
         prev_sample = ops.update(sample, x0, self._steps(sample.device), index, **noise)
         if not return_dict:
@@ -332,7 +215,7 @@ class DDPMScheduler(_Discrete, diffusers.DDPMScheduler):
                 if form != "fixed_small_log" and kind != "learned":
                     f = f**0.5
                 f = torch.where(last, 0.0, f)
-            rows = _rows(t, b=1.0, c=c, d=d, f=f, h=h)
+            rows = rows_of(t, b=1.0, c=c, d=d, f=f, h=h)
             if respaced:
                 # Where a timestep occurs twice, stock goes by the first.
                 table = rows.new_full((len(alpha_bars), 9), torch.nan)
@@ -346,7 +229,7 @@ class DDPMScheduler(_Discrete, diffusers.DDPMScheduler):
 class DDIMScheduler(_Discrete, diffusers.DDIMScheduler):
     """diffusers.DDIMScheduler (Song et al. 2021, arXiv:2010.02502) on the fused operations; see the module."""
 
-    __init__ = _with_fused_noise(diffusers.DDIMScheduler)
+    __init__ = with_fused_noise(diffusers.DDIMScheduler)
 
     def step(
         self,
@@ -366,13 +249,13 @@ class DDIMScheduler(_Discrete, diffusers.DDIMScheduler):
             return super().step(  # stock's error
                 model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
             )
-        index = _index(timestep, sample.device)
+        index = index_of(timestep, sample.device)
         noise: dict[str, Any] = {"noisy": False}
         if eta > 0 and variance_noise is None:
             noise = self._noise(model_output, generator, index)
         elif eta > 0:
             noise = {"noise": variance_noise.expand(sample.shape)}  # type: ignore[union-attr]
-        sample, model_output = _promoted(sample, model_output)
+        sample, model_output = promoted(sample, model_output)
         x0 = self._x0(model_output, sample, index)
         if use_clipped_model_output or prediction == "sample":
             clean = x0 if use_clipped_model_output else model_output
@@ -398,13 +281,13 @@ class DDIMScheduler(_Discrete, diffusers.DDIMScheduler):
             beta_bar, beta_bar_prev = 1 - alpha_bar, 1 - alpha_bar_prev
             variance = (beta_bar_prev / beta_bar) * (1 - alpha_bar / alpha_bar_prev)
             std = eta * variance**0.5
-            rows = _rows(alpha_bar, b=1.0, c=alpha_bar_prev**0.5, d=(1 - alpha_bar_prev - std**2) ** 0.5, f=std)
+            rows = rows_of(alpha_bar, b=1.0, c=alpha_bar_prev**0.5, d=(1 - alpha_bar_prev - std**2) ** 0.5, f=std)
             return rows.to(device)
 
         return self._cached("steps", build, (self.alphas_cumprod, self.final_alpha_cumprod), device, stride, eta)
 
 
-class DPMSolverMultistepScheduler(_Fused, diffusers.DPMSolverMultistepScheduler):
+class DPMSolverMultistepScheduler(FusedScheduler, diffusers.DPMSolverMultistepScheduler):
     """diffusers.DPMSolverMultistepScheduler on the fused operations; see the module.
 
     Fused is DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): algorithm_type "dpmsolver++",
@@ -412,7 +295,7 @@ class DPMSolverMultistepScheduler(_Fused, diffusers.DPMSolverMultistepScheduler)
     """
 
     lower_order_nums: int
-    __init__ = _with_fused_noise(diffusers.DPMSolverMultistepScheduler)
+    __init__ = with_fused_noise(diffusers.DPMSolverMultistepScheduler)
 
     def step(
         self,
@@ -440,7 +323,7 @@ class DPMSolverMultistepScheduler(_Fused, diffusers.DPMSolverMultistepScheduler)
         second = self.lower_order_nums > 0 and not last
         if config.prediction_type == "epsilon" and config.variance_type in ("learned", "learned_range"):
             model_output = model_output[:, :3]
-        sample, model_output = _promoted(sample, model_output)
+        sample, model_output = promoted(sample, model_output)
         x0_rows, rows = self._cached(
             "steps", functools.partial(self._steps, sample.device), (self.sigmas,),
             sample.device, config.prediction_type, config.use_flow_sigmas,
@@ -464,18 +347,18 @@ class DPMSolverMultistepScheduler(_Fused, diffusers.DPMSolverMultistepScheduler)
         """Rows (n, 9) of x_0 and (2 n, 9) of the steps, of first and second order in turn."""
         alphas, sigmas = self._sigma_to_alpha_sigma_t(self.sigmas)
         if self.config.prediction_type == "flow_prediction":
-            x0 = _rows(alphas, a=1.0, b=-self.sigmas, c=1.0)
+            x0 = rows_of(alphas, a=1.0, b=-self.sigmas, c=1.0)
         elif self.config.prediction_type == "v_prediction":
-            x0 = _rows(alphas, a=alphas, b=-sigmas, c=1.0)
+            x0 = rows_of(alphas, a=alphas, b=-sigmas, c=1.0)
         else:
-            x0 = _rows(alphas, a=1.0, b=-sigmas, c=1 / alphas)
+            x0 = rows_of(alphas, a=1.0, b=-sigmas, c=1 / alphas)
         lambdas = torch.log(alphas) - torch.log(sigmas)
         h = lambdas[1:] - lambdas[:-1]
         h_last = h.roll(1)  # of row 0, which is never of second order, anything
         d = sigmas[1:] / sigmas[:-1]
         c = -(alphas[1:] * (torch.exp(-h) - 1.0))
         w = 0.5 * c * (1.0 / (h_last / h))
-        first, second = _rows(h, b=1.0, c=c, d=d), _rows(h, b=1.0, c=c + w, d=d, f=-w)
+        first, second = rows_of(h, b=1.0, c=c, d=d), rows_of(h, b=1.0, c=c + w, d=d, f=-w)
         return x0.to(device), torch.stack((first, second), 1).flatten(0, 1).to(device)
 
     def _init_step_index(self, timestep: int | Tensor) -> None:
@@ -494,7 +377,7 @@ class DPMSolverMultistepScheduler(_Fused, diffusers.DPMSolverMultistepScheduler)
             levels = self._sigma_to_alpha_sigma_t(self.sigmas.to(dtype))
             return torch.stack(levels, 1).to(device)
 
-        device, dtype = original_samples.device, _table_dtype(original_samples)
+        device, dtype = original_samples.device, table_dtype(original_samples)
         table = self._cached("levels", build, (self.sigmas,), device, dtype, self.config.use_flow_sigmas)
         if self.begin_index is None:
             # As index_for_timestep: the second of several, and the last step if there is none.
@@ -503,17 +386,17 @@ class DPMSolverMultistepScheduler(_Fused, diffusers.DPMSolverMultistepScheduler)
             place = (hits & (hits.cumsum(1) == count.clamp(max=2))).int().argmax(1)
             index = torch.where(count[:, 0] > 0, place, len(self.timesteps) - 1)
         else:
-            index = _index(self.begin_index if self.step_index is None else self.step_index, device)
-        return _noising(original_samples, noise, index, table)
+            index = index_of(self.begin_index if self.step_index is None else self.step_index, device)
+        return noising(original_samples, noise, index, table)
 
 
-class ScoreSdeVeScheduler(_Fused, diffusers.ScoreSdeVeScheduler):
+class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler):
     """diffusers.ScoreSdeVeScheduler (Song et al. 2021, arXiv:2011.13456) on the fused operations; see the module.
 
     step_correct is the stock one: its step size is found on the device already.
     """
 
-    __init__ = _with_fused_noise(diffusers.ScoreSdeVeScheduler)
+    __init__ = with_fused_noise(diffusers.ScoreSdeVeScheduler)
 
     def step_pred(
         self,
@@ -531,12 +414,12 @@ class ScoreSdeVeScheduler(_Fused, diffusers.ScoreSdeVeScheduler):
             sigma = self.discrete_sigmas
             before = torch.cat((torch.zeros_like(sigma[:1]), sigma[:-1]))
             g = (sigma**2 - before**2) ** 0.5
-            return _rows(sigma, d=1.0, e=g**2, f=g).to(sample.device)
+            return rows_of(sigma, d=1.0, e=g**2, f=g).to(sample.device)
 
         rows = self._cached("steps", build, (self.discrete_sigmas,), sample.device)
         index = (timestep * torch.ones(len(sample), device=sample.device) * (len(self.timesteps) - 1)).long()
         noise = self._noise(sample, generator, index)
-        sample, model_output, _ = _promoted(sample, model_output, self.discrete_sigmas)
+        sample, model_output, _ = promoted(sample, model_output, self.discrete_sigmas)
         prev_sample_mean = ops.update(sample, model_output, rows, index, noisy=False)
         prev_sample = ops.update(sample, model_output, rows, index, **noise)
         if not return_dict:
@@ -547,11 +430,11 @@ class ScoreSdeVeScheduler(_Fused, diffusers.ScoreSdeVeScheduler):
         """x_0 + sigma_t noise; noise None draws it."""
 
         def build() -> Tensor:
-            sigma = self.discrete_sigmas.to(_table_dtype(original_samples))
+            sigma = self.discrete_sigmas.to(table_dtype(original_samples))
             return torch.stack((torch.ones_like(sigma), sigma), 1).to(device)
 
         device = original_samples.device
         noise = torch.randn_like(original_samples) if noise is None else noise
-        original_samples, _ = _promoted(original_samples, self.discrete_sigmas)
-        table = self._cached("levels", build, (self.discrete_sigmas,), device, _table_dtype(original_samples))
-        return _noising(original_samples, noise, _index(timesteps, device), table)
+        original_samples, _ = promoted(original_samples, self.discrete_sigmas)
+        table = self._cached("levels", build, (self.discrete_sigmas,), device, table_dtype(original_samples))
+        return noising(original_samples, noise, index_of(timesteps, device), table)

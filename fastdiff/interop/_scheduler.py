@@ -1,0 +1,150 @@
+"""What the schedulers of fastdiff.interop.diffusers share: cached tables, timesteps on the host, noise."""
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .. import ops
+from ..steps import A, B, C, D, E, F, H
+
+Generators = torch.Generator | list[torch.Generator] | None
+COLUMNS = {"a": A, "b": B, "c": C, "d": D, "e": E, "f": F, "h": H}
+
+
+def rows_of(like: Tensor, **columns: Tensor | float) -> Tensor:
+    """Rows (n, 9) of `ops.update`, float32, on the device of like (n,), from columns given by name."""
+    rows = torch.zeros(len(like), 9, dtype=torch.float32, device=like.device)
+    for name, value in columns.items():
+        rows[:, COLUMNS[name]] = value
+    return rows
+
+
+def with_fused_noise(stock: type) -> Callable[..., None]:
+    """stock.__init__ with the keyword fused_noise, which stays out of the configuration."""
+
+    @functools.wraps(stock.__init__)  # type: ignore[misc]
+    def __init__(self: Any, *args: Any, fused_noise: bool = False, **kwargs: Any) -> None:
+        stock.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        self.fused_noise = fused_noise
+
+    signature = inspect.signature(stock.__init__)  # type: ignore[misc]
+    keyword = inspect.Parameter("fused_noise", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), keyword])  # type: ignore[attr-defined]
+    return __init__
+
+
+class FusedScheduler:
+    """What the schedulers share: cached tables, timesteps on the host, noise."""
+
+    config: Any
+    timesteps: Tensor
+    fused_noise: bool
+    _cache: dict[str, tuple[Any, ...]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().__new__(cls)
+        scheduler._cache = {}
+        if cls.__module__ == "fastdiff.interop.diffusers":
+            # Pipelines write this into model_index.json as the library that the class comes from.
+            scheduler.__module__ = "diffusers"
+        return scheduler
+
+    def _cached(self, name: str, build: Callable[[], Any], sources: tuple[Tensor, ...], *key: Any) -> Any:
+        """build(), kept until a source is replaced or changed in place, or the key differs."""
+        if torch.compiler.is_compiling():
+            return build()
+        key = (*key, *(_stamp(s) for s in sources))
+        entry = self._cache.get(name)
+        if entry is None or entry[1] != key or any(a is not b for a, b in zip(entry[2], sources, strict=True)):
+            with torch.inference_mode(False), torch.no_grad():
+                entry = self._cache[name] = (build(), key, sources)
+        return entry[0]
+
+    def _host_timesteps(self) -> list[float]:
+        return self._cached("timesteps", self.timesteps.tolist, (self.timesteps,))
+
+    def _number(self, timestep: Any) -> Any:
+        """The timestep as a number, or None where finding out would wait for a device or break a graph."""
+        if not isinstance(timestep, Tensor):
+            return timestep if isinstance(timestep, float) else operator.index(timestep)
+        if torch.compiler.is_compiling() or timestep.numel() != 1:
+            return None
+        if timestep.device.type == "cpu":
+            return timestep.reshape(()).tolist()
+        steps = self.timesteps
+        if steps.device == timestep.device and _memory(steps) == _memory(timestep) and steps.dtype == timestep.dtype:
+            place, rest = divmod(int(timestep.storage_offset() - steps.storage_offset()), int(steps.stride(0)))
+            if rest == 0 and 0 <= place < len(steps):
+                return self._host_timesteps()[place]
+        return None
+
+    def _threshold_sample(self, sample: Tensor) -> Tensor:
+        """Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3); stock's breaks the graph."""
+        x0 = sample.flatten(1).to(table_dtype(sample))
+        s = torch.quantile(x0.abs(), self.config.dynamic_thresholding_ratio, dim=1)
+        s = s.clamp(min=1, max=self.config.sample_max_value)[:, None]
+        return (x0.clamp(-s, s) / s).reshape(sample.shape).to(sample.dtype)
+
+    def _noise(self, like: Tensor, generator: Generators, index: Tensor) -> dict[str, Any]:
+        """The noise of a step as arguments of `ops.update`: the stock draw, or the seed of the kernel's."""
+        if not self.fused_noise:
+            return {"noise": randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)}
+        if not isinstance(generator, list):
+            return {"seed": None if generator is None else generator.initial_seed()}
+        if len(generator) == 1:
+            return {"seed": generator[0].initial_seed()}
+        if len(generator) != len(like):
+            raise ValueError(f"generator: expected a list of {len(like)}, one per sample, got {len(generator)}")
+        rows = zip(like.split(1), generator, index.expand(len(like)).split(1), strict=True)
+        return {"noise": torch.cat([normal(one, g.initial_seed(), step) for one, g, step in rows])}
+
+
+def _stamp(tensor: Tensor) -> Any:
+    """What differs after a change in place: the version, or on the CPU the values of a tensor of inference mode."""
+    if not tensor.is_inference():
+        return tensor._version
+    return tensor.tolist() if tensor.device.type == "cpu" else None
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def normal(like: Tensor, seed: int | None, index: Tensor) -> Tensor:
+    return ops.normal(like.shape, seed, step=index, stream=ops.REVERSE, dtype=like.dtype, device=like.device)
+
+
+def index_of(timestep: Any, device: torch.device) -> Tensor:
+    """(1,) or (B,) int64 on the device; one number of the host gets there as an argument of a kernel, not as a copy."""
+    if isinstance(timestep, Tensor):
+        compiling = torch.compiler.is_compiling()
+        if timestep.device == device or compiling or timestep.device.type != "cpu" or timestep.numel() != 1:
+            return timestep.to(device, torch.int64).reshape(-1)
+        timestep = timestep.reshape(()).tolist()
+    return torch.full((1,), int(timestep), dtype=torch.int64, device=device)
+
+
+def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    if all(t.dtype == tensors[0].dtype for t in tensors):
+        return tensors
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def table_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def noising(x: Tensor, noise: Tensor, index: Tensor, table: Tensor) -> Tensor:
+    """alpha x + sigma noise with the promotion and broadcasting of stock."""
+    x, noise = promoted(x, noise)
+    shape = torch.broadcast_shapes(x.shape, noise.shape, (len(index), *[1] * (x.ndim - 1)))
+    if not x.shape == noise.shape == shape:
+        x, noise = x.expand(shape), noise.expand(shape)
+    return ops.noising(x, index, table, noise=noise)
