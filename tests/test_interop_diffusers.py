@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import sys
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -26,6 +27,7 @@ from fastdiff.interop import diffusers as fused
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers with NumPy 2
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "ScoreSdeVeScheduler")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -802,3 +804,24 @@ def test_training_recipe(prediction: str, tmp_path: Any) -> None:
         images.append(pipeline(batch_size=1, generator=seeded(0), num_inference_steps=20, output_type="np").images)
     assert losses[0] == losses[1] and all(math.isfinite(v) for v in losses[0])
     assert (images[0] == images[1]).all()
+
+
+def test_examples(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples, and the scripts that a diffusers user had before: one import apart, the same losses and images."""
+    losses, images = [], []
+    for library in ("diffusers", "fastdiff.interop.diffusers"):
+        out = tmp_path / library
+        for name, argv in (
+            ("training", ["--out", str(out), "--steps", "3", "--batch", "8"]),
+            ("sampling", [str(out), "--out", str(out / "images"), "--images", "2"]),
+        ):
+            path = EXAMPLES / f"diffusers_{name}.py"
+            source = path.read_text()
+            assert source.count("fastdiff.interop") == 1
+            monkeypatch.setattr(sys, "argv", [path.name, *argv])
+            scope: dict[str, Any] = {"__name__": "__main__"}
+            exec(compile(source.replace("fastdiff.interop.diffusers", library), path, "exec"), scope)
+            losses += [scope["losses"]] if name == "training" else []
+        images.append({p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*.png"))})
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    assert images[0] == images[1] and len(images[0]) == 6
