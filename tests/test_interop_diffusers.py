@@ -342,6 +342,7 @@ def test_dpm_solver_add_noise_finds_its_place() -> None:
     stock, ours = both("DPMSolverMultistepScheduler")
     for s in (stock, ours):
         s.set_timesteps(timesteps=[900, 900, 500, 100])
+        s.sigmas[0] += 1  # which the second 900 does not have
     x, noise = draw(torch.Generator().manual_seed(0), (4, 3, 4, 4))
     t = torch.tensor([900, 500, 100, 123])
     torch.testing.assert_close(ours.add_noise(x, noise, t), stock.add_noise(x, noise, t))
@@ -402,6 +403,7 @@ def test_timesteps_and_their_owners_may_be_changed() -> None:
         lambda s: setattr(s, "timesteps", s.timesteps[3:]),
         lambda s: setattr(s, "timesteps", s.timesteps[::2]),
         lambda s: s.timesteps.add_(1),
+        lambda s: setattr(s, "timesteps", torch.tensor([900, 600, 900, 300])),
         lambda s: setattr(s, "one", torch.tensor(0.9999)),
         lambda s: setattr(s, "num_inference_steps", None),
     ):
@@ -425,6 +427,21 @@ def test_timesteps_and_their_owners_may_be_changed() -> None:
     for s in (stock, ours):
         s.discrete_sigmas = s.discrete_sigmas * 0.5
     same_steps(stock, ours, stock.timesteps)
+
+
+def test_variance_and_eta_may_change() -> None:
+    stock, ours = both("DDPMScheduler", 10)
+    for change in (
+        lambda s: setattr(s.config, "variance_type", "fixed_large"),
+        lambda s: setattr(s.config, "variance_type", "fixed_small_log"),
+        lambda s: setattr(s, "variance_type", "fixed_small_log"),
+    ):
+        for s in (stock, ours):
+            change(s)
+        same_steps(stock, ours, stock.timesteps[:2], exact=True)
+    stock, ours = both("DDIMScheduler", 10)
+    for eta in (0.0, 0.5, 1.0):
+        same_steps(stock, ours, stock.timesteps[:2], exact=True, eta=eta)
 
 
 def test_tables_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,19 +546,28 @@ def test_no_graph_break(name: str, config: dict[str, Any], fused_noise: bool) ->
     assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
 
 
-def test_compiled_step() -> None:
+@pytest.mark.parametrize("variance", ["fixed_large", "learned", "learned_range"])
+def test_compiled_step(variance: str) -> None:
     """A compiled loop with its timesteps in tensors gives the results of the eager one, no noise at t = 0 included."""
-    _, ours = both("DDPMScheduler", 4)
-    x, output = draw(torch.Generator().manual_seed(0))
+    _, ours = both("DDPMScheduler", 3, variance_type=variance)
+    x, output = draw(torch.Generator().manual_seed(0), learned=variance != "fixed_large")
     torch._dynamo.reset()
     step = torch.compile(ours.step, backend="aot_eager", fullgraph=True)
+    assert ours.timesteps[-1] == 0
     for t in ours.timesteps:
         torch.manual_seed(5)
         got = step(output, t, x).prev_sample
         torch.manual_seed(5)
         torch.testing.assert_close(got, ours.step(output, t, x).prev_sample, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_add_noise(name: str) -> None:
+    _, ours = both(name, 10)
+    x, noise = draw(torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
     add = torch.compile(ours.add_noise, backend="aot_eager", fullgraph=True)
-    assert_same_bits(add(x, output, torch.tensor([3, 4])), ours.add_noise(x, output, torch.tensor([3, 4])))
+    assert_same_bits(add(x, noise, torch.tensor([3, 4])), ours.add_noise(x, noise, torch.tensor([3, 4])))
 
 
 class Elsewhere(torch.Tensor):
