@@ -197,6 +197,36 @@ def test_schedules(name: str, config: dict[str, Any]) -> None:
     same_steps(stock, ours, stock.timesteps, exact=True, **({"eta": 0.5} if name == "DDIMScheduler" else {}))
 
 
+# Sums and means of absolute values that diffusers' own tests expect of these loops.
+LOOPS = [
+    ("DDPMScheduler", None, {"variance_type": "fixed_small"}, 258.9606, 0.3372),
+    ("DDPMScheduler", None, {"variance_type": "fixed_small", "prediction_type": "v_prediction"}, 202.0296, 0.2631),
+    ("DDIMScheduler", 10, {}, 172.0067, 0.223967),
+    ("DDIMScheduler", 10, {"prediction_type": "v_prediction"}, 52.5302, 0.0684),
+    ("DDIMScheduler", 10, {"set_alpha_to_one": True, "beta_start": 0.01}, 149.8295, 0.1951),
+    ("DPMSolverMultistepScheduler", 10, {}, None, 0.3301),
+    ("DPMSolverMultistepScheduler", 10, {"prediction_type": "v_prediction"}, None, 0.2251),
+]
+
+
+@pytest.mark.parametrize(("name", "steps", "config", "total", "mean"), LOOPS)
+def test_full_loops(name: str, steps: int | None, config: dict[str, Any], total: float | None, mean: float) -> None:
+    config = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", **config}
+    if name == "DPMSolverMultistepScheduler":
+        config |= {"final_sigmas_type": "sigma_min", "lower_order_final": False}
+    ends = []
+    for scheduler in both(name, steps, **config):
+        x = torch.arange(4 * 3 * 8 * 8).reshape(3, 8, 8, 4) / (4 * 3 * 8 * 8)
+        x, generator = x.permute(3, 0, 1, 2), torch.Generator().manual_seed(0)
+        for t in reversed(range(1000)) if steps is None else scheduler.timesteps:
+            extra = {"eta": 0.0} if name == "DDIMScheduler" else {}
+            x = scheduler.step(x * t / (t + 1), t, x, generator=generator, **extra).prev_sample
+        ends.append(x)
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-5)
+    assert total is None or abs(float(ends[1].abs().sum()) - total) < 1e-2
+    assert abs(float(ends[1].abs().mean()) - mean) < 1e-3
+
+
 def test_ddpm_without_and_with_custom_timesteps() -> None:
     stock, ours = both("DDPMScheduler")
     same_steps(stock, ours, torch.tensor([999, 500, 1, 0]))
@@ -646,6 +676,20 @@ def test_fused_noise_without_a_generator() -> None:
     torch.manual_seed(3)
     assert torch.equal(ours.step(output, 500, x).prev_sample, first)
     assert not torch.equal(first, second)
+
+
+def test_fused_noise_warns_of_the_same_noise(recwarn: pytest.WarningsRecorder) -> None:
+    """A generator that goes on to a second run; not one that is seeded for it, and not within a run."""
+    pipeline = diffusers.DDPMPipeline(small_unet(), fused.DDPMScheduler(fused_noise=True))
+    pipeline.set_progress_bar_config(disable=True)
+    generator = seeded(4)
+    pipeline(generator=generator, num_inference_steps=3)
+    pipeline(generator=generator.manual_seed(4), num_inference_steps=3)
+    pipeline(generator=seeded(5), num_inference_steps=3)
+    pipeline(generator=generator.manual_seed(6), num_inference_steps=3)
+    assert not [w for w in recwarn if "fused_noise" in str(w.message)]
+    with pytest.warns(UserWarning, match="fused_noise: the noise of seed 6 again"):
+        pipeline(generator=generator, num_inference_steps=3)
 
 
 @pytest.mark.interpret

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,10 +47,11 @@ class FusedScheduler:
     timesteps: Tensor
     fused_noise: bool
     _cache: dict[str, tuple[Any, ...]]
+    _run: tuple[Tensor, list[tuple[int, int]], list[bytes]] | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().__new__(cls)
-        scheduler._cache = {}
+        scheduler._cache, scheduler._run = {}, None
         if cls.__module__ == "fastdiff.interop.diffusers":
             # Pipelines write this into model_index.json as the library that the class comes from.
             scheduler.__module__ = "diffusers"
@@ -95,14 +97,29 @@ class FusedScheduler:
         """The noise of a step as arguments of `ops.update`: the stock draw, or the seed of the kernel's."""
         if not self.fused_noise:
             return {"noise": randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)}
-        if not isinstance(generator, list):
-            return {"seed": None if generator is None else generator.initial_seed()}
-        if len(generator) == 1:
-            return {"seed": generator[0].initial_seed()}
-        if len(generator) != len(like):
-            raise ValueError(f"generator: expected a list of {len(like)}, one per sample, got {len(generator)}")
-        rows = zip(like.split(1), generator, index.expand(len(like)).split(1), strict=True)
+        if generator is None:
+            return {"seed": None}
+        generators = generator if isinstance(generator, list) else [generator]
+        if len(generators) not in (1, len(like)):
+            raise ValueError(f"generator: expected a list of {len(like)}, one per sample, got {len(generators)}")
+        self._warn_of_used(generators)
+        if len(generators) == 1:
+            return {"seed": generators[0].initial_seed()}
+        rows = zip(like.split(1), generators, index.expand(len(like)).split(1), strict=True)
         return {"noise": torch.cat([normal(one, g.initial_seed(), step) for one, g, step in rows])}
+
+    def _warn_of_used(self, generators: list[torch.Generator]) -> None:
+        """Loops over pipelines go on with one generator, for new images; its seed has the noise of one run only."""
+        if self._run is not None and self._run[0] is self.timesteps:  # set_timesteps starts a run
+            return
+        names = [(id(g), g.initial_seed()) for g in generators]
+        states = [g.get_state().numpy().tobytes() for g in generators]
+        if self._run is not None and self._run[1] == names and self._run[2] != states:
+            seeds = ", ".join(str(seed) for _, seed in names)
+            warnings.warn(
+                f"fused_noise: the noise of seed {seeds} again; seed the generator for each run", stacklevel=4
+            )
+        self._run = self.timesteps, names, states
 
 
 def _stamp(tensor: Tensor) -> Any:

@@ -13,7 +13,7 @@ multiplications with additions.
         the noise of step (step_pred) in the kernel: z(seed, sample, timestep), the same whatever the batch or device.
         The seed is generator.initial_seed(), of one generator for the batch or of a list of one per sample, which is
         then sample 0 of its seed; without a generator every step draws a seed. The generator does not advance: a seed
-        stands for one run, and a second run with it draws the same noise again.
+        stands for one run, and a second run that goes on with the generator has the same noise and warns.
 
 Neither a step nor add_noise waits for the device or breaks a graph. A timestep is read only where that is free: a
 number, a CPU tensor, or an element of self.timesteps, of which the first step after set_timesteps makes a copy on the
