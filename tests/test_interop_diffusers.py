@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils.import_utils import DummyObject
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import BACKENDS, DEVICE
 from tolerance import assert_same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -538,17 +539,19 @@ CASES = [
 ]
 
 
-def prepared(name: str, config: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, tuple[Tensor, Tensor, Tensor]]:
+def prepared(
+    name: str, config: dict[str, Any], device: torch.device | str = "cpu", **kwargs: Any
+) -> tuple[Any, Any, tuple[Tensor, Tensor, Tensor]]:
     """(scheduler, its step, arguments), after set_begin_index as in a pipeline."""
     scheduler = getattr(fused, name)(**config, **kwargs)
-    scheduler.set_timesteps(10)
+    scheduler.set_timesteps(10, device=device)
     if name == "ScoreSdeVeScheduler":
         scheduler.set_sigmas(10)
     if name == "DPMSolverMultistepScheduler":
         scheduler.set_begin_index(5)
     x, output = draw(torch.Generator().manual_seed(0), learned="variance_type" in config)
     step = scheduler.step_pred if name == "ScoreSdeVeScheduler" else scheduler.step
-    return scheduler, step, (output, scheduler.timesteps[5], x)
+    return scheduler, step, (output.to(device), scheduler.timesteps[5], x.to(device))
 
 
 @pytest.mark.parametrize("fused_noise", [False, True])
@@ -692,15 +695,35 @@ def test_fused_noise_warns_of_the_same_noise(recwarn: pytest.WarningsRecorder) -
         pipeline(generator=generator, num_inference_steps=3)
 
 
-@pytest.mark.interpret
-def test_fused_noise_of_the_kernel() -> None:
-    """The Triton kernel gives what the reference gives."""
-    ours = fused.DDPMScheduler(fused_noise=True)
-    x, output = draw(seeded(0))
-    want = ours.step(output, 500, x, generator=seeded(7)).prev_sample
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+@pytest.mark.parametrize("fused_noise", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels(name: str, fused_noise: bool, backend: str) -> None:
+    """A step and the noising by the kernels, on a GPU where there is one, against plain PyTorch on the CPU."""
+    results = []
+    for kind, device in (("reference", torch.device("cpu")), (backend, DEVICE)):
+        scheduler, step, args = prepared(name, {}, device, fused_noise=fused_noise)
+        extra = {"eta": 1.0} if name == "DDIMScheduler" else {}
+        t = torch.tensor([3, 4], device=device)
+        with fastdiff.backend(kind):
+            out = step(*args, generator=seeded(7), return_dict=False, **extra)
+            results.append([o.cpu() for o in (*out, scheduler.add_noise(args[2], args[2].flip(0), t))])
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused_noise", [False, True])
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_no_wait_for_a_gpu(name: str, config: dict[str, Any], fused_noise: bool) -> None:
+    _, step, args = prepared(name, config, DEVICE, fused_noise=fused_noise)
     with fastdiff.backend("triton"):
-        got = ours.step(output, 500, x, generator=seeded(7)).prev_sample
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        step(*args)  # builds its tables
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_fused_noise_errors() -> None:
