@@ -47,6 +47,8 @@ W0, W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 # Multiply-adds may be fused, as on a GPU. Nothing that could change NaN or infinity is relaxed.
 ENTRY: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract"}, "no_cfunc_wrapper": True}
 STAGE = ENTRY | {"no_cpython_wrapper": True}
+# The arithmetic of noising and update rounds where plain PyTorch does, and gives its bits.
+EXACT = STAGE | {"fastmath": False}
 SUM = STAGE | {"fastmath": {"contract", "reassoc", "nsz"}}
 
 
@@ -318,7 +320,7 @@ def normal_chunks(lo, hi, chunks, n, channels, seed, ids, step, step_stride, str
         store(z[:m], out, out_code, sample * n, first, channels, n // channels, raw, moved)
 
 
-@njit(**STAGE)
+@njit(**EXACT)
 def mix(alpha, x, sigma, z, out):
     for i in range(len(out)):
         out[i] = alpha * x[i] + sigma * z[i]
@@ -441,7 +443,7 @@ def guide(pred, uncond, w, out):
         out[i] = uncond[i] + w * (pred[i] - uncond[i])
 
 
-@njit(**STAGE)
+@njit(**EXACT)
 def estimate(a, x, b, pred, clip, x0):
     """x0 = clip(a x + b pred); NaN stays NaN, and clip = inf leaves the rest."""
     for i in range(len(x0)):
@@ -450,13 +452,13 @@ def estimate(a, x, b, pred, clip, x0):
         x0[i] = -clip if v < -clip else v
 
 
-@njit(**STAGE)
+@njit(**EXACT)
 def combine(c, x0, d, x, e, pred, out):
     for i in range(len(out)):
         out[i] = c * x0[i] + d * x[i] + e * pred[i]
 
 
-@njit(**STAGE)
+@njit(**EXACT)
 def add(by, x, out):
     for i in range(len(out)):
         out[i] += by * x[i]
