@@ -5,9 +5,8 @@
 A class here is the stock class of that name and overrides add_noise, get_velocity and step (step_pred) alone, so
 configurations, files, set_timesteps and signatures are the stock ones; what is saved loads in diffusers on a machine
 without fastdiff. For the same `generator` the stock noise is drawn in the stock order and the result is the stock one,
-to rounding: the coefficients are computed in float32 in the stock order of operations. On the CPU in plain PyTorch
-(fastdiff.backend("reference")) DDPM and DDIM give the stock bits, but for learned_range; the compiled kernels fuse
-multiplications with additions.
+to rounding: the coefficients are computed in float32 in the stock order of operations. On the CPU DDPM and DDIM give
+the stock bits, but for learned_range; on a GPU multiplications are fused with additions.
 
     fused_noise: a keyword of the constructor, from_config and from_pretrained, and an attribute; not saved. True draws
         the noise of step (step_pred) in the kernel: z(seed, sample, timestep), the same whatever the batch or device.
