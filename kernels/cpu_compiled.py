@@ -1,0 +1,535 @@
+"""The kernels for CPU tensors, compiled by numba: the functions of the Triton kernels on the same uniforms.
+
+A sample is walked in chunks of 4,096 elements. A chunk goes through short stages over buffers that stay in the
+first-level cache: Philox words, Box-Muller, the arithmetic, each with conversion from and to the storage type where
+that is not float32. A stage is a plain loop over arrays that start at 0, the form that LLVM vectorises, and what varies
+(types, layout, which operands there are) is decided once a chunk, so that each op is compiled once.
+
+Threads claim blocks of chunks from a shared counter until none is left. No result depends on who took which.
+
+All compiled code stands in this file: numba's cache watches the file of the function that is called, and no other.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .coefficients import COS, LOG, SIN
+
+CHUNK = 2048
+F32, BF16, F16 = 0, 1, 2
+MSE, L1, HUBER = 0, 1, 2
+KEEP_NONE, KEEP_X0, KEEP_X = 0, 1, 2
+# Where things lie in a thread's scratch memory, in bytes; its owner fills NOTHING with 0 and OUTSIDE with NaN.
+WORDS, Z, X, PRED, OTHER, GUIDED, X0, RESULT, RAW, NOTHING, OUTSIDE, SCRATCH = (4 * CHUNK * i for i in range(12))
+
+S0, S1, S2, S3, S4 = (np.float32(c) for c in SIN)
+C0, C1, C2, C3, C4, C5 = (np.float32(c) for c in COS)
+LOG0, LOG1, LOG2, LOG3, LOG4, LOG5, LOG6, LOG7 = (np.float32(-2 * c) for c in LOG)
+MINUS_2_LN2 = np.float32(-1.3862943611198906)
+U_SCALE, U_SHIFT, X_SCALE = np.float32(2.0**-32), np.float32(2.0**-33), np.float32(2.0**-31)
+ZERO, HALF, ONE, TWO, FOUR = (np.float32(c) for c in (0, 0.5, 1, 2, 4))
+REBIAS = np.float32(2.0**112)
+BITS_OF_SQRT_HALF, MANTISSA = np.int32(0x3F3504F3), np.int32(23)
+MASK, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
+M0, M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+W0, W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
+
+
+@functools.cache
+def _can_cache() -> bool:
+    """numba raises where neither NUMBA_CACHE_DIR, nor __pycache__, nor the user's cache folder can be written."""
+    try:
+        njit(cache=True)(lambda: None)
+    except RuntimeError:
+        return False
+    return True
+
+
+# Multiply-adds may be fused, as on a GPU. Nothing that could change NaN or infinity is relaxed.
+ENTRY: dict[str, Any] = {"nogil": True, "cache": _can_cache(), "fastmath": {"contract"}, "no_cfunc_wrapper": True}
+STAGE = ENTRY | {"no_cpython_wrapper": True}
+SUM = STAGE | {"fastmath": {"contract", "reassoc", "nsz"}}
+
+
+# --- memory and bits --------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def pointer(typing_context, address):
+    """An address, given as an integer, as a void pointer."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), codegen
+
+
+@intrinsic
+def claim(typing_context, address, many):
+    """The int64 at the address, which becomes larger by `many`, in one atomic step."""
+
+    def codegen(context, builder, signature, args):
+        counter = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def bits_of(typing_context, value):
+    """The bits of a float32 as an int32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def float_of(typing_context, bits):
+    """The float32 that has these bits, int32 or uint32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(bits), codegen
+
+
+@njit(**STAGE)
+def floats(address, m):
+    """m float32 at the address. Slices of arrays would count references, in atomic steps."""
+    return carray(pointer(address), m, np.float32)
+
+
+@njit(**STAGE)
+def halves(address, m):
+    return carray(pointer(address), m, np.uint16)
+
+
+@njit(**STAGE)
+def integer(address):
+    return carray(pointer(address), 1, np.int64)[0]
+
+
+@njit(**STAGE)
+def gather(source, first, channels, plane, out):
+    """out = elements first.. of a sample stored channels last: e lies at (e % plane) channels + e // plane."""
+    done = 0
+    while done < len(out):
+        channel, pixel = divmod(first + done, plane)
+        run = min(len(out) - done, plane - pixel)
+        for i in range(run):
+            out[done + i] = source[(pixel + i) * channels + channel]
+        done += run
+
+
+@njit(**STAGE)
+def scatter(values, first, channels, plane, target):
+    done = 0
+    while done < len(values):
+        channel, pixel = divmod(first + done, plane)
+        run = min(len(values) - done, plane - pixel)
+        for i in range(run):
+            target[(pixel + i) * channels + channel] = values[done + i]
+        done += run
+
+
+@njit(**STAGE)
+def copy(source, out):
+    for i in range(len(out)):
+        out[i] = source[i]
+
+
+@njit(**STAGE)
+def widen_bf16(source, out):
+    for i in range(len(out)):
+        out[i] = float_of(np.uint32(np.uint32(source[i]) << np.uint32(16)))
+
+
+@njit(**STAGE)
+def narrow_bf16(values, out):
+    """Round to nearest even; NaN stays NaN."""
+    for i in range(len(out)):
+        b = np.uint32(bits_of(values[i]))
+        rounded = np.uint32(b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        quiet = (b >> np.uint32(16)) | np.uint32(0x40)
+        out[i] = np.uint16(quiet if (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded)
+
+
+@njit(**STAGE)
+def widen_f16(source, out):
+    """Exponent and mantissa are moved into place; 2^112 is the difference of the exponents' biases."""
+    for i in range(len(out)):
+        h = np.uint32(source[i])
+        sign, size = (h & np.uint32(0x8000)) << np.uint32(16), (h & np.uint32(0x7FFF)) << np.uint32(13)
+        finite = np.uint32(bits_of(float_of(np.uint32(size)) * REBIAS))
+        out[i] = float_of(np.uint32(sign | (size | np.uint32(0x70000000) if size >= np.uint32(0x0F800000) else finite)))
+
+
+@njit(**STAGE)
+def narrow_f16(values, out):
+    """Round to nearest even; from 65520 on infinity; NaN stays NaN."""
+    for i in range(len(out)):
+        bits = np.uint32(bits_of(values[i]))
+        b = bits & np.uint32(0x7FFFFFFF)
+        normal = np.uint32(b + np.uint32(0xC8000FFF) + ((b >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
+        # |value| + 1/2 rounds a subnormal to its place among the low mantissa bits.
+        small = np.uint32(np.uint32(bits_of(np.abs(values[i]) + HALF)) - np.uint32(0x3F000000))
+        h = small if b < np.uint32(0x38800000) else normal
+        h = np.uint32(0x7C00) if b >= np.uint32(0x477FF000) else h
+        h = np.uint32(0x7E00) if b > np.uint32(0x7F800000) else h
+        out[i] = np.uint16(h | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
+
+
+@njit(**STAGE)
+def read(address, code, at, first, m, channels, plane, scratch, buffer):
+    """m float32, elements first.. of the sample that starts `at` elements behind the address: where they lie, if that
+    is what lies there, else in that buffer of the scratch memory."""
+    out = floats(scratch + buffer, m)
+    if code == F32:
+        if channels == 1:
+            return floats(address + 4 * (at + first), m)
+        gather(floats(address + 4 * at, channels * plane), first, channels, plane, out)
+        return out
+    source = halves(address + 2 * (at + first), m)
+    if channels != 1:
+        source = halves(scratch + RAW, m)
+        gather(halves(address + 2 * at, channels * plane), first, channels, plane, source)
+    if code == BF16:
+        widen_bf16(source, out)
+    else:
+        widen_f16(source, out)
+    return out
+
+
+@njit(**STAGE)
+def target(address, code, at, first, m, channels, shared, scratch, buffer):
+    """Where to write elements first.. in float32: in place, if that is their storage, else the buffer. Not in place
+    where an operand is `shared` with the output: a loop over overlapping arrays is not vectorised."""
+    if code == F32 and channels == 1 and not shared:
+        return floats(address + 4 * (at + first), m)
+    return floats(scratch + buffer, m)
+
+
+@njit(**STAGE)
+def store(values, address, code, at, first, channels, plane, scratch):
+    """Bring what was written to `target` into storage."""
+    m = len(values)
+    if code == F32:
+        if channels != 1:
+            scatter(values, first, channels, plane, floats(address + 4 * at, channels * plane))
+        elif values.ctypes.data != address + 4 * (at + first):
+            copy(values, floats(address + 4 * (at + first), m))
+        return
+    stored = halves(address + 2 * (at + first) if channels == 1 else scratch + RAW, m)
+    if code == BF16:
+        narrow_bf16(values, stored)
+    else:
+        narrow_f16(values, stored)
+    if channels != 1:
+        scatter(stored, first, channels, plane, halves(address + 2 * at, channels * plane))
+
+
+# --- noise ------------------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def philox_round(c0, c1, c2, c3, k0, k1):
+    """On 32-bit words in 64-bit lanes, whose upper halves may hold anything: so no lane is ever moved."""
+    p0, p1 = (c0 & MASK) * M0, (c2 & MASK) * M1
+    return (p1 >> SHIFT) ^ c1 ^ np.uint64(k0), p1, (p0 >> SHIFT) ^ c3 ^ np.uint64(k1), p0
+
+
+@njit(**STAGE)
+def philox(first, sample, step, stream, key0, key1, w0, w1, w2, w3):
+    """The words of blocks first.. of a sample (Philox4x32-10, Salmon et al. 2011), an even number of blocks.
+
+    Both halves at once: ten rounds are one long chain, and two chains keep the multipliers busy.
+    """
+    half = len(w0) // 2
+    for i in range(half):
+        a0, b0 = np.uint64(first) + np.uint64(i), np.uint64(first) + np.uint64(half + i)
+        a1, a2, a3 = np.uint64(sample), np.uint64(step), np.uint64(stream)
+        b1, b2, b3 = a1, a2, a3
+        k0, k1 = key0, key1
+        for _ in range(10):
+            a0, a1, a2, a3 = philox_round(a0, a1, a2, a3, k0, k1)
+            b0, b1, b2, b3 = philox_round(b0, b1, b2, b3, k0, k1)
+            k0, k1 = np.uint32(k0 + W0), np.uint32(k1 + W1)
+        w0[i], w1[i], w2[i], w3[i] = np.uint32(a0), np.uint32(a1), np.uint32(a2), np.uint32(a3)
+        j = half + i
+        w0[j], w1[j], w2[j], w3[j] = np.uint32(b0), np.uint32(b1), np.uint32(b2), np.uint32(b3)
+
+
+@njit(inline="always")
+def box_muller(radius_word, angle_word):
+    """(r cos(pi x), r sin(pi x)), r = sqrt(-2 log u): see docs/noise.md."""
+    bits = bits_of(np.float32(radius_word) * U_SCALE + U_SHIFT)
+    exponent = np.int32(np.int32(bits - BITS_OF_SQRT_HALF) >> MANTISSA)
+    f = float_of(np.int32(bits - np.int32(exponent << MANTISSA))) - ONE
+    log_m = ((((((LOG7 * f + LOG6) * f + LOG5) * f + LOG4) * f + LOG3) * f + LOG2) * f + LOG1) * f + LOG0
+    r = np.sqrt(max(np.float32(exponent) * MINUS_2_LN2 + f * log_m, ZERO))
+    x = np.float32(np.int32(angle_word)) * X_SCALE
+    y = x * x
+    sin = r * (((((S4 * y + S3) * y + S2) * y + S1) * y + S0) * (x - x * y))
+    cos = r * ((((((C5 * y + C4) * y + C3) * y + C2) * y + C1) * y + C0) * (ONE - FOUR * y))
+    return cos, sin
+
+
+@njit(**STAGE)
+def normals_of(w0, w1, w2, w3, z):
+    for i in range(len(w0)):
+        z0, z1 = box_muller(w0[i], w1[i])
+        z2, z3 = box_muller(w2[i], w3[i])
+        z[4 * i], z[4 * i + 1], z[4 * i + 2], z[4 * i + 3] = z0, z1, z2, z3
+
+
+@njit(**STAGE)
+def words(scratch, i, blocks):
+    return carray(pointer(scratch + WORDS + CHUNK * i), blocks, np.uint32)
+
+
+@njit(**STAGE)
+def normals(seed, ids, row, step, stream, first, z, scratch):
+    """z = normals of elements first.. (a multiple of 4) of sample number ids[row], or row; len(z) a multiple of 8."""
+    blocks = len(z) // 4
+    w0, w1 = words(scratch, 0, blocks), words(scratch, 1, blocks)
+    w2, w3 = words(scratch, 2, blocks), words(scratch, 3, blocks)
+    sample = row if ids == 0 else integer(ids + 8 * row)
+    key = np.uint64(integer(seed))
+    philox(
+        np.uint32(first // 4), np.uint32(sample), np.uint32(step), np.uint32(stream),
+        np.uint32(key), np.uint32(key >> SHIFT), w0, w1, w2, w3,
+    )  # fmt: skip
+    normals_of(w0, w1, w2, w3, z)
+
+
+@njit(**STAGE)
+def whole(m):
+    """m elements rounded up to what Philox's loop computes at once: no remainder is left to a slower one."""
+    return (m + 127) // 128 * 128
+
+
+@njit(**STAGE)
+def row_of(index, stride, sample, table, rows, columns, scratch):
+    """(index, its row of the table): a row of NaN, where there is none."""
+    i = integer(index + 8 * stride * sample)
+    return i, floats(table + 4 * columns * i if 0 <= i < rows else scratch + OUTSIDE, columns)
+
+
+# --- ops: blocks of chunks, as long as there are unclaimed ones ----------------------------------------------------
+
+
+@njit(**ENTRY)
+def normal_chunks(
+    scratch, claimed, block, count, chunks, n, channels, seed, ids, step, step_stride, stream, out, out_code
+):  # fmt: skip
+    low = claim(claimed, block)
+    while low < count:
+        for k in range(low, min(low + block, count)):
+            sample, first = k // chunks, (k % chunks) * CHUNK
+            m, at = min(CHUNK, n - first), sample * n
+            index = integer(step + 8 * step_stride * sample)
+            z = target(out, out_code, at, first, whole(m), channels, whole(m) != m, scratch, Z)
+            normals(seed, ids, sample, index, stream, first, z, scratch)
+            store(z[:m], out, out_code, at, first, channels, n // channels, scratch)
+        low = claim(claimed, block)
+
+
+@njit(**STAGE)
+def mix(alpha, x, sigma, z, out):
+    for i in range(len(out)):
+        out[i] = alpha * x[i] + sigma * z[i]
+
+
+@njit(**ENTRY)
+def noising_chunks(
+    scratch, claimed, block, count, chunks, n, channels, seed, ids, t, t_stride, stream, table, levels,
+    x0, x0_code, noise, noise_code, out, out_code,
+):  # fmt: skip
+    low = claim(claimed, block)
+    while low < count:
+        for k in range(low, min(low + block, count)):
+            sample, first = k // chunks, (k % chunks) * CHUNK
+            m, at, plane = min(CHUNK, n - first), sample * n, n // channels
+            level, row = row_of(t, t_stride, sample, table, levels, 2, scratch)
+            if noise == 0:
+                eps = floats(scratch + Z, whole(m))
+                normals(seed, ids, sample, level, stream, first, eps, scratch)
+            else:
+                eps = read(noise, noise_code, at, first, m, channels, plane, scratch, Z)
+            x = read(x0, x0_code, at, first, m, channels, plane, scratch, X)
+            x_t = target(out, out_code, at, first, m, channels, out in (x0, noise), scratch, RESULT)
+            mix(row[0], x, row[1], eps, x_t)
+            store(x_t, out, out_code, at, first, channels, plane, scratch)
+        low = claim(claimed, block)
+
+
+@njit(**STAGE)
+def subtract(x, by, y, out):
+    for i in range(len(out)):
+        out[i] = x[i] - by * y[i]
+
+
+@njit(**SUM)
+def rho_slope(kind, delta, r, scale, slope):
+    """The sum of rho(r), and slope = scale rho'(r). NaN stays NaN: nothing goes by the sign of r."""
+    s = ZERO
+    if kind == MSE:
+        twice = TWO * scale
+        for i in range(len(r)):
+            s += r[i] * r[i]
+            slope[i] = twice * r[i]
+    elif kind == L1:
+        for i in range(len(r)):
+            s += np.abs(r[i])
+            slope[i] = scale * (ONE if r[i] > ZERO else (-ONE if r[i] < ZERO else r[i]))
+    else:
+        for i in range(len(r)):
+            size = np.abs(r[i])
+            s += HALF * r[i] * r[i] if size <= delta else delta * (size - HALF * delta)
+            slope[i] = scale * (delta if r[i] > delta else (-delta if r[i] < -delta else r[i]))
+    return s
+
+
+@njit(**ENTRY)
+def loss_chunks(
+    scratch, claimed, block, count, chunks, n, channels, seed, ids, t, t_stride, stream, table, levels,
+    pred, pred_code, x0, x0_code, noise, noise_code, grad, grad_code, partial, kind, delta, loss_scale, grad_scale,
+):  # fmt: skip
+    low = claim(claimed, block)
+    while low < count:
+        for k in range(low, min(low + block, count)):
+            sample, first = k // chunks, (k % chunks) * CHUNK
+            m, at, plane = min(CHUNK, n - first), sample * n, n // channels
+            level, row = row_of(t, t_stride, sample, table, levels, 3, scratch)
+            r = read(pred, pred_code, at, first, m, channels, plane, scratch, PRED)
+            if noise != 0 or seed != 0:
+                if noise != 0:
+                    eps = read(noise, noise_code, at, first, m, channels, plane, scratch, Z)
+                else:
+                    eps = floats(scratch + Z, whole(m))
+                    normals(seed, ids, sample, level, stream, first, eps, scratch)
+                without = floats(scratch + OTHER, m)
+                subtract(r, row[1], eps, without)
+                r = without
+            if x0 != 0:
+                without = floats(scratch + RESULT, m)
+                subtract(r, row[0], read(x0, x0_code, at, first, m, channels, plane, scratch, X), without)
+                r = without
+            slope = target(grad, grad_code, at, first, m, channels, grad == 0, scratch, Z)
+            s = rho_slope(kind, delta, r, np.float32(row[2] * grad_scale), slope)
+            carray(pointer(partial), count, np.float64)[k] = np.float64(s) * (row[2] * loss_scale)
+            if grad != 0:
+                store(slope, grad, grad_code, at, first, channels, plane, scratch)
+        low = claim(claimed, block)
+
+
+@njit(**ENTRY)
+def reduce_rows(partial, out):
+    """out[row] = sum of partial[row, :], in float64 and in order."""
+    for row in range(len(out)):
+        s = 0.0
+        for column in range(partial.shape[1]):
+            s += partial[row, column]
+        out[row] = s
+
+
+@njit(**STAGE)
+def scale(by, x):
+    for i in range(len(x)):
+        x[i] *= by
+
+
+@njit(**ENTRY)
+def scale_chunks(
+    scratch, claimed, block, count, chunks, n, channels, grad, grad_code, incoming, incoming_stride, factor
+):  # fmt: skip
+    low = claim(claimed, block)
+    while low < count:
+        for k in range(low, min(low + block, count)):
+            sample, first = k // chunks, (k % chunks) * CHUNK
+            by = np.float32(floats(incoming + 4 * incoming_stride * sample, 1)[0] * factor)
+            if by != ONE:
+                m = min(CHUNK, n - first)
+                x = read(grad, grad_code, sample * n, first, m, channels, n // channels, scratch, X)
+                scale(by, x)
+                store(x, grad, grad_code, sample * n, first, channels, n // channels, scratch)
+        low = claim(claimed, block)
+
+
+@njit(**STAGE)
+def guide(pred, uncond, w, out):
+    for i in range(len(out)):
+        out[i] = uncond[i] + w * (pred[i] - uncond[i])
+
+
+@njit(**STAGE)
+def advance(row, clip, x, pred, f, z, x0, out):
+    """x0 = clip(a x + b pred), out = c x0 + d x + e pred + f z; NaN stays NaN, and clip = inf leaves the rest."""
+    a, b, c, d, e = row[0], row[1], row[2], row[3], row[4]
+    for i in range(len(out)):
+        v = a * x[i] + b * pred[i]
+        v = clip if v > clip else v
+        v = -clip if v < -clip else v
+        x0[i] = v
+        out[i] = c * v + d * x[i] + e * pred[i] + f * z[i]
+
+
+@njit(**STAGE)
+def add(by, x, out):
+    for i in range(len(out)):
+        out[i] += by * x[i]
+
+
+@njit(**STAGE)
+def add_learned(f, h, raw_variance, z, out):
+    for i in range(len(out)):
+        out[i] += np.exp(f + (HALF * raw_variance[i] + HALF) * (h - f)) * z[i]
+
+
+@njit(**ENTRY)
+def update_chunks(
+    scratch, claimed, block, count, chunks, n, channels, seed, ids, step, step_stride, stream, rows, steps,
+    x, x_code, pred, pred_code, pred_stride, uncond, uncond_code, variance, variance_code,
+    noise, noise_code, hist, hist_code, out, out_code, clip, keep,
+):  # fmt: skip
+    noisy = noise != 0 or seed != 0
+    low = claim(claimed, block)
+    while low < count:
+        for k in range(low, min(low + block, count)):
+            sample, first = k // chunks, (k % chunks) * CHUNK
+            m, at, plane = min(CHUNK, n - first), sample * n, n // channels
+            index, row = row_of(step, step_stride, sample, rows, steps, 9, scratch)
+            x0 = floats(scratch + X0, m)
+            result = target(out, out_code, at, first, m, channels, out == x, scratch, RESULT)
+            state = read(x, x_code, at, first, m, channels, plane, scratch, X)
+            p = read(pred, pred_code, sample * pred_stride, first, m, channels, plane, scratch, PRED)
+            if uncond != 0:
+                other = read(uncond, uncond_code, sample * pred_stride, first, m, channels, plane, scratch, OTHER)
+                guided = floats(scratch + GUIDED, m)
+                guide(p, other, row[8], guided)
+                p = guided
+            eps = floats(scratch + NOTHING, m)
+            if noise != 0:
+                eps = read(noise, noise_code, at, first, m, channels, plane, scratch, Z)
+            elif seed != 0:
+                eps = floats(scratch + Z, whole(m))
+                normals(seed, ids, sample, index, stream, first, eps, scratch)
+            if noisy and variance != 0:
+                v = read(variance, variance_code, sample * pred_stride, first, m, channels, plane, scratch, OTHER)
+                advance(row, clip, state, p, ZERO, floats(scratch + NOTHING, m), x0, result)
+                add_learned(row[5], row[7], v, eps, result)
+            else:
+                advance(row, clip, state, p, row[5] if noisy else ZERO, eps, x0, result)
+            if hist != 0:
+                add(row[6], read(hist, hist_code, at, first, m, channels, plane, scratch, OTHER), result)
+                store(x0 if keep == KEEP_X0 else state, hist, hist_code, at, first, channels, plane, scratch)
+            store(result, out, out_code, at, first, channels, plane, scratch)
+        low = claim(claimed, block)
