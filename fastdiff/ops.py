@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import _backend, reference
 from ._check import FLOATING, as_ids, as_index, as_seed, check_floating, check_like, check_table, names, noise_source
+from ._pages import in_huge_pages
 
 # Streams keep draws with the same seed, sample and step apart.
 PRIOR, FORWARD, REVERSE = 0, 1, 2
@@ -232,7 +233,7 @@ def update(
     args = (pred, rows, step, seed, ids, uncond, raw_variance, noise, hist, clip, keep, REVERSE)
     if with_grad:
         if type(step) is Tensor and not torch.compiler.is_compiling():
-            _in_range("step", step, len(rows))
+            _in_range("step", step, rows.shape[0])
             _ids_in_range(ids)
         return reference.update(x, *args)[0]
     if inplace or hist is not None:
@@ -247,8 +248,8 @@ def update(
 
 
 def _in_range(name: str, index: Tensor, rows: int) -> None:
-    if index.device.type == "cpu":
-        low, high = [v.item() for v in ((index, index) if index.numel() == 1 else index.aminmax())]
+    if index.is_cpu:
+        low, high = (index.item(),) * 2 if index.numel() == 1 else (v.item() for v in index.aminmax())
         if low < 0 or high >= rows:
             raise ValueError(f"{name}: expected values in [0, {rows}), got {low if low < 0 else high}")
 
@@ -328,7 +329,7 @@ def _normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream
     if out.numel() == 0:
         return
     if kernels := _kernels(out):
-        with _on_device(out):
+        with _on_device(in_huge_pages(out)):
             kernels.normal_(out, seed, ids, step, stream)
     else:
         out.copy_(reference.normal(out.shape, seed, ids, step, stream, reference.work_dtype(out)))
@@ -339,12 +340,12 @@ def _noising(
 ) -> Tensor:
     if x0.numel() == 0:
         return torch.empty_like(x0)
-    _in_range("t", t, len(table))
+    _in_range("t", t, table.shape[0])
     _ids_in_range(ids)
     kernels = _kernels(x0)
     if kernels is None:
         return _laid_out(x0, reference.noising(x0, t, table, seed, ids, noise, stream))
-    out = torch.empty_like(x0)
+    out = in_huge_pages(torch.empty_like(x0))
     with _on_device(x0):
         kernels.noising(out, x0, t, table, seed, ids, noise, stream)
     return out
@@ -355,14 +356,13 @@ def _loss(
     seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
     kind: str, delta: float, per_sample: bool, with_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, n = len(pred), pred.numel() // max(1, len(pred))
-    out = torch.empty(batch if per_sample else 1, dtype=torch.float32, device=pred.device)
-    grad = torch.empty_like(pred) if with_grad else pred.new_empty(0)
-    count = n if per_sample else batch * n
+    batch = pred.shape[0]
+    out = torch.empty((batch,) if per_sample else (), dtype=torch.float32, device=pred.device)
+    grad = in_huge_pages(torch.empty_like(pred)) if with_grad else pred.new_empty(0)
     if pred.numel() == 0:
-        out.fill_(torch.nan)
-        return (out if per_sample else out.reshape(())), grad
-    _in_range("t", t, len(table))
+        return out.fill_(torch.nan), grad
+    count = pred.numel() // batch if per_sample else pred.numel()
+    _in_range("t", t, table.shape[0])
     _ids_in_range(ids)
     scale, grad_scale = 1.0 / count, _stored_scale(pred, count) / count
     if kernels := _kernels(pred):
@@ -373,10 +373,10 @@ def _loss(
             )
     else:
         value, slope = reference.loss(pred, x0, t, table, seed, ids, noise, stream, kind, delta)
-        out.copy_(value.reshape(batch, -1).sum(1).mul(scale) if per_sample else value.sum().mul(scale).reshape(1))
+        out.copy_((value.reshape(batch, -1).sum(1) if per_sample else value.sum()).mul(scale))
         if with_grad:
             grad.copy_(slope * grad_scale)
-    return out if per_sample else out.reshape(()), grad
+    return out, grad
 
 
 def _vlb(
@@ -437,7 +437,7 @@ def _scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
 
 def _update(x: Tensor, *args: Any) -> Tensor:
     *operands, clip, stream = args
-    out = torch.empty_like(x)
+    out = in_huge_pages(torch.empty_like(x))
     _update_into(out, x, *operands, None, clip, "none", stream)
     return out
 
@@ -452,7 +452,7 @@ def _update_into(
 ) -> None:  # fmt: skip
     if x.numel() == 0:
         return
-    _in_range("step", step, len(rows))
+    _in_range("step", step, rows.shape[0])
     _ids_in_range(ids)
     if kernels := _kernels(x):
         with _on_device(x):
@@ -493,6 +493,7 @@ class _Loss(torch.autograd.Function):
             value, grad = torch.ops.fastdiff.loss(*args[:-1], True)
         ctx.save_for_backward(grad, t, table)
         ctx.mark_non_differentiable(grad)
+        ctx.set_materialize_grads(False)  # of the stored gradient: a full tensor of zeros
         ctx.dtypes = [None if i is None else i.dtype for i in (x0, noise)]
         per_sample = args[-2]
         count = pred.numel() // len(pred) if per_sample and len(pred) else pred.numel()
@@ -520,6 +521,7 @@ class _Vlb(torch.autograd.Function):
             value, *grads = torch.ops.fastdiff.vlb(*args[:8], *ctx.needs_input_grad[:2])
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(*grads)
+        ctx.set_materialize_grads(False)
         ctx.dtypes = [None if i is None else i.dtype for i in args[:2]]
         ctx.used = False
         return value, grads[0], grads[1]
@@ -554,9 +556,11 @@ def _scaled(grad: Tensor, incoming: Tensor, factor: float) -> Tensor:
     return (grad * by).to(grad.dtype)
 
 
-def _with_gradient(function: type[torch.autograd.Function], op: Any) -> Any:
+def _with_gradient(function: type[torch.autograd.Function], op: Any, *inputs: int) -> Any:
+    """The op with the gradient of `function`; inputs: the numbers of the arguments that it is differentiable by."""
+
     def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in inputs):
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -603,6 +607,6 @@ for _name, (_run, _fake) in _IMPLEMENTATIONS.items():
     _library.impl(_name, _run, "CPU")
     _library.impl(_name, _run, "CUDA")
     torch.library.register_fake(f"fastdiff::{_name}", _fake, lib=_library)
-_library.impl("noising", _with_gradient(_Noising, torch.ops.fastdiff.noising.default), "Autograd")
-_library.impl("loss", _with_gradient(_Loss, torch.ops.fastdiff.loss.default), "Autograd")
-_library.impl("vlb", _with_gradient(_Vlb, torch.ops.fastdiff.vlb.default), "Autograd")
+_library.impl("noising", _with_gradient(_Noising, torch.ops.fastdiff.noising.default, 0, 5), "Autograd")
+_library.impl("loss", _with_gradient(_Loss, torch.ops.fastdiff.loss.default, 0, 1, 6), "Autograd")
+_library.impl("vlb", _with_gradient(_Vlb, torch.ops.fastdiff.vlb.default, 0, 1, 2, 3), "Autograd")

@@ -39,12 +39,12 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _scratch() -> int:
-    """The address of this thread's scratch memory, which lies on a cache line as vectors do."""
-    if not hasattr(_local, "scratch"):
-        _local.scratch = np.zeros(SCRATCH // 4 + 32, np.float32)
-        _local.address = -(-_local.scratch.ctypes.data // 64) * 64
-        start = (_local.address - _local.scratch.ctypes.data + OUTSIDE) // 4
-        _local.scratch[start:] = np.nan
+    """The address of this thread's scratch memory, at the start of a cache line, as is best for vectors."""
+    if not hasattr(_local, "address"):
+        _local.memory = np.zeros(SCRATCH // 4 + 16, np.float32)
+        _local.address = -(-_local.memory.ctypes.data // 64) * 64
+        from_nan = (_local.address - _local.memory.ctypes.data + OUTSIDE) // 4
+        _local.memory[from_nan : from_nan + CHUNK] = np.nan
     return _local.address
 
 
@@ -58,16 +58,18 @@ def _run(kernel: Any, laid: Tensor, channels: int, *args: Any) -> None:
     n = elements // batch
     chunks = -(-n // CHUNK)
     count = batch * chunks
+    if elements < PARALLEL_FROM:
+        kernel(_scratch(), 0, count, count, chunks, n, channels, *args)
+        return
+    threads = min(torch.get_num_threads(), count)
     claimed = np.zeros(1, np.int64)
-    threads = min(torch.get_num_threads(), count) if elements >= PARALLEL_FROM else 1
-    block = -(-count // (threads * CLAIMS)) if threads > 1 else count
-    args = (claimed.ctypes.data, block, count, chunks, n, channels, *args)
+    args = (claimed.ctypes.data, -(-count // (threads * CLAIMS)), count, chunks, n, channels, *args)
     futures = [_pool().submit(_work, kernel, args) for _ in range(threads - 1)]
     try:
         _work(kernel, args)
     finally:
-        for future in futures:  # One that has not begun will find nothing left to do.
-            if not future.cancel():
+        for future in futures:
+            if not future.cancel():  # one that has not begun would find nothing left to do
                 future.result()
 
 
@@ -83,8 +85,10 @@ def _storable(t: Tensor | None) -> Tensor | None:
 
 def _noise_key(seed: Tensor | None, ids: Tensor | None, index: Tensor, stream: int) -> tuple[int, ...]:
     """(seed, ids, index, stride of index, stream) as kernels take them."""
-    addresses = (0 if t is None else t.data_ptr() for t in (seed, ids))
-    return *addresses, index.data_ptr(), int(index.numel() > 1), stream
+    return (
+        0 if seed is None else seed.data_ptr(), 0 if ids is None else ids.data_ptr(),
+        index.data_ptr(), int(index.numel() > 1), stream,
+    )  # fmt: skip
 
 
 def normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream: int) -> None:
@@ -102,7 +106,7 @@ def noising(
     """Write x_t into out (B, ...), shaped like x0."""
     channels, (laid, x0, noise) = lay_out(out, x0, _storable(noise), generated=noise is None)
     _run(
-        compiled.noising_chunks, laid, channels, *_noise_key(seed, ids, t, stream), table.data_ptr(), len(table),
+        compiled.noising_chunks, laid, channels, *_noise_key(seed, ids, t, stream), table.data_ptr(), table.shape[0],
         *_address(x0), *_address(noise), *_address(laid),
     )  # fmt: skip
     if laid is not out:
@@ -114,18 +118,19 @@ def loss(
     seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
     rho: str, delta: float, scale: float, grad_scale: float,
 ) -> None:  # fmt: skip
-    """Write scale w_t sum(rho) of each sample into out (B,), or of the whole batch into out (1,), float32; and
+    """Write scale w_t sum(rho) of each sample into out (B,), or of the whole batch into out (), float32; and
     grad_scale w_t rho' into grad, shaped like pred, if it is given."""
     generated = noise is None and seed is not None
     lead = pred if grad is None else grad
     channels, (laid, pred, x0, noise) = lay_out(lead, pred, _storable(x0), _storable(noise), generated=generated)
-    partial = np.empty(len(laid) * -(-laid[0].numel() // CHUNK))
+    chunks = -(-(laid.numel() // laid.shape[0]) // CHUNK)
+    partial = torch.empty(laid.shape[0] * chunks, dtype=torch.float64)
     _run(
-        compiled.loss_chunks, laid, channels, *_noise_key(seed, ids, t, stream), table.data_ptr(), len(table),
+        compiled.loss_chunks, laid, channels, *_noise_key(seed, ids, t, stream), table.data_ptr(), table.shape[0],
         *_address(pred), *_address(x0), *_address(noise), *_address(None if grad is None else laid),
-        partial.ctypes.data, RHOS[rho], np.float32(delta), scale, grad_scale,
+        partial.data_ptr(), RHOS[rho], np.float32(delta), scale, grad_scale,
     )  # fmt: skip
-    compiled.reduce_rows(partial.reshape(len(out), -1), out.numpy())
+    compiled.reduce_rows(partial.data_ptr(), out.numel(), partial.numel() // out.numel(), out.data_ptr())
     if grad is not None and laid is not grad:
         grad.copy_(laid)
 
@@ -148,7 +153,7 @@ def update(
         slices = [None if t is None else laid_like(laid, t) for t in slices]
     pred, uncond, raw = slices
     _run(
-        compiled.update_chunks, laid, channels, *_noise_key(seed, ids, step, stream), rows.data_ptr(), len(rows),
+        compiled.update_chunks, laid, channels, *_noise_key(seed, ids, step, stream), rows.data_ptr(), rows.shape[0],
         *_address(x), *_address(pred), pred.stride(0), *_address(uncond), *_address(raw),
         *_address(noise), *_address(past), *_address(laid),
         np.float32(np.inf if clip is None else clip), KEEPS[keep],

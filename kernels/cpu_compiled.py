@@ -71,8 +71,8 @@ def pointer(typing_context, address):
 
 
 @intrinsic
-def claim(typing_context, address, many):
-    """The int64 at the address, which becomes larger by `many`, in one atomic step."""
+def add_atomically(typing_context, address, many):
+    """The int64 at the address, which becomes larger by `many` in one atomic step."""
 
     def codegen(context, builder, signature, args):
         counter = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
@@ -326,11 +326,17 @@ def row_of(index, stride, sample, table, rows, columns, scratch):
 # --- ops: blocks of chunks, as long as there are unclaimed ones ----------------------------------------------------
 
 
+@njit(**STAGE)
+def claim(claimed, block, before):
+    """The first of the `block` chunks to do after those from `before` on; `claimed`: of all threads' counter, or 0."""
+    return before + block if claimed == 0 else add_atomically(claimed, block)
+
+
 @njit(**ENTRY)
 def normal_chunks(
     scratch, claimed, block, count, chunks, n, channels, seed, ids, step, step_stride, stream, out, out_code
 ):  # fmt: skip
-    low = claim(claimed, block)
+    low = claim(claimed, block, -block)
     while low < count:
         for k in range(low, min(low + block, count)):
             sample, first = k // chunks, (k % chunks) * CHUNK
@@ -339,7 +345,7 @@ def normal_chunks(
             z = target(out, out_code, at, first, whole(m), channels, whole(m) != m, scratch, Z)
             normals(seed, ids, sample, index, stream, first, z, scratch)
             store(z[:m], out, out_code, at, first, channels, n // channels, scratch)
-        low = claim(claimed, block)
+        low = claim(claimed, block, low)
 
 
 @njit(**STAGE)
@@ -353,7 +359,7 @@ def noising_chunks(
     scratch, claimed, block, count, chunks, n, channels, seed, ids, t, t_stride, stream, table, levels,
     x0, x0_code, noise, noise_code, out, out_code,
 ):  # fmt: skip
-    low = claim(claimed, block)
+    low = claim(claimed, block, -block)
     while low < count:
         for k in range(low, min(low + block, count)):
             sample, first = k // chunks, (k % chunks) * CHUNK
@@ -368,7 +374,7 @@ def noising_chunks(
             x_t = target(out, out_code, at, first, m, channels, out in (x0, noise), scratch, RESULT)
             mix(row[0], x, row[1], eps, x_t)
             store(x_t, out, out_code, at, first, channels, plane, scratch)
-        low = claim(claimed, block)
+        low = claim(claimed, block, low)
 
 
 @njit(**STAGE)
@@ -403,7 +409,7 @@ def loss_chunks(
     scratch, claimed, block, count, chunks, n, channels, seed, ids, t, t_stride, stream, table, levels,
     pred, pred_code, x0, x0_code, noise, noise_code, grad, grad_code, partial, kind, delta, loss_scale, grad_scale,
 ):  # fmt: skip
-    low = claim(claimed, block)
+    low = claim(claimed, block, -block)
     while low < count:
         for k in range(low, min(low + block, count)):
             sample, first = k // chunks, (k % chunks) * CHUNK
@@ -428,17 +434,18 @@ def loss_chunks(
             carray(pointer(partial), count, np.float64)[k] = np.float64(s) * (row[2] * loss_scale)
             if grad != 0:
                 store(slope, grad, grad_code, at, first, channels, plane, scratch)
-        low = claim(claimed, block)
+        low = claim(claimed, block, low)
 
 
 @njit(**ENTRY)
-def reduce_rows(partial, out):
-    """out[row] = sum of partial[row, :], in float64 and in order."""
-    for row in range(len(out)):
+def reduce_rows(partial, rows, columns, out):
+    """out[row] = the sum of a row of partial, in float64 and in order."""
+    terms, sums = carray(pointer(partial), rows * columns, np.float64), floats(out, rows)
+    for row in range(rows):
         s = 0.0
-        for column in range(partial.shape[1]):
-            s += partial[row, column]
-        out[row] = s
+        for column in range(columns):
+            s += terms[row * columns + column]
+        sums[row] = s
 
 
 @njit(**STAGE)
@@ -451,7 +458,7 @@ def scale(by, x):
 def scale_chunks(
     scratch, claimed, block, count, chunks, n, channels, grad, grad_code, incoming, incoming_stride, factor
 ):  # fmt: skip
-    low = claim(claimed, block)
+    low = claim(claimed, block, -block)
     while low < count:
         for k in range(low, min(low + block, count)):
             sample, first = k // chunks, (k % chunks) * CHUNK
@@ -461,7 +468,7 @@ def scale_chunks(
                 x = read(grad, grad_code, sample * n, first, m, channels, n // channels, scratch, X)
                 scale(by, x)
                 store(x, grad, grad_code, sample * n, first, channels, n // channels, scratch)
-        low = claim(claimed, block)
+        low = claim(claimed, block, low)
 
 
 @njit(**STAGE)
@@ -501,7 +508,7 @@ def update_chunks(
     noise, noise_code, hist, hist_code, out, out_code, clip, keep,
 ):  # fmt: skip
     noisy = noise != 0 or seed != 0
-    low = claim(claimed, block)
+    low = claim(claimed, block, -block)
     while low < count:
         for k in range(low, min(low + block, count)):
             sample, first = k // chunks, (k % chunks) * CHUNK
@@ -532,4 +539,4 @@ def update_chunks(
                 add(row[6], read(hist, hist_code, at, first, m, channels, plane, scratch, OTHER), result)
                 store(x0 if keep == KEEP_X0 else state, hist, hist_code, at, first, channels, plane, scratch)
             store(result, out, out_code, at, first, channels, plane, scratch)
-        low = claim(claimed, block)
+        low = claim(claimed, block, low)

@@ -100,7 +100,7 @@ def loss(
     seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
     rho: str, delta: float, scale: float, grad_scale: float,
 ) -> None:  # fmt: skip
-    """Write scale w_t sum(rho) of each sample into out (B,), or of the whole batch into out (1,), float32; and
+    """Write scale w_t sum(rho) of each sample into out (B,), or of the whole batch into out (), float32; and
     grad_scale w_t rho' into grad, shaped like pred, if it is given."""
     generated = noise is None and seed is not None
     lead = pred if grad is None else grad
@@ -114,7 +114,7 @@ def loss(
         batch, n, len(table), stride_of(t), scale, grad_scale, delta,
         RHO=rho, STREAM=stream, FAST=is_fast(laid), **meta,
     )  # fmt: skip
-    reduce_kernel[(len(out),)](partial, out, partial.numel() // len(out), BLOCK=REDUCE_BLOCK, **FUSED)
+    reduce_kernel[(out.numel(),)](partial, out, partial.numel() // out.numel(), BLOCK=REDUCE_BLOCK, **FUSED)
     if grad is not None and laid is not grad:
         grad.copy_(laid)
 
