@@ -12,6 +12,8 @@ from hypothesis import given
 from strategies import BACKENDS, dtypes, index, salts, shapes, table, tensor
 from tolerance import ARITHMETIC, assert_close, assert_same_bits
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastdiff
 from fastdiff import ops, reference
@@ -320,6 +322,24 @@ def test_loss_is_differentiable_once():
     assert torch.equal(pred.grad, first)
 
 
+def test_the_backward_of_the_loss_allocates_no_tensor():
+    """The gradient is there since the forward; nothing else may be as large."""
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.largest = max([self.largest, *(r.numel() for r in tree_leaves(result) if isinstance(r, Tensor))])
+            return result
+
+    pred = data(4, 50).requires_grad_()
+    value = ops.loss(pred, 1, rows(3), seed=1)
+    with Sizes() as seen:
+        torch.autograd.grad(value, pred)
+    assert seen.largest < pred.numel()
+
+
 def test_only_what_needs_a_gradient_gets_one():
     pred, x0, noise = (data(2, 5, salt=i) for i in range(3))
     value = ops.loss(pred, 1, rows(3), x0=x0.requires_grad_(), noise=noise)
@@ -389,8 +409,9 @@ def test_the_default_backend_of_cpu_tensors(chosen, monkeypatch):
         monkeypatch.setitem(sys.modules, "numba", None)
         ops._has_numba.cache_clear()
         try:
-            with pytest.warns(UserWarning, match=r"pip install fastdiff\[cpu\]"):
-                assert chosen() == "reference"
+            with pytest.warns(UserWarning, match=r"pip install fastdiff\[cpu\]") as caught:
+                assert chosen() == chosen() == "reference"
+            assert len(caught) == 1, "one hint is enough"
         finally:
             ops._has_numba.cache_clear()
 

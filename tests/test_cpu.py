@@ -1,0 +1,286 @@
+"""The kernels for CPU tensors as guests of a process: threads, forks, caches, and that none of them changes a bit."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numba import njit
+from strategies import salts, table, tensor
+from test_noise import WORDS, random_words
+from tolerance import NORMAL, assert_close, assert_same_bits
+from torch import Tensor
+
+import fastdiff
+from fastdiff import ops, reference
+from fastdiff.kernels import cpu, cpu_compiled
+
+ROOT = Path(__file__).parents[1]
+ROWS = 6
+
+
+@pytest.fixture(autouse=True)
+def cpu_backend():
+    with fastdiff.backend("cpu"):
+        yield
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def every_op(seed: int, n: int = 40001) -> tuple[Tensor, ...]:
+    """What each op returns for three samples of n elements, enough for several threads."""
+    x, t = tensor((3, n), salt=seed).cpu(), torch.tensor([1, 4, 2])
+    rows = [table(ROWS, columns, columns).cpu() for columns in (2, 3, 9)]
+    pred = ops.noising(x, t, rows[0], seed=seed).requires_grad_()
+    value = ops.loss(pred, t, rows[1], x0=x, seed=seed)
+    (3 * value).backward()
+    hist = x.clone()
+    out = ops.update(x, pred.detach(), rows[2], t, seed=seed, clip=1.0, hist=hist, keep="x0hat")
+    return pred.detach(), value.detach(), pred.grad, out, hist, ops.normal(x.shape, seed)
+
+
+# --- the noise, against the oracle --------------------------------------------------------------------------------
+
+
+@njit
+def words_of(block, sample, step, stream, key0, key1, out):
+    cpu_compiled.philox(block, sample, step, stream, key0, key1, out[0], out[1], out[2], out[3])
+
+
+@njit
+def normals_of(words, z):
+    cpu_compiled.normals_of(words[0], words[1], words[2], words[3], z)
+
+
+@given(salt=salts)
+def test_words_are_those_of_the_reference(salt):
+    block, sample, step, stream, key0, key1 = (int(w) for w in random_words(salt, 6).cpu())
+    out = np.empty((4, 46), np.uint32)
+    words_of(*(np.uint32(w) for w in (block, sample, step, stream, key0, key1)), out)
+    lanes = [torch.arange(block, block + 46) & 0xFFFFFFFF, *(torch.tensor(w) for w in (sample, step, stream))]
+    want = reference.philox4x32(tuple(lanes), (torch.tensor(key0), torch.tensor(key1)))
+    assert torch.equal(torch.from_numpy(out.astype(np.int64)), torch.stack(want))
+
+
+def check_normals(words: Tensor) -> None:
+    """words: (blocks, 4)."""
+    z = np.empty(words.numel(), np.float32)
+    normals_of(words.T.contiguous().numpy().astype(np.uint32), z)
+    assert_close(torch.from_numpy(z), reference.box_muller(words, torch.float64).flatten(), NORMAL, roundings=0)
+
+
+@given(salt=salts)
+def test_box_muller(salt):
+    check_normals(random_words(salt, 128, 4).cpu())
+
+
+def test_box_muller_of_extreme_words():
+    check_normals(torch.cartesian_prod(*[torch.tensor(WORDS)] * 4))
+
+
+# --- threads ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """How many threads a call asked for beyond its own."""
+
+    def count(elements: int) -> int:
+        asked = []
+        pool = cpu._pool()
+
+        class Pool:
+            def submit(self, *args):
+                asked.append(args)
+                return pool.submit(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(cpu, "_pool", Pool)
+            ops.normal((1, elements), 1)
+        return len(asked)
+
+    return count
+
+
+def test_set_num_threads_is_respected(threads, workers):
+    for n in (1, 2, 3):
+        threads(n)
+        assert workers(cpu.PARALLEL_FROM) == n - 1
+
+
+def test_small_tensors_stay_on_one_thread(threads, workers):
+    threads(4)
+    assert workers(cpu.PARALLEL_FROM - 1) == 0
+
+
+def test_threads_change_nothing(threads):
+    """Neither a block of work is left out nor is one summed in another order."""
+    threads(1)
+    one = every_op(1)
+    threads(4)
+    for _ in range(5):
+        for a, b in zip(one, every_op(1), strict=True):
+            assert_same_bits(a, b)
+    want = reference.normal(one[-1].shape, torch.tensor([1]), None, torch.tensor([0]), ops.PRIOR, torch.float64)
+    assert_close(one[-1], want, NORMAL)
+
+
+@given(n=st.integers(1, 3 * cpu_compiled.CHUNK), split=st.integers(1, 7))
+def test_elements_do_not_depend_on_the_size(n, split):
+    """A chunk that is cut short holds the same noise as a whole one."""
+    whole = ops.normal((1, 3 * cpu_compiled.CHUNK), 5)
+    assert_same_bits(ops.normal((1, n), 5), whole[:, :n])
+    ids = torch.arange(split)
+    assert_same_bits(ops.normal((split, n), 5, sample_ids=ids), ops.normal((split, n), 5))
+
+
+def test_calls_from_many_threads_beside_openmp(threads):
+    """Each Python thread has its own operands and PyTorch's own parallel loops in between."""
+    threads(2)
+    alone = [every_op(seed) for seed in range(4)]
+    start = threading.Barrier(8)
+
+    def work(number: int) -> list[tuple[Tensor, ...]]:
+        start.wait()
+        results = []
+        for _ in range(3):
+            results.append(every_op(number % 4))
+            torch.randn(100_000).sin().sum()
+        return results
+
+    with ThreadPoolExecutor(8) as pool:
+        for number, results in enumerate(pool.map(work, range(8))):
+            for result in results:
+                for got, want in zip(result, alone[number % 4], strict=True):
+                    assert_same_bits(got, want)
+
+
+def test_a_failure_in_another_thread_is_raised(threads, monkeypatch):
+    threads(2)
+    started = threading.Event()
+
+    def kernel(scratch, *args):
+        if threading.current_thread() is not threading.main_thread():
+            started.set()
+            raise RuntimeError("of the other thread")
+        assert started.wait(60)
+
+    monkeypatch.setattr(cpu_compiled, "normal_chunks", kernel)
+    with pytest.raises(RuntimeError, match="of the other thread"):
+        ops.normal((1, cpu.PARALLEL_FROM), 1)
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
+def run(script: str, folder: Path = ROOT, **variables: str) -> str:
+    """Standard output of a fresh interpreter in the folder."""
+    hidden = ("TRITON_INTERPRET", "FASTDIFF_BACKEND", "NUMBA_CACHE_DIR")
+    mine = {k: v for k, v in os.environ.items() if k not in hidden}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, env={**mine, **variables}, capture_output=True, text=True,
+        check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_threads_of_its_own():
+    """The parent's threads do not exist in the child: waiting for them would never end."""
+    done = run(
+        "import os, torch\n"
+        "from fastdiff import ops\n"
+        "torch.set_num_threads(2)\n"
+        "draw = lambda: ops.normal((4, 100_000), 1)\n"
+        "want = draw()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(0 if all(torch.equal(draw(), want) for _ in range(5)) else 3)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.equal(draw(), want))"
+    )
+    assert done.split() == ["0", "True"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_workers_of_a_data_loader():
+    done = run(
+        "import torch\n"
+        "from fastdiff import ops\n"
+        "table = torch.tensor([[0.6, 0.8]])\n"
+        "class Noised(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 6\n"
+        "    def __getitem__(self, i): return ops.noising(torch.ones(1, 70_000), 0, table, seed=i)[0]\n"
+        "alone = torch.stack([Noised()[i] for i in range(6)])\n"
+        "loader = torch.utils.data.DataLoader(Noised(), 3, num_workers=2, multiprocessing_context='fork')\n"
+        "print(torch.equal(torch.cat(list(loader)), alone))"
+    )
+    assert done.split() == ["True"]
+
+
+DRAW = "from fastdiff import ops; print(ops.normal((1, 4), 1)[0].tolist())"
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """A copy of the packages where Python can write no __pycache__; a folder would not stop root."""
+    for package in ("fastdiff", "kernels"):
+        copied = shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+        (copied / "__pycache__").touch()
+    return tmp_path
+
+
+def cached(folder: Path) -> bool:
+    return any("normal_chunks" in path.name for path in folder.rglob("*.nbi"))
+
+
+def test_a_folder_that_cannot_be_written_to(installed, tmp_path):
+    want = str(ops.normal((1, 4), 1)[0].tolist())
+    nowhere = installed / "file"
+    nowhere.touch()
+    assert run(DRAW, installed, HOME=str(nowhere), XDG_CACHE_HOME=str(nowhere)).strip() == want
+    assert not cached(tmp_path)
+    assert run(DRAW, installed, HOME=str(tmp_path / "home"), XDG_CACHE_HOME=str(tmp_path / "user")).strip() == want
+    assert cached(tmp_path / "user") or cached(tmp_path / "home")
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def in_huge_pages(x: Tensor) -> bool:
+    """Whether the kernel knows that it should back the middle of x with huge pages."""
+    middle, here = x.data_ptr() + x.numel() * x.element_size() // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(part, 16) for part in first.split("-"))
+            here = low <= middle < high
+        elif here and first == "VmFlags:":
+            return "hg" in rest.split()
+    raise LookupError(f"no mapping at {middle:#x}")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs huge pages of Linux")
+def test_large_results_come_in_huge_pages():
+    x, rows = torch.zeros(40, 2**18), [table(ROWS, n, n).cpu() for n in (2, 3, 9)]
+    assert not in_huge_pages(x)
+    assert in_huge_pages(ops.noising(x, 1, rows[0], seed=1))
+    assert in_huge_pages(ops.update(x, x, rows[2], 1, seed=1))
+    pred = torch.zeros_like(x).requires_grad_()
+    ops.loss(pred, 1, rows[1], seed=1).backward()
+    assert in_huge_pages(pred.grad)
+    assert in_huge_pages(ops.normal(x.shape, 1))
