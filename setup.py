@@ -22,6 +22,7 @@ setup(
         "ode": ["torchdiffeq"],
         # The schedulers repeat the arithmetic of this version.
         "diffusers": ["diffusers>=0.42.1,<0.43"],
+        "peers": ["diffusers", "denoising-diffusion-pytorch"],
         "dev": [
             "pytest",
             "pytest-benchmark",

@@ -27,6 +27,12 @@ CLIP = 1.0
 # Allowed distance from the float64 reference, relative, root mean square: float32 allows some roundings of the size of
 # the largest intermediate value, bfloat16 those of eager PyTorch, which rounds after every operation.
 BOUND = {torch.float32: 3e-6, torch.bfloat16: 2**-7}
+# Elements that a check takes, at most, where a sample has fewer.
+CHECKED = 2**19
+# The tables of the library's ops: linear betas, the eps loss, the ancestral sampler.
+NOISING = torch.stack((linear(TIMESTEPS).alpha, linear(TIMESTEPS).sigma), 1).float()
+LOSS = torch.tensor([0.0, 1.0, 1.0]).repeat(TIMESTEPS + 1, 1)
+UPDATE = ancestral(linear(TIMESTEPS), grid(TIMESTEPS, None), "eps", CLIP).rows.float()
 
 
 @dataclass(frozen=True)
@@ -134,13 +140,41 @@ def agree(name: str, got: Sequence[Tensor], want: Sequence[Tensor], bound: float
 # --- operations -------------------------------------------------------------------------------------------------
 
 
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(data in [-1, 1], a prediction, levels (B,) in 1..T, a seed)."""
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(data in [-1, 1], a prediction, levels (B,) in 1..T)."""
     random = torch.Generator(device).manual_seed(0)
     data = torch.rand(shape, generator=random, device=device).mul_(2).sub_(1).to(dtype)
     pred = torch.randn(shape, generator=random, device=device).to(dtype)
     t = torch.randint(1, TIMESTEPS + 1, shape[:1], generator=random, device=device)
-    return data, pred, t, torch.full((1,), SEED, device=device)
+    return data, pred, t
+
+
+def few(x: Tensor) -> Tensor:
+    """The first samples of x, so many that the float64 reference takes no longer than what is to be timed."""
+    return x[: max(1, CHECKED // x[0].numel())]
+
+
+def check_noising(name: str, x0: Tensor, t: Tensor, x_t: Tensor, noise: Tensor, bound: float) -> None:
+    want = reference.noising(x0.double(), t, NOISING.to(x0.device), None, None, noise.double(), ops.FORWARD)
+    agree(f"forward_noising {name}", [x_t], [want], bound)
+
+
+def check_loss(name: str, pred: Tensor, value_and_gradient: Sequence[Tensor], noise: Tensor, bound: float) -> None:
+    t, wide = torch.zeros(1, dtype=torch.int64, device=pred.device), pred.detach().double()
+    want, slope = reference.loss(wide, None, t, LOSS.to(pred.device), None, None, noise.double(), 0, "mse", 1.0)
+    agree(f"loss_forward_backward {name}", value_and_gradient, [want.mean(), slope / slope.numel()], bound)
+
+
+def check_update(name: str, x: Tensor, pred: Tensor, result: Tensor, noise: Tensor, bound: float) -> None:
+    """The ancestral step from level T/2."""
+    step = torch.full((1,), TIMESTEPS // 2, device=x.device)
+    wide = x.double(), pred.double(), UPDATE.to(x.device), step
+    want = reference.update(*wide, None, None, None, None, noise.double(), None, CLIP, "none", ops.REVERSE)[0]
+    agree(f"reverse_update {name}", [result], [want], bound)
+
+
+def with_gradient(value: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
+    return value.detach(), torch.autograd.grad(value, pred)[0]
 
 
 def _noise(x: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
@@ -148,101 +182,123 @@ def _noise(x: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
     return reference.normal(x.shape, seed, None, step, stream, torch.float64)
 
 
+def _three(fused: Row, eager: Callable[[str, Eager], Row], device: torch.device) -> Rows:
+    rows = {name: eager(name, Eager(TIMESTEPS, device, name == "compile")) for name in ("reference", "compile")}
+    return {"fused": fused, **rows}
+
+
 def forward_noising(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    x0, given, t, seed = _inputs(shape, dtype, device)
-    schedule = linear(TIMESTEPS)
-    table = torch.stack((schedule.alpha, schedule.sigma), 1).float().to(device)
+    x0, given, t = inputs(shape, dtype, device)
+    table, seed, bound = NOISING.to(device), torch.full((1,), SEED, device=device), BOUND[dtype]
+    part, index = few(x0), t - 1
 
-    def check(name: str, got: Tensor, noise: Tensor) -> None:
-        want = reference.noising(x0.double(), t, table, None, None, noise, ops.FORWARD)
-        agree(f"forward_noising {name}", [got], [want], BOUND[dtype])
+    def check() -> None:
+        n, x_t = len(part), ops.noising(x0, t, table, seed=seed)
+        check_noising("fused", part, t[:n], x_t[:n], _noise(part, seed, t[:n], ops.FORWARD), bound)
 
-    def eager(name: str, compiled: bool) -> Row:
-        model = Eager(TIMESTEPS, device, compiled)
-        index = t - 1
-        return Row(
-            lambda: model.q_sample(x0, index),
-            lambda: check(name, model.q_sample(x0, index, given), given.double()),
-        )
+    def eager(name: str, model: Eager) -> Row:
+        def check() -> None:
+            n, x_t = len(part), model.q_sample(x0, index, given)
+            check_noising(name, part, t[:n], x_t[:n], given[:n], bound)
 
-    fused = Row(
-        lambda: ops.noising(x0, t, table),
-        lambda: check("fused", ops.noising(x0, t, table, seed=seed), _noise(x0, seed, t, ops.FORWARD)),
-    )
-    return {"fused": fused, "reference": eager("reference", False), "compile": eager("compile", True)}
+        return Row(lambda: model.q_sample(x0, index), check)
+
+    return _three(Row(lambda: ops.noising(x0, t, table), check), eager, device)
 
 
 def loss_forward_backward(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
     """The eps loss and its gradient. The library draws the noise again; eager PyTorch has kept it."""
-    noise, pred, t, seed = _inputs(shape, dtype, device)
+    noise, pred, t = inputs(shape, dtype, device)
+    table, seed, bound = LOSS.to(device), torch.full((1,), SEED, device=device), BOUND[dtype]
+    part = few(pred).clone().requires_grad_()
     pred.requires_grad_()
-    table = torch.tensor([0.0, 1.0, 1.0], device=device).repeat(TIMESTEPS + 1, 1)
+    n = len(part)
 
-    def check(name: str, got: tuple[Tensor, ...], noise: Tensor) -> None:
-        want, slope = reference.loss(pred.detach().double(), None, t, table, None, None, noise, 0, "mse", 1.0)
-        agree(f"loss_forward_backward {name}", got, [want.mean(), slope / slope.numel()], BOUND[dtype])
+    def fused(pred: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return with_gradient(ops.loss(pred, t, table, seed=seed), pred)
 
-    def with_gradient(value: Tensor) -> tuple[Tensor, Tensor]:
-        return value.detach(), torch.autograd.grad(value, pred)[0]
+    def check() -> None:
+        check_loss("fused", part, fused(part, t[:n]), _noise(part, seed, t[:n], ops.FORWARD), bound)
 
-    def eager(name: str, compiled: bool) -> Row:
-        model = Eager(TIMESTEPS, device, compiled)
+    def eager(name: str, model: Eager) -> Row:
+        def run(pred: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            return with_gradient(model.mse(pred, noise), pred)
 
-        def run() -> tuple[Tensor, Tensor]:
-            return with_gradient(model.mse(pred, noise))
+        return Row(lambda: run(pred, noise), lambda: check_loss(name, part, run(part, noise[:n]), noise[:n], bound))
 
-        return Row(run, lambda: check(name, run(), noise.double()))
+    return _three(Row(lambda: fused(pred, t), check), eager, device)
 
-    def fused() -> tuple[Tensor, Tensor]:
-        return with_gradient(ops.loss(pred, t, table, seed=seed))
 
-    return {
-        "fused": Row(fused, lambda: check("fused", fused(), _noise(pred, seed, t, ops.FORWARD))),
-        "reference": eager("reference", False),
-        "compile": eager("compile", True),
-    }
+def noising_and_loss(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """What a training step does besides its model: noising, and the eps loss with its gradient."""
+    x0, pred, t = inputs(shape, dtype, device)
+    noising, table, bound = NOISING.to(device), LOSS.to(device), BOUND[dtype]
+    part = few(pred).clone().requires_grad_()
+    pred.requires_grad_()
+    n, index = len(part), t - 1
+
+    def fused(x0: Tensor, pred: Tensor, t: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+        x_t = ops.noising(x0, t, noising, seed=seed)
+        return x_t, *with_gradient(ops.loss(pred, t, table, seed=seed), pred)
+
+    def check(name: str, result: Sequence[Tensor], noise: Tensor) -> None:
+        check_noising(name, x0[:n], t[:n], result[0], noise, bound)
+        check_loss(name, part, result[1:], noise, bound)
+
+    def run() -> object:
+        return fused(x0, pred, t, torch.randint(2**62, (1,), device=device))
+
+    def check_fused() -> None:
+        seed = torch.full((1,), SEED, device=device)
+        check("fused", fused(x0[:n], part, t[:n], seed), _noise(part, seed, t[:n], ops.FORWARD))
+
+    def eager(name: str, model: Eager) -> Row:
+        def run(x0: Tensor, pred: Tensor, index: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+            x_t, noise = model.corrupt(x0, index, noise)
+            return x_t, *with_gradient(model.mse(pred, noise), pred)
+
+        given = pred.detach()[:n].flip(0)
+        return Row(lambda: run(x0, pred, index), lambda: check(name, run(x0[:n], part, index[:n], given), given))
+
+    return _three(Row(run, check_fused), eager, device)
 
 
 def reverse_update(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
     """The ancestral step at t = T/2, in place in the library, as in its sampling loop."""
-    x, pred, _, seed = _inputs(shape, dtype, device)
-    given = pred.flip(0)
-    rows = ancestral(linear(TIMESTEPS), grid(TIMESTEPS, None), "eps", CLIP).rows.float().to(device)
+    x, pred, _ = inputs(shape, dtype, device)
+    rows, seed, bound = UPDATE.to(device), torch.full((1,), SEED, device=device), BOUND[dtype]
     step = torch.full((1,), TIMESTEPS // 2, device=device)
+    n = len(few(x))
+    given = pred.flip(0)
 
     def fused(state: Tensor) -> Tensor:
         return ops.update(state, pred, rows, step, seed=seed, clip=CLIP, inplace=True)
 
-    def check(name: str, got: Tensor, noise: Tensor) -> None:
-        wide = x.double(), pred.double(), rows, step
-        want = reference.update(*wide, None, None, None, None, noise, None, CLIP, "none", ops.REVERSE)[0]
-        agree(f"reverse_update {name}", [got], [want], BOUND[dtype])
+    def check(name: str, result: Tensor, noise: Tensor) -> None:
+        check_update(name, x[:n], pred[:n], result[:n], noise[:n], bound)
 
-    def eager(name: str, compiled: bool) -> Row:
-        model = Eager(TIMESTEPS, device, compiled)
+    def eager(name: str, model: Eager) -> Row:
         row = model.rows["ddpm"][TIMESTEPS // 2 - 1]  # the step from level T/2
         return Row(
             lambda: model.step(x, pred, row, True),
-            lambda: check(name, model.step(x, pred, row, True, given), given.double()),
+            lambda: check(name, model.step(x, pred, row, True, given), given),
         )
 
     state = x.clone()
-    return {
-        "fused": Row(
-            lambda: fused(state), lambda: check("fused", fused(x.clone()), _noise(x, seed, step, ops.REVERSE))
-        ),
-        "reference": eager("reference", False),
-        "compile": eager("compile", True),
-    }
+    fused_row = Row(
+        lambda: fused(state), lambda: check("fused", fused(x.clone()), _noise(x[:n], seed, step, ops.REVERSE))
+    )
+    return _three(fused_row, eager, device)
 
 
 OPERATIONS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]] = {
     "forward_noising": forward_noising,
     "loss_forward_backward": loss_forward_backward,
+    "noising_and_loss": noising_and_loss,
     "reverse_update": reverse_update,
 }
-# Tensors that must be read or written at least: (x_0, x_t), (pred, gradient), (x, pred, x').
-TENSORS = {"forward_noising": 2, "loss_forward_backward": 2, "reverse_update": 3}
+# Tensors that must be read or written at least: (x_0, x_t), (pred, gradient), both, (x, pred, x').
+TENSORS = {"forward_noising": 2, "loss_forward_backward": 2, "noising_and_loss": 4, "reverse_update": 3}
 
 
 # --- whole steps ------------------------------------------------------------------------------------------------
@@ -271,7 +327,7 @@ def _network_bound(dtype: torch.dtype, device: torch.device) -> float:
 def training_step(batch: int, dtype: torch.dtype, device: torch.device) -> Rows:
     """Loss, backward and AdamW step of a U-Net, under autocast where dtype is not float32."""
     net = network(device)
-    data, given, t, _ = _inputs((batch, *(net.sample_shape or ())), torch.float32, device)
+    data, given, t = inputs((batch, *(net.sample_shape or ())), torch.float32, device)
     cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def row(name: str, net: UNet, loss: Callable[..., Tensor]) -> Row:
