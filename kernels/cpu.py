@@ -4,6 +4,7 @@ Chunks are dealt out to Python threads (compiled code holds no interpreter lock)
 fork and under concurrent calls.
 """
 
+import functools
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -26,16 +27,12 @@ RHOS = {"mse": MSE, "l1": L1, "huber": HUBER}
 KEEPS = {"none": KEEP_NONE, "x0hat": KEEP_X0, "x": KEEP_X}
 
 _local = threading.local()
-_pools: dict[int, ThreadPoolExecutor] = {}
 
 
-def _pool() -> ThreadPoolExecutor:
-    """This process's threads; a forked child has none of its parent's and makes its own."""
-    pid = os.getpid()
-    if pid not in _pools:
-        _pools.clear()
-        _pools[pid] = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="fastdiff")
-    return _pools[pid]
+@functools.lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """The threads of a process; a forked child has none of its parent's and makes its own."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="fastdiff")
 
 
 def _scratch() -> int:
@@ -64,7 +61,8 @@ def _run(kernel: Any, laid: Tensor, channels: int, *args: Any) -> None:
     threads = min(torch.get_num_threads(), count)
     claimed = np.zeros(1, np.int64)
     args = (claimed.ctypes.data, -(-count // (threads * CLAIMS)), count, chunks, n, channels, *args)
-    futures = [_pool().submit(_work, kernel, args) for _ in range(threads - 1)]
+    pool = _pool(os.getpid())
+    futures = [pool.submit(_work, kernel, args) for _ in range(threads - 1)]
     try:
         _work(kernel, args)
     finally:
