@@ -29,7 +29,8 @@ def in_huge_pages(fresh: Tensor) -> Tensor:
     """The same tensor, nothing of which was touched so far. It is advice: where the system does not take it, nothing
     changes."""
     size = fresh.numel() * fresh.element_size()
-    if size >= 2 * PAGE and fresh.is_cpu and (madvise := _madvise()):
-        start = -(-fresh.data_ptr() // PAGE) * PAGE
-        madvise(start, (fresh.data_ptr() + size) // PAGE * PAGE - start, MADV_HUGEPAGE)
+    if size >= PAGE and fresh.is_cpu and (madvise := _madvise()):
+        start, end = -(-fresh.data_ptr() // PAGE) * PAGE, (fresh.data_ptr() + size) // PAGE * PAGE
+        if end > start:
+            madvise(start, end - start, MADV_HUGEPAGE)
     return fresh

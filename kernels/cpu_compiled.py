@@ -154,12 +154,14 @@ def widen_bf16(source, out):
 
 @njit(**STAGE)
 def narrow_bf16(values, out):
-    """Round to nearest even; NaN stays NaN."""
+    """Round to nearest even; NaN stays NaN. Each step is cut to 32 bits, as numba would go on in 64."""
     for i in range(len(out)):
         b = np.uint32(bits_of(values[i]))
-        rounded = np.uint32(b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        quiet = (b >> np.uint32(16)) | np.uint32(0x40)
-        out[i] = np.uint16(quiet if (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded)
+        high = np.uint32(b >> np.uint32(16))
+        odd = np.uint32(high & np.uint32(1))
+        rounded = np.uint32(np.uint32(b + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+        quiet = np.uint32(high | np.uint32(0x40))
+        out[i] = np.uint16(quiet if values[i] != values[i] else rounded)
 
 
 @njit(**STAGE)
@@ -167,9 +169,11 @@ def widen_f16(source, out):
     """Exponent and mantissa are moved into place; 2^112 is the difference of the exponents' biases."""
     for i in range(len(out)):
         h = np.uint32(source[i])
-        sign, size = (h & np.uint32(0x8000)) << np.uint32(16), (h & np.uint32(0x7FFF)) << np.uint32(13)
-        finite = np.uint32(bits_of(float_of(np.uint32(size)) * REBIAS))
-        out[i] = float_of(np.uint32(sign | (size | np.uint32(0x70000000) if size >= np.uint32(0x0F800000) else finite)))
+        sign = np.uint32(np.uint32(h & np.uint32(0x8000)) << np.uint32(16))
+        size = np.uint32(np.uint32(h & np.uint32(0x7FFF)) << np.uint32(13))
+        finite = np.uint32(bits_of(float_of(size) * REBIAS))
+        endless = np.uint32(size | np.uint32(0x70000000))
+        out[i] = float_of(np.uint32(sign | (endless if size >= np.uint32(0x0F800000) else finite)))
 
 
 @njit(**STAGE)
@@ -177,14 +181,15 @@ def narrow_f16(values, out):
     """Round to nearest even; from 65520 on infinity; NaN stays NaN."""
     for i in range(len(out)):
         bits = np.uint32(bits_of(values[i]))
-        b = bits & np.uint32(0x7FFFFFFF)
-        normal = np.uint32(b + np.uint32(0xC8000FFF) + ((b >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
+        b = np.uint32(bits & np.uint32(0x7FFFFFFF))
+        odd = np.uint32(np.uint32(b >> np.uint32(13)) & np.uint32(1))
+        normal = np.uint32(np.uint32(b + np.uint32(0xC8000FFF) + odd) >> np.uint32(13))
         # |value| + 1/2 rounds a subnormal to its place among the low mantissa bits.
         small = np.uint32(np.uint32(bits_of(np.abs(values[i]) + HALF)) - np.uint32(0x3F000000))
         h = small if b < np.uint32(0x38800000) else normal
         h = np.uint32(0x7C00) if b >= np.uint32(0x477FF000) else h
-        h = np.uint32(0x7E00) if b > np.uint32(0x7F800000) else h
-        out[i] = np.uint16(h | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
+        h = np.uint32(0x7E00) if values[i] != values[i] else h
+        out[i] = np.uint16(h | np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000)))
 
 
 @njit(**STAGE)
