@@ -8,17 +8,21 @@ time over its own, by the bytes that must move at least), peak_bytes (beyond the
 pip install -e '.[peers]'; --benchmark-group-by=group,param:shape puts the rows of one size together.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from timing import BUDGET, DEVICE, name, on_device, time_row
 
 from fastdiff import bench
-from fastdiff._peers import NAMES, all_rows, missing
-from fastdiff._workloads import OPERATIONS, TENSORS
+from fastdiff._peers import NAMES, all_rows, diffusers_sampling, diffusers_training_step, missing
+from fastdiff._workloads import OPERATIONS, TENSORS, Row, Rows, sampling, training_step
 
 ROWS = ("fused", "reference", "compile", *NAMES)
+WHOLE = ("fused", "reference", "compile", "diffusers")
 SHAPES = [bench.SMALL, bench.LARGE]
+BATCH, STEPS = (64, 50) if DEVICE.type == "cuda" else (4, 8)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -44,3 +48,32 @@ def test_operation(benchmark: BenchmarkFixture, operation: str, shape: tuple[int
         "copy_fraction": copy / seconds,
         "peak_bytes": bench.peak_memory(rows[row].run, DEVICE),
     }
+
+
+def whole(row: str, rows: Rows, peer: Callable[[], Row], benchmark: BenchmarkFixture, batch: int) -> None:
+    """Time a row beside fastdiff's, each with its own network of the same weights."""
+    timed = peer() if row == "diffusers" else rows[row]
+    rows["fused"].check()  # before a step changes the weights
+    time_row(benchmark, timed)
+    seconds, fused = bench.medians([timed.run, rows["fused"].run], DEVICE, 5 * BUDGET)
+    peak = bench.peak_memory(timed.run, DEVICE)
+    benchmark.extra_info |= {"ratio": seconds / fused, "images_per_s": batch / seconds, "peak_bytes": peak}
+
+
+@pytest.mark.parametrize("row", WHOLE)
+def test_training_step(benchmark: BenchmarkFixture, row: str) -> None:
+    if reason := missing(row):
+        pytest.skip(reason)
+    benchmark.group = "training step"
+    rows = training_step(BATCH, torch.float32, DEVICE)
+    whole(row, rows, lambda: diffusers_training_step(BATCH, DEVICE), benchmark, BATCH)
+
+
+@pytest.mark.parametrize("row", WHOLE)
+def test_sampling(benchmark: BenchmarkFixture, row: str) -> None:
+    """The ancestral sampler; diffusers by its DDPMPipeline."""
+    if reason := missing(row):
+        pytest.skip(reason)
+    benchmark.group = "sampling"
+    rows = sampling(BATCH, "ddpm", STEPS, DEVICE)
+    whole(row, rows, lambda: diffusers_sampling(BATCH, STEPS, DEVICE), benchmark, BATCH)

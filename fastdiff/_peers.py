@@ -22,13 +22,18 @@ from ._workloads import (
     Eager,
     Row,
     Rows,
+    agree,
     check_loss,
     check_noising,
     check_update,
     few,
     inputs,
+    network,
+    network_bound,
+    training_row,
     with_gradient,
 )
+from .ddpm import DDPM
 
 # Libraries hold alpha_bar in float32, which costs digits where it is near 1 or is cast to the data type.
 LIBRARY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 2**-5}
@@ -182,3 +187,48 @@ def _row(name: str, operation: str, shape: tuple[int, ...], dtype: torch.dtype, 
 def all_rows(operation: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
     """fused, reference, compile, and the peers that import."""
     return OPERATIONS[operation](shape, dtype, device) | peer_rows(operation, shape, dtype, device)
+
+
+# --- diffusers with its own U-Net, of the weights of `network` ------------------------------------------------------
+
+
+def _unet(device: torch.device) -> Any:
+    net = network(device)
+    unet = importlib.import_module("diffusers").UNet2DModel(**net.config).to(device)
+    unet.load_state_dict(net.state_dict())
+    return unet
+
+
+def diffusers_training_step(batch: int, device: torch.device) -> Row:
+    scheduler, unet = importlib.import_module("diffusers").DDPMScheduler(TIMESTEPS), _unet(device)
+
+    def loss(data: Tensor, t: Tensor | None, noise: Tensor | None) -> Tensor:
+        index = torch.randint(0, TIMESTEPS, data.shape[:1], device=device) if t is None else t - 1
+        noise = torch.randn_like(data) if noise is None else noise
+        return F.mse_loss(unet(scheduler.add_noise(data, noise, index), index).sample, noise)
+
+    return training_row("diffusers", unet, loss, batch, torch.float32, device)
+
+
+def diffusers_sampling(batch: int, steps: int, device: torch.device) -> Row:
+    """DDPMPipeline, T = steps."""
+    library, unet = importlib.import_module("diffusers"), _unet(device)
+    pipeline = library.DDPMPipeline(unet.eval(), library.DDPMScheduler(steps, clip_sample_range=CLIP))
+    pipeline.set_progress_bar_config(disable=True)
+    net = network(device).eval().double()
+    oracle, shape = DDPM(net, timesteps=steps).to(device), (batch, *(net.sample_shape or ()))
+
+    def run(generator: torch.Generator | None = None) -> Tensor:
+        """(B, H, W, C) in [0, 1]."""
+        drawn = pipeline(batch, generator, num_inference_steps=steps, output_type="np")
+        return torch.from_numpy(drawn.images)
+
+    def check() -> None:
+        generator = torch.Generator(device).manual_seed(SEED)
+        x_T, *noise = (torch.randn(shape, generator=generator, device=device) for _ in range(steps + 1))
+        want = oracle.sample(shape, x_T=x_T.double(), noise=torch.stack(noise).double()) / 2 + 0.5
+        got = run(torch.Generator(device).manual_seed(SEED)).permute(0, 3, 1, 2).to(device)
+        bound = max(LIBRARY_BOUND[torch.float32], network_bound(torch.float32, device))
+        agree("sampling diffusers", [got], [want.clamp(0, 1)], bound)
+
+    return Row(run, check)

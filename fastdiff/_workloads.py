@@ -317,58 +317,67 @@ def network(device: torch.device) -> UNet:
     ).to(device)
 
 
-def _network_bound(dtype: torch.dtype, device: torch.device) -> float:
+def network_bound(dtype: torch.dtype, device: torch.device) -> float:
     """Of what went through a network. On a GPU the convolutions of float32 may run in TF32."""
     if dtype != torch.float32:
         return 1e-1
     return 1e-2 if device.type == "cuda" else 3e-5
 
 
-def training_step(batch: int, dtype: torch.dtype, device: torch.device) -> Rows:
-    """Loss, backward and AdamW step of a U-Net, under autocast where dtype is not float32."""
-    net = network(device)
-    data, given, t = inputs((batch, *(net.sample_shape or ())), torch.float32, device)
+def training_row(
+    name: str,
+    net: nn.Module,
+    loss: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Row:
+    """Loss, backward and AdamW step of a network with the weights of `network`, under autocast where dtype is not
+    float32. loss(data, t, noise): t (B,) in 1..T; both are drawn if None."""
+    reference = network(device)
+    data, given, t = inputs((batch, *(reference.sample_shape or ())), torch.float32, device)
     cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
 
-    def row(name: str, net: UNet, loss: Callable[..., Tensor]) -> Row:
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    def run() -> None:
+        optimizer.zero_grad()
+        with cast:
+            value = loss(data, None, None)
+        value.backward()
+        optimizer.step()
 
-        def run() -> None:
-            optimizer.zero_grad()
-            with cast:
-                value = loss()
-            value.backward()
-            optimizer.step()
+    def check() -> None:
+        wide = reference.double()
+        want = _with_gradient(DDPM(wide).to(device)(data.double(), t=t, noise=given.double()), wide)
+        with cast:
+            value = loss(data, t, given)
+        agree(f"training_step {name}", _with_gradient(value, net), want, network_bound(dtype, device))
 
-        def check() -> None:
-            wide = copy.deepcopy(net).double()
-            want = _with_gradient(DDPM(wide).to(device)(data.double(), t=t, noise=given.double()), wide)
-            with cast:
-                value = loss(t, given)
-            agree(f"training_step {name}", _with_gradient(value, net), want, _network_bound(dtype, device))
+    return Row(run, check)
 
-        return Row(run, check)
+
+def training_step(batch: int, dtype: torch.dtype, device: torch.device) -> Rows:
+    own = network(device)
+    ddpm = DDPM(own).to(device)
 
     def eager(name: str, compiled: bool) -> Row:
-        own, model = copy.deepcopy(net), Eager(TIMESTEPS, device, compiled)
-        return row(
-            name,
-            own,
-            lambda t=None, noise=None: model.loss(own, data, None if t is None else t - 1, noise),
-        )
+        net, model = network(device), Eager(TIMESTEPS, device, compiled)
 
-    own = copy.deepcopy(net)
-    ddpm = DDPM(own).to(device)
+        def loss(data: Tensor, t: Tensor | None, noise: Tensor | None) -> Tensor:
+            return model.loss(net, data, None if t is None else t - 1, noise)
+
+        return training_row(name, net, loss, batch, dtype, device)
+
     return {
-        "fused": row("fused", own, lambda t=None, noise=None: ddpm(data, t=t, noise=noise)),
+        "fused": training_row("fused", own, lambda data, t, noise: ddpm(data, t=t, noise=noise), batch, dtype, device),
         "reference": eager("reference", False),
         "compile": eager("compile", True),
     }
 
 
 def _with_gradient(value: Tensor, net: nn.Module) -> tuple[Tensor, Tensor]:
-    """(value, its gradient by all parameters as one vector)."""
-    gradient = torch.autograd.grad(value, list(net.parameters()))
+    """(value, its gradient by all parameters in the order of their names, as one vector)."""
+    gradient = torch.autograd.grad(value, [p for _, p in sorted(net.named_parameters())])
     return value.detach(), torch.cat([g.flatten() for g in gradient])
 
 
@@ -386,7 +395,7 @@ def sampling(batch: int, sampler: str, steps: int, device: torch.device) -> Rows
         oracle = DDPM(wide, timesteps=steps).to(device)
         given = noise.double() if sampler == "ddpm" else None
         want = oracle.sample(shape, sampler=sampler, x_T=x_T.double(), noise=given)
-        agree(f"sampling {sampler} {name}", [got], [want], _network_bound(torch.float32, device))
+        agree(f"sampling {sampler} {name}", [got], [want], network_bound(torch.float32, device))
 
     def eager(name: str, compiled: bool) -> Row:
         model = Eager(steps, device, compiled)
