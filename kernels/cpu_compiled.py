@@ -7,7 +7,8 @@ that is not float32. A stage is a plain loop over arrays that start at 0, the fo
 
 Threads claim blocks of chunks from a shared counter until none is left. No result depends on who took which.
 
-All compiled code stands in this file: numba's cache watches the file of the function that is called, and no other.
+All compiled code stands in this file: numba's cache watches the file of the function that is called, and no other (so
+a change of coefficients.py takes effect once __pycache__ is deleted).
 """
 
 import functools
@@ -21,7 +22,7 @@ from numba.extending import intrinsic
 
 from .coefficients import COS, LOG, SIN
 
-CHUNK = 2048
+CHUNK = 4096
 F32, BF16, F16 = 0, 1, 2
 MSE, L1, HUBER = 0, 1, 2
 KEEP_NONE, KEEP_X0, KEEP_X = 0, 1, 2
