@@ -322,7 +322,8 @@ def test_loss_is_differentiable_once():
     assert torch.equal(pred.grad, first)
 
 
-def test_the_backward_of_the_loss_allocates_no_tensor():
+@pytest.mark.parametrize("op", ["loss", "vlb"])
+def test_the_backward_of_a_loss_allocates_no_tensor(op):
     """The gradient is there since the forward; nothing else may be as large."""
 
     class Sizes(TorchDispatchMode):
@@ -334,7 +335,10 @@ def test_the_backward_of_the_loss_allocates_no_tensor():
             return result
 
     pred = data(4, 50).requires_grad_()
-    value = ops.loss(pred, 1, rows(3), seed=1)
+    if op == "loss":
+        value = ops.loss(pred, 1, rows(3), seed=1)
+    else:
+        value = ops.vlb(pred, data(4, 50), data(4, 50), 1, rows(6), reduction="mean")
     with Sizes() as seen:
         torch.autograd.grad(value, pred)
     assert seen.largest < pred.numel()
