@@ -35,6 +35,7 @@ LOG0, LOG1, LOG2, LOG3, LOG4, LOG5, LOG6, LOG7 = (np.float32(-2 * c) for c in LO
 MINUS_2_LN2 = np.float32(-1.3862943611198906)
 U_SCALE, U_SHIFT, X_SCALE = np.float32(2.0**-32), np.float32(2.0**-33), np.float32(2.0**-31)
 ZERO, HALF, ONE, TWO, FOUR = (np.float32(c) for c in (0, 0.5, 1, 2, 4))
+NO_NOISE = np.float32(-0.0)  # times 0 it is -0, which changes nothing that it is added to
 REBIAS = np.float32(2.0**112)
 BITS_OF_SQRT_HALF, MANTISSA = np.int32(0x3F3504F3), np.int32(23)
 MASK, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -55,6 +56,8 @@ def _can_cache() -> bool:
 # Multiply-adds may be fused, as on a GPU. Nothing that could change NaN or infinity is relaxed.
 ENTRY: dict[str, Any] = {"nogil": True, "cache": _can_cache(), "fastmath": {"contract"}, "no_cfunc_wrapper": True}
 STAGE = ENTRY | {"no_cpython_wrapper": True}
+# The arithmetic of noising and update rounds where plain PyTorch does, and gives its bits.
+EXACT = STAGE | {"fastmath": False}
 SUM = STAGE | {"fastmath": {"contract", "reassoc", "nsz"}}
 
 
@@ -354,7 +357,7 @@ def normal_chunks(
         low = claim(claimed, block, low)
 
 
-@njit(**STAGE)
+@njit(**EXACT)
 def mix(alpha, x, sigma, z, out):
     for i in range(len(out)):
         out[i] = alpha * x[i] + sigma * z[i]
@@ -483,7 +486,7 @@ def guide(pred, uncond, w, out):
         out[i] = uncond[i] + w * (pred[i] - uncond[i])
 
 
-@njit(**STAGE)
+@njit(**EXACT)
 def advance(row, clip, x, pred, f, z, x0, out):
     """x0 = clip(a x + b pred), out = c x0 + d x + e pred + f z; NaN stays NaN, and clip = inf leaves the rest."""
     a, b, c, d, e = row[0], row[1], row[2], row[3], row[4]
@@ -495,7 +498,7 @@ def advance(row, clip, x, pred, f, z, x0, out):
         out[i] = c * v + d * x[i] + e * pred[i] + f * z[i]
 
 
-@njit(**STAGE)
+@njit(**EXACT)
 def add(by, x, out):
     for i in range(len(out)):
         out[i] += by * x[i]
@@ -537,10 +540,10 @@ def update_chunks(
                 normals(seed, ids, sample, index, stream, first, eps, scratch)
             if noisy and variance != 0:
                 v = read(variance, variance_code, sample * pred_stride, first, m, channels, plane, scratch, OTHER)
-                advance(row, clip, state, p, ZERO, floats(scratch + NOTHING, m), x0, result)
+                advance(row, clip, state, p, NO_NOISE, floats(scratch + NOTHING, m), x0, result)
                 add_learned(row[5], row[7], v, eps, result)
             else:
-                advance(row, clip, state, p, row[5] if noisy else ZERO, eps, x0, result)
+                advance(row, clip, state, p, row[5] if noisy else NO_NOISE, eps, x0, result)
             if hist != 0:
                 add(row[6], read(hist, hist_code, at, first, m, channels, plane, scratch, OTHER), result)
                 store(x0 if keep == KEEP_X0 else state, hist, hist_code, at, first, channels, plane, scratch)

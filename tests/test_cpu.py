@@ -92,6 +92,22 @@ def test_box_muller_of_extreme_words():
     check_normals(torch.cartesian_prod(*[torch.tensor(WORDS)] * 4))
 
 
+@given(salt=salts, clip=st.sampled_from([None, 0.5]), noisy=st.booleans(), keep=st.sampled_from(ops.KEEPS))
+def test_noising_and_update_give_the_bits_of_plain_pytorch(salt, clip, noisy, keep):
+    """No multiply-add is fused and no zero changes its sign."""
+    x, pred, noise, hist = (tensor((2, 70), salt=salt + i, extreme=True).cpu().nan_to_num() for i in range(4))
+    rows, steps = table(ROWS, 2, salt).cpu(), table(ROWS, 9, salt).cpu()
+    results = []
+    for backend in ("cpu", "reference"):
+        past = None if keep == "none" else hist.clone()
+        options = {"noise": noise if noisy else None, "noisy": noisy, "hist": past, "keep": keep, "clip": clip}
+        with fastdiff.backend(backend):
+            results.append((ops.noising(x, 1, rows, noise=noise), ops.update(x, pred, steps, 2, **options), past))
+    for got, want in zip(*results, strict=True):
+        if got is not None:
+            assert_same_bits(torch.where(got.isnan(), 0, got), torch.where(want.isnan(), 0, want))
+
+
 # --- threads ------------------------------------------------------------------------------------------------------
 
 
