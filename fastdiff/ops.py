@@ -406,7 +406,7 @@ def _vlb(
 def _empty_vlb(
     pred: Tensor, raw: Tensor | None, per_sample: bool, by_pred: bool, by_raw: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(nats, gradient by pred, by raw); a gradient that is not wanted is empty. XX
+    """(nats, gradient by pred, by raw); a gradient that is not wanted is empty. Those of float16 may exceed what it
     holds, and are kept in float32 there."""
     value = pred.new_empty(pred.shape[:1] if per_sample else (), dtype=reference.work_dtype(pred))
     pred_grad, raw_grad = (

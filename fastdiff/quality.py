@@ -33,9 +33,6 @@ def measure(model: Diffusion, sampler: str, steps: int, n: int, held_out: torch.
 
 def main(args: argparse.Namespace, device: torch.device) -> int:
     """Print the table; args: quality (the checkpoint), json, plot. ValueError for a model of anything but digits."""
-    for path in (args.json, args.plot):
-        if path:
-            checkpoint.writable(path)
     model = checkpoint.load_model(args.quality).to(device)
     if model.model.sample_shape != (1, 8, 8) or getattr(model, "timesteps", 0) < RUNS[0][1]:
         raise ValueError(f"{args.quality}: expected a DDPM of the 8x8 digits with 1,000 timesteps")
