@@ -39,6 +39,7 @@ class ChainDiffusion(Diffusion):
         check_choice("weighting", weighting, WEIGHTINGS)
         self.process, self.schedule, self.timesteps = process, process.schedule, process.schedule.timesteps
         self.weighting = weighting
+        self._exact: dict[str, Tensor] = {}  # the same in float64, for data of that type
         schedule = self.schedule
         steps.check_signal(schedule, torch.arange(1, self.timesteps + 1, device="cpu"), objective)
         p, q = target_rows(schedule, objective)
@@ -51,6 +52,7 @@ class ChainDiffusion(Diffusion):
             self._register(kind, columns)
 
     def _register(self, kind: str, columns: Tensor) -> None:
+        self._exact[kind] = columns.contiguous()
         device = next((p.device for p in self.model.parameters()), None)
         bits = columns.float().contiguous().view(torch.int32).to(device)
         self.register_buffer(f"_{kind}_bits", bits, persistent=False)
@@ -59,7 +61,7 @@ class ChainDiffusion(Diffusion):
         self, x0: Tensor, t: int | Tensor, *, seed: int | Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """x_t = alpha_t x_0 + sigma_t z, z ~ N(0, I) (Ho et al. 2020, eq. 4); t: levels in 0..T, an int, () or (B,)."""
-        return ops.noising(x0, t, self._rows("noising", x0)[0], seed=seed, noise=noise)
+        return ops.noising(x0, t, self._rows("noising", x0, x0.dtype)[0], seed=seed, noise=noise)
 
     def q_step(
         self, x: Tensor, t: int | Tensor, *, seed: int | Tensor | None = None, noise: Tensor | None = None
@@ -85,7 +87,9 @@ class ChainDiffusion(Diffusion):
         variance = var.to(x_t.device, state_dtype(x_t.dtype))[t - 1].reshape(-1, *[1] * (x_t.ndim - 1))
         return ops.update(x_t, x0, rows, t - 1, noisy=False), variance
 
-    def _rows(self, kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, kind: str, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if dtype == torch.float64:
+            return self._exact[kind].to(t.device), t
         return getattr(self, f"_{kind}_bits").view(torch.float32), t
 
     def _times(self, name: str, x: Tensor, t: Any) -> Tensor:
@@ -203,7 +207,7 @@ class DDPM(ChainDiffusion):
         if self.loss_kind in ops.LOSSES:
             return super()._loss(pred, raw, x_t, x0, t, seed, noise, reduction)
         hybrid = self.loss_kind == "hybrid"
-        rows, row = self._rows("bound", t)
+        rows, row = self._rows("bound", t, pred.dtype)
         nats = ops.vlb(pred, x_t, x0, row, rows, raw_variance=raw, detach_mean=hybrid, reduction=reduction)
         bits = nats * (self.timesteps / math.log(2))
         if not hybrid:

@@ -66,8 +66,9 @@ class Diffusion(nn.Module, ABC):
         """(B,) times for the data x, drawn if t is None."""
 
     @abstractmethod
-    def _rows(self, kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(table, the row of each sample) for the times t (B,); kind "noising", "loss" or "denoise"."""
+    def _rows(self, kind: str, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(table, the row of each sample) for the times t (B,) and data of a type; kind "noising", "loss" or
+        "denoise"."""
 
     def forward(
         self,
@@ -88,7 +89,7 @@ class Diffusion(nn.Module, ABC):
         t = self._times("x0", x0, t)
         if noise is None:
             seed = as_seed(seed, x0.device)
-        table, row = self._rows("noising", t)
+        table, row = self._rows("noising", t, x0.dtype)
         x_t = ops.noising(x0, row, table, seed=seed, noise=noise)
         pred, raw, _ = self._predict(x_t, self._condition(t), model_kwargs)
         return self._loss(pred, raw, x_t, x0, t, seed, noise, reduction)
@@ -97,7 +98,7 @@ class Diffusion(nn.Module, ABC):
         self, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor,
         seed: int | Tensor | None, noise: Tensor | None, reduction: str, kind: str | None = None,
     ) -> Tensor:  # fmt: skip
-        table, row = self._rows("loss", t)
+        table, row = self._rows("loss", t, pred.dtype)
         return ops.loss(
             pred,
             row,
@@ -115,7 +116,7 @@ class Diffusion(nn.Module, ABC):
         """The model's estimate of x_0 from x_t (Ho et al. 2020, eq. 15), clipped; t: times, a number, () or (B,)."""
         t = self._times("x_t", x_t, t)
         pred = self._predict(x_t, self._condition(t), model_kwargs)[0]
-        table, row = self._rows("denoise", t)
+        table, row = self._rows("denoise", t, x_t.dtype)
         return ops.update(x_t, pred, table, row, clip=self.clip, noisy=False)
 
     def predict(self, x_t: Tensor, t: float | Tensor, wanted: str, **model_kwargs: Any) -> Tensor:

@@ -71,7 +71,8 @@ class NCSN(ChainDiffusion):
     def _condition(self, times: Tensor) -> Tensor:
         if times.is_floating_point() or self._dtype() == torch.float64:
             return super()._condition(times)
-        return self._rows("noising", times)[0][times.clamp(min=1), 1]  # on the device, where `at` would wait for it
+        # On the device, where `at` would wait for it.
+        return self._rows("noising", times, torch.float32)[0][times.clamp(min=1), 1]
 
 
 class ScoreSDE(Diffusion):
@@ -134,10 +135,10 @@ class ScoreSDE(Diffusion):
         self, x0: Tensor, t: float | Tensor, *, seed: int | Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """x_t = alpha(t) x_0 + sigma(t) z, z ~ N(0, I) (Song et al. 2021, eq. 29); t: times, a number, () or (B,)."""
-        rows, row = self._rows("noising", self._times("x0", x0, t))
+        rows, row = self._rows("noising", self._times("x0", x0, t), x0.dtype)
         return ops.noising(x0, row, rows, seed=seed, noise=noise)
 
-    def _rows(self, kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, kind: str, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A row for each sample, in float64 until the last."""
         made = self.process.at(t.double())
         if kind == "noising":
@@ -146,7 +147,7 @@ class ScoreSDE(Diffusion):
             rows = torch.stack((*target_rows(made, self.objective), weights(made, self.objective, self.weighting)), 1)
         else:
             rows = denoise_rows(made, self.objective)
-        return rows.to(state_dtype(torch.float32)), torch.arange(len(t), device=t.device)
+        return rows.to(state_dtype(dtype)), torch.arange(len(t), device=t.device)
 
     def _times(self, name: str, x: Tensor, t: Any) -> Tensor:
         """(B,) float64 times for the data x; uniformly drawn from [first, last] if t is None."""

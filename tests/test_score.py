@@ -300,3 +300,29 @@ def test_posterior_is_bayes_rule():
         ddpm.q_posterior(x0, x_t, 0)
     with pytest.raises(ValueError, match="x0: expected shape"):
         ddpm.q_posterior(x0[:2], x_t, 1)
+
+
+# --- float64 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["eps", "v"])
+@pytest.mark.parametrize("made", [lambda m, o: DDPM(m, "cosine", 50, o, clip=None), lambda m, o: ScoreSDE(m, "vp", o)])
+def test_tables_of_float64_data_are_not_rounded(made, objective):
+    class Linear(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return 0.7 * x
+
+    model = made(Linear(), objective)
+    x0, z = torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4), torch.ones(2, 4, dtype=torch.float64)
+    t = torch.tensor([3, 40]) if isinstance(model, DDPM) else torch.tensor([0.1, 0.9], dtype=torch.float64)
+    at = model.process.at(t.double())
+    alpha, sigma = at.alpha[:, None], at.sigma[:, None]
+    x_t = alpha * x0 + sigma * z
+    exact = {"rtol": 1e-13, "atol": 1e-14}
+    torch.testing.assert_close(model.q_sample(x0, t, noise=z), x_t, **exact)
+    pred = 0.7 * x_t
+    x0hat = (x_t - sigma * pred) / alpha if objective == "eps" else alpha * x_t - sigma * pred
+    torch.testing.assert_close(model.predict_x0(x_t, t), x0hat, **exact)
+    y = z if objective == "eps" else alpha * z - sigma * x0
+    want = (pred - y).square().mean(1)
+    torch.testing.assert_close(model(x0, t=t, noise=z, reduction="none").double(), want, rtol=1e-6, atol=0)
