@@ -1,5 +1,6 @@
 # Everything runs in .venv. Without CUDA a CPU build of torch is pinned (a bare `torch` brings gigabytes of CUDA);
-# with CUDA the newest torch is taken, which brings its own triton.
+# with CUDA the newest torch is taken, which brings its own triton. denoising-diffusion-pytorch goes without torchvision,
+# which PyPI has for CUDA alone and which a CPU build of torch cannot load; the tests stand in for it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,6 +13,7 @@ $(BIN)/.installed: setup.py pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[cpu,train,dev]'
+	$(BIN)/pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
 	touch $@
 
 demo: $(BIN)/.installed

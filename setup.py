@@ -20,8 +20,9 @@ setup(
         "cpu": ["numba"],
         "train": ["scikit-learn", "pillow", "tqdm", "safetensors"],
         "ode": ["torchdiffeq"],
-        # The schedulers repeat the arithmetic of this version.
+        # The schedulers and the diffusion repeat the arithmetic of these versions.
         "diffusers": ["diffusers>=0.42.1,<0.43"],
+        "denoising-diffusion": ["denoising-diffusion-pytorch>=2.3.4,<2.4"],
         "peers": ["diffusers", "denoising-diffusion-pytorch"],
         "dev": [
             "pytest",
@@ -32,6 +33,10 @@ setup(
             "scipy",
             "torchdiffeq",
             "diffusers==0.42.1",
+            # What denoising-diffusion-pytorch needs but for torchvision; the Makefile installs it itself.
+            "accelerate",
+            "einops",
+            "ema-pytorch",
         ],
     },
     entry_points={"console_scripts": ["fastdiff=fastdiff.cli:main"]},

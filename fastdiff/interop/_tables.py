@@ -1,0 +1,47 @@
+"""What the modules for other libraries share: rows by name, and tables that are kept while they are valid."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..steps import A, B, C, D, E, F, H
+
+COLUMNS = {"a": A, "b": B, "c": C, "d": D, "e": E, "f": F, "h": H}
+
+
+def rows_of(like: Tensor, dtype: torch.dtype = torch.float32, **columns: Tensor | float) -> Tensor:
+    """Rows (n, 9) of `ops.update` on the device of like (n,), from columns given by name."""
+    rows = torch.zeros(len(like), 9, dtype=dtype, device=like.device)
+    for name, value in columns.items():
+        rows[:, COLUMNS[name]] = value
+    return rows
+
+
+class Tables:
+    """Tables, each kept until a tensor it is made of is replaced or changed in place; copies and pickles are empty."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[Any, ...]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tables, ()
+
+    def get(self, name: str, build: Callable[[], Any], sources: tuple[Tensor, ...], *key: Any) -> Any:
+        """build(), kept while the sources are the same, unchanged, and the key is equal."""
+        if torch.compiler.is_compiling():
+            return build()
+        key = (*key, *(_stamp(s) for s in sources))
+        entry = self._entries.get(name)
+        if entry is None or entry[1] != key or any(a is not b for a, b in zip(entry[2], sources, strict=True)):
+            with torch.inference_mode(False), torch.no_grad():
+                entry = self._entries[name] = (build(), key, sources)
+        return entry[0]
+
+
+def _stamp(tensor: Tensor) -> Any:
+    """What differs after a change in place: the version, or on the CPU the values of a tensor of inference mode."""
+    if not tensor.is_inference():
+        return tensor._version
+    return tensor.tolist() if tensor.device.type == "cpu" else None
