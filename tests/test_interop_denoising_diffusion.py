@@ -92,7 +92,7 @@ def same(got: Any, want: Any, exact: bool = True) -> None:
     if exact:
         assert torch.equal(got, want)
     else:
-        error = (got - want).abs() / want.abs().div(16).clamp(min=1)
+        error = (got - want).detach().abs() / want.detach().abs().div(16).clamp(min=1)
         assert float(error.max()) <= PARITY, float(error.max())
 
 
@@ -287,6 +287,33 @@ def test_other_types() -> None:
     ):
         same_calls(pair, call)
     same_losses(pair, lambda d: d.p_losses(x.double(), t, z.double()))
+
+
+def test_gradients_of_a_step() -> None:
+    """By x and the weights, as guidance takes them."""
+    t = torch.tensor([0, 7, 49])
+    for config in ({"objective": o, "beta_schedule": "linear"} for o in ("pred_noise", "pred_x0", "pred_v")):
+        for clip in (False, True):
+            results = []
+            for d in both(**config):
+                x = data(1)[0].requires_grad_()
+                parts = seeded(lambda d=d, x=x, clip=clip: d.model_predictions(x, t, None, clip, True))[0]
+                mean = seeded(lambda d=d, x=x, clip=clip: d.p_mean_variance(x, t, clip_denoised=clip))[0][0]
+                total = sum(part.square().mean() for part in (*parts, mean, d.predict_v(x, t, mean)))
+                results.append(torch.autograd.grad(total, [x, *d.model.parameters()]))
+            for want, got in zip(*results, strict=True):
+                assert float((got - want).abs().max()) <= PARITY * float(want.abs().max())
+
+
+def test_compiled() -> None:
+    """The loss and a step are one graph each, and give what they give uncompiled."""
+    pair, x = both(), data(1)[0]
+    for call in (lambda d, x: d(x), lambda d, x: d.p_mean_variance(x, torch.tensor([0, 7, 49]))[0]):
+        torch.compiler.reset()
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        (want, state), (got, our_state) = seeded(lambda c=call: c(pair[0], x)), seeded(lambda c=compiled: c(pair[1], x))
+        same(got, want, exact=False)
+        assert our_state == state
 
 
 # --- what differs, and what subclasses do ---------------------------------------------------------------------------
