@@ -205,6 +205,7 @@ def test_sampling(config: dict[str, Any], self_condition: bool, steps: int, eta:
     """The whole walks: ancestral to the bit, DDIM to rounding."""
     config |= {"timesteps": min(config["timesteps"], 50)}
     pair = both(self_condition, **config, sampling_timesteps=steps, ddim_sampling_eta=eta)
+    same_calls(pair, lambda d: d.p_sample(*data(1), 9))
     same_calls(pair, lambda d: d.p_sample_loop(SHAPE, return_all_timesteps=True))
     same_calls(pair, lambda d: d.ddim_sample(SHAPE, return_all_timesteps=True), exact=False)
     same_calls(pair, lambda d: d.sample(2), exact=False)
@@ -339,7 +340,11 @@ def test_immiscible() -> None:
     plain = both(objective="pred_noise")
     assigned = z[pair[1].noise_assignment(x, z)]
     assert not torch.equal(assigned, z)
+    calls: list[int] = []
+    assign = pair[1].noise_assignment
+    pair[1].noise_assignment = lambda *args: (calls.append(1), assign(*args))[1]
     same_losses([plain[0], pair[1]], lambda d: d.p_losses(x, t, assigned if d is plain[0] else z))
+    assert len(calls) == 1
     same_losses(both(immiscible=True, objective="pred_x0"), lambda d: d.p_losses(x, t, z))
 
 
