@@ -5,12 +5,13 @@
 Constructor, methods, buffers and state_dict are the stock ones, their Unet is its model and their Trainer trains it; of
 the package itself nothing is imported. Noise is drawn by PyTorch in the stock order, so that for the same generator
 the result is the stock one, to rounding: the tables are computed in float32 from the buffers in the stock order of
-operations. On the CPU in plain PyTorch (fastdiff.backend("reference")) everything but ddim_sample and the sums of
-losses has the stock bits; the compiled kernels fuse multiplications with additions.
+operations. On the CPU everything but the sums of losses has the stock bits; on a GPU multiplications are fused with
+additions.
 
-A sampling step is one pass over x, the prediction and the noise, and a second one where x_0 is asked for: in p_sample,
-and for self-conditioning. Overrides of q_sample, p_sample, p_mean_variance, model_predictions and q_posterior in a
-subclass or on the object are called wherever stock calls them, and then a step takes more passes.
+A step of the samplers is one pass over x, the prediction and the noise; in p_sample and with self-conditioning, which
+ask for x_0, it is two, and of DDIM four, as they are of DDIM on the CPU. Overrides of q_sample, p_sample,
+p_mean_variance, model_predictions and q_posterior in a subclass or on the object are called wherever stock calls them,
+and then a step takes more passes.
 
 Tables are kept until a buffer is replaced or changed in place; changes through `.data`, which leave no trace, are
 missed.
@@ -47,6 +48,8 @@ from .. import ops
 from ._tables import Tables, rows_of
 
 OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
+# Where DDIM takes the operations of stock one by one, to the bit; elsewhere a step is one pass, equal to rounding.
+STOCK_ORDER = ("cpu",)
 
 
 class ModelPrediction(NamedTuple):
@@ -274,7 +277,7 @@ class GaussianDiffusion(nn.Module):
             return mean + (0.5 * log_variance).exp() * (torch.randn_like(x) if t > 0 else 0.0), x_start
         x_start = self._start(x, times, self.model(x, times, x_self_cond), True)
         noise = torch.randn_like(x) if t > 0 else None
-        return self._reverse(x, x_start, self._ancestral_rows(True), times, noise), x_start
+        return self._reverse(x, x_start, self._ancestral_rows(True), times, noise, None), x_start
 
     @torch.inference_mode()
     def p_sample_loop(self, shape: tuple[int, ...], return_all_timesteps: bool = False) -> Tensor:
@@ -396,31 +399,31 @@ class GaussianDiffusion(nn.Module):
         times = torch.full((len(x),), t, device=self.device)
         output = self.model(x, times, None)
         noise = torch.randn_like(x) if t > 0 else None
-        return self._reverse(x, output, self._ancestral_rows(False), times, noise), None
+        return self._reverse(x, output, self._ancestral_rows(False), times, noise, 1.0), None
 
     def _ddim(self, x: Tensor, step: int, x_self_cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(x after this step, x_0 if the model is conditioned on it)."""
+        """(x after this step, x_0 if it was on the way)."""
         times = torch.full((len(x),), self._ddim_times()[step], device=self.device)
         last = step == self.sampling_timesteps - 1
-        if self._overridden("model_predictions"):
-            pred_noise, x_start, *_ = self.model_predictions(
+        one_pass = not (self.self_condition or x.device.type in STOCK_ORDER or self._overridden("model_predictions"))
+        if one_pass:
+            state, output, x_start = x, self.model(x, times, None), None
+        else:
+            state, x_start, *_ = self.model_predictions(
                 x, times, x_self_cond, clip_x_start=True, rederive_pred_noise=True
             )
             if last:
                 return x_start, x_start
-            root, sigma, q = (v[step] for v in self._ddim_terms())
-            return x_start * root + q * pred_noise + sigma * torch.randn_like(x), x_start
-        output = self.model(x, times, x_self_cond)
-        if self.self_condition:
-            output = self._start(x, times, output, True)
+            output = x_start
         noise = None if last else torch.randn_like(x)
         noise = noise if self.ddim_sampling_eta else None  # drawn, as in stock, but not read
-        img = self._reverse(x, output, self._ddim_rows(self.self_condition), step, noise)
-        return img, output if self.self_condition else None
+        return self._reverse(state, output, self._ddim_rows(one_pass), step, noise, 1.0 if one_pass else None), x_start
 
-    def _reverse(self, x: Tensor, output: Tensor, rows: Tensor, step: Tensor | int, noise: Tensor | None) -> Tensor:
-        """c x_0 + d x + f noise, x_0 = a x + b output in [-1, 1]."""
-        return ops.update(self._widened(x), output, rows, step, noise=noise, noisy=noise is not None, clip=1.0)
+    def _reverse(
+        self, x: Tensor, output: Tensor, rows: Tensor, step: Tensor | int, noise: Tensor | None, clip: float | None
+    ) -> Tensor:
+        """c x_0 + d x + f noise, x_0 = a x + b output, clipped."""
+        return ops.update(self._widened(x), output, rows, step, noise=noise, noisy=noise is not None, clip=clip)
 
     def _predicted_start(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None, clip: bool) -> Tensor:
         """pred_x_start of model_predictions, without the noise that comes with it unless somebody has changed that."""
@@ -491,27 +494,24 @@ class GaussianDiffusion(nn.Module):
         times = torch.linspace(-1, self.num_timesteps - 1, steps=self.sampling_timesteps + 1)
         return times.int().tolist()[::-1]
 
-    def _ddim_terms(self) -> tuple[Tensor, Tensor, Tensor]:
-        """sqrt(alpha_bar_next), sigma and sqrt(1 - alpha_bar_next - sigma^2) of all steps but the last."""
-        times = self._ddim_times()
-        alpha, alpha_next = self.alphas_cumprod[times[:-2]], self.alphas_cumprod[times[1:-1]]
-        eta = self.ddim_sampling_eta
-        sigma = eta * ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
-        return alpha_next.sqrt(), sigma, (1 - alpha_next - sigma**2).sqrt()
-
-    def _ddim_rows(self, of_start: bool) -> Tensor:
-        """By step: root x_0 + q eps + sigma noise with the eps of x and x_0, and of the last x_0 alone."""
+    def _ddim_rows(self, one_pass: bool) -> Tensor:
+        """By step, root x_0 + q eps + sigma noise: of (eps, x_0); or of (x, output), where the last is x_0 alone."""
 
         def build() -> Tensor:
             times = self._ddim_times()[:-1]
-            root, sigma, q = self._ddim_terms()
-            k = q.double() / self.sqrt_recipm1_alphas_cumprod[times[:-1]].double()
-            c = F.pad(root.double() - k, (0, 1), value=1.0)
-            d = F.pad(k * self.sqrt_recip_alphas_cumprod[times[:-1]].double(), (0, 1))
-            start = {name: column[times] for name, column in self._start_terms(of_start).items()}
+            alpha, alpha_next = self.alphas_cumprod[times[:-1]], self.alphas_cumprod[times[1:]]
+            sigma = self.ddim_sampling_eta * ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
+            root, q = alpha_next.sqrt(), (1 - alpha_next - sigma**2).sqrt()
+            if not one_pass:
+                return rows_of(root, self._dtype, b=1.0, c=root, d=q, f=sigma)
+            # eps = (recip x - x_0) / recipm1; c is a difference of numbers near 1.
+            recip, recipm1 = self.sqrt_recip_alphas_cumprod[times[:-1]], self.sqrt_recipm1_alphas_cumprod[times[:-1]]
+            k = q.double() / recipm1.double()
+            c, d = F.pad(root.double() - k, (0, 1), value=1.0), F.pad(k * recip.double(), (0, 1))
+            start = {name: column[times] for name, column in self._start_terms().items()}
             return rows_of(c, self._dtype, **start, c=c, d=d, f=F.pad(sigma, (0, 1)))
 
-        return self._kept(f"ddim {of_start}", build, self.sampling_timesteps, self.ddim_sampling_eta)
+        return self._kept(f"ddim {one_pass}", build, self.sampling_timesteps, self.ddim_sampling_eta)
 
     def _kept(self, name: str, build: Callable[[], Tensor], *key: Any) -> Tensor:
         if self.objective not in OBJECTIVES:
