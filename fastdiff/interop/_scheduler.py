@@ -12,18 +12,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import ops
-from ..steps import A, B, C, D, E, F, H
+from ._tables import Tables
 
 Generators = torch.Generator | list[torch.Generator] | None
-COLUMNS = {"a": A, "b": B, "c": C, "d": D, "e": E, "f": F, "h": H}
-
-
-def rows_of(like: Tensor, **columns: Tensor | float) -> Tensor:
-    """Rows (n, 9) of `ops.update`, float32, on the device of like (n,), from columns given by name."""
-    rows = torch.zeros(len(like), 9, dtype=torch.float32, device=like.device)
-    for name, value in columns.items():
-        rows[:, COLUMNS[name]] = value
-    return rows
 
 
 def with_fused_noise(stock: type) -> Callable[..., None]:
@@ -46,30 +37,19 @@ class FusedScheduler:
     config: Any
     timesteps: Tensor
     fused_noise: bool
-    _cache: dict[str, tuple[Any, ...]]
+    _tables: Tables
     _run: tuple[Tensor, list[tuple[int, int]], list[bytes]] | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().__new__(cls)
-        scheduler._cache, scheduler._run = {}, None
+        scheduler._tables, scheduler._run = Tables(), None
         if cls.__module__ == "fastdiff.interop.diffusers":
             # Pipelines write this into model_index.json as the library that the class comes from.
             scheduler.__module__ = "diffusers"
         return scheduler
 
-    def _cached(self, name: str, build: Callable[[], Any], sources: tuple[Tensor, ...], *key: Any) -> Any:
-        """build(), kept until a source is replaced or changed in place, or the key differs."""
-        if torch.compiler.is_compiling():
-            return build()
-        key = (*key, *(_stamp(s) for s in sources))
-        entry = self._cache.get(name)
-        if entry is None or entry[1] != key or any(a is not b for a, b in zip(entry[2], sources, strict=True)):
-            with torch.inference_mode(False), torch.no_grad():
-                entry = self._cache[name] = (build(), key, sources)
-        return entry[0]
-
     def _host_timesteps(self) -> list[float]:
-        return self._cached("timesteps", self.timesteps.tolist, (self.timesteps,))
+        return self._tables.get("timesteps", self.timesteps.tolist, (self.timesteps,))
 
     def _number(self, timestep: Any) -> Any:
         """The timestep as a number, or None where finding out would wait for a device or break a graph."""
@@ -120,13 +100,6 @@ class FusedScheduler:
                 f"fused_noise: the noise of seed {seeds} again; seed the generator for each run", stacklevel=4
             )
         self._run = self.timesteps, names, states
-
-
-def _stamp(tensor: Tensor) -> Any:
-    """What differs after a change in place: the version, or on the CPU the values of a tensor of inference mode."""
-    if not tensor.is_inference():
-        return tensor._version
-    return tensor.tolist() if tensor.device.type == "cpu" else None
 
 
 def _memory(tensor: Tensor) -> int:

@@ -57,10 +57,10 @@ from ._scheduler import (
     noising,
     normal,
     promoted,
-    rows_of,
     table_dtype,
     with_fused_noise,
 )
+from ._tables import rows_of
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -87,7 +87,7 @@ class _Discrete(FusedScheduler):
             return torch.stack((alpha_bar**0.5, sign * (1 - alpha_bar) ** 0.5), 1).to(like.device)
 
         dtype = table_dtype(like)
-        return self._cached(f"levels {sign}", build, (self.alphas_cumprod,), like.device, dtype)
+        return self._tables.get(f"levels {sign}", build, (self.alphas_cumprod,), like.device, dtype)
 
     def _solved(
         self,
@@ -111,7 +111,7 @@ class _Discrete(FusedScheduler):
                 return rows_of(alpha_bar, a=a, b=b, c=1.0).to(x.device), e.to(x.device)
             return rows_of(alpha_bar, a=a / e, b=b / e, c=1.0).to(x.device), None
 
-        rows, divisor = self._cached(name, build, (self.alphas_cumprod,), x.device, cpu)
+        rows, divisor = self._tables.get(name, build, (self.alphas_cumprod,), x.device, cpu)
         if divisor is None:
             return ops.update(x, y, rows, index, noisy=False, clip=clip)
         out = ops.update(x, y, rows, index, noisy=False).div_(divisor[index].reshape(-1, *[1] * (x.ndim - 1)))
@@ -222,7 +222,7 @@ class DDPMScheduler(_Discrete, diffusers.DDPMScheduler):
             return rows.to(device)
 
         sources = (self.alphas_cumprod, self.timesteps, self.one)
-        return self._cached("steps", build, sources, device, respaced, kind, form)
+        return self._tables.get("steps", build, sources, device, respaced, kind, form)
 
 
 class DDIMScheduler(_Discrete, diffusers.DDIMScheduler):
@@ -283,7 +283,7 @@ class DDIMScheduler(_Discrete, diffusers.DDIMScheduler):
             rows = rows_of(alpha_bar, b=1.0, c=alpha_bar_prev**0.5, d=(1 - alpha_bar_prev - std**2) ** 0.5, f=std)
             return rows.to(device)
 
-        return self._cached("steps", build, (self.alphas_cumprod, self.final_alpha_cumprod), device, stride, eta)
+        return self._tables.get("steps", build, (self.alphas_cumprod, self.final_alpha_cumprod), device, stride, eta)
 
 
 class DPMSolverMultistepScheduler(FusedScheduler, diffusers.DPMSolverMultistepScheduler):
@@ -323,7 +323,7 @@ class DPMSolverMultistepScheduler(FusedScheduler, diffusers.DPMSolverMultistepSc
         if config.prediction_type == "epsilon" and config.variance_type in ("learned", "learned_range"):
             model_output = model_output[:, :3]
         sample, model_output = promoted(sample, model_output)
-        x0_rows, rows = self._cached(
+        x0_rows, rows = self._tables.get(
             "steps", functools.partial(self._steps, sample.device), (self.sigmas,),
             sample.device, config.prediction_type, config.use_flow_sigmas,
         )  # fmt: skip
@@ -377,7 +377,7 @@ class DPMSolverMultistepScheduler(FusedScheduler, diffusers.DPMSolverMultistepSc
             return torch.stack(levels, 1).to(device)
 
         device, dtype = original_samples.device, table_dtype(original_samples)
-        table = self._cached("levels", build, (self.sigmas,), device, dtype, self.config.use_flow_sigmas)
+        table = self._tables.get("levels", build, (self.sigmas,), device, dtype, self.config.use_flow_sigmas)
         if self.begin_index is None:
             # As index_for_timestep: the second of several, and the last step if there is none.
             hits = self.timesteps.to(device) == timesteps.to(device).reshape(-1, 1)
@@ -415,7 +415,7 @@ class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler):
             g = (sigma**2 - before**2) ** 0.5
             return rows_of(sigma, d=1.0, e=g**2, f=g).to(sample.device)
 
-        rows = self._cached("steps", build, (self.discrete_sigmas,), sample.device)
+        rows = self._tables.get("steps", build, (self.discrete_sigmas,), sample.device)
         index = (timestep * torch.ones(len(sample), device=sample.device) * (len(self.timesteps) - 1)).long()
         noise = self._noise(sample, generator, index)
         sample, model_output, _ = promoted(sample, model_output, self.discrete_sigmas)
@@ -435,5 +435,5 @@ class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler):
         device = original_samples.device
         noise = torch.randn_like(original_samples) if noise is None else noise
         original_samples, _ = promoted(original_samples, self.discrete_sigmas)
-        table = self._cached("levels", build, (self.discrete_sigmas,), device, table_dtype(original_samples))
+        table = self._tables.get("levels", build, (self.discrete_sigmas,), device, table_dtype(original_samples))
         return noising(original_samples, noise, index_of(timesteps, device), table)
