@@ -8,13 +8,13 @@ the result is the stock one, to rounding: the tables are computed in float32 fro
 operations. On the CPU everything but the sums of losses has the stock bits; on a GPU multiplications are fused with
 additions.
 
-A step of the samplers is one pass over x, the prediction and the noise; in p_sample and with self-conditioning, which
-ask for x_0, it is two, and of DDIM four, as they are of DDIM on the CPU. Overrides of q_sample, p_sample,
+A step of the samplers is one pass over x, the prediction and the noise. In p_sample and with self-conditioning, which
+ask for x_0, it is two; of DDIM with self-conditioning, and on the CPU, four. Overrides of q_sample, p_sample,
 p_mean_variance, model_predictions and q_posterior in a subclass or on the object are called wherever stock calls them,
 and then a step takes more passes.
 
-Tables are kept until a buffer is replaced or changed in place; changes through `.data`, which leave no trace, are
-missed.
+Tables are kept until a buffer is replaced or changed in place; changes through `.data`, and on a GPU those of buffers
+made in inference mode, leave no trace and are missed.
 
 Differences from stock:
     - Wrong arguments are a ValueError or TypeError, not an AssertionError, and betas outside [0, 1), which stock turns
