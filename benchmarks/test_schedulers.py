@@ -51,7 +51,7 @@ def step_of(scheduler: Any, shape: tuple[int, ...], compiled: bool = False) -> C
 
 
 @pytest.mark.parametrize("row", ["fused", "stock", "compile"])
-@pytest.mark.parametrize("shape", [bench.SMALL, bench.MEDIUM], ids=name)
+@pytest.mark.parametrize("shape", [bench.SMALL, bench.LARGE], ids=name)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @on_device
 def test_scheduler(benchmark: BenchmarkFixture, scheduler: str, shape: tuple[int, ...], row: str) -> None:
