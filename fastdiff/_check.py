@@ -96,3 +96,28 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected 64 bits, got {seed}")
     return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+
+
+def check_group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None
+) -> None:
+    check_floating("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x: expected shape (B, C, ...), got {tuple(x.shape)}")
+    channels = x.shape[1]
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or channels % groups:
+        raise ValueError(f"num_groups: expected a divisor of {channels} channels, got {groups!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+    if (scale is None) != (shift is None):
+        raise ValueError(f"{'scale' if scale is None else 'shift'}: expected both scale and shift, or neither")
+    given = {"weight": weight, "bias": bias}
+    if scale is not None and shift is not None:
+        given |= {"scale": scale, "shift": shift}
+    for name, t in given.items():
+        check_floating(name, t)
+        expected = (channels,) if name in ("weight", "bias") else (len(x), channels)
+        if t.shape != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device}, got {t.device}")

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ops
+
 
 def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to_cos: bool = True) -> Tensor:
     """Sinusoidal position encoding of t (N,) in float32, shape (N, dim) (Vaswani et al. 2017, section 3.5).
@@ -86,6 +88,11 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """silu(norm(x) (1 + scale) + shift), scale and shift (B, C)."""
+    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, shift)
+
+
 class ResnetBlock(nn.Module):
     """(shortcut(x) + conv2(dropout(silu(norm2(h))))) / scale, where h = conv1(silu(norm1(x))) + proj(emb).
 
@@ -120,14 +127,14 @@ class ResnetBlock(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
-        e = self.time_emb_proj(emb)[:, :, None, None]
+        h = self.conv1(self.resample(norm_silu(self.norm1, x)))
+        e = self.time_emb_proj(emb)
         if self.scale_shift:
-            s, b = e.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + s) + b
+            s, b = e.expand(len(x), -1).chunk(2, dim=1)
+            h = norm_silu(self.norm2, h, s, b)
         else:
-            h = self.norm2(h + e)
-        h = self.conv_shortcut(self.resample(x)) + self.conv2(self.dropout(F.silu(h)))
+            h = norm_silu(self.norm2, h + e[:, :, None, None])
+        h = self.conv_shortcut(self.resample(x)) + self.conv2(self.dropout(h))
         return h if self.scale == 1 else h / self.scale
 
 

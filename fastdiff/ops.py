@@ -1,6 +1,7 @@
 """The operations: argument checks, torch.library ops (schema, fake, autograd) and the choice of implementation.
 
-Public functions `normal`, `noising`, `loss`, `vlb`, `update` check their arguments and call torch.ops.fastdiff.*.
+Public functions `normal`, `noising`, `loss`, `vlb`, `update`, `group_norm_silu` check their arguments and call
+torch.ops.fastdiff.*.
 The ops are defined on a bare torch.library.Library: its dispatch costs a few microseconds, where custom_op and
 register_autograd cost tens (README has the measurement).
 
@@ -26,7 +27,18 @@ import torch
 from torch import Tensor
 
 from . import _backend, reference
-from ._check import FLOATING, as_ids, as_index, as_seed, check_floating, check_like, check_table, names, noise_source
+from ._check import (
+    FLOATING,
+    as_ids,
+    as_index,
+    as_seed,
+    check_floating,
+    check_group_norm,
+    check_like,
+    check_table,
+    names,
+    noise_source,
+)
 from ._pages import in_huge_pages
 
 # Streams keep draws with the same seed, sample and step apart.
@@ -244,6 +256,28 @@ def update(
     return torch.ops.fastdiff.update(x, *args[:8], clip, REVERSE)
 
 
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """silu(GroupNorm(x) (1 + scale) + shift), shaped and typed like x (B, C, ...) (Wu & He 2018,
+    arXiv:1803.08494, eq. 7; scale and shift as in Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.3).
+
+    GroupNorm: (x - mean) / sqrt(var + eps) of each of num_groups groups of neighbouring channels of a sample, times
+    weight (C,) plus bias (C,). scale, shift: (B, C), both or neither. All of it in float32 whatever the types.
+    Differentiable by every tensor; second derivatives need `backend("reference")`. Raises TypeError or ValueError.
+    """
+    check_group_norm(x, num_groups, weight, bias, eps, scale, shift)
+    if not _has_norm_kernel(x):
+        return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, eps)
+    return torch.ops.fastdiff.group_norm_silu(x, num_groups, weight, bias, scale, shift, eps)[0]
+
+
 # --- implementations --------------------------------------------------------------------------------------------
 
 
@@ -261,12 +295,13 @@ def _ids_in_range(ids: Tensor | None) -> None:
 
 @functools.cache
 def _launchers(name: str) -> Any:
-    """The launchers normal_, noising, loss, scale_, vlb (not "cpu") and update of a backend, imported at first use."""
+    """The launchers normal_, noising, loss, scale_ and update of a backend, and vlb, norm and norm_grad but for "cpu",
+    imported at first use."""
     if name == "cpu":
         return importlib.import_module(".kernels.cpu", __package__)
-    noise, noising, loss, vlb, update = (
+    noise, noising, loss, vlb, update, group_norm = (
         importlib.import_module(f".kernels.{file}", __package__)
-        for file in ("noise", "noising", "loss", "vlb", "update")
+        for file in ("noise", "noising", "loss", "vlb", "update", "group_norm")
     )
     return SimpleNamespace(
         normal_=noise.normal_,
@@ -275,6 +310,8 @@ def _launchers(name: str) -> Any:
         scale_=loss.scale_,
         vlb=vlb.vlb,
         update=update.update,
+        norm=group_norm.norm,
+        norm_grad=group_norm.norm_grad,
     )
 
 
@@ -464,6 +501,56 @@ def _update_into(
         out.copy_(result)
 
 
+def _has_norm_kernel(x: Tensor) -> bool:
+    """Whether Triton serves x. Else PyTorch's own operations do, which are differentiable any number of times and which
+    torch.compile fuses; there is no kernel for CPU tensors."""
+    forced = _backend.forced()
+    if x.dtype == torch.float64 or forced == "reference":
+        return False
+    return x.is_cuda or forced == "triton" or (forced is None and _interpreting())
+
+
+def _group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, mean, rstd = _empty_group_norm_silu(x, groups)
+    if x.numel() == 0:
+        return out, mean, rstd
+    if launch := getattr(_kernels(x), "norm", None):
+        with _on_device(x):
+            launch(out, mean, rstd, x, groups, weight, bias, scale, shift, eps)
+    else:
+        out.copy_(reference.group_norm_silu(x, groups, weight, bias, scale, shift, eps))
+        grouped = x.to(mean.dtype).reshape(len(x), groups, -1)
+        mean.copy_(grouped.mean(2))
+        rstd.copy_((grouped.var(2, correction=0) + eps).rsqrt())
+    return out, mean, rstd
+
+
+def _empty_group_norm_silu(x: Tensor, groups: int, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean of each group, reciprocal standard deviation)."""
+    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=reference.work_dtype(x)) for _ in range(2))
+    return torch.empty_like(x), mean, rstd
+
+
+def _group_norm_silu_grad(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, sums = _empty_group_norm_silu_grad(grad, x)
+    if x.numel() == 0:
+        return out, sums.zero_()
+    if launch := getattr(_kernels(x), "norm_grad", None):
+        with _on_device(x):
+            return out, launch(out, grad, x, mean, rstd, *args)
+    by_x, sums = reference.group_norm_silu_grad(grad, x, mean, rstd, *args)
+    return _laid_out(x, by_x), sums
+
+
+def _empty_group_norm_silu_grad(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """(gradient by x, sums over pixels of the slope and of the slope times the normalised x)."""
+    return torch.empty_like(x), x.new_empty((2, *x.shape[:2]), dtype=reference.work_dtype(x))
+
+
 # --- gradients --------------------------------------------------------------------------------------------------
 
 
@@ -534,6 +621,39 @@ class _Vlb(torch.autograd.Function):
         return by_pred, by_raw, None, None, None, None, None, None, None, None
 
 
+class _GroupNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, ctx.groups, weight, bias, scale, shift, _ = args
+        with torch._C._AutoDispatchBelowAutograd():
+            y, mean, rstd = torch.ops.fastdiff.group_norm_silu(*args)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+        ctx.mark_non_differentiable(mean, rstd)
+        return y, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fastdiff.ops.group_norm_silu is differentiable once: backward with create_graph=True is not "
+                'supported; use fastdiff.backend("reference") for second derivatives'
+            )
+        x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
+        by_x, sums = torch.ops.fastdiff.group_norm_silu_grad(
+            grad, x, mean, rstd, ctx.groups, weight, bias, scale, shift
+        )
+        by_offset, by_factor = sums.unbind()  # u = factor xhat + offset in each channel of a sample
+        by_scale = by_shift = None
+        if scale is not None:
+            by_scale = (weight * by_factor + bias * by_offset).to(scale.dtype) if ctx.needs_input_grad[4] else None
+            by_shift = by_offset.to(shift.dtype) if ctx.needs_input_grad[5] else None
+            by = 1 + scale.to(sums.dtype)
+            by_offset, by_factor = by_offset * by, by_factor * by
+        by_weight = by_factor.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        by_bias = by_offset.sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
+        return by_x, None, by_weight, by_bias, by_scale, by_shift, None
+
+
 def _take_once(ctx: Any, name: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -580,6 +700,10 @@ _SCHEMAS = {
     "vlb": "(Tensor pred, Tensor? raw, Tensor x_t, Tensor x0, Tensor t, Tensor rows, float? clip, bool per_sample, "
     "bool by_pred, bool by_raw) -> (Tensor, Tensor, Tensor)",
     "scale_": "(Tensor(a!) grad, Tensor incoming, float factor) -> ()",
+    "group_norm_silu": "(Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, float eps) -> "
+    "(Tensor, Tensor, Tensor)",
+    "group_norm_silu_grad": "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, int groups, Tensor weight, Tensor bias, "
+    "Tensor? scale, Tensor? shift) -> (Tensor, Tensor)",
     "update": f"(Tensor x, Tensor pred, Tensor rows, Tensor step, {_NOISE}, Tensor? uncond, Tensor? raw, "
     "Tensor? noise, float? clip, int stream) -> Tensor",
     "update_": f"(Tensor(a!) x, Tensor pred, Tensor rows, Tensor step, {_NOISE}, Tensor? uncond, Tensor? raw, "
@@ -599,6 +723,8 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "loss": (_loss, _fake_loss),
     "vlb": (_vlb, lambda pred, raw, *args: _empty_vlb(pred, raw, *args[-3:])),
     "scale_": (_scale_, lambda *args: None),
+    "group_norm_silu": (_group_norm_silu, _empty_group_norm_silu),
+    "group_norm_silu_grad": (_group_norm_silu_grad, _empty_group_norm_silu_grad),
     "update": (_update, lambda x, *args: torch.empty_like(x)),
     "update_": (_update_, lambda *args: None),
 }
@@ -610,3 +736,8 @@ for _name, (_run, _fake) in _IMPLEMENTATIONS.items():
 _library.impl("noising", _with_gradient(_Noising, torch.ops.fastdiff.noising.default, 0, 5), "Autograd")
 _library.impl("loss", _with_gradient(_Loss, torch.ops.fastdiff.loss.default, 0, 1, 6), "Autograd")
 _library.impl("vlb", _with_gradient(_Vlb, torch.ops.fastdiff.vlb.default, 0, 1, 2, 3), "Autograd")
+_library.impl(
+    "group_norm_silu",
+    _with_gradient(_GroupNormSiLU, torch.ops.fastdiff.group_norm_silu.default, 0, 2, 3, 4, 5),
+    "Autograd",
+)

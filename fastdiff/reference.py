@@ -10,6 +10,7 @@ arXiv:2102.09672; Salmon et al. 2011 is "Parallel random numbers: as easy as 1, 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
@@ -227,6 +228,52 @@ def density_ratio(z: Tensor) -> Tensor:
     over = math.sqrt(2 / math.pi) / torch.special.erfcx(-left / math.sqrt(2))
     density = (-0.5 * right * right - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(right)).exp()
     return torch.where(z < 0, over, density)
+
+
+def group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> Tensor:
+    """silu(GroupNorm(x) (1 + scale) + shift), scale and shift (B, C) (Wu & He 2018, arXiv:1803.08494, eq. 7; Dhariwal &
+    Nichol 2021, arXiv:2105.05233, section 4.3)."""
+    work = work_dtype(x)
+    u = torch.group_norm(x.to(work), groups, weight.to(work), bias.to(work), eps)
+    if scale is not None and shift is not None:
+        u = u * (1 + _per_channel(scale.to(work), u)) + _per_channel(shift.to(work), u)
+    return F.silu(u).to(x.dtype)
+
+
+def group_norm_silu_grad(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
+    groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(the gradient by x, (2, B, C) sums over pixels of the slope dL/du and of the slope times the normalised x); u is
+    what SiLU is taken of, mean and rstd (B, groups) those of the groups.
+
+    With u = f xhat + o in each channel, dL/dx = rstd (f slope - m_1 - xhat m_2), m_1 and m_2 the means over the group
+    of f slope and of f slope xhat.
+    """
+    work = work_dtype(x)
+    factor, offset = weight.to(work).expand(x.shape[:2]), bias.to(work).expand(x.shape[:2])
+    if scale is not None and shift is not None:
+        factor, offset = factor * (1 + scale.to(work)), offset * (1 + scale.to(work)) + shift.to(work)
+    f, o = _per_channel(factor, x), _per_channel(offset, x)
+
+    def grouped(t: Tensor) -> Tensor:
+        return t.reshape(len(x), groups, -1)
+
+    xhat = ((grouped(x.to(work)) - mean[..., None]) * rstd[..., None]).reshape(x.shape)
+    u = f * xhat + o
+    s = u.sigmoid()
+    slope = grad.to(work) * (s + u * s * (1 - s))
+    m_1, m_2 = (grouped(t).mean(2, keepdim=True) for t in (f * slope, f * slope * xhat))
+    by_x = (grouped(f * slope) - m_1 - grouped(xhat) * m_2) * rstd[..., None]
+    sums = [t.reshape(*x.shape[:2], -1).sum(2) for t in (slope, slope * xhat)]
+    return by_x.reshape(x.shape).to(x.dtype), torch.stack(sums)
+
+
+def _per_channel(rows: Tensor, x: Tensor) -> Tensor:
+    """(B, C) shaped to multiply x (B, C, ...)."""
+    return rows.reshape(*rows.shape, *[1] * (x.ndim - 2))
 
 
 def work_dtype(x: Tensor) -> torch.dtype:

@@ -61,6 +61,11 @@ def predicted(bytes_per_element: float, instructions_per_element: float) -> dict
 # --- variants ---------------------------------------------------------------------------------------------------
 
 BATCH, SHAPE, LEVELS, STREAM = 64, (3, 128, 128), 1001, 1
+# Activations inside a U-Net: enough groups to fill a GPU, or one image, whose groups are cut into parts.
+GROUPS, INNER, ONE = 32, (BATCH, 128, 32, 32), (1, 128, 256, 256)
+
+
+NORMS = ("moments", "norm", "norm_sums", "norm_grad")
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,11 @@ class Variant:
         """(B, ...) without storage, which Triton takes for aligned."""
         odd = int(self.has("unaligned"))
         layout = torch.channels_last if self.has("channels_last") else torch.contiguous_format
-        shape = (BATCH, SHAPE[0], SHAPE[1] - odd, SHAPE[2] - odd)
+        if self.kernel in NORMS:
+            batch, channels, height, width = ONE if self.has("parts") else INNER
+        else:
+            batch, (channels, height, width) = BATCH, SHAPE
+        shape = (batch, channels, height - odd, width - odd)
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta", memory_format=layout)
 
 
@@ -104,6 +113,8 @@ COMMON = [
     # The bound alone, evaluated and trained on, and beside another loss, which leaves the mean to that.
     ("vlb", ("none",), ["clip", "clip+raw", "raw+by_pred+by_raw", "raw+by_raw"]),
     ("update", DRAWN, subsets("clip")),
+    ("norm", ("none",), subsets("scale")),
+    ("norm_grad", ("none",), subsets("scale")),
 ]
 RARE = [
     ("normal", ("generated",), ["channels_last", "ids"]),
@@ -115,6 +126,10 @@ RARE = [
     ("update", DRAWN, subsets("clip", "uncond", "raw", "x0hat")),
     ("update", ("none",), subsets("clip", "uncond", "x0hat")),
     ("update", ("generated",), ["clip+x", "clip+ids", "clip+channels_last", "clip+mixed"]),
+    ("norm", ("none",), [*subsets("scale", "parts", "channels_last"), "unaligned", "mixed"]),
+    ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last"), "unaligned", "mixed"]),
+    ("moments", ("none",), ["parts", "parts+channels_last"]),
+    ("norm_sums", ("none",), subsets("parts", "scale", "channels_last")[4:]),
 ]
 
 
@@ -155,6 +170,7 @@ def output(v: Variant) -> tuple[Tensor, Tensor | None]:
 
 def launch(v: Variant) -> None:
     """Call the launcher as ops does."""
+    from .kernels.group_norm import norm, norm_grad
     from .kernels.loss import loss, scale_
     from .kernels.noise import normal_
     from .kernels.noising import noising
@@ -181,6 +197,16 @@ def launch(v: Variant) -> None:
         grads = [torch.empty_like(pred, dtype=wide) if v.has(by) else None for by in ("by_pred", "by_raw")]
         t, table, clip = integers(BATCH), floats(LEVELS, 6), 1.0 if v.has("clip") else None
         vlb(floats(1), *grads, pred, raw, v.data(), v.data(), t, table, clip, 0.5)
+    elif v.kernel in NORMS:
+        x, wide = v.data(), torch.float32 if v.has("mixed") else v.dtype
+        batch, channels = x.shape[:2]
+        weight, statistics = torch.empty(channels, dtype=wide, device="meta"), floats(batch, GROUPS)
+        both = torch.empty(batch, 2 * channels, dtype=v.dtype, device="meta").chunk(2, 1)
+        scale, shift = both if v.has("scale") else (None, None)
+        if v.kernel in ("moments", "norm"):
+            norm(v.data(), statistics, statistics, x, GROUPS, weight, weight, scale, shift, 1e-5)
+        else:
+            norm_grad(v.data(), v.data(), x, statistics, statistics, GROUPS, weight, weight, scale, shift)
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None
@@ -290,8 +316,8 @@ def all_rows(size: str, dump: Path | None = None) -> list[dict[str, Any]]:
 
 COLUMNS = {  # key: heading, width, format
     "source": ("source", -21, "s"),
-    "kernel": ("kernel", -8, "s"),
-    "variant": ("variant", -24, "s"),
+    "kernel": ("kernel", -10, "s"),
+    "variant": ("variant", -26, "s"),
     "target": ("target", -7, "s"),
     "dtype": ("dtype", -9, "s"),
     "noise": ("noise", -10, "s"),

@@ -21,6 +21,7 @@ from fastdiff.nn import (
     TimeEmbedding,
     UpBlock,
     Upsample,
+    norm_silu,
     sinusoidal_embedding,
 )
 
@@ -185,7 +186,7 @@ class UNet(nn.Module):
         h = self.mid_block(h, emb)
         for block in self.up_blocks:
             h = block(h, emb, skips)
-        h = self.conv_out(F.silu(self.conv_norm_out(h)))
+        h = self.conv_out(norm_silu(self.conv_norm_out, h))
         return h if sigma is None else (h / sigma).to(h.dtype)
 
     def _check_inputs(self, x: Tensor, class_labels: Tensor | None, emb: Tensor | None) -> None:

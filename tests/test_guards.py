@@ -4,18 +4,20 @@ Outputs start as NaN between guard zones, inputs lie between NaN, and what PyTor
 """
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from fastdiff.kernels.launch import grid_of
 from fastdiff.kernels.layout import channels_of, lay_out
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from strategies import BACKENDS, DEVICE, DTYPES, LAYOUTS, dtypes, index, laid, layouts, shapes, table, tensor
 from torch import Tensor
 
 from fastdiff import ops
 from fastdiff._check import as_seed
+from fastdiff.kernels import group_norm
 
 SENTINEL = 768.0
 ROWS = 6
@@ -148,6 +150,50 @@ def test_vlb(backend, shape, dtype, layout, guard, generated):
     out.check()
     for grad in grads[: 1 + generated]:
         grad.check()
+
+
+normed = given(
+    shape=st.sampled_from([(2, 6), (1, 6, 5), (2, 6, 5, 3), (1, 12, 4, 7)]), dtype=dtypes, layout=layouts, guard=guards,
+    scaled=st.booleans(), enough=st.sampled_from([1, 256]),
+)  # fmt: skip
+
+
+def norm_operands(shape, dtype, layout, guard, scaled):
+    """(x, groups, weight, bias, scale, shift)."""
+    x, vectors = source(shape, dtype, layout, guard, 0), [source(shape[1:2], dtype, layout, guard, i) for i in (1, 2)]
+    rows = [source(shape[:2], dtype, layout, guard, i) for i in (3, 4)] if scaled else [None, None]
+    return x, 3, *vectors, *rows
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    for name, size in (("BLOCK", 16), ("PIXELS", 4), ("CHANNELS", 2)):
+        monkeypatch.setattr(group_norm, name, size)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@normed
+def test_norm(small_tiles, shape, dtype, layout, guard, scaled, enough):
+    out = Guarded(shape, dtype, layout, guard)
+    mean, rstd = (Guarded((shape[0], 3), torch.float32, "contiguous", guard) for _ in range(2))
+    with mock.patch.object(group_norm, "ENOUGH_GROUPS", enough):
+        group_norm.norm(
+            out.tensor, mean.tensor, rstd.tensor, *norm_operands(shape, dtype, layout, guard, scaled), 1e-5
+        )
+    for written in (out, mean, rstd):
+        written.check()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@normed
+def test_norm_gradient(small_tiles, shape, dtype, layout, guard, scaled, enough):
+    x, *rest = norm_operands(shape, dtype, layout, guard, scaled)
+    by_x, grad = Guarded(shape, dtype, layout, guard), source(shape, dtype, layout, guard, 5)
+    mean, rstd = (source((shape[0], 3), torch.float32, "contiguous", guard, i) for i in (6, 7))
+    with mock.patch.object(group_norm, "ENOUGH_GROUPS", enough):
+        sums = group_norm.norm_grad(by_x.tensor, grad, x, mean, rstd, *rest)
+    by_x.check()
+    assert not bool(sums.isnan().any())
 
 
 # --- layouts and grids ------------------------------------------------------------------------------------------

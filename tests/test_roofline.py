@@ -78,6 +78,10 @@ BUDGETS = {
     ("vlb", "clip+raw", "none"): (44, 46),
     ("vlb", "raw+by_raw", "none"): (48, 50),
     ("vlb", "raw+by_pred+by_raw", "none"): (52, 54),
+    ("norm", "plain", "none"): (40, 42),
+    ("norm", "scale", "none"): (42, 45),
+    ("norm_grad", "plain", "none"): (80, 80),
+    ("norm_grad", "scale", "none"): (84, 84),
 }
 
 
@@ -96,15 +100,22 @@ def test_instructions_of_the_polynomials(rows, dtype, budget):
     assert all(r["instructions_per_element"] <= budget for r in found), f"budget {budget}" + shown(found)
 
 
+NORMS = {"norm": 3, "norm_grad": 5}  # tensors read and written: what is read comes twice, again from the cache
+
+
 def minimum_bytes(row):
-    """What has to be read and written at least: the tensors, once each."""
+    """What has to be read and written at least: the tensors, once each, or as NORMS says."""
+    if row["kernel"] in NORMS:
+        return NORMS[row["kernel"]] * SIZE[row["dtype"]]
     tensors = {"normal": 1, "noising": 2, "loss": 1, "scale": 2, "update": 3, "reduce": 1, "vlb": 3}[row["kernel"]]
     tensors += (row["noise"] == "given") + len({"grad", "raw", "by_pred", "by_raw"} & set(row["variant"].split("+")))
     return tensors * SIZE[row["dtype"]]
 
 
 def test_bytes_are_the_fewest(rows):
-    wrong = [r for r in rows if r["bytes_per_element"] != minimum_bytes(r)]
+    # A gradient of the norm leaves two sums of each channel beside them.
+    more = {"norm_grad": 0.01}
+    wrong = [r for r in rows if not 0 <= r["bytes_per_element"] - minimum_bytes(r) <= more.get(r["kernel"], 0)]
     assert not wrong, shown(wrong)
 
 
@@ -121,7 +132,7 @@ def test_nothing_spills(rows):
 
 
 def test_elementwise_kernels_have_no_barrier(rows):
-    wrong = [r for r in rows if r["kernel"] not in ("loss", "reduce", "vlb") and (r["barriers"] or r["shared"])]
+    wrong = [r for r in rows if r["kernel"] not in ("loss", "reduce", "vlb", *NORMS) and (r["barriers"] or r["shared"])]
     assert not wrong, shown(wrong)
 
 
@@ -148,7 +159,7 @@ def test_predicted_roofline_of_the_h100(rows):
 
 
 def test_every_kernel_for_every_target(rows):
-    kernels = {"normal", "noising", "loss", "reduce", "scale", "update", "vlb"}
+    kernels = {"normal", "noising", "loss", "reduce", "scale", "update", "vlb", *NORMS}
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert {r["kernel"] for r in chosen(rows, source="fastdiff", target=target)} == kernels
 

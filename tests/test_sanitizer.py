@@ -13,6 +13,7 @@ from strategies import laid, table, tensor
 
 import fastdiff
 from fastdiff import ops
+from fastdiff.kernels import group_norm
 
 pytestmark = [
     pytest.mark.interpret,
@@ -107,7 +108,7 @@ def test_update(launches, shape, dtype, layout, generated, keep, inplace):
 
 def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     """The last row of a grid of more than 32,768 samples has them."""
-    for file in ("noise", "noising", "loss", "update", "vlb"):
+    for file in ("noise", "noising", "loss", "update", "vlb", "group_norm"):
         module = importlib.import_module(f"fastdiff.kernels.{file}")
         monkeypatch.setattr(module, "grid_of", lambda batch, n, block: (triton.cdiv(n, block), batch + 2, 1))
     x = tensor((2, 300)).requires_grad_()
@@ -116,7 +117,23 @@ def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     x = x.detach()
     ops.update(ops.noising(x, 1, table(ROWS, 2, salt=0)), x, table(ROWS, 9, salt=0), 1)
     ops.vlb(x, x, x, 1, table(ROWS, 6, salt=0))
-    assert len(launches) == 8
+    ops.group_norm_silu(x, 3, x[0].requires_grad_(), x[1], 1e-5).sum().backward()
+    assert len(launches) == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "half"])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(("enough", "count"), [(1, 2), (256, 4)])
+def test_group_norm_and_its_gradient(launches, monkeypatch, dtype, layout, scaled, enough, count):
+    """A program for every group, or three for each: then a launch more for the statistics, and one for the sums."""
+    for name, size in (("BLOCK", 16), ("PIXELS", 8), ("CHANNELS", 2), ("ENOUGH_GROUPS", enough)):
+        monkeypatch.setattr(group_norm, name, size)
+    x = tensor((2, 6, 4, 5), dtype, layout).requires_grad_()
+    weight, bias = (tensor((6,), dtype, salt=i).requires_grad_() for i in (1, 2))
+    rows = tensor((2, 12), dtype, salt=3).chunk(2, 1) if scaled else ()
+    ops.group_norm_silu(x, 2, weight, bias, 1e-5, *rows).sum().backward()
+    assert len(launches) == count
 
 
 @triton.jit

@@ -1,0 +1,276 @@
+"""silu(GroupNorm(x) (1 + scale) + shift) and its gradients, by the kernels and by plain PyTorch, against float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import DEVICE, dtypes, laid, salts, tensor
+from tolerance import ARITHMETIC, SUMMATION, assert_close
+from torch import Tensor
+
+import fastdiff
+from fastdiff import ops
+from fastdiff.kernels import group_norm as kernels
+from fastdiff.nn import ResnetBlock
+
+# NumPy, in the interpreter, on exp(-u) beyond the range of float32.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+every = pytest.mark.parametrize("backend", ["triton", "reference"])
+EPS = 1e-5
+NAMES = ("y", "x", "weight", "bias", "scale", "shift")
+
+
+def operands(shape, dtype, wide, layout, offset, scaled, salt) -> dict[str, Tensor | None]:
+    """x, weight, bias, scale, shift; x around `offset`, the last two halves of one tensor, as a linear layer gives."""
+    x = laid((tensor(shape, torch.float32, salt=salt) + offset).to(dtype), layout)
+    rows = tensor((shape[0], 2 * shape[1]), wide, salt=salt + 1).chunk(2, 1) if scaled else (None, None)
+    weight, bias = (tensor(shape[1:2], wide, salt=salt + i) for i in (2, 3))
+    return dict(zip(NAMES[1:], (x, weight, bias, *rows), strict=True))
+
+
+def with_gradients(given, groups, grad) -> dict[str, Tensor]:
+    """y and its gradients, by name."""
+    leaves = {name: t.detach().requires_grad_() for name, t in given.items() if t is not None}
+    y = ops.group_norm_silu(
+        leaves["x"], groups, leaves["weight"], leaves["bias"], EPS, leaves.get("scale"), leaves.get("shift")
+    )
+    return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
+
+
+def errors(given, groups, grad, cancels) -> dict[str, Tensor]:
+    """How far float32 may be off, by name: every rounding of the arithmetic, carried through to the result.
+
+    cancels: the variance is E[x^2] - E[x]^2, as in PyTorch's own kernel for channels-last images on the CPU.
+    """
+    x, weight, bias, scale, shift = (None if t is None else t.double() for t in given.values())
+    batch, channels = x.shape[:2]
+    ones = [1] * (x.ndim - 2)
+
+    def group_mean(t):
+        means = t.reshape(batch, groups, -1).mean(2).repeat_interleave(channels // groups, 1)
+        return means.reshape(batch, channels, *ones)
+
+    def pixel_sum(t):
+        return t.reshape(batch, channels, -1).sum(2)
+
+    mean = group_mean(x)
+    variance = group_mean((x - mean) ** 2)
+    rstd = (variance + EPS) ** -0.5
+    xhat = (x - mean) * rstd
+    by = x.new_ones(batch, channels) if scale is None else 1 + scale
+    factor = (weight * by).reshape(batch, channels, *ones)
+    shown = bias * by + (0 if shift is None else shift)
+    offset = shown.reshape(batch, channels, *ones)
+    size = (bias * by).abs() + (0 if shift is None else shift.abs())
+
+    rstd_error = SUMMATION * (1 + ((group_mean(x**2) * rstd**2) if cancels else 0))
+    xhat_error = rstd * SUMMATION * (group_mean(x.abs()) + x.abs()) + xhat.abs() * rstd_error
+    u = factor * xhat + offset
+    u_error = factor.abs() * xhat_error + ARITHMETIC * ((factor * xhat).abs() + size.reshape(offset.shape))
+    s = u.sigmoid()
+    y_error = 1.1 * u_error + ARITHMETIC * (1 + u.abs()) * (u * s).abs()
+    slope = grad.double() * s * (1 + u * (1 - s))
+    slope_error = grad.double().abs() * (0.5 * u_error + ARITHMETIC * (1 + u.abs()) * s * (1 + u.abs()))
+    one_error = slope_error + SUMMATION * slope.abs()
+    other_error = slope_error * xhat.abs() + slope.abs() * xhat_error + SUMMATION * (slope * xhat).abs()
+    m_1, m_2 = group_mean(factor * slope), group_mean(factor * slope * xhat)
+    m_1_error, m_2_error = group_mean(factor.abs() * one_error), group_mean(factor.abs() * other_error)
+    terms = (factor * slope).abs() + m_1.abs() + (xhat * m_2).abs()
+    found = {"y": y_error}
+    found["x"] = rstd * (
+        factor.abs() * slope_error + m_1_error + xhat.abs() * m_2_error + m_2.abs() * xhat_error
+        + terms * (ARITHMETIC + rstd_error)
+    )  # fmt: skip
+    ones_error, others_error = pixel_sum(one_error), pixel_sum(other_error)
+    found["weight"], found["bias"] = (by.abs() * others_error).sum(0), (by.abs() * ones_error).sum(0)
+    found["scale"], found["shift"] = weight.abs() * others_error + bias.abs() * ones_error, ones_error
+    return {name: error * (1 + ARITHMETIC) for name, error in found.items()}
+
+
+def check(backend, shape, groups, dtype, wide, layout, offset, scaled, salt, roundings=1):
+    given = operands(shape, dtype, wide, layout, offset, scaled, salt)
+    grad = tensor(shape, dtype, salt=salt + 5)
+    with fastdiff.backend(backend):
+        got = with_gradients(given, groups, grad)
+    double = {name: None if t is None else t.double() for name, t in given.items()}
+    want = with_gradients(double, groups, grad.double())
+    allowed = errors(given, groups, grad, cancels=backend == "reference" and DEVICE.type == "cpu")
+    assert got.keys() == want.keys()
+    if backend == "triton" or layout == "contiguous":
+        assert got["y"].stride() == torch.empty_like(given["x"]).stride()
+    for name, result in got.items():
+        assert result.dtype == (dtype if name in ("y", "x") else wide), name
+        assert_close(result, want[name], allowed[name], roundings, backend)
+
+
+@st.composite
+def shaped(draw):
+    """(shape, groups): (B, C), (B, C, L), (B, C, H, W) or (B, C, D, H, W) with more than one value in a group."""
+    groups, depth, rank = draw(st.integers(1, 4)), draw(st.integers(1, 6)), draw(st.integers(0, 3))
+    inner = [draw(st.integers(1, 7)) for _ in range(rank)]
+    depth += depth == 1 and math.prod(inner) == 1
+    return (draw(st.integers(1, 3)), groups * depth, *inner), groups
+
+
+@every
+@given(
+    shaped=shaped(),
+    dtype=dtypes,
+    wide=st.booleans(),
+    layout=st.sampled_from(["contiguous", "channels_last", "half", "strided", "swapped", "batch_last"]),
+    offset=st.sampled_from([0.0, 3.0, 100.0]),
+    scaled=st.booleans(),
+    tile=st.sampled_from([(4096, 1024, 1024, 256), (64, 16, 4, 256), (32, 8, 2, 1), (32, 4, 8, 256)]),
+    salt=salts,
+)
+@example(((2, 6, 5, 4), 2), torch.bfloat16, True, "channels_last", 3.0, True, (32, 8, 2, 256), 1)
+@example(((1, 12, 7, 7), 4), torch.float32, False, "contiguous", 100.0, True, (32, 8, 2, 256), 2)
+@example(((3, 5, 7), 1), torch.float16, False, "half", 0.0, False, (64, 4, 4, 256), 3)
+@example(((2, 4, 1, 1), 2), torch.float32, True, "contiguous", 3.0, True, (4096, 1024, 1024, 256), 4)
+def test_output_and_every_gradient(backend, shaped, dtype, wide, layout, offset, scaled, tile, salt):
+    """Small tiles stand in for large images: many to a group, in one part or in several."""
+    shape, groups = shaped
+    before = kernels.BLOCK, kernels.PIXELS, kernels.CHANNELS, kernels.ENOUGH_GROUPS
+    kernels.BLOCK, kernels.PIXELS, kernels.CHANNELS, kernels.ENOUGH_GROUPS = tile
+    try:
+        check(backend, shape, groups, dtype, torch.float32 if wide else dtype, layout, offset, scaled, salt)
+    finally:
+        kernels.BLOCK, kernels.PIXELS, kernels.CHANNELS, kernels.ENOUGH_GROUPS = before
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("enough", [1, 256])
+def test_images_of_several_tiles(monkeypatch, layout, enough):
+    monkeypatch.setattr(kernels, "ENOUGH_GROUPS", enough)
+    check("triton", (1, 6, 33, 67), 2, torch.float32, torch.float32, layout, 3.0, True, 7)
+
+
+@pytest.mark.parametrize("enough", [1, 256])
+def test_the_statistics_of_a_far_mean_do_not_cancel(monkeypatch, enough):
+    """Deviations of 1 around 4,096 in float32: E[x^2] - E[x]^2 would keep no digit of the variance."""
+    monkeypatch.setattr(kernels, "ENOUGH_GROUPS", enough)
+    random = torch.Generator().manual_seed(0)
+    x = (4096 + torch.randint(-1, 2, (1, 2, 40, 40), generator=random).float()).to(DEVICE)
+    one, zero = torch.ones(2, device=DEVICE), torch.zeros(2, device=DEVICE)
+    with fastdiff.backend("triton"):
+        _, mean, rstd = torch.ops.fastdiff.group_norm_silu(x, 1, one, zero, None, None, 0.0)
+    deviation, exact = torch.std_mean(x.double(), correction=0)
+    assert abs(mean.item() - exact.item()) < 2e-3
+    assert abs(rstd.item() * deviation.item() - 1) < 1e-5
+
+
+def test_the_reference_is_the_formula():
+    given = operands((2, 6, 3, 4), torch.float64, torch.float64, "contiguous", 1.0, True, 3)
+    x, weight, bias, scale, shift = given.values()
+    grouped = x.reshape(2, 3, -1)
+    mean, variance = grouped.mean(2, keepdim=True), grouped.var(2, correction=0, keepdim=True)
+    u = ((grouped - mean) / (variance + EPS).sqrt()).reshape(x.shape) * weight[:, None, None] + bias[:, None, None]
+    u = u * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    torch.testing.assert_close(ops.group_norm_silu(x, 3, weight, bias, EPS, scale, shift), u / (1 + (-u).exp()))
+
+
+@every
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_opcheck(backend, layout, scaled):
+    """PyTorch's own tests: schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
+    given = operands((2, 4, 3, 3), torch.float32, torch.float32, layout, 0.0, scaled, 1)
+    x, weight, bias, scale, shift = (None if t is None else t.detach().requires_grad_() for t in given.values())
+    with fastdiff.backend(backend):
+        torch.library.opcheck(torch.ops.fastdiff.group_norm_silu.default, (x, 2, weight, bias, scale, shift, EPS))
+        with torch.no_grad():
+            y, mean, rstd = torch.ops.fastdiff.group_norm_silu(x, 2, weight, bias, scale, shift, EPS)
+        arguments = (torch.ones_like(y), x, mean, rstd, 2, weight, bias, scale, shift)
+        arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        torch.library.opcheck(torch.ops.fastdiff.group_norm_silu_grad.default, arguments)
+
+
+def test_the_gradient_of_the_reference_is_that_of_autograd():
+    """The op itself runs it where there is no kernel."""
+    given = operands((2, 6, 3, 4), torch.float64, torch.float64, "contiguous", 1.0, True, 3)
+    leaves = [t.detach().requires_grad_() for t in given.values()]
+    x, weight, bias, scale, shift = leaves
+    grad = tensor((2, 6, 3, 4), torch.float64, salt=9)
+    want = torch.autograd.grad(ops.group_norm_silu(x, 3, weight, bias, EPS, scale, shift), leaves, grad)
+    y = torch.ops.fastdiff.group_norm_silu(x, 3, weight, bias, scale, shift, EPS)[0]
+    for a, b in zip(torch.autograd.grad(y, leaves, grad), want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_that_are_not_wanted_and_a_batch_of_none():
+    given = operands((2, 4, 3, 3), torch.float32, torch.float32, "contiguous", 0.0, True, 1)
+    with fastdiff.backend("triton"):
+        scale = given["scale"].detach().requires_grad_()
+        y = ops.group_norm_silu(given["x"], 2, given["weight"], given["bias"], EPS, scale, given["shift"])
+        assert torch.autograd.grad(y.sum(), scale)[0].any()
+        weight = given["weight"].detach().requires_grad_()
+        y = ops.group_norm_silu(given["x"][:0], 2, weight, given["bias"], EPS)
+        assert y.shape == (0, 4, 3, 3)
+        assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], torch.zeros(4, device=DEVICE))
+
+
+def test_second_derivatives_by_the_reference_alone():
+    given = operands((1, 2, 3), torch.float32, torch.float32, "contiguous", 0.0, False, 1)
+    x = given["x"].detach().requires_grad_()
+    for backend in ("reference", "triton"):
+        with fastdiff.backend(backend):
+            y = ops.group_norm_silu(x, 1, given["weight"], given["bias"], EPS)
+            if backend == "reference":
+                assert torch.autograd.grad(y.sum(), x, create_graph=True)[0].requires_grad
+            else:
+                with pytest.raises(RuntimeError, match="group_norm_silu is differentiable once"):
+                    torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_a_block_of_the_network_compiles_to_one_graph_with_the_kernel(scale_shift):
+    block = ResnetBlock(
+        4, 6, emb_dim=5, groups=2, eps=1e-2, dropout=0.0, scale_shift=scale_shift, scale=1.0, resample=None
+    ).to(DEVICE)
+    x, emb = tensor((2, 4, 3, 3)).requires_grad_(), tensor((1, 5))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    want = block(x, emb)
+    torch.compiler.reset()
+    with fastdiff.backend("triton"):
+        got = torch.compile(block, backend=backend, fullgraph=True)(x, emb)
+        step = torch.compile(block, backend="aot_eager", fullgraph=True)(x, emb)
+    assert len(graphs) == 1
+    assert sum("group_norm_silu" in str(node.target) for node in graphs[0].graph.nodes) == 2
+    gradients = [torch.autograd.grad(y.square().sum(), [x, *block.parameters()]) for y in (want, got, step)]
+    for y, by in zip((got, step), gradients[1:], strict=True):
+        torch.testing.assert_close(y, want)
+        for a, b in zip(by, gradients[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+X, W = torch.zeros(2, 4, 3), torch.ones(4)
+S = torch.zeros(2, 4)
+REFUSED = [
+    ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
+    ({"x": X.long()}, TypeError, "x: expected one of float32, bfloat16, float16, float64, got torch.int64"),
+    ({"x": X[:, 0, 0]}, ValueError, r"x: expected shape \(B, C, ...\), got \(2,\)"),
+    ({"num_groups": 3}, ValueError, "num_groups: expected a divisor of 4 channels, got 3"),
+    ({"num_groups": 0}, ValueError, "num_groups: expected a divisor of 4 channels, got 0"),
+    ({"num_groups": 2.0}, ValueError, "num_groups: expected a divisor of 4 channels, got 2.0"),
+    ({"weight": W[:3]}, ValueError, r"weight: expected shape \(4,\), got \(3,\)"),
+    ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
+    ({"bias": W.to("meta")}, ValueError, "bias: expected device cpu, got meta"),
+    ({"eps": -1.0}, ValueError, "eps: expected a number of at least 0, got -1.0"),
+    ({"eps": math.nan}, ValueError, "eps: expected a number of at least 0, got nan"),
+    ({"scale": S}, ValueError, "shift: expected both scale and shift, or neither"),
+    ({"shift": S}, ValueError, "scale: expected both scale and shift, or neither"),
+    ({"scale": S, "shift": S[:1]}, ValueError, r"shift: expected shape \(2, 4\), got \(1, 4\)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED)
+def test_refused(changes, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        ops.group_norm_silu(**{"x": X, "num_groups": 2, "weight": W, "bias": W, "eps": EPS} | changes)
