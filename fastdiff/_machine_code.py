@@ -185,9 +185,10 @@ def _hot_path(listing: str) -> list[str]:
         _, condition, text = lines[i]
         if text.startswith("EXIT") and not condition:
             return []
-        if not (branch := re.fullmatch(r"BRA\S* (.*, )?0x([0-9a-f]+)", text)):
+        if not (branch := re.fullmatch(r"(?:BRA|CALL)\S* (.*, )?0x([0-9a-f]+)", text)):
             return [i + 1]
-        return [at[int(branch[2], 16)]] + ([i + 1] if condition or branch[1] else [])
+        passes = condition or branch[1] or text.startswith("CALL")  # sm_80 leaves loops by a call that never returns
+        return [at[int(branch[2], 16)]] + ([i + 1] if passes else [])
 
     def shortest(start: int, end: int) -> list[int]:
         cost, before = {start: 0}, {}

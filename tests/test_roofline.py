@@ -113,8 +113,8 @@ def minimum_bytes(row):
 
 
 def test_bytes_are_the_fewest(rows):
-    # A gradient of the norm leaves two sums of each channel beside them.
-    more = {"norm_grad": 0.01}
+    # Beside them, a gradient of the norm leaves two sums of each channel; on AMD, a channel's weights count too.
+    more = {"norm": 0.01, "norm_grad": 0.025}
     wrong = [r for r in rows if not 0 <= r["bytes_per_element"] - minimum_bytes(r) <= more.get(r["kernel"], 0)]
     assert not wrong, shown(wrong)
 
