@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,6 +172,19 @@ class DDPM(ChainDiffusion):
                 "starts from pure noise; more timesteps or larger betas bring it near 0",
                 stacklevel=2,
             )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "DDPM":
+        """The model of a DDPMPipeline's directory of diffusers; see fastdiff.interop.pretrained.load_ddpm."""
+        from .interop.pretrained import load_ddpm
+
+        return load_ddpm(folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what diffusers' DDPMPipeline.from_pretrained reads; see fastdiff.interop.pretrained.save_ddpm."""
+        from .interop.pretrained import save_ddpm
+
+        save_ddpm(self, folder)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Constructor keywords, state_dict keys and arithmetic are those of diffusers' UNe
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,6 +146,19 @@ class UNet(nn.Module):
             channels = width
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "UNet":
+        """The model of a UNet2DModel directory of diffusers; see fastdiff.interop.pretrained.load_unet."""
+        from .interop.pretrained import load_unet
+
+        return load_unet(folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what diffusers' UNet2DModel.from_pretrained reads; see fastdiff.interop.pretrained.save_unet."""
+        from .interop.pretrained import save_unet
+
+        save_unet(self, folder)
 
     @property
     def sample_shape(self) -> tuple[int, int, int] | None:

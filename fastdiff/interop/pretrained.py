@@ -1,0 +1,259 @@
+"""Directories of diffusers: UNet2DModel, and whole DDPMPipelines. diffusers itself is not needed; safetensors is, for
+files of that kind (extra `[train]`).
+
+A UNet2DModel is config.json with diffusion_pytorch_model.safetensors or .bin; a pipeline holds one in unet/ and a
+scheduler_config.json in scheduler/, or, as the first published ones do, both beside each other. A key that config.json
+or scheduler_config.json lacks has the default of its class. What a file holds beyond that is refused, not ignored.
+"""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import need, replacing
+from ..ddpm import DDPM
+from ..schedule import NoiseSchedule, linear, make_schedule, scaled_linear
+from ..unet import UNet
+
+# Of diffusers, whose classes these files are written for.
+VERSION = "0.42.1"
+WEIGHTS = "diffusion_pytorch_model"
+# Names that attention had before diffusers 0.15.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+VARIANCES = {
+    "fixed_small": "posterior",
+    "fixed_small_log": "posterior",
+    "fixed_large": "beta",
+    "fixed_large_log": "beta",
+    "learned_range": "learned",
+}
+# What DDPMScheduler has for keys that are absent. Those below only say which levels fewer steps visit.
+SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+    "prediction_type": "epsilon",
+    "thresholding": False,
+    "clip_sample_range": 1.0,
+    "rescale_betas_zero_snr": False,
+}
+UNUSED = ("set_alpha_to_one", "timestep_spacing", "steps_offset", "dynamic_thresholding_ratio", "sample_max_value")
+
+
+# --- UNet2DModel ------------------------------------------------------------------------------------------------
+
+
+def load_unet(folder: str | Path) -> UNet:
+    """The UNet of a UNet2DModel directory, or of the unet/ of a pipeline's, in eval mode, float32, on the CPU.
+
+    FileNotFoundError where a file is missing; ValueError naming the file for a block or option that UNet lacks, and for
+    weights that do not fit the configuration.
+    """
+    folder = _existing(folder)
+    if not (folder / "config.json").is_file() and (folder / "unet").is_dir():
+        folder = folder / "unet"
+    path = folder / "config.json"
+    config = _read_config(path, ("UNet2DModel",))
+    for name in ("down_block_types", "up_block_types"):
+        if isinstance(config.get(name), list):  # UNetResDownBlock2D and so on, before diffusers 0.3
+            config[name] = [k.removeprefix("UNetRes") if isinstance(k, str) else k for k in config[name]]
+    try:
+        unet = UNet(**config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    path, weights = _read_weights(folder)
+    try:
+        unet.load_state_dict({_new_name(name): tensor for name, tensor in weights.items()})
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:500]}") from error
+    return unet.eval()
+
+
+def save_unet(unet: UNet, folder: str | Path) -> None:
+    """Write config.json and diffusion_pytorch_model.safetensors, which UNet2DModel.from_pretrained reads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", {"_class_name": "UNet2DModel", "_diffusers_version": VERSION, **unet.config})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unet.state_dict().items()}
+    with replacing(folder / f"{WEIGHTS}.safetensors") as temporary:
+        need("safetensors.torch").save_file(tensors, temporary, {"format": "pt"})
+
+
+def _new_name(name: str) -> str:
+    """A parameter's name, with that of attention as it is today."""
+    parts = name.split(".")
+    if "attentions" in parts and parts[-2] in OLD_ATTENTION:
+        parts[-2] = OLD_ATTENTION[parts[-2]]
+    return ".".join(parts)
+
+
+def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """(the file, its floating tensors by name). Of a .bin nothing but tensors is unpickled."""
+    path = folder / f"{WEIGHTS}.safetensors"
+    if path.is_file():
+        try:
+            weights = need("safetensors.torch").load_file(path)
+        except need("safetensors").SafetensorError as error:
+            raise ValueError(f"{path}: expected a safetensors file, and it is none or cut short ({error})") from error
+    else:
+        path = folder / f"{WEIGHTS}.bin"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: expected {WEIGHTS}.safetensors or {WEIGHTS}.bin in it")
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: expected tensors alone, got something else ({reason})") from error
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path}: expected tensors by name, got {type(weights).__name__}")
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or type(tensor) is not Tensor or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{path}: expected floating tensors by name, got {name!r}: {got}")
+    return path, weights
+
+
+# --- DDPMPipeline -----------------------------------------------------------------------------------------------
+
+
+def load_ddpm(folder: str | Path) -> DDPM:
+    """The DDPM of a DDPMPipeline's directory: its UNet; schedule, objective, variance and clip of its scheduler.
+
+    Its ancestral sampler, over all levels, is DDPMScheduler's; which levels fewer steps visit (timestep_spacing,
+    steps_offset) is the sampler's own matter. A learned variance is trained by the hybrid loss. Raises as `load_unet`;
+    ValueError too for thresholding, and for a variance or a schedule of betas that DDPM lacks.
+    """
+    folder = _existing(folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        path = folder / "scheduler_config.json"
+    given = _read_config(path, ("DDPMScheduler", "DDIMScheduler"))
+    unknown = [k for k in given if k not in SCHEDULER and k not in UNUSED]
+    if unknown:
+        raise ValueError(f"{path}: expected the options of DDPMScheduler, got {', '.join(unknown)}")
+    config = SCHEDULER | given
+    for name, choices in (("prediction_type", OBJECTIVES), ("variance_type", VARIANCES), ("thresholding", (False,))):
+        if config[name] not in choices:
+            raise ValueError(f"{path}: {name}: expected {' or '.join(map(repr, choices))}, got {config[name]!r}")
+    variance = VARIANCES[config["variance_type"]]
+    unet = load_unet(folder)
+    try:
+        return DDPM(
+            unet,
+            _schedule(config),
+            timesteps=config["num_train_timesteps"],
+            objective=OBJECTIVES[config["prediction_type"]],
+            loss="hybrid" if variance == "learned" else "mse",
+            variance=variance,
+            clip=config["clip_sample_range"] if config["clip_sample"] else None,
+        ).eval()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def save_ddpm(ddpm: DDPM, folder: str | Path) -> None:
+    """Write a directory that DDPMPipeline.from_pretrained of diffusers reads, with weights as safetensors.
+
+    ValueError, before anything is written, where the model is no UNet, the objective is "score", or the schedule does
+    not keep the variance.
+    """
+    if not isinstance(ddpm.model, UNet):
+        raise ValueError(f"model: expected a UNet, got {type(ddpm.model).__name__}")
+    if not ddpm.schedule.vp:
+        raise ValueError("schedule: expected one that keeps the variance, as diffusers' DDPMScheduler does")
+    objectives = {ours: theirs for theirs, ours in OBJECTIVES.items()}
+    if ddpm.objective not in objectives:
+        raise ValueError(f"objective: expected one of {', '.join(objectives)}, got {ddpm.objective!r}")
+    variances = {"posterior": "fixed_small", "beta": "fixed_large", "learned": "learned_range"}
+    config = SCHEDULER | {
+        "num_train_timesteps": ddpm.timesteps,
+        **_betas(ddpm),
+        "variance_type": variances[ddpm.variance],
+        "clip_sample": ddpm.clip is not None,
+        "clip_sample_range": 1.0 if ddpm.clip is None else ddpm.clip,
+        "prediction_type": objectives[ddpm.objective],
+    }
+    folder = Path(folder)
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    save_unet(ddpm.model, folder / "unet")
+    version = {"_diffusers_version": VERSION}
+    _write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDPMScheduler", **version, **config})
+    parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    _write_json(folder / "model_index.json", {"_class_name": "DDPMPipeline", **version, **parts})
+
+
+def _schedule(config: dict[str, Any]) -> str | NoiseSchedule:
+    """By name where it has one, so that the DDPM's own config can name it."""
+    timesteps, start, end = (config[k] for k in ("num_train_timesteps", "beta_start", "beta_end"))
+    kind = config["beta_schedule"]
+    made: str | NoiseSchedule
+    if config["trained_betas"] is not None:
+        made = NoiseSchedule.from_betas(config["trained_betas"])
+    elif kind == "linear":
+        made = "linear" if (start, end) == (1e-4, 0.02) else linear(timesteps, start, end)
+    elif kind == "scaled_linear":
+        made = "scaled_linear" if (start, end) == (0.00085, 0.012) else scaled_linear(timesteps, start, end)
+    elif kind == "squaredcos_cap_v2":
+        made = "cosine"
+    elif kind == "sigmoid":
+        betas = torch.linspace(-6, 6, timesteps, dtype=torch.float64).sigmoid() * (end - start) + start
+        made = NoiseSchedule.from_betas(betas)
+    else:
+        raise ValueError(
+            f"beta_schedule: expected 'linear', 'scaled_linear', 'squaredcos_cap_v2' or 'sigmoid', got {kind!r}"
+        )
+    if not config["rescale_betas_zero_snr"]:
+        return made
+    alpha = make_schedule(made, timesteps).alpha[1:]
+    # Lin et al. 2023, arXiv:2305.08891, algorithm 1. DDPMScheduler then puts alpha_bar_T = 2^-24, above alpha_bar_T-1.
+    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    return NoiseSchedule.from_log_alpha_bar(torch.cat((alpha.new_zeros(1), 2 * alpha.log())))
+
+
+def _betas(ddpm: DDPM) -> dict[str, Any]:
+    """What gives DDPMScheduler the betas of the chain: a name where it has it, or the numbers."""
+    names: dict[str | None, dict[str, Any]] = {
+        "linear": {"beta_schedule": "linear"},
+        "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    }
+    if ddpm.schedule_name in names:
+        return names[ddpm.schedule_name]
+    return {"trained_betas": (-torch.expm1(2 * ddpm.schedule.log_alpha.diff())).tolist()}
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def _existing(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: expected a directory; a model of the Hub has to be downloaded first")
+    return folder
+
+
+def _read_config(path: Path, classes: tuple[str, ...]) -> dict[str, Any]:
+    """The options in a configuration of one of `classes`."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path}: expected JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("_class_name") not in classes:
+        got = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path}: expected the configuration of a {' or '.join(classes)}, got {got!r}")
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
