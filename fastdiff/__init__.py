@@ -3,9 +3,21 @@
 from . import ops, reference
 from ._backend import backend
 from .ddpm import DDPM
+from .interop.accelerate import accelerate, restore
 from .schedule import NoiseSchedule
 from .score import NCSN, ScoreSDE
 from .unet import UNet
 
 __version__ = "0.1.0"
-__all__ = ["DDPM", "NCSN", "NoiseSchedule", "ScoreSDE", "UNet", "backend", "ops", "reference"]
+__all__ = [
+    "DDPM",
+    "NCSN",
+    "NoiseSchedule",
+    "ScoreSDE",
+    "UNet",
+    "accelerate",
+    "backend",
+    "ops",
+    "reference",
+    "restore",
+]
