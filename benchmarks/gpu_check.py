@@ -28,7 +28,7 @@ from fastdiff.bench import cases, copier, describe, medians
 from fastdiff.checkpoint import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("noise", "kernels", "bound", "ops", "guards", "graphs")
+TESTS = ("noise", "kernels", "bound", "ops", "group_norm", "guards", "graphs")
 LAUNCHES = """
 import sys, torch
 from fastdiff import ops
@@ -44,6 +44,12 @@ for dtype in (torch.float32, torch.bfloat16):
             rows = torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0, decoder]], device=device)
             (3 * ops.vlb(x, x.detach(), x.detach(), t, rows, raw_variance=x, clip=1.0).sum()).backward()
         ops.update(x.detach(), x.detach(), torch.ones(1, 9, device=device), t, clip=1.0, inplace=True)
+    for shape in ((2, 4, 5, 7), (1, 4, 33, 67)):  # a group in one part, and in several
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape, device=device).to(dtype, memory_format=layout).requires_grad_()
+            one, rows = torch.ones(4, device=device), torch.ones(2, *shape[:2], device=device)
+            for scale, shift in ((None, None), rows):
+                ops.group_norm_silu(x, 1, one, one, 1e-5, scale, shift).sum().backward()
 """
 
 
