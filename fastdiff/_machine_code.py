@@ -87,7 +87,7 @@ def measure(kernels: Sequence[tuple[Any, int]]) -> list[dict[str, Any]]:
 
 def _per_element(kernel: Any, elements: int, counts: dict[str, Any], listing: str) -> dict[str, Any]:
     threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
-    moved = tensor_bytes(kernel.asm["ttgir"])
+    moved = tensor_bytes(kernel.asm["ttgir"], threads)
     loads, stores = counts.pop("loads"), counts.pop("stores")
     widths, tensors = (stores, moved["store"]) if moved["store"] >= 8 * threads else (loads, moved["load"])
     unrolled = sum(widths) // 8 * threads // tensors
@@ -113,14 +113,15 @@ ACCESS = re.compile(
 )
 
 
-def tensor_bytes(ttgir: str) -> dict[str, int]:
+def tensor_bytes(ttgir: str, threads: int = 1) -> dict[str, int]:
     """{"load": ..., "store": ...}: bytes of the tensors that one program moves, by their types in Triton's GPU IR.
 
-    What is to be evicted last, the same few numbers for many elements, is left out.
+    What is to be evicted last, the same few numbers for many elements, is left out, and so is a tensor of fewer
+    elements than the program has threads.
     """
     moved = {"load": 0, "store": 0}
     for kind, attributes, shape, bits in ACCESS.findall(ttgir):
-        if "evict_last" not in attributes:
+        if "evict_last" not in attributes and _elements(shape) >= threads:
             moved[kind] += _elements(shape) * max(1, int(bits) // 8)
     return moved
 
