@@ -533,9 +533,7 @@ def _empty_group_norm_silu(x: Tensor, groups: int, *args: Any) -> tuple[Tensor, 
     return torch.empty_like(x), mean, rstd
 
 
-def _group_norm_silu_grad(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *args: Any
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _group_norm_silu_grad(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     out, sums = _empty_group_norm_silu_grad(grad, x)
     if x.numel() == 0:
         return out, sums.zero_()
