@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torchvision_standin import stock
 
 import fastdiff
 from fastdiff.interop import diffusers as ours
@@ -190,6 +191,12 @@ def test_other_schedulers_and_networks_are_left():
     assert "scheduler" not in fastdiff.accelerate(pipeline)
     assert type(pipeline.scheduler) is diffusers.PNDMScheduler
     assert fastdiff.accelerate(nn.Sequential(nn.GroupNorm(1, 2), nn.SiLU())) == []
+
+
+def test_the_network_of_denoising_diffusion_pytorch_has_no_group_norm():
+    net = stock().Unet(dim=8, dim_mults=(1, 2))
+    assert not any(isinstance(m, nn.GroupNorm) for m in net.modules())
+    assert fastdiff.accelerate(net) == [] and fastdiff.restore(net) == []
 
 
 @pytest.mark.parametrize("call", [fastdiff.accelerate, fastdiff.restore])
