@@ -17,20 +17,20 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from timing import DEVICE, on_device, time_call
 
-from fastdiff import bench, ops
+from fastdiff import _library, bench, ops
 
 Calls = dict[str, Callable[[], Any]]
 
 
 def custom(name: str, implementation: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
     return torch.library.custom_op(
-        f"fastdiff_benchmark::{name}", implementation, mutates_args=mutates, schema=ops._SCHEMAS[name]
+        f"fastdiff_benchmark::{name}", implementation, mutates_args=mutates, schema=_library._SCHEMAS[name]
     )
 
 
-NOISING = custom("noising", ops._noising)
-UPDATE = custom("update_", ops._update_, ("x", "hist"))
-LOSS = custom("loss", ops._loss)
+NOISING = custom("noising", _library._noising)
+UPDATE = custom("update_", _library._update_, ("x", "hist"))
+LOSS = custom("loss", _library._loss)
 LOSS.register_autograd(
     lambda ctx, *grads: (ctx.saved_tensors[0] * grads[0], *[None] * 11),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]),
@@ -41,7 +41,7 @@ def noising() -> Calls:
     x, t, table = one(), index(), torch.ones(3, 2, device=DEVICE)
     args = (x, t, table, None, None, one(), ops.FORWARD)
     return {
-        "direct": lambda: ops._noising(*args),
+        "direct": lambda: _library._noising(*args),
         "op": lambda: torch.ops.fastdiff.noising(*args),
         "public": lambda: ops.noising(x, t, table, noise=args[5]),
         "custom_op": lambda: NOISING(*args),
@@ -54,7 +54,7 @@ def update() -> Calls:
     noise = one()
     args = (x, pred, rows, step, None, None, None, None, noise, None, 1.0, "none", ops.REVERSE)
     return {
-        "direct": lambda: ops._update_(*args) or x,
+        "direct": lambda: _library._update_(*args) or x,
         "op": lambda: torch.ops.fastdiff.update_(*args) or x,
         "public": lambda: ops.update(x, pred, rows, step, noise=noise, clip=1.0, inplace=True),
         "custom_op": lambda: UPDATE(*args) or x,
@@ -68,7 +68,7 @@ def loss() -> Calls:
     args = (pred, None, t, table, None, None, noise, ops.FORWARD, "mse", 1.0, False, True)
     detached = (pred.detach(), *args[1:])
     return {
-        "direct": lambda: ops._loss(*detached),
+        "direct": lambda: _library._loss(*detached),
         "op": lambda: torch.ops.fastdiff.loss(*args),
         "public": lambda: ops.loss(pred, t, table, noise=noise),
         "custom_op": lambda: LOSS(*args),

@@ -1,6 +1,16 @@
 """Which implementation runs an op: see `backend`."""
 
+import functools
+import importlib
+import importlib.util
 import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -39,3 +49,65 @@ class backend:
     def __exit__(self, *error: object) -> None:
         global _forced
         _forced = self.before
+
+
+@functools.cache
+def launchers(name: str) -> Any:
+    """The launchers normal_, noising, loss, scale_ and update of a backend, and vlb, norm and norm_grad but for "cpu",
+    imported at first use."""
+    if name == "cpu":
+        return importlib.import_module(".kernels.cpu", __package__)
+    noise, noising, loss, vlb, update, group_norm = (
+        importlib.import_module(f".kernels.{file}", __package__)
+        for file in ("noise", "noising", "loss", "vlb", "update", "group_norm")
+    )
+    return SimpleNamespace(
+        normal_=noise.normal_,
+        noising=noising.noising,
+        loss=loss.loss,
+        scale_=loss.scale_,
+        vlb=vlb.vlb,
+        update=update.update,
+        norm=group_norm.norm,
+        norm_grad=group_norm.norm_grad,
+    )
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def has_numba() -> bool:
+    found = importlib.util.find_spec("numba") is not None
+    if not found:
+        warnings.warn(
+            "fastdiff runs CPU tensors in plain PyTorch; pip install fastdiff[cpu] adds compiled kernels", stacklevel=2
+        )
+    return found
+
+
+def kernels_of(x: Tensor) -> Any:
+    """The launchers that serve x, or None for the reference."""
+    name = forced()
+    if x.dtype == torch.float64 or name == "reference":
+        return None
+    if name is None:
+        if x.is_cuda or interpreting():
+            name = "triton"
+        elif has_numba():
+            name = "cpu"
+        else:
+            return None
+    if name == "triton" and not (x.is_cuda or interpreting()):
+        raise ValueError(f"backend: 'triton' expected a GPU tensor or TRITON_INTERPRET=1, got device {x.device}")
+    if name == "cpu" and x.device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' expected a CPU tensor, got device {x.device}")
+    return launchers(name)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import _backend, ops, quality, roofline
+from . import _backend, quality, roofline
 from ._peers import LIBRARIES, missing, peer_rows
 from ._workloads import OPERATIONS, TENSORS, Rows, refuse_interpreter
 from .checkpoint import need, replacing, writable
@@ -170,7 +170,7 @@ def describe(device: torch.device) -> dict[str, str]:
     """The machine, and the implementation that "fused" stands for."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    backend = _backend.forced() or ("triton" if cuda else "cpu" if ops._has_numba() else "reference")
+    backend = _backend.forced() or ("triton" if cuda else "cpu" if _backend.has_numba() else "reference")
     return {"device": f"{device} ({name})", "torch": torch.__version__, "backend": backend}
 
 

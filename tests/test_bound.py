@@ -14,7 +14,7 @@ from tolerance import ARITHMETIC, BOUND, SUMMATION, assert_close, assert_same_bi
 from torch import Tensor
 
 import fastdiff
-from fastdiff import bound, ops, reference
+from fastdiff import _backend, _library, bound, ops, reference
 from fastdiff.bound import LossSecondMoment, prior_kl, vlb_rows
 from fastdiff.schedule import NoiseSchedule, cosine, linear, make_schedule
 
@@ -419,7 +419,7 @@ def test_a_level_outside_the_table_gives_nan_in_its_sample(backend):
     pred, raw, x_t, x0 = inputs((len(OUTSIDE), 5), dtype=torch.float32)
     if backend == "triton":
         value, *grads = torch.zeros(len(pred), device=DEVICE), torch.zeros_like(pred), torch.zeros_like(raw)
-        ops._launchers("triton").vlb(value, *grads, pred, raw, x_t, x0, t, rows, 0.5, 1.0)
+        _backend.launchers("triton").vlb(value, *grads, pred, raw, x_t, x0, t, rows, 0.5, 1.0)
         results = [value[:, None], *grads]
     else:
         results = reference.vlb(pred, raw, x_t, x0, t, rows, 0.5)
@@ -541,7 +541,7 @@ def test_nothing_reads_a_tensor(monkeypatch):
     launched = []
     launchers = type("Launchers", (), {"vlb": staticmethod(lambda *args: launched.append(len(args)))})
     monkeypatch.setattr(ops, "_kernels", lambda x: launchers)
-    ops._vlb(pred.detach(), raw, x_t, x0, t, rows, 1.0, True, True, True)
+    _library._vlb(pred.detach(), raw, x_t, x0, t, rows, 1.0, True, True, True)
     assert launched == [11]
     moments = LossSecondMoment(6).to("meta")
     levels, weights = moments.sample(3)

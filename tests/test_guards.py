@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import BACKENDS, DEVICE, DTYPES, LAYOUTS, dtypes, index, laid, layouts, shapes, table, tensor
 from torch import Tensor
 
-from fastdiff import ops
+from fastdiff import _backend
 from fastdiff._check import as_seed
 from fastdiff.kernels import group_norm
 
@@ -74,7 +74,7 @@ shaped = given(shape=shapes(), dtype=dtypes, layout=layouts, guard=guards, gener
 def test_normal(backend, shape, dtype, layout, guard, generated):
     out = Guarded(shape, dtype, layout, guard)
     step = index(ROWS, shape[0], True, 1)
-    ops._launchers(backend).normal_(out.tensor, as_seed(1, DEVICE), None, step, 1)
+    _backend.launchers(backend).normal_(out.tensor, as_seed(1, DEVICE), None, step, 1)
     out.check()
 
 
@@ -85,7 +85,7 @@ def test_noising(backend, shape, dtype, layout, guard, generated):
     out = Guarded(shape, dtype, layout, guard)
     x0, noise = (source(shape, dtype, layout, guard, i) for i in range(2))
     t, drawn = index(ROWS, shape[0], True, 1), (as_seed(1, DEVICE), None, None) if generated else (None, None, noise)
-    ops._launchers(backend).noising(out.tensor, x0, t, table(ROWS, 2, 0), *drawn, 1)
+    _backend.launchers(backend).noising(out.tensor, x0, t, table(ROWS, 2, 0), *drawn, 1)
     out.check()
 
 
@@ -97,7 +97,7 @@ def test_loss(backend, shape, dtype, layout, guard, generated):
     t, drawn = index(ROWS, shape[0], True, 1), (as_seed(1, DEVICE), None, None) if generated else (None, None, noise)
     grad = Guarded(shape, dtype, layout, guard)
     out = Guarded((shape[0] if guard == 64 else 1,), torch.float32, "contiguous", guard)
-    ops._launchers(backend).loss(
+    _backend.launchers(backend).loss(
         out.tensor, grad.tensor, pred, x0, t, table(ROWS, 3, 0), *drawn, 1, "huber", 1.0, 0.01, 0.01
     )  # fmt: skip
     grad.check()
@@ -112,7 +112,7 @@ def test_scale(backend, shape, dtype, layout, guard, generated):
     grad = Guarded(shape, dtype, layout, guard, values=tensor(shape, dtype))
     before = grad.tensor.clone()
     by = torch.tensor([-2.0, 1.0, 4.0, 0.5, 8.0], device=DEVICE)[: shape[0] if generated else 1]
-    ops._launchers(backend).scale_(grad.tensor, by, 0.5)
+    _backend.launchers(backend).scale_(grad.tensor, by, 0.5)
     grad.check()
     assert torch.equal(grad.tensor, before * (by / 2).to(dtype).reshape(-1, *[1] * (len(shape) - 1)))
 
@@ -126,7 +126,7 @@ def test_update(backend, shape, dtype, layout, guard, generated):
     inplace = guard == 64
     out = Guarded(shape, dtype, layout, guard, values=x if inplace else None)
     hist = Guarded(shape, dtype, layout, guard, values=tensor(shape, dtype, salt=6))
-    ops._launchers(backend).update(
+    _backend.launchers(backend).update(
         out.tensor, out.tensor if inplace else x, pred, table(ROWS, 9, 0), step, *drawn,
         uncond, raw, None if generated else noise, hist.tensor, 1.0, "x0hat" if inplace else "x", 2,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def test_vlb(backend, shape, dtype, layout, guard, generated):
     rows[:, 5] = torch.arange(ROWS) % 2
     t = index(ROWS, shape[0], True, 1)
     stored = [grads[0].tensor, grads[1].tensor if generated else None]
-    ops._launchers(backend).vlb(out.tensor, *stored, pred, raw, x_t, x0, t, rows, 1.0, 0.01)
+    _backend.launchers(backend).vlb(out.tensor, *stored, pred, raw, x_t, x0, t, rows, 1.0, 0.01)
     out.check()
     for grad in grads[: 1 + generated]:
         grad.check()

@@ -12,7 +12,7 @@ from tolerance import ARITHMETIC, SMALLEST, SUMMATION, assert_close, assert_same
 from torch import Tensor
 
 import fastdiff
-from fastdiff import ops, reference
+from fastdiff import _backend, _library, ops, reference
 from fastdiff._check import as_seed
 
 # NumPy, in the interpreter, on what NaN and infinity go through.
@@ -105,7 +105,7 @@ def loss_errors(kind: str, delta: float, r: Tensor, r_error: Tensor, w: Tensor) 
 
 def stored(slope: Tensor, dtype: torch.dtype, count: int) -> Tensor:
     """A float16 gradient is kept times a power of two up to `count`, and is infinite where that overflows."""
-    factor = ops._stored_scale(torch.empty(0, dtype=dtype), count) / count
+    factor = _library._stored_scale(torch.empty(0, dtype=dtype), count) / count
     return torch.where((slope * factor).abs() > torch.finfo(dtype).max, slope * math.inf, slope)
 
 
@@ -290,7 +290,7 @@ def test_an_index_outside_the_table_gives_nan_in_its_sample(backend):
     seed, rows = as_seed(1, DEVICE), [table(ROWS, n, n) for n in (2, 3, 9)]
     if backend != "reference":
         out, grad, value = torch.empty_like(x), torch.empty_like(x), torch.empty(len(x), device=DEVICE)
-        kernels = ops._launchers(backend)
+        kernels = _backend.launchers(backend)
         kernels.noising(out, x, index, rows[0], seed, None, None, 1)
         assert nan_samples(out) == outside
         kernels.loss(value, grad, pred, x, index, rows[1], seed, None, None, 1, "mse", 1.0, 1.0, 1.0)
@@ -393,12 +393,12 @@ def test_scale_writes_nothing_where_the_product_is_one(backend, dtype, signallin
     words = torch.int32 if dtype == torch.float32 else torch.int16
     grad = torch.full((3, 300), signalling, dtype=words, device=DEVICE).view(dtype)
     before = grad.clone()
-    ops._launchers(backend).scale_(grad, torch.tensor([8.0, 4.0, 8.0], device=DEVICE), 0.125)
+    _backend.launchers(backend).scale_(grad, torch.tensor([8.0, 4.0, 8.0], device=DEVICE), 0.125)
     assert_same_bits(grad[::2], before[::2])
     assert not torch.equal(grad[1].view(words), before[1].view(words))
     grad = tensor((3, 300), dtype)
     before = grad.clone()
-    ops._launchers(backend).scale_(grad, torch.tensor([0.5], device=DEVICE), 4.0)
+    _backend.launchers(backend).scale_(grad, torch.tensor([0.5], device=DEVICE), 4.0)
     assert_same_bits(grad, 2 * before)
 
 

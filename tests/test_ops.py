@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastdiff
-from fastdiff import ops, reference
+from fastdiff import _backend, _library, ops, reference
 
 ROWS = 6
 CPU = torch.device("cpu")
@@ -374,7 +374,7 @@ def chosen(monkeypatch):
         seen.append("reference")
         return x0.clone()
 
-    monkeypatch.setattr(ops, "_launchers", Launchers)
+    monkeypatch.setattr(_backend, "launchers", Launchers)
     monkeypatch.setattr(reference, "noising", plain)
 
     def look(x: Tensor = X) -> str:
@@ -411,13 +411,13 @@ def test_the_default_backend_of_cpu_tensors(chosen, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET")
         assert chosen() == "cpu"
         monkeypatch.setitem(sys.modules, "numba", None)
-        ops._has_numba.cache_clear()
+        _backend.has_numba.cache_clear()
         try:
             with pytest.warns(UserWarning, match=r"pip install fastdiff\[cpu\]") as caught:
                 assert chosen() == chosen() == "reference"
             assert len(caught) == 1, "one hint is enough"
         finally:
-            ops._has_numba.cache_clear()
+            _backend.has_numba.cache_clear()
 
 
 def test_backends_that_cannot_be(monkeypatch):
@@ -430,7 +430,7 @@ def test_backends_that_cannot_be(monkeypatch):
         fastdiff.backend("cpu"),
         pytest.raises(ValueError, match="backend: 'cpu' expected a CPU tensor, got device meta"),
     ):
-        ops._kernels(META)
+        _backend.kernels_of(META)
 
 
 def run(script: str, **variables: str) -> subprocess.CompletedProcess:
@@ -457,7 +457,7 @@ def test_the_environment_chooses_the_backend():
     script = (
         "import torch, fastdiff\n"
         "from fastdiff import ops\n"
-        "print(ops._backend.forced())\n"
+        "print(fastdiff._backend.forced())\n"
         "try: ops.normal((1, 4), 1)\n"
         "except ValueError as error: print(error)\n"
     )
@@ -553,10 +553,10 @@ def test_nothing_reads_a_tensor(monkeypatch):
         def __getattr__(self, name):
             return lambda *args: launched.append(name)
 
-    monkeypatch.setattr(ops, "_kernels", lambda x: Launchers())
-    ops._normal_(x, seed, t, t, 0)
-    ops._noising(x, t, two, seed, t, None, 1)
-    _, grad = ops._loss(x, x, t, three, seed, t, None, 1, "mse", 1.0, True, True)
-    ops._scale_(grad, x[:, 0, 0, 0], 0.5)
-    ops._update_(x, x, nine, t, seed, t, None, None, None, None, 1.0, "none", 2)
+    monkeypatch.setattr(_library, "kernels_of", lambda x: Launchers())
+    _library._normal_(x, seed, t, t, 0)
+    _library._noising(x, t, two, seed, t, None, 1)
+    _, grad = _library._loss(x, x, t, three, seed, t, None, 1, "mse", 1.0, True, True)
+    _library._scale_(grad, x[:, 0, 0, 0], 0.5)
+    _library._update_(x, x, nine, t, seed, t, None, None, None, None, 1.0, "none", 2)
     assert launched == ["normal_", "noising", "loss", "scale_", "update"]
