@@ -34,6 +34,17 @@ def test_paths(model, tmp_path):
     assert (starts == starts[0]).mean() > 0.5  # all from one draw, heun from another spread of it
 
 
+def test_bound(model, monkeypatch, capsys):
+    example = runpy.run_path(str(ROOT / "examples" / "bound.py"))
+    monkeypatch.setitem(example["main"].__globals__, "IMAGES", 2)
+    example["main"](model)
+    lines = capsys.readouterr().out.splitlines()
+    figures = {line.split()[1]: [float(v) for v in line.split()[2:]] for line in lines[1:]}
+    assert list(figures) == ["posterior", "beta"]
+    assert figures["posterior"][0] > figures["beta"][0] > 0  # hardly trained: the larger variance errs less
+    assert figures["posterior"][1] == figures["beta"][1] < 1e-3
+
+
 def test_quality(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "RUNS", [("ddpm", 6), ("ddim", 3), ("dpm++2m", 2)])
     args = argparse.Namespace(quality=model, json=tmp_path / "q.json", plot=tmp_path / "q.png")
