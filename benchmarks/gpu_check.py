@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from fastdiff import DDPM
+from fastdiff._kernel_workloads import KERNEL_TENSORS, KERNELS
 from fastdiff._workloads import OPERATIONS, TENSORS, network, refuse_interpreter
 from fastdiff.bench import cases, copier, describe, medians
 from fastdiff.checkpoint import replacing
@@ -95,12 +96,12 @@ def milliseconds(functions: Sequence[Callable[[], object]], device: torch.device
 def operations(device: torch.device, size: str) -> list[dict[str, Any]]:
     """Median milliseconds of each operation by the library, eager PyTorch, torch.compile and a copy of its traffic."""
     lines = []
-    for operation, workload in OPERATIONS.items():
+    for operation, workload in (OPERATIONS | KERNELS).items():
         for dtype, shape in cases(device, size):
             rows = workload(shape, dtype, device)
             for row in rows.values():
                 row.check()
-            traffic = TENSORS[operation] * dtype.itemsize * torch.Size(shape).numel()
+            traffic = (TENSORS | KERNEL_TENSORS)[operation] * dtype.itemsize * torch.Size(shape).numel()
             runs = [row.run for row in rows.values()]
             times = milliseconds([*runs, copier(traffic, device)], device, seconds=1.0)
             line = {"operation": operation, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}

@@ -6,7 +6,8 @@ from PIL import Image
 from torch import Tensor
 
 import fastdiff
-from fastdiff import _peers, bench
+from fastdiff import _peers, bench, ops
+from fastdiff._kernel_workloads import KERNEL_TENSORS, KERNELS
 from fastdiff._workloads import OPERATIONS, Row
 
 CPU, SHAPE = torch.device("cpu"), (3, 3, 8, 8)
@@ -22,6 +23,29 @@ def test_rows_agree_with_the_reference(operation, dtype):
         for name in rows.keys() - {"compile"}:
             rows[name].check()
             rows[name].run()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rows_of_every_other_kernel_agree(kernel, dtype, backend):
+    with fastdiff.backend(backend):
+        rows = KERNELS[kernel](SHAPE, dtype, CPU)
+        for name in ("fused", "reference"):
+            rows[name].check()
+            rows[name].run()
+    assert rows.keys() == {"fused", "reference", "compile"} and kernel in KERNEL_TENSORS
+
+
+def test_a_kernel_that_disagrees_is_refused(monkeypatch):
+    def larger(function):
+        return lambda *args, **kwargs: 1.1 * function(*args, **kwargs)
+
+    for name in ("normal", "loss", "vlb", "group_norm_silu"):
+        monkeypatch.setattr(ops, name, larger(getattr(ops, name)))
+    for kernel in KERNELS:
+        with pytest.raises(RuntimeError, match=f"{kernel} fused: part 0 is"):
+            KERNELS[kernel](SHAPE, torch.float32, CPU)["fused"].check()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

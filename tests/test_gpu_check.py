@@ -44,10 +44,11 @@ def test_the_rehearsal(short, tmp_path, capsys):
     report, text = report_of(tmp_path / "new", "cpu")
     assert report["errors"] == {} and report["tests"]["passed"] == 3 and not report["sanitizer"]["ran"]
     assert report["machine"]["triton"] == triton.__version__ and report["machine"]["torch"] == torch.__version__
-    assert [line["operation"] for line in report["operations"]] == list(short.OPERATIONS)
+    assert [line["operation"] for line in report["operations"]] == [*short.OPERATIONS, *short.KERNELS]
     assert all(line[key] == 250.0 for line in report["operations"] for key in ("fused", "reference", "compile", "copy"))
     assert report["sampling"] == {"steps": 5, "eager": 250.0, "compiled": 250.0}
-    assert text.count("| 2x3x4x4 | 250.0000 | 250.0000 | 250.0000 | 1.00 | 1.00 |") == len(short.OPERATIONS)
+    rows = text.count("| 2x3x4x4 | 250.0000 | 250.0000 | 250.0000 | 1.00 | 1.00 |")
+    assert rows == len(short.OPERATIONS | short.KERNELS)
     assert text in capsys.readouterr().out
 
 
@@ -67,7 +68,8 @@ def test_a_part_that_fails_is_named_and_stops_no_other(short, monkeypatch, tmp_p
     assert short.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
     report, text = report_of(tmp_path, "cpu")
     assert report["sampling"] is None and "compiled sampling is" in report["errors"]["sampling"]
-    assert len(report["operations"]) == len(short.OPERATIONS) and "sampling FAILED: RuntimeError" in text
+    assert len(report["operations"]) == len(short.OPERATIONS | short.KERNELS)
+    assert "sampling FAILED: RuntimeError" in text
 
 
 def test_a_result_that_is_not_the_reference_is_not_timed(short, monkeypatch, tmp_path):
