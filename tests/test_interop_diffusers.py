@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from diffusers.utils.import_utils import DummyObject
 from hypothesis import given
@@ -886,7 +887,8 @@ def test_training_recipe(prediction: str, tmp_path: Any) -> None:
     images = []
     for kind, scheduler in enumerate(both("DDPMScheduler", num_train_timesteps=100, prediction_type=prediction)):
         unet = small_unet()
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
+        accelerator = Accelerator(cpu=True)
+        unet, optimizer = accelerator.prepare(unet, torch.optim.AdamW(unet.parameters(), lr=1e-3))
         ema = EMAModel(unet.parameters(), decay=0.9, use_ema_warmup=True)
         torch.manual_seed(1)
         losses.append([])
@@ -896,14 +898,14 @@ def test_training_recipe(prediction: str, tmp_path: Any) -> None:
             t = torch.randint(0, scheduler.config.num_train_timesteps, (4,))
             output = unet(scheduler.add_noise(clean, noise, t), t).sample
             loss = torch.nn.functional.mse_loss(output, noise if prediction == "epsilon" else clean)
-            loss.backward()
+            accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
             ema.step(unet.parameters())
             losses[-1].append(loss.item())
         ema.copy_to(unet.parameters())
         folder = tmp_path / str(kind)
-        diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
+        diffusers.DDPMPipeline(accelerator.unwrap_model(unet), scheduler).save_pretrained(folder)
         loaded = type(scheduler).from_pretrained(folder, subfolder="scheduler")
         pipeline = diffusers.DDPMPipeline.from_pretrained(folder, scheduler=loaded)
         pipeline.set_progress_bar_config(disable=True)
