@@ -27,6 +27,17 @@ def check_like(name: str, given: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: expected device {x.device}, got {given.device}")
 
 
+def check_out(out: Tensor, like: Tensor, *operands: Tensor | None) -> None:
+    """ValueError or TypeError unless `out` can take a result like `like` made of the operands, without a gradient."""
+    check_like("out", out, like)
+    if out.dtype != like.dtype:
+        raise TypeError(f"out: expected {like.dtype}, got {out.dtype}")
+    if any(out is operand for operand in operands):
+        raise ValueError("out: expected a tensor of its own, got one of the operands")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *operands)):
+        raise ValueError("out: expected no gradient to be wanted, which needs a result of its own")
+
+
 def as_index(name: str, index: int | Tensor, x: Tensor) -> Tensor:
     """(1,) or (B,) int64 on the device of x. Its range is checked where that costs no wait, in `ops`."""
     if not isinstance(index, Tensor):

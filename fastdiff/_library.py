@@ -44,20 +44,25 @@ def _normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream
         out.copy_(reference.normal(out.shape, seed, ids, step, stream, reference.work_dtype(out)))
 
 
-def _noising(
-    x0: Tensor, t: Tensor, table: Tensor, seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int
-) -> Tensor:
+def _noising(x0: Tensor, *args: Any) -> Tensor:
+    out = in_huge_pages(torch.empty_like(x0))
+    _noising_out(out, x0, *args)
+    return out
+
+
+def _noising_out(
+    out: Tensor, x0: Tensor, t: Tensor, table: Tensor,
+    seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
+) -> None:  # fmt: skip
     if x0.numel() == 0:
-        return torch.empty_like(x0)
+        return
     in_range("t", t, table.shape[0])
     ids_in_range(ids)
-    kernels = kernels_of(x0)
-    if kernels is None:
-        return _laid_out(x0, reference.noising(x0, t, table, seed, ids, noise, stream))
-    out = in_huge_pages(torch.empty_like(x0))
-    with on_device(x0):
-        kernels.noising(out, x0, t, table, seed, ids, noise, stream)
-    return out
+    if kernels := kernels_of(x0):
+        with on_device(x0):
+            kernels.noising(out, x0, t, table, seed, ids, noise, stream)
+    else:
+        out.copy_(reference.noising(x0, t, table, seed, ids, noise, stream))
 
 
 def _loss(
@@ -147,15 +152,15 @@ def _scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
 def _update(x: Tensor, *args: Any) -> Tensor:
     *operands, clip, stream = args
     out = in_huge_pages(torch.empty_like(x))
-    _update_into(out, x, *operands, None, clip, "none", stream)
+    _update_out(out, x, *operands, None, clip, "none", stream)
     return out
 
 
 def _update_(x: Tensor, *args: Any) -> None:
-    _update_into(x, x, *args)
+    _update_out(x, x, *args)
 
 
-def _update_into(
+def _update_out(
     out: Tensor, x: Tensor, pred: Tensor, rows: Tensor, step: Tensor, seed: Tensor | None, ids: Tensor | None,
     uncond: Tensor | None, raw: Tensor | None, noise: Tensor | None, hist: Tensor | None, *args: Any,
 ) -> None:  # fmt: skip
@@ -365,6 +370,7 @@ _NOISE = "Tensor? seed, Tensor? ids"
 _SCHEMAS = {
     "normal_": "(Tensor(a!) out, Tensor seed, Tensor? ids, Tensor step, int stream) -> ()",
     "noising": f"(Tensor x0, Tensor t, Tensor table, {_NOISE}, Tensor? noise, int stream) -> Tensor",
+    "noising_out": f"(Tensor(a!) out, Tensor x0, Tensor t, Tensor table, {_NOISE}, Tensor? noise, int stream) -> ()",
     "loss": f"(Tensor pred, Tensor? x0, Tensor t, Tensor table, {_NOISE}, Tensor? noise, int stream, str kind, "
     "float delta, bool per_sample, bool with_grad) -> (Tensor, Tensor)",
     "vlb": "(Tensor pred, Tensor? raw, Tensor x_t, Tensor x0, Tensor t, Tensor rows, float? clip, bool per_sample, "
@@ -378,6 +384,8 @@ _SCHEMAS = {
     "Tensor? noise, float? clip, int stream) -> Tensor",
     "update_": f"(Tensor(a!) x, Tensor pred, Tensor rows, Tensor step, {_NOISE}, Tensor? uncond, Tensor? raw, "
     "Tensor? noise, Tensor(b!)? hist, float? clip, str keep, int stream) -> ()",
+    "update_out": f"(Tensor(a!) out, Tensor x, Tensor pred, Tensor rows, Tensor step, {_NOISE}, Tensor? uncond, "
+    "Tensor? raw, Tensor? noise, Tensor(b!)? hist, float? clip, str keep, int stream) -> ()",
 }
 
 
@@ -396,7 +404,9 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "group_norm_silu": (_group_norm_silu, _empty_group_norm_silu),
     "group_norm_silu_grad": (_group_norm_silu_grad, _empty_group_norm_silu_grad),
     "update": (_update, lambda x, *args: torch.empty_like(x)),
+    "noising_out": (_noising_out, lambda *args: None),
     "update_": (_update_, lambda *args: None),
+    "update_out": (_update_out, lambda *args: None),
 }
 for _name, (_run, _fake) in _IMPLEMENTATIONS.items():
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))

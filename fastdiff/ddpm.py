@@ -59,13 +59,26 @@ class ChainDiffusion(Diffusion):
         self.register_buffer(f"_{kind}_bits", bits, persistent=False)
 
     def q_sample(
-        self, x0: Tensor, t: int | Tensor, *, seed: int | Tensor | None = None, noise: Tensor | None = None
+        self,
+        x0: Tensor,
+        t: int | Tensor,
+        *,
+        seed: int | Tensor | None = None,
+        noise: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """x_t = alpha_t x_0 + sigma_t z, z ~ N(0, I) (Ho et al. 2020, eq. 4); t: levels in 0..T, an int, () or (B,)."""
-        return ops.noising(x0, t, self._rows("noising", x0, x0.dtype)[0], seed=seed, noise=noise)
+        """x_t = alpha_t x_0 + sigma_t z, z ~ N(0, I) (Ho et al. 2020, eq. 4); t: levels in 0..T, an int, () or (B,).
+        out: as in fastdiff.ops."""
+        return ops.noising(x0, t, self._rows("noising", x0, x0.dtype)[0], seed=seed, noise=noise, out=out)
 
     def q_step(
-        self, x: Tensor, t: int | Tensor, *, seed: int | Tensor | None = None, noise: Tensor | None = None
+        self,
+        x: Tensor,
+        t: int | Tensor,
+        *,
+        seed: int | Tensor | None = None,
+        noise: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """One step of the forward chain from x = x_{t-1}: x_t ~ N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (Ho et al. 2020,
         eq. 2); t: levels in 1..T, an int, () or (B,)."""
@@ -73,7 +86,7 @@ class ChainDiffusion(Diffusion):
         level = torch.arange(1, self.timesteps + 1, device="cpu")
         alpha, beta = self.schedule.transition(level, level - 1)
         rows = torch.stack((alpha, beta.sqrt()), 1).to(x.device, state_dtype(x.dtype))
-        return ops.noising(x, t - 1, rows, seed=seed, noise=noise)
+        return ops.noising(x, t - 1, rows, seed=seed, noise=noise, out=out)
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """(mean, variance) of q(x_{t-1} | x_t, x_0), shaped (B, ...) and (B, 1, ...) (Ho et al. 2020, eq. 6, 7):
@@ -235,6 +248,7 @@ class DDPM(ChainDiffusion):
         *,
         seed: int | Tensor | None = None,
         noise: Tensor | None = None,
+        out: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
         """x_{t-1} ~ p(x_{t-1} | x_t) (Ho et al. 2020, algorithm 2, line 4); t: levels in 1..T, an int, () or (B,)."""
@@ -243,7 +257,7 @@ class DDPM(ChainDiffusion):
         pred, raw, _ = self._predict(x_t, self._condition(t), model_kwargs)
         rows = table.rows.to(x_t.device, state_dtype(x_t.dtype))
         return ops.update(
-            x_t, pred, rows, self.timesteps - t, seed=seed, noise=noise, raw_variance=raw, clip=self.clip
+            x_t, pred, rows, self.timesteps - t, seed=seed, noise=noise, raw_variance=raw, clip=self.clip, out=out
         )
 
     def interpolate(

@@ -112,18 +112,23 @@ class Diffusion(nn.Module, ABC):
 
     # --- one prediction ---------------------------------------------------------------------------------------
 
-    def predict_x0(self, x_t: Tensor, t: float | Tensor, **model_kwargs: Any) -> Tensor:
-        """The model's estimate of x_0 from x_t (Ho et al. 2020, eq. 15), clipped; t: times, a number, () or (B,)."""
+    def predict_x0(
+        self, x_t: Tensor, t: float | Tensor, *, out: Tensor | None = None, **model_kwargs: Any
+    ) -> Tensor:
+        """The model's estimate of x_0 from x_t (Ho et al. 2020, eq. 15), clipped; t: times, a number, () or (B,). out:
+        as in fastdiff.ops."""
         t = self._times("x_t", x_t, t)
         pred = self._predict(x_t, self._condition(t), model_kwargs)[0]
         table, row = self._rows("denoise", t, x_t.dtype)
-        return ops.update(x_t, pred, table, row, clip=self.clip, noisy=False)
+        return ops.update(x_t, pred, table, row, clip=self.clip, noisy=False, out=out)
 
-    def predict(self, x_t: Tensor, t: float | Tensor, wanted: str, **model_kwargs: Any) -> Tensor:
+    def predict(
+        self, x_t: Tensor, t: float | Tensor, wanted: str, *, out: Tensor | None = None, **model_kwargs: Any
+    ) -> Tensor:
         """What the model says at x_t as "eps", "x0", "v" or "score", whichever it was trained on, unclipped:
         eps = -sigma score = (x_t - alpha x_0) / sigma, v = alpha eps - sigma x_0 (see fastdiff.objective).
 
-        t: times, a number, () or (B,). ValueError for an unknown name.
+        t: times, a number, () or (B,). out: as in fastdiff.ops. ValueError for an unknown name.
         """
         check_choice("wanted", wanted, OBJECTIVES)
         t = self._times("x_t", x_t, t)
@@ -132,7 +137,7 @@ class Diffusion(nn.Module, ABC):
         rows = u.new_zeros(len(t), 9)
         rows[:, D], rows[:, E] = u, v
         row = torch.arange(len(x_t), device=x_t.device)
-        return ops.update(x_t, pred, rows.to(state_dtype(x_t.dtype)), row, noisy=False)
+        return ops.update(x_t, pred, rows.to(state_dtype(x_t.dtype)), row, noisy=False, out=out)
 
     # --- sampling ---------------------------------------------------------------------------------------------
 
@@ -152,6 +157,7 @@ class Diffusion(nn.Module, ABC):
         progress: bool = False,
         callback: Callable[[int, float, Tensor], None] | None = None,
         return_trajectory: bool = False,
+        out: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
         """Samples, (B, ...) float32 (float64 for a float64 model), drawn without gradients and in eval mode.
@@ -169,7 +175,8 @@ class Diffusion(nn.Module, ABC):
         guidance: classifier-free guidance, pred = uncond + guidance (cond - uncond), in one call of the model for both;
             `uncond` holds the model_kwargs of the other branch (Ho & Salimans 2022, arXiv:2207.12598).
         progress: show a bar (needs tqdm). callback(k, level, x): called after step k with the state at that level;
-            x is overwritten by the next step. return_trajectory: give (steps + 1, B, ...), from x_T to x_0.
+            x is overwritten by the next step. return_trajectory: give (steps + 1, B, ...), from x_T to x_0. out: the
+            tensor to draw the samples in, on the model's device, in place of a new one.
 
         ValueError or TypeError, naming the argument, before anything is drawn.
         """
@@ -178,6 +185,10 @@ class Diffusion(nn.Module, ABC):
         ids = None if sample_ids is None else _sample_ids(sample_ids, shape[0], device)
         if x_T is not None:
             _check_shape("x_T", x_T, shape)
+        if out is not None:
+            _check_state(out, shape, dtype, device)
+            if return_trajectory:
+                raise ValueError("out: expected None with return_trajectory, whose result is of another shape")
         if callback is not None and not callable(callback):
             raise TypeError(f"callback: expected a function, got {type(callback).__name__}")
         sampler = self.default_sampler if sampler is None else sampler
@@ -197,12 +208,13 @@ class Diffusion(nn.Module, ABC):
             _check_shape("noise", noise, (len(table), *shape))
         seed = as_seed(seed, device)
         if x_T is None:
-            x = ops.normal(shape, seed, sample_ids=ids, dtype=dtype, device=device)
+            x = ops.normal(shape, seed, sample_ids=ids, dtype=dtype, device=device, out=out)
             x.mul_(self._prior_std() if table is None else table.start)
         else:
-            x = x_T.detach().to(device, dtype, copy=True)
+            x = x_T.detach().to(device, dtype, copy=True) if out is None else out.copy_(x_T.detach())
         if table is None:
-            return ode.sample(self, x, model_kwargs)
+            result = ode.sample(self, x, model_kwargs)
+            return result if out is None else out.copy_(result)
         if guidance is not None:
             rows = table.rows.clone()
             rows[:, W] = guidance
@@ -212,19 +224,27 @@ class Diffusion(nn.Module, ABC):
         return self._run(table, how, x, seed, ids, noise, kwargs, progress, callback, return_trajectory)
 
     def encode(
-        self, x0: Tensor, *, steps: int | Iterable[float] | None = None, progress: bool = False, **model_kwargs: Any
+        self,
+        x0: Tensor,
+        *,
+        steps: int | Iterable[float] | None = None,
+        progress: bool = False,
+        out: Tensor | None = None,
+        **model_kwargs: Any,
     ) -> Tensor:
         """The noise x_T from which `sample(x_T=..., sampler="ddim", steps=steps)` comes back to x0, up to an error of
         first order in the steps (Song et al. 2021, arXiv:2010.02502, section 4.3); (B, ...), float32 or float64.
 
-        An SDE takes the data for its state at `process.first`. ValueError for a chain with objective "x0" or "score",
-        which do not determine the noise in data, unless `steps` ends at level 1.
+        out: as in `sample`. An SDE takes the data for its state at `process.first`. ValueError for a chain with
+        objective "x0" or "score", which do not determine the noise in data, unless `steps` ends at level 1.
         """
         check_floating("x0", x0)
         schedule, levels = self.process.grid(steps)
         levels = levels.flip(0)
         table = ddim_inversion(schedule, levels if self._starts_at_data else levels[levels > 0], self.objective)
-        x = x0.detach().to(self._device(), self._dtype(), copy=True)
+        if out is not None:
+            _check_state(out, tuple(x0.shape), self._dtype(), self._device())
+        x = x0.detach().to(self._device(), self._dtype(), copy=True) if out is None else out.copy_(x0.detach())
         how = How(None, table.keep, noisy=False)
         return self._run(table, how, x, None, None, None, model_kwargs, progress, None, False)
 
@@ -448,6 +468,15 @@ def _check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
     check_floating(name, given)
     if given.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(given.shape)}")
+
+
+def _check_state(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    _check_shape("out", out, shape)
+    if out.dtype != dtype or out.device != device or out.requires_grad:
+        raise ValueError(
+            f"out: expected {dtype} on {device} without gradient, got {out.dtype} on {out.device}"
+            + " with gradient" * out.requires_grad
+        )
 
 
 def _sample_ids(given: Tensor | Iterable[int], batch: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ Common arguments:
         PyTorch's default generator.
     sample_ids: (B,) int64 in [0, 2^32): the number of each sample in the noise; 0..B-1 if None.
     noise: a floating tensor shaped like the data that takes the place of generated noise.
+    out: a tensor shaped and typed like the result, to write it into; not one of the operands, and without gradients.
 """
 
 import math
@@ -22,6 +23,7 @@ from ._check import (
     check_floating,
     check_group_norm,
     check_like,
+    check_out,
     check_table,
     names,
     noise_source,
@@ -43,11 +45,13 @@ def normal(
     stream: int = PRIOR,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """z(seed, stream, sample, step, element) ~ N(0, 1), shape (B, ...): Philox4x32-10 and Box-Muller.
 
     A sample's numbers depend on its id and the element's place in it, not on the batch, the device or the layout.
-    step: an int or an int64 tensor () or (B,). Raises TypeError or ValueError, naming the argument.
+    step: an int or an int64 tensor () or (B,). out: the tensor to fill, whose type and device then count. Raises
+    TypeError or ValueError, naming the argument.
     """
     if dtype not in FLOATING:
         raise TypeError(f"dtype: expected one of {names(FLOATING)}, got {dtype}")
@@ -55,7 +59,12 @@ def normal(
         raise ValueError("shape: expected a batch dimension, got ()")
     if not 0 <= stream < 2**32:
         raise ValueError(f"stream: expected a number in [0, 2^32), got {stream}")
-    out = torch.empty(shape, dtype=dtype, device=device)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        check_floating("out", out)
+        if out.shape != tuple(shape) or out.requires_grad:
+            raise ValueError(f"out: expected shape {tuple(shape)} without gradient, got {tuple(out.shape)}")
     step = as_index("step", step, out)
     ids = as_ids(sample_ids, out)
     torch.ops.fastdiff.normal_(out, as_seed(seed, out.device), ids, step, stream)
@@ -70,6 +79,7 @@ def noising(
     seed: int | Tensor | None = None,
     sample_ids: Tensor | None = None,
     noise: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x_t = alpha_t x_0 + sigma_t z (Ho et al. 2020, eq. 4), shaped and typed like x0 (B, ...).
 
@@ -81,6 +91,10 @@ def noising(
     t = as_index("t", t, x0)
     check_table("table", table, 2, x0)
     ids = as_ids(sample_ids, x0)
+    if out is not None:
+        check_out(out, x0, x0, noise)
+        torch.ops.fastdiff.noising_out(out, x0, t, table, noise_source(x0, seed, noise), ids, noise, FORWARD)
+        return out
     return torch.ops.fastdiff.noising(x0, t, table, noise_source(x0, seed, noise), ids, noise, FORWARD)
 
 
@@ -189,6 +203,7 @@ def update(
     keep: str = "none",
     noisy: bool = True,
     inplace: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x' = c x0hat + d x + e pred + f z + g hist, x0hat = clip(a x + b pred): one step of any sampler, typed like x.
 
@@ -227,6 +242,12 @@ def update(
     elif seed is not None:
         raise ValueError("seed: expected None with noisy=False")
     args = (pred, rows, step, seed, ids, uncond, raw_variance, noise, hist, clip, keep, REVERSE)
+    if out is not None:
+        if inplace:
+            raise ValueError("out: expected None with inplace=True")
+        check_out(out, x, *inputs)
+        torch.ops.fastdiff.update_out(out, x, *args)
+        return out
     if with_grad:
         if type(step) is Tensor and not torch.compiler.is_compiling():
             in_range("step", step, rows.shape[0])

@@ -132,11 +132,17 @@ class ScoreSDE(Diffusion):
         }
 
     def q_sample(
-        self, x0: Tensor, t: float | Tensor, *, seed: int | Tensor | None = None, noise: Tensor | None = None
+        self,
+        x0: Tensor,
+        t: float | Tensor,
+        *,
+        seed: int | Tensor | None = None,
+        noise: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """x_t = alpha(t) x_0 + sigma(t) z, z ~ N(0, I) (Song et al. 2021, eq. 29); t: times, a number, () or (B,)."""
         rows, row = self._rows("noising", self._times("x0", x0, t), x0.dtype)
-        return ops.noising(x0, row, rows, seed=seed, noise=noise)
+        return ops.noising(x0, row, rows, seed=seed, noise=noise, out=out)
 
     def _rows(self, kind: str, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A row for each sample, in float64 until the last."""
