@@ -1,5 +1,8 @@
 """Argument checks: what cannot be right is a TypeError or ValueError that names the argument, before any work."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -132,3 +135,34 @@ def check_group_norm(
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(t.shape)}")
         if t.device != x.device:
             raise ValueError(f"{name}: expected device {x.device}, got {t.device}")
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
+    check_floating(name, given)
+    if given.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(given.shape)}")
+
+
+def check_state(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    check_shape("out", out, shape)
+    if out.dtype != dtype or out.device != device or out.requires_grad:
+        raise ValueError(
+            f"out: expected {dtype} on {device} without gradient, got {out.dtype} on {out.device}"
+            + " with gradient" * out.requires_grad
+        )
+
+
+def as_sample_ids(given: Tensor | Iterable[int], batch: int, device: torch.device) -> Tensor:
+    ids = given if isinstance(given, Tensor) else torch.as_tensor(list(given), device="cpu")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"sample_ids: expected int64, got {ids.dtype}")
+    if ids.shape != (batch,):
+        raise ValueError(f"sample_ids: expected shape ({batch},), got {tuple(ids.shape)}")
+    if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= 2**32)).any()):
+        raise ValueError(f"sample_ids: expected values in [0, 2^32), got {ids.tolist()}")
+    return ids.to(device)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ops, steps
-from ._check import as_index, as_seed, check_floating, check_like
+from ._check import as_index, as_seed, check_choice, check_floating, check_like
 from ._run import state_dtype
-from .diffusion import Diffusion, How, check_choice
+from .diffusion import Diffusion, How
 from .objective import WEIGHTINGS, target_rows, weights
 from .process import Chain
 from .schedule import NoiseSchedule, make_schedule

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ops
-from ._check import as_seed, check_floating
+from ._check import as_sample_ids, as_seed, check_choice, check_floating, check_shape, check_state
 from ._run import bar, evaluating, state_dtype
 from .objective import OBJECTIVES, conversion_rows
 from .process import Grid, Process
@@ -182,11 +182,11 @@ class Diffusion(nn.Module, ABC):
         """
         shape = self._shape(shape)
         device, dtype = self._device(), self._dtype()
-        ids = None if sample_ids is None else _sample_ids(sample_ids, shape[0], device)
+        ids = None if sample_ids is None else as_sample_ids(sample_ids, shape[0], device)
         if x_T is not None:
-            _check_shape("x_T", x_T, shape)
+            check_shape("x_T", x_T, shape)
         if out is not None:
-            _check_state(out, shape, dtype, device)
+            check_state(out, shape, dtype, device)
             if return_trajectory:
                 raise ValueError("out: expected None with return_trajectory, whose result is of another shape")
         if callback is not None and not callable(callback):
@@ -205,7 +205,7 @@ class Diffusion(nn.Module, ABC):
                 )
             ode.check(self.process)
         if noise is not None and not callable(noise) and table is not None:
-            _check_shape("noise", noise, (len(table), *shape))
+            check_shape("noise", noise, (len(table), *shape))
         seed = as_seed(seed, device)
         if x_T is None:
             x = ops.normal(shape, seed, sample_ids=ids, dtype=dtype, device=device, out=out)
@@ -243,7 +243,7 @@ class Diffusion(nn.Module, ABC):
         levels = levels.flip(0)
         table = ddim_inversion(schedule, levels if self._starts_at_data else levels[levels > 0], self.objective)
         if out is not None:
-            _check_state(out, tuple(x0.shape), self._dtype(), self._device())
+            check_state(out, tuple(x0.shape), self._dtype(), self._device())
         x = x0.detach().to(self._device(), self._dtype(), copy=True) if out is None else out.copy_(x0.detach())
         how = How(None, table.keep, noisy=False)
         return self._run(table, how, x, None, None, None, model_kwargs, progress, None, False)
@@ -432,11 +432,6 @@ class Diffusion(nn.Module, ABC):
         return state_dtype(self._parameter_dtype() or torch.float32)
 
 
-def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-
-
 def _guided(
     guidance: float | None, uncond: dict[str, Any] | None, cond: dict[str, Any], batch: int
 ) -> dict[str, Any] | None:
@@ -462,29 +457,3 @@ def _guided(
         else:
             raise ValueError(f"uncond: expected {name} to be tensors of {batch} samples, or the same for both branches")
     return both
-
-
-def _check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
-    check_floating(name, given)
-    if given.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(given.shape)}")
-
-
-def _check_state(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    _check_shape("out", out, shape)
-    if out.dtype != dtype or out.device != device or out.requires_grad:
-        raise ValueError(
-            f"out: expected {dtype} on {device} without gradient, got {out.dtype} on {out.device}"
-            + " with gradient" * out.requires_grad
-        )
-
-
-def _sample_ids(given: Tensor | Iterable[int], batch: int, device: torch.device) -> Tensor:
-    ids = given if isinstance(given, Tensor) else torch.as_tensor(list(given), device="cpu")
-    if ids.dtype != torch.int64:
-        raise TypeError(f"sample_ids: expected int64, got {ids.dtype}")
-    if ids.shape != (batch,):
-        raise ValueError(f"sample_ids: expected shape ({batch},), got {tuple(ids.shape)}")
-    if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= 2**32)).any()):
-        raise ValueError(f"sample_ids: expected values in [0, 2^32), got {ids.tolist()}")
-    return ids.to(device)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._check import check_floating
+from ._check import check_choice, check_floating
 from ._run import state_dtype
 from .ddpm import ChainDiffusion
-from .diffusion import Diffusion, check_choice
+from .diffusion import Diffusion
 from .objective import target_rows, weights
 from .process import SDES, Ladder, Process
 from .steps import denoise_rows
