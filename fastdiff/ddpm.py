@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from . import bound, ops, steps
 from ._check import as_index, as_seed, check_choice, check_floating, check_like
 from ._run import state_dtype
+from ._tables import Tables
 from .diffusion import Diffusion, How
 from .objective import WEIGHTINGS, target_rows, weights
 from .process import Chain
@@ -40,6 +42,7 @@ class ChainDiffusion(Diffusion):
         check_choice("weighting", weighting, WEIGHTINGS)
         self.process, self.schedule, self.timesteps = process, process.schedule, process.schedule.timesteps
         self.weighting = weighting
+        self._tables = Tables()
         self._exact: dict[str, Tensor] = {}  # the same in float64, for data of that type
         schedule = self.schedule
         steps.check_signal(schedule, torch.arange(1, self.timesteps + 1, device="cpu"), objective)
@@ -83,9 +86,13 @@ class ChainDiffusion(Diffusion):
         """One step of the forward chain from x = x_{t-1}: x_t ~ N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (Ho et al. 2020,
         eq. 2); t: levels in 1..T, an int, () or (B,)."""
         t = self._times("x", x, t)
-        level = torch.arange(1, self.timesteps + 1, device="cpu")
-        alpha, beta = self.schedule.transition(level, level - 1)
-        rows = torch.stack((alpha, beta.sqrt()), 1).to(x.device, state_dtype(x.dtype))
+
+        def build() -> Tensor:
+            level = torch.arange(1, self.timesteps + 1, device="cpu")
+            alpha, beta = self.schedule.transition(level, level - 1)
+            return torch.stack((alpha, beta.sqrt()), 1)
+
+        rows = self._kept("q_step", build, x)
         return ops.noising(x, t - 1, rows, seed=seed, noise=noise, out=out)
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -93,13 +100,22 @@ class ChainDiffusion(Diffusion):
         mean = c x_0 + d x_t and variance beta~_t of NoiseSchedule.posterior; t: levels in 1..T, an int, () or (B,)."""
         check_like("x0", x0, x_t)
         t = self._times("x_t", x_t, t)
-        level = torch.arange(1, self.timesteps + 1, device="cpu")
-        c, d, var = self.schedule.posterior(level, level - 1)
-        rows = c.new_zeros(self.timesteps, 9)
-        rows[:, steps.D], rows[:, steps.E] = d, c
-        rows = rows.to(x_t.device, state_dtype(x_t.dtype))
-        variance = var.to(x_t.device, state_dtype(x_t.dtype))[t - 1].reshape(-1, *[1] * (x_t.ndim - 1))
+
+        def build() -> Tensor:
+            level = torch.arange(1, self.timesteps + 1, device="cpu")
+            c, d, var = self.schedule.posterior(level, level - 1)
+            rows = c.new_zeros(self.timesteps, 9)
+            rows[:, steps.D], rows[:, steps.E], rows[:, steps.F] = d, c, var
+            return rows
+
+        rows = self._kept("q_posterior", build, x_t)
+        variance = rows[t - 1, steps.F].reshape(-1, *[1] * (x_t.ndim - 1))
         return ops.update(x_t, x0, rows, t - 1, noisy=False), variance
+
+    def _kept(self, name: str, build: Callable[[], Tensor], like: Tensor, *key: Any) -> Tensor:
+        """build() beside the data and in the type of its state, built once while the key is the same."""
+        device, dtype = like.device, state_dtype(like.dtype)
+        return self._tables.get(name, lambda: build().to(device, dtype), (), self.schedule, device, dtype, *key)
 
     def _rows(self, kind: str, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if dtype == torch.float64:
@@ -253,9 +269,9 @@ class DDPM(ChainDiffusion):
     ) -> Tensor:
         """x_{t-1} ~ p(x_{t-1} | x_t) (Ho et al. 2020, algorithm 2, line 4); t: levels in 1..T, an int, () or (B,)."""
         t = self._times("x_t", x_t, t)
-        table = self.step_table("ddpm")
+        set_by_hand = self.objective, self.clip, self.variance
+        rows = self._kept("p_sample", lambda: self.step_table("ddpm").rows, x_t, *set_by_hand)
         pred, raw, _ = self._predict(x_t, self._condition(t), model_kwargs)
-        rows = table.rows.to(x_t.device, state_dtype(x_t.dtype))
         return ops.update(
             x_t, pred, rows, self.timesteps - t, seed=seed, noise=noise, raw_variance=raw, clip=self.clip, out=out
         )

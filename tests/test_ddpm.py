@@ -198,6 +198,28 @@ def test_p_sample_is_one_step_of_sample(objective, variance):
         torch.testing.assert_close(added, math.sqrt(var) * z, rtol=1e-4, atol=1e-6)
 
 
+def test_tables_of_single_steps_are_built_once(monkeypatch):
+    ddpm, x = DDPM(Pointwise(), "cosine", 8, "v"), data()
+    built = []
+    make, transition, posterior = ddpm.step_table, NoiseSchedule.transition, NoiseSchedule.posterior
+    monkeypatch.setattr(ddpm, "step_table", lambda *args: built.append("p") or make(*args))
+    monkeypatch.setattr(NoiseSchedule, "transition", lambda *args: built.append("t") or transition(*args))
+    monkeypatch.setattr(NoiseSchedule, "posterior", lambda *args: built.append("q") or posterior(*args))
+
+    def calls() -> list[Tensor]:
+        return [ddpm.p_sample(x, 3, seed=1), ddpm.q_step(x, 3, seed=1), *ddpm.q_posterior(x, x, 3)]
+
+    first, once = calls(), len(built)
+    assert once > 0 and all(torch.equal(a, b) for a, b in zip(first, calls(), strict=True)) and len(built) == once
+    ddpm.variance = "beta"
+    assert not torch.equal(ddpm.p_sample(x, 3, seed=1), first[0])
+    other = DDPM(Pointwise(), "cosine", 8, "v", variance="beta")
+    assert torch.equal(ddpm.p_sample(x, 3, seed=1), other.p_sample(x, 3, seed=1))
+    exact = ddpm.q_step(x.double(), 3, noise=x.double())
+    assert exact.dtype == torch.float64 and torch.equal(calls()[1], first[1])
+    assert torch.equal(copy.deepcopy(ddpm).q_step(x, 3, seed=1), first[1])
+
+
 def test_interpolate_endpoints():
     net = Net()
     ddpm, x0, x1 = DDPM(net, "linear", 10), data(), data()

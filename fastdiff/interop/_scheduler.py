@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import ops
-from ._tables import Tables
+from .._tables import Tables
 
 Generators = torch.Generator | list[torch.Generator] | None
 

@@ -45,7 +45,8 @@ except ImportError as error:
     raise ImportError(f"{message} ({error})") from error
 
 from .. import ops
-from ._tables import Tables, rows_of
+from .._tables import Tables
+from ._rows import rows_of
 
 OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
 # Where DDIM takes the operations of stock one by one, to the bit; elsewhere a step is one pass, equal to rounding.

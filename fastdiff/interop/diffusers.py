@@ -50,6 +50,7 @@ except ImportError as error:
 
 from .. import ops
 from ..steps import LOG_ZERO
+from ._rows import rows_of
 from ._scheduler import (
     FusedScheduler,
     Generators,
@@ -60,7 +61,6 @@ from ._scheduler import (
     table_dtype,
     with_fused_noise,
 )
-from ._tables import rows_of
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
