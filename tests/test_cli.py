@@ -193,3 +193,44 @@ def test_a_run_is_not_overwritten(model, capsys):
     before = model.read_bytes()
     line = refused(capsys, "train", "--data", "digits", "--out", model.parent, *TINY)
     assert "exists: go on with --resume" in line and model.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "sampler"),
+    [
+        (["--formulation", "ncsn", "--timesteps", "4", "--sigma-max", "2"], "NCSN", "ddpm"),
+        (["--formulation", "vp"], "ScoreSDE", "euler_maruyama"),
+        (["--formulation", "ve", "--sigma-max", "5"], "ScoreSDE", "predictor_corrector"),
+        (["--formulation", "subvp", "--objective", "eps"], "ScoreSDE", "ddim"),
+        (["--variance", "learned", "--loss", "hybrid"], "DDPM", "ddpm"),
+    ],
+)
+def test_every_formulation_is_trained_resumed_and_sampled(options, kind, sampler, tmp_path):
+    run, tiny = tmp_path / "run", ["--channels", "8", "--batch-size", "8", "--device", "cpu"]
+    tiny += [] if "--timesteps" in options or kind == "ScoreSDE" else ["--timesteps", "20"]
+    assert main(["train", "--data", "digits", "--out", str(run), "--steps", "2", *tiny, *options]) == 0
+    assert main(["train", "--out", str(run), "--resume", "--steps", "3", "--device", "cpu"]) == 0
+    state = checkpoint.load(run / "model.safetensors")
+    assert type(state.diffusion).__name__ == kind and state.step == 3
+    if "--sigma-max" in options:
+        assert state.diffusion.process.sigma_range()[1] == pytest.approx(float(options[-1]))
+    for more in ([], ["--sampler", sampler]):  # its own sampler, and another
+        prefix = tmp_path / f"drawn{len(more)}"
+        command = ["sample", str(run / "model.safetensors"), "--n", "2", "--out", str(prefix), "--device", "cpu"]
+        assert main([*command, "--steps", "2", *more]) == 0
+        images = np.load(f"{prefix}.npy")
+        assert images.shape == (2, 1, 8, 8) and np.isfinite(images).all()
+
+
+def test_formulations_refuse_what_is_not_theirs(capsys, tmp_path):
+    train = ["train", "--data", "digits", "--device", "cpu", "--out", tmp_path / "run"]
+    assert "formulation: expected one of ddpm, ncsn, vp, subvp, ve, got 'sde'" in refused(
+        capsys, *train, "--formulation", "sde"
+    )
+    assert "variance: expected 'posterior' but for ddpm" in refused(
+        capsys, *train, "--formulation", "vp", "--variance", "learned"
+    )
+    assert "weighting: expected one of simple, likelihood, min_snr" in refused(
+        capsys, *train, "--formulation", "vp", "--weighting", "vlb"
+    )
+    assert not (tmp_path / "run" / "model.safetensors").exists()
