@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# From the start, so that it notices a fork.
+importlib.import_module(".kernels.openmp", __package__)
+
 BACKENDS = ("triton", "cpu", "reference")
 
 

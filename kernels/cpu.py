@@ -1,25 +1,24 @@
-"""Launchers of the kernels for CPU tensors: layout, addresses, and threads.
+"""Launchers of the kernels for CPU tensors: layout, addresses, and threads."""
 
-Chunks are dealt out to Python threads (compiled code holds no interpreter lock). That is safe beside OpenMP, after
-fork and under concurrent calls.
-"""
-
+import ctypes
 import functools
-import os
+import math
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from numba import cfunc, types
 from torch import Tensor
 
 from . import cpu_compiled as compiled
+from . import openmp
 from .cpu_compiled import BF16, CHUNK, F16, F32, HUBER, KEEP_NONE, KEEP_X, KEEP_X0, L1, MSE, OUTSIDE, SCRATCH
 from .layout import laid_like, lay_out, sliced_like
 
-# Below this many elements a call stays on its thread: waking another costs more than it saves.
-PARALLEL_FROM = 65536
+# Below this many elements a call stays on its thread, as PyTorch's do (at::internal::GRAIN_SIZE).
+PARALLEL_FROM = 32768
 # Claims to a thread: one that starts late, or is held up, leaves its share to the others.
 CLAIMS = 8
 CODES = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
@@ -29,46 +28,37 @@ KEEPS = {"none": KEEP_NONE, "x0hat": KEEP_X0, "x": KEEP_X}
 _local = threading.local()
 
 
-@functools.lru_cache(maxsize=1)
-def _pool(process: int) -> ThreadPoolExecutor:
-    """The threads of a process; a forked child has none of its parent's and makes its own."""
-    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="fastdiff")
+@functools.cache
+def _entry(kernel: Callable[[int], None]) -> Any:
+    """The kernel, compiled, as a function of C."""
+    return cfunc(types.void(types.intp), **compiled.KERNEL)(kernel)
 
 
-def _scratch() -> int:
-    """The address of this thread's scratch memory, at the start of a cache line, as is best for vectors."""
-    if not hasattr(_local, "address"):
-        _local.memory = np.zeros(SCRATCH // 4 + 16, np.float32)
-        _local.address = -(-_local.memory.ctypes.data // 64) * 64
-        from_nan = (_local.address - _local.memory.ctypes.data + OUTSIDE) // 4
-        _local.memory[from_nan : from_nan + CHUNK] = np.nan
+def _scratch(threads: int) -> int:
+    """The address of scratch memory for a team that this thread leads, at the start of a cache line, as is best for
+    vectors."""
+    if getattr(_local, "threads", 0) < threads:
+        _local.threads, _local.memory = threads, np.zeros(threads * SCRATCH // 4 + 16, np.float32)
+        start = -_local.memory.ctypes.data % 64 // 4
+        _local.address = _local.memory.ctypes.data + 4 * start
+        members = _local.memory[start : start + threads * SCRATCH // 4].reshape(threads, -1)
+        members[:, OUTSIDE // 4 : OUTSIDE // 4 + CHUNK] = np.nan
     return _local.address
 
 
-def _work(kernel: Any, args: tuple[Any, ...]) -> None:
-    kernel(_scratch(), *args)
-
-
-def _run(kernel: Any, laid: Tensor, channels: int, *args: Any) -> None:
+def _run(kernel: Callable[[int], None], operands: Callable[..., Any], laid: Tensor, channels: int, *args: Any) -> None:
     """Run a kernel over all chunks of all samples, on torch.get_num_threads() threads where that pays."""
     elements, batch = laid.numel(), laid.shape[0]
     n = elements // batch
     chunks = -(-n // CHUNK)
     count = batch * chunks
-    if elements < PARALLEL_FROM:
-        kernel(_scratch(), 0, count, count, chunks, n, channels, *args)
-        return
-    threads = min(torch.get_num_threads(), count)
-    claimed = np.zeros(1, np.int64)
-    args = (claimed.ctypes.data, -(-count // (threads * CLAIMS)), count, chunks, n, channels, *args)
-    pool = _pool(os.getpid())
-    futures = [pool.submit(_work, kernel, args) for _ in range(threads - 1)]
-    try:
-        _work(kernel, args)
-    finally:
-        for future in futures:
-            if not future.cancel():  # one that has not begun would find nothing left to do
-                future.result()
+    threads = openmp.team_size() if elements >= PARALLEL_FROM else 1
+    block = count if threads == 1 else -(-count // (threads * CLAIMS))
+    entry, given = _entry(kernel), operands(0, 0, _scratch(threads), block, count, chunks, n, channels, *args)
+    if threads == 1:
+        entry.ctypes(ctypes.addressof(given))
+    else:
+        openmp.run(entry.address, ctypes.addressof(given))
 
 
 def _address(t: Tensor | None) -> tuple[int, int]:
@@ -79,6 +69,11 @@ def _address(t: Tensor | None) -> tuple[int, int]:
 def _storable(t: Tensor | None) -> Tensor | None:
     """Operands of other floating types are converted first."""
     return t if t is None or t.dtype in CODES else t.float()
+
+
+def _table(rows: Tensor) -> tuple[int, int]:
+    """(address, number of rows)."""
+    return rows.data_ptr(), rows.shape[0]
 
 
 def _noise_key(seed: Tensor | None, ids: Tensor | None, index: Tensor, stream: int) -> tuple[int, ...]:
@@ -92,7 +87,7 @@ def _noise_key(seed: Tensor | None, ids: Tensor | None, index: Tensor, stream: i
 def normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream: int) -> None:
     """Fill out (B, ...) with z(seed, stream, ids[i], step, element)."""
     channels, (laid,) = lay_out(out, generated=True)
-    _run(compiled.normal_chunks, laid, channels, *_noise_key(seed, ids, step, stream), *_address(laid))
+    _run(compiled.normal_chunks, compiled.Normal, laid, channels, *_noise_key(seed, ids, step, stream), *_address(laid))
     if laid is not out:
         out.copy_(laid)
 
@@ -104,7 +99,7 @@ def noising(
     """Write x_t into out (B, ...), shaped like x0."""
     channels, (laid, x0, noise) = lay_out(out, x0, _storable(noise), generated=noise is None)
     _run(
-        compiled.noising_chunks, laid, channels, *_noise_key(seed, ids, t, stream), table.data_ptr(), table.shape[0],
+        compiled.noising_chunks, compiled.Noising, laid, channels, *_noise_key(seed, ids, t, stream), *_table(table),
         *_address(x0), *_address(noise), *_address(laid),
     )  # fmt: skip
     if laid is not out:
@@ -124,9 +119,9 @@ def loss(
     chunks = -(-(laid.numel() // laid.shape[0]) // CHUNK)
     partial = torch.empty(laid.shape[0] * chunks, dtype=torch.float64)
     _run(
-        compiled.loss_chunks, laid, channels, *_noise_key(seed, ids, t, stream), table.data_ptr(), table.shape[0],
+        compiled.loss_chunks, compiled.Loss, laid, channels, *_noise_key(seed, ids, t, stream), *_table(table),
         *_address(pred), *_address(x0), *_address(noise), *_address(None if grad is None else laid),
-        partial.data_ptr(), RHOS[rho], np.float32(delta), scale, grad_scale,
+        partial.data_ptr(), RHOS[rho], delta, scale, grad_scale,
     )  # fmt: skip
     compiled.reduce_rows(partial.data_ptr(), out.numel(), partial.numel() // out.numel(), out.data_ptr())
     if grad is not None and laid is not grad:
@@ -135,7 +130,8 @@ def loss(
 
 def scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
     """Gapless grad *= incoming * factor in place, incoming (1,) or (B,) float32; returns at once where that is 1."""
-    _run(compiled.scale_chunks, grad, 1, *_address(grad), incoming.data_ptr(), int(incoming.numel() > 1), factor)
+    stride = int(incoming.numel() > 1)
+    _run(compiled.scale_chunks, compiled.Scale, grad, 1, *_address(grad), incoming.data_ptr(), stride, factor)
 
 
 def update(
@@ -151,10 +147,10 @@ def update(
         slices = [None if t is None else laid_like(laid, t) for t in slices]
     pred, uncond, raw = slices
     _run(
-        compiled.update_chunks, laid, channels, *_noise_key(seed, ids, step, stream), rows.data_ptr(), rows.shape[0],
+        compiled.update_chunks, compiled.Update, laid, channels, *_noise_key(seed, ids, step, stream), *_table(rows),
         *_address(x), *_address(pred), pred.stride(0), *_address(uncond), *_address(raw),
         *_address(noise), *_address(past), *_address(laid),
-        np.float32(np.inf if clip is None else clip), KEEPS[keep],
+        KEEPS[keep], math.inf if clip is None else clip,
     )  # fmt: skip
     if past is not hist:
         hist.copy_(past)

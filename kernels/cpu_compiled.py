@@ -5,12 +5,14 @@ first-level cache: Philox words, Box-Muller, the arithmetic, each with conversio
 that is not float32. A stage is a plain loop over arrays that start at 0, the form that LLVM vectorises, and what varies
 (types, layout, which operands there are) is decided once a chunk, so that each op is compiled once.
 
-Threads claim blocks of chunks from a shared counter until none is left. No result depends on who took which.
+A kernel is what every thread of a team runs: it claims blocks of chunks from a shared counter until none is left. No
+result depends on who took which.
 
 All compiled code stands in this file: numba's cache watches the file of the function that is called, and no other (so
 a change of coefficients.py takes effect once __pycache__ is deleted).
 """
 
+import ctypes
 import functools
 from typing import Any
 
@@ -54,8 +56,8 @@ def _can_cache() -> bool:
 
 
 # Multiply-adds may be fused, as on a GPU. Nothing that could change NaN or infinity is relaxed.
-ENTRY: dict[str, Any] = {"nogil": True, "cache": _can_cache(), "fastmath": {"contract"}, "no_cfunc_wrapper": True}
-STAGE = ENTRY | {"no_cpython_wrapper": True}
+KERNEL: dict[str, Any] = {"cache": _can_cache(), "fastmath": {"contract"}}
+STAGE = KERNEL | {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
 # The arithmetic of noising and update rounds where plain PyTorch does, and gives its bits.
 EXACT = STAGE | {"fastmath": False}
 SUM = STAGE | {"fastmath": {"contract", "reassoc", "nsz"}}
@@ -332,29 +334,58 @@ def row_of(index, stride, sample, table, rows, columns, scratch):
     return i, floats(table + 4 * columns * i if 0 <= i < rows else scratch + OUTSIDE, columns)
 
 
-# --- ops: blocks of chunks, as long as there are unclaimed ones ----------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------------
+
+
+def _operands(integers: str, floats: str = "") -> type[ctypes.Structure]:
+    """What a kernel is given, as a C structure: first what all are, then its own. Addresses, sizes and type codes are
+    int64; address 0 stands for no operand."""
+    common = "claimed members scratch block count chunks n channels"
+    fields = [(name, ctypes.c_int64) for name in f"{common} {integers}".split()]
+    return type("Operands", (ctypes.Structure,), {"_fields_": fields + [(f, ctypes.c_double) for f in floats.split()]})
+
+
+_NOISE = "seed ids index index_stride stream"
+Normal = _operands(f"{_NOISE} out out_code")
+Noising = _operands(f"{_NOISE} table levels x0 x0_code noise noise_code out out_code")
+Loss = _operands(
+    f"{_NOISE} table levels pred pred_code x0 x0_code noise noise_code grad grad_code partial kind",
+    "delta loss_scale grad_scale",
+)
+Scale = _operands("grad grad_code incoming incoming_stride", "factor")
+Update = _operands(
+    f"{_NOISE} rows steps x x_code pred pred_code pred_stride uncond uncond_code variance variance_code "
+    "noise noise_code hist hist_code out out_code keep",
+    "clip",
+)
+NORMAL, NOISING, LOSS, SCALE, UPDATE = (np.dtype(operands) for operands in (Normal, Noising, Loss, Scale, Update))
 
 
 @njit(**STAGE)
-def claim(claimed, block, before):
-    """The first of the `block` chunks to do after those from `before` on; `claimed`: of all threads' counter, or 0."""
-    return before + block if claimed == 0 else add_atomically(claimed, block)
+def claim(operands, block):
+    """The first of the next `block` chunks that no thread has claimed."""
+    return add_atomically(operands, block)
 
 
-@njit(**ENTRY)
-def normal_chunks(
-    scratch, claimed, block, count, chunks, n, channels, seed, ids, step, step_stride, stream, out, out_code
-):  # fmt: skip
-    low = claim(claimed, block, -block)
-    while low < count:
-        for k in range(low, min(low + block, count)):
-            sample, first = k // chunks, (k % chunks) * CHUNK
-            m, at = min(CHUNK, n - first), sample * n
-            index = integer(step + 8 * step_stride * sample)
-            z = target(out, out_code, at, first, whole(m), channels, whole(m) != m, scratch, Z)
-            normals(seed, ids, sample, index, stream, first, z, scratch)
-            store(z[:m], out, out_code, at, first, channels, n // channels, scratch)
-        low = claim(claimed, block, low)
+@njit(**STAGE)
+def own_scratch(operands, scratch):
+    """The scratch memory of this member of the team."""
+    return scratch + SCRATCH * add_atomically(operands + 8, 1)
+
+
+def normal_chunks(operands):
+    a = carray(pointer(operands), 1, NORMAL)[0]
+    scratch = own_scratch(operands, a.scratch)
+    low = claim(operands, a.block)
+    while low < a.count:
+        for k in range(low, min(low + a.block, a.count)):
+            sample, first = k // a.chunks, (k % a.chunks) * CHUNK
+            m, at = min(CHUNK, a.n - first), sample * a.n
+            index = integer(a.index + 8 * a.index_stride * sample)
+            z = target(a.out, a.out_code, at, first, whole(m), a.channels, whole(m) != m, scratch, Z)
+            normals(a.seed, a.ids, sample, index, a.stream, first, z, scratch)
+            store(z[:m], a.out, a.out_code, at, first, a.channels, a.n // a.channels, scratch)
+        low = claim(operands, a.block)
 
 
 @njit(**EXACT)
@@ -363,27 +394,25 @@ def mix(alpha, x, sigma, z, out):
         out[i] = alpha * x[i] + sigma * z[i]
 
 
-@njit(**ENTRY)
-def noising_chunks(
-    scratch, claimed, block, count, chunks, n, channels, seed, ids, t, t_stride, stream, table, levels,
-    x0, x0_code, noise, noise_code, out, out_code,
-):  # fmt: skip
-    low = claim(claimed, block, -block)
-    while low < count:
-        for k in range(low, min(low + block, count)):
-            sample, first = k // chunks, (k % chunks) * CHUNK
-            m, at, plane = min(CHUNK, n - first), sample * n, n // channels
-            level, row = row_of(t, t_stride, sample, table, levels, 2, scratch)
-            if noise == 0:
+def noising_chunks(operands):
+    a = carray(pointer(operands), 1, NOISING)[0]
+    scratch = own_scratch(operands, a.scratch)
+    low = claim(operands, a.block)
+    while low < a.count:
+        for k in range(low, min(low + a.block, a.count)):
+            sample, first = k // a.chunks, (k % a.chunks) * CHUNK
+            m, at, plane = min(CHUNK, a.n - first), sample * a.n, a.n // a.channels
+            level, row = row_of(a.index, a.index_stride, sample, a.table, a.levels, 2, scratch)
+            if a.noise == 0:
                 eps = floats(scratch + Z, whole(m))
-                normals(seed, ids, sample, level, stream, first, eps, scratch)
+                normals(a.seed, a.ids, sample, level, a.stream, first, eps, scratch)
             else:
-                eps = read(noise, noise_code, at, first, m, channels, plane, scratch, Z)
-            x = read(x0, x0_code, at, first, m, channels, plane, scratch, X)
-            x_t = target(out, out_code, at, first, m, channels, out in (x0, noise), scratch, RESULT)
+                eps = read(a.noise, a.noise_code, at, first, m, a.channels, plane, scratch, Z)
+            x = read(a.x0, a.x0_code, at, first, m, a.channels, plane, scratch, X)
+            x_t = target(a.out, a.out_code, at, first, m, a.channels, a.out in (a.x0, a.noise), scratch, RESULT)
             mix(row[0], x, row[1], eps, x_t)
-            store(x_t, out, out_code, at, first, channels, plane, scratch)
-        low = claim(claimed, block, low)
+            store(x_t, a.out, a.out_code, at, first, a.channels, plane, scratch)
+        low = claim(operands, a.block)
 
 
 @njit(**STAGE)
@@ -413,40 +442,38 @@ def rho_slope(kind, delta, r, scale, slope):
     return s
 
 
-@njit(**ENTRY)
-def loss_chunks(
-    scratch, claimed, block, count, chunks, n, channels, seed, ids, t, t_stride, stream, table, levels,
-    pred, pred_code, x0, x0_code, noise, noise_code, grad, grad_code, partial, kind, delta, loss_scale, grad_scale,
-):  # fmt: skip
-    low = claim(claimed, block, -block)
-    while low < count:
-        for k in range(low, min(low + block, count)):
-            sample, first = k // chunks, (k % chunks) * CHUNK
-            m, at, plane = min(CHUNK, n - first), sample * n, n // channels
-            level, row = row_of(t, t_stride, sample, table, levels, 3, scratch)
-            r = read(pred, pred_code, at, first, m, channels, plane, scratch, PRED)
-            if noise != 0 or seed != 0:
-                if noise != 0:
-                    eps = read(noise, noise_code, at, first, m, channels, plane, scratch, Z)
+def loss_chunks(operands):
+    a = carray(pointer(operands), 1, LOSS)[0]
+    scratch = own_scratch(operands, a.scratch)
+    low = claim(operands, a.block)
+    while low < a.count:
+        for k in range(low, min(low + a.block, a.count)):
+            sample, first = k // a.chunks, (k % a.chunks) * CHUNK
+            m, at, plane = min(CHUNK, a.n - first), sample * a.n, a.n // a.channels
+            level, row = row_of(a.index, a.index_stride, sample, a.table, a.levels, 3, scratch)
+            r = read(a.pred, a.pred_code, at, first, m, a.channels, plane, scratch, PRED)
+            if a.noise != 0 or a.seed != 0:
+                if a.noise != 0:
+                    eps = read(a.noise, a.noise_code, at, first, m, a.channels, plane, scratch, Z)
                 else:
                     eps = floats(scratch + Z, whole(m))
-                    normals(seed, ids, sample, level, stream, first, eps, scratch)
+                    normals(a.seed, a.ids, sample, level, a.stream, first, eps, scratch)
                 without = floats(scratch + OTHER, m)
                 subtract(r, row[1], eps, without)
                 r = without
-            if x0 != 0:
+            if a.x0 != 0:
                 without = floats(scratch + RESULT, m)
-                subtract(r, row[0], read(x0, x0_code, at, first, m, channels, plane, scratch, X), without)
+                subtract(r, row[0], read(a.x0, a.x0_code, at, first, m, a.channels, plane, scratch, X), without)
                 r = without
-            slope = target(grad, grad_code, at, first, m, channels, grad == 0, scratch, Z)
-            s = rho_slope(kind, delta, r, np.float32(row[2] * grad_scale), slope)
-            carray(pointer(partial), count, np.float64)[k] = np.float64(s) * (row[2] * loss_scale)
-            if grad != 0:
-                store(slope, grad, grad_code, at, first, channels, plane, scratch)
-        low = claim(claimed, block, low)
+            slope = target(a.grad, a.grad_code, at, first, m, a.channels, a.grad == 0, scratch, Z)
+            s = rho_slope(a.kind, np.float32(a.delta), r, np.float32(row[2] * a.grad_scale), slope)
+            carray(pointer(a.partial), a.count, np.float64)[k] = np.float64(s) * (row[2] * a.loss_scale)
+            if a.grad != 0:
+                store(slope, a.grad, a.grad_code, at, first, a.channels, plane, scratch)
+        low = claim(operands, a.block)
 
 
-@njit(**ENTRY)
+@njit(**KERNEL, nogil=True)
 def reduce_rows(partial, rows, columns, out):
     """out[row] = the sum of a row of partial, in float64 and in order."""
     terms, sums = carray(pointer(partial), rows * columns, np.float64), floats(out, rows)
@@ -463,21 +490,20 @@ def scale(by, x):
         x[i] *= by
 
 
-@njit(**ENTRY)
-def scale_chunks(
-    scratch, claimed, block, count, chunks, n, channels, grad, grad_code, incoming, incoming_stride, factor
-):  # fmt: skip
-    low = claim(claimed, block, -block)
-    while low < count:
-        for k in range(low, min(low + block, count)):
-            sample, first = k // chunks, (k % chunks) * CHUNK
-            by = np.float32(floats(incoming + 4 * incoming_stride * sample, 1)[0] * factor)
+def scale_chunks(operands):
+    a = carray(pointer(operands), 1, SCALE)[0]
+    scratch = own_scratch(operands, a.scratch)
+    low = claim(operands, a.block)
+    while low < a.count:
+        for k in range(low, min(low + a.block, a.count)):
+            sample, first = k // a.chunks, (k % a.chunks) * CHUNK
+            by = np.float32(floats(a.incoming + 4 * a.incoming_stride * sample, 1)[0] * a.factor)
             if by != ONE:
-                m = min(CHUNK, n - first)
-                x = read(grad, grad_code, sample * n, first, m, channels, n // channels, scratch, X)
+                m = min(CHUNK, a.n - first)
+                x = read(a.grad, a.grad_code, sample * a.n, first, m, a.channels, a.n // a.channels, scratch, X)
                 scale(by, x)
-                store(x, grad, grad_code, sample * n, first, channels, n // channels, scratch)
-        low = claim(claimed, block, low)
+                store(x, a.grad, a.grad_code, sample * a.n, first, a.channels, a.n // a.channels, scratch)
+        low = claim(operands, a.block)
 
 
 @njit(**STAGE)
@@ -510,42 +536,43 @@ def add_learned(f, h, raw_variance, z, out):
         out[i] += np.exp(f + (HALF * raw_variance[i] + HALF) * (h - f)) * z[i]
 
 
-@njit(**ENTRY)
-def update_chunks(
-    scratch, claimed, block, count, chunks, n, channels, seed, ids, step, step_stride, stream, rows, steps,
-    x, x_code, pred, pred_code, pred_stride, uncond, uncond_code, variance, variance_code,
-    noise, noise_code, hist, hist_code, out, out_code, clip, keep,
-):  # fmt: skip
-    noisy = noise != 0 or seed != 0
-    low = claim(claimed, block, -block)
-    while low < count:
-        for k in range(low, min(low + block, count)):
-            sample, first = k // chunks, (k % chunks) * CHUNK
-            m, at, plane = min(CHUNK, n - first), sample * n, n // channels
-            index, row = row_of(step, step_stride, sample, rows, steps, 9, scratch)
+def update_chunks(operands):
+    a = carray(pointer(operands), 1, UPDATE)[0]
+    scratch = own_scratch(operands, a.scratch)
+    noisy, clip = a.noise != 0 or a.seed != 0, np.float32(a.clip)
+    low = claim(operands, a.block)
+    while low < a.count:
+        for k in range(low, min(low + a.block, a.count)):
+            sample, first = k // a.chunks, (k % a.chunks) * CHUNK
+            m, at, plane = min(CHUNK, a.n - first), sample * a.n, a.n // a.channels
+            index, row = row_of(a.index, a.index_stride, sample, a.rows, a.steps, 9, scratch)
             x0 = floats(scratch + X0, m)
-            result = target(out, out_code, at, first, m, channels, out == x, scratch, RESULT)
-            state = read(x, x_code, at, first, m, channels, plane, scratch, X)
-            p = read(pred, pred_code, sample * pred_stride, first, m, channels, plane, scratch, PRED)
-            if uncond != 0:
-                other = read(uncond, uncond_code, sample * pred_stride, first, m, channels, plane, scratch, OTHER)
+            result = target(a.out, a.out_code, at, first, m, a.channels, a.out == a.x, scratch, RESULT)
+            state = read(a.x, a.x_code, at, first, m, a.channels, plane, scratch, X)
+            p = read(a.pred, a.pred_code, sample * a.pred_stride, first, m, a.channels, plane, scratch, PRED)
+            if a.uncond != 0:
+                other = read(
+                    a.uncond, a.uncond_code, sample * a.pred_stride, first, m, a.channels, plane, scratch, OTHER
+                )
                 guided = floats(scratch + GUIDED, m)
                 guide(p, other, row[8], guided)
                 p = guided
             eps = floats(scratch + NOTHING, m)
-            if noise != 0:
-                eps = read(noise, noise_code, at, first, m, channels, plane, scratch, Z)
-            elif seed != 0:
+            if a.noise != 0:
+                eps = read(a.noise, a.noise_code, at, first, m, a.channels, plane, scratch, Z)
+            elif a.seed != 0:
                 eps = floats(scratch + Z, whole(m))
-                normals(seed, ids, sample, index, stream, first, eps, scratch)
-            if noisy and variance != 0:
-                v = read(variance, variance_code, sample * pred_stride, first, m, channels, plane, scratch, OTHER)
+                normals(a.seed, a.ids, sample, index, a.stream, first, eps, scratch)
+            if noisy and a.variance != 0:
+                v = read(
+                    a.variance, a.variance_code, sample * a.pred_stride, first, m, a.channels, plane, scratch, OTHER
+                )
                 advance(row, clip, state, p, NO_NOISE, floats(scratch + NOTHING, m), x0, result)
                 add_learned(row[5], row[7], v, eps, result)
             else:
                 advance(row, clip, state, p, row[5] if noisy else NO_NOISE, eps, x0, result)
-            if hist != 0:
-                add(row[6], read(hist, hist_code, at, first, m, channels, plane, scratch, OTHER), result)
-                store(x0 if keep == KEEP_X0 else state, hist, hist_code, at, first, channels, plane, scratch)
-            store(result, out, out_code, at, first, channels, plane, scratch)
-        low = claim(claimed, block, low)
+            if a.hist != 0:
+                add(row[6], read(a.hist, a.hist_code, at, first, m, a.channels, plane, scratch, OTHER), result)
+                store(x0 if a.keep == KEEP_X0 else state, a.hist, a.hist_code, at, first, a.channels, plane, scratch)
+            store(result, a.out, a.out_code, at, first, a.channels, plane, scratch)
+        low = claim(operands, a.block)
