@@ -104,8 +104,10 @@ def kernels_of(x: Tensor) -> Any:
             return None
     if name == "triton" and not (x.is_cuda or interpreting()):
         raise ValueError(f"backend: 'triton' expected a GPU tensor or TRITON_INTERPRET=1, got device {x.device}")
-    if name == "cpu" and x.device.type != "cpu":
-        raise ValueError(f"backend: 'cpu' expected a CPU tensor, got device {x.device}")
+    if name == "cpu":
+        if x.device.type != "cpu":
+            raise ValueError(f"backend: 'cpu' expected a CPU tensor, got device {x.device}")
+        return launchers(name) if x.dtype in launchers(name).CODES else None
     return launchers(name)
 
 

@@ -21,7 +21,7 @@ from .layout import laid_like, lay_out, sliced_like
 PARALLEL_FROM = 32768
 # Claims to a thread: one that starts late, or is held up, leaves its share to the others.
 CLAIMS = 8
-CODES = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
+CODES = {torch.float32: F32, torch.bfloat16: BF16} | ({torch.float16: F16} if compiled.CONVERTS_F16 else {})
 RHOS = {"mse": MSE, "l1": L1, "huber": HUBER}
 KEEPS = {"none": KEEP_NONE, "x0hat": KEEP_X0, "x": KEEP_X}
 

@@ -17,9 +17,9 @@ import functools
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import carray, njit, types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from .coefficients import COS, LOG, SIN
@@ -38,11 +38,16 @@ MINUS_2_LN2 = np.float32(-1.3862943611198906)
 U_SCALE, U_SHIFT, X_SCALE = np.float32(2.0**-32), np.float32(2.0**-33), np.float32(2.0**-31)
 ZERO, HALF, ONE, TWO, FOUR = (np.float32(c) for c in (0, 0.5, 1, 2, 4))
 NO_NOISE = np.float32(-0.0)  # times 0 it is -0, which changes nothing that it is added to
-REBIAS = np.float32(2.0**112)
 BITS_OF_SQRT_HALF, MANTISSA = np.int32(0x3F3504F3), np.int32(23)
 MASK, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 M0, M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 W0, W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
+
+
+# Processors convert float16 themselves, but for x86 before 2012: there LLVM would call a function that does not exist.
+_known = binding.get_host_cpu_features()
+_used = _known.flatten() if config.CPU_FEATURES is None else config.CPU_FEATURES
+CONVERTS_F16 = "f16c" not in _known or "+f16c" in _used
 
 
 @functools.cache
@@ -170,32 +175,36 @@ def narrow_bf16(values, out):
         out[i] = np.uint16(quiet if values[i] != values[i] else rounded)
 
 
+@intrinsic
+def float_of_half(typing_context, bits):
+    """The float32 of these bits of a float16, uint16."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def half_of(typing_context, value):
+    """The bits of the float16 nearest to a float32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
+
+
 @njit(**STAGE)
 def widen_f16(source, out):
-    """Exponent and mantissa are moved into place; 2^112 is the difference of the exponents' biases."""
     for i in range(len(out)):
-        h = np.uint32(source[i])
-        sign = np.uint32(np.uint32(h & np.uint32(0x8000)) << np.uint32(16))
-        size = np.uint32(np.uint32(h & np.uint32(0x7FFF)) << np.uint32(13))
-        finite = np.uint32(bits_of(float_of(size) * REBIAS))
-        endless = np.uint32(size | np.uint32(0x70000000))
-        out[i] = float_of(np.uint32(sign | (endless if size >= np.uint32(0x0F800000) else finite)))
+        out[i] = float_of_half(source[i])
 
 
 @njit(**STAGE)
 def narrow_f16(values, out):
-    """Round to nearest even; from 65520 on infinity; NaN stays NaN."""
     for i in range(len(out)):
-        bits = np.uint32(bits_of(values[i]))
-        b = np.uint32(bits & np.uint32(0x7FFFFFFF))
-        odd = np.uint32(np.uint32(b >> np.uint32(13)) & np.uint32(1))
-        normal = np.uint32(np.uint32(b + np.uint32(0xC8000FFF) + odd) >> np.uint32(13))
-        # |value| + 1/2 rounds a subnormal to its place among the low mantissa bits.
-        small = np.uint32(np.uint32(bits_of(np.abs(values[i]) + HALF)) - np.uint32(0x3F000000))
-        h = small if b < np.uint32(0x38800000) else normal
-        h = np.uint32(0x7C00) if b >= np.uint32(0x477FF000) else h
-        h = np.uint32(0x7E00) if values[i] != values[i] else h
-        out[i] = np.uint16(h | np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000)))
+        out[i] = half_of(values[i])
 
 
 @njit(**STAGE)
@@ -214,7 +223,7 @@ def read(address, code, at, first, m, channels, plane, scratch, buffer):
         gather(halves(address + 2 * at, channels * plane), first, channels, plane, source)
     if code == BF16:
         widen_bf16(source, out)
-    else:
+    elif CONVERTS_F16:
         widen_f16(source, out)
     return out
 
@@ -241,7 +250,7 @@ def store(values, address, code, at, first, channels, plane, scratch):
     stored = halves(address + 2 * (at + first) if channels == 1 else scratch + RAW, m)
     if code == BF16:
         narrow_bf16(values, stored)
-    else:
+    elif CONVERTS_F16:
         narrow_f16(values, stored)
     if channels != 1:
         scatter(stored, first, channels, plane, halves(address + 2 * at, channels * plane))

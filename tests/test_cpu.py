@@ -20,7 +20,7 @@ from tolerance import NORMAL, assert_close, assert_same_bits
 from torch import Tensor
 
 import fastdiff
-from fastdiff import ops, reference
+from fastdiff import _backend, ops, reference
 from fastdiff.kernels import cpu, cpu_compiled, openmp
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +106,21 @@ def test_noising_and_update_give_the_bits_of_plain_pytorch(salt, clip, noisy, ke
     for got, want in zip(*results, strict=True):
         if got is not None:
             assert_same_bits(torch.where(got.isnan(), 0, got), torch.where(want.isnan(), 0, want))
+
+
+def test_float16_without_a_processor_that_converts_it(monkeypatch):
+    """Such tensors are left to plain PyTorch, and such operands of other tensors are widened first."""
+    half, single = torch.randn(2, 5).half(), torch.randn(2, 5)
+    rows, steps = table(ROWS, 2, 1).cpu(), table(ROWS, 9, 1).cpu()
+    monkeypatch.delitem(cpu.CODES, torch.float16)
+    assert _backend.kernels_of(half) is None and _backend.kernels_of(single) is cpu
+    for x, noise in ((half, half), (half, None), (single, half)):
+        got = ops.noising(x, 1, rows, noise=noise, seed=None if noise is not None else 1)
+        step = ops.update(x, half, steps, 2, noise=noise, noisy=noise is not None)
+        with fastdiff.backend("reference"):
+            want = ops.noising(x, 1, rows, noise=noise, seed=None if noise is not None else 1)
+            assert_same_bits(got, want)
+            assert_same_bits(step, ops.update(x, half, steps, 2, noise=noise, noisy=noise is not None))
 
 
 # --- threads ------------------------------------------------------------------------------------------------------
