@@ -1,14 +1,13 @@
 """fastdiff beside what users would do instead, in one run: the operations, a training step, and whole sampling.
 
 Rows: fastdiff; eager PyTorch; eager PyTorch that writes into buffers it has; torch.compile; diffusers' DDPMScheduler;
-denoising-diffusion-pytorch's GaussianDiffusion. Each agrees with the float64 reference before it is timed, side by side
-with fastdiff and a plain copy. extra_info: ratio (its time over fastdiff's), ns_per_element, copy_fraction (a copy's
-time over its own, by the bytes that must move at least), peak_bytes (beyond the operands).
+denoising-diffusion-pytorch's GaussianDiffusion. Of sampling: fastdiff as it is, laid out channels_last, and compiled;
+eager PyTorch; diffusers' DDPMPipeline, and with its U-Net compiled. Each agrees with the float64 reference before it is
+timed, side by side with fastdiff and a plain copy. extra_info: ratio (its time over fastdiff's), ns_per_element,
+copy_fraction (a copy's time over its own, by the bytes that must move at least), peak_bytes (beyond the operands).
 
 pip install -e '.[peers]'; --benchmark-group-by=group,param:shape puts the rows of one size together.
 """
-
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,12 +16,17 @@ from timing import BUDGET, DEVICE, name, on_device, time_row
 
 from fastdiff import bench
 from fastdiff._peers import NAMES, all_rows, diffusers_sampling, diffusers_training_step, missing
-from fastdiff._workloads import OPERATIONS, TENSORS, Row, Rows, sampling, training_step
+from fastdiff._workloads import OPERATIONS, TENSORS, Row, sampling, training_step
 
 ROWS = ("fused", "reference", "compile", *NAMES)
-WHOLE = ("fused", "reference", "compile", "diffusers")
+TRAINING = ("fused", "reference", "compile", "diffusers")
+SAMPLING = ("fused", "channels_last", "compiled", "reference", "diffusers", "diffusers compiled")
 SHAPES = [bench.SMALL, bench.LARGE]
-BATCH, STEPS = (64, 50) if DEVICE.type == "cuda" else (4, 8)
+BATCH = 64 if DEVICE.type == "cuda" else 4
+# (network, batch, steps): enough steps for what is done once to weigh no more than it does in a whole run.
+RUNS = [("small", 4, 8), ("digits", 64, 20), ("cifar10", 1, 4), ("cifar10", 8, 2), ("cifar10", 32, 2)]
+if DEVICE.type == "cuda":
+    RUNS = [("small", 64, 50), ("digits", 64, 50), ("cifar10", 1, 50), ("cifar10", 64, 20)]
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -50,30 +54,33 @@ def test_operation(benchmark: BenchmarkFixture, operation: str, shape: tuple[int
     }
 
 
-def whole(row: str, rows: Rows, peer: Callable[[], Row], benchmark: BenchmarkFixture, batch: int) -> None:
+def whole(row: Row, fused: Row, benchmark: BenchmarkFixture, batch: int) -> None:
     """Time a row beside fastdiff's, each with its own network of the same weights."""
-    timed = peer() if row == "diffusers" else rows[row]
-    rows["fused"].check()  # before a step changes the weights
-    time_row(benchmark, timed)
-    seconds, fused = bench.medians([timed.run, rows["fused"].run], DEVICE, 5 * BUDGET)
-    peak = bench.peak_memory(timed.run, DEVICE)
-    benchmark.extra_info |= {"ratio": seconds / fused, "images_per_s": batch / seconds, "peak_bytes": peak}
+    fused.check()  # before a step changes the weights
+    time_row(benchmark, row)
+    seconds, own = bench.medians([row.run, fused.run], DEVICE, 5 * BUDGET)
+    peak = bench.peak_memory(row.run, DEVICE)
+    benchmark.extra_info |= {"ratio": seconds / own, "images_per_s": batch / seconds, "peak_bytes": peak}
 
 
-@pytest.mark.parametrize("row", WHOLE)
+@pytest.mark.parametrize("row", TRAINING)
 def test_training_step(benchmark: BenchmarkFixture, row: str) -> None:
     if reason := missing(row):
         pytest.skip(reason)
     benchmark.group = "training step"
     rows = training_step(BATCH, torch.float32, DEVICE)
-    whole(row, rows, lambda: diffusers_training_step(BATCH, DEVICE), benchmark, BATCH)
+    timed = diffusers_training_step(BATCH, DEVICE) if row == "diffusers" else rows[row]
+    whole(timed, rows["fused"], benchmark, BATCH)
 
 
-@pytest.mark.parametrize("row", WHOLE)
-def test_sampling(benchmark: BenchmarkFixture, row: str) -> None:
+@pytest.mark.parametrize("row", SAMPLING)
+@pytest.mark.parametrize(("name", "batch", "steps"), RUNS)
+def test_sampling(benchmark: BenchmarkFixture, name: str, batch: int, steps: int, row: str) -> None:
     """The ancestral sampler; diffusers by its DDPMPipeline."""
-    if reason := missing(row):
+    library, *compiled = row.split()
+    if reason := missing(library):
         pytest.skip(reason)
-    benchmark.group = "sampling"
-    rows = sampling(BATCH, "ddpm", STEPS, DEVICE)
-    whole(row, rows, lambda: diffusers_sampling(BATCH, STEPS, DEVICE), benchmark, BATCH)
+    benchmark.group = f"sampling {name} {batch}"
+    rows = sampling(batch, "ddpm", steps, DEVICE, name)
+    timed = diffusers_sampling(batch, steps, DEVICE, name, bool(compiled)) if library == "diffusers" else rows[row]
+    whole(timed, rows["fused"], benchmark, batch)

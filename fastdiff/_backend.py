@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._pages import keep_freed_memory
+
 # From the start, so that it notices a fork.
 importlib.import_module(".kernels.openmp", __package__)
 
@@ -59,6 +61,7 @@ def launchers(name: str) -> Any:
     """The launchers normal_, noising, loss, scale_ and update of a backend, and vlb, norm and norm_grad but for "cpu",
     imported at first use."""
     if name == "cpu":
+        keep_freed_memory()
         return importlib.import_module(".kernels.cpu", __package__)
     noise, noising, loss, vlb, update, group_norm = (
         importlib.import_module(f".kernels.{file}", __package__)

@@ -192,8 +192,8 @@ def all_rows(operation: str, shape: tuple[int, ...], dtype: torch.dtype, device:
 # --- diffusers with its own U-Net, of the weights of `network` ------------------------------------------------------
 
 
-def _unet(device: torch.device) -> Any:
-    net = network(device)
+def _unet(device: torch.device, name: str = "small") -> Any:
+    net = network(device, name)
     unet = importlib.import_module("diffusers").UNet2DModel(**net.config).to(device)
     unet.load_state_dict(net.state_dict())
     return unet
@@ -210,12 +210,14 @@ def diffusers_training_step(batch: int, device: torch.device) -> Row:
     return training_row("diffusers", unet, loss, batch, torch.float32, device)
 
 
-def diffusers_sampling(batch: int, steps: int, device: torch.device) -> Row:
-    """DDPMPipeline, T = steps."""
-    library, unet = importlib.import_module("diffusers"), _unet(device)
-    pipeline = library.DDPMPipeline(unet.eval(), library.DDPMScheduler(steps, clip_sample_range=CLIP))
+def diffusers_sampling(batch: int, steps: int, device: torch.device, name: str, compiled: bool) -> Row:
+    """DDPMPipeline, T = steps; its U-Net is torch.compile'd, or eager."""
+    library, unet = importlib.import_module("diffusers"), _unet(device, name).eval()
+    if compiled:
+        unet.compile()
+    pipeline = library.DDPMPipeline(unet, library.DDPMScheduler(steps, clip_sample_range=CLIP))
     pipeline.set_progress_bar_config(disable=True)
-    net = network(device).eval().double()
+    net = network(device, name).eval().double()
     oracle, shape = DDPM(net, timesteps=steps).to(device), (batch, *(net.sample_shape or ()))
 
     def run(generator: torch.Generator | None = None) -> Tensor:
@@ -224,10 +226,12 @@ def diffusers_sampling(batch: int, steps: int, device: torch.device) -> Row:
         return torch.from_numpy(drawn.images)
 
     def check() -> None:
+        """Of the first sample, as in `sampling`."""
         generator = torch.Generator(device).manual_seed(SEED)
-        x_T, *noise = (torch.randn(shape, generator=generator, device=device) for _ in range(steps + 1))
-        want = oracle.sample(shape, x_T=x_T.double(), noise=torch.stack(noise).double()) / 2 + 0.5
-        got = run(torch.Generator(device).manual_seed(SEED)).permute(0, 3, 1, 2).to(device)
+        x_T, *noise = (torch.randn(shape, generator=generator, device=device)[:1] for _ in range(steps + 1))
+        given = torch.stack(noise).double()
+        want = oracle.sample((1, *shape[1:]), x_T=x_T.double(), noise=given) / 2 + 0.5
+        got = run(torch.Generator(device).manual_seed(SEED))[:1].permute(0, 3, 1, 2).to(device)
         bound = max(LIBRARY_BOUND[torch.float32], network_bound(torch.float32, device))
         agree("sampling diffusers", [got], [want.clamp(0, 1)], bound)
 

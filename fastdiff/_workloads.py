@@ -1,14 +1,15 @@
 """What the benchmarks time: the library, and the same arithmetic as one writes it in eager PyTorch.
 
 A workload is a dict of rows, all with the same inputs and the same network: "fused" is the library as it runs on the
-device, "reference" is eager PyTorch, "compile" is torch.compile of "reference". A network runs eagerly in every row, so
-that rows differ in nothing but the arithmetic around it.
+device, "reference" is eager PyTorch, "compile" is torch.compile of "reference". A network runs eagerly in these rows,
+so that they differ in nothing but the arithmetic around it.
 """
 
 import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from .ddpm import DDPM
 from .process import grid
 from .schedule import linear
 from .steps import ancestral
+from .train import DIGITS, Options, build
 from .unet import UNet
 
 TIMESTEPS = 1000
@@ -304,9 +306,8 @@ TENSORS = {"forward_noising": 2, "loss_forward_backward": 2, "noising_and_loss":
 # --- whole steps ------------------------------------------------------------------------------------------------
 
 
-def network(device: torch.device) -> UNet:
-    """A small U-Net; smaller still on a CPU."""
-    torch.manual_seed(0)
+def small(device: torch.device) -> UNet:
+    """Smaller still on a CPU."""
     widths = (128, 256, 256) if device.type == "cuda" else (32, 64)
     return UNet(
         sample_size=32 if device.type == "cuda" else 16,
@@ -314,7 +315,36 @@ def network(device: torch.device) -> UNet:
         down_block_types=(*["DownBlock2D"] * (len(widths) - 1), "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", *["UpBlock2D"] * (len(widths) - 1)),
         layers_per_block=2 if device.type == "cuda" else 1,
-    ).to(device)
+    )
+
+
+def digits(device: torch.device) -> UNet:
+    """Of `fastdiff train --data digits`: 367,129 parameters."""
+    return cast(UNet, build(Options("digits", **DIGITS)).model)
+
+
+def cifar10(device: torch.device) -> UNet:
+    """Of google/ddpm-cifar10-32: 35,746,307 parameters."""
+    return UNet(
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+    )
+
+
+NETWORKS = {"small": small, "digits": digits, "cifar10": cifar10}
+
+
+def network(device: torch.device, name: str = "small") -> UNet:
+    """One of NETWORKS, always of the same weights."""
+    torch.manual_seed(0)
+    return NETWORKS[name](device).to(device)
 
 
 def network_bound(dtype: torch.dtype, device: torch.device) -> float:
@@ -381,32 +411,42 @@ def _with_gradient(value: Tensor, net: nn.Module) -> tuple[Tensor, Tensor]:
     return value.detach(), torch.cat([g.flatten() for g in gradient])
 
 
-def sampling(batch: int, sampler: str, steps: int, device: torch.device) -> Rows:
-    """Images from a U-Net in `steps` steps, with T = steps; "ddpm" or "ddim"."""
-    net = network(device).eval()
+def sampling(batch: int, sampler: str, steps: int, device: torch.device, name: str = "small") -> Rows:
+    """Images from a U-Net in `steps` steps, with T = steps; "ddpm" or "ddim". Two more rows are the library with its
+    network laid out "channels_last", and "compiled" by DDPM.compile.
+    """
+    net = network(device, name).eval()
     wide = copy.deepcopy(net).double()
     shape = (batch, *(net.sample_shape or ()))
     random = torch.Generator(device).manual_seed(0)
     x_T = torch.randn(shape, generator=random, device=device)
     noise = torch.randn((steps, *shape), generator=random, device=device)
-    ddpm = DDPM(net, timesteps=steps).to(device)
 
-    def check(name: str, got: Tensor) -> None:
+    def check(row: str, got: Tensor) -> None:
+        """Of the first sample: a network in float64 takes long."""
         oracle = DDPM(wide, timesteps=steps).to(device)
-        given = noise.double() if sampler == "ddpm" else None
-        want = oracle.sample(shape, sampler=sampler, x_T=x_T.double(), noise=given)
-        agree(f"sampling {sampler} {name}", [got], [want], network_bound(torch.float32, device))
+        given = noise[:, :1].double() if sampler == "ddpm" else None
+        want = oracle.sample((1, *shape[1:]), sampler=sampler, x_T=x_T[:1].double(), noise=given)
+        agree(f"sampling {sampler} {row}", [got[:1]], [want], network_bound(torch.float32, device))
 
-    def eager(name: str, compiled: bool) -> Row:
-        model = Eager(steps, device, compiled)
+    def own(row: str, net: UNet) -> Row:
+        ddpm = DDPM(net, timesteps=steps).to(device)
+        if row == "compiled":
+            ddpm.compile()
+        given = noise if sampler == "ddpm" else None
         return Row(
-            lambda: model.sample(net, sampler, torch.randn(shape, device=device)),
-            lambda: check(name, model.sample(net, sampler, x_T, noise)),
+            lambda: ddpm.sample(shape, sampler=sampler),
+            lambda: check(row, ddpm.sample(shape, sampler=sampler, x_T=x_T, noise=given)),
         )
 
-    given = noise if sampler == "ddpm" else None
-    fused = Row(
-        lambda: ddpm.sample(shape, sampler=sampler),
-        lambda: check("fused", ddpm.sample(shape, sampler=sampler, x_T=x_T, noise=given)),
-    )
-    return {"fused": fused, "reference": eager("reference", False), "compile": eager("compile", True)}
+    def eager(row: str) -> Row:
+        model = Eager(steps, device, row == "compile")
+        return Row(
+            lambda: model.sample(net, sampler, torch.randn(shape, device=device)),
+            lambda: check(row, model.sample(net, sampler, x_T, noise)),
+        )
+
+    laid = copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    rows = {"fused": own("fused", net), "channels_last": own("channels_last", laid)}
+    rows["compiled"] = own("compiled", copy.deepcopy(net))
+    return rows | {row: eager(row) for row in ("reference", "compile")}

@@ -1,6 +1,7 @@
 """The kernels for CPU tensors as guests of a process: threads, forks, caches, and that none of them changes a bit."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -325,3 +326,21 @@ def test_large_results_come_in_huge_pages():
     ops.loss(pred, 1, rows[1], seed=1).backward()
     assert in_huge_pages(pred.grad)
     assert in_huge_pages(ops.normal(x.shape, 1))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the GNU C library")
+def test_freed_memory_is_kept_for_the_next_tensors():
+    """They fault in the first rounds, not in every one."""
+    done = run(
+        "import resource, torch\n"
+        "from fastdiff import ops\n"
+        "ops.normal((1, 4), 1)\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    kept = [torch.zeros(2**21) for _ in range(3)]\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "rounds = [faults() for _ in range(10)]\n"
+        "print(rounds[0], rounds[-1])"
+    )
+    first, last = map(int, done.split())
+    assert first > 1000 and last < 100

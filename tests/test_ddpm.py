@@ -682,6 +682,27 @@ def test_compiled_equals_eager_without_recompiling():
     assert torch.equal(other.sample(SHAPE, seed=1), DDPM(other.model, timesteps=20).sample(SHAPE, seed=1))
 
 
+def test_compile_lays_convolutions_out_as_inductor_wants_them():
+    """On a CPU; else it converts the weights at every call."""
+    torch._dynamo.reset()
+    random = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1), nn.Module())
+    net[2].volume, net[2].line = nn.Conv3d(3, 4, 3), nn.Conv1d(3, 4, 3)
+    net.forward = lambda x, t: net[1](net[0](x))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x0 = torch.randn(2, 3, 8, 8, generator=random)
+    ddpm = DDPM(net, timesteps=4)
+    want = ddpm(x0, t=2, seed=1), ddpm.sample(x0.shape, seed=1)
+    ddpm.compile(backend="eager")
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert value.dim() != 4 or value.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ddpm(x0, t=2, seed=1), want[0])
+    torch.testing.assert_close(ddpm.sample(x0.shape, seed=1), want[1])
+    ddpm(x0, t=2, seed=1).backward()
+    assert net[0].weight.grad.stride() == net[0].weight.stride()  # nor does an optimizer mix layouts
+
+
 # --- errors -----------------------------------------------------------------------------------------------------
 
 
