@@ -190,13 +190,17 @@ def _three(fused: Row, eager: Callable[[str, Eager], Row], device: torch.device)
 
 
 def forward_noising(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """A fourth row, "fused_out", writes into a buffer it has."""
     x0, given, t = inputs(shape, dtype, device)
     table, seed, bound = NOISING.to(device), torch.full((1,), SEED, device=device), BOUND[dtype]
     part, index = few(x0), t - 1
 
-    def check() -> None:
-        n, x_t = len(part), ops.noising(x0, t, table, seed=seed)
-        check_noising("fused", part, t[:n], x_t[:n], _noise(part, seed, t[:n], ops.FORWARD), bound)
+    def fused(name: str, out: Tensor | None) -> Row:
+        def check() -> None:
+            n, x_t = len(part), ops.noising(x0, t, table, seed=seed, out=out)
+            check_noising(name, part, t[:n], x_t[:n], _noise(part, seed, t[:n], ops.FORWARD), bound)
+
+        return Row(lambda: ops.noising(x0, t, table, out=out), check)
 
     def eager(name: str, model: Eager) -> Row:
         def check() -> None:
@@ -205,7 +209,7 @@ def forward_noising(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 
         return Row(lambda: model.q_sample(x0, index), check)
 
-    return _three(Row(lambda: ops.noising(x0, t, table), check), eager, device)
+    return _three(fused("fused", None), eager, device) | {"fused_out": fused("fused_out", torch.empty_like(x0))}
 
 
 def loss_forward_backward(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:

@@ -27,6 +27,7 @@ SMALL, LARGE, HUGE = (64, 3, 64, 64), (64, 3, 256, 256), (256, 3, 256, 256)
 # What rows are called in the table and the plot; a row that is not here is not shown.
 TITLES = {
     "fused": "fastdiff",
+    "fused_out": "fastdiff, own buffer",
     "reference": "eager PyTorch",
     "preallocated": "eager, own buffers",
     "diffusers": "diffusers",
@@ -214,9 +215,9 @@ def plot(lines: Sequence[dict[str, Any]], machine: str, path: Path) -> None:
             top += high
             width = length * nanoseconds / max(taken.values())
             draw.text((24, top), TITLES[name], "black", font)
-            colour = "#3465a4" if name == "fused" else "#cc7722"
+            colour = "#3465a4" if name.startswith("fused") else "#cc7722"
             draw.rectangle((left, top + 2, left + width, top + high - 4), colour)
-            ratio = "" if name == "fused" else f", {line['ratio'][name]:.1f} times fastdiff"
+            ratio = "" if name == "fused" else f", {line['ratio'][name]:.2g} times fastdiff"
             draw.text((left + width + 6, top), f"{nanoseconds:.2f}{ratio}", "black", font)
         top += 2 * high
     with replacing(path) as temporary:
