@@ -6,7 +6,7 @@ eager PyTorch; diffusers' DDPMPipeline, and with its U-Net compiled. Each agrees
 timed, side by side with fastdiff and a plain copy. extra_info: ratio (its time over fastdiff's), ns_per_element,
 copy_fraction (a copy's time over its own, by the bytes that must move at least), peak_bytes (beyond the operands).
 
-pip install -e '.[peers]'; --benchmark-group-by=group,param:shape puts the rows of one size together.
+pip install -e '.[peers]'; -k operation --benchmark-group-by=group,param:shape puts the rows of one size together.
 """
 
 import pytest

@@ -43,7 +43,6 @@ MASK, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 M0, M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 W0, W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 
-
 # Processors convert float16 themselves, but for x86 before 2012: there LLVM would call a function that does not exist.
 _known = binding.get_host_cpu_features()
 _used = _known.flatten() if config.CPU_FEATURES is None else config.CPU_FEATURES
@@ -343,12 +342,12 @@ def row_of(index, stride, sample, table, rows, columns, scratch):
     return i, floats(table + 4 * columns * i if 0 <= i < rows else scratch + OUTSIDE, columns)
 
 
-# --- kernels ----------------------------------------------------------------------------------------------------
+# --- kernels: functions of C of the address of their operands, compiled by their launcher -----------------------------
 
 
 def _operands(integers: str, floats: str = "") -> type[ctypes.Structure]:
     """What a kernel is given, as a C structure: first what all are, then its own. Addresses, sizes and type codes are
-    int64; address 0 stands for no operand."""
+    int64; address 0 stands for no operand. `claimed` counts chunks and `members` threads; both start at 0."""
     common = "claimed members scratch block count chunks n channels"
     fields = [(name, ctypes.c_int64) for name in f"{common} {integers}".split()]
     return type("Operands", (ctypes.Structure,), {"_fields_": fields + [(f, ctypes.c_double) for f in floats.split()]})
