@@ -83,6 +83,8 @@ def plot(rows: list[dict[str, Any]], real: float, path: Path) -> None:
         x, y = place(rate, row["frechet_distance"])
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), COLOURS[row["sampler"]])
         above = -20 if row["sampler"] != "dpm++2m" else 6  # the two fast ones lie close together
-        draw.text((x - 14, y + above), f"{row['sampler']} {row['steps']}", COLOURS[row["sampler"]], font)
+        draw.text((x - 10, y + above), str(row["steps"]), COLOURS[row["sampler"]], font)
+    for line, (name, colour) in enumerate(COLOURS.items()):
+        draw.text((left + 12, bottom - 70 + 18 * line), f"{name}, steps", colour, font)
     with checkpoint.replacing(path) as temporary:
         image.save(temporary, format="PNG")
