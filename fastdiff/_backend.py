@@ -79,7 +79,9 @@ def launchers(name: str) -> Any:
     )
 
 
+@functools.cache
 def interpreting() -> bool:
+    """Of the first op: Triton itself looks once, when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -104,7 +104,7 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
             raise ValueError(f"seed: expected one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}")
         if seed.device != device:
             raise ValueError(f"seed: expected device {device}, got {seed.device}")
-        return seed.reshape(1)
+        return seed if seed.ndim == 1 else seed.reshape(1)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:

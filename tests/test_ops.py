@@ -364,6 +364,21 @@ def test_only_what_needs_a_gradient_gets_one():
 
 
 @pytest.fixture
+def interpreter(monkeypatch):
+    """Sets TRITON_INTERPRET, as a process would start with it."""
+
+    def set_to(value: str | None) -> None:
+        if value is None:
+            monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        else:
+            monkeypatch.setenv("TRITON_INTERPRET", value)
+        _backend.interpreting.cache_clear()
+
+    yield set_to
+    _backend.interpreting.cache_clear()
+
+
+@pytest.fixture
 def chosen(monkeypatch):
     """Which implementation ran each op since the last look, instead of running it."""
     seen = []
@@ -387,8 +402,8 @@ def chosen(monkeypatch):
     return look
 
 
-def test_backend_forces_an_implementation(chosen, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def test_backend_forces_an_implementation(chosen, interpreter):
+    interpreter("1")
     for name in ("triton", "cpu", "reference"):
         with fastdiff.backend(name):
             assert chosen() == name
@@ -407,11 +422,11 @@ def test_backends_nest_and_end_with_their_block(chosen):
         assert chosen() == "cpu"
 
 
-def test_the_default_backend_of_cpu_tensors(chosen, monkeypatch):
+def test_the_default_backend_of_cpu_tensors(chosen, interpreter, monkeypatch):
     with fastdiff.backend(None):
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        interpreter("1")
         assert chosen() == "triton"
-        monkeypatch.delenv("TRITON_INTERPRET")
+        interpreter(None)
         assert chosen() == "cpu"
         monkeypatch.setitem(sys.modules, "numba", None)
         _backend.has_numba.cache_clear()
@@ -423,10 +438,10 @@ def test_the_default_backend_of_cpu_tensors(chosen, monkeypatch):
             _backend.has_numba.cache_clear()
 
 
-def test_backends_that_cannot_be(monkeypatch):
+def test_backends_that_cannot_be(interpreter):
     with pytest.raises(ValueError, match="backend: expected one of triton, cpu, reference or None, got 'cuda'"):
         fastdiff.backend("cuda")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    interpreter(None)
     with fastdiff.backend("triton"), pytest.raises(ValueError, match="TRITON_INTERPRET=1, got device cpu"):
         ops.noising(X, 0, rows(2), seed=1)
     with (
