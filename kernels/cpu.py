@@ -58,7 +58,7 @@ def _run(kernel: Callable[[int], None], operands: Callable[..., Any], laid: Tens
     if threads == 1:
         entry.ctypes(ctypes.addressof(given))
     else:
-        openmp.run(entry.address, ctypes.addressof(given))
+        openmp.run(entry.address, ctypes.addressof(given), threads)
 
 
 def _address(t: Tensor | None) -> tuple[int, int]:

@@ -38,9 +38,9 @@ def team_size() -> int:
     return 1 if _forked or _parallel() is None else torch.get_num_threads()
 
 
-def run(function: int, argument: int) -> None:
-    """Call the C function at an address, with a pointer, on each thread of a team of `team_size`.
+def run(function: int, argument: int, threads: int) -> None:
+    """Call the C function at an address, with a pointer, on each of `threads` threads: `team_size()` of them.
 
     A smaller team is not to be had: OpenMP ends the threads that it would leave out, and makes them anew.
     """
-    _parallel()(function, argument, torch.get_num_threads(), 0)
+    _parallel()(function, argument, threads, 0)
