@@ -25,6 +25,8 @@ from numba.extending import intrinsic
 from .coefficients import COS, LOG, SIN
 
 CHUNK = 4096
+# The most elements of a sample that is not drawn by itself.
+SHORT = 256
 F32, BF16, F16 = 0, 1, 2
 MSE, L1, HUBER = 0, 1, 2
 KEEP_NONE, KEEP_X0, KEEP_X = 0, 1, 2
@@ -330,6 +332,34 @@ def normals(seed, ids, row, step, stream, first, z, scratch):
 
 
 @njit(**STAGE)
+def philox_of(w0, w1, w2, w3, stream, key0, key1):
+    """The words of the counters (w0, w1, w2, stream), in their place."""
+    for i in range(len(w0)):
+        a0, a1, a2, a3 = np.uint64(w0[i]), np.uint64(w1[i]), np.uint64(w2[i]), np.uint64(stream)
+        k0, k1 = key0, key1
+        for _ in range(10):
+            a0, a1, a2, a3 = philox_round(a0, a1, a2, a3, k0, k1)
+            k0, k1 = np.uint32(k0 + W0), np.uint32(k1 + W1)
+        w0[i], w1[i], w2[i], w3[i] = np.uint32(a0), np.uint32(a1), np.uint32(a2), np.uint32(a3)
+
+
+@njit(**STAGE)
+def normals_of_samples(seed, ids, index, index_stride, stream, row, samples, each, z, scratch):
+    """z = normals of samples row.., `each` blocks of each."""
+    w0, w1 = words(scratch, 0, samples * each), words(scratch, 1, samples * each)
+    w2, w3 = words(scratch, 2, samples * each), words(scratch, 3, samples * each)
+    for i in range(samples):
+        sample = row + i if ids == 0 else integer(ids + 8 * (row + i))
+        step = integer(index + 8 * index_stride * (row + i))
+        for block in range(each):
+            w0[i * each + block] = np.uint32(block)
+            w1[i * each + block], w2[i * each + block] = np.uint32(sample), np.uint32(step)
+    key = np.uint64(integer(seed))
+    philox_of(w0, w1, w2, w3, np.uint32(stream), np.uint32(key), np.uint32(key >> SHIFT))
+    normals_of(w0, w1, w2, w3, z)
+
+
+@njit(**STAGE)
 def whole(m):
     """m elements rounded up to what Philox's loop computes at once: no remainder is left to a slower one."""
     return (m + 127) // 128 * 128
@@ -337,9 +367,9 @@ def whole(m):
 
 @njit(**STAGE)
 def row_of(index, stride, sample, table, rows, columns, scratch):
-    """(index, its row of the table): a row of NaN, where there is none."""
+    """The row of the table that belongs to a sample: a row of NaN, where there is none."""
     i = integer(index + 8 * stride * sample)
-    return i, floats(table + 4 * columns * i if 0 <= i < rows else scratch + OUTSIDE, columns)
+    return floats(table + 4 * columns * i if 0 <= i < rows else scratch + OUTSIDE, columns)
 
 
 # --- kernels: functions of C of the address of their operands, compiled by their launcher -----------------------------
@@ -381,18 +411,41 @@ def own_scratch(operands, scratch):
     return scratch + SCRATCH * add_atomically(operands + 8, 1)
 
 
+@njit(**STAGE)
+def drawn(a, k, low, high, scratch):
+    """The normals of chunk k, of those from low to high - 1. Short samples are drawn many at a time: alone they would
+    not fill the loops."""
+    if a.n > SHORT:
+        sample, first = k // a.chunks, (k % a.chunks) * CHUNK
+        z = floats(scratch + Z, whole(min(CHUNK, a.n - first)))
+        step = integer(a.index + 8 * a.index_stride * sample)
+        normals(a.seed, a.ids, sample, step, a.stream, first, z, scratch)
+        return z
+    each = (a.n + 3) // 4
+    together = CHUNK // (4 * each)
+    place = (k - low) % together
+    if place == 0:
+        samples = min(together, high - k)
+        z = floats(scratch + Z, 4 * each * samples)
+        normals_of_samples(a.seed, a.ids, a.index, a.index_stride, a.stream, k, samples, each, z, scratch)
+    return floats(scratch + Z + 16 * each * place, 4 * each)
+
+
 def normal_chunks(operands):
     a = carray(pointer(operands), 1, NORMAL)[0]
     scratch = own_scratch(operands, a.scratch)
     low = claim(operands, a.block)
     while low < a.count:
-        for k in range(low, min(low + a.block, a.count)):
+        high = min(low + a.block, a.count)
+        for k in range(low, high):
             sample, first = k // a.chunks, (k % a.chunks) * CHUNK
             m, at = min(CHUNK, a.n - first), sample * a.n
-            index = integer(a.index + 8 * a.index_stride * sample)
-            z = target(a.out, a.out_code, at, first, whole(m), a.channels, whole(m) != m, scratch, Z)
-            normals(a.seed, a.ids, sample, index, a.stream, first, z, scratch)
-            store(z[:m], a.out, a.out_code, at, first, a.channels, a.n // a.channels, scratch)
+            if m == CHUNK and a.out_code == F32 and a.channels == 1:
+                index = integer(a.index + 8 * a.index_stride * sample)
+                normals(a.seed, a.ids, sample, index, a.stream, first, floats(a.out + 4 * (at + first), m), scratch)
+            else:
+                z = drawn(a, k, low, high, scratch)
+                store(z[:m], a.out, a.out_code, at, first, a.channels, a.n // a.channels, scratch)
         low = claim(operands, a.block)
 
 
@@ -407,13 +460,13 @@ def noising_chunks(operands):
     scratch = own_scratch(operands, a.scratch)
     low = claim(operands, a.block)
     while low < a.count:
-        for k in range(low, min(low + a.block, a.count)):
+        high = min(low + a.block, a.count)
+        for k in range(low, high):
             sample, first = k // a.chunks, (k % a.chunks) * CHUNK
             m, at, plane = min(CHUNK, a.n - first), sample * a.n, a.n // a.channels
-            level, row = row_of(a.index, a.index_stride, sample, a.table, a.levels, 2, scratch)
+            row = row_of(a.index, a.index_stride, sample, a.table, a.levels, 2, scratch)
             if a.noise == 0:
-                eps = floats(scratch + Z, whole(m))
-                normals(a.seed, a.ids, sample, level, a.stream, first, eps, scratch)
+                eps = drawn(a, k, low, high, scratch)
             else:
                 eps = read(a.noise, a.noise_code, at, first, m, a.channels, plane, scratch, Z)
             x = read(a.x0, a.x0_code, at, first, m, a.channels, plane, scratch, X)
@@ -455,17 +508,17 @@ def loss_chunks(operands):
     scratch = own_scratch(operands, a.scratch)
     low = claim(operands, a.block)
     while low < a.count:
-        for k in range(low, min(low + a.block, a.count)):
+        high = min(low + a.block, a.count)
+        for k in range(low, high):
             sample, first = k // a.chunks, (k % a.chunks) * CHUNK
             m, at, plane = min(CHUNK, a.n - first), sample * a.n, a.n // a.channels
-            level, row = row_of(a.index, a.index_stride, sample, a.table, a.levels, 3, scratch)
+            row = row_of(a.index, a.index_stride, sample, a.table, a.levels, 3, scratch)
             r = read(a.pred, a.pred_code, at, first, m, a.channels, plane, scratch, PRED)
             if a.noise != 0 or a.seed != 0:
                 if a.noise != 0:
                     eps = read(a.noise, a.noise_code, at, first, m, a.channels, plane, scratch, Z)
                 else:
-                    eps = floats(scratch + Z, whole(m))
-                    normals(a.seed, a.ids, sample, level, a.stream, first, eps, scratch)
+                    eps = drawn(a, k, low, high, scratch)
                 without = floats(scratch + OTHER, m)
                 subtract(r, row[1], eps, without)
                 r = without
@@ -473,7 +526,7 @@ def loss_chunks(operands):
                 without = floats(scratch + RESULT, m)
                 subtract(r, row[0], read(a.x0, a.x0_code, at, first, m, a.channels, plane, scratch, X), without)
                 r = without
-            slope = target(a.grad, a.grad_code, at, first, m, a.channels, a.grad == 0, scratch, Z)
+            slope = target(a.grad, a.grad_code, at, first, m, a.channels, a.grad == 0, scratch, GUIDED)
             s = rho_slope(a.kind, np.float32(a.delta), r, np.float32(row[2] * a.grad_scale), slope)
             carray(pointer(a.partial), a.count, np.float64)[k] = np.float64(s) * (row[2] * a.loss_scale)
             if a.grad != 0:
@@ -503,7 +556,8 @@ def scale_chunks(operands):
     scratch = own_scratch(operands, a.scratch)
     low = claim(operands, a.block)
     while low < a.count:
-        for k in range(low, min(low + a.block, a.count)):
+        high = min(low + a.block, a.count)
+        for k in range(low, high):
             sample, first = k // a.chunks, (k % a.chunks) * CHUNK
             by = np.float32(floats(a.incoming + 4 * a.incoming_stride * sample, 1)[0] * a.factor)
             if by != ONE:
@@ -550,10 +604,11 @@ def update_chunks(operands):
     noisy, clip = a.noise != 0 or a.seed != 0, np.float32(a.clip)
     low = claim(operands, a.block)
     while low < a.count:
-        for k in range(low, min(low + a.block, a.count)):
+        high = min(low + a.block, a.count)
+        for k in range(low, high):
             sample, first = k // a.chunks, (k % a.chunks) * CHUNK
             m, at, plane = min(CHUNK, a.n - first), sample * a.n, a.n // a.channels
-            index, row = row_of(a.index, a.index_stride, sample, a.rows, a.steps, 9, scratch)
+            row = row_of(a.index, a.index_stride, sample, a.rows, a.steps, 9, scratch)
             x0 = floats(scratch + X0, m)
             result = target(a.out, a.out_code, at, first, m, a.channels, a.out == a.x, scratch, RESULT)
             state = read(a.x, a.x_code, at, first, m, a.channels, plane, scratch, X)
@@ -569,8 +624,7 @@ def update_chunks(operands):
             if a.noise != 0:
                 eps = read(a.noise, a.noise_code, at, first, m, a.channels, plane, scratch, Z)
             elif a.seed != 0:
-                eps = floats(scratch + Z, whole(m))
-                normals(a.seed, a.ids, sample, index, a.stream, first, eps, scratch)
+                eps = drawn(a, k, low, high, scratch)
             if noisy and a.variance != 0:
                 v = read(
                     a.variance, a.variance_code, sample * a.pred_stride, first, m, a.channels, plane, scratch, OTHER

@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +123,40 @@ def test_float16_without_a_processor_that_converts_it(monkeypatch):
             want = ops.noising(x, 1, rows, noise=noise, seed=None if noise is not None else 1)
             assert_same_bits(got, want)
             assert_same_bits(step, ops.update(x, half, steps, 2, noise=noise, noisy=noise is not None))
+
+
+@pytest.mark.parametrize("n", [1, 4, 7, cpu_compiled.SHORT, cpu_compiled.SHORT + 1])
+@pytest.mark.parametrize("count", [1, 3])
+def test_short_samples_have_the_noise_of_samples_alone(n, count, threads):
+    """More of them than are drawn together, each of its own number and level, in every op."""
+    threads(count)
+    batch = 40_000 // n
+    ids, t = torch.arange(batch).flip(0), torch.arange(batch) % ROWS
+    x, pred = tensor((batch, n), salt=1).cpu(), tensor((batch, n), salt=2).cpu()
+    tables = {columns: table(ROWS, columns, columns).cpu() for columns in (2, 3, 9)}
+    key: dict[str, Any] = {"seed": 3, "sample_ids": ids}
+    for stream in (ops.FORWARD, ops.REVERSE):
+        z = ops.normal(x.shape, step=t, stream=stream, **key)
+        want = reference.normal(x.shape, torch.tensor([3]), ids, t, stream, torch.float64)
+        assert_close(z, want, NORMAL, roundings=0)
+        for i in (0, 1, batch // 2, batch - 1):
+            one = ops.normal((1, n), 3, sample_ids=ids[i : i + 1], step=t[i : i + 1], stream=stream)
+            assert_same_bits(z[i : i + 1], one)
+        if stream == ops.FORWARD:
+            assert_same_bits(ops.noising(x, t, tables[2], **key), ops.noising(x, t, tables[2], noise=z))
+            for wanted in (False, True):
+                losses = []
+                for noise in (key, {"noise": z}):
+                    leaf = pred.clone().requires_grad_(wanted)
+                    losses.append([ops.loss(leaf, t, tables[3], x0=x, reduction="none", **noise)])
+                    if wanted:
+                        losses[-1][0].sum().backward()
+                        losses[-1].append(leaf.grad)
+                for got, expected in zip(*losses, strict=True):
+                    assert_same_bits(got.detach(), expected.detach())
+        else:
+            got = ops.update(x, pred, tables[9], t, clip=1.0, **key)
+            assert_same_bits(got, ops.update(x, pred, tables[9], t, clip=1.0, noise=z))
 
 
 # --- threads ------------------------------------------------------------------------------------------------------
