@@ -9,7 +9,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import ops, reference
 from .ddpm import DDPM
+from .diffusion import kept_noise
 from .process import grid
 from .schedule import linear
 from .steps import ancestral
@@ -244,8 +245,9 @@ def noising_and_loss(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
     n, index = len(part), t - 1
 
     def fused(x0: Tensor, pred: Tensor, t: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
-        x_t = ops.noising(x0, t, noising, seed=seed)
-        return x_t, *with_gradient(ops.loss(pred, t, table, seed=seed), pred)
+        noise = kept_noise(x0, t, seed)
+        key: dict[str, Any] = {"seed": seed} if noise is None else {"noise": noise}
+        return ops.noising(x0, t, noising, **key), *with_gradient(ops.loss(pred, t, table, **key), pred)
 
     def check(name: str, result: Sequence[Tensor], noise: Tensor) -> None:
         check_noising(name, x0[:n], t[:n], result[0], noise, bound)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import bound, ops
 from ._check import as_sample_ids, as_seed, check_choice, check_floating, check_shape, check_state
+from ._pages import LARGEST
 from ._run import bar, evaluating, state_dtype
 from .objective import OBJECTIVES, conversion_rows
 from .process import Grid, Process
@@ -87,9 +88,11 @@ class Diffusion(nn.Module, ABC):
         reduction: "mean" gives (), "none" gives (B,).
         """
         t = self._times("x0", x0, t)
+        table, row = self._rows("noising", t, x0.dtype)
         if noise is None:
             seed = as_seed(seed, x0.device)
-        table, row = self._rows("noising", t, x0.dtype)
+            noise = None if self.objective == "x0" else kept_noise(x0, row, seed)
+            seed = seed if noise is None else None
         x_t = ops.noising(x0, row, table, seed=seed, noise=noise)
         pred, raw, _ = self._predict(x_t, self._condition(t), model_kwargs)
         return self._loss(pred, raw, x_t, x0, t, seed, noise, reduction)
@@ -437,6 +440,15 @@ class Diffusion(nn.Module, ABC):
 
     def _dtype(self) -> torch.dtype:
         return state_dtype(self._parameter_dtype() or torch.float32)
+
+
+def kept_noise(x0: Tensor, index: Tensor, seed: Tensor) -> Tensor | None:
+    """The noise of ops.noising(x0, index, seed=seed), where to keep it for the loss costs less than to draw it again:
+    on a CPU, while its memory is recycled (see _pages). Else None."""
+    if not x0.is_cpu or 4 * x0.numel() > LARGEST:
+        return None
+    dtype = state_dtype(x0.dtype)
+    return ops.normal(x0.shape, seed, step=index, stream=ops.FORWARD, dtype=dtype, device=x0.device)
 
 
 def _guided(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff import DDPM, NoiseSchedule, UNet, ops
+import fastdiff
+from fastdiff import DDPM, NoiseSchedule, UNet, diffusion, ops
 from fastdiff.objective import OBJECTIVES, WEIGHTINGS
 from fastdiff.ops import LOSSES
 from fastdiff.schedule import make_schedule
@@ -641,6 +642,25 @@ def test_two_modes_are_learned(objective):
         distance = torch.stack(((x - mode).norm(dim=1), (x + mode).norm(dim=1)))
         assert (distance.min(0).values < 0.25).float().mean() > share
         assert 0.3 < (distance[0] < distance[1]).float().mean() < 0.7
+
+
+@pytest.mark.parametrize("objective", ["eps", "v", "x0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_kept_noise_is_the_noise_drawn_again(monkeypatch, objective, dtype, backend):
+    """A CPU keeps that of small data; it is not rounded to their type."""
+    net = Net().to(dtype)
+    ddpm, x0, drawn, normal = DDPM(net, timesteps=20, objective=objective), data().to(dtype), [], ops.normal
+    monkeypatch.setattr(ops, "normal", lambda *args, **options: drawn.append(1) or normal(*args, **options))
+    results = []
+    with fastdiff.backend(backend):
+        for largest in (4 * x0.numel(), 4 * x0.numel() - 1):
+            monkeypatch.setattr(diffusion, "LARGEST", largest)
+            value = ddpm(x0, t=torch.tensor([1, 20, 7, 7]), seed=5)
+            results.append((value, *torch.autograd.grad(value, net.parameters())))
+            assert len(drawn) == (objective != "x0")  # whose loss has no use for it
+    for kept, again in zip(*results, strict=True):
+        assert torch.equal(kept, again)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------
