@@ -112,7 +112,8 @@ def kernels_of(x: Tensor) -> Any:
     if name == "cpu":
         if x.device.type != "cpu":
             raise ValueError(f"backend: 'cpu' expected a CPU tensor, got device {x.device}")
-        return launchers(name) if x.dtype in launchers(name).CODES else None
+        kernels = launchers(name)
+        return kernels if x.dtype in kernels.CODES else None
     return launchers(name)
 
 

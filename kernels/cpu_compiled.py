@@ -432,6 +432,7 @@ def drawn(a, k, low, high, scratch):
 
 
 def normal_chunks(operands):
+    """out = z."""
     a = carray(pointer(operands), 1, NORMAL)[0]
     scratch = own_scratch(operands, a.scratch)
     low = claim(operands, a.block)
@@ -456,6 +457,7 @@ def mix(alpha, x, sigma, z, out):
 
 
 def noising_chunks(operands):
+    """out = alpha x0 + sigma z, with (alpha, sigma) of the table."""
     a = carray(pointer(operands), 1, NOISING)[0]
     scratch = own_scratch(operands, a.scratch)
     low = claim(operands, a.block)
@@ -504,6 +506,8 @@ def rho_slope(kind, delta, r, scale, slope):
 
 
 def loss_chunks(operands):
+    """partial = loss_scale w sum(rho(r)) of a chunk and grad = grad_scale w rho'(r), r = pred - p x0 - q z, with
+    (p, q, w) of the table."""
     a = carray(pointer(operands), 1, LOSS)[0]
     scratch = own_scratch(operands, a.scratch)
     low = claim(operands, a.block)
@@ -552,6 +556,7 @@ def scale(by, x):
 
 
 def scale_chunks(operands):
+    """grad *= incoming factor."""
     a = carray(pointer(operands), 1, SCALE)[0]
     scratch = own_scratch(operands, a.scratch)
     low = claim(operands, a.block)
@@ -599,6 +604,7 @@ def add_learned(f, h, raw_variance, z, out):
 
 
 def update_chunks(operands):
+    """out = c x0hat + d x + e pred + f z + g hist, with (a, b, c, d, e, f, g, h, w) of the rows: see ops.update."""
     a = carray(pointer(operands), 1, UPDATE)[0]
     scratch = own_scratch(operands, a.scratch)
     noisy, clip = a.noise != 0 or a.seed != 0, np.float32(a.clip)

@@ -193,7 +193,8 @@ def test_small_tensors_stay_on_one_thread(threads, team):
     assert team(cpu.PARALLEL_FROM - 1) == 1
 
 
-def test_the_team_is_that_of_pytorch(threads):
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_the_team_is_that_of_pytorch():
     """Its threads, none beside them: a kernel leaves the process with as many as PyTorch's loops did."""
     done = run(
         "import os, torch\n"
