@@ -169,6 +169,19 @@ def test_dpm_solver_sigmas(config: dict[str, Any]) -> None:
     same_steps(stock, ours, stock.timesteps)
 
 
+def test_dpm_solver_beyond_its_last_step_is_stocks_error() -> None:
+    """Where a timestep occurs twice, stock starts at the second, and a loop over all of them takes a step too many."""
+    x, ended = torch.ones(1, 3, 2, 2), []
+    for scheduler in both("DPMSolverMultistepScheduler"):
+        scheduler.set_timesteps(timesteps=[900, 900, 500, 100])
+        for t in scheduler.timesteps[:-1]:
+            x = scheduler.step(0.1 * x, t, x).prev_sample
+        with pytest.raises(IndexError) as error:
+            scheduler.step(0.1 * x, scheduler.timesteps[-1], x)
+        ended.append((str(error.value), scheduler.step_index))
+    assert ended[0] == ended[1]
+
+
 def test_dpm_solver_starts_where_stock_does() -> None:
     """At a timestep in the middle, at a begin index, and at the second of two equal timesteps."""
     for start, timesteps in ((3, None), (1, [900, 900, 500, 100])):

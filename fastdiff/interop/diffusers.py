@@ -316,6 +316,8 @@ class DPMSolverMultistepScheduler(FusedScheduler, diffusers.DPMSolverMultistepSc
         if self.step_index is None:
             self._init_step_index(timestep)
         i, n = self.step_index, len(self.timesteps)
+        if i >= n:
+            return super().step(model_output, timestep, sample, generator, variance_noise, return_dict)  # stock's error
         last = i == n - 1 and (
             config.euler_at_final or (config.lower_order_final and n < 15) or config.final_sigmas_type == "zero"
         )
