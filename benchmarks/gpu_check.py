@@ -11,12 +11,14 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import torch
 from fastdiff import DDPM
 from fastdiff._kernel_workloads import KERNEL_TENSORS, KERNELS
 from fastdiff._workloads import OPERATIONS, TENSORS, network, refuse_interpreter
-from fastdiff.bench import cases, copier, describe, medians
+from fastdiff.bench import cases, clock, copier, describe, medians
 from fastdiff.checkpoint import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +59,9 @@ for dtype in (torch.float32, torch.bfloat16):
 def tests() -> dict[str, Any]:
     """Outcome counts of the tests of the kernels, which run on the GPU where there is one."""
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    # Most of the time is compilation, one processor for each worker.
+    workers = ["-n", "auto"] if find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *files]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1]
@@ -84,28 +88,50 @@ def sanitizer(device: torch.device) -> dict[str, Any]:
 
 
 def milliseconds(functions: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
-    """Median milliseconds of each: on a GPU by its own clock, with a cold cache."""
+    """Median milliseconds of each: on a GPU of its work alone, many calls captured in one CUDA graph."""
     if device.type != "cuda":
         return [1e3 * t for t in medians(functions, device, seconds)]
-    from triton.testing import do_bench
+    from triton.testing import do_bench_cudagraph
 
-    each = round(1e3 * seconds / len(functions))
-    return [do_bench(function, rep=each, return_mode="median") for function in functions]
+    each = round(1e3 * seconds / len(functions) / 10)  # it replays the graph ten times
+    return [do_bench_cudagraph(function, rep=each, return_mode="median") for function in functions]
+
+
+def host_microseconds(function: Callable[[], object], device: torch.device, calls: int = 20) -> float:
+    """Median time that a call holds up the program; the GPU works on meanwhile."""
+    taken = []
+    for _ in range(15):
+        start = clock(device)
+        for _ in range(calls):
+            function()
+        taken.append(1e6 * (time.perf_counter() - start) / calls)
+        clock(device)
+    return statistics.median(taken)
+
+
+def operation(name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """Median milliseconds by the library, eager PyTorch, torch.compile and a copy of its traffic."""
+    rows = (OPERATIONS | KERNELS)[name](shape, dtype, device)
+    for row in rows.values():
+        row.check()
+    traffic = (TENSORS | KERNEL_TENSORS)[name] * dtype.itemsize * torch.Size(shape).numel()
+    runs = [row.run for row in rows.values()]
+    line = dict(zip((*rows, "copy"), milliseconds([*runs, copier(traffic, device)], device, seconds=1.0), strict=True))
+    if device.type != "cuda":
+        return line
+    return line | {"host": {name: host_microseconds(row.run, device) for name, row in rows.items()}}
 
 
 def operations(device: torch.device, size: str) -> list[dict[str, Any]]:
-    """Median milliseconds of each operation by the library, eager PyTorch, torch.compile and a copy of its traffic."""
     lines = []
-    for operation, workload in (OPERATIONS | KERNELS).items():
+    for name in OPERATIONS | KERNELS:
         for dtype, shape in cases(device, size):
-            rows = workload(shape, dtype, device)
-            for row in rows.values():
-                row.check()
-            traffic = (TENSORS | KERNEL_TENSORS)[operation] * dtype.itemsize * torch.Size(shape).numel()
-            runs = [row.run for row in rows.values()]
-            times = milliseconds([*runs, copier(traffic, device)], device, seconds=1.0)
-            line = {"operation": operation, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
-            lines.append(line | dict(zip((*rows, "copy"), times, strict=True)))
+            line = {"operation": name, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+            try:
+                lines.append(line | operation(name, dtype, shape, device))
+            except Exception as error:
+                traceback.print_exc()
+                lines.append(line | {"error": f"{type(error).__name__}: {error}"})
     return lines
 
 
@@ -118,12 +144,12 @@ def sampling(device: torch.device, steps: int) -> dict[str, float]:
         return ddpm.sample(shape, steps=steps, seed=1)
 
     plain = draw()
-    eager = milliseconds([draw], device, seconds=2.0)[0]
+    eager = 1e3 * medians([draw], device, 2.0)[0]
     ddpm.compile()
     off = (draw() - plain).abs().max().item()
     if not off <= 2e-2:
         raise RuntimeError(f"compiled sampling is {off:.1e} off")
-    return {"steps": steps, "eager": eager, "compiled": milliseconds([draw], device, seconds=2.0)[0]}
+    return {"steps": steps, "eager": eager, "compiled": 1e3 * medians([draw], device, 2.0)[0]}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -132,14 +158,20 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [f"- {part} FAILED: {error}" for part, error in report["errors"].items()]
     lines += [f"- tests: {report['tests']}", f"- compute-sanitizer: {report['sanitizer']}"]
     lines += [f"- milliseconds to sample 16 images: {report['sampling']}", ""]
-    lines += ["| operation | dtype | shape | fused ms | eager ms | compile ms | eager / fused | of copy bandwidth |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    titles = ["operation", "dtype", "shape", "fused ms", "eager ms", "compile ms", "eager / fused", "of copy bandwidth"]
+    titles += ["host us: fused", "eager", "compile"]
+    lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for line in report["operations"] or []:
-        fused, eager, compiled, copy = (line[key] for key in ("fused", "reference", "compile", "copy"))
         size = "x".join(map(str, line["shape"]))
+        if "error" in line:
+            lines.append(f"| {line['operation']} | {line['dtype']} | {size} | FAILED: {line['error']} |")
+            continue
+        host = line.get("host", {})
+        fused, eager, compiled, copy = (line[key] for key in ("fused", "reference", "compile", "copy"))
+        held = " | ".join(f"{host[name]:.0f}" if host else "-" for name in ("fused", "reference", "compile"))
         lines.append(
             f"| {line['operation']} | {line['dtype']} | {size} | {fused:.4f} | {eager:.4f} "
-            f"| {compiled:.4f} | {eager / fused:.2f} | {copy / fused:.2f} |"
+            f"| {compiled:.4f} | {eager / fused:.2f} | {copy / fused:.2f} | {held} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -186,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(markdown(report))
     print(f"written: {stem}.json, {stem}.md")
     ran = [report[name]["exit"] for name in ("tests", "sanitizer") if report[name]]
-    return int(bool(report["errors"]) or any(ran))
+    wrong = [line for line in report["operations"] or [] if "error" in line]
+    return int(bool(report["errors"] or wrong) or any(ran))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the cache, to normalise it. A few large groups are cut into parts of `span` pixe
 before leaves in `partial`; every program then merges those of its group.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, grid_of, kernel, load_float32, owner
+from .launch import FUSED, grid_of, kernel, launch, load_float32, owner
 from .layout import channels_of, is_dense, laid_like
 
 BLOCK = 4096  # elements of a tile at most
@@ -293,11 +294,18 @@ def _lay_out(x: Tensor) -> Tensor:
     return x if channels_of(x) and is_dense(x) else x.contiguous()
 
 
-def _walk(x: Tensor, groups: int) -> tuple[tuple[int, int, int], dict[str, int], dict[str, Any]]:
-    """(grid, arguments, constants) of a launch over laid out x (B, C, ...)."""
+def _walk(x: Tensor, groups: int) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]:
+    """(grid, numbers, constants) of a launch over laid out x (B, C, ...); the numbers are batch, groups, parts, pixels,
+    span, channel_stride and pixel_stride."""
     batch, channels = x.shape[:2]
-    depth, pixels = channels // groups, x[0, 0].numel()
-    last = not x.is_contiguous()
+    return _walk_of(batch, channels, x.numel() // (batch * channels), groups, not x.is_contiguous())
+
+
+@functools.lru_cache
+def _walk_of(
+    batch: int, channels: int, pixels: int, groups: int, last: bool
+) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]:
+    depth = channels // groups
     wide = triton.next_power_of_2(depth)
     if last:
         tile_channels = min(wide, CHANNELS)
@@ -311,18 +319,16 @@ def _walk(x: Tensor, groups: int) -> tuple[tuple[int, int, int], dict[str, int],
     parts = triton.cdiv(pixels, span)
     block = tile_channels * tile_pixels
     strides = (1, channels) if last else (pixels, 1)
-    arguments = {"batch": batch, "groups": groups, "parts": parts, "pixels": pixels, "span": span}
-    arguments |= {"channel_stride": strides[0], "pixel_stride": strides[1]}
+    numbers = (batch, groups, parts, pixels, span, *strides)
     constants = {"DEPTH": depth, "CHANNELS": tile_channels, "PIXELS": tile_pixels, "BLOCK": block}
     constants |= {"num_warps": min(8, max(1, block // 512))} | FUSED
-    return grid_of(batch, groups * parts, 1), arguments, constants
+    return grid_of(batch, groups * parts, 1), numbers, constants
 
 
-def _rows(scale: Tensor | None, shift: Tensor | None) -> tuple[list[Tensor | None], dict[str, int]]:
+def _rows(scale: Tensor | None, shift: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
     """Scale and shift with adjacent channels, and the strides between their samples."""
     rows = [t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift)]
-    strides = [0 if t is None else t.stride(0) for t in rows]
-    return rows, {"scale_stride": strides[0], "shift_stride": strides[1]}
+    return rows, [0 if t is None else t.stride(0) for t in rows]
 
 
 def norm(
@@ -333,16 +339,16 @@ def norm(
     groups into mean and rstd, (B, groups) float32."""
     x = _lay_out(x)
     laid = laid_like(x, out)
-    grid, arguments, constants = _walk(x, groups)
-    partial, parts = None, arguments["parts"]
+    grid, numbers, constants = _walk(x, groups)
+    partial, parts = None, numbers[2]
     if parts > 1:
         partial = torch.empty(*mean.shape, parts, 2, dtype=torch.float32, device=x.device)
-        moments_kernel[grid](x, partial, **arguments, **constants)
+        launch(moments_kernel, grid, (x, partial), numbers, constants)
     rows, strides = _rows(scale, shift)
-    norm_kernel[grid](
-        laid, x, weight.contiguous(), bias.contiguous(), *rows, mean, rstd, partial,
-        **arguments, **strides, inverse_count=groups * len(x) / x.numel(), eps=eps,
-        PARTS=triton.next_power_of_2(parts), **constants,
+    launch(
+        norm_kernel, grid, (laid, x, weight.contiguous(), bias.contiguous(), *rows, mean, rstd, partial),
+        (*numbers, *strides, groups * x.shape[0] / x.numel(), eps),
+        {"PARTS": triton.next_power_of_2(parts), **constants},
     )  # fmt: skip
     if laid is not out:
         out.copy_(laid)
@@ -356,17 +362,17 @@ def norm_grad(
     u = GroupNorm(x) (1 + scale) + shift, and of the slope times the normalised x."""
     x = _lay_out(x)
     laid, grad = laid_like(x, x_grad), laid_like(x, grad)
-    grid, arguments, constants = _walk(x, groups)
-    parts = arguments["parts"]
+    grid, numbers, constants = _walk(x, groups)
+    parts = numbers[2]
     sums = torch.empty(parts, 2, *x.shape[:2], dtype=torch.float32, device=x.device)
     rows, strides = _rows(scale, shift)
     operands = (sums, grad, x, weight.contiguous(), bias.contiguous(), *rows, mean, rstd)
-    named = arguments | strides | constants | {"stride": sums.stride(1)}
+    numbers = (*numbers, *strides, sums.stride(1))
     if parts > 1:
-        norm_sums_kernel[grid](*operands, **named)
-    norm_grad_kernel[grid](
-        laid, *operands, **named, inverse_count=groups * len(x) / x.numel(),
-        PARTS=triton.next_power_of_2(parts), SUMMED=parts > 1,
+        launch(norm_sums_kernel, grid, operands, numbers, constants)
+    launch(
+        norm_grad_kernel, grid, (laid, *operands), (*numbers, groups * x.shape[0] / x.numel()),
+        {"PARTS": triton.next_power_of_2(parts), **constants, "SUMMED": parts > 1},
     )  # fmt: skip
     if laid is not x_grad:
         x_grad.copy_(laid)

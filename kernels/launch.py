@@ -4,6 +4,7 @@ A program owns BLOCK elements of one sample, those that `owner` names.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,10 +50,45 @@ def load_float32(pointers, mask):
     return x.to(tl.float32)
 
 
+def launch(
+    kernel: Any, grid: tuple[int, ...], tensors: Sequence[Tensor | None], numbers: Sequence[int | float],
+    constants: dict[str, Any],
+) -> None:  # fmt: skip
+    """kernel[grid](*tensors, *numbers, **constants): every operand in the order of the kernel.
+
+    To look up the compiled kernel takes Triton longer than a small kernel runs. On NVIDIA it is asked once for each
+    kind of operands that it tells apart: types, alignment to 16 bytes, and of integers 1, multiples of 16 and width.
+    """
+    if not on_nvidia(tensors[0]):
+        kernel[grid](*tensors, *numbers, **constants)
+        return
+    key = (
+        kernel.fn,
+        tensors[0].get_device(),
+        *constants.values(),
+        *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
+        *[None if type(v) is float else (v == 1, v % 16 == 0, v < 2**31) for v in numbers],
+    )
+    if found := _compiled.get(key):
+        compiled, fixed = found
+        compiled[grid](*tensors, *numbers, *fixed)
+        return
+    compiled = kernel[grid](*tensors, *numbers, **constants)
+    _compiled[key] = compiled, [constants[p.name] for p in kernel.params if p.is_constexpr]
+
+
+# By kind of operands: the kernel compiled for them, and its constants in their order.
+_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+
+
 def block_of(n: int, channels: int, generated: bool, *tensors: Tensor | None) -> dict[str, Any]:
     """CHANNELS, BLOCK, VEC and num_warps for samples of n elements: one 16-byte access of the narrowest type at a time;
     16 elements a thread, or 32 where no noise is drawn and the work before the first element weighs more."""
-    narrow = min(t.element_size() for t in tensors if t is not None)
+    return _block_of(n, channels, generated, min(t.element_size() for t in tensors if t is not None))
+
+
+@functools.lru_cache
+def _block_of(n: int, channels: int, generated: bool, narrow: int) -> dict[str, Any]:
     per_thread = 16 if generated else 32
     block = min(128 * per_thread, max(256, triton.next_power_of_2(n)))
     vec = 8 if narrow == 2 and channels == 1 else 4
@@ -61,12 +97,18 @@ def block_of(n: int, channels: int, generated: bool, *tensors: Tensor | None) ->
 
 
 def grid_of(batch: int, n: int, block: int) -> tuple[int, int, int]:
-    return triton.cdiv(n, block), min(batch, MAX_GRID_Y), triton.cdiv(batch, MAX_GRID_Y)
+    return -(-n // block), min(batch, MAX_GRID_Y), -(-batch // MAX_GRID_Y)
 
 
-def is_fast(x: Tensor) -> bool:
-    """Whether NVIDIA's hardware approximations may stand in for the polynomials of the noise."""
+def on_nvidia(x: Tensor) -> bool:
+    """There the hardware's approximations stand in for the polynomials of the noise (FAST)."""
     return x.is_cuda and torch.version.hip is None
+
+
+def sizes_of(x: Tensor) -> tuple[int, int]:
+    """(B, elements of a sample) of x, which is not empty."""
+    batch = x.shape[0]
+    return batch, x.numel() // batch
 
 
 def stride_of(index: Tensor) -> int:

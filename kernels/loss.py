@@ -9,7 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, block_of, grid_of, is_fast, kernel, load_float32, owner, row_of, stride_of
+from .launch import (
+    FUSED,
+    block_of,
+    grid_of,
+    kernel,
+    launch,
+    load_float32,
+    on_nvidia,
+    owner,
+    row_of,
+    sizes_of,
+    stride_of,
+)
 from .layout import lay_out
 from .noise import tile, tile_normals
 
@@ -105,25 +117,31 @@ def loss(
     generated = noise is None and seed is not None
     lead = pred if grad is None else grad
     channels, (laid, pred, x0, noise) = lay_out(lead, pred, x0, noise, generated=generated)
-    batch, n = len(laid), laid[0].numel()
+    batch, n = sizes_of(laid)
     meta = block_of(n, channels, generated, laid, pred, x0, noise)
     grid = grid_of(batch, n, meta["BLOCK"])
     partial = torch.empty(batch, grid[0], dtype=torch.float32, device=pred.device)
-    loss_kernel[grid](
-        pred, x0, noise, partial, None if grad is None else laid, t, table, seed, ids,
-        batch, n, len(table), stride_of(t), scale, grad_scale, delta,
-        RHO=rho, STREAM=stream, FAST=is_fast(laid), **meta,
+    launch(
+        loss_kernel, grid, (pred, x0, noise, partial, None if grad is None else laid, t, table, seed, ids),
+        (batch, n, table.shape[0], stride_of(t), scale, grad_scale, delta),
+        {"RHO": rho, "STREAM": stream, "FAST": on_nvidia(laid), **meta},
     )  # fmt: skip
-    reduce_kernel[(out.numel(),)](partial, out, partial.numel() // out.numel(), BLOCK=REDUCE_BLOCK, **FUSED)
+    reduce(partial, out)
     if grad is not None and laid is not grad:
         grad.copy_(laid)
 
 
+def reduce(partial: Tensor, out: Tensor) -> None:
+    """Write the sums of equal runs of partial, as many as out has elements, into out."""
+    rows = out.numel()
+    launch(reduce_kernel, (rows, 1, 1), (partial, out), (partial.numel() // rows,), {"BLOCK": REDUCE_BLOCK, **FUSED})
+
+
 def scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
     """Gapless grad *= incoming * factor in place, incoming (1,) or (B,) float32; returns at once where that is 1."""
-    n = grad[0].numel()
+    batch, n = sizes_of(grad)
     meta = block_of(n, 1, False, grad)
-    scale_kernel[grid_of(len(grad), n, meta["BLOCK"])](
-        grad, incoming, len(grad), n, stride_of(incoming), factor,
-        BLOCK=meta["BLOCK"], num_warps=meta["num_warps"], **FUSED,
+    launch(
+        scale_kernel, grid_of(batch, n, meta["BLOCK"]), (grad, incoming), (batch, n, stride_of(incoming), factor),
+        {"BLOCK": meta["BLOCK"], "num_warps": meta["num_warps"], **FUSED},
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .coefficients import COS, LOG, SIN
-from .launch import block_of, grid_of, is_fast, kernel, owner, stride_of
+from .launch import block_of, grid_of, kernel, launch, on_nvidia, owner, sizes_of, stride_of
 from .layout import lay_out
 
 M0 = tl.constexpr(0xD2511F53)
@@ -152,10 +152,11 @@ def normal_kernel(
 def normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream: int) -> None:
     """Fill out (B, ...) with z(seed, stream, ids[i], step, element)."""
     channels, (laid,) = lay_out(out, generated=True)
-    n = laid[0].numel()
+    batch, n = sizes_of(laid)
     meta = block_of(n, channels, True, laid)
-    normal_kernel[grid_of(len(laid), n, meta["BLOCK"])](
-        laid, seed, ids, step, len(laid), n, stride_of(step), STREAM=stream, FAST=is_fast(laid), **meta
-    )
+    launch(
+        normal_kernel, grid_of(batch, n, meta["BLOCK"]), (laid, seed, ids, step), (batch, n, stride_of(step)),
+        {"STREAM": stream, "FAST": on_nvidia(laid), **meta},
+    )  # fmt: skip
     if laid is not out:
         out.copy_(laid)

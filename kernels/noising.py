@@ -3,7 +3,7 @@
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block_of, grid_of, is_fast, kernel, load_float32, owner, row_of, stride_of
+from .launch import block_of, grid_of, kernel, launch, load_float32, on_nvidia, owner, row_of, sizes_of, stride_of
 from .layout import lay_out
 from .noise import tile, tile_normals
 
@@ -45,11 +45,12 @@ def noising(
     """Write x_t into out (B, ...), shaped like x0."""
     generated = noise is None
     channels, (laid, x0, noise) = lay_out(out, x0, noise, generated=generated)
-    n = laid[0].numel()
+    batch, n = sizes_of(laid)
     meta = block_of(n, channels, generated, laid, x0, noise)
-    noising_kernel[grid_of(len(laid), n, meta["BLOCK"])](
-        x0, noise, laid, t, table, seed, ids, len(laid), n, len(table), stride_of(t),
-        STREAM=stream, FAST=is_fast(laid), **meta,
+    launch(
+        noising_kernel, grid_of(batch, n, meta["BLOCK"]),
+        (x0, noise, laid, t, table, seed, ids), (batch, n, table.shape[0], stride_of(t)),
+        {"STREAM": stream, "FAST": on_nvidia(laid), **meta},
     )  # fmt: skip
     if laid is not out:
         out.copy_(laid)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block_of, grid_of, is_fast, kernel, load_float32, owner, row_of, stride_of
+from .launch import block_of, grid_of, kernel, launch, load_float32, on_nvidia, owner, row_of, sizes_of, stride_of
 from .layout import laid_like, lay_out, sliced_like
 from .noise import tile, tile_normals
 
@@ -98,12 +98,12 @@ def update(
     slices = [pred, uncond, raw]
     if any(t is not None and not sliced_like(laid, t, pred.stride(0)) for t in slices):
         slices = [None if t is None else laid_like(laid, t) for t in slices]
-    batch, n = len(laid), laid[0].numel()
+    batch, n = sizes_of(laid)
     meta = block_of(n, channels, generated, laid, pred, noise)
-    update_kernel[grid_of(batch, n, meta["BLOCK"])](
-        x, *slices, noise, past, laid, rows, step, seed, ids,
-        batch, n, len(rows), slices[0].stride(0), stride_of(step), 0.0 if clip is None else clip,
-        CLIP=clip is not None, KEEP=keep, STREAM=stream, FAST=is_fast(laid), **meta,
+    launch(
+        update_kernel, grid_of(batch, n, meta["BLOCK"]), (x, *slices, noise, past, laid, rows, step, seed, ids),
+        (batch, n, rows.shape[0], slices[0].stride(0), stride_of(step), 0.0 if clip is None else clip),
+        {"CLIP": clip is not None, "KEEP": keep, "STREAM": stream, "FAST": on_nvidia(laid), **meta},
     )  # fmt: skip
     if past is not hist:
         hist.copy_(past)

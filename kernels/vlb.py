@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .coefficients import KL, MILLS
-from .launch import FUSED, block_of, grid_of, kernel, load_float32, owner, row_of, stride_of
+from .launch import block_of, grid_of, kernel, launch, load_float32, owner, row_of, sizes_of, stride_of
 from .layout import laid_like, lay_out, sliced_like
-from .loss import REDUCE_BLOCK, reduce_kernel
+from .loss import reduce
 from .noise import tile
 
 M0, M1, M2, M3, M4, M5, M6, M7, M8, M9 = (tl.constexpr(c) for c in MILLS)
@@ -164,16 +164,16 @@ def vlb(
     if any(s is not None and not sliced_like(x_t, s, pred.stride(0)) for s in slices):
         slices = [None if s is None else laid_like(x_t, s) for s in slices]
     grads = [None if g is None else laid_like(x_t, g) for g in (pred_grad, raw_grad)]
-    batch, n = len(x_t), x_t[0].numel()
+    batch, n = sizes_of(x_t)
     meta = block_of(n, channels, True, x_t, x0, pred, raw)
     grid = grid_of(batch, n, meta["BLOCK"])
     partial = torch.empty(batch, grid[0], dtype=torch.float32, device=pred.device)
-    vlb_kernel[grid](
-        *slices, x_t, x0, partial, *grads, t, rows,
-        batch, n, len(rows), slices[0].stride(0), stride_of(t), 0.0 if clip is None else clip,
-        scale, CLIP=clip is not None, **meta,
+    launch(
+        vlb_kernel, grid, (*slices, x_t, x0, partial, *grads, t, rows),
+        (batch, n, rows.shape[0], slices[0].stride(0), stride_of(t), 0.0 if clip is None else clip, scale),
+        {"CLIP": clip is not None, **meta},
     )  # fmt: skip
-    reduce_kernel[(len(out),)](partial, out, partial.numel() // len(out), BLOCK=REDUCE_BLOCK, **FUSED)
+    reduce(partial, out)
     for grad, laid in zip((pred_grad, raw_grad), grads, strict=True):
         if laid is not grad:
             grad.copy_(laid)

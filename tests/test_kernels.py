@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fastdiff.kernels.launch import is_fast
+from fastdiff.kernels.launch import on_nvidia
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import BACKENDS, DEVICE, DTYPES, dtypes, index, layouts, salts, sample_ids, seeds, shapes, table, tensor
@@ -34,7 +34,7 @@ def draw_noise(
         return {"seed": None, "sample_ids": None, "noise": noise}, noise.double(), 0.0
     ids = sample_ids(len(like), salt) if source == "ids" else None
     key = as_seed(seed, DEVICE)
-    z, error = normals(like.shape, key, ids, step, stream, fast=backend == "triton" and is_fast(like))
+    z, error = normals(like.shape, key, ids, step, stream, fast=backend == "triton" and on_nvidia(like))
     return {"seed": key, "sample_ids": ids, "noise": None}, z, error
 
 

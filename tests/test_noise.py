@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import is_fast
+from fastdiff.kernels.launch import on_nvidia
 from fastdiff.kernels.noise import box_muller, normal_kernel, philox4x32
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,7 +162,7 @@ def test_normal(backend, shape, dtype, layout, seed, salt, numbered, per_sample,
     step, key = index(2**31, shape[0], per_sample, salt), as_seed(seed, DEVICE)
     with fastdiff.backend(backend):
         torch.ops.fastdiff.normal_(out, key, ids, step, stream)
-    want, error = normals(shape, key, ids, step, stream, fast=backend == "triton" and is_fast(out))
+    want, error = normals(shape, key, ids, step, stream, fast=backend == "triton" and on_nvidia(out))
     assert_close(out, want, error, backend=backend)
 
 
@@ -178,7 +178,7 @@ def drawn(out: Tensor, block: int, vec: int) -> Tensor:
     batch, n = out.shape
     normal_kernel[(triton.cdiv(n, block), batch, 1)](
         out, int64(7), None, int64(5), batch, n, 0,
-        STREAM=1, FAST=is_fast(out), CHANNELS=1, BLOCK=block, VEC=vec,
+        STREAM=1, FAST=on_nvidia(out), CHANNELS=1, BLOCK=block, VEC=vec,
     )  # fmt: skip
     return out
 
@@ -228,10 +228,10 @@ def test_samples_beyond_the_second_grid_axis():
     out = torch.full((32769, 1), math.nan, device=DEVICE)
     normal_kernel[(1, 1, 2)](
         out, int64(7), None, int64(5), len(out), 1, 0,
-        STREAM=1, FAST=is_fast(out), CHANNELS=1, BLOCK=256, VEC=4,
+        STREAM=1, FAST=on_nvidia(out), CHANNELS=1, BLOCK=256, VEC=4,
     )  # fmt: skip
     assert out.isnan().sum() == len(out) - 2
-    want, error = normals((2, 1), int64(7), int64(0, 32768), int64(5), 1, is_fast(out))
+    want, error = normals((2, 1), int64(7), int64(0, 32768), int64(5), 1, on_nvidia(out))
     assert_close(out[[0, 32768]], want, error)
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastdiff.kernels.launch import is_fast
+from fastdiff.kernels.launch import on_nvidia
 from PIL import Image
 
 from fastdiff import _machine_code, cli, roofline
@@ -179,7 +179,7 @@ def test_approximations_on_nvidia_alone(rows):
 @pytest.mark.parametrize(("cuda", "hip", "fast"), [(True, None, True), (True, "6.4", False), (False, None, False)])
 def test_launchers_take_approximations_on_nvidia_alone(monkeypatch, cuda, hip, fast):
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert is_fast(SimpleNamespace(is_cuda=cuda)) is fast
+    assert on_nvidia(SimpleNamespace(is_cuda=cuda)) is fast
 
 
 STEPS = """
