@@ -33,12 +33,11 @@ KEEP_NONE, KEEP_X0, KEEP_X = 0, 1, 2
 # Where things lie in a thread's scratch memory, in bytes; its owner fills NOTHING with 0 and OUTSIDE with NaN.
 WORDS, Z, X, PRED, OTHER, GUIDED, X0, RESULT, RAW, NOTHING, OUTSIDE, SCRATCH = (4 * CHUNK * i for i in range(12))
 
-S0, S1, S2, S3, S4 = (np.float32(c) for c in SIN)
-C0, C1, C2, C3, C4, C5 = (np.float32(c) for c in COS)
-LOG0, LOG1, LOG2, LOG3, LOG4, LOG5, LOG6, LOG7 = (np.float32(-2 * c) for c in LOG)
+SIN32, COS32 = (tuple(np.float32(c) for c in given) for given in (SIN, COS))
+LOG32 = tuple(np.float32(-2 * c) for c in LOG)
 MINUS_2_LN2 = np.float32(-1.3862943611198906)
 U_SCALE, U_SHIFT, X_SCALE = np.float32(2.0**-32), np.float32(2.0**-33), np.float32(2.0**-31)
-ZERO, HALF, ONE, TWO, FOUR = (np.float32(c) for c in (0, 0.5, 1, 2, 4))
+ZERO, HALF, ONE, TWO, MINUS_4 = (np.float32(c) for c in (0, 0.5, 1, 2, -4))
 NO_NOISE = np.float32(-0.0)  # times 0 it is -0, which changes nothing that it is added to
 BITS_OF_SQRT_HALF, MANTISSA = np.int32(0x3F3504F3), np.int32(23)
 MASK, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -49,6 +48,8 @@ W0, W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _known = binding.get_host_cpu_features()
 _used = _known.flatten() if config.CPU_FEATURES is None else config.CPU_FEATURES
 CONVERTS_F16 = "f16c" not in _known or "+f16c" in _used
+# The same of fused multiply-adds, for x86 before 2013: there LLVM would call a slow function.
+FUSES = "fma" not in _known or "+fma" in _used
 
 
 @functools.cache
@@ -61,11 +62,11 @@ def _can_cache() -> bool:
     return True
 
 
-# Multiply-adds may be fused, as on a GPU. Nothing that could change NaN or infinity is relaxed.
-KERNEL: dict[str, Any] = {"cache": _can_cache(), "fastmath": {"contract"}}
+# LLVM may relax nothing. Left to it ("contract"), multiply-adds were fused in the scalar remainder of a loop and not in
+# all of its vectors, for Intel with AVX-512: an element's bits hung on its place. `fused` says where one is wanted.
+KERNEL: dict[str, Any] = {"cache": _can_cache()}
 STAGE = KERNEL | {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
-# The arithmetic of noising and update rounds where plain PyTorch does, and gives its bits.
-EXACT = STAGE | {"fastmath": False}
+# Of sums alone, over chunks whose length and so whose order is given.
 SUM = STAGE | {"fastmath": {"contract", "reassoc", "nsz"}}
 
 
@@ -111,6 +112,33 @@ def float_of(typing_context, bits):
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(bits), codegen
+
+
+def _fused(builder, a, b, c):
+    return builder.fma(a, b, c) if FUSES else builder.fadd(builder.fmul(a, b), c)
+
+
+@intrinsic
+def fused(typing_context, a, b, c):
+    """a b + c of float32, rounded once where the processor can, else twice."""
+
+    def codegen(context, builder, signature, args):
+        return _fused(builder, *args)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def polynomial(typing_context, coefficients, x):
+    """The polynomial of these coefficients, lowest power first, in fused steps."""
+
+    def codegen(context, builder, signature, args):
+        *lower, value = cgutils.unpack_tuple(builder, args[0])
+        for c in reversed(lower):
+            value = _fused(builder, value, args[1], c)
+        return value
+
+    return types.float32(coefficients, types.float32), codegen
 
 
 @njit(**STAGE)
@@ -291,15 +319,14 @@ def philox(first, sample, step, stream, key0, key1, w0, w1, w2, w3):
 @njit(inline="always")
 def box_muller(radius_word, angle_word):
     """(r cos(pi x), r sin(pi x)), r = sqrt(-2 log u): see docs/noise.md."""
-    bits = bits_of(np.float32(radius_word) * U_SCALE + U_SHIFT)
+    bits = bits_of(fused(np.float32(radius_word), U_SCALE, U_SHIFT))
     exponent = np.int32(np.int32(bits - BITS_OF_SQRT_HALF) >> MANTISSA)
     f = float_of(np.int32(bits - np.int32(exponent << MANTISSA))) - ONE
-    log_m = ((((((LOG7 * f + LOG6) * f + LOG5) * f + LOG4) * f + LOG3) * f + LOG2) * f + LOG1) * f + LOG0
-    r = np.sqrt(max(np.float32(exponent) * MINUS_2_LN2 + f * log_m, ZERO))
+    r = np.sqrt(max(fused(f, polynomial(LOG32, f), np.float32(exponent) * MINUS_2_LN2), ZERO))
     x = np.float32(np.int32(angle_word)) * X_SCALE
     y = x * x
-    sin = r * (((((S4 * y + S3) * y + S2) * y + S1) * y + S0) * (x - x * y))
-    cos = r * ((((((C5 * y + C4) * y + C3) * y + C2) * y + C1) * y + C0) * (ONE - FOUR * y))
+    sin = r * (polynomial(SIN32, y) * fused(-x, y, x))
+    cos = r * (polynomial(COS32, y) * fused(MINUS_4, y, ONE))
     return cos, sin
 
 
@@ -450,8 +477,9 @@ def normal_chunks(operands):
         low = claim(operands, a.block)
 
 
-@njit(**EXACT)
+@njit(**STAGE)
 def mix(alpha, x, sigma, z, out):
+    """Rounded where plain PyTorch rounds, as in `advance` and `add`: its bits."""
     for i in range(len(out)):
         out[i] = alpha * x[i] + sigma * z[i]
 
@@ -481,7 +509,7 @@ def noising_chunks(operands):
 @njit(**STAGE)
 def subtract(x, by, y, out):
     for i in range(len(out)):
-        out[i] = x[i] - by * y[i]
+        out[i] = fused(-by, y[i], x[i])
 
 
 @njit(**SUM)
@@ -576,10 +604,10 @@ def scale_chunks(operands):
 @njit(**STAGE)
 def guide(pred, uncond, w, out):
     for i in range(len(out)):
-        out[i] = uncond[i] + w * (pred[i] - uncond[i])
+        out[i] = fused(w, pred[i] - uncond[i], uncond[i])
 
 
-@njit(**EXACT)
+@njit(**STAGE)
 def advance(row, clip, x, pred, f, z, x0, out):
     """x0 = clip(a x + b pred), out = c x0 + d x + e pred + f z; NaN stays NaN, and clip = inf leaves the rest."""
     a, b, c, d, e = row[0], row[1], row[2], row[3], row[4]
@@ -591,7 +619,7 @@ def advance(row, clip, x, pred, f, z, x0, out):
         out[i] = c * v + d * x[i] + e * pred[i] + f * z[i]
 
 
-@njit(**EXACT)
+@njit(**STAGE)
 def add(by, x, out):
     for i in range(len(out)):
         out[i] += by * x[i]
@@ -600,7 +628,7 @@ def add(by, x, out):
 @njit(**STAGE)
 def add_learned(f, h, raw_variance, z, out):
     for i in range(len(out)):
-        out[i] += np.exp(f + (HALF * raw_variance[i] + HALF) * (h - f)) * z[i]
+        out[i] = fused(np.exp(fused(fused(HALF, raw_variance[i], HALF), h - f, f)), z[i], out[i])
 
 
 def update_chunks(operands):
