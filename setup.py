@@ -15,7 +15,7 @@ setup(
     packages=["fastdiff", "fastdiff.interop", "fastdiff.kernels"],
     package_dir={"fastdiff.kernels": "kernels"},
     package_data={"fastdiff": ["py.typed"]},
-    install_requires=["torch>=2.6", 'triton>=3.2; platform_system == "Linux"', "numpy"],
+    install_requires=["torch>=2.7", 'triton>=3.3; platform_system == "Linux"', "numpy"],
     extras_require={
         "cpu": ["numba"],
         "train": ["scikit-learn", "pillow", "tqdm", "safetensors"],

@@ -21,7 +21,7 @@ from fastdiff.schedule import NoiseSchedule, cosine, linear, make_schedule
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
 ROWS = 6
 every = pytest.mark.parametrize("backend", BACKENDS)
-DECODER = torch.tensor([0.0, 1, 0, 2 * math.log(0.2), 2 * math.log(0.2), 1])
+DECODER = torch.tensor([0.0, 1, 0, 2 * math.log(0.2), 2 * math.log(0.2), 1], device=DEVICE)
 BINS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 mpmath.mp.dps = 60
 
@@ -59,7 +59,7 @@ def test_bins_of_a_known_gaussian(backend):
     """ln P(bins 0, 127, 255) for mean .1, std .2."""
     x0 = BINS[[0, 127, 255]].float()[:, None].to(DEVICE)
     with fastdiff.backend(backend):
-        nats = ops.vlb(torch.full_like(x0, 0.1), x0, x0, 0, DECODER[None].to(DEVICE))
+        nats = ops.vlb(torch.full_like(x0, 0.1), x0, x0, 0, DECODER[None])
         if backend == "reference":
             wide = ops.vlb(torch.full_like(x0.double(), 0.1), x0.double(), x0.double(), 0, DECODER[None].double())
             assert wide.dtype == torch.float64
@@ -86,7 +86,7 @@ def test_bins_of_each_kind_sum_to_one(backend):
         row = DECODER.clone()
         row[3:5] = 2 * math.log(std)
         with fastdiff.backend(backend):
-            nats = ops.vlb(middle, x0, x0, 0, row[None].to(DEVICE))
+            nats = ops.vlb(middle, x0, x0, 0, row[None])
         want = reference.discretized_gaussian(x0.double(), middle.double(), row[3].double().expand_as(x0))[0][:, 0]
         assert_close(nats, want, BOUND * (1 + want))
 
@@ -118,7 +118,7 @@ def test_far_tails_are_finite(backend):
     row = DECODER.clone()
     row[3:5] = 2 * math.log(std)
     with fastdiff.backend(backend):
-        nats = ops.vlb(mean, x0, x0, 0, row[None].to(DEVICE))
+        nats = ops.vlb(mean, x0, x0, 0, row[None])
         nats.sum().backward()
     data, m, v = x0.double(), mean.detach().double(), row[3].double().expand_as(x0)
     want, slope, _ = reference.discretized_gaussian(data, m, v)
@@ -403,7 +403,8 @@ def test_float16_gradients_beyond_its_range(backend):
         pred = torch.full_like(x0, apart).requires_grad_()
         with fastdiff.backend(backend):
             ops.vlb(pred, x0, x0, level, rows).backward(torch.tensor([incoming], device=DEVICE))
-        slope = reference.vlb(pred.detach().double(), None, x0, x0, torch.tensor([level]), rows.double(), None)[1]
+        t = torch.tensor([level], device=DEVICE)
+        slope = reference.vlb(pred.detach().double(), None, x0, x0, t, rows.double(), None)[1]
         assert_close(pred.grad, slope * incoming / n, 1e-5 * (slope * incoming / n).abs())
 
 

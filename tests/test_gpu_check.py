@@ -128,7 +128,8 @@ def test_on_a_gpu(short, monkeypatch, tmp_path):
     assert first.startswith(f"1 --tool memcheck --error-exitcode 9 {sys.executable} -c") and first.endswith("cuda\n")
 
 
-def test_without_a_gpu(gpu_check, capsys):
+def test_without_a_gpu(gpu_check, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         gpu_check.main([])
     assert stop.value.code == 2 and "--device cpu rehearses" in capsys.readouterr().err

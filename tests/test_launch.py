@@ -1,5 +1,5 @@
-"""`kernels.launch.launch`: the compiled kernel that it remembers is the one that Triton would choose. Compiled for a GPU
-that is not here, by a driver that launches nothing."""
+"""`kernels.launch.launch`: the compiled kernel that it remembers is the one that Triton would choose. Compiled for a
+GPU that is not here, by a driver that launches nothing."""
 
 import os
 import subprocess

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from hypothesis import given
-from strategies import BACKENDS, dtypes, index, salts, shapes, table, tensor
+from strategies import BACKENDS, DEVICE, dtypes, index, salts, shapes, table, tensor
 from tolerance import ARITHMETIC, assert_close, assert_same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -183,10 +183,10 @@ def test_an_index_is_a_number_or_one_for_each_sample(t):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_infinite_clip_is_none(backend):
-    x, pred = data(2, 5), data(2, 5, salt=1)
-    direct = torch.tensor([[0.5, 0.5, 0, 1, 1, 0, 0, 0, 0]])  # c = 0
+    x, pred = data(2, 5).to(DEVICE), data(2, 5, salt=1).to(DEVICE)
+    direct = torch.tensor([[0.5, 0.5, 0, 1, 1, 0, 0, 0, 0]], device=DEVICE)  # c = 0
     with fastdiff.backend(backend):
-        for row in (direct, rows(9)):
+        for row in (direct, rows(9).to(DEVICE)):
             free, bounded = (ops.update(x, pred, row, 0, clip=c, noisy=False) for c in (None, math.inf))
             assert_same_bits(bounded, free)
 
@@ -298,15 +298,15 @@ def test_gradcheck_of_update(clip):
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(shape=shapes(), dtype=dtypes, salt=salts)
 def test_gradient_of_update_is_that_of_the_reference(backend, shape, dtype, salt):
-    x, pred = (data(*shape, dtype=dtype, salt=salt + i).requires_grad_() for i in range(2))
-    step = cpu(index(ROWS, shape[0], True, salt))
+    x, pred = (data(*shape, dtype=dtype, salt=salt + i).to(DEVICE).requires_grad_() for i in range(2))
+    step, table = index(ROWS, shape[0], True, salt), rows(9).to(DEVICE)
     with fastdiff.backend(backend):
-        out = ops.update(x, pred, rows(9), step, seed=3)
+        out = ops.update(x, pred, table, step, seed=3)
         out.backward(torch.ones_like(out))
-        plain = ops.update(x.detach(), pred.detach(), rows(9), step, seed=3)
+        plain = ops.update(x.detach(), pred.detach(), table, step, seed=3)
     assert out.dtype == dtype
     assert_close(plain, out.detach().double(), 100 * ARITHMETIC, 2, backend)
-    a, b, c, d, e = (i.double() for i in reference.rows_of(rows(9), step, x)[:5])
+    a, b, c, d, e = (i.double() for i in reference.rows_of(table, step, x)[:5])
     for leaf, slope in ((x, c * a + d), (pred, c * b + e)):
         assert_close(leaf.grad, slope.expand(shape), 10 * ARITHMETIC)
 
