@@ -156,12 +156,12 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [f"# {report['machine']['device']}", ""]
     lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
     lines += [f"- {part} FAILED: {error}" for part, error in report["errors"].items()]
-    lines += [f"- tests: {report['tests']}", f"- compute-sanitizer: {report['sanitizer']}"]
-    lines += [f"- milliseconds to sample 16 images: {report['sampling']}", ""]
+    lines += [f"- tests: {report.get('tests')}", f"- compute-sanitizer: {report.get('sanitizer')}"]
+    lines += [f"- milliseconds to sample 16 images: {report.get('sampling')}", ""]
     titles = ["operation", "dtype", "shape", "fused ms", "eager ms", "compile ms", "eager / fused", "of copy bandwidth"]
     titles += ["host us: fused", "eager", "compile"]
     lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for line in report["operations"] or []:
+    for line in report.get("operations") or []:
         size = "x".join(map(str, line["shape"]))
         if "error" in line:
             lines.append(f"| {line['operation']} | {line['dtype']} | {size} | FAILED: {line['error']} |")
@@ -203,18 +203,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "operations": lambda: operations(device, args.size),
         "sampling": lambda: sampling(device, 50 if device.type == "cuda" else 5),
     }
+    args.out.mkdir(parents=True, exist_ok=True)
+    title = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    stem = args.out / re.sub(r"\W+", "-", title.lower())
     for name, part in parts.items():
         try:
             report[name] = part()
         except Exception as error:
             traceback.print_exc()
             report[name], report["errors"][name] = None, f"{type(error).__name__}: {error}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    stem = args.out / re.sub(r"\W+", "-", name.lower())
-    for suffix, text in ((".json", json.dumps(report, indent=2) + "\n"), (".md", markdown(report))):
-        with replacing(stem.with_suffix(suffix)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        # After each part: a later one that is interrupted takes nothing with it.
+        for suffix, text in ((".json", json.dumps(report, indent=2) + "\n"), (".md", markdown(report))):
+            with replacing(stem.with_suffix(suffix)) as temporary:
+                temporary.write_text(text, encoding="utf-8")
     print(markdown(report))
     print(f"written: {stem}.json, {stem}.md")
     ran = [report[name]["exit"] for name in ("tests", "sanitizer") if report[name]]

@@ -73,6 +73,17 @@ def test_a_part_that_fails_is_named_and_stops_no_other(short, monkeypatch, tmp_p
     assert "sampling FAILED: RuntimeError" in text
 
 
+def test_an_interruption_loses_no_part_before_it(short, monkeypatch, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(short, "operations", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        short.main(["--device", "cpu", "--out", str(tmp_path)])
+    report, text = report_of(tmp_path, "cpu")
+    assert report["tests"]["passed"] == 3 and "operations" not in report and "'passed': 3" in text
+
+
 def test_a_result_that_is_not_the_reference_is_not_timed(short, monkeypatch, tmp_path):
     monkeypatch.setitem(_workloads.BOUND, torch.float32, 0.0)
     assert short.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
