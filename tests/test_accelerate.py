@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
+from strategies import DEVICE
 from torch import nn
 from torchvision_standin import stock
 
@@ -70,13 +71,13 @@ def made(name) -> nn.Module:
 
 
 def output(net) -> torch.Tensor:
-    random = torch.Generator().manual_seed(1)
-    x = torch.randn(2, getattr(net.config, "in_channels", 3), 8, 8, generator=random)
+    random, device = torch.Generator().manual_seed(1), next(net.parameters()).device
+    x = torch.randn(2, getattr(net.config, "in_channels", 3), 8, 8, generator=random).to(device)
     if isinstance(net, diffusers.AutoencoderKL):
         return net(x).sample
-    t = torch.tensor([3, 700])
+    t = torch.tensor([3, 700], device=device)
     if isinstance(net, diffusers.UNet2DConditionModel):
-        return net(x, t, torch.randn(2, 3, 4, generator=random)).sample
+        return net(x, t, torch.randn(2, 3, 4, generator=random).to(device)).sample
     return net(x, t).sample
 
 
@@ -115,7 +116,7 @@ def test_same_outputs_gradients_and_names(name, training):
 @pytest.mark.parametrize("name", ["resnet sampling", "conditional"])
 def test_the_kernel_runs(name, monkeypatch):
     """Two norms of each block, and the same results."""
-    net = made(name).eval()
+    net = made(name).eval().to(DEVICE)
     want = with_gradients(net)
     blocks = fastdiff.accelerate(net)
     calls = []
