@@ -6,7 +6,6 @@ the cache, to normalise it. A few large groups are cut into parts of `span` pixe
 before leaves in `partial`; every program then merges those of its group.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -298,14 +297,8 @@ def _walk(x: Tensor, groups: int) -> tuple[tuple[int, int, int], tuple[int, ...]
     """(grid, numbers, constants) of a launch over laid out x (B, C, ...); the numbers are batch, groups, parts, pixels,
     span, channel_stride and pixel_stride."""
     batch, channels = x.shape[:2]
-    return _walk_of(batch, channels, x.numel() // (batch * channels), groups, not x.is_contiguous())
-
-
-@functools.lru_cache
-def _walk_of(
-    batch: int, channels: int, pixels: int, groups: int, last: bool
-) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]:
-    depth = channels // groups
+    depth, pixels = channels // groups, x.numel() // (batch * channels)
+    last = not x.is_contiguous()
     wide = triton.next_power_of_2(depth)
     if last:
         tile_channels = min(wide, CHANNELS)
