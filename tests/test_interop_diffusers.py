@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastdiff
 from fastdiff import ops
 from fastdiff.interop import diffusers as fused
+from fastdiff.interop._scheduler import quantile
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers with NumPy 2
 
@@ -595,6 +596,17 @@ def test_no_scalar_is_read(name: str, config: dict[str, Any], fused_noise: bool)
         scheduler.set_timesteps(10)
         with NoReads():
             step(*args)  # which has to find its place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 7, 3072, 1_000_003])
+@pytest.mark.parametrize("q", [0.0, 0.1, 0.5, 0.995, 1.0])
+def test_quantile(q: float, n: int, dtype: torch.dtype) -> None:
+    values = torch.randn(4, n, generator=torch.Generator().manual_seed(n), dtype=dtype).abs()
+    values[1, n // 2] = torch.nan
+    values[2, n // 3] = torch.inf
+    ours, theirs = quantile(values, q), torch.quantile(values, q, dim=1, keepdim=True)
+    assert torch.equal(ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0)), (ours, theirs)
 
 
 @pytest.mark.parametrize("fused_noise", [False, True])
