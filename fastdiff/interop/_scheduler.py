@@ -106,12 +106,12 @@ def quantile(values: Tensor, q: float) -> Tensor:
     """torch.quantile(values, q, dim=1, keepdim=True) of values (B, n), to the bit. That one sorts all of a row, takes
     rows of up to 16 million, and in torch 2.11 waits for the device."""
     n = values.shape[1]
-    # The rank is rounded in the type of the values, as torch.quantile does: the last term is that rounding at most.
+    # The rank is rounded in the type of the values, as torch.quantile does, by no more than 1 + n / 2^22 places.
     top = values.topk(min(n, n - math.floor(q * (n - 1)) + 1 + (n >> 22)), dim=1).values
-    rank = torch.full_like(top[:, :1], q) * (n - 1)
+    largest = top[:, :1]  # NaN where any value is
+    rank = torch.full_like(largest, q) * (n - 1)
     below = rank.floor()
     low, high = (top.gather(1, (n - 1 - place.long()).clamp(min=0)) for place in (below, rank.ceil()))
-    largest = top[:, :1]  # NaN where any value is
     return torch.where(largest.isnan(), largest, low.lerp(high, rank - below))
 
 
