@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="fastdiff",
@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.10",
     # The kernels live in kernels/ and are installed as fastdiff.kernels:
     # the import name `kernels` belongs to another package.
-    packages=["fastdiff", "fastdiff.interop", "fastdiff.kernels"],
+    packages=["fastdiff", *find_packages(include=["fastdiff.*"])],
     package_dir={"fastdiff.kernels": "kernels"},
     package_data={"fastdiff": ["py.typed"]},
     install_requires=["torch>=2.7", 'triton>=3.3; platform_system == "Linux"', "numpy"],

@@ -1,6 +1,6 @@
 import pytest
 
-from fastdiff._workloads import refuse_interpreter
+from benchmarks.workloads import refuse_interpreter
 
 
 def pytest_configure(config: pytest.Config) -> None:

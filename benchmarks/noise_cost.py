@@ -10,9 +10,8 @@ import triton.language as tl
 from fastdiff.kernels.launch import FUSED, load_float32, owner, row_of
 from fastdiff.kernels.noise import tile
 
-from fastdiff import _machine_code as machine_code
-from fastdiff import roofline
-from fastdiff._workloads import refuse_interpreter
+from benchmarks.static import machine_code, roofline
+from benchmarks.workloads import refuse_interpreter
 
 BLOCK = 2048  # 16 elements a thread, as in the library
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import BUDGET, DEVICE, name, on_device, time_call
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision_standin import stock as import_stock
 
-from fastdiff import bench
+from benchmarks import timing
+from benchmarks.rounds import BUDGET, DEVICE, name, on_device, time_call
 from fastdiff.interop import denoising_diffusion as fused
 
 stock = import_stock()
@@ -90,5 +90,5 @@ def test_gaussian_diffusion(
         call()
     benchmark.extra_info["aten_ops"] = count.calls
     time_call(benchmark, call)
-    mine, other = bench.medians([call, theirs], DEVICE, 2 * BUDGET)
+    mine, other = timing.medians([call, theirs], DEVICE, 2 * BUDGET)
     benchmark.extra_info["speedup"] = other / mine

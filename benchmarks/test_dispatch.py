@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import DEVICE, on_device, time_call
 
-from fastdiff import _library, bench, ops
+from benchmarks import timing
+from benchmarks.rounds import DEVICE, on_device, time_call
+from fastdiff import ops
+from fastdiff.ops import library as _library
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -100,9 +102,9 @@ def overhead(call: Callable[[], Any], direct: Callable[[], Any], rounds: int = 1
     taken: dict[Callable[[], Any], list[float]] = {call: [], direct: []}
     for _ in range(rounds):
         for function, times in taken.items():
-            start = bench.clock(DEVICE)
+            start = timing.clock(DEVICE)
             function()
-            times.append(bench.clock(DEVICE) - start)
+            times.append(timing.clock(DEVICE) - start)
     return statistics.median(taken[call]) - statistics.median(taken[direct])
 
 

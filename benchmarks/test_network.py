@@ -3,9 +3,9 @@
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import DEVICE, ROWS, name, on_device, time_row
 
-from fastdiff._workloads import sampling, training_step
+from benchmarks.rounds import DEVICE, ROWS, name, on_device, time_row
+from benchmarks.workloads import sampling, training_step
 
 CUDA = DEVICE.type == "cuda"
 BATCH = 64 if CUDA else 4

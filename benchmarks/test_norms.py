@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import BUDGET, DEVICE, name, on_device, time_call
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff import bench, ops
+from benchmarks import timing
+from benchmarks.rounds import BUDGET, DEVICE, name, on_device, time_call
+from fastdiff import ops
 
 GROUPS, EPS = 32, 1e-5
 SHAPES = [(2, 64, 16, 16), (8, 128, 32, 32)]
@@ -79,5 +80,5 @@ def test_norm(
             mine()
         benchmark.extra_info["aten_ops"] = count.calls
     time_call(benchmark, mine)
-    a, b = bench.medians([mine, theirs], DEVICE, 2 * BUDGET)
+    a, b = timing.medians([mine, theirs], DEVICE, 2 * BUDGET)
     benchmark.extra_info["speedup"] = b / a

@@ -7,10 +7,10 @@ ns per element. --benchmark-group-by=group,param:dtype,param:shape puts the thre
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import BUDGET, DEVICE, ROWS, name, on_device, time_row
 
-from fastdiff import bench
-from fastdiff._workloads import OPERATIONS, TENSORS
+from benchmarks import timing
+from benchmarks.rounds import BUDGET, DEVICE, ROWS, name, on_device, time_row
+from benchmarks.workloads import OPERATIONS, TENSORS
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -24,10 +24,10 @@ def test_operation(
     elements = torch.Size(shape).numel()
     traffic = TENSORS[operation] * dtype.itemsize * elements
     timed = OPERATIONS[operation](shape, dtype, DEVICE)[row]
-    copy = bench.copier(traffic, DEVICE)
-    before = bench.medians([copy], DEVICE, BUDGET / 4)[0]
+    copy = timing.copier(traffic, DEVICE)
+    before = timing.medians([copy], DEVICE, BUDGET / 4)[0]
     seconds = time_row(benchmark, timed)
-    after = bench.medians([copy], DEVICE, BUDGET / 4)[0]
+    after = timing.medians([copy], DEVICE, BUDGET / 4)[0]
     benchmark.extra_info |= {
         "bytes": traffic,
         "gb_per_s": traffic / seconds / 1e9,

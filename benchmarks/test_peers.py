@@ -12,11 +12,11 @@ pip install -e '.[peers]'; -k operation --benchmark-group-by=group,param:shape p
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import BUDGET, DEVICE, name, on_device, time_row
 
-from fastdiff import bench
-from fastdiff._peers import NAMES, all_rows, diffusers_sampling, diffusers_training_step, missing
-from fastdiff._workloads import OPERATIONS, TENSORS, Row, sampling, training_step
+from benchmarks import timing
+from benchmarks.peers import NAMES, all_rows, diffusers_sampling, diffusers_training_step, missing
+from benchmarks.rounds import BUDGET, DEVICE, name, on_device, time_row
+from benchmarks.workloads import OPERATIONS, TENSORS, Row, sampling, training_step
 
 ROWS = ("fused", "reference", "compile", *NAMES)
 TRAINING = ("fused", "reference", "compile", "diffusers")
@@ -44,13 +44,13 @@ def test_operation(benchmark: BenchmarkFixture, operation: str, shape: tuple[int
     time_row(benchmark, rows[row])
     rows["fused"].check()
     traffic = TENSORS[operation] * 4 * elements
-    runs = [rows[row].run, rows["fused"].run, bench.copier(traffic, DEVICE)]
-    seconds, fused, copy = bench.medians(runs, DEVICE, 5 * BUDGET)
+    runs = [rows[row].run, rows["fused"].run, timing.copier(traffic, DEVICE)]
+    seconds, fused, copy = timing.medians(runs, DEVICE, 5 * BUDGET)
     benchmark.extra_info |= {
         "ratio": seconds / fused,
         "ns_per_element": 1e9 * seconds / elements,
         "copy_fraction": copy / seconds,
-        "peak_bytes": bench.peak_memory(rows[row].run, DEVICE),
+        "peak_bytes": timing.peak_memory(rows[row].run, DEVICE),
     }
 
 
@@ -58,8 +58,8 @@ def whole(row: Row, fused: Row, benchmark: BenchmarkFixture, batch: int) -> None
     """Time a row beside fastdiff's, each with its own network of the same weights."""
     fused.check()  # before a step changes the weights
     time_row(benchmark, row)
-    seconds, own = bench.medians([row.run, fused.run], DEVICE, 5 * BUDGET)
-    peak = bench.peak_memory(row.run, DEVICE)
+    seconds, own = timing.medians([row.run, fused.run], DEVICE, 5 * BUDGET)
+    peak = timing.peak_memory(row.run, DEVICE)
     benchmark.extra_info |= {"ratio": seconds / own, "images_per_s": batch / seconds, "peak_bytes": peak}
 
 

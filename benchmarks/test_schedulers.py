@@ -12,11 +12,11 @@ import diffusers
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import BUDGET, DEVICE, name, on_device, time_call
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff import bench
+from benchmarks import timing
+from benchmarks.rounds import BUDGET, DEVICE, name, on_device, time_call
 from fastdiff.interop import diffusers as fused
 
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "ScoreSdeVeScheduler")
@@ -71,5 +71,5 @@ def test_scheduler(benchmark: BenchmarkFixture, scheduler: str, shape: tuple[int
             call()
         benchmark.extra_info["aten_ops"] = count.calls
     time_call(benchmark, call)
-    mine, theirs = bench.medians([call, stock], DEVICE, 2 * BUDGET)
+    mine, theirs = timing.medians([call, stock], DEVICE, 2 * BUDGET)
     benchmark.extra_info["speedup"] = theirs / mine

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.checkpoint import load_model
-from fastdiff.data import digits
+from fastdiff.training.checkpoint import load_model
+from fastdiff.training.data import digits
 
 IMAGES = 64
 

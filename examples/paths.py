@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.checkpoint import load_model
-from fastdiff.data import save_grid
+from fastdiff.training.checkpoint import load_model
+from fastdiff.training.data import save_grid
 
 SAMPLERS = {"ddpm": None, "ddim": 50, "dpm++2m": 20, "heun": 18}
 SHOWN = 10

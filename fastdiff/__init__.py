@@ -1,9 +1,9 @@
 """fastdiff: fused Triton kernels for diffusion models under a small PyTorch API."""
 
 from . import ops, reference
-from ._backend import backend
 from .ddpm import DDPM
 from .interop.accelerate import accelerate, restore
+from .ops.dispatch import backend
 from .schedule import NoiseSchedule
 from .score import NCSN, ScoreSDE
 from .unet import UNet

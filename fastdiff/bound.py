@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._check import as_seed, check_floating
-from ._run import bar, evaluating, state_dtype
 from .objective import x0_rows
+from .ops.checks import as_seed, check_floating
+from .progress import bar, evaluating, state_dtype
 from .reference import work_dtype
 from .schedule import NoiseSchedule
 from .steps import VARIANCES, check_signal

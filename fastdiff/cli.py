@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import checkpoint, data, evaluate
-from fastdiff import train as training
 from fastdiff.diffusion import Diffusion
+from fastdiff.files import need, replacing, writable
 from fastdiff.steps import SAMPLERS
+from fastdiff.training import checkpoint, data, evaluate
+from fastdiff.training import loop as training
 
 INTERRUPTED = 130
 # The sampler, and its steps, that suits a formulation unless one is named.
@@ -202,7 +203,7 @@ def draw(args: argparse.Namespace, model: Diffusion, n: int) -> Tensor:
         steps = few if sampler == suited else 50
         steps = min(steps, getattr(model, "timesteps", steps)) if sampler == "ddim" else steps
     batches = [torch.arange(n)[i : i + args.batch_size] for i in range(0, n, args.batch_size)]
-    tqdm, bar = checkpoint.need("tqdm").tqdm, None
+    tqdm, bar = need("tqdm").tqdm, None
 
     def advance(*_: object) -> None:
         nonlocal bar  # made at the first step, so that it does not precede an error in the arguments
@@ -220,13 +221,13 @@ def draw(args: argparse.Namespace, model: Diffusion, n: int) -> Tensor:
 
 
 def sample(args: argparse.Namespace) -> int:
-    grid, array = (checkpoint.writable(args.out.with_name(args.out.name + end)) for end in (".png", ".npy"))
+    grid, array = (writable(args.out.with_name(args.out.name + end)) for end in (".png", ".npy"))
     model = checkpoint.load_model(args.checkpoint)
     start = time.perf_counter()
     images = draw(args, model, args.n)
     seconds = time.perf_counter() - start
     data.save_grid(grid, images)
-    with checkpoint.replacing(array) as temporary, open(temporary, "wb") as file:
+    with replacing(array) as temporary, open(temporary, "wb") as file:
         np.save(file, images.numpy())
     print(f"{grid}, {array}: {args.n} images, {seconds:.1f} s")
     return 0
@@ -234,7 +235,7 @@ def sample(args: argparse.Namespace) -> int:
 
 def evaluation(args: argparse.Namespace) -> int:
     if args.json:
-        checkpoint.writable(args.json)
+        writable(args.json)
     model = checkpoint.load_model(args.checkpoint)
     shape = model.model.sample_shape
     if shape != (1, 8, 8):
@@ -243,7 +244,7 @@ def evaluation(args: argparse.Namespace) -> int:
     for name, value in asdict(report).items():
         print(f"{name:27}{value:.4f}" if isinstance(value, float) else f"{name:27}{value}")
     if args.json:
-        with checkpoint.replacing(args.json) as temporary:
+        with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     return 0
 

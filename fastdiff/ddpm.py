@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ops, steps
-from ._check import as_index, as_seed, check_choice, check_floating, check_like
-from ._run import state_dtype
-from ._tables import Tables
+from .cache import Tables
 from .diffusion import Diffusion, How
 from .objective import WEIGHTINGS, target_rows, weights
+from .ops.checks import as_index, as_seed, check_choice, check_floating, check_like
 from .process import Chain
+from .progress import state_dtype
 from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, make_steps
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ops
-from ._check import as_sample_ids, as_seed, check_choice, check_floating, check_shape, check_state
-from ._pages import LARGEST
-from ._run import bar, evaluating, state_dtype
 from .objective import OBJECTIVES, conversion_rows
+from .ops.checks import as_sample_ids, as_seed, check_choice, check_floating, check_shape, check_state
+from .ops.memory import LARGEST
 from .process import Grid, Process
+from .progress import bar, evaluating, state_dtype
 from .steps import D, E, F, Sampler, StepTable, W, ddim_inversion, make_steps
 from .unet import UNet
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._check import as_seed, check_floating
-from ._run import evaluating
 from .objective import conversion_rows
+from .ops.checks import as_seed, check_floating
 from .process import Process
+from .progress import evaluating
 
 if TYPE_CHECKING:
     from .diffusion import Diffusion

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._check import check_choice, check_floating
-from ._run import state_dtype
 from .ddpm import ChainDiffusion
 from .diffusion import Diffusion
 from .objective import target_rows, weights
+from .ops.checks import check_choice, check_floating
 from .process import SDES, Ladder, Process
+from .progress import state_dtype
 from .steps import denoise_rows
 
 

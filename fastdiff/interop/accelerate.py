@@ -73,7 +73,7 @@ def _diffusers_resnet() -> Any:
 
 
 def _fused() -> Any:
-    return importlib.import_module("._resnet", __package__)
+    return importlib.import_module(".diffusers.resnet", __package__)
 
 
 def _fits(block: nn.Module) -> bool:

@@ -45,7 +45,7 @@ except ImportError as error:
     raise ImportError(f"{message} ({error})") from error
 
 from .. import ops
-from .._tables import Tables
+from ..cache import Tables
 from ._rows import rows_of
 
 OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")

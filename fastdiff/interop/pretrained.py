@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import need, replacing
 from ..ddpm import DDPM
+from ..files import need, replacing
 from ..schedule import NoiseSchedule, linear, make_schedule, scaled_linear
 from ..unet import UNet
 

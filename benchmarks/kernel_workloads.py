@@ -1,0 +1,157 @@
+"""What the GPU report times beside `_workloads.OPERATIONS`, so that every kernel is in it: the same three rows each."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff import bound, ops, reference
+from fastdiff.schedule import linear
+
+from .workloads import BOUND, LOSS, SEED, TIMESTEPS, Row, Rows, agree, few, inputs
+
+GROUPS, EPS = 8, 1e-5
+BOUND_ROWS = bound.vlb_rows(linear(TIMESTEPS), "eps", "learned").float()
+
+
+def _rows(row: Callable[..., Row], fused: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Rows:
+    functions = {"fused": fused, "reference": eager, "compile": torch.compile(eager)}
+    return {name: row(name, function) for name, function in functions.items()}
+
+
+def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """Noise by itself. Only the library's is known element by element; the others are held to their moments."""
+    seed, step = torch.full((1,), SEED, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+
+    def fused() -> Tensor:
+        return ops.normal(shape, seed, dtype=dtype, device=device)
+
+    def eager() -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    def row(name: str, function: Callable[..., Tensor]) -> Row:
+        def check() -> None:
+            z = function()
+            part, std = few(z), z.double().std().item()
+            if name == "fused":
+                want = reference.normal(part.shape, seed, None, step, ops.PRIOR, torch.float64)
+                agree("normal fused", [part], [want], BOUND[dtype])
+            elif not (z.shape == shape and abs(std - 1) < 5 / z.numel() ** 0.5 + BOUND[dtype]):
+                raise RuntimeError(f"normal {name}: standard deviation {std:.3f}, shape {tuple(z.shape)}")
+
+        return Row(function, check)
+
+    return _rows(row, fused, eager)
+
+
+def loss_without_gradient(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """The eps loss alone. The library draws the noise again; eager PyTorch has kept it."""
+    noise, pred, t = inputs(shape, dtype, device)
+    table, seed = LOSS.to(device), torch.full((1,), SEED, device=device)
+    n = len(few(pred))
+
+    def fused(pred: Tensor = pred, t: Tensor = t, noise: Tensor = noise) -> Tensor:
+        return ops.loss(pred, t, table, seed=seed)
+
+    def eager(pred: Tensor = pred, t: Tensor = t, noise: Tensor = noise) -> Tensor:
+        return F.mse_loss(pred.float(), noise.float())
+
+    def row(name: str, function: Callable[..., Tensor]) -> Row:
+        def check() -> None:
+            z = noise[:n].double()
+            if name == "fused":
+                z = reference.normal(z.shape, seed, None, t[:n], ops.FORWARD, torch.float64)
+            want = (pred[:n].double() - z).square().mean()
+            agree(f"loss_without_gradient {name}", [function(pred[:n], t[:n], noise[:n])], [want], BOUND[dtype])
+
+        return Row(function, check)
+
+    return _rows(row, fused, eager)
+
+
+def bound_forward_backward(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """A term of the variational bound with a learned variance, at t = T/2, and its gradients by both predictions."""
+    x0, pred, _ = inputs(shape, dtype, device)
+    x_t, raw = (0.5 * x0 + 0.8 * pred.flip(0)).to(dtype), pred.roll(1, -1).clamp(-1, 1)
+    t = torch.full((len(x0),), TIMESTEPS // 2, device=device)
+    table, n = BOUND_ROWS.to(device), len(few(x0))
+    a, b, w, low, high, _ = BOUND_ROWS[TIMESTEPS // 2].tolist()
+    tensors = (pred, raw, x_t, x0)
+
+    def with_gradients(value: Tensor, pred: Tensor, raw: Tensor) -> tuple[Tensor, ...]:
+        return value.detach(), *torch.autograd.grad(value, (pred, raw))
+
+    def fused(pred: Tensor, raw: Tensor, x_t: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
+        value = ops.vlb(pred, x_t, x0, t[: len(x0)], table, raw_variance=raw, reduction="mean")
+        return with_gradients(value, pred, raw)
+
+    def nats(pred: Tensor, raw: Tensor, x_t: Tensor, x0: Tensor) -> Tensor:
+        error = x0.float() - (a * x_t.float() + b * pred.float())
+        delta = low + (raw.float() + 1) / 2 * (high - low)
+        return 0.5 * (delta + torch.expm1(-delta) + w * error.square() * torch.exp(-delta)).mean()
+
+    compiled = torch.compile(nats)
+
+    def row(name: str, function: Callable[..., tuple[Tensor, ...]]) -> Row:
+        leaves = [pred.detach().requires_grad_(), raw.detach().requires_grad_(), x_t, x0]
+        parts = [v[:n].detach().requires_grad_(k < 2) for k, v in enumerate(tensors)]
+
+        def check() -> None:
+            p, r, state, data = (v.detach().double() for v in parts)
+            value, *slopes = reference.vlb(p, r, state, data, t[:n], table, None)
+            want = [value.mean(), *(s / s.numel() for s in slopes)]
+            agree(f"bound_forward_backward {name}", function(*parts), want, BOUND[dtype])
+
+        return Row(lambda: function(*leaves), check)
+
+    return {
+        "fused": row("fused", fused),
+        "reference": row("reference", lambda *v: with_gradients(nats(*v), *v[:2])),
+        "compile": row("compile", lambda *v: with_gradients(compiled(*v), *v[:2])),
+    }
+
+
+def group_norm_silu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """GroupNorm and SiLU of as many elements in 48 channels and 8 groups, forward and backward."""
+    batch, channels, height, width = shape
+    if height % 4 or width % 4:
+        raise ValueError(f"shape: expected height and width in multiples of 4, got {shape}")
+    _, x, _ = inputs((batch, 16 * channels, height // 4, width // 4), dtype, device)
+    grad, weight = x.flip(0), torch.linspace(0.5, 1.5, x.shape[1], device=device).to(dtype)
+    bias = weight.flip(0) - 1
+    n = len(few(x))
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.group_norm_silu(x, GROUPS, weight, bias, EPS)
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.silu(F.group_norm(x, GROUPS, weight, bias, EPS))
+
+    def row(name: str, function: Callable[..., Tensor]) -> Row:
+        def run(x: Tensor, grad: Tensor, weight: Tensor = weight, bias: Tensor = bias) -> tuple[Tensor, ...]:
+            leaves = [v.detach().requires_grad_() for v in (x, weight, bias)]
+            y = function(*leaves)
+            return y.detach(), *torch.autograd.grad(y, leaves, grad)
+
+        def check() -> None:
+            wide = [v[:n].double() for v in (x, grad)] + [weight.double(), bias.double()]
+            leaves = [v.requires_grad_() for v in (wide[0], *wide[2:])]
+            y = eager(*leaves)
+            want = [y.detach(), *torch.autograd.grad(y, leaves, wide[1])]
+            # The slope of SiLU adds a rounding, and the gradients by weight and bias are sums of them.
+            agree(f"group_norm_silu {name}", run(x[:n], grad[:n]), want, 4 * BOUND[dtype])
+
+        return Row(lambda: run(x, grad), check)
+
+    return _rows(row, fused, eager)
+
+
+KERNELS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]] = {
+    "normal": normal,
+    "loss_without_gradient": loss_without_gradient,
+    "bound_forward_backward": bound_forward_backward,
+    "group_norm_silu": group_norm_silu,
+}
+# Tensors that must be read or written at least: z, pred, (pred, raw, x_t, x_0, two gradients), (x, y) and (dy, x, dx).
+KERNEL_TENSORS = {"normal": 1, "loss_without_gradient": 1, "bound_forward_backward": 6, "group_norm_silu": 5}

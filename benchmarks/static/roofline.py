@@ -1,0 +1,394 @@
+"""`fastdiff bench --static`: every kernel compiled for GPUs that need not be here, its instructions counted, and the
+fraction of the memory roofline that they allow.
+
+The time of an element is predicted as the larger of its bytes over the memory bandwidth and its instructions over the
+rate at which the chip issues them; the fraction is that of the bytes in it (Williams et al. 2009, "Roofline"). Nothing
+is run: no latency, no cache, no launch counts.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.files import need, replacing, writable
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class Chip:
+    target: str
+    bandwidth: float  # bytes per second
+    processors: int
+    clock: float  # Hz, under a tensor core load: the dense bfloat16 rate over the operations per clock
+    source: str
+
+    @property
+    def issue_rate(self) -> float:
+        """Instructions of single threads per second: four warps of 32 a clock and multiprocessor."""
+        return 128 * self.processors * self.clock
+
+
+CHIPS = {
+    "A100": Chip("sm_80", 2.039e12, 108, 1.41e9, "NVIDIA A100 80GB SXM data sheet: 2,039 GB/s, 312 TFLOPS"),
+    "H100": Chip("sm_90", 3.35e12, 132, 1.83e9, "NVIDIA H100 SXM data sheet: 3.35 TB/s, 989.4 TFLOPS"),
+    "B200": Chip("sm_100", 8.0e12, 148, 1.85e9, "NVIDIA HGX B200 data sheet: 8 TB/s, 2.25 PFLOPS"),
+}
+
+
+def predicted(bytes_per_element: float, instructions_per_element: float) -> dict[str, float]:
+    """The fraction of the memory roofline on each chip, in (0, 1]."""
+    fractions = {}
+    for name, chip in CHIPS.items():
+        memory = bytes_per_element / chip.bandwidth
+        fractions[name] = round(memory / max(memory, instructions_per_element / chip.issue_rate), 4)
+    return fractions
+
+
+# --- variants ---------------------------------------------------------------------------------------------------
+
+BATCH, SHAPE, LEVELS, STREAM = 64, (3, 128, 128), 1001, 1
+# Activations inside a U-Net: enough groups to fill a GPU, or one image, whose groups are cut into parts.
+GROUPS, INNER, ONE = 32, (BATCH, 128, 32, 32), (1, 128, 256, 256)
+
+
+NORMS = ("moments", "norm", "norm_sums", "norm_grad")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to launch a kernel."""
+
+    kernel: str
+    dtype: torch.dtype
+    noise: str  # generated, given or none
+    options: str  # joined by +
+
+    def has(self, option: str) -> bool:
+        return option in self.options.split("+")
+
+    def one_of(self, *options: str) -> str:
+        """The first of them that is set, or the last."""
+        return next((o for o in options if self.has(o)), options[-1])
+
+    def data(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(B, ...) without storage, which Triton takes for aligned."""
+        odd = int(self.has("unaligned"))
+        layout = torch.channels_last if self.has("channels_last") else torch.contiguous_format
+        if self.kernel in NORMS:
+            batch, channels, height, width = ONE if self.has("parts") else INNER
+        else:
+            batch, (channels, height, width) = BATCH, SHAPE
+        shape = (batch, channels, height - odd, width - odd)
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta", memory_format=layout)
+
+
+def subsets(*options: str) -> list[str]:
+    chosen = itertools.product((False, True), repeat=len(options))
+    return ["+".join(itertools.compress(options, choice)) for choice in chosen]
+
+
+DRAWN = ("generated", "given")
+VLB = [o for o in subsets("clip", "raw", "by_pred", "by_raw") if "by_raw" not in o or "+raw" in f"+{o}"]
+# Kernel, sources of noise, options: what training and sampling loops launch every day, and what else can be launched.
+COMMON = [
+    ("normal", ("generated",), [""]),
+    ("noising", DRAWN, [""]),
+    ("loss", DRAWN, subsets("grad")),
+    ("reduce", ("none",), [""]),
+    ("scale", ("none",), [""]),
+    # The bound alone, evaluated and trained on, and beside another loss, which leaves the mean to that.
+    ("vlb", ("none",), ["clip", "clip+raw", "raw+by_pred+by_raw", "raw+by_raw"]),
+    ("update", DRAWN, subsets("clip")),
+    ("norm", ("none",), subsets("scale")),
+    ("norm_grad", ("none",), subsets("scale")),
+]
+RARE = [
+    ("normal", ("generated",), ["channels_last", "ids"]),
+    ("noising", ("generated",), ["channels_last", "ids", "unaligned"]),
+    ("loss", DRAWN, subsets("x0", "grad")),
+    ("loss", ("none",), ["x0", "x0+grad"]),
+    ("loss", ("generated",), ["grad+l1", "grad+huber", "grad+ids", "grad+channels_last", "x0+grad+mixed"]),
+    ("vlb", ("none",), [*VLB, "raw+by_raw+mixed"]),
+    ("update", DRAWN, subsets("clip", "uncond", "raw", "x0hat")),
+    ("update", ("none",), subsets("clip", "uncond", "x0hat")),
+    ("update", ("generated",), ["clip+x", "clip+ids", "clip+channels_last", "clip+mixed"]),
+    ("norm", ("none",), [*subsets("scale", "parts", "channels_last"), "unaligned", "mixed"]),
+    ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last"), "unaligned", "mixed"]),
+    ("moments", ("none",), ["parts", "parts+channels_last"]),
+    ("norm_sums", ("none",), subsets("parts", "scale", "channels_last")[4:]),
+]
+
+
+def variants(common: bool) -> list[Variant]:
+    """The common variants in float32 and bfloat16, or all; what float16 shares with bfloat16 is left out."""
+    table = COMMON if common else COMMON + RARE
+    dtypes = (torch.float32, torch.bfloat16)
+    products = (
+        [(dtype, *entry) for entry in table for dtype in dtypes],
+        [] if common else [(torch.float16, *entry) for entry in COMMON],
+    )
+    chosen = [
+        Variant(kernel, dtype, noise, option)
+        for dtype, kernel, noises, options in itertools.chain(*products)
+        for noise in noises
+        for option in options
+        if kernel != "reduce" or dtype == torch.float32  # partial sums are
+    ]
+    return list(dict.fromkeys(chosen))
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
+
+
+def output(v: Variant) -> tuple[Tensor, Tensor | None]:
+    """(pred, raw): a model that predicts the variance too returns twice the channels, of which they are halves."""
+    one = v.data(torch.bfloat16 if v.has("mixed") else None)
+    if not v.has("raw"):
+        return one, None
+    pred, raw = torch.cat([one, one], 1).chunk(2, 1)
+    return pred, raw
+
+
+def launch(v: Variant) -> None:
+    """Call the launcher as ops does."""
+    from fastdiff.kernels.group_norm import norm, norm_grad
+    from fastdiff.kernels.loss import loss, scale_
+    from fastdiff.kernels.noise import normal_
+    from fastdiff.kernels.noising import noising
+    from fastdiff.kernels.update import update
+    from fastdiff.kernels.vlb import vlb
+
+    seed = integers(1) if v.noise == "generated" else None
+    ids = integers(BATCH) if v.has("ids") else None
+    noise = v.data() if v.noise == "given" else None
+    if v.kernel == "normal":
+        normal_(v.data(), seed, ids, integers(1), STREAM)
+    elif v.kernel == "noising":
+        noising(v.data(), v.data(), integers(BATCH), floats(LEVELS, 2), seed, ids, noise, STREAM)
+    elif v.kernel in ("loss", "reduce"):
+        grad = v.data() if v.has("grad") else None
+        x0 = v.data(torch.float32 if v.has("mixed") else None) if v.has("x0") else None
+        t, table, rho = integers(BATCH), floats(LEVELS, 3), v.one_of("l1", "huber", "mse")
+        loss(floats(1), grad, v.data(), x0, t, table, seed, ids, noise, STREAM, rho, 1.0, 0.5, 0.5)
+    elif v.kernel == "scale":
+        scale_(v.data(), floats(1), 0.5)
+    elif v.kernel == "vlb":
+        pred, raw = output(v)
+        wide = torch.float32 if pred.dtype == torch.float16 else pred.dtype
+        grads = [torch.empty_like(pred, dtype=wide) if v.has(by) else None for by in ("by_pred", "by_raw")]
+        t, table, clip = integers(BATCH), floats(LEVELS, 6), 1.0 if v.has("clip") else None
+        vlb(floats(1), *grads, pred, raw, v.data(), v.data(), t, table, clip, 0.5)
+    elif v.kernel in NORMS:
+        x, wide = v.data(), torch.float32 if v.has("mixed") else v.dtype
+        batch, channels = x.shape[:2]
+        weight, statistics = torch.empty(channels, dtype=wide, device="meta"), floats(batch, GROUPS)
+        both = torch.empty(batch, 2 * channels, dtype=v.dtype, device="meta").chunk(2, 1)
+        scale, shift = both if v.has("scale") else (None, None)
+        if v.kernel in ("moments", "norm"):
+            norm(v.data(), statistics, statistics, x, GROUPS, weight, weight, scale, shift, 1e-5)
+        else:
+            norm_grad(v.data(), v.data(), x, statistics, statistics, GROUPS, weight, weight, scale, shift)
+    else:
+        pred, raw = output(v)
+        uncond = pred if v.has("uncond") else None
+        clip, keep = 1.0 if v.has("clip") else None, v.one_of("x0hat", "x", "none")
+        hist = None if keep == "none" else v.data()
+        rows, step = floats(LEVELS, 9), integers(1)
+        update(v.data(), v.data(), pred, rows, step, seed, ids, uncond, raw, noise, hist, clip, keep, STREAM)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+CHUNK = 16  # cases that a process takes at a time
+Case = tuple[Variant, str, bool]  # target; whether the polynomials stand in for NVIDIA's approximations
+
+
+def cases(size: str) -> list[Case]:
+    """full: every variant on every target. quick: the common ones on sm_90, one of each kernel elsewhere. With both,
+    noising by the polynomials on sm_90, where it never runs so, to be compared."""
+    if size == "full":
+        chosen = [(v, target, False) for target in TARGETS for v in variants(common=False)]
+    else:
+        chosen = [(v, "sm_90", False) for v in variants(common=True)]
+        typical = {v.kernel: v for v in variants(common=True) if v.noise != "given"}
+        chosen += [(v, target, False) for target in TARGETS if target != "sm_90" for v in typical.values()]
+    return chosen + [(Variant("noising", d, "generated", ""), "sm_90", True) for d in (torch.float32, torch.bfloat16)]
+
+
+def compile_cases(cases: Sequence[Case], dump: Path | None) -> list[dict[str, Any]]:
+    """The rows of some variants on one target."""
+    from . import machine_code
+
+    target = machine_code.target_of(cases[0][1])
+    kernels, names = [], []
+    for v, target_name, polynomials in cases:
+        with machine_code.compile_only(target, fast=target.backend == "cuda" and not polynomials) as compiled:
+            launch(v)
+        kernels += [(k, args["BLOCK"]) for k, args in compiled if k.metadata.name == f"{v.kernel}_kernel"]
+        names.append(
+            {
+                "source": "fastdiff polynomials" if polynomials else "fastdiff",
+                "kernel": v.kernel,
+                "variant": v.options or "plain",
+                "target": target_name,
+                "dtype": str(v.dtype).removeprefix("torch."),
+                "noise": v.noise,
+            }
+        )
+    return rows_of(names, kernels, dump)
+
+
+def rows_of(
+    names: Sequence[dict[str, str]], kernels: Sequence[tuple[Any, int]], dump: Path | None
+) -> list[dict[str, Any]]:
+    """Each of `names` with the counts of its compiled kernel, one program of which owns so many elements."""
+    from . import machine_code
+
+    rows = []
+    for name, (kernel, _), counts in zip(names, kernels, machine_code.measure(kernels), strict=True):
+        assembly = counts.pop("assembly")
+        if dump:
+            stem = re.sub(r"\W+", "-", "-".join(name.values()))
+            for ending, code in {**kernel.asm, "s": assembly}.items():
+                data = code if isinstance(code, bytes) else str(code).encode()
+                (dump / f"{stem}.{ending}").write_bytes(data)
+        fractions = predicted(counts["bytes_per_element"], counts["instructions_per_element"])
+        known = name["target"].startswith("sm_")
+        rows.append({**name, **counts, "predicted_roofline": fractions if known else dict.fromkeys(fractions)})
+    return rows
+
+
+def inductor_rows(dump: Path | None) -> list[dict[str, Any]]:
+    """The rows of torch.compile's kernels for the same operations; none, and a line to stderr, where a release of
+    PyTorch does not let itself be asked."""
+    from . import inductor
+
+    names, kernels = [], []
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            for kernel, variant, noise, function, arguments in inductor.operations(dtype):
+                compiled = inductor.kernels(function, *arguments)
+                for i in range(len(compiled)):
+                    name = {"source": "inductor", "kernel": kernel, "variant": variant, "target": inductor.TARGET}
+                    name |= {"dtype": str(dtype).removeprefix("torch."), "noise": noise}
+                    if len(compiled) > 1:
+                        name["variant"] += f" ({i + 1} of {len(compiled)})"
+                    names.append(name)
+                kernels += compiled
+        return rows_of(names, kernels, dump)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        print(f"fastdiff: torch {torch.__version__}: no rows of torch.compile: {reason}", file=sys.stderr)
+        return []
+
+
+def all_rows(size: str, dump: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of the table, compiled in as many processes as there are cores."""
+    by_target = [list(group) for _, group in itertools.groupby(cases(size), key=lambda case: case[1])]
+    chunks = [group[i : i + CHUNK] for group in by_target for i in range(0, len(group), CHUNK)]
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
+        inductor = pool.submit(inductor_rows, dump)
+        rows = list(itertools.chain(*pool.map(compile_cases, chunks, [dump] * len(chunks))))
+        return rows + inductor.result()
+
+
+# --- output -----------------------------------------------------------------------------------------------------
+
+COLUMNS = {  # key: heading, width, format
+    "source": ("source", -21, "s"),
+    "kernel": ("kernel", -10, "s"),
+    "variant": ("variant", -26, "s"),
+    "target": ("target", -7, "s"),
+    "dtype": ("dtype", -9, "s"),
+    "noise": ("noise", -10, "s"),
+    "bytes_per_element": ("B/el", 5, ".4g"),
+    "load_bits": ("load", 5, ""),
+    "store_bits": ("store", 6, ""),
+    "instructions_per_element": ("ins/el", 7, ".2f"),
+    "mufu_per_element": ("mufu", 6, ".2f"),
+    "integer_multiply_per_element": ("imul", 6, ".2f"),
+    "registers": ("regs", 5, "d"),
+    "stack": ("stack", 6, "d"),
+    "spills": ("spills", 7, "d"),
+    "shared": ("shared", 7, "d"),
+    "barriers": ("bar", 4, "d"),
+    "occupancy": ("occ", 5, ".0%"),
+}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Fixed-width text; the last column is the predicted fraction of the memory roofline of the target's chip."""
+    chip_of = {chip.target: name for name, chip in CHIPS.items()}
+    lines = ["".join(f"{title:{'<' if w < 0 else '>'}{abs(w)}}" for title, w, _ in COLUMNS.values()) + "  predicted"]
+    for r in rows:
+        cells = []
+        for key, (_, width, form) in COLUMNS.items():
+            text = "-" if r[key] is None else f"{r[key]:{form}}"
+            cells.append(f"{text:{'<' if width < 0 else '>'}{abs(width)}}")
+        chip = chip_of.get(r["target"])
+        lines.append("".join(cells) + (f"{r['predicted_roofline'][chip]:6.0%} {chip}" if chip else f"{'-':>6}"))
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A PNG: for each row on sm_90 a bar of the predicted fraction of the H100's memory roofline."""
+    image_module, draw_module, font_module = (need(f"PIL.{m}") for m in ("Image", "ImageDraw", "ImageFont"))
+    common = {(v.kernel, v.options or "plain") for v in variants(common=True)}
+    bars = [
+        (r, r["predicted_roofline"]["H100"])
+        for r in rows
+        if r["target"] == "sm_90" and (r["source"] == "inductor" or (r["kernel"], r["variant"]) in common)
+    ]
+    font, line, left, length = font_module.load_default(14), 20, 520, 400
+    image = image_module.new("RGB", (left + length + 60, line * (len(bars) + 2)), "white")
+    draw = draw_module.Draw(image)
+    draw.text((8, 4), "Predicted fraction of the memory roofline, H100 SXM", "black", font)
+    for i, (r, fraction) in enumerate(bars):
+        top = line * (i + 1) + 10
+        label = f"{r['source']}: {r['kernel']} {r['variant']}, {r['dtype']}, noise {r['noise']}"
+        colour = {"fastdiff": "#3465a4", "inductor": "#cc7722"}.get(r["source"], "#888888")
+        draw.text((8, top), label, "black", font)
+        draw.rectangle((left, top + 2, left + fraction * length, top + line - 4), colour)
+        draw.text((left + fraction * length + 6, top), f"{fraction:.0%}", "black", font)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the table; args as bench.add_arguments gives them: size, json, dump, plot."""
+    for path in (args.json, args.plot):
+        if path:
+            writable(path)
+    if args.dump:
+        args.dump.mkdir(parents=True, exist_ok=True)
+    rows = all_rows(args.size, args.dump)
+    print(f"triton {version('triton')}; predicted from machine code, nothing was run; chips:")
+    for name, chip in CHIPS.items():
+        print(f"  {name}: {chip.processors} multiprocessors at {chip.clock / 1e9:.2f} GHz; {chip.source}")
+    print("\n" + table(rows))
+    if args.json:
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(rows, args.plot)
+    return 0

@@ -1,0 +1,99 @@
+"""How well drawn digits match real ones: Frechet distance of pixels, and the view of a classifier of digits."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.files import need
+from fastdiff.training.data import digits
+
+
+def _sqrt(matrix: np.ndarray) -> np.ndarray:
+    """Square root of a symmetric positive semidefinite matrix."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+
+def frechet_gaussian(m1: np.ndarray, s1: np.ndarray, m2: np.ndarray, s2: np.ndarray) -> float:
+    """Squared Frechet distance of N(m1, S1) and N(m2, S2), means (D,), covariances (D, D), float64.
+
+    d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)
+
+    The root is taken of a symmetric matrix, so singular covariances (pixels that never change) do no harm.
+    Source: Dowson and Landau 1982, eq. 4; Heusel et al. 2017 (FID), eq. 6, which has the same trace.
+    """
+    root = _sqrt(s1)
+    cross = np.sqrt(np.linalg.eigvalsh(root @ s2 @ root).clip(0)).sum()
+    return float(((m1 - m2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross)
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """`frechet_gaussian` of Gaussians fitted to the pixels of two sets of images (N, C, H, W) in [-1, 1].
+
+    Raises ValueError with fewer than 2 images on a side, or images of different shapes.
+    """
+    if min(len(x), len(y)) < 2 or x.shape[1:] != y.shape[1:]:
+        raise ValueError(f"x, y: expected 2 or more images of one shape, got {tuple(x.shape)}, {tuple(y.shape)}")
+    a, b = (images.flatten(1).double().numpy() for images in (x, y))
+    return frechet_gaussian(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+
+
+@dataclass
+class Report:
+    """Figures of the samples, each beside that of real digits (`_real`).
+
+    frechet_distance        of samples to the held-out half; _real: of the train half to the held-out half
+    classifier_confidence   mean largest probability; _real: on the held-out half
+    classifier_accuracy     on the held-out half, by a network trained on the train half
+    class_entropy           of the histogram of predicted classes, in nats; _max: ln 10
+    nearest_distance        mean L2 distance to the nearest image of the train half; _real: from the held-out half.
+                            Samples far nearer than real digits are copies.
+    """
+
+    n_samples: int
+    frechet_distance: float
+    frechet_distance_real: float
+    classifier_confidence: float
+    classifier_confidence_real: float
+    classifier_accuracy: float
+    class_entropy: float
+    class_entropy_max: float
+    classes_present: int
+    class_counts: list[int]
+    nearest_distance: float
+    nearest_distance_real: float
+
+
+def evaluate(samples: Tensor) -> Report:
+    """Compare samples (N, 1, 8, 8) in [-1, 1] with the real digits. Raises ValueError on another shape."""
+    if samples.ndim != 4 or samples.shape[1:] != (1, 8, 8) or len(samples) < 2:
+        raise ValueError(f"samples: expected (N, 1, 8, 8) with N of at least 2, got {tuple(samples.shape)}")
+    train_images, labels, held_out_images, held_out_labels = digits()
+    train, held_out = train_images[:], held_out_images[:]
+    classifier = need("sklearn.neural_network").MLPClassifier((128,), max_iter=400, random_state=0)
+    with need("threadpoolctl").threadpool_limits(1):  # the matrices are too small for more
+        classifier.fit(train.flatten(1).numpy(), labels.numpy())
+        seen = classifier.predict_proba(samples.flatten(1).numpy())
+        seen_real = classifier.predict_proba(held_out.flatten(1).numpy())
+    counts = np.bincount(seen.argmax(1), minlength=10)
+    share = counts[counts > 0] / counts.sum()
+    return Report(
+        n_samples=len(samples),
+        frechet_distance=frechet_distance(samples, held_out),
+        frechet_distance_real=frechet_distance(train, held_out),
+        classifier_confidence=float(seen.max(1).mean()),
+        classifier_confidence_real=float(seen_real.max(1).mean()),
+        classifier_accuracy=float((seen_real.argmax(1) == held_out_labels.numpy()).mean()),
+        class_entropy=float(-(share * np.log(share)).sum()),
+        class_entropy_max=float(np.log(10)),
+        classes_present=int((counts > 0).sum()),
+        class_counts=counts.tolist(),
+        nearest_distance=_nearest(samples, train),
+        nearest_distance_real=_nearest(held_out, train),
+    )
+
+
+def _nearest(x: Tensor, y: Tensor) -> float:
+    return float(torch.cdist(x.flatten(1), y.flatten(1)).amin(1).mean())

@@ -1,0 +1,244 @@
+"""Kernels write every element of their outputs, none beside them, and read none beside their inputs.
+
+Outputs start as NaN between guard zones, inputs lie between NaN, and what PyTorch allocates meanwhile is NaN too.
+"""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from fastdiff.kernels.launch import grid_of
+from fastdiff.kernels.layout import channels_of, lay_out
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from strategies import BACKENDS, DEVICE, DTYPES, LAYOUTS, dtypes, index, laid, layouts, shapes, table, tensor
+from torch import Tensor
+
+from fastdiff.kernels import group_norm
+from fastdiff.ops import dispatch as _backend
+from fastdiff.ops.checks import as_seed
+
+SENTINEL = 768.0
+ROWS = 6
+every = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+guards = st.sampled_from([64, 67])  # with and without the alignment of an allocation
+sizes = [(1, 1), (2, 255), (2, 3, 3, 5), (3, 256), (1, 257), (1, 2048), (2, 3, 4, 6), (1, 2049), (1, 4097), (3,)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations():
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Guarded:
+    """A tensor in the middle of a larger buffer, which also fills the gaps of its layout."""
+
+    def __init__(self, shape, dtype, layout, guard, fill=SENTINEL, values=None):
+        pattern = laid(torch.empty(shape), layout)
+        size = pattern.untyped_storage().nbytes() // 4
+        self.buffer = torch.full((size + 2 * guard,), fill, dtype=dtype, device=DEVICE)
+        place = shape, pattern.stride(), guard + pattern.storage_offset()
+        self.tensor = self.buffer.as_strided(*place)
+        self.tensor.copy_(torch.full(shape, math.nan) if values is None else values)
+        owned = torch.zeros(len(self.buffer), dtype=torch.bool, device=DEVICE)
+        owned.as_strided(*place).fill_(True)
+        self.outside = ~owned
+
+    def check(self):
+        assert not bool(self.tensor.isnan().any()), "an element was not written, or came from outside"
+        assert bool((self.buffer[self.outside] == SENTINEL).all()), "something beside the tensor was written"
+
+
+def source(shape, dtype, layout, guard, salt) -> Tensor:
+    return Guarded(shape, dtype, layout, guard, math.nan, tensor(shape, dtype, salt=salt)).tensor
+
+
+def at_all_sizes(test):
+    """The sizes around a block, in every type and layout by turns, beside what is drawn."""
+    for i, shape in enumerate(sizes):
+        layout = "contiguous" if len(shape) < 3 else LAYOUTS[i % 6]
+        test = example(shape, DTYPES[i % 3], layout, (64, 67)[i % 2], i % 4 != 0)(test)
+    return test
+
+
+shaped = given(shape=shapes(), dtype=dtypes, layout=layouts, guard=guards, generated=st.booleans())
+
+
+@every
+@at_all_sizes
+@shaped
+def test_normal(backend, shape, dtype, layout, guard, generated):
+    out = Guarded(shape, dtype, layout, guard)
+    step = index(ROWS, shape[0], True, 1)
+    _backend.launchers(backend).normal_(out.tensor, as_seed(1, DEVICE), None, step, 1)
+    out.check()
+
+
+@every
+@at_all_sizes
+@shaped
+def test_noising(backend, shape, dtype, layout, guard, generated):
+    out = Guarded(shape, dtype, layout, guard)
+    x0, noise = (source(shape, dtype, layout, guard, i) for i in range(2))
+    t, drawn = index(ROWS, shape[0], True, 1), (as_seed(1, DEVICE), None, None) if generated else (None, None, noise)
+    _backend.launchers(backend).noising(out.tensor, x0, t, table(ROWS, 2, 0), *drawn, 1)
+    out.check()
+
+
+@every
+@at_all_sizes
+@shaped
+def test_loss(backend, shape, dtype, layout, guard, generated):
+    pred, x0, noise = (source(shape, dtype, layout, guard, i) for i in range(3))
+    t, drawn = index(ROWS, shape[0], True, 1), (as_seed(1, DEVICE), None, None) if generated else (None, None, noise)
+    grad = Guarded(shape, dtype, layout, guard)
+    out = Guarded((shape[0] if guard == 64 else 1,), torch.float32, "contiguous", guard)
+    _backend.launchers(backend).loss(
+        out.tensor, grad.tensor, pred, x0, t, table(ROWS, 3, 0), *drawn, 1, "huber", 1.0, 0.01, 0.01
+    )  # fmt: skip
+    grad.check()
+    out.check()
+
+
+@every
+@at_all_sizes
+@shaped
+def test_scale(backend, shape, dtype, layout, guard, generated):
+    layout = layout if layout in ("channels_last", "swapped") else "contiguous"
+    grad = Guarded(shape, dtype, layout, guard, values=tensor(shape, dtype))
+    before = grad.tensor.clone()
+    by = torch.tensor([-2.0, 1.0, 4.0, 0.5, 8.0], device=DEVICE)[: shape[0] if generated else 1]
+    _backend.launchers(backend).scale_(grad.tensor, by, 0.5)
+    grad.check()
+    assert torch.equal(grad.tensor, before * (by / 2).to(dtype).reshape(-1, *[1] * (len(shape) - 1)))
+
+
+@every
+@at_all_sizes
+@shaped
+def test_update(backend, shape, dtype, layout, guard, generated):
+    x, pred, uncond, raw, noise = (source(shape, dtype, layout, guard, i) for i in range(5))
+    step, drawn = index(ROWS, shape[0], True, 1), (as_seed(1, DEVICE), None) if generated else (None, None)
+    inplace = guard == 64
+    out = Guarded(shape, dtype, layout, guard, values=x if inplace else None)
+    hist = Guarded(shape, dtype, layout, guard, values=tensor(shape, dtype, salt=6))
+    _backend.launchers(backend).update(
+        out.tensor, out.tensor if inplace else x, pred, table(ROWS, 9, 0), step, *drawn,
+        uncond, raw, None if generated else noise, hist.tensor, 1.0, "x0hat" if inplace else "x", 2,
+    )  # fmt: skip
+    out.check()
+    hist.check()
+
+
+@pytest.mark.parametrize("backend", ["triton"])  # the only one with a kernel of it
+@at_all_sizes
+@shaped
+def test_vlb(backend, shape, dtype, layout, guard, generated):
+    """Terms and decoders by turns; `generated` takes the gradient by the variance too."""
+    pred, raw, x_t, x0 = (source(shape, dtype, layout, guard, i) for i in range(4))
+    grads = [Guarded(shape, dtype, layout, guard) for _ in range(2)]
+    out = Guarded((shape[0] if guard == 64 else 1,), torch.float32, "contiguous", guard)
+    rows = table(ROWS, 6, 0)
+    rows[:, 5] = torch.arange(ROWS) % 2
+    t = index(ROWS, shape[0], True, 1)
+    stored = [grads[0].tensor, grads[1].tensor if generated else None]
+    _backend.launchers(backend).vlb(out.tensor, *stored, pred, raw, x_t, x0, t, rows, 1.0, 0.01)
+    out.check()
+    for grad in grads[: 1 + generated]:
+        grad.check()
+
+
+normed = given(
+    shape=st.sampled_from([(2, 6), (1, 6, 5), (2, 6, 5, 3), (1, 12, 4, 7)]), dtype=dtypes, layout=layouts, guard=guards,
+    scaled=st.booleans(), enough=st.sampled_from([1, 256]),
+)  # fmt: skip
+
+
+def norm_operands(shape, dtype, layout, guard, scaled):
+    """(x, groups, weight, bias, scale, shift)."""
+    x, vectors = source(shape, dtype, layout, guard, 0), [source(shape[1:2], dtype, layout, guard, i) for i in (1, 2)]
+    rows = [source(shape[:2], dtype, layout, guard, i) for i in (3, 4)] if scaled else [None, None]
+    return x, 3, *vectors, *rows
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    for name, size in (("BLOCK", 16), ("PIXELS", 4), ("CHANNELS", 2)):
+        monkeypatch.setattr(group_norm, name, size)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@normed
+def test_norm(small_tiles, shape, dtype, layout, guard, scaled, enough):
+    out = Guarded(shape, dtype, layout, guard)
+    mean, rstd = (Guarded((shape[0], 3), torch.float32, "contiguous", guard) for _ in range(2))
+    with mock.patch.object(group_norm, "ENOUGH_GROUPS", enough):
+        group_norm.norm(
+            out.tensor, mean.tensor, rstd.tensor, *norm_operands(shape, dtype, layout, guard, scaled), 1e-5
+        )
+    for written in (out, mean, rstd):
+        written.check()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@normed
+def test_norm_gradient(small_tiles, shape, dtype, layout, guard, scaled, enough):
+    x, *rest = norm_operands(shape, dtype, layout, guard, scaled)
+    by_x, grad = Guarded(shape, dtype, layout, guard), source(shape, dtype, layout, guard, 5)
+    mean, rstd = (source((shape[0], 3), torch.float32, "contiguous", guard, i) for i in (6, 7))
+    with mock.patch.object(group_norm, "ENOUGH_GROUPS", enough):
+        sums = group_norm.norm_grad(by_x.tensor, grad, x, mean, rstd, *rest)
+    by_x.check()
+    assert not bool(sums.isnan().any())
+
+
+# --- layouts and grids ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "drawn", "given"),
+    [
+        ((2, 3, 4, 6), "contiguous", 1, 1),
+        ((2, 3, 4, 6), "channels_last", 3, 1),
+        ((2, 3, 3, 5), "channels_last", None, 1),
+        ((2, 3, 2, 2, 2), "channels_last", 3, 1),
+        ((2, 3, 4, 8), "swapped", None, 1),
+        ((2, 8, 6), "swapped", None, 1),
+        ((2, 6, 8), "swapped", 6, 1),
+        ((2, 3, 4, 6), "batch_last", None, None),
+        ((2, 3, 4, 6), "strided", None, None),
+        ((2, 3, 4, 6), "half", None, None),
+        ((5,), "contiguous", 1, 1),
+        ((5,), "strided", None, None),
+    ],
+)
+def test_dense_layouts_are_worked_on_where_they_lie(shape, layout, drawn, given):
+    """CHANNELS of the walk, for generated and for given noise; None where a copy is needed."""
+    x, same, plain = tensor(shape, layout=layout), tensor(shape, layout=layout, salt=1), tensor(shape, salt=2)
+    for generated, channels in ((True, drawn), (False, given)):
+        walked, (first, second, third, absent) = lay_out(x, same, plain, None, generated=generated)
+        assert absent is None and walked == (channels or 1)
+        assert (first is x) == (second is same) == (channels is not None)
+        assert (third is plain) == (channels is None or layout == "contiguous")
+        assert first.stride() == second.stride() == third.stride()
+        for got, want in ((first, x), (second, same), (third, plain)):
+            assert torch.equal(got, want)
+
+
+def test_channels_do_not_depend_on_the_stride_between_samples():
+    for layout, channels in (("contiguous", 1), ("channels_last", 3), ("swapped", 0)):
+        assert channels_of(tensor((4, 3, 5, 6), layout=layout)[::2]) == channels
+
+
+@given(batch=st.integers(1, 200_000), n=st.integers(1, 2**40), block=st.sampled_from([256, 512, 1024, 2048, 4096]))
+def test_grid_holds_every_block_within_the_limits(batch, n, block):
+    """CUDA programming guide, technical specifications: 2^31 - 1 programs on axis 0, 65,535 on axes 1 and 2."""
+    blocks, low, high = grid_of(batch, n, block)
+    assert (blocks - 1) * block < n <= blocks * block
+    assert low <= 65535 and high <= 65535
+    assert low * (high - 1) < batch <= low * high
+    assert high == 1 or low == 32768  # the factor of `owner`

@@ -1,0 +1,58 @@
+"""`kernels.launch.launch`: the compiled kernel that it remembers is the one that Triton would choose. Compiled for a
+GPU that is not here, by a driver that launches nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import itertools, random, torch, triton
+import fastdiff.kernels.launch as launch
+from fastdiff.kernels.loss import scale_kernel
+from fastdiff.kernels.noise import normal_
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+launched = []
+
+class Driver:
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+def run(self, *args):
+    launched.append((self, args[9:], args[:3]))
+
+driver.set_active(Driver())
+CompiledKernel._init_handles = lambda self: setattr(self, "_run", lambda *args: run(self, *args))
+launch.on_nvidia = lambda x: True
+random.seed(0)
+numbers = [1, 2, 15, 16, 32, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1]
+buffer, by = torch.zeros(64), torch.ones(4)
+half = buffer.to(torch.bfloat16)
+tensors = [buffer, buffer[1:], buffer[4:], half, half[1:], half[8:]]
+constants = [{"BLOCK": block, "num_warps": warps} for block, warps in ((256, 2), (256, 4), (512, 4))]
+calls = [(random.choice(tensors), random.choice((by, by[1:])), random.choice(numbers), random.choice(numbers),
+          random.choice((0, 1)), random.random(), random.choice(constants)) for _ in range(120)]
+for x, incoming, batch, n, stride, factor, constant in calls:
+    operands = (batch, n, stride, factor)
+    launched.clear()
+    launch.launch(scale_kernel, (3, 2, 1), (x, incoming), operands, constant)
+    scale_kernel[(3, 2, 1)](x, incoming, *operands, **constant)
+    (kernel, args, grid), (chosen, wanted, its) = launched
+    assert kernel is chosen, (x.data_ptr() % 16, x.dtype, operands)
+    assert grid == its and len(args) == len(wanted)
+    assert all(a is b or a == b for a, b in zip(args, wanted)), (args, wanted)
+print(len(launch._compiled), len({id(k) for k, _ in launch._compiled.values()}))
+"""
+
+
+def test_the_remembered_kernel_is_the_one_that_triton_chooses(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kinds, kernels = map(int, done.stdout.split())
+    assert kinds < 120 and kernels > 20  # some were remembered, and there was something to confuse

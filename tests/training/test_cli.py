@@ -1,0 +1,236 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdiff.cli import main
+from fastdiff.training import checkpoint
+
+TINY = ["--channels", "8", "--batch-size", "8", "--timesteps", "20", "--device", "cpu"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "fastdiff", *map(str, args)]
+
+
+def call(*args: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def refused(capsys, *args: object) -> str:
+    """Run a command that must fail; the line that it says."""
+    capsys.readouterr()
+    try:
+        status = main([str(arg) for arg in args])
+    except SystemExit as error:
+        status = error.code
+    said = capsys.readouterr()
+    assert status in (1, 2) and said.out == ""
+    assert said.err.startswith("fastdiff: error: ") and said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    done = call("train", "--data", "digits", "--out", out, "--steps", 3, *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "3/3" in done.stderr and "images/s" not in done.stdout
+    return out / "model.safetensors"
+
+
+def test_train_resume_needs_only_the_folder(model, tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes(model.read_bytes())
+    assert main(["train", "--out", str(tmp_path), "--resume", "--steps", "4", "--device", "cpu"]) == 0
+    assert checkpoint.load(tmp_path / "model.safetensors").step == 4
+    assert "4 steps" in capsys.readouterr().out
+    line = refused(capsys, "train", "--out", tmp_path, "--resume", "--channels", 16, "--device", "cpu")
+    assert "channels: the run was started with 8, got 16" in line
+
+
+def test_train_on_a_folder_of_images(tmp_path, capsys):
+    for i in range(3):
+        Image.new("RGB", (20, 10), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    size = ["--size", "8", "--steps", "2", *TINY]
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(tmp_path), "--out", str(out), "--bf16", *size]) == 0
+    state = checkpoint.load(out / "model.safetensors")
+    assert state.ema.sample_shape == (3, 8, 8) and state.step == 2 and state.options["bf16"]
+    line = refused(capsys, "eval", out / "model.safetensors", "--device", "cpu")
+    assert "expected a model of the 8x8 digits, it draws (3, 8, 8)" in line
+
+
+def test_sample_writes_grid_and_array(model, tmp_path):
+    prefix = tmp_path / "new" / "v1.5"
+    how = ["--sampler", "ddim", "--steps", 4, "--eta", 0.5, "--seed", 3]
+    done = call("sample", model, "--n", 5, *how, "--out", prefix)
+    assert done.returncode == 0, done.stderr
+    assert "4/4" in done.stderr
+    images = np.load(f"{prefix}.npy")
+    assert images.shape == (5, 1, 8, 8) and images.dtype == np.float32
+    assert np.abs(images).max() <= 1 and images.std() > 0
+    grid = np.asarray(Image.open(f"{prefix}.png"))
+    assert grid.shape == (2 * 50, 3 * 50)
+    assert grid[1, 1] == round((images[0, 0, 0, 0] + 1) * 127.5)
+    assert sorted(p.name for p in prefix.parent.iterdir()) == ["v1.5.npy", "v1.5.png"]
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_batch(model, tmp_path):
+    def draw(name: str, *args: str) -> np.ndarray:
+        base = ["sample", str(model), "--n", "5", "--steps", "3", "--device", "cpu", "--out", str(tmp_path / name)]
+        assert main([*base, *args]) == 0
+        return np.load(tmp_path / f"{name}.npy")
+
+    one = draw("a")
+    np.testing.assert_array_equal(draw("b"), one)
+    np.testing.assert_allclose(draw("c", "--batch-size", "2"), one, atol=1e-5)
+    assert np.abs(draw("d", "--seed", "1") - one).max() > 0.1
+    assert np.abs(one[0] - one[2]).max() > 0.1
+
+
+def test_eval_reports_and_writes_json(model, tmp_path):
+    done = call("eval", model, "--n", 12, "--steps", 2, "--json", tmp_path / "eval.json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "eval.json").read_text())
+    assert report["n_samples"] == 12 and sum(report["class_counts"]) == 12
+    assert report["frechet_distance"] > 3 * report["frechet_distance_real"] > 0.5
+    assert report["class_entropy_max"] == pytest.approx(np.log(10))
+    assert 0 <= report["class_entropy"] <= report["class_entropy_max"]
+    assert 0.1 <= report["classifier_confidence"] <= 1 and 1 <= report["classes_present"] <= 10
+    assert f"frechet_distance           {report['frechet_distance']:.4f}" in done.stdout
+
+
+def test_bench_is_handed_its_arguments(monkeypatch):
+    seen = []
+    bench = SimpleNamespace(
+        add_arguments=lambda parser: parser.add_argument("--rounds", type=int),
+        main=lambda args: seen.append(args.rounds) or 7,
+    )
+    monkeypatch.setitem(sys.modules, "fastdiff.bench", bench)
+    assert main(["bench", "--rounds", "3"]) == 7 and seen == [3]
+
+
+def test_other_commands_do_not_need_bench(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fastdiff.bench", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", "--help"])
+    assert stop.value.code == 0 and "PREFIX" in capsys.readouterr().out
+    assert "bench" in refused(capsys, "bench")
+
+
+def test_interrupt_keeps_a_checkpoint_and_tells_how_to_resume(tmp_path):
+    out = tmp_path / "a run"
+    args = ["train", "--data", "digits", "--out", out, "--steps", 10**6, *TINY]
+    with subprocess.Popen(command(*args), stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        assert process.stderr is not None
+        said = b""
+        while b"loss" not in said:  # the bar shows the loss after ten steps
+            byte = process.stderr.read(1)
+            assert byte, said.decode()
+            said += byte
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read().decode()
+    assert process.returncode == 130
+    last = rest.splitlines()[-1]
+    state = checkpoint.load(out / "model.safetensors")
+    assert state.step >= 10 and "Traceback" not in rest
+    assert last.startswith(f"fastdiff: interrupted at step {state.step} of 1000000; go on with: fastdiff train")
+    assert f"--out '{out}'" in last and last.endswith("--resume")
+
+
+def test_a_traceback_is_never_shown(model, tmp_path):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(model.read_bytes()[:-1])
+    done = call("sample", cut, "--out", tmp_path / "x")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"fastdiff: error: {cut} is not a safetensors file") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "arguments are required"),
+        (["fly"], "invalid choice"),
+        (["train"], "--out"),
+        (["train", "--out", "x"], "--data"),
+        (["train", "--out", "x", "--data", "missing"], "missing: No such file or directory"),
+        (["train", "--out", "x", "--data", "digits", "--steps", "many"], "--steps"),
+        (["train", "--out", "x", "--data", "digits", "--steps", "0"], "steps: expected at least 1, got 0"),
+        (["train", "--out", "x", "--data", "digits", "--size", "9"], "size: the digits are 8x8, got 9"),
+        (["train", "--out", "x", "--data", "digits", "--objective", "y"], "objective"),
+        (["train", "--out", "x", "--data", "digits", "--schedule", "steep"], "schedule"),
+        (["train", "--out", "x", "--data", "digits", "--device", "abacus"], "--device: 'abacus'"),
+        (["train", "--out", "x", "--resume"], "model.safetensors: No such file or directory"),
+        (["train", "--out", "file/x", "--data", "digits"], "file"),
+        (["sample", "missing", "--out", "x"], "missing: No such file or directory"),
+        (["sample", ".", "--out", "x"], "Is a directory"),
+        (["sample", "file", "--out", "x"], "file is not a safetensors file"),
+        (["sample", "MODEL", "--out", "file/x"], "file"),
+        (["sample", "MODEL", "--out", "x", "--n", "0"], "expected at least 1"),
+        (["sample", "MODEL", "--out", "x", "--sampler", "magic"], "--sampler"),
+        (["sample", "MODEL", "--out", "x", "--steps", "21"], "steps"),
+        (["sample", "MODEL", "--out", "x", "--sampler", "ddim", "--eta", "-1"], "eta"),
+        (["eval", "MODEL", "--json", "folder"], "folder: Is a directory"),
+    ],
+)
+def test_bad_input_is_one_clear_line(model, tmp_path, monkeypatch, capsys, args, said):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("no checkpoint")
+    Path("folder").mkdir()
+    assert said in refused(capsys, *(model if arg == "MODEL" else arg for arg in args))
+
+
+def test_a_run_is_not_overwritten(model, capsys):
+    before = model.read_bytes()
+    line = refused(capsys, "train", "--data", "digits", "--out", model.parent, *TINY)
+    assert "exists: go on with --resume" in line and model.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "sampler"),
+    [
+        (["--formulation", "ncsn", "--timesteps", "4", "--sigma-max", "2"], "NCSN", "ddpm"),
+        (["--formulation", "vp"], "ScoreSDE", "euler_maruyama"),
+        (["--formulation", "ve", "--sigma-max", "5"], "ScoreSDE", "predictor_corrector"),
+        (["--formulation", "subvp", "--objective", "eps"], "ScoreSDE", "ddim"),
+        (["--variance", "learned", "--loss", "hybrid"], "DDPM", "ddpm"),
+    ],
+)
+def test_every_formulation_is_trained_resumed_and_sampled(options, kind, sampler, tmp_path):
+    run, tiny = tmp_path / "run", ["--channels", "8", "--batch-size", "8", "--device", "cpu"]
+    tiny += [] if "--timesteps" in options or kind == "ScoreSDE" else ["--timesteps", "20"]
+    assert main(["train", "--data", "digits", "--out", str(run), "--steps", "2", *tiny, *options]) == 0
+    assert main(["train", "--out", str(run), "--resume", "--steps", "3", "--device", "cpu"]) == 0
+    state = checkpoint.load(run / "model.safetensors")
+    assert type(state.diffusion).__name__ == kind and state.step == 3
+    if "--sigma-max" in options:
+        assert state.diffusion.process.sigma_range()[1] == pytest.approx(float(options[-1]))
+    for more in ([], ["--sampler", sampler]):  # its own sampler, and another
+        prefix = tmp_path / f"drawn{len(more)}"
+        command = ["sample", str(run / "model.safetensors"), "--n", "2", "--out", str(prefix), "--device", "cpu"]
+        assert main([*command, "--steps", "2", *more]) == 0
+        images = np.load(f"{prefix}.npy")
+        assert images.shape == (2, 1, 8, 8) and np.isfinite(images).all()
+
+
+def test_formulations_refuse_what_is_not_theirs(capsys, tmp_path):
+    train = ["train", "--data", "digits", "--device", "cpu", "--out", tmp_path / "run"]
+    assert "formulation: expected one of ddpm, ncsn, vp, subvp, ve, got 'sde'" in refused(
+        capsys, *train, "--formulation", "sde"
+    )
+    assert "variance: expected 'posterior' but for ddpm" in refused(
+        capsys, *train, "--formulation", "vp", "--variance", "learned"
+    )
+    assert "weighting: expected one of simple, likelihood, min_snr" in refused(
+        capsys, *train, "--formulation", "vp", "--weighting", "vlb"
+    )
+    assert not (tmp_path / "run" / "model.safetensors").exists()
