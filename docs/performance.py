@@ -39,12 +39,12 @@ TITLES = {
     "checks": "Checks",
 }
 UNITS = {
-    "operations": "Milliseconds of the GPU's work alone, lower is better. `eager / fastdiff` and `of a copy`: higher is better.",
+    "operations": "Milliseconds of the GPU's work, lower is better. In the last two columns higher is better.",
     "host": "Microseconds that one call holds up the program, lower is better.",
 }
 METHOD = """# Performance
 
-This page is made by `python docs/performance.py` from the files in `benchmarks/results/`. Nothing on it is typed by hand.
+This page is made by `python docs/performance.py` from the files in `benchmarks/results/`. No figure is typed by hand.
 
 ## How it is measured
 
@@ -137,7 +137,8 @@ def picture(content: dict[str, Any]) -> str:
     bottom = top + len(names) * (2 * height + 12)
     title = f"{device_name(content)}: how many times faster than eager PyTorch (longer is better)"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {bottom + 34}" font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {bottom + 34}"',
+        ' font-family="sans-serif" font-size="13">',
         f"<title>{escape(title)}</title>",
         f'<rect width="720" height="{bottom + 34}" fill="#ffffff"/>',
         f'<text x="16" y="24" font-size="15" font-weight="bold">{escape(title.partition(" (")[0])}</text>',
@@ -153,10 +154,10 @@ def picture(content: dict[str, Any]) -> str:
         for k, dtype in enumerate(DTYPES):
             ratio = found[dtype][name][0]
             length = max(ratio * unit, 1)
-            parts.append(
-                f'<rect x="{left}" y="{y + k * height}" width="{length:.1f}" height="{height - 1}" fill="{colours[dtype]}"/>'
-            )
-            parts.append(f'<text x="{left + length + 5:.1f}" y="{y + k * height + 12}" font-size="12">{ratio:.1f}x</text>')
+            at, size = f'x="{left}" y="{y + k * height}"', f'width="{length:.1f}" height="{height - 1}"'
+            parts.append(f'<rect {at} {size} fill="{colours[dtype]}"/>')
+            at = f'x="{left + length + 5:.1f}" y="{y + k * height + 12}"'
+            parts.append(f'<text {at} font-size="12">{ratio:.1f}x</text>')
     parts.append(f'<line x1="{left + unit:.1f}" y1="{top - 6}" x2="{left + unit:.1f}" y2="{bottom}" stroke="#c62828"/>')
     parts.append(f'<text x="{left + unit:.1f}" y="{bottom + 16}" fill="#c62828">1x: eager PyTorch</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
@@ -169,7 +170,7 @@ def headline_table(content: dict[str, Any], page: str) -> str:
     lines = [
         f"{name}, torch {machine['torch'].partition('+')[0]}, GPU time of 50 million elements ([report]({page})):",
         "",
-        "| operation | bfloat16: eager's time / ours | of a copy's speed | float32: eager's time / ours | of a copy's speed |",
+        "| | " + " | ".join(f"{dtype}: eager / ours | of a copy" for dtype in DTYPES) + " |",
         "|---|---:|---:|---:|---:|",
     ]
     found = [speedups(content, dtype) for dtype in DTYPES]

@@ -2,8 +2,8 @@
 
 python examples/extending/objective.py
 
-Every objective is a mixture pred = p x_0 + q eps. Targets, conversions, weights and samplers follow from p and q. To make
-it part of the package, put the row into OBJECTIVES in fastdiff/objective.py.
+Every objective is a mixture pred = p x_0 + q eps. Targets, conversions, weights and samplers follow from p and q. To
+make it part of the package, put the row into OBJECTIVES in fastdiff/objective.py.
 """
 
 import torch

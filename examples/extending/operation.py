@@ -3,8 +3,8 @@
 python examples/extending/operation.py
 
 In the package each part has its own place: the reference in fastdiff/reference.py, the kernel and its launcher in
-kernels/, and the checks, schema and gradient in fastdiff/ops/. Here they stand below each other. Without a GPU the kernel
-runs in Triton's interpreter.
+kernels/, and the checks, schema and gradient in fastdiff/ops/. Here they stand below each other. Without a GPU the
+kernel runs in Triton's interpreter.
 """
 
 import os

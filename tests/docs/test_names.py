@@ -21,7 +21,9 @@ def text_files() -> list[Path]:
     """Every text file of the checkout that is ours."""
     files = [path for path in ROOT.iterdir() if path.is_file()]
     files += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
-    return [path for path in files if path.suffix in SUFFIXES and "__pycache__" not in path.parts and path.name != ".git"]
+    return [
+        path for path in files if path.suffix in SUFFIXES and "__pycache__" not in path.parts and path.name != ".git"
+    ]
 
 
 def prose(text: str) -> str:
@@ -38,7 +40,9 @@ def test_no_hint_installs_the_other_fastdiff():
     for path in text_files():
         if path != Path(__file__):
             lines = path.read_text(encoding="utf-8").splitlines()
-            found += [f"{path.relative_to(ROOT)}:{i}: {line.strip()}" for i, line in enumerate(lines, 1) if old.search(line)]
+            found += [
+                f"{path.relative_to(ROOT)}:{i}: {line.strip()}" for i, line in enumerate(lines, 1) if old.search(line)
+            ]
     assert not found, "\n".join(found)
 
 
@@ -59,7 +63,9 @@ def test_one_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == fastdiff.__version__
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
     assert newest[1] == fastdiff.__version__
-    numbers = [path for path in (ROOT / "fastdiff").rglob("*.py") if "__version__ =" in path.read_text(encoding="utf-8")]
+    numbers = [
+        path for path in (ROOT / "fastdiff").rglob("*.py") if "__version__ =" in path.read_text(encoding="utf-8")
+    ]
     assert numbers == [ROOT / "fastdiff" / "__init__.py"]
 
 
@@ -75,7 +81,9 @@ def test_one_floor_of_torch_and_of_python():
     assert f'python_requires=">={matrix["python"][0]}"' in SETUP
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")) + [ROOT / ".pre-commit-config.yaml"], ids=str)
+@pytest.mark.parametrize(
+    "path", [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml"], ids=lambda path: path.name
+)
 def test_configurations_are_yaml(path):
     assert yaml.safe_load(path.read_text(encoding="utf-8"))
 
@@ -106,7 +114,9 @@ def test_the_performance_page_is_what_the_results_say():
 def test_files_that_pages_name_are_there():
     """Paths in backticks that name a folder of the checkout."""
     pages = [path for path in text_files() if path.suffix == ".md" and "results" not in path.parts]
-    named = re.compile(r"`(?:python |pytest )?((?:fastdiff|kernels|benchmarks|tests|docs|examples|\.ci)/[\w./-]+)[^`]*`")
+    named = re.compile(
+        r"`(?:python |pytest )?((?:fastdiff|kernels|benchmarks|tests|docs|examples|\.ci)/[\w./-]+)[^`]*`"
+    )
     missing = []
     for page in pages:
         for path in named.findall(page.read_text(encoding="utf-8")):

@@ -110,7 +110,9 @@ def test_heun_is_edms_sampler():
     denoise = Denoiser()
     x_T = 50 * torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     n, low, high, rho = 9, 0.01, 50.0, 7.0
-    sigmas = [(high ** (1 / rho) + i / (n - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho for i in range(n)] + [0.0]
+    sigmas = [(high ** (1 / rho) + i / (n - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho for i in range(n)] + [
+        0.0
+    ]
     x = x_T
     with torch.no_grad():
         for sigma, following in itertools.pairwise(sigmas):

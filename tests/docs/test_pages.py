@@ -100,7 +100,9 @@ def test_the_notebook_runs(tmp_path):
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     for cell in notebook.cells:
         cell.source = shorter(cell.source)
-    runner = client.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    runner = client.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    )
     runner.execute(env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert (tmp_path / "digits.png").exists()
 
