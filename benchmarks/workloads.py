@@ -21,7 +21,7 @@ from fastdiff.diffusion import kept_noise
 from fastdiff.process import grid
 from fastdiff.schedule import linear
 from fastdiff.steps import ancestral
-from fastdiff.training.loop import DIGITS, Options, build
+from fastdiff.training import DIGITS, Options, build
 from fastdiff.unet import UNet
 
 TIMESTEPS = 1000
