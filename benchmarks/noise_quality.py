@@ -72,9 +72,9 @@ def main() -> None:
     for k, (found, expected, double) in enumerate(zip(moments.tolist(), MOMENTS, DOUBLE, strict=True), 1):
         off = (found - expected) / math.sqrt((double - expected**2) / n)
         print(f"| E[z^{k}] | {found:.6f} | {expected} | {off:+.2f} |")
-    for sigma, (count, expected) in tails.items():
-        off = (count - expected) / math.sqrt(expected)
-        print(f"| draws beyond {sigma} sigma | {count} | {expected:.1f} | {off:+.2f} |")
+    for sigma, (count, mean) in tails.items():
+        off = (count - mean) / math.sqrt(mean)
+        print(f"| draws beyond {sigma} sigma | {count} | {mean:.1f} | {off:+.2f} |")
     bound = 1.628 / math.sqrt(n)
     print(f"| Kolmogorov-Smirnov distance | {distance:.2e} | below {bound:.2e} (1 % level) | |")
 

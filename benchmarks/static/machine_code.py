@@ -136,9 +136,10 @@ def _elements(shape: str) -> int:
 
 
 def narrowest(widths: list[int], tensor_bytes: int) -> int | None:
-    """Bits of the narrowest access that it takes to move the tensors, widest first; None where there are none.
+    """Bits of the narrowest access that moves a part of the tensors, or None if no tensor is moved.
 
-    What is left over are scalars. Raises RuntimeError where the accesses do not add up to the tensors.
+    The widest accesses are counted first, and those left over move scalars. Raises RuntimeError if the accesses do not
+    add up to the tensors.
     """
     moved, bits = 0, None
     for width in sorted(widths, reverse=True):
@@ -150,7 +151,7 @@ def narrowest(widths: list[int], tensor_bytes: int) -> int | None:
 
 
 def _nvidia(kernel: Any, listing: str) -> dict[str, Any]:
-    code = _hot_path(listing)
+    code = hot_path(listing)
     resources = _resources(kernel.asm["cubin"])
     registers, shared = resources["REG"], kernel.metadata.shared
     arch, warps = kernel.metadata.target.arch, kernel.metadata.num_warps
@@ -177,7 +178,7 @@ def _nvidia(kernel: Any, listing: str) -> dict[str, Any]:
     }
 
 
-def _hot_path(listing: str) -> list[str]:
+def hot_path(listing: str) -> list[str]:
     """The instructions of the shortest way from the entry by the last load and store to the last exit, without NOPs."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?(\S.*?) ?;", listing, re.MULTILINE)
     at = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
