@@ -30,30 +30,34 @@ def operations(lines: Sequence[Mapping[str, Any]], machine: str, titles: Mapping
         machine: what was measured on.
         titles: the name of each row, in the order of the bars.
     """
-    rows = [row for row in titles if any(row in line["ns_per_element"] for line in lines)]
-    names = list(dict.fromkeys(line["operation"] for line in lines))
+    shown = {  # the rows of each operation
+        name: [r for r in titles if any(r in line["ns_per_element"] for line in lines if line["operation"] == name)]
+        for name in dict.fromkeys(line["operation"] for line in lines)
+    }
     kinds = list(dict.fromkeys((line["dtype"], tuple(line["shape"])) for line in lines))
-    height = min(PAGE[1], 1.2 + len(names) * (0.4 + 0.24 * len(rows)))
-    figure = Figure(figsize=(PAGE[0], height), layout="constrained")
-    figure.suptitle(f"Nanoseconds per element, shorter is better\n{machine}", fontsize=10)
-    panels = figure.subplots(len(names), len(kinds), squeeze=False, sharey=True)
+    counts = [2 + len(rows) for rows in shown.values()]
+    figure = Figure(figsize=(PAGE[0], min(PAGE[1], 1.0 + 0.22 * sum(counts))), layout="constrained")
+    text = "Nanoseconds per element: shorter is better. In brackets: times as long as fastdiff."
+    figure.suptitle(f"{text}\n{machine}", fontsize=9)
+    panels = figure.subplots(len(shown), len(kinds), squeeze=False, sharey="row", height_ratios=counts)
     for line in lines:
-        kind = line["dtype"], tuple(line["shape"])
-        panel = panels[names.index(line["operation"])][kinds.index(kind)]
+        rows, kind = shown[line["operation"]], (line["dtype"], tuple(line["shape"]))
+        panel = panels[list(shown).index(line["operation"])][kinds.index(kind)]
         taken = [line["ns_per_element"].get(row, 0.0) for row in rows]
         bars = panel.barh(range(len(rows)), taken, color=[OWN if row.startswith("fused") else OTHER for row in rows])
-        labels = [_time(row, line) for row in rows]
-        panel.bar_label(bars, labels, padding=2, fontsize=7)
+        panel.bar_label(bars, [_time(row, line) for row in rows], padding=2, fontsize=7)
         panel.set_yticks(range(len(rows)), [titles[row] for row in rows], fontsize=7)
         panel.set_xlim(0, 1.5 * max(taken))
         panel.tick_params(axis="x", labelsize=7)
-        title = f"{line['operation'].replace('_', ' ')}\n{kind[0]}, {'x'.join(map(str, kind[1]))}"
-        panel.set_title(title, fontsize=8)
+        name = line["operation"].replace("_", " ")
+        panel.set_title(f"{name}\n{kind[0]}, {'x'.join(map(str, kind[1]))}", fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[-1]:
         panel.set_xlabel("ns per element", fontsize=8)
-    panels[0][0].invert_yaxis()  # fastdiff on top; all panels share this axis
-    for panel in panels.flat:
-        panel.spines[["top", "right"]].set_visible(False)
+    for first, *others in panels:
+        first.invert_yaxis()  # fastdiff on top; a row of panels shares this axis
+        for panel in others:
+            panel.tick_params(axis="y", length=0)
     return figure
 
 

@@ -14,6 +14,8 @@ from benchmarks.kernel_workloads import KERNEL_TENSORS, KERNELS
 from benchmarks.workloads import OPERATIONS, Row
 from fastdiff import ops
 
+# denoising-diffusion-pytorch compiles a function when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 CPU, SHAPE = torch.device("cpu"), (3, 3, 8, 8)
 DTYPES = [torch.float32, torch.bfloat16]
 
