@@ -112,7 +112,7 @@ def table(found: Mapping[str, Group]) -> list[str]:
 def _cell(figure: float | None, ratio: float | None) -> str:
     if figure is None:
         return "-"
-    return _number(figure) + ("" if ratio is None else f"{_number(ratio) + 'x':>7}")
+    return _number(figure) + ("" if ratio is None else f"{f'{ratio:.2f}' if ratio < 10 else _number(ratio)}x".rjust(7))
 
 
 def _number(value: float) -> str:
