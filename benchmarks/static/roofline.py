@@ -222,8 +222,11 @@ Case = tuple[Variant, str, bool]  # target; whether the polynomials stand in for
 
 
 def cases(size: str) -> list[Case]:
-    """full: every variant on every target. quick: the common ones on sm_90, one of each kernel elsewhere. With both,
-    noising by the polynomials on sm_90, where it never runs so, to be compared."""
+    """The cases of a size.
+
+    "full" has every variant on every target; "quick" has the common ones on sm_90, and one of each kernel elsewhere.
+    Both have noising by the polynomials on sm_90, where it never runs, to compare it with the approximations.
+    """
     if size == "full":
         chosen = [(v, target, False) for target in TARGETS for v in variants(common=False)]
     else:
@@ -277,8 +280,10 @@ def rows_of(
 
 
 def inductor_rows(dump: Path | None) -> list[dict[str, Any]]:
-    """The rows of torch.compile's kernels for the same operations; none, and a line to stderr, where a release of
-    PyTorch does not let itself be asked."""
+    """The rows of torch.compile's kernels for the same operations.
+
+    With a release of PyTorch where this does not work there are none, and a line on stderr says why.
+    """
     from . import inductor
 
     names, kernels = [], []
