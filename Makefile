@@ -21,7 +21,7 @@ demo: $(BIN)/.installed
 	$(BIN)/fastdiff train --data digits --out $(DEMO)
 	$(BIN)/fastdiff sample $(DEMO)/model.safetensors --out $(DEMO)/samples
 	$(BIN)/fastdiff eval $(DEMO)/model.safetensors --json $(DEMO)/eval.json
-	$(BIN)/fastdiff bench
+	$(BIN)/python -m benchmarks
 	@echo "samples: $(DEMO)/samples.png"
 	@echo "figures: $(DEMO)/eval.json"
 

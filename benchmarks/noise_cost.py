@@ -1,5 +1,6 @@
-"""What a normal costs: forward noising with Triton's own generators and with the library's, compiled for an H100 and
-counted in the machine code as `fastdiff bench --static` counts it, as a Markdown table. Needs no GPU.
+"""What a normal costs, as a Markdown table: forward noising with Triton's own generators and with the library's.
+
+It is compiled for an H100, and its machine code is counted as in the static roofline. This needs no GPU.
 """
 
 from typing import Any

@@ -8,9 +8,9 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from strategies import DEVICE
 from torch import nn
-from torchvision_standin import stock
 
 import fastdiff
+from benchmarks.torchvision_standin import stock
 from fastdiff.interop import diffusers as ours
 
 # NumPy, in the interpreter, on exp(-u) beyond the range of float32.

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from strategies import BACKENDS, DEVICE
 from torch import Tensor, nn
-from torchvision_standin import stock as import_stock
 
 import fastdiff
+from benchmarks.torchvision_standin import stock as import_stock
 from fastdiff.interop import denoising_diffusion as fused
 from fastdiff.interop.denoising_diffusion import GaussianDiffusion
 
