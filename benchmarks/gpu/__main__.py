@@ -1,6 +1,7 @@
 """The command of the kit.
 
-`python -m benchmarks.gpu --budget SECONDS --stage NAME...` measures. `python -m benchmarks.gpu report` writes the pages.
+`python -m benchmarks.gpu --budget SECONDS --stage NAME...` measures.
+`python -m benchmarks.gpu report` writes the pages.
 """
 
 import argparse
