@@ -7,12 +7,12 @@ BIN := $(VENV)/bin
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 DEMO := runs/demo
 
-.PHONY: demo test test-deep test-matrix lint bench gpu-check clean
+.PHONY: demo test test-deep test-matrix lint docs wheel bench gpu-check clean
 
 $(BIN)/.installed: setup.py pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[cpu,train,dev]'
+	$(BIN)/pip install --quiet --editable '.[cpu,train,dev,docs]'
 	$(BIN)/pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
 	touch $@
 
@@ -35,6 +35,17 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The site, in site/. Strict: a broken link or a name without a docstring is an error.
+docs: $(BIN)/.installed
+	$(BIN)/python docs/performance.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Builds the wheel, lists what is in it, installs it into a fresh environment and draws one sample there.
+wheel: $(BIN)/.installed
+	rm -rf dist build *.egg-info
+	$(BIN)/python -m build --wheel --outdir dist
+	$(BIN)/python .ci/wheel.py dist
+
 bench: $(BIN)/.installed
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
@@ -54,4 +65,4 @@ test-matrix: $(BIN)/.installed
 	done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
