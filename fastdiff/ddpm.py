@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from . import bound, ops, steps
 from .cache import Tables
 from .diffusion import Diffusion, How
+from .interop import pretrained
 from .objective import WEIGHTINGS, target_rows, weights
 from .ops.checks import as_index, as_seed, check_choice, check_floating, check_like
 from .process import Chain
 from .progress import state_dtype
 from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, make_steps
+from .unet import UNet
 
 # alpha_bar at the last level beyond which the prior is visibly not where the chain ends.
 MAX_REMAINING_SIGNAL = 1e-3
@@ -204,16 +206,34 @@ class DDPM(ChainDiffusion):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DDPM":
-        """The model of a DDPMPipeline's directory of diffusers; see fastdiff.interop.pretrained.load_ddpm."""
-        from .interop.pretrained import load_ddpm
+        """The DDPM of a DDPMPipeline's directory of diffusers, in eval mode: its UNet and its scheduler's numbers.
 
-        return load_ddpm(folder)
+        Its ancestral sampler over all levels is DDPMScheduler's. A learned variance is trained by the hybrid loss.
+
+        Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for what UNet or DDPM lacks.
+        """
+        arguments, unet = pretrained.read_ddpm(folder), UNet.from_pretrained(folder)
+        with arguments.blamed():
+            return cls(unet, **arguments).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what diffusers' DDPMPipeline.from_pretrained reads; see fastdiff.interop.pretrained.save_ddpm."""
-        from .interop.pretrained import save_ddpm
+        """Write a directory that DDPMPipeline.from_pretrained of diffusers reads, with weights as safetensors.
 
-        save_ddpm(self, folder)
+        Raises: ValueError, before anything is written, if the model is no UNet, the objective is "score", or the
+            schedule does not keep the variance.
+        """
+        if not isinstance(self.model, UNet):
+            raise ValueError(f"model: expected a UNet, got {type(self.model).__name__}")
+        pretrained.write_ddpm(
+            folder,
+            self.model.config,
+            self.model.state_dict(),
+            self.schedule,
+            schedule_name=self.schedule_name,
+            objective=self.objective,
+            variance=self.variance,
+            clip=self.clip,
+        )
 
     @property
     def config(self) -> dict[str, Any]:

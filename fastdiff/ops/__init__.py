@@ -281,3 +281,20 @@ def group_norm_silu(
     if not has_norm_kernel(x):
         return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, eps)
     return torch.ops.fastdiff.group_norm_silu(x, num_groups, weight, bias, scale, shift, eps)[0]
+
+
+def combine(
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    index: int | Tensor,
+    *,
+    z: Tensor | None = None,
+    clip: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """from_x0 clip(x0_from_x x + x0_from_pred y) + from_x x + from_pred y + noise z, typed like x.
+
+    x, y, z: (B, ...). rows: (n, 9) float32 rows, see `fastdiff.rows`. index: an int or an int64 tensor () or (B,).
+    """
+    return update(x, y, rows, index, noise=z, noisy=z is not None, clip=clip, out=out)

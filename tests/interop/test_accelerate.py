@@ -176,7 +176,7 @@ def test_a_pipeline_gives_the_same_images(name):
     assert fastdiff.accelerate(pipeline) == []
     assert sorted(fastdiff.restore(pipeline)) == sorted(replaced)
     assert type(pipeline.scheduler) is getattr(diffusers, name)
-    assert not {"_cache", "_run", "fused_noise"} & set(vars(pipeline.scheduler))
+    assert not {"_tables", "_last_run", "fused_noise"} & set(vars(pipeline.scheduler))
     torch.testing.assert_close(images(), want, rtol=0, atol=0)
 
 
