@@ -261,6 +261,33 @@ def update(
     return torch.ops.fastdiff.update(x, *args[:8], clip, REVERSE)
 
 
+def combine(
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    index: int | Tensor,
+    *,
+    z: Tensor | None = None,
+    clip: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """from_x0 clip(x0_from_x x + x0_from_pred y) + from_x x + from_pred y + noise z, typed like x.
+
+    An affine map of two or three tensors by one row of numbers: what a step of a scheduler is.
+
+    Args:
+        x, y, z: (B, ...) tensors of one shape; z may be left out.
+        rows: (n, 9) float32 rows, see `fastdiff.rows`.
+        index: the row; an int, or an int64 tensor () or (B,).
+        clip: the first bracket is kept in [-clip, clip].
+        out: see above.
+
+    Returns: a tensor shaped and typed like x.
+    Raises: TypeError or ValueError that names the argument.
+    """
+    return update(x, y, rows, index, noise=z, noisy=False, clip=clip, out=out)
+
+
 def group_norm_silu(
     x: Tensor,
     num_groups: int,
