@@ -66,8 +66,8 @@ def _can_cache() -> bool:
     return True
 
 
-# LLVM may relax nothing. With "contract" it fused multiply-adds in the scalar remainder of a loop, and not in all of its
-# vectors (Intel, AVX-512). Then the bits of an element depend on its place. `fused` asks for a multiply-add.
+# LLVM may relax nothing. With "contract" it fused multiply-adds in the scalar remainder of a loop, and not in all of
+# its vectors (Intel, AVX-512). Then the bits of an element depend on its place. `fused` asks for a multiply-add.
 KERNEL: dict[str, Any] = {"cache": _can_cache()}
 STAGE = KERNEL | {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
 # For sums only: they run over chunks whose length is given, and so is their order.
