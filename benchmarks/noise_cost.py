@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import FUSED, load_float32, owner, row_of
-from fastdiff.kernels.noise import tile
+from fastdiff.kernels.launch import FUSED
+from fastdiff.kernels.tile import load_float32, owner, table_row, tile
 
 from benchmarks.static import machine_code, roofline
 from benchmarks.workloads import refuse_interpreter
@@ -25,7 +25,7 @@ def trial_kernel(
     sample, block = owner()
     if sample >= batch:
         return
-    _, row, poison = row_of(t_ptr, 1, sample, levels)
+    _, row, poison = table_row(t_ptr, 1, sample, levels)
     alpha, sigma = tl.load(table_ptr + row * 2) + poison, tl.load(table_ptr + row * 2 + 1)
     start, offsets, mask = tile(block, n, 1, BLOCK)
     start += sample.to(tl.int64) * n
