@@ -8,21 +8,19 @@ bound(x_0) = KL(q(x_T | x_0) || N(0, 1)) + sum over t = 2..T of KL(q(x_{t-1} | x
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .denoiser import Denoiser
 from .objective import x0_rows
 from .ops.checks import as_seed, check_floating
 from .progress import bar, evaluating, state_dtype
 from .reference import work_dtype
 from .schedule import NoiseSchedule
 from .steps import VARIANCES, check_signal
-
-if TYPE_CHECKING:
-    from .diffusion import Diffusion
 
 
 def vlb_rows(schedule: NoiseSchedule, objective: str, variance: str) -> Tensor:
@@ -130,7 +128,7 @@ class Bound:
 
 
 def evaluate(
-    diffusion: "Diffusion",
+    denoiser: Denoiser,
     x0: Tensor,
     *,
     steps: int | Iterable[float] | None = None,
@@ -138,27 +136,34 @@ def evaluate(
     progress: bool = False,
     **model_kwargs: Any,
 ) -> Bound:
-    """Every term of the bound (Ho et al. 2020, eq. 5) of images x0 (B, ...) in 256 steps over [-1, 1], by one draw of
-    x_t and one call of the model each, with the model's variance ("posterior" where it is no DDPM) and clip.
+    """Every term of the bound of images, by one draw of x_t and one call of the model each.
 
-    steps: as in Diffusion.sample: a chain's every level if None, and fewer bound the likelihood of the respaced chain.
-    seed: of the draws; drawn if None. ValueError where the prediction does not determine x_0.
+    Args:
+        denoiser: its variance is that of the reverse steps, its clip that of x0hat.
+        x0: (B, ...), images in 256 steps over [-1, 1].
+        steps: as in Diffusion.sample; every level of a chain if None. Fewer bound the likelihood of the respaced chain.
+        seed: of the draws; drawn if None.
+        progress: show a bar (needs tqdm).
+        model_kwargs: the model's further arguments.
+
+    Raises: ValueError if the prediction does not determine x_0.
+    Reference: Ho et al. 2020, eq. 5.
     """
     check_floating("x0", x0)
-    x0 = x0.detach().to(diffusion._device(), diffusion._dtype())
-    grid, levels = diffusion.process.grid(steps)
+    x0 = x0.detach().to(denoiser.device, denoiser.dtype)
+    grid, levels = denoiser.process.grid(steps)
     times = grid.times(levels)[:-1]
-    made = diffusion.process.discretize(times.flip(0).double())
+    made = denoiser.process.discretize(times.flip(0).double())
     n, dtype = len(times), state_dtype(x0.dtype)
-    rows = vlb_rows(made, diffusion.objective, diffusion.variance).to(x0.device, dtype)
+    rows = vlb_rows(made, denoiser.objective, denoiser.variance).to(x0.device, dtype)
     noising = torch.stack((made.alpha, made.sigma), 1).to(x0.device, dtype)
-    told = diffusion._condition(times).to(x0.device)
+    condition = denoiser.condition(times).to(x0.device)
     seed = as_seed(seed, x0.device)
     terms = x0.new_empty(len(x0), n)
-    with evaluating(diffusion), torch.inference_mode():
+    with evaluating(denoiser), torch.inference_mode():
         for k in bar(n, progress):
             x_t = ops.noising(x0, n - k, noising, seed=seed)
-            pred, raw, _ = diffusion._predict(x_t, told[k].expand(len(x0)), model_kwargs)
-            terms[:, k] = ops.vlb(pred, x_t, x0, n - k, rows, raw_variance=raw, clip=diffusion.clip)
+            pred, raw, _ = denoiser.call_model(x_t, condition[k].expand(len(x0)), model_kwargs)
+            terms[:, k] = ops.vlb(pred, x_t, x0, n - k, rows, raw_variance=raw, clip=denoiser.clip)
         prior = prior_kl(made, x0)
     return Bound(prior / math.log(2), terms / math.log(2))

@@ -8,30 +8,28 @@ a sample's last digits may depend on its neighbours.
 
 import importlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .denoiser import Denoiser
 from .objective import conversion_rows
 from .ops.checks import as_seed, check_floating
 from .process import Process
 from .progress import evaluating
 
-if TYPE_CHECKING:
-    from .diffusion import Diffusion
-
 METHOD = "dopri5"
 
 
-def sample(diffusion: "Diffusion", x: Tensor, model_kwargs: dict[str, Any], tolerance: float = 1e-5) -> Tensor:
+def sample(denoiser: Denoiser, x: Tensor, model_kwargs: dict[str, Any], tolerance: float = 1e-5) -> Tensor:
     """From x at the process's last time down to its first, without gradients and in eval mode; after `check`."""
-    with evaluating(diffusion), torch.no_grad():
-        return _solve(diffusion, (x,), backwards=True, tolerance=tolerance, kwargs=model_kwargs)[0]
+    with evaluating(denoiser), torch.no_grad():
+        return _solve(denoiser, (x,), backwards=True, tolerance=tolerance, kwargs=model_kwargs)[0]
 
 
 def log_likelihood(
-    diffusion: "Diffusion",
+    denoiser: Denoiser,
     x0: Tensor,
     *,
     trace: str = "hutchinson",
@@ -52,15 +50,15 @@ def log_likelihood(
         raise ValueError(f"trace: expected 'hutchinson' or 'exact', got {trace!r}")
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a finite number above 0, got {tolerance}")
-    check(diffusion.process)
-    x = x0.detach().to(diffusion._device(), diffusion._dtype())
+    check(denoiser.process)
+    x = x0.detach().to(denoiser.device, denoiser.dtype)
     generator = torch.Generator(x.device).manual_seed(int(as_seed(seed, torch.device("cpu"))))
     signs = torch.randint(2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1
     probe = signs if trace == "hutchinson" else None
     state = (x, x.new_zeros(len(x)))
-    with evaluating(diffusion), torch.no_grad():
-        x_T, divergence = _solve(diffusion, state, False, tolerance, model_kwargs, probe)
-    std = diffusion._prior_std()
+    with evaluating(denoiser), torch.no_grad():
+        x_T, divergence = _solve(denoiser, state, False, tolerance, model_kwargs, probe)
+    std = denoiser.prior_std()
     n = x[0].numel()
     squares = (x_T / std).square().flatten(1).sum(1)
     return divergence - 0.5 * squares - n * (math.log(std) + 0.5 * math.log(2 * math.pi))
@@ -77,11 +75,11 @@ def _solver() -> Any:
     try:
         return importlib.import_module("torchdiffeq")
     except ImportError as error:
-        raise ImportError("torchdiffeq is not installed: pip install fastdiff[ode]") from error
+        raise ImportError("torchdiffeq is not installed: pip install 'fastdiff-kernels[ode]'") from error
 
 
 def _solve(
-    diffusion: "Diffusion",
+    denoiser: Denoiser,
     state: tuple[Tensor, ...],
     backwards: bool,
     tolerance: float,
@@ -89,15 +87,15 @@ def _solve(
     probe: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The state at the other end of the process; its second part, if there is one, gathers the divergence."""
-    process = diffusion.process
+    process = denoiser.process
 
     def velocity(level: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, level = state[0], level.clamp(levels[0], levels[1])
         if len(state) == 1:
-            return (_flow(diffusion, x, level, kwargs),)
+            return (_flow(denoiser, x, level, kwargs),)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            flow = _flow(diffusion, x, level, kwargs)
+            flow = _flow(denoiser, x, level, kwargs)
             divergence = _divergence(flow, x, probe)
         return flow.detach(), divergence
 
@@ -115,15 +113,15 @@ def _solve(
     return tuple(part[-1] for part in path)
 
 
-def _flow(diffusion: "Diffusion", x: Tensor, level: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _flow(denoiser: Denoiser, x: Tensor, level: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """dx / d level = (f x - g^2 / 2 s(x, t)) 2 sigma^2 / g^2, differentiable by x, at level = log(sigma / alpha)."""
-    process = diffusion.process
+    process = denoiser.process
     times = process.time_of(level.detach().double().reshape(1).exp()).clamp(process.first, process.last)
     made = process.at(times)
-    u, v = conversion_rows(made, diffusion.objective, "score")
+    u, v = conversion_rows(made, denoiser.objective, "score")
     drift, g2 = made.rates
     var = made.sigma**2
-    pred = diffusion._predict(x, diffusion._condition(times).expand(len(x)), kwargs)[0]
+    pred = denoiser.call_model(x, denoiser.condition(times).expand(len(x)), kwargs).pred
     return (2 * var * drift / g2 - var * u).to(x.dtype) * x - (var * v).to(x.dtype) * pred
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedule import NoiseSchedule, _float64
+from .schedule import NoiseSchedule, as_float64
 
 # Noise levels sigma / alpha between which Karras et al. 2022 sample.
 KARRAS_RANGE = (0.002, 80.0)
@@ -123,7 +123,7 @@ class Process(ABC):
 
     def _given(self, steps: Any) -> Tensor:
         """Decreasing times, (n + 1,) float64, between 0 and `last`."""
-        times = _float64("steps", steps if isinstance(steps, Tensor) else list(steps))
+        times = as_float64("steps", steps if isinstance(steps, Tensor) else list(steps))
         if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
             raise ValueError(f"steps: expected a number, or two or more decreasing times, got {times.tolist()}")
         if not (times[-1] >= 0 and times[0] <= self.last):

@@ -36,7 +36,7 @@ class NoiseSchedule:
     def from_log_alpha_bar(cls, log_alpha_bar: Tensor) -> "NoiseSchedule":
         """The variance-preserving chain with the given log alpha_bar_t, (T + 1,): 0 at level 0, never increasing, -inf
         only at the end; ValueError otherwise."""
-        log_alpha_bar = _float64("log_alpha_bar", log_alpha_bar)
+        log_alpha_bar = as_float64("log_alpha_bar", log_alpha_bar)
         if log_alpha_bar.ndim != 1 or len(log_alpha_bar) < 2:
             raise ValueError(f"log_alpha_bar: expected shape (T + 1,), got {tuple(log_alpha_bar.shape)}")
         falls = log_alpha_bar[0] == 0 and (log_alpha_bar.diff() <= 0).all()
@@ -51,7 +51,7 @@ class NoiseSchedule:
 
         betas: (T,) for t = 1..T, each in (0, 1]; 1 only at the end. ValueError otherwise.
         """
-        betas = _float64("betas", betas)
+        betas = as_float64("betas", betas)
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas: expected a non-empty 1-D sequence, got shape {tuple(betas.shape)}")
         if not bool(((betas > 0) & (betas <= 1)).all()):
@@ -67,7 +67,7 @@ class NoiseSchedule:
 
         alpha, sigma: (T,); alpha in [0, 1], never increasing; sigma > 0; sigma / alpha increasing; else ValueError.
         """
-        alpha, sigma = _float64("alpha", alpha), _float64("sigma", sigma)
+        alpha, sigma = as_float64("alpha", alpha), as_float64("sigma", sigma)
         if alpha.ndim != 1 or len(alpha) == 0 or alpha.shape != sigma.shape:
             raise ValueError(
                 "alpha, sigma: expected two equal non-empty 1-D shapes, "
@@ -244,7 +244,7 @@ def make_schedule(schedule: "str | NoiseSchedule | Tensor", timesteps: int) -> N
     return made
 
 
-def _float64(name: str, values: Any) -> Tensor:
+def as_float64(name: str, values: Any) -> Tensor:
     # dtype in the call: a list of Python floats would become float32 first
     try:
         return torch.as_tensor(values, dtype=torch.float64, device="cpu")

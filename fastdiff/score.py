@@ -4,7 +4,6 @@ All learn the score s(x, t) = grad log p_t(x) by denoising: its best estimate is
 networks are score models too, and samplers of one formulation run the models of another.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 
 from . import ops
 from .ddpm import ChainDiffusion
+from .denoiser import own_rows
 from .diffusion import Diffusion
 from .objective import target_rows, weights
-from .ops.checks import check_choice, check_floating
+from .ops.checks import check_choice
 from .process import SDES, Ladder, Process
-from .progress import state_dtype
-from .steps import denoise_rows
 
 
 class NCSN(ChainDiffusion):
@@ -68,11 +66,11 @@ class NCSN(ChainDiffusion):
             "clip": self.clip,
         }
 
-    def _condition(self, times: Tensor) -> Tensor:
-        if times.is_floating_point() or self._dtype() == torch.float64:
-            return super()._condition(times)
+    def condition(self, times: Tensor) -> Tensor:
+        if times.is_floating_point() or self.dtype == torch.float64:
+            return super().condition(times)
         # On the device, where `at` would wait for it.
-        return self._rows("noising", times, torch.float32)[0][times.clamp(min=1), 1]
+        return self.noising_rows(times, torch.float32)[0][times.clamp(min=1), 1]
 
 
 class ScoreSDE(Diffusion):
@@ -104,15 +102,15 @@ class ScoreSDE(Diffusion):
         clip: float | None = None,
         **sde_options: float,
     ) -> None:
-        super().__init__(model, objective, loss, clip)
         check_choice("weighting", weighting, ("simple", "likelihood", "min_snr"))
         if isinstance(sde, Process):
             if sde_options:
                 raise ValueError(f"{next(iter(sde_options))}: expected no options beside a process, got {sde_options}")
-            self.process = sde
+            process = sde
         else:
             check_choice("sde", sde, SDES)
-            self.process = SDES[sde](**sde_options)
+            process = SDES[sde](**sde_options)
+        super().__init__(model, process, objective, loss, clip)
         self.sde = sde if isinstance(sde, str) else None
         self.sde_options = sde_options
         self.weighting = weighting
@@ -140,38 +138,23 @@ class ScoreSDE(Diffusion):
         noise: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """x_t = alpha(t) x_0 + sigma(t) z, z ~ N(0, I) (Song et al. 2021, eq. 29); t: times, a number, () or (B,)."""
-        rows, row = self._rows("noising", self._times("x0", x0, t), x0.dtype)
+        """x_t = alpha(t) x_0 + sigma(t) z, z ~ N(0, I).
+
+        Args:
+            x0: (B, ...), data.
+            t: times, a number, () or (B,).
+            seed, noise, out: as in fastdiff.ops.
+
+        Reference: Song et al. 2021, eq. 29.
+        """
+        rows, row = self.noising_rows(self.checked_times("x0", x0, t), x0.dtype)
         return ops.noising(x0, row, rows, seed=seed, noise=noise, out=out)
 
-    def _rows(self, kind: str, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A row for each sample, in float64 until the last."""
+    def noising_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         made = self.process.at(t.double())
-        if kind == "noising":
-            rows = torch.stack((made.alpha, made.sigma), 1)
-        elif kind == "loss":
-            rows = torch.stack((*target_rows(made, self.objective), weights(made, self.objective, self.weighting)), 1)
-        else:
-            rows = denoise_rows(made, self.objective)
-        return rows.to(state_dtype(dtype)), torch.arange(len(t), device=t.device)
+        return own_rows(torch.stack((made.alpha, made.sigma), 1), dtype)
 
-    def _times(self, name: str, x: Tensor, t: Any) -> Tensor:
-        """(B,) float64 times for the data x; uniformly drawn from [first, last] if t is None."""
-        check_floating(name, x)
-        first, last = self.process.first, self.process.last
-        if t is None:
-            return first + (last - first) * torch.rand(x.shape[:1], dtype=torch.float64, device=x.device)
-        if not isinstance(t, Tensor):
-            if isinstance(t, bool) or not isinstance(t, int | float):
-                raise TypeError(f"t: expected a number or a tensor, got {type(t).__name__}")
-            if not 0 < t <= last or not math.isfinite(t):
-                raise ValueError(f"t: expected times in (0, {last:g}], got {t}")
-            return torch.full(x.shape[:1], t, dtype=torch.float64, device=x.device)
-        if not t.is_floating_point() or t.device != x.device:
-            raise TypeError(f"t: expected a floating tensor on {x.device}, got {t.dtype} on {t.device}")
-        if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
-            raise ValueError(f"t: expected shape () or ({len(x)},), got {tuple(t.shape)}")
-        visible = t.device.type == "cpu" and not torch.compiler.is_compiling()
-        if visible and not bool(((t > 0) & (t <= last)).all()):
-            raise ValueError(f"t: expected times in (0, {last:g}], got {t}")
-        return t.double().expand(len(x))
+    def loss_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        made = self.process.at(t.double())
+        p, q = target_rows(made, self.objective)
+        return own_rows(torch.stack((p, q, weights(made, self.objective, self.weighting)), 1), dtype)

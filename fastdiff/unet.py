@@ -160,6 +160,10 @@ class UNet(nn.Module):
 
         save_unet(self, folder)
 
+    def time_arguments(self, t: Tensor) -> dict[str, Tensor]:
+        """What `forward` takes that follows from the timesteps t (N,) alone; see fastdiff.sampling."""
+        return {"emb": self.time_embedding(t)}
+
     @property
     def sample_shape(self) -> tuple[int, int, int] | None:
         """(in_channels, H, W) of one sample, or None if sample_size is None."""

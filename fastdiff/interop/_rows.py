@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..steps import A, B, C, D, E, F, H
+from ..rows import WIDTH
+
+A, B, C, D, E, F, _, H, _ = range(WIDTH)
 
 COLUMNS = {"a": A, "b": B, "c": C, "d": D, "e": E, "f": F, "h": H}
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion import Diffusion
 from fastdiff.process import VE, VP, Ladder, Process
-from fastdiff.steps import F
+from fastdiff.rows import columns
 
 MEAN, STD = (0.3, -0.5, 0.0, 0.2), (0.5, 0.1, 1.0, 0.02)
 
@@ -51,7 +51,7 @@ def moments(diffusion: Diffusion, sampler: Any = None, steps: Any = None, **opti
     sample 0 are the coefficients of the map."""
     sampler = diffusion.default_sampler if sampler is None else sampler
     table = diffusion.step_table(sampler, steps)
-    where = {k: 2 + i for i, k in enumerate((table.rows[:, F] != 0).nonzero().flatten().tolist())}
+    where = {k: 2 + i for i, k in enumerate((columns(table.rows).noise != 0).nonzero().flatten().tolist())}
     x_T = torch.zeros(2 + len(where), 4, dtype=diffusion.model.dtype_of_state.dtype)
     x_T[1] = table.start
 

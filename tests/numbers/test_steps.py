@@ -120,7 +120,7 @@ def some_levels(n: int, mask: int) -> Tensor:
 
 
 @rules
-@given(betas, st.integers(0, 1023), st.sampled_from(OBJECTIVES), st.floats(0, 1))
+@given(betas, st.integers(0, 1023), st.sampled_from(list(OBJECTIVES)), st.floats(0, 1))
 def test_every_row_keeps_the_marginals(values, mask, objective, eta):
     """With the true x_0, x_t = alpha_t x_0 + sigma_t eps becomes alpha_s x_0 + q eps + f z with q^2 + f^2 = sigma_s^2;
     and for one x_0 that is Bayes' rule where eta = 1."""
