@@ -60,9 +60,7 @@ class Denoiser(nn.Module):
 
     # --- what the model says ----------------------------------------------------------------------------------
 
-    def predict_x0(
-        self, x_t: Tensor, t: float | Tensor, *, out: Tensor | None = None, **model_kwargs: Any
-    ) -> Tensor:
+    def predict_x0(self, x_t: Tensor, t: float | Tensor, *, out: Tensor | None = None, **model_kwargs: Any) -> Tensor:
         """The model's estimate of x_0, clipped.
 
         Args:

@@ -28,9 +28,7 @@ class Diffusion(Denoiser, ABC):
     default_sampler: str
     losses: tuple[str, ...] = ops.LOSSES
 
-    def __init__(
-        self, model: nn.Module, process: Process, objective: str, loss: str, clip: float | None
-    ) -> None:
+    def __init__(self, model: nn.Module, process: Process, objective: str, loss: str, clip: float | None) -> None:
         super().__init__(model, process, objective, clip)
         check_choice("loss", loss, self.losses)
         self.loss_kind = loss

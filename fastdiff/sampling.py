@@ -180,9 +180,7 @@ def step(
     return (new,) if operands.hist is None else (new, operands.hist)
 
 
-def update(
-    x: Tensor, predicted: Prediction, operands: Operands, options: StepOptions, inplace: bool = False
-) -> Tensor:
+def update(x: Tensor, predicted: Prediction, operands: Operands, options: StepOptions, inplace: bool = False) -> Tensor:
     """ops.update with the operands and options of a run; hist is overwritten."""
     return ops.update(
         x,

@@ -81,9 +81,7 @@ def make_table(
     return StepTable(schedule.times(levels), rows, noisy, keep, start, kinds, learned)
 
 
-def x0_columns(
-    schedule: NoiseSchedule, t: Tensor, s: Tensor, objective: str, clip: float | None
-) -> dict[str, Any]:
+def x0_columns(schedule: NoiseSchedule, t: Tensor, s: Tensor, objective: str, clip: float | None) -> dict[str, Any]:
     """The columns of x0hat = x0_from_x x + x0_from_pred pred, for steps from the levels t to s.
 
     Raises: ValueError if the prediction does not determine x_0, or loses it unclipped to rounding.

@@ -118,9 +118,7 @@ def ddim_inversion(schedule: NoiseSchedule, levels: Tensor, objective: str) -> S
     return make_table(schedule, levels, from_x=from_x, from_pred=from_pred)
 
 
-def dpm_solver_pp_2m(
-    schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None
-) -> StepTable:
+def dpm_solver_pp_2m(schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None) -> StepTable:
     """DPM-Solver++(2M): an exponential integrator over lambda = log(alpha / sigma), with the last two estimates of x_0.
 
         x0  = denoise(x_t),    h = lambda_s - lambda_t,    w = h / (2 h_before)
@@ -142,9 +140,7 @@ def dpm_solver_pp_2m(
     w = torch.zeros_like(h)
     w[1:] = torch.where(s[1:] == 0, 0.0, h[1:] / (2 * h[:-1]))
     from_x = schedule.sigma[s] / schedule.sigma[t]
-    return make_table(
-        schedule, levels, keep="x0hat", **denoised, from_x0=k * (1 + w), from_x=from_x, from_hist=-k * w
-    )
+    return make_table(schedule, levels, keep="x0hat", **denoised, from_x0=k * (1 + w), from_x=from_x, from_hist=-k * w)
 
 
 def heun(

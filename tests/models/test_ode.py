@@ -195,6 +195,6 @@ def test_without_torchdiffeq(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     model, state = ScoreSDE(Forbidden()), torch.get_rng_state()
     for call in (lambda: model.sample((2, 3), sampler="ode"), lambda: model.log_likelihood(torch.zeros(2, 3))):
-        with pytest.raises(ImportError, match=r"torchdiffeq is not installed: pip install fastdiff\[ode\]"):
+        with pytest.raises(ImportError, match=r"torchdiffeq is not installed: pip install 'fastdiff-kernels\[ode\]'"):
             call()
     assert torch.equal(torch.get_rng_state(), state)
