@@ -24,12 +24,20 @@ from .steps import VARIANCES, check_signal
 
 
 def vlb_rows(schedule: NoiseSchedule, objective: str, variance: str) -> Tensor:
-    """Rows (T + 1, 6) of `ops.vlb`, float64: (a, b, w, low, high, decoder); NaN at level 0, which has no term.
+    """Rows (a, b, w, low, high, decoder) of `ops.vlb`, one per level.
 
-    x0hat = a x_t + b pred. q and p share the mean's part d x_t, so that their means differ by c (x_0 - x0hat) and
-    w = c^2 / beta~. low, high: log of the variance of p over beta~; of the variance itself at level 1, where beta~ = 0.
-    variance: "posterior", beta~ (at level 1 that of level 2); "beta", beta; "learned", between the two (Nichol &
-    Dhariwal 2021, arXiv:2102.09672, eq. 14, 15). ValueError for any other, and where the objective determines no x_0.
+    x0hat = a x_t + b pred. The means of q and p share their part from x_t, so they differ by c (x_0 - x0hat), and
+    w = c^2 / beta~. low and high are logarithms of the variance of p over beta~. At level 1, where beta~ = 0, they are
+    logarithms of the variance itself, and decoder is 1.
+
+    Args:
+        schedule: the noise levels.
+        objective: what the model predicts.
+        variance: of p. "posterior" is beta~ (at level 1 that of level 2), "beta" is beta, "learned" is in between.
+
+    Returns: (T + 1, 6) float64; NaN at level 0, which has no term.
+    Raises: ValueError for another variance, and if the prediction does not determine x_0.
+    Reference: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 14 and 15.
     """
     if variance not in VARIANCES:
         raise ValueError(f"variance: expected one of {', '.join(VARIANCES)}, got {variance!r}")
@@ -53,18 +61,25 @@ def vlb_rows(schedule: NoiseSchedule, objective: str, variance: str) -> Tensor:
 
 
 def prior_kl(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
-    """KL(q(x_T | x_0) || N(0, s^2)) in nats per dimension, (B,), of data x0 (B, ...), s = schedule.prior_std(): the
-    bound's L_T, which no model changes. float32, or float64 for float64 data."""
+    """KL(q(x_T | x_0) || N(0, s^2)) in nats per dimension, s = schedule.prior_std(): the bound's L_T.
+
+    Args:
+        schedule: the noise levels.
+        x0: (B, ...), data.
+
+    Returns: (B,) float32, or float64 for float64 data. No model changes it.
+    """
     second_moment = x0.to(work_dtype(x0)).square().reshape(len(x0), -1).mean(1)
     return schedule.prior_kl(0.0) + 0.5 * schedule.alpha_bar[-1].item() / schedule.prior_std() ** 2 * second_moment
 
 
 class LossSecondMoment(nn.Module):
-    """Levels drawn in proportion to sqrt(E[L_t^2]), which makes the estimate of the bound least noisy (Nichol &
-    Dhariwal 2021, eq. 18).
+    """Levels drawn in proportion to sqrt(E[L_t^2]), which makes the estimate of the bound least noisy.
 
-    E is the mean over the last 10 losses of a level. Until each of the levels 1..T has that many they are drawn evenly,
-    and one in a thousand is ever after.
+    E is the mean over the last 10 losses of a level. Until each of the levels 1..T has 10 losses, all are drawn evenly;
+    after that one draw in a thousand is.
+
+    Reference: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 18.
     """
 
     HISTORY = 10
@@ -87,24 +102,28 @@ class LossSecondMoment(nn.Module):
         return torch.where(known, (1 - self.UNIFORM) * size / size.sum() + self.UNIFORM * even, even)
 
     def sample(self, batch: int) -> tuple[Tensor, Tensor]:
-        """(t, weights), each (batch,): levels in 1..T from PyTorch's default generator, and 1 / (T p_t), with which
-        E[weight L_t] is the mean of L over the levels. Nothing waits for the device."""
+        """(t, weights), each (batch,): levels in 1..T from PyTorch's default generator, and 1 / (T p_t).
+
+        With these weights E[weight L_t] is the mean of L over the levels. Nothing waits for the device.
+        """
         p = self.probabilities()
-        drawn = torch.multinomial(p, batch, replacement=True)
-        return drawn + 1, 1 / (len(p) * p[drawn])
+        index = torch.multinomial(p, batch, replacement=True)
+        return index + 1, 1 / (len(p) * p[index])
 
     @torch.no_grad()
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Note the losses (B,) of the levels t (B,) in 1..T, without weights and in the order of the batch; what is
-        not finite is left out. Nothing waits for the device."""
+        """Note the losses (B,) of the levels t (B,) in 1..T, without weights and in the order of the batch.
+
+        Losses that are not finite are left out. Nothing waits for the device.
+        """
         losses = losses.detach().to(self.losses.dtype)
         valid = losses.isfinite()
         same = (t[:, None] == t[None, :]) & valid[None, :]
         before = same.tril(-1).sum(1)
-        kept = valid & (same.sum(1) - before <= self.HISTORY)  # of more than fit into a ring, the last
+        fits = valid & (same.sum(1) - before <= self.HISTORY)  # if a ring is too small for them all, the last ones
         level = t - 1
-        slot = torch.where(kept, (self.seen[level] + before) % self.HISTORY, self.HISTORY)
-        padded = nn.functional.pad(self.losses, (0, 1))  # the further column takes what is not kept
+        slot = torch.where(fits, (self.seen[level] + before) % self.HISTORY, self.HISTORY)
+        padded = nn.functional.pad(self.losses, (0, 1))  # one more column takes the others
         padded[level, slot] = losses
         self.losses.copy_(padded[:, :-1])
         self.seen.index_add_(0, level, valid.long())
@@ -114,8 +133,8 @@ class LossSecondMoment(nn.Module):
 class Bound:
     """The variational bound of images, in bits per dimension.
 
-    prior: (B,), the KL from q(x_T | x_0) to the draw that sampling starts from. terms: (B, n), those of the n steps
-    from noise to data; the last is the decoder's.
+    prior: (B,), the KL from q(x_T | x_0) to the draw that sampling starts from.
+    terms: (B, n), those of the n steps from noise to data; the last is the decoder's.
     """
 
     prior: Tensor

@@ -21,9 +21,9 @@ from .sampling import Run, StepOptions
 from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, make_steps
 
-# alpha_bar at the last level beyond which the prior is visibly not where the chain ends.
+# With more alpha_bar at the last level, the prior is visibly not where the chain ends.
 MAX_REMAINING_SIGNAL = 1e-3
-# Of the bound in the hybrid loss (Nichol & Dhariwal 2021, section 3.1).
+# The weight of the bound in the hybrid loss (Nichol & Dhariwal 2021, section 3.1).
 HYBRID_WEIGHT = 1e-3
 
 
@@ -32,7 +32,7 @@ class ChainDiffusion(Diffusion):
 
     process: Chain
     _starts_at_data = True
-    # float32 tables are kept as int32 bits, so that .half() or .bfloat16() of the module cannot round them.
+    # float32 tables are stored as int32 bits, so that .half() or .bfloat16() of the module cannot round them.
     _noising_bits: Tensor
     _loss_bits: Tensor
     _denoise_bits: Tensor
@@ -135,7 +135,7 @@ class ChainDiffusion(Diffusion):
         return ops.update(x_t, x0, rows, t - 1, noisy=False), variance
 
     def _cached(self, name: str, build: Callable[[], Tensor], like: Tensor, *key: Any) -> Tensor:
-        """build() beside the data and in the type of its state, built once while the key is the same."""
+        """build() on the data's device and in the type of its state, built again only when the key changes."""
         device, dtype = like.device, state_dtype(like.dtype)
         return self._tables.get(name, lambda: build().to(device, dtype), (), self.schedule, device, dtype, *key)
 
@@ -184,14 +184,16 @@ class DDPM(ChainDiffusion):
             "hybrid" adds 1e-3 of the variational bound to "mse", with its gradient by the variance alone, and "vlb" is
             the bound alone, in bits per dimension (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1).
         variance: of the ancestral step: "posterior" (beta~), "beta", or "learned", between the two: the model then
-            returns twice the channels, the second half of them r in exp((r + 1)/2 log beta + (1 - r)/2 log beta~).
+            returns twice the channels; the second half is r in exp((r + 1)/2 log beta + (1 - r)/2 log beta~).
         importance: draw the levels in proportion to the root mean square of their last losses, which makes "vlb" less
             noisy (section 3.3 there).
         clip: the sampler keeps its estimate of x_0 in [-clip, clip]; None leaves it free.
 
-    Data is expected around [-1, 1]. ValueError for an unknown name, and where objective "eps" or "score" meets a
-    schedule with alpha_bar_T = 0, where they cannot determine x_0. Warns where alpha_bar_T > 1e-3: samples start from
-    N(0, I), and the chain ends elsewhere.
+    Data is expected around [-1, 1]. Warns if alpha_bar_T > 1e-3: samples start from N(0, I), and the chain ends
+    elsewhere. A model may do before the sampling loop what depends on time alone, see fastdiff.sampling.
+
+    Raises: ValueError for an unknown name, and for objective "eps" or "score" with alpha_bar_T = 0, where they do not
+        determine x_0.
 
     >>> ddpm = DDPM(UNet(sample_size=32))
     >>> ddpm(images).backward()
@@ -249,7 +251,7 @@ class DDPM(ChainDiffusion):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's options but the model, JSON-serialisable. ValueError where the schedule has no name."""
+        """The constructor's options but the model, JSON-serialisable. ValueError if the schedule has no name."""
         if self.schedule_name is None:
             raise ValueError("config: expected a schedule given by name, got one given by its values")
         return {
@@ -266,8 +268,8 @@ class DDPM(ChainDiffusion):
     def forward(
         self, x0: Tensor, *, t: float | Tensor | None = None, reduction: str = "mean", **options: Any
     ) -> Tensor:
-        """As Diffusion.forward. With `importance`, levels drawn in training carry the weights 1 / (T p_t), and their
-        losses are noted."""
+        """As Diffusion.forward. With `importance`, the levels that training draws have weights 1 / (T p_t), and their
+        losses are noted for the next draws."""
         if t is not None or self.importance is None or not self.training:
             return super().forward(x0, t=t, reduction=reduction, **options)
         t, weight = self.importance.sample(len(x0))
@@ -382,8 +384,12 @@ class DDPM(ChainDiffusion):
 
 
 def slerp(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """sin((1 - w) h) / sin h x + sin(w h) / sin h y, h the angle between each pair of samples; (B, ...), weight
-    (1 or B, 1, ...)."""
+    """sin((1 - w) h) / sin h x + sin(w h) / sin h y, with h the angle between each pair of samples.
+
+    Args:
+        x, y: (B, ...).
+        weight: w, (1 or B, 1, ...), of y.
+    """
     cosine = nn.functional.cosine_similarity(x.flatten(1), y.flatten(1)).clamp(-1, 1)
     angle = cosine.acos().reshape(-1, *[1] * (x.ndim - 1))
     near = angle.sin() < 1e-4  # the same direction: the arc is its chord

@@ -1,9 +1,11 @@
 """The probability-flow ODE by an adaptive solver: sampling, and the likelihood of data.
 
 dx/dt = f(t) x - g(t)^2 / 2 s(x, t) has the marginals of the process (Song et al. 2021, arXiv:2011.13456, eq. 13), and
-d log p(x_t) / dt = -div of its right side (eq. 39). It is solved over log(sigma / alpha) in place of t, where the
-flow of a chain has no kinks at its levels, by torchdiffeq (extra `[ode]`), which chooses its step for the whole batch:
-a sample's last digits may depend on its neighbours.
+d log p(x_t) / dt = -div of its right side (eq. 39).
+
+It is solved over log(sigma / alpha) in place of t: the flow of a chain then has no kinks at its levels. The solver is
+torchdiffeq (extra `[ode]`). It chooses one step for the whole batch, so a sample's last digits may depend on its
+neighbours.
 """
 
 import importlib
@@ -23,7 +25,14 @@ METHOD = "dopri5"
 
 
 def sample(denoiser: Denoiser, x: Tensor, model_kwargs: dict[str, Any], tolerance: float = 1e-5) -> Tensor:
-    """From x at the process's last time down to its first, without gradients and in eval mode; after `check`."""
+    """The solution from x at the process's last time down to its first, without gradients and in eval mode.
+
+    Args:
+        denoiser: what predicts.
+        x: (B, ...), the state to start from.
+        model_kwargs: the model's further arguments.
+        tolerance: relative and absolute, of the solver.
+    """
     with evaluating(denoiser), torch.no_grad():
         return _solve(denoiser, (x,), backwards=True, tolerance=tolerance, kwargs=model_kwargs)[0]
 
@@ -37,13 +46,22 @@ def log_likelihood(
     tolerance: float = 1e-5,
     **model_kwargs: Any,
 ) -> Tensor:
-    """log p(x0) in nats, (B,) in the state's type: log N(x_T; 0, prior) + integral of the divergence from the process's
-    first time, at which x0 is taken to be, to its last (Song et al. 2021, eq. 39).
+    """log p(x0) in nats; in bits per dimension it is -log p / (n ln 2).
 
-    trace: "hutchinson", e' J e for one e ~ {-1, 1}^n per sample, an unbiased estimate at the cost of one more backward
-    pass (Grathwohl et al. 2019, arXiv:1810.01367); or "exact", n of them. seed: of e; an int, or drawn if None.
-    tolerance: relative and absolute, of the solver. ValueError for an unknown trace and for a chain that ends at
-    alpha = 0. In bits per dimension it is -log p / (n ln 2).
+        log p(x_0) = log N(x_T; 0, prior) + integral of the divergence from the first time to the last
+
+    Args:
+        denoiser: what predicts.
+        x0: (B, ...), data, taken for the state at the process's first time.
+        trace: "hutchinson" is e' J e for one e ~ {-1, 1}^n per sample: an unbiased estimate at the cost of one more
+            backward pass. "exact" takes n of them.
+        seed: of e; drawn if None.
+        tolerance: relative and absolute, of the solver.
+        model_kwargs: the model's further arguments.
+
+    Returns: (B,) in the type of the state.
+    Raises: ValueError for an unknown trace, and for a process that ends at alpha = 0. ImportError without torchdiffeq.
+    Reference: Song et al. 2021, eq. 39; Grathwohl et al. 2019, arXiv:1810.01367.
     """
     check_floating("x0", x0)
     if trace not in ("hutchinson", "exact"):
@@ -65,7 +83,7 @@ def log_likelihood(
 
 
 def check(process: Process) -> None:
-    """ImportError without the solver; ValueError where the process ends without signal, at an infinite rate."""
+    """ImportError without the solver; ValueError if the process ends without signal, at an infinite rate."""
     _solver()
     if not math.isfinite(process.sigma_range()[1]):
         raise ValueError("process: the ODE expected a finite sigma / alpha at the end, got alpha = 0")
@@ -86,7 +104,7 @@ def _solve(
     kwargs: dict[str, Any],
     probe: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The state at the other end of the process; its second part, if there is one, gathers the divergence."""
+    """The state at the other end of the process; its second part, if there is one, sums up the divergence."""
     process = denoiser.process
 
     def velocity(level: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

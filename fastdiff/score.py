@@ -1,6 +1,6 @@
 """Score-based models: the noise-conditional ladder (NCSN) and the score SDEs.
 
-All learn the score s(x, t) = grad log p_t(x) by denoising: its best estimate is -E[eps | x_t] / sigma, so that DDPM's
+All learn the score s(x, t) = grad log p_t(x) by denoising. Its best estimate is -E[eps | x_t] / sigma, so DDPM's
 networks are score models too, and samplers of one formulation run the models of another.
 """
 
@@ -19,9 +19,10 @@ from .process import SDES, Ladder, Process
 
 
 class NCSN(ChainDiffusion):
-    """A noise-conditional score network (Song & Ermon 2019, arXiv:1907.05600): x_t = x_0 + sigma_t z over a geometric
-    ladder of noise levels, trained by denoising score matching with the weight sigma^2, sampled by annealed Langevin
-    dynamics.
+    """A noise-conditional score network (Song & Ermon 2019, arXiv:1907.05600).
+
+    x_t = x_0 + sigma_t z over a geometric ladder of noise levels. It is trained by denoising score matching with the
+    weight sigma^2, and sampled by annealed Langevin dynamics.
 
     Args:
         model: called as model(x_t, sigma, **model_kwargs) with x_t (B, ...) and sigma (B,), float32 or float64 as the
@@ -33,7 +34,7 @@ class NCSN(ChainDiffusion):
         weighting: "simple" (sigma^2 on the error of the score, 1 on that of eps or x0), "min_snr" or "vlb".
         clip: the sampler keeps its estimate of x_0 in [-clip, clip]; None, as published, leaves it free.
 
-    ValueError for an unknown name and unless 0 < sigma_min < sigma_max.
+    Raises: ValueError for an unknown name, and unless 0 < sigma_min < sigma_max.
     """
 
     process: Ladder
@@ -87,7 +88,9 @@ class ScoreSDE(Diffusion):
             al. 2021, arXiv:2101.09258) or "min_snr".
         clip: the sampler keeps its estimate of x_0 in [-clip, clip]; None, as published, leaves it free.
 
-    Times t are drawn uniformly from [sde.first, 1] in training. ValueError for an unknown name.
+    Times t are drawn uniformly from [sde.first, 1] in training.
+
+    Raises: ValueError for an unknown name.
     """
 
     default_sampler = "euler_maruyama"
@@ -117,7 +120,7 @@ class ScoreSDE(Diffusion):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's options but the model, JSON-serialisable. ValueError where the SDE has no name."""
+        """The constructor's options but the model, JSON-serialisable. ValueError if the SDE has no name."""
         if self.sde is None:
             raise ValueError("config: expected an SDE given by name, got an object")
         return {
