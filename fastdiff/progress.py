@@ -26,7 +26,7 @@ def bar(n: int, progress: bool) -> Iterable[int]:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError("progress: needs tqdm; pip install fastdiff[train]") from error
+        raise ImportError("progress: needs tqdm; pip install 'fastdiff-kernels[train]'") from error
     return tqdm(range(n), desc="sampling", unit="step")
 
 

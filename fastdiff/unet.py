@@ -168,6 +168,10 @@ class UNet(nn.Module):
         """Write config.json and the weights as safetensors, which UNet2DModel.from_pretrained of diffusers reads."""
         pretrained.write_unet(folder, self.config, self.state_dict())
 
+    def time_arguments(self, t: Tensor) -> dict[str, Tensor]:
+        """What `forward` takes that follows from the timesteps t (N,) alone; see fastdiff.sampling."""
+        return {"emb": self.time_embedding(t)}
+
     @property
     def sample_shape(self) -> tuple[int, int, int] | None:
         """(in_channels, H, W) of one sample, or None if sample_size is None."""
