@@ -1,4 +1,4 @@
-"""Write docs/performance.md, its pictures, and the README's table, from benchmarks/results/*.json.
+"""Write docs/performance.md and its pictures from benchmarks/results/*.json.
 
 python docs/performance.py           writes them
 python docs/performance.py --check   writes nothing; fails if they are not what the results say
@@ -12,7 +12,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- gpu figures -->", "<!-- end of gpu figures -->"
 
 # What an operation is called on the page.
 OPERATIONS = {
@@ -25,8 +24,7 @@ OPERATIONS = {
     "bound_forward_backward": "variational bound with gradients",
     "group_norm_silu": "group norm and SiLU, with gradient",
 }
-# The operations of the README, and the size that fills a GPU.
-HEADLINES = ("reverse_update", "forward_noising", "noising_and_loss", "group_norm_silu")
+# The size that fills a GPU, for the picture.
 LARGE = "256x3x256x256"
 DTYPES = ("bfloat16", "float32")
 WAYS = {"fused": "fastdiff", "reference": "eager", "compile": "torch.compile", "copy": "copy"}
@@ -163,27 +161,10 @@ def picture(content: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def headline_table(content: dict[str, Any], page: str) -> str:
-    """The README's table of a device: at most six rows."""
-    name = device_name(content)
-    machine = next(iter(content["runs"].values()))
-    lines = [
-        f"{name}, torch {machine['torch'].partition('+')[0]}, GPU time of 50 million elements ([report]({page})):",
-        "",
-        "| | " + " | ".join(f"{dtype}: eager / ours | of a copy" for dtype in DTYPES) + " |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    found = [speedups(content, dtype) for dtype in DTYPES]
-    for operation in HEADLINES:
-        cells = [f"{times:.1f}x | {share:.2f}" for times, share in (values[operation] for values in found)]
-        lines.append(f"| {OPERATIONS[operation]} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def pages() -> dict[Path, str]:
     """Every file that this command makes, and its text."""
     made: dict[Path, str] = {}
-    text, tables = METHOD, []
+    text = METHOD
     for path in sorted(RESULTS.glob("*.json")):
         content = read(path)
         name = device_name(content)
@@ -193,16 +174,11 @@ def pages() -> dict[Path, str]:
         if all(speedups(content, dtype) for dtype in DTYPES):
             made[ROOT / "docs" / f"{path.stem}.svg"] = picture(content)
             text += f"\n![{name}: times faster than eager PyTorch]({path.stem}.svg)\n"
-            tables.append(headline_table(content, f"benchmarks/results/{path.stem}.md"))
         for stage, title in TITLES.items():
             if rows := stage_rows(content, stage):
                 unit = f"{UNITS[stage]}\n\n" if stage in UNITS else ""
                 text += f"\n### {title}\n\n{unit}" + "\n".join(table(stage, rows)) + "\n"
     made[ROOT / "docs" / "performance.md"] = text
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    made[readme] = f"{before}{BEGIN}\n" + "\n".join(tables) + f"{END}{after}"
     return made
 
 
