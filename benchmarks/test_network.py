@@ -21,17 +21,30 @@ BATCH = 64 if CUDA else 4
 TRAINING = [(torch.float32, row) for row in ("fused", "reference", "compile", "diffusers")]
 if CUDA:
     TRAINING += [(torch.bfloat16, row) for row in ("fused", "reference", "compile")]
-# Compiling a U-Net takes minutes on a CPU. diffusers is timed by its DDPMPipeline.
-OWN, PEERS = ("fused", "channels_last", "compiled", "reference", "compile"), ("diffusers", "diffusers compiled")
+# diffusers is timed by its DDPMPipeline.
+OWN = ("fused", "channels_last", "compiled", "reference", "compile")
+SAMPLERS = {"ddpm": (*OWN, "diffusers", "diffusers compiled"), "ddim": OWN}
+# Network: (batch, steps). With so many steps, what is done once weighs no more than in a whole run.
+RUNS = {"small": [(4, 8)], "digits": [(64, 20)], "cifar10": [(1, 4), (8, 2), (32, 2)]}
+if CUDA:
+    RUNS = {"small": [(64, 50)], "digits": [(64, 50)], "cifar10": [(1, 50), (64, 20)]}
+# What runs without --full. Compiling a U-Net takes minutes on a CPU.
+QUICK = {
+    ("small", "ddpm"): ("fused", "channels_last", "reference", "compile", "diffusers"),
+    ("small", "ddim"): ("fused", "channels_last", "reference", "compile"),
+    ("digits", "ddpm"): ("fused", "reference", "diffusers"),
+}
 SAMPLING = [
-    pytest.param(sampler, row, marks=full if row in ("compiled", "diffusers compiled") else [])
-    for sampler, rows in (("ddpm", OWN + PEERS), ("ddim", OWN))
+    pytest.param(
+        network, batch, steps, sampler, row,
+        id=f"{network}-{batch}-{sampler}-{row}",
+        marks=[] if row in QUICK.get((network, sampler), ()) else full,
+    )
+    for network, runs in RUNS.items()
+    for batch, steps in runs
+    for sampler, rows in SAMPLERS.items()
     for row in rows
-]
-# (network, batch, steps): with so many steps, what is done once weighs no more than in a whole run.
-SMALL, DIGITS = ("small", BATCH, 50 if CUDA else 8), ("digits", 64, 50 if CUDA else 20)
-CIFAR10 = [("cifar10", batch, steps) for batch, steps in ([(1, 50), (64, 20)] if CUDA else [(1, 4), (8, 2), (32, 2)])]
-RUNS = [SMALL, DIGITS, *(pytest.param(run, marks=full) for run in CIFAR10)]
+]  # fmt: skip
 
 training_rows = functools.lru_cache(maxsize=1)(training_step)
 sampling_rows = functools.lru_cache(maxsize=1)(sampling)
@@ -53,11 +66,9 @@ def test_training_step(benchmark: BenchmarkFixture, dtype: torch.dtype, row: str
     time_images(benchmark, row, timed, BATCH)
 
 
-@pytest.mark.parametrize(("sampler", "row"), SAMPLING)
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+@pytest.mark.parametrize(("network", "batch", "steps", "sampler", "row"), SAMPLING)
 @on_device
-def test_sampling(benchmark: BenchmarkFixture, run: tuple[str, int, int], sampler: str, row: str) -> None:
-    network, batch, steps = run
+def test_sampling(benchmark: BenchmarkFixture, network: str, batch: int, steps: int, sampler: str, row: str) -> None:
     library, *compiled = row.split()
     if reason := missing(library):
         pytest.skip(reason)
