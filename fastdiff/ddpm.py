@@ -16,7 +16,7 @@ from .interop import pretrained
 from .objective import WEIGHTINGS, target_rows, weights
 from .ops.checks import as_index, as_seed, check_choice, check_floating, check_like
 from .process import Chain
-from .progress import state_dtype
+from .reference import work_dtype
 from .rows import columns, make_rows
 from .sampling import Run, StepOptions
 from .schedule import NoiseSchedule, make_schedule
@@ -138,7 +138,7 @@ class ChainDiffusion(Diffusion):
 
     def _cached(self, name: str, build: Callable[[], Tensor], like: Tensor, *key: Any) -> Tensor:
         """build() on the data's device and in the type of its state, built again only when the key changes."""
-        device, dtype = like.device, state_dtype(like.dtype)
+        device, dtype = like.device, work_dtype(like.dtype)
         return self._tables.get(name, lambda: build().to(device, dtype), (), self.schedule, device, dtype, *key)
 
     def noising_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -386,7 +386,7 @@ class DDPM(ChainDiffusion):
             raise ValueError(f"t: expected a level from 1 to {self.timesteps}, got {t!r}")
         seed = as_seed(seed, x0.device)
         first, second = (
-            ops.normal(x0.shape, seed, step=k, stream=ops.FORWARD, dtype=state_dtype(x0.dtype), device=x0.device)
+            ops.normal(x0.shape, seed, step=k, stream=ops.FORWARD, dtype=work_dtype(x0.dtype), device=x0.device)
             for k in (0, 1)
         )
         mix = mix.to(first.dtype)

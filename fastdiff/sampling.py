@@ -18,7 +18,8 @@ from torch import Tensor
 
 from . import ops
 from .denoiser import Denoiser, Prediction
-from .progress import bar, evaluating, state_dtype
+from .progress import bar, evaluating
+from .reference import work_dtype
 from .rows import columns, make_rows
 from .steps import StepTable
 
@@ -114,7 +115,7 @@ class _Steps:
     def __init__(self, run: Run) -> None:
         self.run = run
         x, n, device = run.x, len(run.table), run.x.device
-        self.rows = run.table.rows.to(device, state_dtype(x.dtype))
+        self.rows = run.table.rows.to(device, work_dtype(x.dtype))
         self.condition = (
             run.denoiser.condition(run.table.levels[:-1]).to(device)[:, None].expand(n, len(x)).contiguous()
         )
