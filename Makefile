@@ -21,7 +21,7 @@ demo: $(BIN)/.installed
 	$(BIN)/fastdiff train --data digits --out $(DEMO)
 	$(BIN)/fastdiff sample $(DEMO)/model.safetensors --out $(DEMO)/samples
 	$(BIN)/fastdiff eval $(DEMO)/model.safetensors --json $(DEMO)/eval.json
-	$(BIN)/fastdiff bench
+	$(BIN)/python -m benchmarks
 	@echo "samples: $(DEMO)/samples.png"
 	@echo "figures: $(DEMO)/eval.json"
 
@@ -49,9 +49,11 @@ wheel: $(BIN)/.installed
 bench: $(BIN)/.installed
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
-# For a machine with a GPU: tests, timings and a report in benchmarks/results/.
+# For a machine with a GPU: benchmarks/gpu/README.md says what it measures, and what SECONDS and STAGES choose.
+SECONDS ?= 540
+STAGES ?= smoke sampling training operations host checks
 gpu-check: $(BIN)/.installed
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python -m benchmarks.gpu --budget $(SECONDS) --stage $(STAGES)
 
 # The suite under every Triton that the last three torch releases pin: 2.13 has 3.7.1, 2.14 3.8, 2.15 3.9, also the newest.
 test-matrix: $(BIN)/.installed

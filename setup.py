@@ -38,6 +38,7 @@ setup(
             "ruff",
             "mypy",
             "scipy",
+            "matplotlib",
             "torchdiffeq",
             "diffusers==0.42.1",
             # What denoising-diffusion-pytorch needs but for torchvision; the Makefile installs it itself.
