@@ -22,6 +22,7 @@ UNITS = {
     "images_per_s": Unit("images per second, higher is better", larger_is_better=True),
     "ns_per_element": Unit("nanoseconds per element, lower is better"),
     "us_per_call": Unit("microseconds per call, lower is better"),
+    "us_per_element": Unit("microseconds per call on one element, lower is better"),
     "s_per_process": Unit("seconds of a whole process, lower is better"),
 }
 # The rows in the order of their columns. The first one that a group has is what the others are compared with.
@@ -100,7 +101,7 @@ def table(found: Mapping[str, Group]) -> list[str]:
             continue
         copy = any(group.copy_fraction is not None for group in part.values())
         titles = "".join(f"{TITLES[row]:>{CELL}}" for row in rows)
-        lines += ["", UNITS[unit].title, " " * LABEL + titles + (f"{'of a copy':>{COPY}}" if copy else "")]
+        lines += [*([""] if lines else []), UNITS[unit].title, " " * LABEL + titles + (f"{'of a copy':>{COPY}}" if copy else "")]
         for name, group in part.items():
             times = ratios(group)
             cells = "".join(f"{_cell(group.figures.get(row), times.get(row)):>{CELL}}" for row in rows)
