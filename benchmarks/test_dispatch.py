@@ -5,7 +5,7 @@ op: torch.ops.fastdiff, without the checks of its arguments
 public: fastdiff.ops, with the checks
 custom_op: the same implementation and schema, registered by torch.library.custom_op
 
-extra_info holds us_per_element, the time of a call, and overhead_us, the time beyond "direct" of single interleaved calls.
+extra_info holds us_per_element, the time of a call, and overhead_us, by how much single calls exceed "direct".
 """
 
 import statistics
