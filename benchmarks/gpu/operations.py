@@ -17,7 +17,7 @@ from .norms import FORWARD_TENSORS, GRADIENT_TENSORS, LAYOUTS, Case, fused, stoc
 from .rows import Figures, Row, Setup
 
 # Of the U-Net of ddpm-cifar10-32 at batch 256, then maps of 64x64 and 128x128 of larger networks.
-NORM_SHAPES = [
+NORM_SHAPES: list[tuple[int, ...]] = [
     (256, 128, 32, 32),
     (256, 256, 16, 16),
     (256, 384, 32, 32),
@@ -27,6 +27,7 @@ NORM_SHAPES = [
     (8, 320, 64, 64),
     (8, 256, 128, 128),
 ]
+TOY_CASES: list[tuple[torch.dtype, tuple[int, ...]]] = [(torch.float32, (2, 3, 4, 4))]
 SECONDS = 0.6
 
 
@@ -64,7 +65,7 @@ def rows(setup: Setup) -> list[Row]:
                     what = "norm with gradients" if gradients else "norm"
                     found.append(Row(f"{what}, {layout}", size_name(dtype, shape), run, seconds=40))
     for name in OPERATIONS | KERNELS:
-        for dtype, shape in setup.size(cases(setup.device, "quick"), [(torch.float32, (2, 3, 4, 4))]):
+        for dtype, shape in setup.size(cases(setup.device, "quick"), TOY_CASES):
             run = functools.partial(operation, name, dtype, shape, setup)
             found.append(Row(name, size_name(dtype, shape), run, seconds=60))
     return found
