@@ -27,6 +27,7 @@ NORM_SHAPES: list[tuple[int, ...]] = [
     (8, 320, 64, 64),
     (8, 256, 128, 128),
 ]
+TOY_NORM_SHAPES: list[tuple[int, ...]] = [(2, 32, 4, 4)]
 TOY_CASES: list[tuple[torch.dtype, tuple[int, ...]]] = [(torch.float32, (2, 3, 4, 4))]
 SECONDS = 0.6
 
@@ -58,7 +59,7 @@ def size_name(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
 def rows(setup: Setup) -> list[Row]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        for shape in setup.size(NORM_SHAPES, [(2, 32, 4, 4)]):
+        for shape in setup.size(NORM_SHAPES, TOY_NORM_SHAPES):
             for layout in LAYOUTS:
                 for gradients in (False, True):
                     run = functools.partial(norm, shape, dtype, layout, gradients, setup)
