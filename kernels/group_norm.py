@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, grid_of, kernel, launch, load_float32, owner
+from .launch import FUSED, grid_of, kernel, launch
 from .layout import channels_of, is_dense, laid_like
+from .tile import load_float32, owner
 
 BLOCK = 4096  # elements of a tile at most
 CHANNELS = 1024  # channels of a tile at most
@@ -318,6 +319,11 @@ def _walk(x: Tensor, groups: int) -> tuple[tuple[int, int, int], tuple[int, ...]
     return grid_of(batch, groups * parts, 1), numbers, constants
 
 
+def named(kernel: Any, *operands: Any) -> dict[str, Any]:
+    """The first parameters of a kernel, by name."""
+    return dict(zip(kernel.arg_names, operands, strict=False))
+
+
 def _rows(scale: Tensor | None, shift: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
     """Scale and shift with adjacent channels, and the strides between their samples."""
     rows = [t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift)]
@@ -336,12 +342,15 @@ def norm(
     partial, parts = None, numbers[2]
     if parts > 1:
         partial = torch.empty(*mean.shape, parts, 2, dtype=torch.float32, device=x.device)
-        launch(moments_kernel, grid, (x, partial), numbers, constants)
+        launch(moments_kernel, grid, **named(moments_kernel, x, partial, *numbers), **constants)
     rows, strides = _rows(scale, shift)
     launch(
-        norm_kernel, grid, (laid, x, weight.contiguous(), bias.contiguous(), *rows, mean, rstd, partial),
-        (*numbers, *strides, groups * x.shape[0] / x.numel(), eps),
-        {"PARTS": triton.next_power_of_2(parts), **constants},
+        norm_kernel, grid,
+        **named(
+            norm_kernel, laid, x, weight.contiguous(), bias.contiguous(), *rows, mean, rstd, partial,
+            *numbers, *strides, groups * x.shape[0] / x.numel(), eps,
+        ),
+        PARTS=triton.next_power_of_2(parts), **constants,
     )  # fmt: skip
     if laid is not out:
         out.copy_(laid)
@@ -362,10 +371,11 @@ def norm_grad(
     operands = (sums, grad, x, weight.contiguous(), bias.contiguous(), *rows, mean, rstd)
     numbers = (*numbers, *strides, sums.stride(1))
     if parts > 1:
-        launch(norm_sums_kernel, grid, operands, numbers, constants)
+        launch(norm_sums_kernel, grid, **named(norm_sums_kernel, *operands, *numbers), **constants)
     launch(
-        norm_grad_kernel, grid, (laid, *operands), (*numbers, groups * x.shape[0] / x.numel()),
-        {"PARTS": triton.next_power_of_2(parts), **constants, "SUMMED": parts > 1},
+        norm_grad_kernel, grid,
+        **named(norm_grad_kernel, laid, *operands, *numbers, groups * x.shape[0] / x.numel()),
+        PARTS=triton.next_power_of_2(parts), SUMMED=parts > 1, **constants,
     )  # fmt: skip
     if laid is not x_grad:
         x_grad.copy_(laid)
