@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.weights import (
     Network,
@@ -37,6 +37,7 @@ REQUIRED = {
     "NCSN": ("sigma_max", "sigma_min", "levels", "objective"),
     "ScoreSDE": ("sde", "objective"),
 }
+Formulation = TypeVar("Formulation", bound=nn.Module)
 
 
 def find(path: str | Path) -> Path | None:
@@ -114,6 +115,21 @@ class RunFile:
             network = build_to_fit(kind, self.unet, self.file.floating(f"{group}."))
             network.load_state_dict(self.tensors(group))
         return network
+
+    def formulation(self, kind: type[Formulation], network: Callable[..., nn.Module]) -> Formulation:
+        """The model of the run with the averaged weights, in eval mode on the CPU.
+
+        Args:
+            kind: the class of the formulation, that the run has to be of.
+            network: fastdiff.UNet.
+
+        Raises: ValueError naming the file if it is of another formulation, or its content does not fit.
+        """
+        if self.model not in {base.__name__ for base in kind.__mro__}:
+            raise ValueError(f"{self.file.path} is the run of a {self.model}, expected a {kind.__name__}")
+        built = self.network(network)
+        with self.blamed():
+            return kind(built, **self.config).eval()
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """The tensors of a group. Raises ValueError if one holds NaN or infinity."""

@@ -89,6 +89,21 @@ class TensorFile:
         return {name[len(prefix) :]: shape for name, shape in self.shapes.items() if name.startswith(prefix)}
 
 
+def shapes_of(kind: Callable[..., nn.Module], config: Mapping[str, Any], tensors: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of kind(**config), a UNet, from the meta device, where it takes no memory.
+
+    Args:
+        tensors: how many there are. More layers than that are not laid out, since each takes time.
+
+    Raises: ValueError for more layers; what `kind` raises.
+    """
+    layers, levels = config.get("layers_per_block", 1), config.get("block_out_channels", ())
+    if isinstance(layers, int) and isinstance(levels, list | tuple) and layers * len(levels) > tensors:
+        raise ValueError(f"the configuration has {layers} layers in {len(levels)} blocks, for {tensors} tensors")
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in kind(**config).state_dict().items()}
+
+
 def build_to_fit(
     kind: Callable[..., Network], config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> Network:
@@ -96,12 +111,7 @@ def build_to_fit(
 
     Raises: ValueError naming the first tensor that is missing, unknown or of another shape; what `kind` raises.
     """
-    layers, levels = config.get("layers_per_block", 1), config.get("block_out_channels", ())
-    if isinstance(layers, int) and isinstance(levels, list | tuple) and layers * len(levels) > len(shapes):
-        raise ValueError(f"the configuration has {layers} layers in {len(levels)} blocks, for {len(shapes)} tensors")
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in kind(**config).state_dict().items()}
-    check_shapes(expected, shapes)
+    check_shapes(shapes_of(kind, config, len(shapes)), shapes)
     return kind(**config)
 
 
@@ -128,6 +138,26 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinity")
+
+
+def read_pickled(path: Path) -> Any:
+    """What a file of torch.save holds, if it holds nothing but tensors and containers of them.
+
+    Raises: ValueError naming the file if it holds anything else, or takes more memory than disk.
+    """
+    check_stored(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # content that nobody expected is met by any exception
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path}: expected tensors alone, got something else ({reason})") from error
+    tensors = content.values() if isinstance(content, dict) else ()
+    size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+    if size > path.stat().st_size:  # tensors may share their numbers, or repeat them
+        raise ValueError(f"{path}: expected no more numbers than the file holds, got tensors of {size} bytes")
+    return content
 
 
 def check_stored(path: Path) -> None:

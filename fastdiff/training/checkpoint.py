@@ -105,9 +105,7 @@ def load_model(path: str | Path) -> Diffusion:
     Raises: as `load`.
     """
     stored = RunFile.open(run_file.find(path) or path)
-    network = stored.network(UNet)
-    with stored.blamed():
-        return MODELS[stored.model](network, **stored.config).eval()
+    return stored.formulation(MODELS[stored.model], UNet)
 
 
 def importance(diffusion: Diffusion) -> nn.Module | None:
