@@ -202,8 +202,9 @@ def test_norm_gradient(small_tiles, shape, dtype, layout, guard, scaled, enough)
 
 def test_the_kernels_read_the_columns_that_rows_names():
     letters = (getattr(update, c) for c in "ABCDEFGH")
-    assert [c.value for c in letters] == list(range(8)) and update.W.value == 8 and update.WIDTH.value == rows.WIDTH
-    order = ["x0_from_x", "x0_from_pred", "from_x0", "from_x", "from_pred", "noise", "from_hist", "noise_high", "guidance"]
+    assert [c.value for c in letters] == list(range(8))
+    assert update.W.value == 8 and update.WIDTH.value == rows.WIDTH
+    order = "x0_from_x x0_from_pred from_x0 from_x from_pred noise from_hist noise_high guidance".split()  # noqa: SIM905
     assert rows.Row._fields == tuple(order)
     assert [getattr(cpu_compiled, name.upper()) for name in (*order, "width")] == list(range(10))
 
