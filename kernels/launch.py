@@ -20,7 +20,7 @@ FUSED = {"enable_fp_fusion": True}
 # call to call: to compile for each would gain nothing, and happen within a sampling loop or a CUDA graph's capture.
 kernel = functools.partial(
     triton.jit,
-    do_not_specialize=["batch", "levels", "steps"],
+    do_not_specialize=["batch", "levels", "steps", "first"],
     do_not_specialize_on_alignment=[
         f"{name}_ptr" for name in ("t", "step", "table", "rows", "seed", "ids", "incoming")
     ],
@@ -44,7 +44,11 @@ def row_of(index_ptr, index_stride, sample, rows):
 
 @triton.jit
 def load_float32(pointers, mask):
-    x = tl.load(pointers, mask=mask)
+    return to_float32(tl.load(pointers, mask=mask))
+
+
+@triton.jit
+def to_float32(x):
     if x.dtype == tl.bfloat16:  # The upper half of a float32: one shift or mask, where the cast takes up to two.
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
