@@ -23,9 +23,9 @@ from .norm_forward import moments_kernel, norm_kernel
 
 class Limits(NamedTuple):
     warp: int = 32  # threads
-    warps: int = 16  # of a program at most
-    forward: int = 64  # elements that a thread keeps at most: in registers, with what is computed of them
-    backward: int = 48
+    forward: int = 16  # warps of a program at most
+    backward: int = 8
+    held: int = 64  # elements that a thread holds at most: more would not stay in its registers
     few: int = 16  # elements of a thread where there are not enough programs: more threads share the work
     enough: int = 264  # programs that fill a GPU
     small: int = 4096  # elements of a slab of several groups, where pixels are neighbours
@@ -68,15 +68,15 @@ def _blocks(width: int, least: int, limits: Limits) -> tuple[int, int]:
 
 
 def _tiles(
-    blocks: int, lanes: int, pixels: int, vector: int, least: int, per_thread: int, limits: Limits
+    blocks: int, lanes: int, pixels: int, vector: int, least: int, held: int, warp: int, most: int
 ) -> tuple[int, int, int] | None:
-    """(warps, TILES, TILE) of the fewest threads that hold a slab, each at most per_thread elements, and at least `least` pixels of a
-    tile; None if none do."""
+    """(warps, TILES, TILE) of the fewest warps, and most at most, whose threads hold a slab, each `held` elements; None
+    if it does not fit. vector: elements of an access; least: pixels of a tile."""
     warps = 1
-    while warps <= limits.warps:
-        tile = min(max(least, warps * limits.warp * vector // lanes), _power(pixels))
+    while warps <= most:
+        tile = min(max(least, warps * warp * vector // lanes), _power(pixels))
         tiles = -(-pixels // tile)
-        if blocks * lanes * tiles * tile <= warps * limits.warp * per_thread:
+        if blocks * lanes * tiles * tile <= warps * warp * held:
             return warps, tiles, tile
         warps *= 2
     return None
@@ -97,13 +97,13 @@ def plan_of(
             break
         blocks, lanes = _blocks(width, vector if last and width >= vector else 1, limits)
         enough = slabs >= limits.enough
-        tiling = None if enough else _tiles(blocks, lanes, pixels, vector, least, limits.few, limits)
-        tiling = tiling or _tiles(blocks, lanes, pixels, vector, least, most, limits)
+        fit = functools.partial(_tiles, blocks, lanes, pixels, vector, least, warp=limits.warp, most=most)
+        tiling = (None if enough else fit(held=limits.few)) or fit(held=limits.held)
         worth = (
             not last or width % vector == 0,
             tiling is not None,
             not last or width * size % limits.sector == 0,
-            tiling is not None and 2 * tiling[0] <= limits.warps,  # two programs to a multiprocessor
+            tiling is not None and 2 * tiling[0] <= most,  # two programs to a multiprocessor
             enough,
             together if enough else -together,
         )
@@ -113,7 +113,7 @@ def plan_of(
     chunks = spans = 1
     span, piece = pixels, slabs
     if tiling is None:
-        warps = max(1, limits.warps // 2)
+        warps = max(1, limits.backward // 2)
         threads = warps * limits.warp
         widest = limits.line // size if last else max(limits.rows, threads * vector // _power(pixels))
         if width > widest:  # of one group
