@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 
-def need(module: str) -> Any:
-    """Import an optional dependency. Raises ImportError naming the extra that brings it."""
+def need(module: str, extra: str = "train") -> Any:
+    """Import an optional dependency.
+
+    Args:
+        module: the name to import.
+        extra: the extra of this package that installs it.
+
+    Raises: ImportError with the command that installs the extra.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is not installed: pip install fastdiff[train]") from error
+        raise ImportError(f"{module} is not installed: pip install 'fastdiff-kernels[{extra}]'") from error
 
 
 @contextmanager
@@ -33,7 +40,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def writable(path: Path) -> Path:
-    """`path`, once it is certain that a file can be put there; makes its folder. Raises OSError otherwise."""
+    """Make the folder of `path` and check that a file can be put there.
+
+    Returns: `path`.
+    Raises: OSError if no file can be written there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

@@ -26,6 +26,8 @@ from fastdiff.nn import (
     sinusoidal_embedding,
 )
 
+from .interop import pretrained
+
 
 class UNet(nn.Module):
     """U-Net of resnet and attention blocks, one level per entry of block_out_channels.
@@ -149,16 +151,26 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "UNet":
-        """The model of a UNet2DModel directory of diffusers; see fastdiff.interop.pretrained.load_unet."""
-        from .interop.pretrained import load_unet
+        """The model of a UNet2DModel directory of diffusers, or of the unet/ of a pipeline's.
 
-        return load_unet(folder)
+        Returns: the model in eval mode, in float32, on the CPU.
+        Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for a block or an option that UNet
+            lacks, and for weights that do not fit the configuration.
+        """
+        config, weights = pretrained.read_unet(folder)
+        with config.blamed():
+            unet = cls(**config)
+        with weights.blamed():
+            unet.load_state_dict(weights)
+        return unet.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what diffusers' UNet2DModel.from_pretrained reads; see fastdiff.interop.pretrained.save_unet."""
-        from .interop.pretrained import save_unet
+        """Write config.json and the weights as safetensors, which UNet2DModel.from_pretrained of diffusers reads."""
+        pretrained.write_unet(folder, self.config, self.state_dict())
 
-        save_unet(self, folder)
+    def time_arguments(self, t: Tensor) -> dict[str, Tensor]:
+        """What `forward` takes that follows from the timesteps t (N,) alone; see fastdiff.sampling."""
+        return {"emb": self.time_embedding(t)}
 
     @property
     def sample_shape(self) -> tuple[int, int, int] | None:

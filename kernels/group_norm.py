@@ -145,69 +145,78 @@ def _prepared(x: Tensor, groups: int, backward: bool) -> tuple[Tensor, Plan]:
     return x, plan_of(batch, channels, pixels, groups, last, x.element_size(), backward, LIMITS)
 
 
-def _rows(*rows: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
-    """(B, C) or (C,) tensors with adjacent channels, and the strides between their samples."""
-    rows = tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in rows)
-    return list(rows), [0 if t is None or t.ndim == 1 else t.stride(0) for t in rows]
+def _row(t: Tensor | None) -> Tensor | None:
+    """t (B, C) or (C,) with adjacent channels."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _stride(t: Tensor | None) -> int:
+    """From sample to sample of t, (B, C) or (C,)."""
+    return 0 if t is None or t.ndim == 1 else t.stride(0)
 
 
 def norm(
-    out: Tensor, mean: Tensor, rstd: Tensor,
+    *, out: Tensor, mean: Tensor, rstd: Tensor,
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
     add: Tensor | None, eps: float,
 ) -> None:  # fmt: skip
     """Write silu(GroupNorm(x + add) (1 + scale) + shift) into out, shaped like x (B, C, ...), and the statistics of the
     groups of x + add into mean and rstd, (B, groups) float32."""
     x, plan = _prepared(x, groups, backward=False)
-    laid = laid_like(x, out)
-    (add, scale, shift), strides = _rows(add, scale, shift)
-    weight, bias = weight.contiguous(), bias.contiguous()
-    partial = None
-    if plan.parts > 1:
-        partial = torch.empty(*mean.shape, plan.parts, 2, dtype=torch.float32, device=x.device)
-    constants = {"PARTS": _power(plan.parts), "FAST": on_nvidia(x), **plan.shape}
+    same = laid_like(x, out)
+    add, scale, shift = _row(add), _row(scale), _row(shift)
+    partial = _partial(plan, mean)
+    reads = {"x_ptr": x, "add_ptr": add, "add_stride": _stride(add)} | plan.shape
+    rows = {"weight_ptr": weight.contiguous(), "bias_ptr": bias.contiguous(), "scale_ptr": scale, "shift_ptr": shift}
+    rows |= {"scale_stride": _stride(scale), "shift_stride": _stride(shift)}
     for first, grid in plan.grids():
         if partial is not None:
-            launch(moments_kernel, grid, (x, add, partial), (first, strides[0]), plan.shape)
+            launch(moments_kernel, grid, partial_ptr=partial, first=first, **reads)
         launch(
-            norm_kernel, grid, (laid, mean, rstd, x, add, weight, bias, scale, shift, partial),
-            (first, *strides, eps), constants,
+            norm_kernel, grid, out_ptr=same, mean_ptr=mean, rstd_ptr=rstd, partial_ptr=partial, first=first, eps=eps,
+            PARTS=_power(plan.parts), FAST=on_nvidia(x), **reads, **rows,
         )  # fmt: skip
-    if laid is not out:
-        out.copy_(laid)
+    if same is not out:
+        out.copy_(same)
 
 
 def norm_grad(
-    x_grad: Tensor, parameter_grads: list[Tensor | None] | None,
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
-    groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
+    *, x_grad: Tensor, weight_grad: Tensor | None, bias_grad: Tensor | None, scale_grad: Tensor | None,
+    shift_grad: Tensor | None, add_grad: Tensor | None,
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int,
+    weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write the gradient by x into x_grad, and those by weight, bias, scale, shift and add into the contiguous
-    parameter_grads, None for an operand that is not there; parameter_grads is None if none of them is wanted."""
+    """Write the gradient by x into x_grad, and those by the other operands into tensors shaped like them, contiguous;
+    None for an operand that is not there, or for all of them if none is wanted."""
     x, plan = _prepared(x, groups, backward=True)
-    laid, grad = laid_like(x, x_grad), laid_like(x, grad)
-    (add, scale, shift), strides = _rows(add, scale, shift)
+    same, grad = laid_like(x, x_grad), laid_like(x, grad)
+    add, scale, shift = _row(add), _row(scale), _row(shift)
     weight, bias = weight.contiguous(), bias.contiguous()
     batch, channels = x.shape[:2]
     sums = torch.empty(plan.spans, 2 if add is None else 3, batch, channels, dtype=torch.float32, device=x.device)
-    partial = None
-    if plan.parts > 1:
-        partial = torch.empty(*mean.shape, plan.parts, 2, dtype=torch.float32, device=x.device)
-    operands = (grad, x, add, weight, bias, scale, shift, mean, rstd)
-    constants = {"FAST": on_nvidia(x), **plan.shape}
+    partial = _partial(plan, mean)
+    operands = {
+        "sums_ptr": sums, "partial_ptr": partial, "grad_ptr": grad, "x_ptr": x, "add_ptr": add, "weight_ptr": weight,
+        "bias_ptr": bias, "scale_ptr": scale, "shift_ptr": shift, "mean_ptr": mean, "rstd_ptr": rstd, "batch": batch,
+        "add_stride": _stride(add), "scale_stride": _stride(scale), "shift_stride": _stride(shift),
+        "FAST": on_nvidia(x),
+    } | plan.shape  # fmt: skip
     for first, grid in plan.grids():
-        numbers = (batch, first, *strides)
         if partial is not None:
-            launch(norm_sums_kernel, grid, (sums, partial, *operands), numbers, constants)
+            launch(norm_sums_kernel, grid, first=first, **operands)
+        launch(norm_grad_kernel, grid, x_grad_ptr=same, first=first, PARTS=_power(plan.parts), **operands)
+    if same is not x_grad:
+        x_grad.copy_(same)
+    if weight_grad is not None:
         launch(
-            norm_grad_kernel, grid, (laid, sums, partial, *operands), numbers,
-            {"PARTS": _power(plan.parts), **constants},
+            parameters_kernel, (-(-channels // COLUMNS), 1, 1),
+            weight_grad_ptr=weight_grad, bias_grad_ptr=bias_grad, scale_grad_ptr=scale_grad, shift_grad_ptr=shift_grad,
+            add_grad_ptr=add_grad, sums_ptr=sums, weight_ptr=weight, bias_ptr=bias, scale_ptr=scale,
+            batch=batch, spans=plan.spans, channels=channels, scale_stride=_stride(scale),
+            SHARED=add is not None and add.ndim == 1, ROWS=ROWS, BLOCK=COLUMNS, num_warps=4, **FUSED,
         )  # fmt: skip
-    if laid is not x_grad:
-        x_grad.copy_(laid)
-    if parameter_grads is not None:
-        launch(
-            parameters_kernel, (-(-channels // COLUMNS), 1, 1), (*parameter_grads, sums, weight, bias, scale),
-            (batch, plan.spans, channels, strides[1]),
-            {"SHARED": add is not None and add.ndim == 1, "ROWS": ROWS, "BLOCK": COLUMNS, "num_warps": 4, **FUSED},
-        )  # fmt: skip
+
+
+def _partial(plan: Plan, mean: Tensor) -> Tensor | None:
+    """What the parts of the groups leave; None if nothing is split."""
+    return mean.new_empty(*mean.shape, plan.parts, 2) if plan.parts > 1 else None

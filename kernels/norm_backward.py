@@ -12,7 +12,7 @@ are read twice, once before that by norm_sums_kernel. parameters_kernel reads su
 import triton
 import triton.language as tl
 
-from .launch import kernel, to_float32
+from .launch import kernel
 from .norm_tile import (
     affine,
     by_channel,
@@ -25,6 +25,7 @@ from .norm_tile import (
     tile_masks,
     tile_offsets,
 )
+from .tile import to_float32
 
 
 @triton.jit

@@ -12,7 +12,7 @@ by moments_kernel. In norm_tile.py: what a program owns.
 import triton
 import triton.language as tl
 
-from .launch import kernel, to_float32
+from .launch import kernel
 from .norm_tile import (
     affine,
     by_channel,
@@ -24,6 +24,7 @@ from .norm_tile import (
     tile_masks,
     tile_offsets,
 )
+from .tile import to_float32
 
 
 @triton.jit

@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import nn
 
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "ScoreSdeVeScheduler")
-
 
 def accelerate(target: Any) -> list[str]:
     """Put the fused operations into a pipeline of diffusers, or into a network, in place. Returns the dotted names of
@@ -31,11 +29,11 @@ def accelerate(target: Any) -> list[str]:
                 block.__class__ = _fused().ResnetBlock2D
                 done.append(".".join(filter(None, (name, inner))))
     scheduler = None if isinstance(target, nn.Module) else target.components.get("scheduler")
-    kind = type(scheduler)
-    if kind.__name__ in SCHEDULERS and getattr(sys.modules.get("diffusers"), kind.__name__, None) is kind:
-        ours = importlib.import_module(".diffusers", __package__)
-        target.scheduler = _become(getattr(ours, kind.__name__), scheduler)
-        done.append("scheduler")
+    if type(scheduler).__module__.startswith("diffusers."):  # otherwise it may not be installed
+        ours = {kind.stock: kind for kind in importlib.import_module(".diffusers", __package__).SCHEDULERS}
+        if type(scheduler) in ours:
+            target.scheduler = _become(ours[type(scheduler)], scheduler)
+            done.append("scheduler")
     return done
 
 
@@ -48,11 +46,9 @@ def restore(target: Any) -> list[str]:
             if _diffusers_resnet() and type(block) is _fused().ResnetBlock2D:
                 block.__class__ = _diffusers_resnet().ResnetBlock2D
                 done.append(".".join(filter(None, (name, inner))))
-    scheduler = None if isinstance(target, nn.Module) else target.components.get("scheduler")
-    ours = sys.modules.get(f"{__package__}.diffusers")
-    kind = type(scheduler)
-    if kind.__name__ in SCHEDULERS and getattr(ours, kind.__name__, None) is kind:
-        target.scheduler = _become(getattr(sys.modules["diffusers"], kind.__name__), scheduler)
+    scheduler: Any = None if isinstance(target, nn.Module) else target.components.get("scheduler")
+    if type(scheduler).__module__ == f"{__package__}.diffusers":
+        target.scheduler = _become(type(scheduler).stock, scheduler)
         done.append("scheduler")
     return done
 

@@ -44,6 +44,11 @@ def digits() -> tuple[Images, Tensor, Images, Tensor]:
     return Images(pixels[train], 16), labels[train], Images(pixels[held_out], 16), labels[held_out]
 
 
+def training_images(source: str, size: int, gray: bool) -> Images:
+    """The train half of the digits for "digits", else the images of a folder."""
+    return digits()[0] if source == "digits" else folder(Path(source), size, gray)
+
+
 def folder(path: Path, size: int, gray: bool = False) -> Images:
     """Every image file under `path`, centre-cropped to a square and resized to (1 or 3, size, size).
 

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,22 +107,11 @@ def test_eval_reports_and_writes_json(model, tmp_path):
     assert f"frechet_distance           {report['frechet_distance']:.4f}" in done.stdout
 
 
-def test_bench_is_handed_its_arguments(monkeypatch):
-    seen = []
-    bench = SimpleNamespace(
-        add_arguments=lambda parser: parser.add_argument("--rounds", type=int),
-        main=lambda args: seen.append(args.rounds) or 7,
-    )
-    monkeypatch.setitem(sys.modules, "fastdiff.bench", bench)
-    assert main(["bench", "--rounds", "3"]) == 7 and seen == [3]
-
-
-def test_other_commands_do_not_need_bench(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "fastdiff.bench", None)
-    with pytest.raises(SystemExit) as stop:
-        main(["sample", "--help"])
-    assert stop.value.code == 0 and "PREFIX" in capsys.readouterr().out
-    assert "bench" in refused(capsys, "bench")
+@pytest.mark.parametrize("name", ["bench", "benchmark", "sampel"])
+def test_an_unknown_command_names_the_others_and_where_measuring_is(name, capsys):
+    line = refused(capsys, name, "--rounds", "3")
+    assert f"unknown command {name!r}: expected one of train, sample, eval" in line
+    assert "python -m benchmarks" in line
 
 
 def test_interrupt_keeps_a_checkpoint_and_tells_how_to_resume(tmp_path):
@@ -159,7 +147,7 @@ def test_a_traceback_is_never_shown(model, tmp_path):
     ("args", "said"),
     [
         ([], "arguments are required"),
-        (["fly"], "invalid choice"),
+        (["fly"], "unknown command 'fly'"),
         (["train"], "--out"),
         (["train", "--out", "x"], "--data"),
         (["train", "--out", "x", "--data", "missing"], "missing: No such file or directory"),

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks import quality
-from fastdiff.training import loop as training
+from fastdiff import training
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
