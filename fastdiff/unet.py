@@ -27,6 +27,7 @@ from fastdiff.nn import (
 )
 
 from .interop import pretrained
+from .weights import check_shapes, shapes_of
 
 
 class UNet(nn.Module):
@@ -159,8 +160,10 @@ class UNet(nn.Module):
         """
         config, weights = pretrained.read_unet(folder)
         with config.blamed():
-            unet = cls(**config)
+            expected = shapes_of(cls, config, len(weights))
         with weights.blamed():
+            check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+            unet = cls(**config)
             unet.load_state_dict(weights)
         return unet.eval()
 
