@@ -5,7 +5,7 @@ op: torch.ops.fastdiff, without the checks of its arguments
 public: fastdiff.ops, with the checks
 custom_op: the same implementation and schema, registered by torch.library.custom_op
 
-extra_info holds us_per_call, and overhead_us, the time beyond "direct" of single interleaved calls.
+extra_info holds us_per_element, the time of a call, and overhead_us, by how much single calls exceed "direct".
 """
 
 import statistics
@@ -94,11 +94,11 @@ def index() -> torch.Tensor:
 @pytest.mark.parametrize("calls", [noising, update, loss], ids=lambda calls: calls.__name__)
 @on_device
 def test_dispatch(benchmark: BenchmarkFixture, calls: Callable[[], Calls], row: str) -> None:
-    benchmark.group = f"one element, {calls.__name__}"
+    benchmark.group = f"boundary of {calls.__name__}"
     # Each row has arguments of its own, because an update changes them.
     assert torch.equal(first(calls()[row]()), first(calls()["direct"]()))
     own = calls()
-    benchmark.extra_info |= {"row": row, "us_per_call": 1e6 * time_call(benchmark, own[row])}
+    benchmark.extra_info |= {"row": row, "us_per_element": 1e6 * time_call(benchmark, own[row])}
     benchmark.extra_info["overhead_us"] = overhead(own[row], own["direct"]) * 1e6
 
 

@@ -18,7 +18,7 @@ from .ops.checks import as_index, as_seed, check_choice, check_floating, check_l
 from .process import Chain
 from .reference import work_dtype
 from .rows import columns, make_rows
-from .sampling import Run, StepOptions
+from .sampling import Run, StepOptions, Steps
 from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, make_steps
 from .unet import UNet
@@ -401,7 +401,7 @@ class DDPM(ChainDiffusion):
         table = self.step_table("ddpm", range(t, -1, -1))
         options = StepOptions(self.clip, table.keep, table.noisy, table.learned)
         run = Run(self, table, x, options, seed, model_kwargs=model_kwargs, compiled=self._compiled_step)
-        return sampling.walk(run)
+        return sampling.walk(Steps(run))
 
     def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
         if sampler == "ddpm" and eta == 0.0:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .plain import is_plain
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to_cos: bool = True) -> Tensor:
@@ -60,8 +61,11 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         if t.dim() > 1:
             raise ValueError(f"t: expected shape (N,) or (), got {tuple(t.shape)}")
-        weight = self.linear_1.weight
-        h = self._proj[0](t.to(weight.device).reshape(-1)).to(weight.dtype)
+        t, weight = t.reshape(-1), self.linear_1.weight
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():  # of a quantized layer
+            h = self._proj[0](t)
+        else:  # an offloaded weight is on the meta device until the layer is called
+            h = self._proj[0](t if weight.is_meta else t.to(weight.device)).to(weight.dtype)
         return self.linear_2(F.silu(self.linear_1(h)))
 
 
@@ -90,6 +94,12 @@ class Upsample(nn.Module):
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """silu(norm(x) (1 + scale) + shift), scale and shift (B, C)."""
+    if not is_plain(norm, nn.GroupNorm):
+        u = norm(x)
+        if scale is not None and shift is not None:
+            scale, shift = (t.reshape(*t.shape, *[1] * (u.ndim - 2)) for t in (scale, shift))
+            u = u * (1 + scale) + shift
+        return F.silu(u)
     return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, shift)
 
 
@@ -145,9 +155,7 @@ class Attention(nn.Module):
     head; ValueError when it does not divide channels.
     """
 
-    def __init__(
-        self, channels: int, head_dim: int | None, groups: int | None, eps: float, scale: float = 1.0
-    ) -> None:
+    def __init__(self, channels: int, head_dim: int | None, groups: int | None, eps: float, scale: float = 1.0) -> None:
         super().__init__()
         if head_dim is not None and channels % head_dim:
             raise ValueError(f"attention_head_dim: expected a divisor of {channels} channels, got {head_dim}")
@@ -161,9 +169,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # one copy, or each of the maps makes one
-        q, k, v = (
-            f(h).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v)
-        )
+        q, k, v = (f(h).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = self.to_out[0](h).transpose(1, 2).reshape(x.shape)
         h = x + h  # x first: the sum takes its memory format

@@ -240,48 +240,63 @@ def density_ratio(z: Tensor) -> Tensor:
 
 
 def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
-) -> Tensor:
-    """silu(GroupNorm(x) (1 + scale) + shift), scale and shift (B, C) (Wu & He 2018, arXiv:1803.08494, eq. 7; Dhariwal &
-    Nichol 2021, arXiv:2105.05233, section 4.3)."""
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+    add: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
+    """silu(GroupNorm(x + add) (1 + scale) + shift), scale and shift (B, C), add (B, C) or (C,) (Wu & He 2018,
+    arXiv:1803.08494, eq. 7; Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.3)."""
     work = work_dtype(x)
-    u = torch.group_norm(x.to(work), groups, weight.to(work), bias.to(work), eps)
+    u = torch.group_norm(with_channels(x, add), groups, weight.to(work), bias.to(work), eps)
     if scale is not None and shift is not None:
         u = u * (1 + _per_channel(scale.to(work), u)) + _per_channel(shift.to(work), u)
     return F.silu(u).to(x.dtype)
 
 
 def group_norm_silu_grad(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
-    groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(the gradient by x, (2, B, C) sums over pixels of the slope dL/du and of the slope times the normalised x); u is
-    what SiLU is taken of, mean and rstd (B, groups) those of the groups.
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int,
+    weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients by x, weight, bias, scale, shift and add; mean and rstd (B, groups) are those of the groups.
 
-    With u = f xhat + o in each channel, dL/dx = rstd (f slope - m_1 - xhat m_2), m_1 and m_2 the means over the group
-    of f slope and of f slope xhat.
+    With u = f xhat + o in each channel, u what SiLU is taken of, and slope = dL/du,
+    dL/dx = rstd (f slope - m_1 - xhat m_2), m_1 and m_2 the means over the group of f slope and of f slope xhat.
     """
     work = work_dtype(x)
-    factor, offset = weight.to(work).expand(x.shape[:2]), bias.to(work).expand(x.shape[:2])
-    if scale is not None and shift is not None:
-        factor, offset = factor * (1 + scale.to(work)), offset * (1 + scale.to(work)) + shift.to(work)
+    by = 1 if scale is None else 1 + scale.to(work)
+    factor, offset = weight.to(work).expand(x.shape[:2]) * by, bias.to(work).expand(x.shape[:2]) * by
+    if shift is not None:
+        offset = offset + shift.to(work)
     f, o = _per_channel(factor, x), _per_channel(offset, x)
 
     def grouped(t: Tensor) -> Tensor:
         return t.reshape(len(x), groups, -1)
 
-    xhat = ((grouped(x.to(work)) - mean[..., None]) * rstd[..., None]).reshape(x.shape)
+    def over_pixels(t: Tensor) -> Tensor:
+        return t.reshape(*x.shape[:2], -1).sum(2)
+
+    xhat = ((grouped(with_channels(x, add)) - mean[..., None]) * rstd[..., None]).reshape(x.shape)
     u = f * xhat + o
     s = u.sigmoid()
     slope = grad.to(work) * (s + u * s * (1 - s))
     m_1, m_2 = (grouped(t).mean(2, keepdim=True) for t in (f * slope, f * slope * xhat))
-    by_x = (grouped(f * slope) - m_1 - grouped(xhat) * m_2) * rstd[..., None]
-    sums = [t.reshape(*x.shape[:2], -1).sum(2) for t in (slope, slope * xhat)]
-    return by_x.reshape(x.shape).to(x.dtype), torch.stack(sums)
+    by_x = ((grouped(f * slope) - m_1 - grouped(xhat) * m_2) * rstd[..., None]).reshape(x.shape)
+    by_offset, by_factor = over_pixels(slope), over_pixels(slope * xhat)
+    by_scale = by_shift = by_add = None
+    if scale is not None:
+        by_scale, by_shift = weight * by_factor + bias * by_offset, by_offset
+    if add is not None:
+        by_add = over_pixels(by_x) if add.ndim == 2 else over_pixels(by_x).sum(0)
+    return by_x.to(x.dtype), (by_factor * by).sum(0), (by_offset * by).sum(0), by_scale, by_shift, by_add
+
+
+def with_channels(x: Tensor, add: Tensor | None) -> Tensor:
+    """x + add, add (B, C) or (C,), in the type that is computed in."""
+    work = work_dtype(x)
+    return x.to(work) if add is None else x.to(work) + _per_channel(add.to(work), x)
 
 
 def _per_channel(rows: Tensor, x: Tensor) -> Tensor:
-    """(B, C) shaped to multiply x (B, C, ...)."""
+    """(B, C) or (C,) shaped to be multiplied with or added to x (B, C, ...)."""
     return rows.reshape(*rows.shape, *[1] * (x.ndim - 2))
 
 

@@ -19,7 +19,7 @@ FUSED = {"enable_fp_fusion": True}
 # or the capture of a CUDA graph.
 kernel = functools.partial(
     triton.jit,
-    do_not_specialize=["batch", "levels", "steps"],
+    do_not_specialize=["batch", "levels", "steps", "first"],
     do_not_specialize_on_alignment=[
         f"{name}_ptr" for name in ("t", "step", "table", "rows", "seed", "ids", "incoming")
     ],

@@ -47,7 +47,12 @@ def table_row(index_ptr, index_stride, sample, rows):
 @triton.jit
 def load_float32(pointers, mask):
     """The masked elements as float32."""
-    x = tl.load(pointers, mask=mask)
+    return to_float32(tl.load(pointers, mask=mask))
+
+
+@triton.jit
+def to_float32(x):
+    """x as float32."""
     if x.dtype == tl.bfloat16:  # The upper half of a float32: one shift or mask, while the cast takes up to two.
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
