@@ -17,7 +17,7 @@ from . import ops
 from .denoiser import Denoiser
 from .objective import x0_rows
 from .ops.checks import as_seed, check_floating
-from .progress import bar, evaluating, state_dtype
+from .progress import bar, evaluating
 from .reference import work_dtype
 from .schedule import NoiseSchedule
 from .steps import VARIANCES, check_signal
@@ -173,7 +173,7 @@ def evaluate(
     grid, levels = denoiser.process.grid(steps)
     times = grid.times(levels)[:-1]
     made = denoiser.process.discretize(times.flip(0).double())
-    n, dtype = len(times), state_dtype(x0.dtype)
+    n, dtype = len(times), work_dtype(x0.dtype)
     rows = vlb_rows(made, denoiser.objective, denoiser.variance).to(x0.device, dtype)
     noising = torch.stack((made.alpha, made.sigma), 1).to(x0.device, dtype)
     condition = denoiser.condition(times).to(x0.device)

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from . import bound, ops, sampling, steps
 from .cache import Tables
 from .diffusion import Diffusion
+from .interop import pretrained
 from .objective import WEIGHTINGS, target_rows, weights
 from .ops.checks import as_index, as_seed, check_choice, check_floating, check_like
 from .process import Chain
-from .progress import state_dtype
+from .reference import work_dtype
 from .rows import columns, make_rows
 from .sampling import Run, StepOptions, Steps
 from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, make_steps
+from .unet import UNet
 
 # With more alpha_bar at the last level, the prior is visibly not where the chain ends.
 MAX_REMAINING_SIGNAL = 1e-3
@@ -136,7 +138,7 @@ class ChainDiffusion(Diffusion):
 
     def _cached(self, name: str, build: Callable[[], Tensor], like: Tensor, *key: Any) -> Tensor:
         """build() on the data's device and in the type of its state, built again only when the key changes."""
-        device, dtype = like.device, state_dtype(like.dtype)
+        device, dtype = like.device, work_dtype(like.dtype)
         return self._tables.get(name, lambda: build().to(device, dtype), (), self.schedule, device, dtype, *key)
 
     def noising_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -238,16 +240,34 @@ class DDPM(ChainDiffusion):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DDPM":
-        """The model of a DDPMPipeline's directory of diffusers; see fastdiff.interop.pretrained.load_ddpm."""
-        from .interop.pretrained import load_ddpm
+        """The DDPM of a DDPMPipeline's directory of diffusers, in eval mode: its UNet and its scheduler's numbers.
 
-        return load_ddpm(folder)
+        Its ancestral sampler over all levels is DDPMScheduler's. A learned variance is trained by the hybrid loss.
+
+        Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for what UNet or DDPM lacks.
+        """
+        arguments, unet = pretrained.read_ddpm(folder), UNet.from_pretrained(folder)
+        with arguments.blamed():
+            return cls(unet, **arguments).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what diffusers' DDPMPipeline.from_pretrained reads; see fastdiff.interop.pretrained.save_ddpm."""
-        from .interop.pretrained import save_ddpm
+        """Write a directory that DDPMPipeline.from_pretrained of diffusers reads, with weights as safetensors.
 
-        save_ddpm(self, folder)
+        Raises: ValueError, before anything is written, if the model is no UNet, the objective is "score", or the
+            schedule does not keep the variance.
+        """
+        if not isinstance(self.model, UNet):
+            raise ValueError(f"model: expected a UNet, got {type(self.model).__name__}")
+        pretrained.write_ddpm(
+            folder,
+            self.model.config,
+            self.model.state_dict(),
+            self.schedule,
+            schedule_name=self.schedule_name,
+            objective=self.objective,
+            variance=self.variance,
+            clip=self.clip,
+        )
 
     @property
     def config(self) -> dict[str, Any]:
@@ -366,7 +386,7 @@ class DDPM(ChainDiffusion):
             raise ValueError(f"t: expected a level from 1 to {self.timesteps}, got {t!r}")
         seed = as_seed(seed, x0.device)
         first, second = (
-            ops.normal(x0.shape, seed, step=k, stream=ops.FORWARD, dtype=state_dtype(x0.dtype), device=x0.device)
+            ops.normal(x0.shape, seed, step=k, stream=ops.FORWARD, dtype=work_dtype(x0.dtype), device=x0.device)
             for k in (0, 1)
         )
         mix = mix.to(first.dtype)

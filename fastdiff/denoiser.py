@@ -12,7 +12,7 @@ from .cast import TYPES, Casts
 from .objective import OBJECTIVES, conversion_rows
 from .ops.checks import check_choice, check_floating
 from .process import Process
-from .progress import state_dtype
+from .reference import work_dtype
 from .rows import make_rows
 from .steps import denoise_rows
 
@@ -95,7 +95,7 @@ class Denoiser(nn.Module):
         t = self.checked_times("x_t", x_t, t)
         pred = self.call_model(x_t, self.condition(t), model_kwargs).pred
         from_x, from_pred = conversion_rows(self.process.at(t.double()), self.objective, wanted)
-        rows = make_rows(from_x, state_dtype(x_t.dtype), from_x=from_x, from_pred=from_pred)
+        rows = make_rows(from_x, work_dtype(x_t.dtype), from_x=from_x, from_pred=from_pred)
         return ops.update(x_t, pred, rows, torch.arange(len(x_t), device=x_t.device), noisy=False, out=out)
 
     def call_model(
@@ -213,9 +213,9 @@ class Denoiser(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type of the state: float64 for a float64 model, else float32."""
-        return state_dtype(self.parameter_dtype or torch.float32)
+        return work_dtype(self.parameter_dtype or torch.float32)
 
 
 def own_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(rows, the row of each sample), if each sample has a row of its own; in the type of the state of such data."""
-    return rows.to(state_dtype(dtype)), torch.arange(len(rows), device=rows.device)
+    return rows.to(work_dtype(dtype)), torch.arange(len(rows), device=rows.device)

@@ -15,7 +15,7 @@ from .objective import uses_noise, uses_x0
 from .ops.checks import as_sample_ids, as_seed, check_choice, check_floating, check_shape, check_state
 from .ops.memory import LARGEST
 from .process import Grid, Process
-from .progress import state_dtype
+from .reference import work_dtype
 from .sampling import Callback, Noise, Run, StepOptions, Steps
 from .steps import Sampler, StepTable, ddim_inversion, make_steps
 
@@ -323,5 +323,5 @@ def kept_noise(x0: Tensor, index: Tensor, seed: Tensor) -> Tensor | None:
     on a CPU, while its memory is recycled (see _pages). Else None."""
     if not x0.is_cpu or 4 * x0.numel() > LARGEST:
         return None
-    dtype = state_dtype(x0.dtype)
+    dtype = work_dtype(x0.dtype)
     return ops.normal(x0.shape, seed, step=index, stream=ops.FORWARD, dtype=dtype, device=x0.device)

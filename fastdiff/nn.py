@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .plain import is_plain
 
 Embedding = Tensor | tuple[Tensor, ...]
 
@@ -63,8 +64,11 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         if t.dim() > 1:
             raise ValueError(f"t: expected shape (N,) or (), got {tuple(t.shape)}")
-        weight = self.linear_1.weight
-        h = self._proj[0](t.to(weight.device).reshape(-1)).to(weight.dtype)
+        t, weight = t.reshape(-1), self.linear_1.weight
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():  # of a quantized layer
+            h = self._proj[0](t)
+        else:  # an offloaded weight is on the meta device until the layer is called
+            h = self._proj[0](t if weight.is_meta else t.to(weight.device)).to(weight.dtype)
         return self.linear_2(F.silu(self.linear_1(h)))
 
 
@@ -99,14 +103,14 @@ def norm_silu(
     add: Tensor | None = None,
 ) -> Tensor:
     """silu(norm(x + add) (1 + scale) + shift); scale and shift (B, C), add (B or 1, C)."""
-    x = x if add is None else x + add.to(x.dtype)[:, :, None, None]
-    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, shift)
-
-
-def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether weight and bias are all there is to a layer: it is of that very class, without hooks, and not sharded."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return type(module) is kind and not hooks and module.bias is not None and not hasattr(module.weight, "placements")
+    if not is_plain(norm, nn.GroupNorm):
+        u = norm(x if add is None else x + add.to(x.dtype).reshape(*add.shape, *[1] * (x.ndim - 2)))
+        if scale is not None and shift is not None:
+            scale, shift = (t.reshape(*t.shape, *[1] * (u.ndim - 2)) for t in (scale, shift))
+            u = u * (1 + scale) + shift
+        return F.silu(u)
+    add = add[0] if add is not None and len(add) == 1 else add
+    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, shift, add)
 
 
 class ResnetBlock(nn.Module):
@@ -170,8 +174,8 @@ def project(blocks: Sequence[ResnetBlock], emb: Tensor) -> Tensor | None:
     if not (all(is_plain(c, nn.Conv2d) for c in folded) and all(is_plain(p, nn.Linear) for p in layers)):
         return None
     bias = torch.cat([layer.bias for layer in layers])
-    if folded:
-        bias = bias + torch.cat([conv.bias for conv in folded if conv.bias is not None])
+    biases = [conv.bias for conv in folded if conv.bias is not None]
+    bias = bias + torch.cat(biases) if biases else bias
     return F.linear(emb, torch.cat([layer.weight for layer in layers]), bias)
 
 
@@ -203,23 +207,24 @@ class Attention(nn.Module):
 
     def _pack(self) -> None:
         """Put the weights of q, k and v one behind the other in memory, and their biases."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        if not all(is_plain(layer, nn.Linear) for layer in layers):
+            return
         for name in ("weight", "bias"):
-            parts = [getattr(layer, name) for layer in (self.to_q, self.to_k, self.to_v)]
-            sharded = any(hasattr(p, "placements") for p in parts)
-            if not sharded and not _adjacent(parts):
+            parts = [getattr(layer, name) for layer in layers]
+            if not _adjacent(parts):
                 for part, new in zip(parts, torch.cat([p.data for p in parts]).chunk(3), strict=True):
                     part.data = new
 
     def _qkv(self, h: Tensor) -> tuple[Tensor, ...]:
         """The maps of h (B, N, channels), each (B, N, channels): in one product where no gradient is wanted."""
         layers = (self.to_q, self.to_k, self.to_v)
-        weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
-        plain = all(is_plain(layer, nn.Linear) for layer in layers)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not plain:
-            return tuple(layer(h) for layer in layers)
-        if not (_adjacent(weights) and _adjacent(biases)):
-            return tuple(layer(h) for layer in layers)
-        return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
+        inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if inference and all(is_plain(layer, nn.Linear) for layer in layers):
+            weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
+            if _adjacent(weights) and _adjacent(biases):
+                return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
+        return tuple(layer(h) for layer in layers)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # one copy, or each of the maps makes one

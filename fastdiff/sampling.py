@@ -20,7 +20,8 @@ from torch import Tensor
 
 from . import ops
 from .denoiser import Denoiser, Prediction
-from .progress import bar, evaluating, state_dtype
+from .progress import bar, evaluating
+from .reference import work_dtype
 from .rows import columns, make_rows
 from .steps import StepTable
 
@@ -87,7 +88,7 @@ class Steps:
     def __init__(self, run: Run) -> None:
         self.run, self.x = run, run.x
         n, device = len(run.table), run.x.device
-        self.rows = run.table.rows.to(device, state_dtype(run.x.dtype))
+        self.rows = run.table.rows.to(device, work_dtype(run.x.dtype))
         self.index = torch.arange(n, device=device)[:, None]
         self.hist = None if run.options.keep == "none" else torch.zeros_like(run.x)
         self.condition = conditions(run)

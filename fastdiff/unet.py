@@ -27,6 +27,9 @@ from fastdiff.nn import (
     sinusoidal_embedding,
 )
 
+from .interop import pretrained
+from .weights import check_shapes, shapes_of
+
 
 class UNet(nn.Module):
     """U-Net of resnet and attention blocks, one level per entry of block_out_channels.
@@ -152,16 +155,24 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "UNet":
-        """The model of a UNet2DModel directory of diffusers; see fastdiff.interop.pretrained.load_unet."""
-        from .interop.pretrained import load_unet
+        """The model of a UNet2DModel directory of diffusers, or of the unet/ of a pipeline's.
 
-        return load_unet(folder)
+        Returns: the model in eval mode, in float32, on the CPU.
+        Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for a block or an option that UNet
+            lacks, and for weights that do not fit the configuration.
+        """
+        config, weights = pretrained.read_unet(folder)
+        with config.blamed():
+            expected = shapes_of(cls, config, len(weights))
+        with weights.blamed():
+            check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+            unet = cls(**config)
+            unet.load_state_dict(weights)
+        return unet.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what diffusers' UNet2DModel.from_pretrained reads; see fastdiff.interop.pretrained.save_unet."""
-        from .interop.pretrained import save_unet
-
-        save_unet(self, folder)
+        """Write config.json and the weights as safetensors, which UNet2DModel.from_pretrained of diffusers reads."""
+        pretrained.write_unet(folder, self.config, self.state_dict())
 
     def time_arguments(self, t: Tensor) -> dict[str, Tensor]:
         """What `forward` takes that follows from the timesteps t (N,) alone; see fastdiff.sampling."""

@@ -1,9 +1,8 @@
-"""`fastdiff bench --static`: every kernel compiled for GPUs that need not be here, its instructions counted, and the
-fraction of the memory roofline that they allow.
+"""The static roofline: each kernel compiled for GPUs that need not be here, and what its instructions allow.
 
-The time of an element is predicted as the larger of its bytes over the memory bandwidth and its instructions over the
-rate at which the chip issues them; the fraction is that of the bytes in it (Williams et al. 2009, "Roofline"). Nothing
-is run: no latency, no cache, no launch counts.
+The predicted time of an element is the larger of two: its bytes over the memory bandwidth, and its instructions over
+the rate at which the chip issues them. The fraction of the roofline is the first over the predicted time (Williams et
+al. 2009, "Roofline"). Nothing is run, so latency, caches and launches do not count.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.files import need, replacing, writable
+from fastdiff.files import replacing, writable
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -223,8 +222,11 @@ Case = tuple[Variant, str, bool]  # target; whether the polynomials stand in for
 
 
 def cases(size: str) -> list[Case]:
-    """full: every variant on every target. quick: the common ones on sm_90, one of each kernel elsewhere. With both,
-    noising by the polynomials on sm_90, where it never runs so, to be compared."""
+    """The cases of a size.
+
+    "full" has every variant on every target; "quick" has the common ones on sm_90, and one of each kernel elsewhere.
+    Both have noising by the polynomials on sm_90, where it never runs, to compare it with the approximations.
+    """
     if size == "full":
         chosen = [(v, target, False) for target in TARGETS for v in variants(common=False)]
     else:
@@ -278,8 +280,10 @@ def rows_of(
 
 
 def inductor_rows(dump: Path | None) -> list[dict[str, Any]]:
-    """The rows of torch.compile's kernels for the same operations; none, and a line to stderr, where a release of
-    PyTorch does not let itself be asked."""
+    """The rows of torch.compile's kernels for the same operations.
+
+    With a release of PyTorch where this does not work there are none, and a line on stderr says why.
+    """
     from . import inductor
 
     names, kernels = [], []
@@ -350,32 +354,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A PNG: for each row on sm_90 a bar of the predicted fraction of the H100's memory roofline."""
-    image_module, draw_module, font_module = (need(f"PIL.{m}") for m in ("Image", "ImageDraw", "ImageFont"))
+def bars(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, float]]:
+    """(source, label, predicted fraction of the H100's memory roofline) of the common kernels on sm_90."""
     common = {(v.kernel, v.options or "plain") for v in variants(common=True)}
-    bars = [
-        (r, r["predicted_roofline"]["H100"])
-        for r in rows
-        if r["target"] == "sm_90" and (r["source"] == "inductor" or (r["kernel"], r["variant"]) in common)
+    chosen = [r for r in rows if r["source"] == "inductor" or (r["kernel"], r["variant"]) in common]
+    return [
+        (r["source"], f"{r['kernel']} {r['variant']}, {r['dtype']}, noise {r['noise']}", fractions["H100"])
+        for r in chosen
+        if (fractions := r["predicted_roofline"]) and r["target"] == "sm_90"
     ]
-    font, line, left, length = font_module.load_default(14), 20, 520, 400
-    image = image_module.new("RGB", (left + length + 60, line * (len(bars) + 2)), "white")
-    draw = draw_module.Draw(image)
-    draw.text((8, 4), "Predicted fraction of the memory roofline, H100 SXM", "black", font)
-    for i, (r, fraction) in enumerate(bars):
-        top = line * (i + 1) + 10
-        label = f"{r['source']}: {r['kernel']} {r['variant']}, {r['dtype']}, noise {r['noise']}"
-        colour = {"fastdiff": "#3465a4", "inductor": "#cc7722"}.get(r["source"], "#888888")
-        draw.text((8, top), label, "black", font)
-        draw.rectangle((left, top + 2, left + fraction * length, top + line - 4), colour)
-        draw.text((left + fraction * length + 6, top), f"{fraction:.0%}", "black", font)
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the table; args as bench.add_arguments gives them: size, json, dump, plot."""
+    """Compile, print the table, and write what is asked for.
+
+    Args:
+        args: size ("quick" or "full"); json, dump and plot (a path or None).
+    """
     for path in (args.json, args.plot):
         if path:
             writable(path)
@@ -390,5 +385,7 @@ def main(args: argparse.Namespace) -> int:
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        plot(rows, args.plot)
+        from benchmarks import pictures
+
+        pictures.save(pictures.roofline(bars(rows)), args.plot)
     return 0

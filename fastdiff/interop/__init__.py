@@ -1,1 +1,1 @@
-"""Drop-in replacements for classes of other libraries, one module per library; each needs the extra of that name."""
+"""Drop-in replacements for classes of other libraries. Each module needs the extra of that library's name."""

@@ -1,26 +1,28 @@
 """Directories of diffusers: UNet2DModel, and whole DDPMPipelines. diffusers itself is not needed; safetensors is, for
 files of that kind (extra `[train]`).
 
-A UNet2DModel is config.json with diffusion_pytorch_model.safetensors or .bin; a pipeline holds one in unet/ and a
-scheduler_config.json in scheduler/, or, as the first published ones do, both beside each other. A key that config.json
-or scheduler_config.json lacks has the default of its class. What a file holds beyond that is refused, not ignored.
+A UNet2DModel is config.json with diffusion_pytorch_model.safetensors or .bin. A pipeline holds one in unet/ and a
+scheduler_config.json in scheduler/. The first published pipelines have all of these files in one folder. A key that
+config.json or scheduler_config.json lacks has the default of its class. Anything more in a file is refused.
+
+This module reads files into constructor arguments and weights. `UNet.from_pretrained` and `DDPM.from_pretrained` build
+the models.
 """
 
 import json
-import pickle
-import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ddpm import DDPM
-from ..files import need, replacing
+from ..files import replacing
 from ..schedule import NoiseSchedule, linear, make_schedule, scaled_linear
-from ..unet import UNet
+from ..weights import TensorFile, check_length, read_pickled, save_tensors
 
-# Of diffusers, whose classes these files are written for.
+# The version of diffusers that the files are written for.
 VERSION = "0.42.1"
 WEIGHTS = "diffusion_pytorch_model"
 # Names that attention had before diffusers 0.15.
@@ -33,7 +35,7 @@ VARIANCES = {
     "fixed_large_log": "beta",
     "learned_range": "learned",
 }
-# What DDPMScheduler has for keys that are absent. Those below only say which levels fewer steps visit.
+# The defaults of DDPMScheduler, for keys that are absent.
 SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
@@ -47,46 +49,52 @@ SCHEDULER: dict[str, Any] = {
     "clip_sample_range": 1.0,
     "rescale_betas_zero_snr": False,
 }
+# Options that only say which levels fewer steps visit, or that thresholding alone reads.
 UNUSED = ("set_alpha_to_one", "timestep_spacing", "steps_offset", "dynamic_thresholding_ratio", "sample_max_value")
+
+
+class Content(dict[str, Any]):
+    """What a file holds, by name, and the file."""
+
+    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.path = path
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Errors of the block, which uses the content, become a ValueError that names the file."""
+        try:
+            yield
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # content that nobody expected is met by any exception
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            raise ValueError(f"{self.path}: {reason}") from error
 
 
 # --- UNet2DModel ------------------------------------------------------------------------------------------------
 
 
-def load_unet(folder: str | Path) -> UNet:
-    """The UNet of a UNet2DModel directory, or of the unet/ of a pipeline's, in eval mode, float32, on the CPU.
+def read_unet(folder: str | Path) -> tuple[Content, Content]:
+    """The constructor arguments and the weights of a UNet2DModel directory, or of the unet/ of a pipeline's.
 
-    FileNotFoundError where a file is missing; ValueError naming the file for a block or option that UNet lacks, and for
-    weights that do not fit the configuration.
+    Returns: (config, weights), floating tensors on the CPU under the names that UNet gives them.
+    Raises: FileNotFoundError if a file is missing. ValueError, naming the file, if it is not of that kind.
     """
-    folder = _existing(folder)
-    if not (folder / "config.json").is_file() and (folder / "unet").is_dir():
-        folder = folder / "unet"
-    path = folder / "config.json"
-    config = _read_config(path, ("UNet2DModel",))
+    folder = _unet_folder(folder)
+    config = _read_config(folder / "config.json", ("UNet2DModel",))
     for name in ("down_block_types", "up_block_types"):
         if isinstance(config.get(name), list):  # UNetResDownBlock2D and so on, before diffusers 0.3
             config[name] = [k.removeprefix("UNetRes") if isinstance(k, str) else k for k in config[name]]
-    try:
-        unet = UNet(**config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    path, weights = _read_weights(folder)
-    try:
-        unet.load_state_dict({_new_name(name): tensor for name, tensor in weights.items()})
-    except RuntimeError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())[:500]}") from error
-    return unet.eval()
+    return config, _read_weights(folder)
 
 
-def save_unet(unet: UNet, folder: str | Path) -> None:
+def write_unet(folder: str | Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Write config.json and diffusion_pytorch_model.safetensors, which UNet2DModel.from_pretrained reads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", {"_class_name": "UNet2DModel", "_diffusers_version": VERSION, **unet.config})
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unet.state_dict().items()}
-    with replacing(folder / f"{WEIGHTS}.safetensors") as temporary:
-        need("safetensors.torch").save_file(tensors, temporary, {"format": "pt"})
+    _write_json(folder / "config.json", {"_class_name": "UNet2DModel", "_diffusers_version": VERSION, **config})
+    save_tensors(folder / f"{WEIGHTS}.safetensors", weights, {"format": "pt"})
 
 
 def _new_name(name: str) -> str:
@@ -97,103 +105,119 @@ def _new_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """(the file, its floating tensors by name). Of a .bin nothing but tensors is unpickled."""
-    path = folder / f"{WEIGHTS}.safetensors"
-    if path.is_file():
-        try:
-            weights = need("safetensors.torch").load_file(path)
-        except need("safetensors").SafetensorError as error:
-            raise ValueError(f"{path}: expected a safetensors file, and it is none or cut short ({error})") from error
-    else:
-        path = folder / f"{WEIGHTS}.bin"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder}: expected {WEIGHTS}.safetensors or {WEIGHTS}.bin in it")
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path}: expected tensors alone, got something else ({reason})") from error
+def _unet_folder(folder: str | Path) -> Path:
+    """The folder itself, or the unet/ in that of a pipeline."""
+    folder = _existing(folder)
+    return folder / "unet" if not (folder / "config.json").is_file() and (folder / "unet").is_dir() else folder
+
+
+def _weights_file(folder: Path) -> Path:
+    """The file of weights in a folder. Raises FileNotFoundError if there is none."""
+    for name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder}: expected {WEIGHTS}.safetensors or {WEIGHTS}.bin in it")
+
+
+def _read_weights(folder: Path) -> Content:
+    """The floating tensors of the weights' file, by name. Nothing but tensors is unpickled from a .bin."""
+    path = _weights_file(folder)
+    weights = TensorFile.open(path).read() if path.suffix == ".safetensors" else read_pickled(path)
     if not isinstance(weights, dict):
         raise ValueError(f"{path}: expected tensors by name, got {type(weights).__name__}")
     for name, tensor in weights.items():
         if not isinstance(name, str) or type(tensor) is not Tensor or not tensor.is_floating_point():
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{path}: expected floating tensors by name, got {name!r}: {got}")
-    return path, weights
+    return Content(path, {_new_name(name): tensor for name, tensor in weights.items()})
 
 
 # --- DDPMPipeline -----------------------------------------------------------------------------------------------
 
 
-def load_ddpm(folder: str | Path) -> DDPM:
-    """The DDPM of a DDPMPipeline's directory: its UNet; schedule, objective, variance and clip of its scheduler.
+def read_ddpm(folder: str | Path) -> Content:
+    """The constructor arguments of DDPM, but for the model, that the scheduler of a DDPMPipeline's directory gives.
 
-    Its ancestral sampler, over all levels, is DDPMScheduler's; which levels fewer steps visit (timestep_spacing,
-    steps_offset) is the sampler's own matter. A learned variance is trained by the hybrid loss. Raises as `load_unet`;
-    ValueError too for thresholding, and for a variance or a schedule of betas that DDPM lacks.
+    DDPM's ancestral sampler over all levels is then DDPMScheduler's. Which levels fewer steps visit (timestep_spacing,
+    steps_offset) is the sampler's own matter. A learned variance is trained by the hybrid loss.
+
+    Raises: FileNotFoundError if the file is missing. ValueError, naming the file, for what DDPM lacks: thresholding, or
+        a variance or a schedule of betas that it does not know.
     """
     folder = _existing(folder)
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         path = folder / "scheduler_config.json"
     given = _read_config(path, ("DDPMScheduler", "DDIMScheduler"))
-    unknown = [k for k in given if k not in SCHEDULER and k not in UNUSED]
-    if unknown:
-        raise ValueError(f"{path}: expected the options of DDPMScheduler, got {', '.join(unknown)}")
-    config = SCHEDULER | given
-    for name, choices in (("prediction_type", OBJECTIVES), ("variance_type", VARIANCES), ("thresholding", (False,))):
-        if config[name] not in choices:
-            raise ValueError(f"{path}: {name}: expected {' or '.join(map(repr, choices))}, got {config[name]!r}")
-    variance = VARIANCES[config["variance_type"]]
-    unet = load_unet(folder)
-    try:
-        return DDPM(
-            unet,
-            _schedule(config),
-            timesteps=config["num_train_timesteps"],
-            objective=OBJECTIVES[config["prediction_type"]],
-            loss="hybrid" if variance == "learned" else "mse",
-            variance=variance,
-            clip=config["clip_sample_range"] if config["clip_sample"] else None,
-        ).eval()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    with given.blamed():
+        unknown = [k for k in given if k not in SCHEDULER and k not in UNUSED]
+        if unknown:
+            raise ValueError(f"expected the options of DDPMScheduler, got {', '.join(unknown)}")
+        config = SCHEDULER | given
+        known = {"prediction_type": OBJECTIVES, "variance_type": VARIANCES, "thresholding": (False,)}
+        for name, choices in known.items():
+            if config[name] not in choices:
+                raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {config[name]!r}")
+        variance = VARIANCES[config["variance_type"]]
+        size = _weights_file(_unet_folder(folder)).stat().st_size
+        check_length("num_train_timesteps", config["num_train_timesteps"], size)
+        arguments = {
+            "schedule": _schedule(config),
+            "timesteps": config["num_train_timesteps"],
+            "objective": OBJECTIVES[config["prediction_type"]],
+            "loss": "hybrid" if variance == "learned" else "mse",
+            "variance": variance,
+            "clip": config["clip_sample_range"] if config["clip_sample"] else None,
+        }
+    return Content(path, arguments)
 
 
-def save_ddpm(ddpm: DDPM, folder: str | Path) -> None:
+def write_ddpm(
+    folder: str | Path,
+    config: dict[str, Any],
+    weights: Mapping[str, Tensor],
+    schedule: NoiseSchedule,
+    *,
+    schedule_name: str | None,
+    objective: str,
+    variance: str,
+    clip: float | None,
+) -> None:
     """Write a directory that DDPMPipeline.from_pretrained of diffusers reads, with weights as safetensors.
 
-    ValueError, before anything is written, where the model is no UNet, the objective is "score", or the schedule does
-    not keep the variance.
+    Args:
+        config, weights: of the UNet.
+        schedule, schedule_name, objective, variance, clip: of the DDPM.
+
+    Raises: ValueError, before anything is written, if diffusers lacks the objective ("score"), or if the schedule does
+        not keep the variance.
     """
-    if not isinstance(ddpm.model, UNet):
-        raise ValueError(f"model: expected a UNet, got {type(ddpm.model).__name__}")
-    if not ddpm.schedule.vp:
+    if not schedule.vp:
         raise ValueError("schedule: expected one that keeps the variance, as diffusers' DDPMScheduler does")
     objectives = {ours: theirs for theirs, ours in OBJECTIVES.items()}
-    if ddpm.objective not in objectives:
-        raise ValueError(f"objective: expected one of {', '.join(objectives)}, got {ddpm.objective!r}")
+    if objective not in objectives:
+        raise ValueError(f"objective: expected one of {', '.join(objectives)}, got {objective!r}")
     variances = {"posterior": "fixed_small", "beta": "fixed_large", "learned": "learned_range"}
-    config = SCHEDULER | {
-        "num_train_timesteps": ddpm.timesteps,
-        **_betas(ddpm),
-        "variance_type": variances[ddpm.variance],
-        "clip_sample": ddpm.clip is not None,
-        "clip_sample_range": 1.0 if ddpm.clip is None else ddpm.clip,
-        "prediction_type": objectives[ddpm.objective],
+    scheduler = SCHEDULER | {
+        "num_train_timesteps": schedule.timesteps,
+        **_betas(schedule, schedule_name),
+        "variance_type": variances[variance],
+        "clip_sample": clip is not None,
+        "clip_sample_range": 1.0 if clip is None else clip,
+        "prediction_type": objectives[objective],
     }
     folder = Path(folder)
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    save_unet(ddpm.model, folder / "unet")
+    write_unet(folder / "unet", config, weights)
     version = {"_diffusers_version": VERSION}
-    _write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDPMScheduler", **version, **config})
+    path = folder / "scheduler" / "scheduler_config.json"
+    _write_json(path, {"_class_name": "DDPMScheduler", **version, **scheduler})
     parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
     _write_json(folder / "model_index.json", {"_class_name": "DDPMPipeline", **version, **parts})
 
 
 def _schedule(config: dict[str, Any]) -> str | NoiseSchedule:
-    """By name where it has one, so that the DDPM's own config can name it."""
+    """The schedule of a configuration: its name if it has one, so that the DDPM's own config can name it."""
     timesteps, start, end = (config[k] for k in ("num_train_timesteps", "beta_start", "beta_end"))
     kind = config["beta_schedule"]
     made: str | NoiseSchedule
@@ -220,16 +244,16 @@ def _schedule(config: dict[str, Any]) -> str | NoiseSchedule:
     return NoiseSchedule.from_log_alpha_bar(torch.cat((alpha.new_zeros(1), 2 * alpha.log())))
 
 
-def _betas(ddpm: DDPM) -> dict[str, Any]:
-    """What gives DDPMScheduler the betas of the chain: a name where it has it, or the numbers."""
+def _betas(schedule: NoiseSchedule, name: str | None) -> dict[str, Any]:
+    """The options that give DDPMScheduler the betas of the chain: a name if it has one, or else the numbers."""
     names: dict[str | None, dict[str, Any]] = {
         "linear": {"beta_schedule": "linear"},
         "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
         "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     }
-    if ddpm.schedule_name in names:
-        return names[ddpm.schedule_name]
-    return {"trained_betas": (-torch.expm1(2 * ddpm.schedule.log_alpha.diff())).tolist()}
+    if name in names:
+        return names[name]
+    return {"trained_betas": (-torch.expm1(2 * schedule.log_alpha.diff())).tolist()}
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -242,16 +266,16 @@ def _existing(folder: str | Path) -> Path:
     return folder
 
 
-def _read_config(path: Path, classes: tuple[str, ...]) -> dict[str, Any]:
+def _read_config(path: Path, classes: tuple[str, ...]) -> Content:
     """The options in a configuration of one of `classes`."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
         raise ValueError(f"{path}: expected JSON ({error})") from error
     if not isinstance(config, dict) or config.get("_class_name") not in classes:
         got = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path}: expected the configuration of a {' or '.join(classes)}, got {got!r}")
-    return {k: v for k, v in config.items() if not k.startswith("_")}
+    return Content(path, {k: v for k, v in config.items() if not k.startswith("_")})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -8,9 +8,9 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from strategies import DEVICE
 from torch import nn
-from torchvision_standin import stock
 
 import fastdiff
+from benchmarks.torchvision_standin import stock
 from fastdiff.interop import diffusers as ours
 
 # NumPy, in the interpreter, on exp(-u) beyond the range of float32.
@@ -122,7 +122,7 @@ def test_the_kernel_runs(name, monkeypatch):
     calls = []
     launchers = fastdiff.ops.dispatch.launchers("triton")
     launch = launchers.norm
-    monkeypatch.setattr(launchers, "norm", lambda *args: calls.append(0) or launch(*args))
+    monkeypatch.setattr(launchers, "norm", lambda **operands: calls.append(0) or launch(**operands))
     with fastdiff.backend("triton"):
         close(with_gradients(net), want, atol=1e-4)
     assert len(calls) == 2 * len(blocks)
@@ -176,7 +176,7 @@ def test_a_pipeline_gives_the_same_images(name):
     assert fastdiff.accelerate(pipeline) == []
     assert sorted(fastdiff.restore(pipeline)) == sorted(replaced)
     assert type(pipeline.scheduler) is getattr(diffusers, name)
-    assert not {"_cache", "_run", "fused_noise"} & set(vars(pipeline.scheduler))
+    assert not {"_tables", "_last_run", "fused_noise"} & set(vars(pipeline.scheduler))
     torch.testing.assert_close(images(), want, rtol=0, atol=0)
 
 

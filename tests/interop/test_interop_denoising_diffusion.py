@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from strategies import BACKENDS, DEVICE
 from torch import Tensor, nn
-from torchvision_standin import stock as import_stock
 
 import fastdiff
+from benchmarks.torchvision_standin import stock as import_stock
 from fastdiff.interop import denoising_diffusion as fused
 from fastdiff.interop.denoising_diffusion import GaussianDiffusion
 
@@ -214,7 +214,7 @@ def test_sampling(config: dict[str, Any], self_condition: bool, steps: int, eta:
     same_calls(pair, lambda d: d.ddim_sample(SHAPE, return_all_timesteps=True))
     same_calls(pair, lambda d: d.sample(2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "STOCK_ORDER", ())
+        patch.setattr(fused.diffusion, "STOCK_ORDER", ())
         same_calls(pair, lambda d: d.ddim_sample(SHAPE, return_all_timesteps=True), exact=False)
     x1, x2 = data(2)
     same_calls(pair, lambda d: d.interpolate(x1, x2, t=steps, lam=0.3))
@@ -466,7 +466,7 @@ def test_wrong_networks_and_images() -> None:
 def test_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU to the bit, also of many steps; by Triton to rounding, DDIM in one pass."""
     exact = backend == "cpu"
-    monkeypatch.setattr(fused, "STOCK_ORDER", ("cpu",) if exact else ())
+    monkeypatch.setattr(fused.diffusion, "STOCK_ORDER", ("cpu",) if exact else ())
     config = {"timesteps": 30, "sampling_timesteps": 20} if exact else {"timesteps": 3, "sampling_timesteps": 2}
     pair, x = [d.to(DEVICE) for d in both(**config, ddim_sampling_eta=0.5)], data(1)[0].to(DEVICE)
     with fastdiff.backend(backend):
@@ -510,18 +510,23 @@ def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.abs(images[0] - images[1]).max() <= 1
 
 
+def forget(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The package's name, once nothing of it counts as imported."""
+    for name in [n for n in sys.modules if n.startswith(fused.__name__)]:
+        monkeypatch.delitem(sys.modules, name)
+    return fused.__name__
+
+
 @pytest.mark.parametrize("missing", ["scipy.optimize", "tqdm.auto"])
 def test_missing_package(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "fastdiff.interop.denoising_diffusion"
-    monkeypatch.delitem(sys.modules, name)
+    name = forget(monkeypatch)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=r"fastdiff\[denoising-diffusion\]"):
+    with pytest.raises(ImportError, match=r"fastdiff-kernels\[denoising-diffusion\]"):
         importlib.import_module(name)
     monkeypatch.undo()
 
 
 def test_their_package_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "fastdiff.interop.denoising_diffusion"
-    monkeypatch.delitem(sys.modules, name)
+    name = forget(monkeypatch)
     monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", None)
     assert importlib.import_module(name).GaussianDiffusion is not GaussianDiffusion

@@ -26,7 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastdiff
 from fastdiff import ops
 from fastdiff.interop import diffusers as fused
+from fastdiff.interop.diffusers import common, ddpm
 from fastdiff.interop.diffusers.common import quantile
+from fastdiff.rows import make_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers with NumPy 2
 
@@ -505,8 +507,8 @@ def test_variance_and_eta_may_change() -> None:
 
 def test_tables_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    rows_of = fused.rows_of
-    monkeypatch.setattr(fused, "rows_of", lambda *args, **kw: built.append(1) or rows_of(*args, **kw))
+    for module in (common, ddpm):
+        monkeypatch.setattr(module, "make_rows", lambda *args, **kw: built.append(1) or make_rows(*args, **kw))
     _, ours = both("DDPMScheduler", 10)
     x, output = draw(torch.Generator().manual_seed(0))
     for t in ours.timesteps:
@@ -854,7 +856,7 @@ def test_errors() -> None:
 def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.delitem(sys.modules, "fastdiff.interop.diffusers")
-    with pytest.raises(ImportError, match=r"pip install 'fastdiff\[diffusers\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'fastdiff-kernels\[diffusers\]'"):
         importlib.import_module("fastdiff.interop.diffusers")
 
 

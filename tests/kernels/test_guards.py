@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from strategies import BACKENDS, DEVICE, DTYPES, LAYOUTS, dtypes, index, laid, layouts, shapes, table, tensor
 from torch import Tensor
 
-from fastdiff.kernels import group_norm
+from fastdiff import rows
+from fastdiff.kernels import cpu_compiled, group_norm, update
 from fastdiff.ops import dispatch as _backend
 from fastdiff.ops.checks import as_seed
 
@@ -196,7 +197,17 @@ def test_norm_gradient(small_tiles, shape, dtype, layout, guard, scaled, enough)
     assert not bool(sums.isnan().any())
 
 
-# --- layouts and grids ------------------------------------------------------------------------------------------
+# --- rows, layouts and grids ------------------------------------------------------------------------------------------
+
+
+def test_the_kernels_read_the_columns_that_rows_names():
+    letters = (getattr(update, c) for c in "ABCDEFGH")
+    assert [c.value for c in letters] == list(range(8)) and update.W.value == 8 and update.WIDTH.value == rows.WIDTH
+    order = (
+        "x0_from_x", "x0_from_pred", "from_x0", "from_x", "from_pred", "noise", "from_hist", "noise_high", "guidance",
+    )  # fmt: skip
+    assert rows.Row._fields == order
+    assert [getattr(cpu_compiled, name.upper()) for name in (*order, "width")] == list(range(10))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops, reference
 from fastdiff.ops import dispatch as _backend
-from fastdiff.ops import library as _library
 from fastdiff.ops.checks import as_seed
+from fastdiff.ops.stored import stored_scale
 
 # NumPy, in the interpreter, on what NaN and infinity go through.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -41,7 +41,7 @@ def draw_noise(
 
 
 def columns(rows: Tensor, step: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    return reference.rows_of(rows.double(), step, x.double())
+    return reference.coefficients(rows.double(), step, x.double())
 
 
 # --- forward noising --------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def loss_errors(kind: str, delta: float, r: Tensor, r_error: Tensor, w: Tensor) 
 
 def stored(slope: Tensor, dtype: torch.dtype, count: int) -> Tensor:
     """A float16 gradient is kept times a power of two up to `count`, and is infinite where that overflows."""
-    factor = _library._stored_scale(torch.empty(0, dtype=dtype), count) / count
+    factor = stored_scale(dtype, count) / count
     return torch.where((slope * factor).abs() > torch.finfo(dtype).max, slope * math.inf, slope)
 
 

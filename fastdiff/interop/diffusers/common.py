@@ -1,4 +1,4 @@
-"""What the schedulers of fastdiff.interop.diffusers share: cached tables, timesteps on the host, noise."""
+"""What the schedulers of fastdiff.interop.diffusers share: kept tables, timesteps on the host, noise, levels."""
 
 import functools
 import inspect
@@ -6,7 +6,8 @@ import math
 import operator
 import warnings
 from collections.abc import Callable
-from typing import Any
+from numbers import Integral
+from typing import Any, ClassVar
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -14,8 +15,215 @@ from torch import Tensor
 
 from ... import ops
 from ...cache import Tables
+from ...ops.checks import FLOATING
+from ...reference import work_dtype
+from ...rows import make_rows
+from ..stock import noising, overridden, reached, values
 
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 Generators = torch.Generator | list[torch.Generator] | None
+
+
+class FusedScheduler:
+    """The base of our schedulers. It keeps their tables, reads timesteps without a wait and makes their noise.
+
+    A scheduler is a class that names the one of diffusers that it stands for:
+
+        class DDPMScheduler(FusedScheduler, diffusers.DDPMScheduler, stock=diffusers.DDPMScheduler)
+
+    It gets the constructor of that class with the keyword fused_noise, and the public path of this package. Stock's
+    method runs instead of one here that returns NotImplemented, and on objects that override what stock's calls.
+    """
+
+    stock: ClassVar[type]
+    config: Any
+    timesteps: Tensor
+    fused_noise: bool
+    _tables: Tables
+    _last_run: tuple[Tensor, list[tuple[int, int]], list[bytes]] | None
+
+    def __init_subclass__(cls, stock: type | None = None) -> None:
+        super().__init_subclass__()
+        if stock is None:  # a subclass of the user's, or a base
+            return
+        cls.stock, cls.__module__ = stock, __package__
+        cls.__init__ = with_fused_noise(stock)  # type: ignore[method-assign]
+        for name in dir(stock):
+            ours, theirs = getattr(cls, name), getattr(stock, name)
+            if not name.startswith("_") and inspect.isfunction(theirs) and ours is not theirs:
+                used = {n: getattr(cls, n) for n in reached(stock, name)}
+                setattr(cls, name, or_stock(ours, theirs, used))
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().__new__(cls)
+        scheduler._tables, scheduler._last_run = Tables(), None
+        if "stock" in vars(cls):
+            # Pipelines write this into model_index.json as the library that the class comes from.
+            scheduler.__module__ = "diffusers"
+        return scheduler
+
+    def _table(self, name: str, build: Callable[[], Any], sources: tuple[Tensor, ...], *key: Any) -> Any:
+        """build(), kept while the sources and the key stay as they are."""
+        return self._tables.get(name, build, sources, *key, *map(values, sources))
+
+    def _host_timesteps(self) -> list[float]:
+        return self._table("timesteps", self.timesteps.tolist, (self.timesteps,))
+
+    def _number(self, timestep: Any) -> Any:
+        """The timestep as a number, or None if finding out would wait for a device or break a graph."""
+        if not isinstance(timestep, Tensor):
+            return timestep if isinstance(timestep, float) else operator.index(timestep)
+        if torch.compiler.is_compiling() or timestep.numel() != 1:
+            return None
+        if timestep.device.type == "cpu":
+            return timestep.reshape(()).tolist()
+        steps = self.timesteps
+        if steps.device == timestep.device and _memory(steps) == _memory(timestep) and steps.dtype == timestep.dtype:
+            place, rest = divmod(int(timestep.storage_offset() - steps.storage_offset()), int(steps.stride(0)))
+            if rest == 0 and 0 <= place < len(steps):
+                return self._host_timesteps()[place]
+        return None
+
+    def _threshold_sample(self, sample: Tensor) -> Tensor:
+        """Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3). Stock's breaks the graph."""
+        x0 = sample.flatten(1).to(work_dtype(sample))
+        s = quantile(x0.abs(), self.config.dynamic_thresholding_ratio).clamp(min=1, max=self.config.sample_max_value)
+        return (x0.clamp(-s, s) / s).reshape(sample.shape).to(sample.dtype)
+
+    def _noise(self, like: Tensor, generator: Generators, index: Tensor) -> dict[str, Any]:
+        """The noise of a step as arguments of `ops.update`: the tensor that stock draws, or the kernel's seed."""
+        if not self.fused_noise:
+            return {"noise": randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)}
+        if generator is None:
+            return {"seed": None}
+        generators = generator if isinstance(generator, list) else [generator]
+        if len(generators) not in (1, len(like)):
+            raise ValueError(f"generator: expected a list of {len(like)}, one per sample, got {len(generators)}")
+        self._warn_of_used(generators)
+        if len(generators) == 1:
+            return {"seed": generators[0].initial_seed()}
+        rows = zip(like.split(1), generators, index.expand(len(like)).split(1), strict=True)
+        return {"noise": torch.cat([normal(one, g.initial_seed(), step) for one, g, step in rows])}
+
+    def _warn_of_used(self, generators: list[torch.Generator]) -> None:
+        """Warn if a second run goes on with the same generator: its seed would give the noise of the first run."""
+        if self._last_run is not None and self._last_run[0] is self.timesteps:  # set_timesteps starts a run
+            return
+        names = [(id(g), g.initial_seed()) for g in generators]
+        states = [g.get_state().numpy().tobytes() for g in generators]
+        if self._last_run is not None and self._last_run[1] == names and self._last_run[2] != states:
+            seeds = ", ".join(str(seed) for _, seed in names)
+            warnings.warn(
+                f"fused_noise: the noise of seed {seeds} again; seed the generator for each run", stacklevel=4
+            )
+        self._last_run = self.timesteps, names, states
+
+
+def or_stock(ours: Any, stock: Any, used: dict[str, Any]) -> Any:
+    """`ours`, or stock's method if `ours` returns NotImplemented or the object overrides one of `used`."""
+
+    @functools.wraps(ours)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not overridden(self, used):
+            result = ours(self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if self.fused_noise:
+            warnings.warn(f"fused_noise: {stock.__qualname__} runs here and draws the noise as stock", stacklevel=2)
+        return stock(self, *args, **kwargs)
+
+    return method
+
+
+def alike(*tensors: Tensor) -> bool:
+    """Whether a fused step takes them: floating tensors of one shape, with a batch, on one device."""
+    first = tensors[0]
+    return first.ndim > 0 and all(
+        t.shape == first.shape and t.device == first.device and t.dtype in FLOATING for t in tensors
+    )
+
+
+def addable(x: Tensor, noise: Tensor) -> bool:
+    """Whether fused noising takes them: floating tensors with a batch on one device, which may broadcast."""
+    return 0 < x.ndim == noise.ndim and x.device == noise.device and x.dtype in FLOATING and noise.dtype in FLOATING
+
+
+def is_level(timestep: Any) -> bool:
+    """Whether it is an integer or a tensor of integers."""
+    if isinstance(timestep, Tensor):
+        return not timestep.is_floating_point() and timestep.dtype not in (torch.bool, torch.uint8)  # these are masks
+    return isinstance(timestep, Integral)
+
+
+class LevelScheduler(FusedScheduler):
+    """A scheduler whose timestep is a level of alphas_cumprod."""
+
+    alphas_cumprod: Tensor
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise in one pass."""
+        if not (is_level(timesteps) and addable(original_samples, noise)):
+            return NotImplemented
+        table = self._levels(original_samples, 1)
+        return noising(original_samples, noise, index_of(timesteps, original_samples.device), table)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0 in one pass."""
+        if not (is_level(timesteps) and addable(sample, noise)):
+            return NotImplemented
+        return noising(noise, sample, index_of(timesteps, sample.device), self._levels(sample, -1))
+
+    def _levels(self, like: Tensor, sign: int) -> Tensor:
+        """(alpha_t, sign sigma_t), one row per timestep."""
+
+        def build() -> Tensor:
+            alpha_bar = self.alphas_cumprod.to(dtype)
+            return torch.stack((alpha_bar**0.5, sign * (1 - alpha_bar) ** 0.5), 1).to(like.device)
+
+        dtype = work_dtype(like)
+        return self._table(f"levels {sign}", build, (self.alphas_cumprod,), like.device, dtype)
+
+    def _ratio(
+        self,
+        name: str,
+        terms: Callable[[Tensor, Tensor], tuple[Tensor | float, Tensor, Tensor | float]],
+        x: Tensor,
+        y: Tensor,
+        index: Tensor,
+        clip: float | None = None,
+    ) -> Tensor:
+        """clip((a x + b y) / divisor) at the timesteps `index`, where a, b, divisor = terms(alpha, sigma).
+
+        On the CPU stock divides, and so does this, to the bit. On a GPU stock multiplies by the reciprocal.
+        """
+        cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+        def build() -> tuple[Tensor, Tensor | None]:
+            alpha_bar = self.alphas_cumprod
+            a, b, divisor = terms(alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
+            if cpu and isinstance(divisor, Tensor):
+                rows = make_rows(alpha_bar, torch.float32, x0_from_x=a, x0_from_pred=b, from_x0=1.0)
+                return rows.to(x.device), divisor.to(x.device)
+            rows = make_rows(alpha_bar, torch.float32, x0_from_x=a / divisor, x0_from_pred=b / divisor, from_x0=1.0)
+            return rows.to(x.device), None
+
+        rows, divisor = self._table(name, build, (self.alphas_cumprod,), x.device, cpu)
+        if divisor is None:
+            return ops.combine(x, y, rows, index, clip=clip)
+        out = ops.combine(x, y, rows, index).div_(divisor[index].reshape(-1, *[1] * (x.ndim - 1)))
+        return out if clip is None else out.clamp_(-clip, clip)
+
+    def _x0(self, model_output: Tensor, sample: Tensor, index: Tensor) -> Tensor:
+        """The prediction of x_0, clipped or thresholded."""
+        config = self.config
+        clip = config.clip_sample_range if config.clip_sample and not config.thresholding else None
+        if config.prediction_type == "epsilon":
+            x0 = self._ratio("x0 of eps", lambda a, s: (1.0, -s, a), sample, model_output, index, clip)
+        elif config.prediction_type == "v_prediction":
+            x0 = self._ratio("x0 of v", lambda a, s: (a, -s, 1.0), sample, model_output, index, clip)
+        else:
+            x0 = model_output if clip is None else model_output.clamp(-clip, clip)
+        return self._threshold_sample(x0) if config.thresholding else x0
 
 
 def with_fused_noise(stock: type) -> Callable[..., None]:
@@ -32,99 +240,28 @@ def with_fused_noise(stock: type) -> Callable[..., None]:
     return __init__
 
 
-class FusedScheduler:
-    """What the schedulers share: cached tables, timesteps on the host, noise."""
-
-    config: Any
-    timesteps: Tensor
-    fused_noise: bool
-    _tables: Tables
-    _run: tuple[Tensor, list[tuple[int, int]], list[bytes]] | None
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        scheduler = super().__new__(cls)
-        scheduler._tables, scheduler._run = Tables(), None
-        if cls.__module__ == "fastdiff.interop.diffusers":
-            # Pipelines write this into model_index.json as the library that the class comes from.
-            scheduler.__module__ = "diffusers"
-        return scheduler
-
-    def _host_timesteps(self) -> list[float]:
-        return self._tables.get("timesteps", self.timesteps.tolist, (self.timesteps,))
-
-    def _number(self, timestep: Any) -> Any:
-        """The timestep as a number, or None where finding out would wait for a device or break a graph."""
-        if not isinstance(timestep, Tensor):
-            return timestep if isinstance(timestep, float) else operator.index(timestep)
-        if torch.compiler.is_compiling() or timestep.numel() != 1:
-            return None
-        if timestep.device.type == "cpu":
-            return timestep.reshape(()).tolist()
-        steps = self.timesteps
-        if steps.device == timestep.device and _memory(steps) == _memory(timestep) and steps.dtype == timestep.dtype:
-            place, rest = divmod(int(timestep.storage_offset() - steps.storage_offset()), int(steps.stride(0)))
-            if rest == 0 and 0 <= place < len(steps):
-                return self._host_timesteps()[place]
-        return None
-
-    def _threshold_sample(self, sample: Tensor) -> Tensor:
-        """Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, section 2.3); stock's breaks the graph."""
-        x0 = sample.flatten(1).to(table_dtype(sample))
-        s = quantile(x0.abs(), self.config.dynamic_thresholding_ratio).clamp(min=1, max=self.config.sample_max_value)
-        return (x0.clamp(-s, s) / s).reshape(sample.shape).to(sample.dtype)
-
-    def _noise(self, like: Tensor, generator: Generators, index: Tensor) -> dict[str, Any]:
-        """The noise of a step as arguments of `ops.update`: the stock draw, or the seed of the kernel's."""
-        if not self.fused_noise:
-            return {"noise": randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)}
-        if generator is None:
-            return {"seed": None}
-        generators = generator if isinstance(generator, list) else [generator]
-        if len(generators) not in (1, len(like)):
-            raise ValueError(f"generator: expected a list of {len(like)}, one per sample, got {len(generators)}")
-        self._warn_of_used(generators)
-        if len(generators) == 1:
-            return {"seed": generators[0].initial_seed()}
-        rows = zip(like.split(1), generators, index.expand(len(like)).split(1), strict=True)
-        return {"noise": torch.cat([normal(one, g.initial_seed(), step) for one, g, step in rows])}
-
-    def _warn_of_used(self, generators: list[torch.Generator]) -> None:
-        """Loops over pipelines go on with one generator, for new images; its seed has the noise of one run only."""
-        if self._run is not None and self._run[0] is self.timesteps:  # set_timesteps starts a run
-            return
-        names = [(id(g), g.initial_seed()) for g in generators]
-        states = [g.get_state().numpy().tobytes() for g in generators]
-        if self._run is not None and self._run[1] == names and self._run[2] != states:
-            seeds = ", ".join(str(seed) for _, seed in names)
-            warnings.warn(
-                f"fused_noise: the noise of seed {seeds} again; seed the generator for each run", stacklevel=4
-            )
-        self._run = self.timesteps, names, states
-
-
 def quantile(values: Tensor, q: float) -> Tensor:
-    """torch.quantile(values, q, dim=1, keepdim=True) of values (B, n), to the bit. That one sorts all of a row, takes
-    rows of up to 16 million, and in torch 2.11 waits for the device."""
+    """torch.quantile(values, q, dim=1, keepdim=True) of values (B, n), to the bit.
+
+    Torch's own sorts the whole row and takes at most 16 million values. In torch 2.11 it waits for the device too.
+    """
     n = values.shape[1]
     # The rank is rounded in the type of the values, as torch.quantile does, by no more than 1 + n / 2^22 places.
     top = values.topk(min(n, n - math.floor(q * (n - 1)) + 1 + (n >> 22)), dim=1).values
-    largest = top[:, :1]  # NaN where any value is
+    largest = top[:, :1]  # NaN if any value is
     rank = torch.full_like(largest, q) * (n - 1)
     below = rank.floor()
     low, high = (top.gather(1, (n - 1 - place.long()).clamp(min=0)) for place in (below, rank.ceil()))
     return torch.where(largest.isnan(), largest, low.lerp(high, rank - below))
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 def normal(like: Tensor, seed: int | None, index: Tensor) -> Tensor:
+    """The noise that the kernel draws at the timesteps `index`, shaped and typed like `like`."""
     return ops.normal(like.shape, seed, step=index, stream=ops.REVERSE, dtype=like.dtype, device=like.device)
 
 
 def index_of(timestep: Any, device: torch.device) -> Tensor:
-    """(1,) or (B,) int64 on the device; one number of the host gets there as an argument of a kernel, not as a copy."""
+    """(1,) or (B,) int64 on the device. A number of the host gets there as a kernel's argument, not as a copy."""
     if isinstance(timestep, Tensor):
         compiling = torch.compiler.is_compiling()
         if timestep.device == device or compiling or timestep.device.type != "cpu" or timestep.numel() != 1:
@@ -133,21 +270,5 @@ def index_of(timestep: Any, device: torch.device) -> Tensor:
     return torch.full((1,), int(timestep), dtype=torch.int64, device=device)
 
 
-def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
-    if all(t.dtype == tensors[0].dtype for t in tensors):
-        return tensors
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
-    return tuple(t.to(dtype) for t in tensors)
-
-
-def table_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def noising(x: Tensor, noise: Tensor, index: Tensor, table: Tensor) -> Tensor:
-    """alpha x + sigma noise with the promotion and broadcasting of stock."""
-    x, noise = promoted(x, noise)
-    shape = torch.broadcast_shapes(x.shape, noise.shape, (len(index), *[1] * (x.ndim - 1)))
-    if not x.shape == noise.shape == shape:
-        x, noise = x.expand(shape), noise.expand(shape)
-    return ops.noising(x, index, table, noise=noise)
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -9,7 +9,7 @@ from ...nn import norm_silu
 
 
 class ResnetBlock2D(diffusers.models.resnet.ResnetBlock2D):
-    """Of the same parameters and arithmetic; an object becomes one, and stops being one, by a change of its class."""
+    """diffusers' block with the same parameters and arithmetic. `accelerate` turns a block into one by its class."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         x, h = input_tensor, norm_silu(self.norm1, input_tensor)

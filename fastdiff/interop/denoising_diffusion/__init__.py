@@ -1,0 +1,60 @@
+"""GaussianDiffusion of denoising-diffusion-pytorch 2.3.4 on the fused operations: change the import, keep the code.
+
+    from fastdiff.interop.denoising_diffusion import GaussianDiffusion
+
+Constructor, methods, buffers and state_dict are stock's. Their Unet is its model and their Trainer trains it, but
+nothing of the package itself is imported. PyTorch draws the noise in stock's order, so for the same generator the
+result is stock's to rounding: the tables are computed in float32 from the buffers in stock's order of operations. On
+the CPU everything but the sums of losses has stock's bits. On a GPU multiplications are fused with additions.
+
+A step of the samplers is one pass over x, the prediction and the noise. It is two passes in p_sample and with
+self-conditioning, which ask for x_0. A step of DDIM is four passes with self-conditioning and on the CPU. Overrides of
+q_sample, p_sample, p_mean_variance, model_predictions and q_posterior in a subclass or on the object are called
+wherever stock calls them, and then a step takes more passes.
+
+Tables are kept until a buffer is replaced or changed in place. Changes through `.data` leave no trace and are missed;
+so are changes on a GPU of buffers made in inference mode.
+
+Differences from stock:
+    - Wrong arguments are a ValueError or TypeError, not an AssertionError. Betas outside [0, 1) are one of them: stock
+      turns them into NaN, as it does in the linear schedule with 20 timesteps or fewer.
+    - Offset noise is added to a copy. Stock adds it to the tensor that the caller passed as noise.
+    - With immiscible=True the loss is that of the noise that was assigned. Stock permutes the noise within q_sample
+      and compares the prediction with the unpermuted one, of other samples.
+    - The loss is float32 and can be walked backward once; its gradient is computed in the same pass.
+    - A prediction that is infinite gives NaN. Stock clips it to 1 or -1.
+As in stock, interpolate takes and returns images in [-1, 1] whatever auto_normalize is, and its first step from level t
+is that of level t - 1.
+"""
+
+try:
+    import scipy.optimize  # noqa: F401
+    import tqdm.auto  # noqa: F401
+except ImportError as error:
+    message = (
+        "fastdiff.interop.denoising_diffusion needs scipy and tqdm: pip install 'fastdiff-kernels[denoising-diffusion]'"
+    )
+    raise ImportError(f"{message} ({error})") from error
+
+from .diffusion import (
+    GaussianDiffusion,
+    ModelPrediction,
+    identity,
+    normalize_to_neg_one_to_one,
+    unnormalize_to_zero_to_one,
+)
+from .schedules import SCHEDULES, cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
+from .tables import OBJECTIVES
+
+__all__ = [
+    "OBJECTIVES",
+    "SCHEDULES",
+    "GaussianDiffusion",
+    "ModelPrediction",
+    "cosine_beta_schedule",
+    "identity",
+    "linear_beta_schedule",
+    "normalize_to_neg_one_to_one",
+    "sigmoid_beta_schedule",
+    "unnormalize_to_zero_to_one",
+]
