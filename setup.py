@@ -1,3 +1,5 @@
+"""The distribution fastdiff-kernels."""
+
 import re
 from pathlib import Path
 

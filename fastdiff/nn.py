@@ -69,7 +69,8 @@ class TimeEmbedding(nn.Module):
             h = self._proj[0](t)
         else:  # an offloaded weight is on the meta device until the layer is called
             h = self._proj[0](t if weight.is_meta else t.to(weight.device)).to(weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(h)))
+        emb: Tensor = self.linear_2(F.silu(self.linear_1(h)))
+        return emb
 
 
 class Downsample(nn.Module):
@@ -81,7 +82,8 @@ class Downsample(nn.Module):
         self.pad = padding == 0
 
     def forward(self, x: Tensor, emb: Embedding) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad else x)
+        half: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad else x)
+        return half
 
 
 class Upsample(nn.Module):
@@ -92,7 +94,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Embedding) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        double: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return double
 
 
 def norm_silu(
@@ -159,8 +162,8 @@ class ResnetBlock(nn.Module):
         else:
             h = F.conv2d(h, self.conv1.weight, padding=1) if projected else self.conv1(h)
             h = norm_silu(self.norm2, h, add=e)
-        h = self.conv_shortcut(self.resample(x)) + self.conv2(self.dropout(h))
-        return h if self.scale == 1 else h / self.scale
+        out: Tensor = self.conv_shortcut(self.resample(x)) + self.conv2(self.dropout(h))
+        return out if self.scale == 1 else out / self.scale
 
 
 def project(blocks: Sequence[ResnetBlock], emb: Tensor) -> Tensor | None:
@@ -201,7 +204,7 @@ class Attention(nn.Module):
         self._pack()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._pack()
         return self
 
@@ -231,8 +234,8 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in self._qkv(h))
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = self.to_out[0](h).transpose(1, 2).reshape(x.shape)
-        h = x + h  # x first: the sum takes its memory format
-        return h if self.scale == 1 else h / self.scale
+        out: Tensor = x + h  # x first: the sum takes its memory format
+        return out if self.scale == 1 else out / self.scale
 
 
 def _adjacent(parts: Sequence[Tensor]) -> bool:

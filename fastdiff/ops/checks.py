@@ -36,6 +36,7 @@ def check_like(name: str, given: Tensor, x: Tensor) -> None:
 
 
 def check_device(name: str, given: Tensor, device: torch.device) -> None:
+    """ValueError if a tensor is on another device."""
     if given.device != device:
         raise ValueError(f"{name}: expected device {device}, got {given.device}")
 
@@ -88,11 +89,13 @@ def check_state(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: to
 
 
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """ValueError if a name is not among the known ones."""
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 def check_clip(clip: float | None) -> None:
+    """ValueError if clip is not above 0."""
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
 

@@ -56,7 +56,8 @@ def group_norm_silu(
     if dispatch.backend_of(x) != "triton":
         # PyTorch's own operations are differentiable any number of times, and torch.compile fuses them.
         return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, add, eps)
-    return torch.ops.fastdiff.group_norm_silu(x, num_groups, weight, bias, scale, shift, add, eps)[0]
+    out: Tensor = torch.ops.fastdiff.group_norm_silu(x, num_groups, weight, bias, scale, shift, add, eps)[0]
+    return out
 
 
 def _empty(x: Tensor, groups: int, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:

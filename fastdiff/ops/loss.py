@@ -73,9 +73,10 @@ def loss(
     with_grad = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs)
     ids = as_sample_ids(sample_ids, pred.shape[0], pred.device, strict=True)
     per_sample = reduction == "none"
-    return torch.ops.fastdiff.loss(
+    value: Tensor = torch.ops.fastdiff.loss(
         pred, x0, t, table, seed, ids, noise, FORWARD, kind, float(delta), per_sample, with_grad
     )[0]
+    return value
 
 
 def _empty(pred: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,8 @@ def noising(
         check_out(out, x0, x0, noise)
         torch.ops.fastdiff.noising_out(out, x0, t, table, noise_source(x0, seed, noise), ids, noise, FORWARD)
         return out
-    return torch.ops.fastdiff.noising(x0, t, table, noise_source(x0, seed, noise), ids, noise, FORWARD)
+    x_t: Tensor = torch.ops.fastdiff.noising(x0, t, table, noise_source(x0, seed, noise), ids, noise, FORWARD)
+    return x_t
 
 
 def _noising(x0: Tensor, *operands: Any) -> Tensor:
@@ -78,7 +79,8 @@ class _Noising(torch.autograd.Function):
         ctx.save_for_backward(t, table)
         ctx.dtypes = x0.dtype, None if noise is None else noise.dtype
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fastdiff.noising(*args)
+            x_t: Tensor = torch.ops.fastdiff.noising(*args)
+        return x_t
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

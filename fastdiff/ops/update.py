@@ -137,7 +137,8 @@ def update(
         x = x if inplace else x.clone()
         torch.ops.fastdiff.update_(x, **operands)
         return x
-    return torch.ops.fastdiff.update(x, **{name: operands[name] for name in _NAMES_WITHOUT_HISTORY})
+    x_s: Tensor = torch.ops.fastdiff.update(x, **{name: operands[name] for name in _NAMES_WITHOUT_HISTORY})
+    return x_s
 
 
 def combine(

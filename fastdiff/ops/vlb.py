@@ -68,7 +68,8 @@ def vlb(
         return value.mean() if reduction == "mean" else value.reshape(len(value), -1).mean(1)
     by_pred, by_raw = (with_grad and i is not None and i.requires_grad for i in (pred, raw_variance))
     per_sample = reduction == "none"
-    return torch.ops.fastdiff.vlb(pred, raw_variance, x_t, x0, t, rows, clip, per_sample, by_pred, by_raw)[0]
+    nats: Tensor = torch.ops.fastdiff.vlb(pred, raw_variance, x_t, x0, t, rows, clip, per_sample, by_pred, by_raw)[0]
+    return nats
 
 
 def _empty(pred: Tensor, raw: Tensor | None, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:

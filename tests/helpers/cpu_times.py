@@ -1,4 +1,4 @@
-"""`pytest --cpu-times SECONDS`: lists the tests that take more processor time than that, and whether each is marked slow.
+"""`pytest --cpu-times SECONDS`: lists the tests that take more processor time, and whether each is marked slow.
 
 Processor time of the test and of the programs it starts, which a busy machine changes little; unlike `--durations`.
 What a test shares (an import, a fixture of the session) is counted in the first that needs it.
@@ -42,4 +42,5 @@ class CpuTimes:
         terminalreporter.section(f"processor time above {self.limit:g} s, of {sum(self.seconds.values()):.0f} s in all")
         for name, seconds in sorted(self.seconds.items(), key=lambda entry: -entry[1]):
             if seconds > self.limit:
-                terminalreporter.write_line(f"{seconds:7.2f} s {'slow' if name in self.slow else 'NOT MARKED':10} {name}")
+                mark = "slow" if name in self.slow else "not marked"
+                terminalreporter.write_line(f"{seconds:7.2f} s  {mark:10}  {name}")

@@ -27,19 +27,24 @@ STEP = ("p_mean_variance", "q_posterior", *PREDICTION)
 
 
 class ModelPrediction(NamedTuple):
+    """What the original's model_predictions returns: eps and x_0."""
+
     pred_noise: Tensor
     pred_x_start: Tensor
 
 
 def normalize_to_neg_one_to_one(img: Tensor) -> Tensor:
+    """[0, 1] to [-1, 1]."""
     return img * 2 - 1
 
 
 def unnormalize_to_zero_to_one(t: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1]."""
     return (t + 1) * 0.5
 
 
 def identity(t: Tensor) -> Tensor:
+    """Images that need no other range."""
     return t
 
 
@@ -113,7 +118,7 @@ class GaussianDiffusion(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GaussianDiffusion":
         """nn.Module's; buffers that come from the meta device, where they had no values, are made again."""
         empty = self.betas.is_meta
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if empty and not self.betas.is_meta:
             for name, value in self._make_buffers().items():
                 getattr(self, name).copy_(value)
