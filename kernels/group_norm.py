@@ -122,7 +122,7 @@ def plan_of(
             blocks, lanes = 1, _power(max(widest, width // (4 * limits.parts)))
             chunks = -(-width // lanes)
         tile = min(max(least, threads * vector // lanes), _power(pixels))
-        tiles = max(1, 4 // blocks)
+        tiles = max(2, 4 // blocks)
         steps = -(-pixels // (tiles * tile))
         wanted = max(1 if chunks > 1 else 2, min(limits.parts // chunks, 8 * limits.enough // (slabs * chunks)))
         span = -(-steps // wanted) * tiles * tile

@@ -65,7 +65,8 @@ GROUPS, INNER, ONE = 32, (BATCH, 128, 32, 32), (1, 128, 256, 256)
 
 
 NORMS = ("moments", "norm", "norm_sums", "norm_grad")
-SHAPES = {"concat": (BATCH, 384, 32, 32), "64x64": (BATCH, 128, 64, 64), "128x128": (BATCH, 128, 128, 128), "parts": ONE}
+SHAPES = {"concat": (BATCH, 384, 32, 32), "64x64": (BATCH, 128, 64, 64), "128x128": (BATCH, 128, 128, 128)}
+SHAPES["parts"] = ONE
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastdiff.kernels.launch import grid_of
 from fastdiff.kernels.layout import channels_of, lay_out
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import BACKENDS, DEVICE, DTYPES, LAYOUTS, dtypes, index, laid, layouts, shapes, table, tensor
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""silu(GroupNorm(x + add) (1 + scale) + shift) and its gradients, by the kernels and by plain PyTorch, against float64."""
+"""silu(GroupNorm(x + add) (1 + scale) + shift) and its gradients, by kernels and by plain PyTorch, against float64."""
 
 import math
 from unittest import mock
@@ -44,9 +44,8 @@ def operands(shape, dtype, wide, layout, offset, scaled, salt, added=None) -> di
 def with_gradients(given, groups, grad) -> dict[str, Tensor]:
     """y and its gradients, by name."""
     leaves = {name: t.detach().requires_grad_() for name, t in given.items() if t is not None}
-    y = ops.group_norm_silu(
-        leaves["x"], groups, leaves["weight"], leaves["bias"], EPS, leaves.get("scale"), leaves.get("shift"), leaves.get("add")
-    )
+    rows = (leaves.get(name) for name in ("scale", "shift", "add"))
+    y = ops.group_norm_silu(leaves["x"], groups, leaves["weight"], leaves["bias"], EPS, *rows)
     return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
 
 
