@@ -90,8 +90,10 @@ def _empty_grads(
 ) -> tuple[Tensor, ...]:
     """Gradients by x and by the parameters, not written; those that are not there or not wanted have no element."""
     *parameters, wanted = operands
-    grads = (torch.empty_like(p, memory_format=torch.contiguous_format) if wanted and p is not None else x.new_empty(0)
-             for p in parameters)
+    grads = (
+        torch.empty_like(p, memory_format=torch.contiguous_format) if wanted and p is not None else x.new_empty(0)
+        for p in parameters
+    )
     return torch.empty_like(x), *grads
 
 
@@ -138,9 +140,7 @@ class _GroupNormSiLU(torch.autograd.Function):
             )
         x, mean, rstd, *operands = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:7]
-        by_x, *grads = torch.ops.fastdiff.group_norm_silu_grad(
-            grad, x, mean, rstd, ctx.groups, *operands, any(wanted)
-        )
+        by_x, *grads = torch.ops.fastdiff.group_norm_silu_grad(grad, x, mean, rstd, ctx.groups, *operands, any(wanted))
         return by_x, None, *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
 
 
