@@ -95,6 +95,17 @@ def test_overrides(mixin: type, self_condition: bool) -> None:
         same_losses(pair, lambda d, seed=seed: seeded(lambda: d(x1), seed)[0])
 
 
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0"])
+def test_overrides_with_assigned_noise(objective: str) -> None:
+    """q_sample is called, with the noise that was assigned."""
+    (x, z), t = data(2), torch.tensor([5, 7, 49])
+    z = x.roll(1, 0) + 0.1 * z
+    pair = both(mixin=ChangedNoising, immiscible=True, objective=objective)
+    plain = both(mixin=ChangedNoising, objective=objective)[0]
+    assigned = z[pair[1].noise_assignment(x, z)]
+    same_losses([plain, pair[1]], lambda d: d.p_losses(x, t, assigned.clone() if d is plain else z.clone()))
+
+
 def test_overrides_of_one_object() -> None:
     pair, x = both(), data(1)[0]
     for d in pair:
