@@ -254,18 +254,18 @@ def group_norm_silu(
 def group_norm_silu_grad(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
     groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(the gradient by x, (2, B, C) sums over pixels of the slope dL/du and of the slope times the normalised x); u is
-    what SiLU is taken of, mean and rstd (B, groups) those of the groups.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients by x, weight, bias, scale and shift; mean and rstd (B, groups) are those of the groups.
 
-    With u = f xhat + o in each channel, dL/dx = rstd (f slope - m_1 - xhat m_2), m_1 and m_2 the means over the group
-    of f slope and of f slope xhat.
+    With u = f xhat + o in each channel, of which SiLU is taken, and slope = dL/du: dL/dx = rstd (f slope - m_1 - xhat
+    m_2), where m_1 and m_2 are the means over the group of f slope and of f slope xhat.
     """
     work = work_dtype(x)
-    factor, offset = weight.to(work).expand(x.shape[:2]), bias.to(work).expand(x.shape[:2])
-    if scale is not None and shift is not None:
-        factor, offset = factor * (1 + scale.to(work)), offset * (1 + scale.to(work)) + shift.to(work)
-    f, o = _per_channel(factor, x), _per_channel(offset, x)
+    by = torch.ones_like(mean[:, :1]) if scale is None else 1 + scale.to(work)
+    factor, offset = weight.to(work) * by, bias.to(work) * by
+    if shift is not None:
+        offset = offset + shift.to(work)
+    f, o = (_per_channel(t.expand(x.shape[:2]), x) for t in (factor, offset))
 
     def grouped(t: Tensor) -> Tensor:
         return t.reshape(len(x), groups, -1)
@@ -276,8 +276,13 @@ def group_norm_silu_grad(
     slope = grad.to(work) * (s + u * s * (1 - s))
     m_1, m_2 = (grouped(t).mean(2, keepdim=True) for t in (f * slope, f * slope * xhat))
     by_x = (grouped(f * slope) - m_1 - grouped(xhat) * m_2) * rstd[..., None]
-    sums = [t.reshape(*x.shape[:2], -1).sum(2) for t in (slope, slope * xhat)]
-    return by_x.reshape(x.shape).to(x.dtype), torch.stack(sums)
+    slopes, products = (t.reshape(*x.shape[:2], -1).sum(2) for t in (slope, slope * xhat))
+    by_weight, by_bias = (by * products).sum(0), (by * slopes).sum(0)
+    found = by_x.reshape(x.shape).to(x.dtype), by_weight.to(weight.dtype), by_bias.to(bias.dtype)
+    if scale is None or shift is None:
+        return *found, None, None
+    by_scale = weight.to(work) * products + bias.to(work) * slopes
+    return *found, by_scale.to(scale.dtype), slopes.to(shift.dtype)
 
 
 def _per_channel(rows: Tensor, x: Tensor) -> Tensor:

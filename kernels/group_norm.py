@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .launch import FUSED, grid_of, kernel, launch
 from .layout import channels_of, is_dense, laid_like
+from .norm_parameters import norm_parameters
 from .tile import load_float32, owner
 
 BLOCK = 4096  # elements of a tile at most
@@ -357,11 +358,13 @@ def norm(
 
 
 def norm_grad(
-    x_grad: Tensor, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
+    x_grad: Tensor, weight_grad: Tensor | None, bias_grad: Tensor | None,
+    scale_grad: Tensor | None, shift_grad: Tensor | None,
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
     groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Write the gradient by x into x_grad; returns (2, B, C) float32: the sums over pixels of the slope dL/du, where
-    u = GroupNorm(x) (1 + scale) + shift, and of the slope times the normalised x."""
+) -> None:  # fmt: skip
+    """Write the gradients by x, weight, bias, scale and shift. The last four are contiguous, or None: those by weight
+    and bias if none of them is wanted, those by scale and shift also if there is no scale."""
     x = _lay_out(x)
     laid, grad = laid_like(x, x_grad), laid_like(x, grad)
     grid, numbers, constants = _walk(x, groups)
@@ -379,4 +382,7 @@ def norm_grad(
     )  # fmt: skip
     if laid is not x_grad:
         x_grad.copy_(laid)
-    return sums[0] if parts == 1 else sums.sum(0)
+    if weight_grad is not None and bias_grad is not None:
+        norm_parameters(
+            weight_grad, bias_grad, scale_grad, shift_grad, sums, weight.contiguous(), bias.contiguous(), rows[0]
+        )

@@ -8,9 +8,11 @@ from torch import Tensor
 from .. import reference
 from . import dispatch
 from .checks import check_channels, check_vector
-from .registry import define, differentiate
+from .quick import Call, quick
+from .registry import Op
 
 
+@quick
 def group_norm_silu(
     x: Tensor,
     num_groups: int,
@@ -52,7 +54,7 @@ def group_norm_silu(
     if dispatch.backend_of(x) != "triton":
         # PyTorch's own operations are differentiable any number of times, and torch.compile fuses them.
         return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, eps)
-    return torch.ops.fastdiff.group_norm_silu(x, num_groups, weight, bias, scale, shift, eps)[0]
+    return _OP(x, num_groups, weight, bias, scale, shift, float(eps))[0]
 
 
 def _empty(x: Tensor, groups: int, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,73 +82,80 @@ def _group_norm_silu(
     return out, mean, rstd
 
 
-def _empty_grad(grad: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-    """(gradient by x, sums over pixels of the slope and of the slope times the normalised x), neither written."""
-    return torch.empty_like(x), x.new_empty((2, *x.shape[:2]), dtype=reference.work_dtype(x))
+def _empty_grad(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
+    groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, parameters: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients by x, weight, bias, scale and shift, none of them written; one that is not wanted is empty."""
+    rest = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if parameters and t is not None else x.new_empty(0)
+        for t in (weight, bias, scale, shift)
+    ]
+    return torch.empty_like(x), *rest
 
 
 def _group_norm_silu_grad(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
-    groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, sums = _empty_grad(grad, x)
+    groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, parameters: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    made = _empty_grad(grad, x, mean, rstd, groups, weight, bias, scale, shift, parameters)
     if x.numel() == 0:
-        return out, sums.zero_()
+        return made[0], *[t.zero_() for t in made[1:]]
+    by_weight, by_bias, by_scale, by_shift = [t if t.numel() else None for t in made[1:]]
     if launch := dispatch.launcher("norm_grad", x):
-        return out, launch(
-            x_grad=out, grad=grad, x=x, mean=mean, rstd=rstd,
-            groups=groups, weight=weight, bias=bias, scale=scale, shift=shift,
+        launch(
+            x_grad=made[0], weight_grad=by_weight, bias_grad=by_bias, scale_grad=by_scale, shift_grad=by_shift,
+            grad=grad, x=x, mean=mean, rstd=rstd, groups=groups, weight=weight, bias=bias, scale=scale, shift=shift,
         )  # fmt: skip
-    by_x, sums = reference.group_norm_silu_grad(grad, x, mean, rstd, groups, weight, bias, scale, shift)
-    # The op promises the strides of empty_like.
-    return by_x if by_x.stride() == out.stride() else out.copy_(by_x), sums
+        return made
+    found = reference.group_norm_silu_grad(grad, x, mean, rstd, groups, weight, bias, scale, shift)
+    for out, by in zip(made, found, strict=True):
+        if by is not None and out.numel():
+            out.copy_(by)
+    return made
+
+
+@quick
+def _gradients(*args: Any) -> tuple[Tensor, ...]:
+    return _GRAD(*args)
 
 
 class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, ctx.groups, weight, bias, scale, shift, _eps = args
-        with torch._C._AutoDispatchBelowAutograd():
-            y, mean, rstd = torch.ops.fastdiff.group_norm_silu(*args)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, call: Call
+    ) -> Tensor:
+        y, mean, rstd = call.run(*call.args)
+        call.rest = mean, rstd
+        ctx.groups = call.args[1]
         ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
-        ctx.mark_non_differentiable(mean, rstd)
-        return y, mean, rstd
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fastdiff.ops.group_norm_silu is differentiable once: backward with create_graph=True is not "
                 'supported; use fastdiff.backend("reference") for second derivatives'
             )
         x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
-        by_x, sums = torch.ops.fastdiff.group_norm_silu_grad(
-            grad, x, mean, rstd, ctx.groups, weight, bias, scale, shift
-        )
-        by_offset, by_factor = sums.unbind()  # u = factor xhat + offset in each channel of a sample
-        by_scale = by_shift = None
-        if scale is not None:
-            by_scale = (weight * by_factor + bias * by_offset).to(scale.dtype) if ctx.needs_input_grad[4] else None
-            by_shift = by_offset.to(shift.dtype) if ctx.needs_input_grad[5] else None
-            by = 1 + scale.to(sums.dtype)
-            by_offset, by_factor = by_offset * by, by_factor * by
-        by_weight = by_factor.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        by_bias = by_offset.sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
-        return by_x, None, by_weight, by_bias, by_scale, by_shift, None
+        wanted = ctx.needs_input_grad
+        gradients = _gradients(grad, x, mean, rstd, ctx.groups, weight, bias, scale, shift, any(wanted[1:]))
+        return *[by if want else None for by, want in zip(gradients, wanted[:5], strict=True)], None
 
 
-define(
+_OP = Op(
     "group_norm_silu",
     "(Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, float eps) -> "
     "(Tensor, Tensor, Tensor)",
     _group_norm_silu,
     _empty,
 )
-define(
+_OP.differentiate(_GroupNormSiLU, 0, 2, 3, 4, 5)
+_GRAD = Op(
     "group_norm_silu_grad",
     "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, int groups, Tensor weight, Tensor bias, Tensor? scale, "
-    "Tensor? shift) -> (Tensor, Tensor)",
+    "Tensor? shift, bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _group_norm_silu_grad,
     _empty_grad,
 )
-differentiate("group_norm_silu", _GroupNormSiLU, 0, 2, 3, 4, 5)
