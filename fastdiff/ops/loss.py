@@ -121,7 +121,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, pred: Tensor, x0: Tensor | None, noise: Tensor | None, call: Call) -> Tensor:
         value, grad = call.run(*call.args[:-1], True)
         call.rest = (grad,)
-        ctx.save_for_backward(grad, *call.args[2:4])
+        ctx.save_for_backward(grad, *(call.args[2:4] if any(ctx.needs_input_grad[1:3]) else ()))
         ctx.dtypes = x0 if x0 is None else x0.dtype, noise if noise is None else noise.dtype
         ctx.factor = 1.0 / stored_scale(pred.dtype, _elements(pred, call.args[-2]))
         ctx.used = False
@@ -130,10 +130,11 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         take_once(ctx, "loss")
-        grad, t, table = ctx.saved_tensors
+        grad, *row = ctx.saved_tensors
         grad = scaled(grad, incoming, ctx.factor)
         by_x0 = by_noise = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if row:
+            t, table = row
             p, q, _w = reference.coefficients(table, t, grad)
             by_x0 = (-p * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
             by_noise = (-q * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
