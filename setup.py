@@ -21,6 +21,7 @@ setup(
     # the import name `kernels` belongs to another package.
     packages=["fastdiff", *find_packages(include=["fastdiff.*"])],
     package_dir={"fastdiff.kernels": "kernels"},
+    py_modules=["fastdiff_command"],
     package_data={"fastdiff": ["py.typed"]},
     install_requires=["torch>=2.7", 'triton>=3.3; platform_system == "Linux"', "numpy"],
     extras_require={
@@ -52,7 +53,7 @@ setup(
         ],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
     },
-    entry_points={"console_scripts": ["fastdiff=fastdiff.cli:main"]},
+    entry_points={"console_scripts": ["fastdiff=fastdiff_command:main"]},
     classifiers=[
         "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3",

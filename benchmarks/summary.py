@@ -22,6 +22,7 @@ UNITS = {
     "images_per_s": Unit("images per second, higher is better", larger_is_better=True),
     "ns_per_element": Unit("nanoseconds per element, lower is better"),
     "us_per_call": Unit("microseconds per call, lower is better"),
+    "us_per_element": Unit("microseconds per call on one element, lower is better"),
     "s_per_process": Unit("seconds of a whole process, lower is better"),
 }
 # The rows in the order of their columns. The first one that a group has is what the others are compared with.
@@ -98,15 +99,17 @@ def table(found: Mapping[str, Group]) -> list[str]:
         rows = [row for row in TITLES if any(row in group.figures for group in part.values())]
         if not part:
             continue
-        copy = any(group.copy_fraction is not None for group in part.values())
-        titles = "".join(f"{TITLES[row]:>{CELL}}" for row in rows)
-        lines += ["", UNITS[unit].title, " " * LABEL + titles + (f"{'of a copy':>{COPY}}" if copy else "")]
+        titles = [f"{TITLES[row]:>{CELL}}" for row in rows]
+        if any(group.copy_fraction is not None for group in part.values()):
+            titles.append(f"{'of a copy':>{COPY}}")
+        lines += [UNITS[unit].title, " " * LABEL + "".join(titles)]
         for name, group in part.items():
             times = ratios(group)
             cells = "".join(f"{_cell(group.figures.get(row), times.get(row)):>{CELL}}" for row in rows)
             fraction = "" if group.copy_fraction is None else f"{group.copy_fraction:>{COPY}.2f}"
             lines.append(f"{name:{LABEL}}{cells}{fraction}")
-    return [*lines, "", *NOTES] if lines else []
+        lines.append("")
+    return [*lines, *NOTES] if lines else []
 
 
 def _cell(figure: float | None, ratio: float | None) -> str:

@@ -63,15 +63,7 @@ Rows = dict[str, dict[str, Any]]
 
 def read(path: Path) -> dict[str, Any]:
     """{"runs": {name: machine}, "rows": {"stage / case / method": {"figures": {...}}}} of a results file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if "rows" in content:
-        return content
-    rows: Rows = {}
-    for row in content["operations"]:  # the older form: one list
-        case = f"{row['operation']} / {row['dtype']} {'x'.join(map(str, row['shape']))}"
-        rows[f"operations / {case}"] = {"figures": {way: row[way] for way in WAYS if way in row}}
-        rows[f"host / {case}"] = {"figures": {way: row["host"][way] for way in WAYS if way in row["host"]}}
-    return {"runs": {"": content["machine"]}, "rows": rows}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def stage_rows(content: dict[str, Any], stage: str) -> Rows:

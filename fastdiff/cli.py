@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import fastdiff
 from fastdiff.diffusion import Diffusion
 from fastdiff.files import need, replacing, writable
+from fastdiff.run_file import NAME
 from fastdiff.steps import SAMPLERS
 from fastdiff.training import DIGITS, Options, State, digits, digits_options, resumed_options, save_grid
 from fastdiff.training import train as train_run
 from fastdiff.training.checkpoint import load, load_model
 from fastdiff.training.evaluate import evaluate
-from fastdiff.training.options import OBJECTIVES
+from fastdiff.training.options import LARGEST, OBJECTIVES, refuse_foreign
 
 COMMANDS = ("train", "sample", "eval")
 INTERRUPTED = 130
@@ -31,6 +35,8 @@ SUITED: dict[str, tuple[str, int]] = {
     "NCSN": ("annealed_langevin", 10),
     "ScoreSDE": ("heun", 18),
 }
+# What can go wrong without a fault in this program.
+FAILURES = (OSError, ValueError, ImportError, MemoryError, RuntimeError, ArithmeticError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,20 +49,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()  # an output that is full or closed shows here, not when the process ends
+        return status
     except KeyboardInterrupt:
-        print("fastdiff: interrupted", file=sys.stderr)
+        complain("interrupted")
         return INTERRUPTED
-    except (OSError, ValueError, ImportError, MemoryError, RuntimeError) as error:
-        print(f"fastdiff: error: {one_line(error)}", file=sys.stderr)
+    except FAILURES as error:
+        complain(f"error: {one_line(error)}")
         return 1
 
 
 def one_line(error: BaseException) -> str:
     """What went wrong, on one line."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def complain(text: str) -> None:
+    """Write a line to stderr, if anybody still reads it. What stdout could not take is dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python flushes it once more when the process ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError):
+        print(f"fastdiff: {text}", file=sys.stderr, flush=True)
 
 
 # --- the arguments ----------------------------------------------------------------------------------------------
@@ -83,6 +101,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     root = Parser(prog="fastdiff", description="Train and sample diffusion models.", allow_abbrev=False)
+    root.add_argument("--version", action="version", version=f"fastdiff {fastdiff.__version__}")
     commands = root.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -93,10 +112,10 @@ def parser() -> argparse.ArgumentParser:
     train_arguments(add("train", train, "Train a diffusion model on the digits or on a folder of images."))
     command = add("sample", sample, "Draw images: PREFIX.png, a grid, and PREFIX.npy, float32 (N, C, H, W).")
     sample_arguments(command, n=64)
-    command.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="start of the two names")
+    command.add_argument("--out", type=path, required=True, metavar="PREFIX", help="start of the two names")
     command = add("eval", evaluation, "Compare samples of a model of the digits with real digits.")
     sample_arguments(command, n=None)
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
+    command.add_argument("--json", type=path, metavar="FILE", help="write the figures to FILE too")
     return root
 
 
@@ -127,7 +146,7 @@ TRAIN_HELP = {
 
 def train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", help="digits, or a folder of images")
-    command.add_argument("--out", type=Path, required=True, metavar="RUN_DIR", help="for model.safetensors")
+    command.add_argument("--out", type=path, required=True, metavar="RUN_DIR", help="for model.safetensors")
     command.add_argument("--resume", action="store_true", help="go on exactly from RUN_DIR/model.safetensors")
     device_argument(command)
     for field in fields(Options):
@@ -145,7 +164,7 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
-    command.add_argument("checkpoint", type=Path, help="model.safetensors of a run")
+    command.add_argument("checkpoint", type=path, help="model.safetensors of a run, or the run's folder")
     text = "%(default)s" if n else "as many as real ones to train on"
     command.add_argument("--n", type=positive, default=n, help=f"images to draw (default: {text})")
     names = ", ".join(f"{sampler} for {name}" for name, (sampler, _) in SUITED.items())
@@ -153,15 +172,31 @@ def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
     text = "of the sampler; for annealed_langevin at each level (default: that of the sampler, 50 for ddim)"
     command.add_argument("--steps", type=positive, help=text)
     command.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (default: 0)")
-    command.add_argument("--seed", type=int, default=0, help="image i of a seed is always the same")
+    command.add_argument("--seed", type=seed, default=0, help="image i of a seed is always the same")
     command.add_argument("--batch-size", type=positive, default=256, help="images at a time (default: 256)")
     device_argument(command)
 
 
+def path(text: str) -> Path:
+    """An argument that names a file or a folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
+
+
 def positive(text: str) -> int:
+    """An argument that counts something."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    if not 1 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected at least 1 and at most {LARGEST}, got {value}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An argument of 64 bits."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a number of 64 bits, got {value}")
     return value
 
 
@@ -194,14 +229,14 @@ def limit_threads(device: torch.device, size: int) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    path, device = args.out / "model.safetensors", device_of(args)
+    path, device = args.out / NAME, device_of(args)
     options, state = train_options(args, path)
     limit_threads(device, options.size)
     start = time.perf_counter()
     done = train_run(options, args.out, device, state)
     if done < options.steps:
         again = f"go on with: fastdiff train --out {shlex.quote(str(args.out))} --device {args.device} --resume"
-        print(f"fastdiff: interrupted at step {done} of {options.steps}; {again}", file=sys.stderr)
+        complain(f"interrupted at step {done} of {options.steps}; {again}")
         return INTERRUPTED
     print(f"{path}: {done} steps, {time.perf_counter() - start:.1f} s")
     return 0
@@ -211,17 +246,30 @@ def train_options(args: argparse.Namespace, path: Path) -> tuple[Options, State 
     """The options that the arguments ask for, and the checkpoint to go on from, if any."""
     names = [field.name for field in fields(Options)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if "data" in given and given["data"] != "digits":
+    if not given.get("data", "unnamed"):
+        raise ValueError("--data: expected digits or a folder of images, got ''")
+    if given.get("data", "digits") != "digits":
         given["data"] = str(Path(given["data"]).resolve())
     if args.resume:
         state = load(path)
-        return resumed_options(state, given), state
+        options = resumed_options(state, given)
+        report_data(options.data, state.options["data"])
+        return options, state
     if "data" not in given:
         raise ValueError("--data: expected digits or a folder of images, got nothing")
-    if path.exists():
-        raise ValueError(f"{path} exists: go on with --resume, or train into another --out")
-    suited = digits_options(given.get("formulation", "ddpm")) if given["data"] == "digits" else {}
-    return Options(**{**suited, **given}), None
+    formulation = given.get("formulation", Options.formulation)
+    suited = digits_options(formulation) if given["data"] == "digits" else {}
+    options = Options(**{**suited, **given})
+    refuse_foreign(formulation, given)
+    return options, None
+
+
+def report_data(data: str, before: str) -> None:
+    """Say that a run goes on with other images. Raises ValueError if they are missing."""
+    if data != "digits" and not Path(data).is_dir():
+        raise ValueError(f"data: {data} is missing; say with --data where the images are now")
+    if data != before:
+        print(f"fastdiff: the run was started with the images of {before} and goes on with those of {data}")
 
 
 # --- sample and eval --------------------------------------------------------------------------------------------
@@ -229,8 +277,10 @@ def train_options(args: argparse.Namespace, path: Path) -> tuple[Options, State 
 
 def draw(args: argparse.Namespace, model: Diffusion, n: int) -> Tensor:
     """Draw `n` images, float32 (n, C, H, W) on the CPU, in batches with one progress bar of network calls."""
-    device = device_of(args)
-    limit_threads(device, max(model.model.sample_shape[1:]))  # type: ignore[index]
+    device, shape = device_of(args), model.model.sample_shape
+    if shape is None:
+        raise ValueError(f"{args.checkpoint}: expected a network with a sample_size, which says how large images are")
+    limit_threads(device, max(shape[1:]))  # type: ignore[index]
     model = model.to(device)
     sampler, steps = sampler_of(args, model)
     batches = torch.arange(n).split(args.batch_size)
@@ -245,10 +295,12 @@ def draw(args: argparse.Namespace, model: Diffusion, n: int) -> Tensor:
     if sampler != "ode":
         calls = len(model.step_table(sampler, steps, args.eta))
         options["callback"] = advance
-    drawn = [model.sample(len(ids), sample_ids=ids, **options).cpu() for ids in batches]
+    drawn = torch.cat([model.sample(len(ids), sample_ids=ids, **options).cpu() for ids in batches])
     if bar:
         bar.close()
-    return torch.cat(drawn)
+    if wrong := int((~drawn.flatten(1).isfinite().all(1)).sum()):
+        raise ValueError(f"{args.checkpoint}: {wrong} of {n} images hold NaN or infinity, nothing was written")
+    return drawn
 
 
 def sampler_of(args: argparse.Namespace, model: Diffusion) -> tuple[str, int | None]:
@@ -262,6 +314,8 @@ def sampler_of(args: argparse.Namespace, model: Diffusion) -> tuple[str, int | N
 
 
 def sample(args: argparse.Namespace) -> int:
+    if not args.out.name:
+        raise ValueError(f"--out: expected the start of two file names, got {str(args.out)!r}")
     grid, array = (writable(args.out.with_name(args.out.name + end)) for end in (".png", ".npy"))
     model = load_model(args.checkpoint)
     start = time.perf_counter()

@@ -1,5 +1,6 @@
 """A network that denoises: model, process and objective together give one prediction, in any parametrisation."""
 
+import copy
 import math
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .cast import TYPES, Casts
 from .objective import OBJECTIVES, conversion_rows
 from .ops.checks import check_choice, check_floating
 from .process import Process
@@ -57,6 +59,7 @@ class Denoiser(nn.Module):
             raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
         self.model, self.process = model, process
         self.objective, self.clip = objective, clip
+        self._casts = Casts()
 
     # --- what the model says ----------------------------------------------------------------------------------
 
@@ -125,6 +128,34 @@ class Denoiser(nn.Module):
             return Prediction(pred, raw)
         pred, uncond = pred.chunk(2)
         return Prediction(pred, None if raw is None else raw.chunk(2)[0], uncond)
+
+    def time_arguments(self, condition: Tensor) -> dict[str, Tensor]:
+        """What the model computes ahead of a loop from the conditions (N,), see fastdiff.sampling; {} if nothing.
+
+        A copy of another type takes it from the model that it is a copy of: in float32, rounded once.
+        """
+        declared = getattr(self.__dict__.get("_original", self).model, "time_arguments", None)
+        computed: dict[str, Tensor] = {} if declared is None else declared(condition)
+        dtype = self.parameter_dtype
+        return {name: rows.to(dtype) if rows.is_floating_point() else rows for name, rows in computed.items()}
+
+    def cast(self, dtype: torch.dtype | None) -> "Denoiser":
+        """This denoiser with a copy of its model in another type, or itself if dtype is None or the model's own.
+
+        The copy is kept, and follows the weights at every call. The state and all tables stay as they are.
+
+        Raises: TypeError for a type other than bfloat16 and float16.
+        """
+        if dtype is None:
+            return self
+        if dtype not in TYPES:
+            raise TypeError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}")
+        if dtype == self.parameter_dtype:
+            return self
+        made = copy.copy(self)
+        made.__dict__["_modules"] = {**self._modules, "model": self._casts.get(self.model, dtype)}
+        made.__dict__["_original"] = self
+        return made
 
     # --- times and rows ---------------------------------------------------------------------------------------
 

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ode, ops, sampling
+from .capture import Captures, what_forbids
+from .cast import channels_last_convolutions
 from .denoiser import Denoiser
 from .objective import uses_noise, uses_x0
 from .ops.checks import as_sample_ids, as_seed, check_choice, check_floating, check_shape, check_state
 from .ops.memory import LARGEST
 from .process import Grid, Process
 from .reference import work_dtype
-from .sampling import Callback, Noise, Run, StepOptions
+from .sampling import Callback, Noise, Run, StepOptions, Steps
 from .steps import Sampler, StepTable, ddim_inversion, make_steps
 
 
@@ -33,6 +35,7 @@ class Diffusion(Denoiser, ABC):
         check_choice("loss", loss, self.losses)
         self.loss_kind = loss
         self._compiled_step: Callable[..., tuple[Tensor, ...]] | None = None
+        self._captures = Captures()
 
     @property
     @abstractmethod
@@ -113,6 +116,8 @@ class Diffusion(Denoiser, ABC):
         noise: Noise = None,
         guidance: float | None = None,
         uncond: dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        graph: bool | None = None,
         progress: bool = False,
         callback: Callback | None = None,
         return_trajectory: bool = False,
@@ -137,6 +142,11 @@ class Diffusion(Denoiser, ABC):
             guidance: classifier-free guidance, pred = uncond + guidance (cond - uncond), in one call of the model for
                 both (Ho & Salimans 2022, arXiv:2207.12598).
             uncond: the model_kwargs of the other branch.
+            dtype: torch.bfloat16 or torch.float16 runs a copy of the model in that type, with channels_last
+                convolutions. The copy is kept and follows the weights at every call. The state stays float32.
+            graph: whether to capture a step as a CUDA graph and replay it, bit for bit the same. None does so on CUDA
+                unless something forbids it; True raises then. A graph runs no Python of the model: after a change of
+                the model that is neither of its weights nor of its modules, use a new one.
             progress: show a bar (needs tqdm).
             callback: called as callback(k, level, x) after step k, with the state at that level. The next step reuses
                 x; clone it to keep it.
@@ -153,16 +163,17 @@ class Diffusion(Denoiser, ABC):
         self._check_sampling(shape, x_T, callback, return_trajectory, out)
         kwargs = sampling.stack_branches(guidance, uncond, model_kwargs, shape[0])
         if sampler == "ode":
-            given = (steps, eta, noise, callback, return_trajectory, guidance)
-            if given != (None, 0.0, None, None, False, None):
+            given = (steps, eta, noise, callback, return_trajectory, guidance, dtype, graph or None)
+            if given != (None, 0.0, None, None, False, None, None, None):
                 raise ValueError(
-                    "sampler: 'ode' chooses its own steps and expected no steps, eta, noise, callback, trajectory or "
-                    "guidance"
+                    "sampler: 'ode' chooses its own steps and expected no steps, eta, noise, callback, trajectory, "
+                    "guidance, dtype or graph"
                 )
             ode.check(self.process)
             x = self._start(shape, as_seed(seed, self.device), ids, x_T, self.prior_std(), out)
             return x.copy_(ode.sample(self, x, kwargs))
-        table = self.step_table(sampler, steps, eta)
+        table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
+        captured = self._is_captured(graph, denoiser, kwargs, shape[0])
         if noise is not None and not callable(noise):
             check_shape("noise", noise, (len(table), *shape))
         if guidance is not None:
@@ -172,8 +183,9 @@ class Diffusion(Denoiser, ABC):
         options = StepOptions(
             self.clip, table.keep, table.noisy or noise is not None, table.learned, guidance is not None
         )
-        run = Run(self, table, x, options, seed, ids, noise, kwargs, self._compiled_step)
-        return sampling.walk(run, progress=progress, callback=callback, return_trajectory=return_trajectory)
+        run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step)
+        walker = self._captures.steps(run, required=graph is True) if captured else Steps(run)
+        return sampling.walk(walker, progress=progress, callback=callback, return_trajectory=return_trajectory)
 
     def encode(
         self,
@@ -205,7 +217,7 @@ class Diffusion(Denoiser, ABC):
         x = x0.detach().to(self.device, self.dtype, copy=True) if out is None else out.copy_(x0.detach())
         options = StepOptions(clip=None, keep=table.keep, noisy=False)
         run = Run(self, table, x, options, model_kwargs=model_kwargs, compiled=self._compiled_step)
-        return sampling.walk(run, progress=progress)
+        return sampling.walk(Steps(run), progress=progress)
 
     def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
         """The table of numbers that `sample` applies with these arguments; ValueError as there."""
@@ -230,16 +242,14 @@ class Diffusion(Denoiser, ABC):
     def compile(self, **options: Any) -> None:
         """Compile the training loss, and model and update of a sampling step together, with torch.compile.
 
-        On a GPU the sampling step runs as a CUDA graph (mode "reduce-overhead"), unless `options` names a mode. On a
-        CPU the weights of 2d convolutions become channels_last in place, the layout that Inductor convolves in: it
-        would convert all others at every call, which costs a large network at batch 1 more than compiling gains.
+        On a GPU the sampling step runs as a CUDA graph (mode "reduce-overhead"), unless `options` names a mode. The
+        weights of 2d convolutions become channels_last in place, the layout that Inductor convolves in: it would
+        convert all others at every call, which costs a large network at batch 1 more than compiling gains.
         """
         super().compile(**options)
         device = self.device.type
-        if device == "cpu":
-            for module in self.model.modules():
-                if isinstance(module, nn.Conv2d):
-                    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if device in ("cpu", "cuda"):
+            channels_last_convolutions(self.model)
         graph = {"mode": "reduce-overhead"} if device == "cuda" and "mode" not in options else {}
         self._compiled_step = torch.compile(sampling.step, **{**graph, **options})
 
@@ -282,6 +292,17 @@ class Diffusion(Denoiser, ABC):
             return x_T.detach().to(self.device, self.dtype, copy=True) if out is None else out.copy_(x_T.detach())
         x = ops.normal(shape, seed, sample_ids=sample_ids, dtype=self.dtype, device=self.device, out=out)
         return x.mul_(std)
+
+    def _is_captured(self, graph: bool | None, denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -> bool:
+        """Whether to capture the steps; ValueError if that is asked for and cannot be."""
+        if graph is False:
+            return False
+        reason = what_forbids(denoiser, model_kwargs, batch)
+        if self._compiled_step is not None:
+            reason = "a model that is not compiled; its step is a graph already"
+        if graph and reason is not None:
+            raise ValueError(f"graph: expected {reason}")
+        return reason is None
 
     def _shape(self, shape: int | tuple[int, ...]) -> tuple[int, ...]:
         if isinstance(shape, bool):

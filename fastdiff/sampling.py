@@ -1,6 +1,8 @@
 """The one loop over a step table.
 
-A `Run` says what to do; `walk` does it. A network may do part of its work before the loop. It then has the method
+A `Run` says what to do, `Steps` takes its steps one by one, and `walk` is the loop around them.
+
+A network may do part of its work before the loop. It then has the method
 
     time_arguments(t) -> dict of tensors (N, ...)
 
@@ -11,7 +13,7 @@ for all steps, with what the model sees of the times, and passes row k, (1, ...)
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -80,84 +82,116 @@ class Run:
     compiled: Callable[..., tuple[Tensor, ...]] | None = None
 
 
+class Steps:
+    """The steps of a run, one after another, with all that they read on its device."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.x = run, run.x
+        n, device = len(run.table), run.x.device
+        self.rows = run.table.rows.to(device, work_dtype(run.x.dtype))
+        self.index = torch.arange(n, device=device)[:, None]
+        self.hist = None if run.options.keep == "none" else torch.zeros_like(run.x)
+        self.condition = conditions(run)
+        self.time_arguments: dict[str, Tensor] = {}
+
+    def start(self) -> None:
+        """Before the first step."""
+        self.time_arguments = self.run.denoiser.time_arguments(self.condition[:, 0]) if len(self.x) else {}
+
+    def take(self, k: int) -> None:
+        """Step k, from the state that step k - 1 left."""
+        run, given = self.run, given_noise(self.run, k)
+        seed = run.seed if given is None and run.options.noisy else None
+        operands = Operands(self.rows, self.index[k], seed, run.sample_ids, given, self.hist)
+        ahead = {name: rows[k : k + 1] for name, rows in self.time_arguments.items()}
+        model_kwargs = {**ahead, **run.model_kwargs}
+        if run.compiled is None or run.table.kinds[k] != "predict":
+            advance(run.table.kinds[k], run.denoiser, run.x, self.condition[k], operands, run.options, model_kwargs)
+            return
+        # The graph's outputs live in its own memory until the next replay.
+        torch.compiler.cudagraph_mark_step_begin()
+        new, *hist = run.compiled(run.denoiser, run.x, self.condition[k], operands, run.options, model_kwargs)
+        run.x.copy_(new)
+        if self.hist is not None:
+            self.hist.copy_(hist[0])
+
+    def finish(self) -> Tensor:
+        """After the last step: run.x."""
+        return self.run.x
+
+
+class Walker(Protocol):
+    """How the steps of a run are taken: one by one (Steps), or as captured graphs (fastdiff.capture)."""
+
+    run: Run
+    x: Tensor  # the state; each step overwrites it
+
+    def start(self) -> None: ...
+
+    def take(self, k: int) -> None: ...
+
+    def finish(self) -> Tensor: ...
+
+
 def walk(
-    run: Run, *, progress: bool = False, callback: Callback | None = None, return_trajectory: bool = False
+    steps: Walker, *, progress: bool = False, callback: Callback | None = None, return_trajectory: bool = False
 ) -> Tensor:
-    """Apply the steps to run.x in place, in eval mode and without gradients.
+    """Take all steps of a run, in eval mode and without gradients.
 
     Args:
+        steps: of the run; its x is overwritten.
         progress: show a bar (needs tqdm).
         callback: called as callback(k, level, x) after step k, with the state at that level.
         return_trajectory: keep every state.
 
-    Returns: run.x, or (n + 1, B, ...) from the start to the end.
+    Returns: the run's x, or (n + 1, B, ...) from the start to the end.
     """
-    x, table = run.x, run.table
-    n = len(table)
-    steps = _Steps(run)
-    path = torch.empty(n + 1, *x.shape, dtype=x.dtype, device=x.device) if return_trajectory else None
+    run, n = steps.run, len(steps.run.table)
+    path = torch.empty(n + 1, *run.x.shape, dtype=run.x.dtype, device=run.x.device) if return_trajectory else None
     if path is not None:
-        path[0] = x
+        path[0] = run.x
     with evaluating(run.denoiser), torch.inference_mode():
-        steps.prepare()
+        steps.start()
         for k in bar(n, progress):
             steps.take(k)
             if path is not None:
-                path[k + 1] = x
+                path[k + 1] = steps.x
             if callback is not None:
-                callback(k, table.levels[k + 1].item(), x)
+                callback(k, run.table.levels[k + 1].item(), steps.x)
+        x = steps.finish()
     return x if path is None else path
 
 
-class _Steps:
-    """The steps of a run, with all that they read on its device."""
+def conditions(run: Run) -> Tensor:
+    """(n, B): what the model sees of the time at every step."""
+    condition = run.denoiser.condition(run.table.levels[:-1]).to(run.x.device)
+    return condition[:, None].expand(-1, len(run.x)).contiguous()
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        x, n, device = run.x, len(run.table), run.x.device
-        self.rows = run.table.rows.to(device, work_dtype(x.dtype))
-        self.condition = (
-            run.denoiser.condition(run.table.levels[:-1]).to(device)[:, None].expand(n, len(x)).contiguous()
-        )
-        self.index = torch.arange(n, device=device)[:, None]
-        self.hist = None if run.options.keep == "none" else torch.zeros_like(x)
-        self.time_arguments: dict[str, Tensor] = {}
 
-    def prepare(self) -> None:
-        """What the network does before the loop."""
-        declared = getattr(self.run.denoiser.model, "time_arguments", None)
-        if declared is not None and len(self.run.x):
-            self.time_arguments = declared(self.condition[:, 0])
-
-    def take(self, k: int) -> None:
-        """Step k, from the state that step k - 1 left."""
-        run, x, kind = self.run, self.run.x, self.run.table.kinds[k]
-        operands = self._operands(k)
-        if kind == "add":
-            update(x, Prediction(x), operands, run.options, inplace=True)
-            return
-        ahead = {name: rows[k : k + 1] for name, rows in self.time_arguments.items()}
-        model_kwargs = {**ahead, **run.model_kwargs}
-        if kind == "correct":
-            correct(run.denoiser, x, self.condition[k], operands, run.options, model_kwargs)
-        elif run.compiled is None:
-            step(run.denoiser, x, self.condition[k], operands, run.options, model_kwargs, inplace=True)
-        else:
-            # The graph's outputs live in its own memory until the next replay.
-            torch.compiler.cudagraph_mark_step_begin()
-            new, *hist = run.compiled(run.denoiser, x, self.condition[k], operands, run.options, model_kwargs)
-            x.copy_(new)
-            if self.hist is not None:
-                self.hist.copy_(hist[0])
-
-    def _operands(self, k: int) -> Operands:
-        run, noise = self.run, self.run.noise
-        given = noise[k] if isinstance(noise, Tensor) else None if noise is None else noise(k)
-        seed = run.seed if given is None and run.options.noisy else None
-        return Operands(self.rows, self.index[k], seed, run.sample_ids, given, self.hist)
+def given_noise(run: Run, k: int) -> Tensor | None:
+    """The noise that was given for step k; None to draw it from the seed."""
+    return run.noise[k] if isinstance(run.noise, Tensor) else None if run.noise is None else run.noise(k)
 
 
 # --- one step ---------------------------------------------------------------------------------------------------
+
+
+def advance(
+    kind: str,
+    denoiser: Denoiser,
+    x: Tensor,
+    condition: Tensor,
+    operands: Operands,
+    options: StepOptions,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """One step of a kind, see StepTable, in place."""
+    if kind == "add":
+        update(x, Prediction(x), operands, options, inplace=True)
+    elif kind == "correct":
+        correct(denoiser, x, condition, operands, options, model_kwargs)
+    else:
+        step(denoiser, x, condition, operands, options, model_kwargs, inplace=True)
 
 
 def step(

@@ -35,7 +35,8 @@ def job(run: Callable[[], object], device: torch.device, *, steps: int, units: i
     run()
     first = clock(device) - start
     run()
-    walls, hosts = [], []
+    walls: list[float] = []
+    hosts: list[float] = []
     while len(walls) < REPEATS or (sum(walls) < SECONDS and len(walls) < 50):
         start = clock(device)
         run()

@@ -22,7 +22,9 @@ def stock(
 ) -> Tensor:
     """The same in eager PyTorch."""
     h = F.group_norm(x, groups, weight, bias, EPS)
-    return F.silu(h if scale is None else h * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+    if scale is not None and shift is not None:
+        h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return F.silu(h)
 
 
 def fused(

@@ -17,7 +17,7 @@ from .norms import FORWARD_TENSORS, GRADIENT_TENSORS, LAYOUTS, Case, fused, stoc
 from .rows import Figures, Row, Setup
 
 # Of the U-Net of ddpm-cifar10-32 at batch 256, then maps of 64x64 and 128x128 of larger networks.
-NORM_SHAPES = [
+NORM_SHAPES: list[tuple[int, ...]] = [
     (256, 128, 32, 32),
     (256, 256, 16, 16),
     (256, 384, 32, 32),
@@ -27,6 +27,8 @@ NORM_SHAPES = [
     (8, 320, 64, 64),
     (8, 256, 128, 128),
 ]
+TOY_NORM_SHAPES: list[tuple[int, ...]] = [(2, 32, 4, 4)]
+TOY_CASES: list[tuple[torch.dtype, tuple[int, ...]]] = [(torch.float32, (2, 3, 4, 4))]
 SECONDS = 0.6
 
 
@@ -57,14 +59,14 @@ def size_name(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
 def rows(setup: Setup) -> list[Row]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        for shape in setup.size(NORM_SHAPES, [(2, 32, 4, 4)]):
+        for shape in setup.size(NORM_SHAPES, TOY_NORM_SHAPES):
             for layout in LAYOUTS:
                 for gradients in (False, True):
                     run = functools.partial(norm, shape, dtype, layout, gradients, setup)
                     what = "norm with gradients" if gradients else "norm"
                     found.append(Row(f"{what}, {layout}", size_name(dtype, shape), run, seconds=40))
     for name in OPERATIONS | KERNELS:
-        for dtype, shape in setup.size(cases(setup.device, "quick"), [(torch.float32, (2, 3, 4, 4))]):
+        for dtype, shape in setup.size(cases(setup.device, "quick"), TOY_CASES):
             run = functools.partial(operation, name, dtype, shape, setup)
             found.append(Row(name, size_name(dtype, shape), run, seconds=60))
     return found

@@ -1,12 +1,13 @@
 """The pages made from results: one for each device, and the table of the README."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from fastdiff.files import replacing
 
-from .results import read
+from .results import files, read
 from .rows import STAGES
 
 # Where the README's table stands.
@@ -31,7 +32,9 @@ WAYS = {
     "compile": "torch.compile",
     "copy": "copy",
 }
-TITLES = {
+# Columns that are made of two others.
+RATIOS = {"eager / fastdiff": ("reference", "fused"), "of a copy": ("copy", "fused")}
+TITLES: dict[str, tuple[str, str, dict[str, str]]] = {
     "smoke": ("Smoke", "Each kernel against the float64 reference, and a captured sample.", {}),
     "sampling": ("Sampling", "DDIM, 50 steps, bfloat16. Images a second; for SD 1.5 iterations a second.", JOB),
     "training": ("Training", "Images a second of whole steps under autocast to bfloat16.", JOB),
@@ -62,9 +65,7 @@ Rows = dict[str, dict[str, Any]]
 
 def write_all(folder: Path, readme: Path) -> None:
     """The page of every results file in a folder, and the README's table of all of them."""
-    contents = {}
-    for path in sorted(folder.glob("*.json")):
-        contents[write_page(path)] = read(path)
+    contents = {write_page(path): read(path) for path in files(folder)}
     text = readme.read_text(encoding="utf-8")
     if BEGIN in text and END in text:
         before, after = text.split(BEGIN)[0], text.split(END)[1]
@@ -104,19 +105,15 @@ def _table(rows: Rows, columns: dict[str, str], several_runs: bool) -> list[str]
     if not measured:
         return []
     had = {key for row in measured.values() for key in row["figures"]}
-    columns = {key: title for key, title in columns.items() if key in had} | {
-        key: key for key in sorted(had - {*columns})
-    }
-    ratios = {"fused", "reference"} <= had
-    titles = ["", "", *columns.values(), *(["eager / fastdiff"] if ratios else [])]
-    titles += ["of a copy"] if "copy" in had else []
-    lines = [_line(titles + ["run"] * several_runs), "|---" * (len(titles) + several_runs) + "|"]
+    columns = {key: columns[key] for key in columns if key in had} | {key: key for key in sorted(had - {*columns})}
+    ratios = {title: pair for title, pair in RATIOS.items() if had.issuperset(pair)}
+    titles = ["", "", *columns.values(), *ratios, *["run"] * several_runs]
+    lines = [_line(titles), "|---" * len(titles) + "|"]
     for name, row in measured.items():
         figures = row["figures"]
-        cells = [*name.split(" / "), *(_number(figures.get(key)) for key in columns)]
-        cells += [_ratio(figures, "reference", "fused")] if ratios else []
-        cells += [_ratio(figures, "copy", "fused")] if "copy" in had else []
-        lines.append(_line(cells + [f"`{row['run']}`"] * several_runs))
+        numbers = [_number(figures.get(key)) for key in columns]
+        quotients = [_ratio(figures, *pair) for pair in ratios.values()]
+        lines.append(_line([*name.split(" / "), *numbers, *quotients, *[f"`{row['run']}`"] * several_runs]))
     return [*lines, ""]
 
 
@@ -145,13 +142,14 @@ def headline_table(content: dict[str, Any], page: Path, beside: Path) -> str:
             lines.append(_line([what, f"{own:.4g} ms", f"{other:.4g} ms", f"{other / own:.2f}x"]))
     if not lines:
         return ""
-    title = f"[{_device(content)}]({page.relative_to(beside)}), bfloat16, against the best of the others:"
+    title = f"[{_device(content)}]({os.path.relpath(page, beside)}), bfloat16, against the best of the others:"
     return "\n".join([title, "", "| | fastdiff | others | |", "|---|---|---|---|", *lines[:HEADLINES]]) + "\n"
 
 
 def _best(rows: Rows, prefix: str, ours: str) -> tuple[float, float] | None:
     """(best of ours, best of the others) a second. None unless both were measured."""
-    own, other = [], []
+    own: list[float] = []
+    other: list[float] = []
     for key, row in rows.items():
         if key.startswith(prefix) and "figures" in row:
             (own if key.removeprefix(prefix).startswith(ours) else other).append(row["figures"]["per_s"])

@@ -50,12 +50,21 @@ class Results:
             temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
 
 
+def files(folder: Path) -> list[Path]:
+    """The results files of a folder. Other JSON files are left out."""
+    return [path for path in sorted(folder.glob("*.json")) if _is_results(json.loads(path.read_text("utf-8")))]
+
+
 def read(path: Path) -> dict[str, Any]:
     """The content of a results file. Raises ValueError if it is another file."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not {"runs", "rows"} <= set(content):
+    if not _is_results(content):
         raise ValueError(f"{path}: expected a JSON object with 'runs' and 'rows'")
     return content
+
+
+def _is_results(content: Any) -> bool:
+    return isinstance(content, dict) and {"runs", "rows"} <= set(content)
 
 
 def this_run() -> str:

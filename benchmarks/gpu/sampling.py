@@ -17,7 +17,6 @@ from .rows import Figures, NotAvailable, Row, Setup
 STEPS, TOY_STEPS = 50, 2
 # Images that are compared with those in float32, at most.
 COMPARED = 4
-CIFAR10, STABLE_DIFFUSION = "cifar10 U-Net", "SD 1.5 U-Net"
 
 Sampler = Callable[[Tensor], Tensor]
 
@@ -112,13 +111,6 @@ def sample_stable_diffusion(batch: int, method: str, setup: Setup) -> Figures:
     return figures | {"off_eager": distance(pipeline(x, TOY_STEPS, text), want)}
 
 
-# ----------------------------------------------------------------------------------------------------------------
-
-# (case, batches, a function of a batch and a method, its methods).
-NETWORKS = [
-    (CIFAR10, ((1, 16, 256), (2,)), sample_cifar10, CIFAR10_METHODS),
-    (STABLE_DIFFUSION, ((1, 4), (1,)), sample_stable_diffusion, STABLE_DIFFUSION_METHODS),
-]
 # Seconds that a row may take. Compiling a large U-Net takes minutes.
 LIMITS = {"eager": 60, "graph": 60, "reduce-overhead": 180, "compiled": 180, "max-autotune": 300}
 
@@ -126,11 +118,14 @@ LIMITS = {"eager": 60, "graph": 60, "reduce-overhead": 180, "compiled": 180, "ma
 def rows(setup: Setup) -> list[Row]:
     """First what needs no compiler, for both networks and all batches, and last what needs it longest."""
     found = []
-    for limit in (60, 180, 300):
-        for name, batches, sample, methods in NETWORKS:
-            for batch in setup.size(*batches):
-                for method in methods:
-                    if LIMITS[method.split()[-1]] == limit:
-                        run = functools.partial(sample, batch, method, setup)
-                        found.append(Row(f"{name}, batch {batch}", method, run, limit))
-    return found
+    for batch in setup.size([1, 16, 256], [2]):
+        for method in CIFAR10_METHODS:
+            found.append((f"cifar10 U-Net, batch {batch}", method, sample_cifar10, batch))
+    for batch in setup.size([1, 4], [1]):
+        for method in STABLE_DIFFUSION_METHODS:
+            found.append((f"SD 1.5 U-Net, batch {batch}", method, sample_stable_diffusion, batch))
+    rows = [
+        Row(case, method, functools.partial(sample, batch, method, setup), LIMITS[method.split()[-1]])
+        for case, method, sample, batch in found
+    ]
+    return sorted(rows, key=lambda row: row.seconds)

@@ -18,7 +18,7 @@ from .rows import NotAvailable, Row, Setup, Stage
 # What a function says that does not know an option yet, or cannot follow it on this device.
 UNKNOWN_OPTION = re.compile(r"unexpected keyword argument '(graph|compile|dtype)'|^(graph|compile|dtype): expected")
 # Seconds that a process may take for its imports and for the device's context.
-START = 60.0
+START = 120.0
 
 
 def measure(row: Row) -> dict[str, Any]:

@@ -2,69 +2,140 @@
 
 import importlib
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from ..plain import is_plain
 
-def accelerate(target: Any) -> list[str]:
-    """Put the fused operations into a pipeline of diffusers, or into a network, in place. Returns the dotted names of
-    what was replaced; nothing is printed.
+# Attributes that a fused scheduler has beside those of its stock class.
+OWN = ("_tables", "_last_run", "fused_noise", "__module__")
 
-    - GroupNorm, the scale and shift of the time embedding, and SiLU of every ResnetBlock2D become one operation
-      (`ops.group_norm_silu`): in UNet2DModel, UNet2DConditionModel, AutoencoderKL and whatever else is made of them.
-      Parameters, their names and hooks on the blocks stay. Blocks with another activation or norm, or with hooks on
-      their norms, which would not be called, are left as they are.
-    - The scheduler of a pipeline becomes that of fastdiff.interop.diffusers with the same configuration and state,
-      where there is one of its class. It is another object: take it from the pipeline.
 
-    The Unet of denoising-diffusion-pytorch 2 has RMSNorm in its blocks and nothing is replaced in it. A call on what
-    was accelerated already replaces nothing. TypeError for anything but a pipeline or an nn.Module.
+class Accelerated(list[str]):
+    """The dotted names of what was replaced. `left`: what was left as it is, and why, by dotted name."""
+
+    left: dict[str, str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = {}
+
+
+def accelerate(target: Any) -> Accelerated:
+    """Put the fused operations into a pipeline of diffusers, or into a network, in place.
+
+    - In every ResnetBlock2D, GroupNorm, the scale and shift of the time embedding, and SiLU become one operation
+      (`ops.group_norm_silu`). UNet2DModel, UNet2DConditionModel and AutoencoderKL are made of such blocks. Parameters,
+      their names and hooks on the blocks stay.
+    - The scheduler of a pipeline becomes that of fastdiff.interop.diffusers with the same configuration and state. It
+      is another object: take it from the pipeline. A scheduler that is assigned later, as in
+      `pipe.scheduler = X.from_config(pipe.scheduler.config)`, is what X is: take X from fastdiff.interop.diffusers, or
+      call `accelerate` again.
+
+    What is done to a norm later still counts: a block calls a norm that has got hooks, another class or other tensors
+    (offloading, LoRA, quantization, pruning), and is then no faster than stock's. What was accelerated already is not
+    replaced again. The Unet of denoising-diffusion-pytorch 2 has RMSNorm in its blocks, so nothing in it is replaced.
+
+    Returns: a list of the dotted names of what was replaced. Its attribute `left` says by name what was left as it is
+        and why: a scheduler without a fused one, a block with another activation or with hooks on its norms. A warning
+        says it too.
+    Raises: TypeError for anything but a pipeline or an nn.Module.
     """
-    done = []
-    for name, network in _networks(target):
-        for inner, block in network.named_modules():
-            if _fits(block):
-                block.__class__ = _fused().ResnetBlock2D
-                done.append(".".join(filter(None, (name, inner))))
-    scheduler = None if isinstance(target, nn.Module) else target.components.get("scheduler")
-    if type(scheduler).__module__.startswith("diffusers."):  # otherwise it may not be installed
-        ours = {kind.stock: kind for kind in importlib.import_module(".diffusers", __package__).SCHEDULERS}
-        if type(scheduler) in ours:
-            target.scheduler = _become(ours[type(scheduler)], scheduler)
+    done = Accelerated()
+    for name, block in _blocks(target):
+        reason = _misfit(block)
+        if reason is not None:
+            done.left[name] = reason
+        elif type(block) is _diffusers_resnet().ResnetBlock2D:
+            block.__class__ = _fused().ResnetBlock2D
+            done.append(name)
+    scheduler = _scheduler(target)
+    if scheduler is not None and not hasattr(scheduler, "stock"):
+        replaced = [name for name, value in vars(scheduler).items() if callable(value)]
+        ours = _fused_schedulers().get(type(scheduler))
+        if ours is None:
+            done.left["scheduler"] = f"{type(scheduler).__name__} has no fused scheduler"
+        elif replaced:
+            done.left["scheduler"] = f"this object has methods of its own: {', '.join(replaced)}"
+        else:
+            target.scheduler = _become(ours, scheduler)
             done.append("scheduler")
+    if done.left:
+        reasons = "; ".join(f"{reason} ({n})" for reason, n in Counter(done.left.values()).items())
+        warnings.warn(f"accelerate left {len(done.left)} parts as they are: {reasons}", stacklevel=2)
     return done
 
 
 def restore(target: Any) -> list[str]:
-    """Undo `accelerate`: blocks and scheduler are of their classes of diffusers again. Returns the dotted names of what
-    was put back."""
+    """Undo `accelerate`: blocks and scheduler get their classes of diffusers again.
+
+    Returns: the dotted names of what was put back.
+    Raises: TypeError for anything but a pipeline or an nn.Module.
+    """
     done = []
-    for name, network in _networks(target):
-        for inner, block in network.named_modules():
-            if _diffusers_resnet() and type(block) is _fused().ResnetBlock2D:
-                block.__class__ = _diffusers_resnet().ResnetBlock2D
-                done.append(".".join(filter(None, (name, inner))))
-    scheduler: Any = None if isinstance(target, nn.Module) else target.components.get("scheduler")
-    if type(scheduler).__module__ == f"{__package__}.diffusers":
+    for name, block in _blocks(target):
+        if type(block) is _fused().ResnetBlock2D:
+            block.__class__ = _diffusers_resnet().ResnetBlock2D
+            done.append(name)
+    scheduler = _scheduler(target)
+    if type(scheduler) in _fused_schedulers().values():
         target.scheduler = _become(type(scheduler).stock, scheduler)
         done.append("scheduler")
     return done
 
 
-def _networks(target: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The networks of a pipeline with their names, or the one that is given."""
+def _blocks(target: Any) -> Iterator[tuple[str, Any]]:
+    """Every ResnetBlock2D, stock or fused, of a network or of a pipeline's networks, with its dotted name."""
     if isinstance(target, nn.Module):
-        yield "", target
+        networks = {"": target}
     elif isinstance(getattr(target, "components", None), dict):
-        yield from ((name, part) for name, part in target.components.items() if isinstance(part, nn.Module))
+        networks = {name: part for name, part in target.components.items() if isinstance(part, nn.Module)}
     else:
         raise TypeError(f"target: expected a pipeline of diffusers or an nn.Module, got {type(target).__name__}")
+    resnet = _diffusers_resnet()
+    if resnet is None:  # then no network has its blocks
+        return
+    for name, network in networks.items():
+        for inner, block in network.named_modules():
+            if isinstance(block, resnet.ResnetBlock2D):
+                yield ".".join(filter(None, (name, inner))), block
+
+
+def _misfit(block: Any) -> str | None:
+    """Why the block cannot be fused, or None."""
+    if type(block) not in (_diffusers_resnet().ResnetBlock2D, _fused().ResnetBlock2D):
+        return f"{type(block).__name__} is a subclass of ResnetBlock2D"
+    if "forward" in block.__dict__:
+        return "its forward is wrapped, as offloading does"
+    if type(block.nonlinearity) is not nn.SiLU:
+        return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
+    for norm in (block.norm1, block.norm2):
+        if type(norm) is not nn.GroupNorm:
+            return f"its norm is {type(norm).__name__}, not GroupNorm"
+        if not norm.affine:
+            return "its norm has no weight"
+        if not is_plain(norm, nn.GroupNorm):
+            return "its norm has hooks or parameters of another kind"
+    return None
+
+
+def _scheduler(target: Any) -> Any:
+    return None if isinstance(target, nn.Module) else target.components.get("scheduler")
+
+
+def _fused_schedulers() -> dict[type, Any]:
+    """Our schedulers by stock's, or none if nothing has imported diffusers."""
+    if "diffusers" not in sys.modules:
+        return {}
+    return {kind.stock: kind for kind in importlib.import_module(".diffusers", __package__).SCHEDULERS}
 
 
 def _diffusers_resnet() -> Any:
-    """The module of diffusers, if anything has imported it: without it no network has its blocks."""
+    """The module of diffusers if anything has imported it, or None."""
     return sys.modules.get("diffusers.models.resnet")
 
 
@@ -72,22 +143,8 @@ def _fused() -> Any:
     return importlib.import_module(".diffusers.resnet", __package__)
 
 
-def _fits(block: nn.Module) -> bool:
-    """Whether the block is a ResnetBlock2D that does what the fused one does."""
-    if _diffusers_resnet() is None or type(block) is not _diffusers_resnet().ResnetBlock2D:
-        return False
-    parts: Any = block
-    norms = [parts.norm1, parts.norm2]
-    return (
-        type(parts.nonlinearity) is nn.SiLU
-        and all(type(n) is nn.GroupNorm and n.affine for n in norms)
-        and not any("forward" in m.__dict__ for m in (block, *norms))  # wrapped, as offloading does
-        and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in norms)
-    )
-
-
 def _become(kind: Any, scheduler: Any) -> Any:
     """A scheduler of another class, with the configuration and state of the given one."""
     new = kind.from_config(scheduler.config)
-    new.__dict__.update({k: v for k, v in scheduler.__dict__.items() if k in new.__dict__ and k != "__module__"})
+    new.__dict__.update({k: v for k, v in scheduler.__dict__.items() if k not in OWN})
     return new

@@ -1,10 +1,12 @@
 """The training loop: one optimizer step after another, with a moving average of the weights and checkpoints."""
 
 import copy
+import errno
 import math
 import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -12,48 +14,70 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastdiff.files import need, writable
+from fastdiff.files import locked, sweep, writable
+from fastdiff.run_file import NAME, RunFile
 from fastdiff.training.checkpoint import State, rng_state, save, set_rng_state
 from fastdiff.training.data import training_images
+from fastdiff.training.logs import EVERY, Progress
 from fastdiff.training.options import Options, build
 from fastdiff.unet import UNet
 
 
-def train(options: Options, out: Path, device: torch.device, resume: State | None = None) -> int:
+def train(options: Options, out: str | Path, device: str | torch.device, resume: State | None = None) -> int:
     """Train until step `options.steps`.
 
-    Writes out/model.safetensors every `save_every` steps, at the end, and on SIGINT or SIGTERM. A run that is
+    Writes out/model.safetensors every `save_every` steps, at the end, and on SIGINT, SIGTERM or SIGHUP. A run that is
     interrupted and resumed ends with the same bits as one that is not.
 
     Args:
         options: what to train, and for how long.
-        out: the run's folder, made if it is missing.
+        out: the run's folder, made if it is missing. No other training may run in it.
         device: where to train.
-        resume: the checkpoint to go on from.
+        resume: the checkpoint to go on from. Without it the folder must not hold one.
 
     Returns: the steps done, fewer than `options.steps` after a signal.
-    Raises: ValueError if the loss stops being finite; the last checkpoint is then kept.
+    Raises: ValueError if the loss or the weights stop being finite; the last checkpoint is then kept. OSError if the
+        folder is in use, the checkpoint cannot be written, or nobody reads the output any more. Steps done
+        by then are saved.
     """
-    path = writable(out / "model.safetensors")
-    torch.manual_seed(options.seed)
-    run = Run(options, device, resume)
-    bar = need("tqdm").tqdm(total=options.steps, initial=run.step, unit="step", mininterval=0.5)
-    with interrupts() as caught, bar:
-        while run.step < options.steps and not caught:
-            run.advance()
-            bar.update()
-            if run.step % 10 == 0:
-                rate = options.batch_size * (bar.format_dict["rate"] or 0)
-                bar.set_postfix_str(f"loss {run.loss.item():.4f}, {rate:.0f} images/s", refresh=False)
-            if run.step % options.save_every == 0 and run.step < options.steps:
+    path, device = writable(Path(out) / NAME), torch.device(device)
+    with locked(path.parent) as alone:
+        if alone:
+            sweep(path)
+        check_free(path, resume)
+        torch.manual_seed(options.seed)
+        run = Run(options, device, resume)
+        with closing(Progress(run.step, options.steps, options.batch_size)) as progress, interrupts() as caught:
+            progress.say(run.summary())
+            while run.step < options.steps and not caught and not progress.lost:
+                run.advance()
+                progress.advance(run.step, run.loss)
+                if run.step % EVERY == 0:
+                    run.check_loss()
+                if run.step % options.save_every == 0 and run.step < options.steps:
+                    run.save(path)
+            if run.step > run.start:
                 run.save(path)
-        if run.step > run.start:
-            run.save(path)
+    if progress.lost and run.step < options.steps:
+        raise OSError(
+            errno.EPIPE, f"the output is lost ({progress.lost.strerror}), training stopped at step {run.step}"
+        )
     return run.step
 
 
+def check_free(path: Path, resume: State | None) -> None:
+    """Raise ValueError if training would overwrite another run's checkpoint, or a later one of this run."""
+    if not path.exists():
+        return
+    if resume is None:
+        raise ValueError(f"{path} exists: go on with --resume, or train into another --out")
+    step = RunFile.open(path).step
+    if step != resume.step:
+        raise ValueError(f"{path} is of step {step}, expected {resume.step}: another training went on from it")
+
+
 class Run:
-    """A run between two steps: images, networks, optimizer, and `loss`, the mean of the last 50 steps or so."""
+    """A run between two steps: images, networks, optimizer, and `loss`, the mean of the last 50 losses or so."""
 
     def __init__(self, options: Options, device: torch.device, resume: State | None) -> None:
         self.options, self.device = options, device
@@ -86,12 +110,29 @@ class Run:
         self.loss = self.loss.lerp(loss.detach(), 1 / min(step - self.start + 1, 50))
         self.step += 1
 
-    def save(self, path: Path) -> None:
-        """Write the checkpoint of this step. Raises ValueError, and writes nothing, if the loss is not finite."""
+    def summary(self) -> str:
+        """What is trained, on one line."""
+        parameters = sum(parameter.numel() for parameter in self.diffusion.parameters())
+        images, shape = len(self.images), "x".join(map(str, self.options.shape))
+        return (
+            f"fastdiff: {self.options.formulation} of {parameters:,} parameters, {images:,} images of {shape}, on "
+            f"{self.device}, steps {self.start} to {self.options.steps}"
+        )
+
+    def check_loss(self) -> None:
+        """Raise ValueError if the loss is not finite."""
         if not math.isfinite(loss := self.loss.item()):
             raise ValueError(f"the loss is {loss} at step {self.step}, nothing was written; try a lower --lr")
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint of this step. Raises ValueError, and writes nothing, if it is not finite."""
+        self.check_loss()
         optimizer, rng = self.optimizer.state_dict()["state"], rng_state(self.device)
-        save(path, State(self.diffusion, self.ema, optimizer, rng, asdict(self.options), self.step))
+        state = State(self.diffusion, self.ema, optimizer, rng, asdict(self.options), self.step)
+        try:
+            save(path, state)
+        except ValueError as error:
+            raise ValueError(f"{error} at step {self.step}, nothing was written; try a lower --lr") from error
 
 
 @torch.no_grad()
@@ -102,9 +143,19 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Yield a list that collects SIGINT and SIGTERM, which then do not end the process."""
+    """Yield a list that collects SIGINT, SIGTERM and SIGHUP, which then do not end the process.
+
+    A SIGHUP that is ignored, as nohup arranges, stays ignored. In a thread, where Python takes no signals, the list
+    stays empty.
+    """
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
     old = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in numbers}
     try:
         yield caught

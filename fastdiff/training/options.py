@@ -1,7 +1,11 @@
 """What defines a run: its options, their checks, and the untrained model that they describe."""
 
 import math
-from dataclasses import dataclass, fields
+import operator
+import os
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields
+from numbers import Real
 from typing import Any
 
 from fastdiff.ddpm import DDPM
@@ -12,6 +16,17 @@ from fastdiff.unet import UNet
 
 # What the network of each formulation predicts by default.
 OBJECTIVES = {"ddpm": "v", "ncsn": "score", "vp": "v", "subvp": "v", "ve": "score"}
+# The formulations that have an option; all have those that are not here.
+OWNERS = {
+    "schedule": ("ddpm",),
+    "variance": ("ddpm",),
+    "timesteps": ("ddpm", "ncsn"),
+    "sigma_min": ("ncsn", "ve"),
+    "sigma_max": ("ncsn", "ve"),
+}
+# Integers that count something, and the largest of them.
+COUNTS = ("size", "steps", "batch_size", "channels", "timesteps", "save_every")
+LARGEST = 2**31 - 1
 
 
 @dataclass
@@ -35,7 +50,8 @@ class Options:
         bf16: autocast to bfloat16; None means wherever CUDA supports it.
         save_every: steps between checkpoints.
 
-    Raises: ValueError naming the option that is out of its range.
+    Raises: TypeError or ValueError naming the option that is of a wrong type, out of its range, or of another
+        formulation.
     """
 
     data: str
@@ -62,31 +78,68 @@ class Options:
     save_every: int = 1000
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            setattr(self, field.name, _typed(field.name, field.type, getattr(self, field.name)))
+        if not self.data:
+            raise ValueError("data: expected digits or a folder of images, got ''")
         if self.formulation not in OBJECTIVES:
             raise ValueError(f"formulation: expected one of {', '.join(OBJECTIVES)}, got {self.formulation!r}")
         self.objective = self.objective or OBJECTIVES[self.formulation]
-        if self.variance != "posterior" and self.formulation != "ddpm":
-            raise ValueError(f"variance: expected 'posterior' but for ddpm, got {self.variance!r}")
-        for name in ("size", "steps", "batch_size", "channels", "timesteps", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        changed = [f.name for f in fields(self) if f.default is not MISSING and getattr(self, f.name) != f.default]
+        refuse_foreign(self.formulation, changed)
+        self._check_numbers()
+        self._check_network()
+
+    def _check_numbers(self) -> None:
+        for name, smallest in (*((name, 1) for name in COUNTS), ("warmup", 0)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}: expected at least {smallest}, got {getattr(self, name)}")
+            if getattr(self, name) > LARGEST:
+                raise ValueError(f"{name}: expected at most {LARGEST}, got {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: expected a number of 64 bits, got {self.seed}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
         for name in ("lr", "clip_grad"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup: expected at least 0, got {self.warmup}")
-        self._check_network()
 
     def _check_network(self) -> None:
         if self.data == "digits" and self.size != 8:
             raise ValueError(f"size: the digits are 8x8, got {self.size}")
+        if self.data == "digits" and not self.gray:
+            raise ValueError("gray: the digits have one channel, got False")
         if self.channels % 8:
             raise ValueError(f"channels: expected a multiple of 8, got {self.channels}")
         factor = 2 ** (resolutions(self.size) - 1)
         if self.size % factor:
             raise ValueError(f"size: expected a multiple of {factor}, got {self.size}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        return (1 if self.gray else 3, self.size, self.size)
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """The value as the plain Python type of an option. Raises TypeError for a value of another kind."""
+    if kind is str and isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
+        return operator.index(value)
+    if kind is float and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if kind not in (int, float, str) and isinstance(value, kind):
+        return value
+    raise TypeError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def refuse_foreign(formulation: str, names: Iterable[str]) -> None:
+    """Raise ValueError naming the first option that the formulation does not have."""
+    for name in names:
+        if formulation not in OWNERS.get(name, (formulation,)):
+            owners = " and ".join(OWNERS[name])
+            raise ValueError(f"{name}: an option of {owners}, which formulation {formulation} does not have")
 
 
 DIGITS: dict[str, Any] = {
@@ -115,23 +168,29 @@ def resumed_options(state: State, given: dict[str, Any]) -> Options:
 
     Args:
         state: the checkpoint, whose options hold.
-        given: options by name. Only `steps` and `save_every` may differ from the checkpoint's.
+        given: options by name. Only `steps`, `save_every`, and the folder in `data` may differ from the checkpoint's.
 
     Raises: ValueError naming an option that differs, or saying that the checkpoint's are not those of a run.
     """
     known = {field.name for field in fields(Options)}
     if set(state.options) != known:
         raise ValueError(f"the checkpoint's options are {sorted(state.options)}, expected {sorted(known)}")
+    refuse_foreign(state.options["formulation"], given)
     for name, value in given.items():
-        if name not in ("steps", "save_every") and value != state.options[name]:
+        moved = name == "data" and value and "digits" not in (value, state.options["data"])
+        if name not in ("steps", "save_every") and not moved and value != state.options[name]:
             raise ValueError(
                 f"{name}: the run was started with {state.options[name]!r}, got {value!r}; "
                 "leave the option out, or train into another folder"
             )
+    unused = {name for name, owners in OWNERS.items() if state.options["formulation"] not in owners}
     try:
-        return Options(**{**state.options, **given})
+        options = Options(**{**{k: v for k, v in state.options.items() if k not in unused}, **given})
     except TypeError as error:
         raise ValueError(f"the checkpoint's options are of wrong types: {error}") from error
+    if (shape := state.ema.sample_shape) not in (None, options.shape):
+        raise ValueError(f"the checkpoint's options ask for images of {options.shape}, its network draws {shape}")
+    return options
 
 
 def resolutions(size: int) -> int:
@@ -141,7 +200,7 @@ def resolutions(size: int) -> int:
 
 def build(options: Options) -> Diffusion:
     """The untrained model of a run. Channels double once; levels of 16x16 and below attend, except for 8x8 images."""
-    count, channels = resolutions(options.size), 1 if options.gray else 3
+    count, channels = resolutions(options.size), options.shape[0]
     attends = [options.size > 8 and options.size >> level <= 16 for level in range(count)]
     unet = UNet(
         sample_size=options.size,

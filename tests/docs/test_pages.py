@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff import objective
+from fastdiff import objective, schedule, steps
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 # A fence ```python is a program, and ```text after it is what it prints. ```py is only shown.
 PROGRAM = re.compile(r"^```python\n(.*?)^```\n(?:\n^```text\n(.*?)^```\n)?", re.M | re.S)
 FEW = 3  # training steps, in place of the hundreds of a page
@@ -42,7 +42,10 @@ def one_thread(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if programs(page)], ids=lambda page: page.name)
+# The programs of quickstart.md run as the cells of the notebook.
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if programs(page) and page.stem != "quickstart"], ids=lambda page: page.name
+)
 def test_programs_of_a_page_run_and_print_what_it_says(page):
     if page.stem == "diffusers":
         pytest.importorskip("diffusers")
@@ -72,8 +75,6 @@ def test_examples_of_extending_run(name):
         assert run.returncode == 0, run.stderr
         return
     known = set(objective.OBJECTIVES)
-    if name == "objective" and isinstance(objective.OBJECTIVES, tuple):
-        pytest.skip("needs OBJECTIVES to be a table")
     try:
         runpy.run_path(str(path), run_name="__main__")
     finally:
@@ -115,3 +116,17 @@ def test_the_arithmetic_of_the_worked_step_gives_the_row():
     for name, formula in sums:
         # Six digits are shown of every number; the quotients lose two of them.
         assert eval(formula.replace("x", "*")) == pytest.approx(float(row[name]), abs=2e-5), name
+
+
+def test_every_sampler_is_on_the_pages():
+    choosing = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    reference = (ROOT / "docs" / "api" / "samplers.md").read_text(encoding="utf-8")
+    for name, sampler in steps.SAMPLERS.items():
+        assert f'`"{name}"`' in choosing, name
+        assert sampler.__name__ in reference, sampler
+
+
+def test_every_objective_and_schedule_is_on_the_pages():
+    choosing = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    for name in (*objective.OBJECTIVES, *schedule.SCHEDULES):
+        assert f'`"{name}"`' in choosing, name

@@ -215,9 +215,18 @@ def test_formulations_refuse_what_is_not_theirs(capsys, tmp_path):
     assert "formulation: expected one of ddpm, ncsn, vp, subvp, ve, got 'sde'" in refused(
         capsys, *train, "--formulation", "sde"
     )
-    assert "variance: expected 'posterior' but for ddpm" in refused(
-        capsys, *train, "--formulation", "vp", "--variance", "learned"
-    )
+    foreign = [
+        ("vp", "--variance", "learned"),
+        ("vp", "--variance", "posterior"),  # the default too: it is refused, not ignored
+        ("ncsn", "--schedule", "linear"),
+        ("vp", "--timesteps", "10"),
+        ("ve", "--timesteps", "10"),
+        ("ddpm", "--sigma-max", "5"),
+        ("subvp", "--sigma-min", "0.1"),
+    ]
+    for formulation, flag, value in foreign:
+        line = refused(capsys, *train, "--formulation", formulation, flag, value)
+        assert f"{flag[2:].replace('-', '_')}: an option of " in line and f"{formulation} does not have" in line
     assert "weighting: expected one of simple, likelihood, min_snr" in refused(
         capsys, *train, "--formulation", "vp", "--weighting", "vlb"
     )

@@ -13,13 +13,19 @@ from tqdm.auto import tqdm
 from ... import ops
 from ...cache import Tables
 from ...ops.checks import check_choice
+from ..stock import broadcast, combine, noising, overridden, values
 from . import tables
-from .schedules import betas_of, stock_buffers
+from .images import identity, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
+from .schedules import make_buffers
 from .tables import OBJECTIVES, START
 
-# Devices where DDIM takes the operations of stock one by one, to the bit. Elsewhere a step is one pass, equal to
-# rounding.
+# Devices where DDIM takes the operations of stock one by one, to the bit. Elsewhere a step is one pass, to rounding.
 STOCK_ORDER = ("cpu",)
+# What stock's methods call on the object, for overrides.
+PREDICTION = ("model_predictions", "predict_start_from_noise", "predict_start_from_v", "predict_noise_from_start")
+STEP = ("p_mean_variance", "q_posterior", *PREDICTION)
+
+LOOP = "sampling loop time step"  # what the progress bar says
 
 
 class ModelPrediction(NamedTuple):
@@ -27,41 +33,24 @@ class ModelPrediction(NamedTuple):
     pred_x_start: Tensor
 
 
-def normalize_to_neg_one_to_one(img: Tensor) -> Tensor:
-    return img * 2 - 1
-
-
-def unnormalize_to_zero_to_one(t: Tensor) -> Tensor:
-    return (t + 1) * 0.5
-
-
-def identity(t: Tensor) -> Tensor:
-    return t
-
-
 class GaussianDiffusion(nn.Module):
-    """denoising_diffusion_pytorch.GaussianDiffusion on the fused operations; see the module.
+    """denoising_diffusion_pytorch.GaussianDiffusion on the fused operations; see the package.
 
-    model(x, t, x_self_cond) returns the prediction (B, C, H, W) of what `objective` says; it has the attributes
-    channels, out_dim and self_condition. t is an int64 tensor (B,) in [0, timesteps); images are in [0, 1], or in
-    [-1, 1] with auto_normalize=False. sampling_timesteps below timesteps makes `sample` use DDIM with eta
-    ddim_sampling_eta. Raises ValueError, naming the argument.
+    Images are in [0, 1], or in [-1, 1] with auto_normalize=False. Times t are integers (B,) in [0, timesteps).
+
+    Args:
+        model: model(x, t, x_self_cond) returns the prediction (B, C, H, W) of what `objective` says. It has the
+            attributes channels, out_dim and self_condition.
+        sampling_timesteps: if it is below timesteps, `sample` uses DDIM with eta ddim_sampling_eta.
+
+    The other arguments are stock's. Raises: ValueError, naming the argument.
     """
 
     model: Any
     betas: Tensor
-    alphas_cumprod: Tensor
-    alphas_cumprod_prev: Tensor
-    sqrt_alphas_cumprod: Tensor
-    sqrt_one_minus_alphas_cumprod: Tensor
-    log_one_minus_alphas_cumprod: Tensor
-    sqrt_recip_alphas_cumprod: Tensor
     sqrt_recipm1_alphas_cumprod: Tensor
     posterior_variance: Tensor
     posterior_log_variance_clipped: Tensor
-    posterior_mean_coef1: Tensor
-    posterior_mean_coef2: Tensor
-    loss_weight: Tensor
 
     def __init__(
         self,
@@ -90,7 +79,9 @@ class GaussianDiffusion(nn.Module):
         if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
             raise ValueError(f"image_size: expected an int or two, got {image_size!r}")
         check_choice("objective", objective, OBJECTIVES)
-        betas = betas_of(beta_schedule, timesteps, schedule_fn_kwargs)
+        gamma = min_snr_gamma if min_snr_loss_weight else None
+        make = functools.partial(make_buffers, beta_schedule, timesteps, schedule_fn_kwargs, objective, gamma)
+        buffers = make()
         if sampling_timesteps is not None and not 1 <= sampling_timesteps <= timesteps:
             raise ValueError(f"sampling_timesteps: expected 1 to {timesteps}, got {sampling_timesteps}")
 
@@ -99,7 +90,7 @@ class GaussianDiffusion(nn.Module):
         self.self_condition = model.self_condition
         self.image_size = image_size
         self.objective = objective
-        self.num_timesteps = len(betas)
+        self.num_timesteps = len(buffers["betas"])
         self.sampling_timesteps = timesteps if sampling_timesteps is None else sampling_timesteps
         self.is_ddim_sampling = self.sampling_timesteps < timesteps
         self.ddim_sampling_eta = ddim_sampling_eta
@@ -109,8 +100,18 @@ class GaussianDiffusion(nn.Module):
         self.unnormalize = unnormalize_to_zero_to_one if auto_normalize else identity
         self._tables = Tables()
 
-        for name, value in stock_buffers(betas, objective, min_snr_gamma if min_snr_loss_weight else None).items():
-            self.register_buffer(name, value)
+        self._make_buffers = make
+        for name, value in buffers.items():
+            self.register_buffer(name, value.to(torch.empty(0).device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GaussianDiffusion":
+        """nn.Module's; buffers that come from the meta device, where they had no values, are made again."""
+        empty = self.betas.is_meta
+        super()._apply(fn, recurse)
+        if empty and not self.betas.is_meta:
+            for name, value in self._make_buffers().items():
+                getattr(self, name).copy_(value)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -124,9 +125,9 @@ class GaussianDiffusion(nn.Module):
 
     def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """(x_t / sqrt(alpha_bar) - x_0) / sqrt(1 / alpha_bar - 1)."""
-        rows, x_t = self._table("noise", tables.noise_rows, ("sqrt_recip_alphas_cumprod",)), self._widened(x_t)
+        rows = self._table("noise", tables.noise_rows, ("sqrt_recip_alphas_cumprod",))
         # Divided as in stock: a reciprocal in the row would be off by the rounding of x_t over sigma.
-        return ops.combine(x_t, x0, rows, t).div_(_at(self.sqrt_recipm1_alphas_cumprod, t, x_t))
+        return self._combine(x_t, x0, rows, t).div_(tables.at(self.sqrt_recipm1_alphas_cumprod, t, x_t))
 
     def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D)."""
@@ -139,7 +140,7 @@ class GaussianDiffusion(nn.Module):
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance (B, 1, 1, 1) and its logarithm of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7)."""
         mean = self._sum(x_start, x_t, t, "posterior_mean_coef1", "posterior_mean_coef2")
-        return mean, _at(self.posterior_variance, t, x_t), _at(self.posterior_log_variance_clipped, t, x_t)
+        return mean, tables.at(self.posterior_variance, t, x_t), tables.at(self.posterior_log_variance_clipped, t, x_t)
 
     def model_predictions(
         self,
@@ -149,8 +150,10 @@ class GaussianDiffusion(nn.Module):
         clip_x_start: bool = False,
         rederive_pred_noise: bool = False,
     ) -> ModelPrediction:
-        """The model's prediction as noise and as x_0, that in [-1, 1] with clip_x_start; one of the noise is derived
-        from the clipped x_0 only with rederive_pred_noise."""
+        """The model's prediction as noise and as x_0, which clip_x_start keeps in [-1, 1].
+
+        If the model predicts noise, that is returned as it is, or from the clipped x_0 with rederive_pred_noise.
+        """
         output = self.model(x, t, x_self_cond)
         x_start = self._start(x, t, output, clip_x_start)
         if self.objective == "pred_noise" and not (clip_x_start and rederive_pred_noise):
@@ -169,32 +172,31 @@ class GaussianDiffusion(nn.Module):
     @torch.inference_mode()
     def p_sample(self, x: Tensor, t: int, x_self_cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(x_{t-1}, x_0): a step of the ancestral sampler (Ho et al. 2020, algorithm 2); noise is drawn if t > 0."""
-        times = torch.full((len(x),), t, device=self.device)
-        if self._overridden("p_mean_variance", "model_predictions", "q_posterior"):
-            mean, _, log_variance, x_start = self.p_mean_variance(
-                x=x, t=times, x_self_cond=x_self_cond, clip_denoised=True
-            )
+        times = torch.full((len(x),), t, device=self.device, dtype=torch.long)
+        if self._overridden(*STEP):
+            moments = self.p_mean_variance(x=x, t=times, x_self_cond=x_self_cond, clip_denoised=True)
+            mean, _, log_variance, x_start = moments
             return mean + (0.5 * log_variance).exp() * (torch.randn_like(x) if t > 0 else 0.0), x_start
         x_start = self._start(x, times, self.model(x, times, x_self_cond), True)
         noise = torch.randn_like(x) if t > 0 else None
-        return self._reverse(x, x_start, self._ancestral_rows(True), times, noise, None), x_start
+        return self._combine(x, x_start, self._ancestral_rows(True), times, noise), x_start
 
     @torch.inference_mode()
     def p_sample_loop(self, shape: tuple[int, ...], return_all_timesteps: bool = False) -> Tensor:
         """Samples of all timesteps, (B, C, H, W), or (B, T + 1, C, H, W) from x_T to x_0 with return_all_timesteps."""
         img = torch.randn(shape, device=self.device)
-        steps = range(self.num_timesteps)[::-1]
-        return self.unnormalize(
-            self._loop(img, steps, self._ancestral, "sampling loop time step", return_all_timesteps)
-        )
+        img = self._loop(img, range(self.num_timesteps)[::-1], self._ancestral, LOOP, return_all_timesteps)
+        return self.unnormalize(img)
 
     @torch.inference_mode()
     def ddim_sample(self, shape: tuple[int, ...], return_all_timesteps: bool = False) -> Tensor:
-        """Samples of sampling_timesteps steps of DDIM(ddim_sampling_eta) (Song et al. 2021, arXiv:2010.02502, eq. 12);
-        shapes as of p_sample_loop. Noise is drawn at every step but the last, also where eta = 0."""
+        """Samples of sampling_timesteps steps of DDIM(ddim_sampling_eta) (Song et al. 2021, arXiv:2010.02502, eq. 12).
+
+        Shapes as in p_sample_loop. Noise is drawn at every step but the last, even if eta = 0.
+        """
         img = torch.randn(shape, device=self.device)
-        steps = range(self.sampling_timesteps)
-        return self.unnormalize(self._loop(img, steps, self._ddim, "sampling loop time step", return_all_timesteps))
+        img = self._loop(img, range(self.sampling_timesteps), self._ddim, LOOP, return_all_timesteps)
+        return self.unnormalize(img)
 
     @torch.inference_mode()
     def sample(self, batch_size: int = 16, return_all_timesteps: bool = False) -> Tensor:
@@ -216,8 +218,7 @@ class GaussianDiffusion(nn.Module):
     # --- training
 
     def noise_assignment(self, x_start: Tensor, noise: Tensor) -> Tensor:
-        """(B,) int64: the row of noise for each sample, at the least sum of distances (Li et al. 2024,
-        arXiv:2406.12303)."""
+        """(B,) int64: each sample's row of noise, for the least sum of distances (Li et al. 2024, arXiv:2406.12303)."""
         distance = torch.cdist(x_start.flatten(1), noise.flatten(1))
         return torch.from_numpy(linear_sum_assignment(distance.cpu())[1]).to(distance.device)
 
@@ -238,8 +239,8 @@ class GaussianDiffusion(nn.Module):
     ) -> Tensor:
         """loss_weight_t times the mean squared error of the prediction: () for loss_reduction "mean", (B,) for "none".
 
-        Drawn are noise unless given, offset noise (B, C) where its strength is above 0, and with self-conditioning one
-        number of Python's `random`: below 1/2 the model first predicts the x_0 that it is then conditioned on.
+        It draws the noise if it is None, and offset noise (B, C) if its strength is above 0. With self-conditioning it
+        draws a number of Python's `random` too: below 1/2 the model first predicts the x_0 that conditions it.
         """
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction: expected 'mean' or 'none', got {loss_reduction!r}")
@@ -249,8 +250,9 @@ class GaussianDiffusion(nn.Module):
         if strength > 0:
             offset = torch.randn(x_start.shape[:2], device=self.device)
             noise = noise + strength * offset[:, :, None, None]
-        if self.immiscible:  # once, so that the loss knows the noise: q_sample would assign again
+        if self.immiscible:  # here, so that the loss knows the noise
             noise = noise[self.noise_assignment(x_start, noise)]
+        if self.immiscible and not self._overridden("q_sample"):  # which would assign again
             x = self._noised(x_start, t, noise)
         else:
             x = self.q_sample(x_start=x_start, t=t, noise=noise)
@@ -259,9 +261,19 @@ class GaussianDiffusion(nn.Module):
             with torch.no_grad():
                 x_self_cond = self._predicted_start(x, t, None, False)
         output = self.model(x, t, x_self_cond)
-        x0 = None if self.objective == "pred_noise" else x_start
-        target_noise = None if self.objective == "pred_x0" else noise
-        return ops.loss(output, t, self._targets(), x0=x0, noise=target_noise, reduction=loss_reduction)
+        if self.objective == "pred_v" and self._overridden("predict_v"):
+            target = self.predict_v(x_start, t, noise)
+            output, target = broadcast(t, output, target)
+            return ops.loss(output, tables.index(t), self._targets("pred_x0"), x0=target, reduction=loss_reduction)
+        output, x_start, noise = broadcast(t, output, x_start, noise)
+        return ops.loss(
+            output,
+            tables.index(t),
+            self._targets(self.objective),
+            x0=None if self.objective == "pred_noise" else x_start,
+            noise=None if self.objective == "pred_x0" else noise,
+            reduction=loss_reduction,
+        )
 
     def random_times(self, batch_size: int) -> Tensor:
         return torch.randint(0, self.num_timesteps, (batch_size,), device=self.device)
@@ -295,19 +307,19 @@ class GaussianDiffusion(nn.Module):
 
     def _ancestral(self, x: Tensor, t: int, x_self_cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """p_sample, without x_0 if nothing needs it."""
-        if self.self_condition or self._overridden("p_sample", "p_mean_variance", "model_predictions", "q_posterior"):
+        if self.self_condition or self._overridden("p_sample", *STEP):
             return self.p_sample(x, t, x_self_cond)
-        times = torch.full((len(x),), t, device=self.device)
+        times = torch.full((len(x),), t, device=self.device, dtype=torch.long)
         output = self.model(x, times, None)
         noise = torch.randn_like(x) if t > 0 else None
-        return self._reverse(x, output, self._ancestral_rows(False), times, noise, 1.0), None
+        return self._combine(x, output, self._ancestral_rows(False), times, noise, clip=1.0), None
 
     def _ddim(self, x: Tensor, step: int, x_self_cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(x after this step, x_0 if it was on the way)."""
         times = tables.ddim_times(self.num_timesteps, self.sampling_timesteps)
         t = torch.full((len(x),), times[step], device=self.device)
         last = step == self.sampling_timesteps - 1
-        one_pass = not (self.self_condition or x.device.type in STOCK_ORDER or self._overridden("model_predictions"))
+        one_pass = not (self.self_condition or x.device.type in STOCK_ORDER or self._overridden(*PREDICTION))
         if one_pass:
             state, output, x_start = x, self.model(x, t, None), None
         else:
@@ -318,12 +330,7 @@ class GaussianDiffusion(nn.Module):
         noise = None if last else torch.randn_like(x)
         noise = noise if self.ddim_sampling_eta else None  # drawn, as in stock, but not read
         rows, clip = self._ddim_rows(times, one_pass), 1.0 if one_pass else None
-        return self._reverse(state, output, rows, step, noise, clip), x_start
-
-    def _reverse(
-        self, x: Tensor, output: Tensor, rows: Tensor, step: Tensor | int, noise: Tensor | None, clip: float | None
-    ) -> Tensor:
-        return ops.combine(self._widened(x), output, rows, step, z=noise, clip=clip)
+        return self._combine(state, output, rows, step, noise, clip), x_start
 
     def _predicted_start(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None, clip: bool) -> Tensor:
         """pred_x_start of model_predictions. The noise beside it is left out unless model_predictions is overridden."""
@@ -334,19 +341,31 @@ class GaussianDiffusion(nn.Module):
 
     def _start(self, x: Tensor, t: Tensor, output: Tensor, clip: bool) -> Tensor:
         """x_0 from the model's output."""
-        start = self._start_buffers()
-        if not start:
-            return output.clamp(-1.0, 1.0) if clip else output
-        rows = self._table("start", tables.start_rows, start)
-        return ops.combine(self._widened(x), output, rows, t, clip=1.0 if clip else None)
+        convert = {"pred_noise": "predict_start_from_noise", "pred_v": "predict_start_from_v"}.get(self.objective)
+        if convert is not None and not self._overridden(convert):
+            rows = self._table("start", tables.start_rows, self._start_buffers())
+            return self._combine(x, output, rows, t, clip=1.0 if clip else None)
+        x_start = output if convert is None else getattr(self, convert)(x, t, output)
+        return x_start.clamp(-1.0, 1.0) if clip else x_start
 
-    def _noised(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return self._sum(x_start, noise, t, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+    # --- arithmetic: in the type of a product with a buffer, and broadcast as torch does
+
+    def _combine(
+        self, x: Tensor, y: Tensor, rows: Tensor, t: Any, noise: Tensor | None = None, clip: float | None = None
+    ) -> Tensor:
+        """from_x0 x_0 + from_x x + noise z, where x_0 = clip(x0_from_x x + x0_from_pred y)."""
+        return combine(self._widened(x), y, rows, tables.index(t), z=noise, clip=clip)
 
     def _sum(self, x: Tensor, y: Tensor, t: Tensor, alpha: str, sigma: str, sign: int = 1) -> Tensor:
         """alpha_t x + sign sigma_t y in one pass, where alpha and sigma are the names of buffers."""
         table = self._table("sum", lambda a, s: tables.sum_table(a, s, sign), (alpha, sigma), sign)
-        return ops.noising(self._widened(x), t, table, noise=y)
+        return noising(self._widened(x), y, tables.index(t), table)
+
+    def _noised(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return self._sum(x_start, noise, t, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+
+    def _widened(self, x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, self.betas.dtype))
 
     # --- tables
 
@@ -355,9 +374,9 @@ class GaussianDiffusion(nn.Module):
         check_choice("objective", self.objective, OBJECTIVES)
         return START[self.objective]
 
-    def _targets(self) -> Tensor:
+    def _targets(self, objective: str) -> Tensor:
         names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "loss_weight")
-        return self._table("targets", functools.partial(tables.target_table, self.objective), names, self.objective)
+        return self._table("targets", functools.partial(tables.target_table, objective), names, objective)
 
     def _ancestral_rows(self, of_start: bool) -> Tensor:
         """One row per timestep, applied to x and the output, or with of_start to x and x_0."""
@@ -375,17 +394,12 @@ class GaussianDiffusion(nn.Module):
     def _table(self, name: str, build: Callable[..., Tensor], buffers: tuple[str, ...], *key: Any) -> Tensor:
         """build(*buffers), kept while neither they nor the key change."""
         sources = tuple(getattr(self, b) for b in buffers)
+        key = (*key, *map(values, sources))
         return self._tables.get(f"{name} of {', '.join(buffers)}", lambda: build(*sources), sources, *key)
-
-    def _widened(self, x: Tensor) -> Tensor:
-        """x in the type of its product with a buffer."""
-        return x.to(torch.promote_types(x.dtype, self.betas.dtype))
 
     def _overridden(self, *names: str) -> bool:
         """Whether a subclass, or somebody on this object, has put another method in the place of one of these."""
-        return any(getattr(getattr(self, n), "__func__", None) is not getattr(GaussianDiffusion, n) for n in names)
+        return overridden(self, {name: ORIGINALS[name] for name in names})
 
 
-def _at(buffer: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """buffer[t], shaped (B, 1, ...) to multiply like."""
-    return buffer[t].reshape(-1, *[1] * (like.ndim - 1))
+ORIGINALS = {name: getattr(GaussianDiffusion, name) for name in ("p_sample", "q_sample", "predict_v", *STEP)}

@@ -47,21 +47,23 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def betas_of(name: str, timesteps: int, options: dict[str, Any] | None) -> Tensor:
-    """The betas (T,) of a schedule. ValueError for an unknown name and for betas outside [0, 1)."""
-    check_choice("beta_schedule", name, SCHEDULES)
-    betas = SCHEDULES[name](timesteps, **(options or {}))
+def make_buffers(
+    schedule: str, timesteps: int, options: dict[str, Any] | None, objective: str, min_snr_gamma: float | None
+) -> dict[str, Tensor]:
+    """The float32 buffers of stock by name, each (T,) on the CPU: the same operations in float64, cast last.
+
+    Args:
+        schedule, timesteps, options: a name of SCHEDULES, and the arguments of its function.
+        min_snr_gamma: where the weights of the loss clip the signal-to-noise ratio (Hang et al. 2023,
+            arXiv:2303.09556), or None.
+
+    Raises: ValueError for an unknown name and for betas outside [0, 1).
+    """
+    check_choice("beta_schedule", schedule, SCHEDULES)
+    with torch.device("cpu"):  # under torch.device("meta") there would be no values
+        betas = SCHEDULES[schedule](timesteps, **(options or {}))
     if not bool(((betas >= 0) & (betas < 1)).all()):
         raise ValueError(f"beta_schedule, timesteps: expected betas in [0, 1), got {betas.min()} to {betas.max()}")
-    return betas
-
-
-def stock_buffers(betas: Tensor, objective: str, min_snr_gamma: float | None) -> dict[str, Tensor]:
-    """The float32 buffers of stock by name, each (T,): the same operations in float64, cast last.
-
-    min_snr_gamma: where the weights of the loss clip the signal-to-noise ratio (Hang et al. 2023, arXiv:2303.09556), or
-    None.
-    """
     alphas = 1.0 - betas
     alpha_bar = torch.cumprod(alphas, dim=0)
     alpha_bar_prev = F.pad(alpha_bar[:-1], (1, 0), value=1.0)

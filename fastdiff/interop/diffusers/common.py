@@ -6,6 +6,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from ... import ops
 from ...cache import Tables
+from ...ops.checks import FLOATING
 from ...reference import work_dtype
 from ...rows import make_rows
+from ..stock import noising, overridden, reached, values
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 Generators = torch.Generator | list[torch.Generator] | None
@@ -28,7 +31,8 @@ class FusedScheduler:
 
         class DDPMScheduler(FusedScheduler, diffusers.DDPMScheduler, stock=diffusers.DDPMScheduler)
 
-    It gets the constructor of that class with the keyword fused_noise, and the public path of this package.
+    It gets the constructor of that class with the keyword fused_noise, and the public path of this package. Stock's
+    method runs instead of one here that returns NotImplemented, and on objects that override what stock's calls.
     """
 
     stock: ClassVar[type]
@@ -40,9 +44,18 @@ class FusedScheduler:
 
     def __init_subclass__(cls, stock: type | None = None) -> None:
         super().__init_subclass__()
-        if stock is not None:  # a subclass of the user's names none
-            cls.stock, cls.__module__ = stock, __package__
-            cls.__init__ = with_fused_noise(stock)  # type: ignore[method-assign]
+        if stock is None:  # a subclass of the user's, or a base
+            return
+        cls.stock, cls.__module__ = stock, __package__
+        cls.__init__ = with_fused_noise(stock)  # type: ignore[method-assign]
+        replaced: dict[str, dict[str, Any]] = {}
+        for name in dir(stock):
+            ours, theirs = getattr(cls, name), getattr(stock, name)
+            if not name.startswith("__") and inspect.isfunction(theirs) and ours is not theirs:
+                replaced[name] = {}
+                setattr(cls, name, or_stock(ours, theirs, replaced[name]))
+        for name, used in replaced.items():  # once all of them are in their places
+            used.update({n: getattr(cls, n) for n in reached(stock, name)})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().__new__(cls)
@@ -52,8 +65,12 @@ class FusedScheduler:
             scheduler.__module__ = "diffusers"
         return scheduler
 
+    def _table(self, name: str, build: Callable[[], Any], sources: tuple[Tensor, ...], *key: Any) -> Any:
+        """build(), kept while the sources and the key stay as they are."""
+        return self._tables.get(name, build, sources, *key, *map(values, sources))
+
     def _host_timesteps(self) -> list[float]:
-        return self._tables.get("timesteps", self.timesteps.tolist, (self.timesteps,))
+        return self._table("timesteps", self.timesteps.tolist, (self.timesteps,))
 
     def _number(self, timestep: Any) -> Any:
         """The timestep as a number, or None if finding out would wait for a device or break a graph."""
@@ -105,6 +122,44 @@ class FusedScheduler:
         self._last_run = self.timesteps, names, states
 
 
+def or_stock(ours: Any, stock: Any, used: dict[str, Any]) -> Any:
+    """`ours`, or stock's method if `ours` returns NotImplemented or the object overrides one of `used`."""
+
+    draws = "generator" in inspect.signature(stock).parameters
+
+    @functools.wraps(ours)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not overridden(self, used):
+            result = ours(self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if draws and self.fused_noise:
+            warnings.warn(f"fused_noise: {stock.__qualname__} runs here and draws the noise as stock", stacklevel=2)
+        return stock(self, *args, **kwargs)
+
+    return method
+
+
+def alike(*tensors: Tensor) -> bool:
+    """Whether a fused step takes them: floating tensors of one shape, with a batch, on one device."""
+    first = tensors[0]
+    return first.ndim > 0 and all(
+        t.shape == first.shape and t.device == first.device and t.dtype in FLOATING for t in tensors
+    )
+
+
+def addable(x: Tensor, noise: Tensor) -> bool:
+    """Whether fused noising takes them: floating tensors with a batch on one device, which may broadcast."""
+    return 0 < x.ndim == noise.ndim and x.device == noise.device and x.dtype in FLOATING and noise.dtype in FLOATING
+
+
+def is_level(timestep: Any) -> bool:
+    """Whether it is an integer or a tensor of integers."""
+    if isinstance(timestep, Tensor):
+        return not timestep.is_floating_point() and timestep.dtype not in (torch.bool, torch.uint8)  # these are masks
+    return isinstance(timestep, Integral)
+
+
 class LevelScheduler(FusedScheduler):
     """A scheduler whose timestep is a level of alphas_cumprod."""
 
@@ -112,11 +167,15 @@ class LevelScheduler(FusedScheduler):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise in one pass."""
+        if not (is_level(timesteps) and addable(original_samples, noise)):
+            return NotImplemented
         table = self._levels(original_samples, 1)
         return noising(original_samples, noise, index_of(timesteps, original_samples.device), table)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0 in one pass."""
+        if not (is_level(timesteps) and addable(sample, noise)):
+            return NotImplemented
         return noising(noise, sample, index_of(timesteps, sample.device), self._levels(sample, -1))
 
     def _levels(self, like: Tensor, sign: int) -> Tensor:
@@ -127,7 +186,7 @@ class LevelScheduler(FusedScheduler):
             return torch.stack((alpha_bar**0.5, sign * (1 - alpha_bar) ** 0.5), 1).to(like.device)
 
         dtype = work_dtype(like)
-        return self._tables.get(f"levels {sign}", build, (self.alphas_cumprod,), like.device, dtype)
+        return self._table(f"levels {sign}", build, (self.alphas_cumprod,), like.device, dtype)
 
     def _ratio(
         self,
@@ -153,7 +212,7 @@ class LevelScheduler(FusedScheduler):
             rows = make_rows(alpha_bar, torch.float32, x0_from_x=a / divisor, x0_from_pred=b / divisor, from_x0=1.0)
             return rows.to(x.device), None
 
-        rows, divisor = self._tables.get(name, build, (self.alphas_cumprod,), x.device, cpu)
+        rows, divisor = self._table(name, build, (self.alphas_cumprod,), x.device, cpu)
         if divisor is None:
             return ops.combine(x, y, rows, index, clip=clip)
         out = ops.combine(x, y, rows, index).div_(divisor[index].reshape(-1, *[1] * (x.ndim - 1)))
@@ -214,23 +273,6 @@ def index_of(timestep: Any, device: torch.device) -> Tensor:
             return timestep.to(device, torch.int64).reshape(-1)
         timestep = timestep.reshape(()).tolist()
     return torch.full((1,), int(timestep), dtype=torch.int64, device=device)
-
-
-def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the type that torch's arithmetic would give their sum."""
-    if all(t.dtype == tensors[0].dtype for t in tensors):
-        return tensors
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
-    return tuple(t.to(dtype) for t in tensors)
-
-
-def noising(x: Tensor, noise: Tensor, index: Tensor, table: Tensor) -> Tensor:
-    """alpha x + sigma noise with the promotion and broadcasting of stock."""
-    x, noise = promoted(x, noise)
-    shape = torch.broadcast_shapes(x.shape, noise.shape, (len(index), *[1] * (x.ndim - 1)))
-    if not x.shape == noise.shape == shape:
-        x, noise = x.expand(shape), noise.expand(shape)
-    return ops.noising(x, index, table, noise=noise)
 
 
 def _memory(tensor: Tensor) -> int:

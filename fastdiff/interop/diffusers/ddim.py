@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ... import ops
 from ...rows import make_rows
-from .common import PREDICTIONS, Generators, LevelScheduler, index_of, promoted
+from ..stock import promoted
+from .common import PREDICTIONS, Generators, LevelScheduler, alike, index_of, is_level
 
 
 class DDIMScheduler(LevelScheduler, diffusers.DDIMScheduler, stock=diffusers.DDIMScheduler):
@@ -33,17 +34,19 @@ class DDIMScheduler(LevelScheduler, diffusers.DDIMScheduler, stock=diffusers.DDI
     ) -> DDIMSchedulerOutput | tuple[Tensor, ...]:
         """One step: x_0 and eps from the prediction, then their sum with the noise in one pass."""
         prediction = self.config.prediction_type
-        both = eta > 0 and variance_noise is not None and generator is not None
+        given = variance_noise if eta > 0 else None
+        tensors = (sample, model_output) if given is None else (sample, model_output, given)
+        both = given is not None and generator is not None
         if self.num_inference_steps is None or prediction not in PREDICTIONS or both:
-            return super().step(  # stock's error
-                model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
-            )
+            return NotImplemented  # stock's error
+        if not (is_level(timestep) and alike(*tensors)):
+            return NotImplemented
         index = index_of(timestep, sample.device)
         noise: dict[str, Any] = {"noisy": False}
-        if eta > 0 and variance_noise is None:
-            noise = self._noise(model_output, generator, index)
+        if given is not None:
+            noise = {"noise": given}
         elif eta > 0:
-            noise = {"noise": variance_noise.expand(sample.shape)}  # type: ignore[union-attr]
+            noise = self._noise(model_output, generator, index)
         sample, model_output = promoted(sample, model_output)
         x0 = self._x0(model_output, sample, index)
         if use_clipped_model_output or prediction == "sample":
@@ -75,4 +78,4 @@ class DDIMScheduler(LevelScheduler, diffusers.DDIMScheduler, stock=diffusers.DDI
                 alpha_bar, torch.float32, x0_from_pred=1.0, from_x0=alpha_bar_prev**0.5, from_x=from_eps, noise=std
             ).to(device)
 
-        return self._tables.get("steps", build, (self.alphas_cumprod, self.final_alpha_cumprod), device, stride, eta)
+        return self._table("steps", build, (self.alphas_cumprod, self.final_alpha_cumprod), device, stride, eta)

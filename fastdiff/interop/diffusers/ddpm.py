@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ... import ops
 from ...rows import LOG_ZERO, make_rows
-from .common import PREDICTIONS, Generators, LevelScheduler, index_of, normal, promoted
+from ..stock import promoted
+from .common import PREDICTIONS, Generators, LevelScheduler, alike, index_of, is_level, normal
 
 LEARNED = ("learned", "learned_range")
 
@@ -35,8 +36,8 @@ class DDPMScheduler(LevelScheduler, diffusers.DDPMScheduler, stock=diffusers.DDP
         raw = None
         if model_output.shape[1] == sample.shape[1] * 2 and self.variance_type in LEARNED:
             model_output, raw = model_output.split(sample.shape[1], dim=1)
-        if self.config.prediction_type not in PREDICTIONS:
-            return super().step(model_output, timestep, sample, generator, return_dict)  # stock's error
+        if not (self.config.prediction_type in PREDICTIONS and is_level(timestep) and alike(sample, model_output)):
+            return NotImplemented
         t = self._number(timestep)
         known = t is not None and not torch.compiler.is_compiling()
         if known and self._respaced() and t not in self._host_timesteps():
@@ -86,7 +87,7 @@ class DDPMScheduler(LevelScheduler, diffusers.DDPMScheduler, stock=diffusers.DDP
             return rows.to(device)
 
         sources = (self.alphas_cumprod, self.timesteps, self.one)
-        return self._tables.get("steps", build, sources, device, respaced, kind, form)
+        return self._table("steps", build, sources, device, respaced, kind, form)
 
 
 def ancestral_rows(alpha_bar: Tensor, alpha_bar_prev: Tensor, last: Tensor, kind: str, form: str) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from ... import ops
 from ...reference import work_dtype
 from ...rows import make_rows
-from .common import PREDICTIONS, FusedScheduler, Generators, index_of, noising, promoted
+from ..stock import noising, promoted
+from .common import PREDICTIONS, FusedScheduler, Generators, addable, alike, index_of
 
 
 class DPMSolverMultistepScheduler(
@@ -39,31 +40,33 @@ class DPMSolverMultistepScheduler(
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """One step: x_0 from the prediction, then its sum with x_t and the x_0 of the step before in one pass."""
         config = self.config
+        learned = config.prediction_type == "epsilon" and config.variance_type in ("learned", "learned_range")
+        output = model_output[:, :3] if learned else model_output
         if (
             self.num_inference_steps is None
             or (config.algorithm_type, config.solver_order, config.solver_type) != ("dpmsolver++", 2, "midpoint")
             or config.prediction_type not in (*PREDICTIONS, "flow_prediction")
+            or not alike(sample, output)
+            or not self._fits_history(sample)
         ):
-            return super().step(model_output, timestep, sample, generator, variance_noise, return_dict)
+            return NotImplemented
         if self.step_index is None:
             self._init_step_index(timestep)
         i, n = self.step_index, len(self.timesteps)
         if i >= n:
-            return super().step(model_output, timestep, sample, generator, variance_noise, return_dict)  # stock's error
+            return NotImplemented  # stock's error
         last = i == n - 1 and (
             config.euler_at_final or (config.lower_order_final and n < 15) or config.final_sigmas_type == "zero"
         )
         second = self.lower_order_nums > 0 and not last
-        if config.prediction_type == "epsilon" and config.variance_type in ("learned", "learned_range"):
-            model_output = model_output[:, :3]
-        sample, model_output = promoted(sample, model_output)
-        x0_rows, rows = self._tables.get(
+        sample, output = promoted(sample, output)
+        x0_rows, rows = self._table(
             "steps", functools.partial(self._steps, sample.device), (self.sigmas,),
             sample.device, config.prediction_type, config.use_flow_sigmas,
         )  # fmt: skip
-        x0 = model_output
+        x0 = output
         if config.prediction_type != "sample":
-            x0 = ops.combine(sample, model_output, x0_rows, i)
+            x0 = ops.combine(sample, output, x0_rows, i)
         if config.thresholding:
             x0 = self._threshold_sample(x0)
         before = self.model_outputs[-1]
@@ -74,6 +77,11 @@ class DPMSolverMultistepScheduler(
         if not return_dict:
             return (prev_sample,)
         return SchedulerOutput(prev_sample=prev_sample)
+
+    def _fits_history(self, sample: Tensor) -> bool:
+        """Whether the x_0 of the step before, if there is one, is shaped like the sample and beside it."""
+        before = self.model_outputs[-1]
+        return before is None or (before.shape == sample.shape and before.device == sample.device)
 
     def _steps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rows (n, 9) of x_0, and rows (2 n, 9) of the steps: of each step the first order, then the second."""
@@ -107,13 +115,15 @@ class DPMSolverMultistepScheduler(
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x_0 + sigma noise at the timesteps' places in self.timesteps, or at the current step of a pipeline."""
+        if not addable(original_samples, noise):
+            return NotImplemented
 
         def build() -> Tensor:
             levels = self._sigma_to_alpha_sigma_t(self.sigmas.to(dtype))
             return torch.stack(levels, 1).to(device)
 
         device, dtype = original_samples.device, work_dtype(original_samples)
-        table = self._tables.get("levels", build, (self.sigmas,), device, dtype, self.config.use_flow_sigmas)
+        table = self._table("levels", build, (self.sigmas,), device, dtype, self.config.use_flow_sigmas)
         if self.begin_index is None:
             # As index_for_timestep: the second of several, and the last step if there is none.
             hits = self.timesteps.to(device) == timesteps.to(device).reshape(-1, 1)

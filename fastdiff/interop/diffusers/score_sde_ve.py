@@ -8,7 +8,8 @@ from torch import Tensor
 from ... import ops
 from ...reference import work_dtype
 from ...rows import make_rows
-from .common import FusedScheduler, Generators, index_of, noising, promoted
+from ..stock import noising, promoted
+from .common import FusedScheduler, Generators, addable, alike, index_of, is_level
 
 
 class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler, stock=diffusers.ScoreSdeVeScheduler):
@@ -30,8 +31,8 @@ class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler, stock=d
         return_dict: bool = True,
     ) -> SdeVeOutput | tuple[Tensor, ...]:
         """The predictor: the mean x + g^2 score, and the mean with the noise g z."""
-        if self.timesteps is None:
-            return super().step_pred(model_output, timestep, sample, generator, return_dict)  # stock's error
+        if self.timesteps is None or not alike(sample, model_output):
+            return NotImplemented
 
         def build() -> Tensor:
             sigma = self.discrete_sigmas
@@ -39,7 +40,7 @@ class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler, stock=d
             g = (sigma**2 - before**2) ** 0.5
             return make_rows(sigma, torch.float32, from_x=1.0, from_pred=g**2, noise=g).to(sample.device)
 
-        rows = self._tables.get("steps", build, (self.discrete_sigmas,), sample.device)
+        rows = self._table("steps", build, (self.discrete_sigmas,), sample.device)
         index = (timestep * torch.ones(len(sample), device=sample.device) * (len(self.timesteps) - 1)).long()
         noise = self._noise(sample, generator, index)
         sample, model_output, _ = promoted(sample, model_output, self.discrete_sigmas)
@@ -51,6 +52,8 @@ class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler, stock=d
 
     def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
         """x_0 + sigma_t noise. Noise is drawn if it is None."""
+        if not (is_level(timesteps) and addable(original_samples, original_samples if noise is None else noise)):
+            return NotImplemented
 
         def build() -> Tensor:
             sigma = self.discrete_sigmas.to(work_dtype(original_samples))
@@ -59,5 +62,5 @@ class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler, stock=d
         device = original_samples.device
         noise = torch.randn_like(original_samples) if noise is None else noise
         original_samples, _ = promoted(original_samples, self.discrete_sigmas)
-        table = self._tables.get("levels", build, (self.discrete_sigmas,), device, work_dtype(original_samples))
+        table = self._table("levels", build, (self.discrete_sigmas,), device, work_dtype(original_samples))
         return noising(original_samples, noise, index_of(timesteps, device), table)

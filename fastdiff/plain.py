@@ -1,0 +1,24 @@
+"""Whether the parameters of a child module may be read without calling it."""
+
+import torch.nn.modules.module as torch_module
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` is `kind.forward` on ordinary parameters, and nothing else happens.
+
+    A fused block reads the parameters of its children. It asks this at every call, and calls a child that is not plain:
+    a subclass (LoRA, quantized layers, parametrizations, FSDP2), one with a forward of its own (offloading), with hooks
+    (pruning, weight norm, ZeRO), or with parameters of another class (DTensor, quantized tensors).
+    """
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return False
+    if torch_module._has_any_global_hook():
+        return False
+    return all(
+        p is None or type(p) is nn.Parameter or type(p) is Tensor or isinstance(p, FakeTensor)
+        for p in module._parameters.values()
+    )
