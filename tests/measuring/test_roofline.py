@@ -194,6 +194,13 @@ def test_approximations_on_nvidia_alone(rows):
         assert r["mufu_per_element"] == (2.0 if fast else 0.5), shown([r])
 
 
+def test_the_norm_takes_an_approximate_sigmoid_for_16_bit_types_on_nvidia_alone(rows, dump):
+    for r in (r for r in rows if r["kernel"] in NORMS and r["target"] != "gfx942"):
+        names = [r[key] for key in ("source", "kernel", "variant", "target", "dtype", "noise")]
+        ptx = (dump / (re.sub(r"\W+", "-", "-".join(names)) + ".ptx")).read_text()
+        assert ("rcp.approx.ftz.f32" in ptx) == (r["dtype"] != "float32"), shown([r])
+
+
 @pytest.mark.parametrize(("cuda", "hip", "fast"), [(True, None, True), (True, "6.4", False), (False, None, False)])
 def test_launchers_take_approximations_on_nvidia_alone(monkeypatch, cuda, hip, fast):
     monkeypatch.setattr(torch.version, "hip", hip)
