@@ -94,7 +94,7 @@ class Upsample(nn.Module):
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """silu(norm(x) (1 + scale) + shift), scale and shift (B, C)."""
-    if not is_plain(norm, nn.GroupNorm):
+    if not is_plain(norm, nn.GroupNorm) or norm.weight is None:
         u = norm(x)
         if scale is not None and shift is not None:
             scale, shift = (t.reshape(*t.shape, *[1] * (u.ndim - 2)) for t in (scale, shift))
