@@ -7,12 +7,12 @@ BIN := $(VENV)/bin
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 DEMO := runs/demo
 
-.PHONY: demo test test-deep test-matrix lint bench gpu-check clean
+.PHONY: demo test test-deep test-matrix lint docs wheel bench gpu-check clean
 
 $(BIN)/.installed: setup.py pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[cpu,train,dev]'
+	$(BIN)/pip install --quiet --editable '.[cpu,train,dev,docs]'
 	$(BIN)/pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
 	touch $@
 
@@ -21,7 +21,7 @@ demo: $(BIN)/.installed
 	$(BIN)/fastdiff train --data digits --out $(DEMO)
 	$(BIN)/fastdiff sample $(DEMO)/model.safetensors --out $(DEMO)/samples
 	$(BIN)/fastdiff eval $(DEMO)/model.safetensors --json $(DEMO)/eval.json
-	$(BIN)/fastdiff bench
+	$(BIN)/python -m benchmarks
 	@echo "samples: $(DEMO)/samples.png"
 	@echo "figures: $(DEMO)/eval.json"
 
@@ -35,12 +35,25 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The site, in site/. Strict: a broken link or a name without a docstring is an error.
+docs: $(BIN)/.installed
+	$(BIN)/python docs/performance.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Builds the wheel, lists what is in it, installs it into a fresh environment and draws one sample there.
+wheel: $(BIN)/.installed
+	rm -rf dist build *.egg-info
+	$(BIN)/python -m build --wheel --outdir dist
+	$(BIN)/python .ci/wheel.py dist
+
 bench: $(BIN)/.installed
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
-# For a machine with a GPU: tests, timings and a report in benchmarks/results/.
+# For a machine with a GPU: benchmarks/gpu/README.md says what it measures, and what SECONDS and STAGES choose.
+SECONDS ?= 540
+STAGES ?= smoke sampling training operations host checks
 gpu-check: $(BIN)/.installed
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python -m benchmarks.gpu --budget $(SECONDS) --stage $(STAGES)
 
 # The suite under every Triton that the last three torch releases pin: 2.13 has 3.7.1, 2.14 3.8, 2.15 3.9, also the newest.
 test-matrix: $(BIN)/.installed
@@ -52,4 +65,4 @@ test-matrix: $(BIN)/.installed
 	done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

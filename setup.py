@@ -1,12 +1,19 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+# The only place of the version number; importing the package here would need torch.
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastdiff/__init__.py").read_text(encoding="utf-8"), re.M)
+assert VERSION is not None
+
 setup(
-    name="fastdiff",
-    version="0.1.0",
+    # PyPI's `fastdiff` compares texts and is another package.
+    name="fastdiff-kernels",
+    version=VERSION[1],
     description="Fused Triton kernels for diffusion models under a small PyTorch API",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
@@ -14,6 +21,7 @@ setup(
     # the import name `kernels` belongs to another package.
     packages=["fastdiff", *find_packages(include=["fastdiff.*"])],
     package_dir={"fastdiff.kernels": "kernels"},
+    py_modules=["fastdiff_command"],
     package_data={"fastdiff": ["py.typed"]},
     install_requires=["torch>=2.7", 'triton>=3.3; platform_system == "Linux"', "numpy"],
     extras_require={
@@ -31,18 +39,25 @@ setup(
             "ruff",
             "mypy",
             "scipy",
+            "matplotlib",
             "torchdiffeq",
             "diffusers==0.42.1",
             # What denoising-diffusion-pytorch needs but for torchvision; the Makefile installs it itself.
             "accelerate",
             "einops",
             "ema-pytorch",
+            "build",
+            "nbclient",
+            "ipykernel",
+            "pyyaml",
         ],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
     },
-    entry_points={"console_scripts": ["fastdiff=fastdiff.cli:main"]},
+    entry_points={"console_scripts": ["fastdiff=fastdiff_command:main"]},
     classifiers=[
         "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -1,4 +1,4 @@
-"""What the GPU report times beside `_workloads.OPERATIONS`, so that every kernel is in it: the same three rows each."""
+"""The workloads that `workloads.OPERATIONS` lacks, so that a report has every kernel. Each has the same three rows."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def _rows(row: Callable[..., Row], fused: Callable[..., Tensor], eager: Callable
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    """Noise by itself. Only the library's is known element by element; the others are held to their moments."""
+    """Noise by itself. The library's is checked element by element, the others' by shape and standard deviation."""
     seed, step = torch.full((1,), SEED, device=device), torch.zeros(1, dtype=torch.int64, device=device)
 
     def fused() -> Tensor:
@@ -46,7 +46,7 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def loss_without_gradient(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    """The eps loss alone. The library draws the noise again; eager PyTorch has kept it."""
+    """The eps loss alone. The library draws the noise again; eager PyTorch reads it."""
     noise, pred, t = inputs(shape, dtype, device)
     table, seed = LOSS.to(device), torch.full((1,), SEED, device=device)
     n = len(few(pred))
@@ -153,5 +153,5 @@ KERNELS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]]
     "bound_forward_backward": bound_forward_backward,
     "group_norm_silu": group_norm_silu,
 }
-# Tensors that must be read or written at least: z, pred, (pred, raw, x_t, x_0, two gradients), (x, y) and (dy, x, dx).
+# The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; x, y and dy, x, dx.
 KERNEL_TENSORS = {"normal": 1, "loss_without_gradient": 1, "bound_forward_backward": 6, "group_norm_silu": 5}

@@ -1,14 +1,19 @@
-"""What a normal costs: forward noising with Triton's own generators and with the library's, compiled for an H100 and
-counted in the machine code as `fastdiff bench --static` counts it, as a Markdown table. Needs no GPU.
+"""What a normal costs, as a Markdown table: forward noising with Triton's own generators and with the library's.
+
+It is compiled for an H100, and its machine code is counted as in the static roofline. This needs no GPU.
 """
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import FUSED, load_float32, owner, row_of
-from fastdiff.kernels.noise import tile
+from fastdiff.kernels.launch import FUSED
+from fastdiff.kernels.tile import load_float32, owner, table_row, tile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.static import machine_code, roofline
 from benchmarks.workloads import refuse_interpreter
@@ -24,7 +29,7 @@ def trial_kernel(
     sample, block = owner()
     if sample >= batch:
         return
-    _, row, poison = row_of(t_ptr, 1, sample, levels)
+    _, row, poison = table_row(t_ptr, 1, sample, levels)
     alpha, sigma = tl.load(table_ptr + row * 2) + poison, tl.load(table_ptr + row * 2 + 1)
     start, offsets, mask = tile(block, n, 1, BLOCK)
     start += sample.to(tl.int64) * n

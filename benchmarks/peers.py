@@ -1,7 +1,7 @@
-"""What users would do instead, for `bench` and benchmarks/test_peers.py: the operations of `_workloads` in eager
-PyTorch without a fresh buffer, and in other libraries where they import.
+"""What users would do instead of calling fastdiff: the operations of `workloads` by other means.
 
-A peer draws its noise from PyTorch's default generator, so that the check can draw it again.
+The peers are eager PyTorch that writes into tensors it has, diffusers, and denoising-diffusion-pytorch. A peer draws
+its noise from PyTorch's default generator, so that its check can draw the same noise again.
 """
 
 import functools
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from fastdiff.ddpm import DDPM
 
+from . import torchvision_standin
+from .eager import CLIP, Eager
+from .networks import network
 from .workloads import (
     BOUND,
-    CLIP,
     OPERATIONS,
     SEED,
     TIMESTEPS,
-    Eager,
     Row,
     Rows,
     agree,
@@ -30,13 +31,12 @@ from .workloads import (
     check_update,
     few,
     inputs,
-    network,
     network_bound,
     training_row,
     with_gradient,
 )
 
-# Libraries hold alpha_bar in float32, which costs digits where it is near 1 or is cast to the data type.
+# Libraries hold alpha_bar in float32. That costs digits near 1, and more when it is cast to the data type.
 LIBRARY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 2**-5}
 LIBRARIES = {"diffusers": "diffusers", "denoising-diffusion-pytorch": "denoising_diffusion_pytorch"}
 NAMES = ("preallocated", *LIBRARIES)
@@ -54,7 +54,7 @@ class Peer(Protocol):
 
 
 class Preallocated:
-    """Eager PyTorch that writes into buffers: no page fault, no autograd."""
+    """Eager PyTorch that writes into tensors it has: no page faults, no autograd."""
 
     def __init__(self, like: Tensor) -> None:
         self.model = Eager(TIMESTEPS, like.device)
@@ -108,7 +108,7 @@ class DenoisingDiffusion:
             return self.pred
 
     def __init__(self, like: Tensor) -> None:
-        library: Any = importlib.import_module("denoising_diffusion_pytorch")
+        library = torchvision_standin.stock()
         options = {"timesteps": TIMESTEPS, "objective": "pred_noise", "beta_schedule": "linear"}
         self.model = self.Given()
         self.diffusion = library.GaussianDiffusion(self.model, image_size=like.shape[-1], **options).to(like.device)
@@ -134,20 +134,25 @@ PEERS: dict[str, Callable[[Tensor], Peer]] = {
 
 @functools.cache
 def missing(name: str) -> str | None:
-    """Why there are no rows of a peer; None where there are."""
+    """Why a peer has no rows, or None if it has."""
     try:
-        if name in LIBRARIES:
+        if name == "denoising-diffusion-pytorch":
+            torchvision_standin.stock()
+        elif name in LIBRARIES:
             importlib.import_module(LIBRARIES[name])
-    except Exception as error:  # a library beside another PyTorch than its own fails in many ways
+    except Exception as error:  # with another PyTorch than its own, a library fails in many ways
         return f"{name} does not import: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return None
 
 
+def peer_names(operation: str) -> tuple[str, ...]:
+    """The peers that have the operation. The libraries have no loss of their own: theirs is PyTorch's."""
+    return ("preallocated",) if operation == "loss_forward_backward" else NAMES
+
+
 def peer_rows(operation: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    """The rows of the peers that import. The libraries have none for the loss alone, which is PyTorch's."""
-    names = [name for name in NAMES if missing(name) is None]
-    if operation == "loss_forward_backward":
-        names = ["preallocated"]
+    """The rows of the peers that have the operation and import."""
+    names = [name for name in peer_names(operation) if missing(name) is None]
     return {name: _row(name, operation, shape, dtype, device) for name in names}
 
 
@@ -190,7 +195,7 @@ def all_rows(operation: str, shape: tuple[int, ...], dtype: torch.dtype, device:
     return OPERATIONS[operation](shape, dtype, device) | peer_rows(operation, shape, dtype, device)
 
 
-# --- diffusers with its own U-Net, of the weights of `network` ------------------------------------------------------
+# --- diffusers' own U-Net, with the weights of `network` --------------------------------------------------------
 
 
 def _unet(device: torch.device, name: str = "small") -> Any:
@@ -212,7 +217,7 @@ def diffusers_training_step(batch: int, device: torch.device) -> Row:
 
 
 def diffusers_sampling(batch: int, steps: int, device: torch.device, name: str, compiled: bool) -> Row:
-    """DDPMPipeline, T = steps; its U-Net is torch.compile'd, or eager."""
+    """DDPMPipeline with T = steps. Its U-Net is compiled by torch.compile, or eager."""
     library, unet = importlib.import_module("diffusers"), _unet(device, name).eval()
     if compiled:
         unet.compile()
@@ -227,7 +232,7 @@ def diffusers_sampling(batch: int, steps: int, device: torch.device, name: str, 
         return torch.from_numpy(drawn.images)
 
     def check() -> None:
-        """Of the first sample, as in `sampling`."""
+        """Check the first sample alone, as in `workloads.sampling`."""
         generator = torch.Generator(device).manual_seed(SEED)
         x_T, *noise = (torch.randn(shape, generator=generator, device=device)[:1] for _ in range(steps + 1))
         given = torch.stack(noise).double()

@@ -1,8 +1,8 @@
-"""GaussianDiffusion of denoising-diffusion-pytorch around a network that costs nothing: stock and fused.
+"""GaussianDiffusion of denoising-diffusion-pytorch around a network that costs nothing: fused and stock.
 
-A loss with its gradient, four ancestral steps and four DDIM steps, all with their draws from PyTorch's generator.
-extra_info["aten_ops"] counts the operations that are dispatched, and extra_info["speedup"] is the median time of stock
-over the row's, of interleaved calls. --benchmark-group-by=group,param:shape puts the two rows of one size together.
+A call is a loss with its gradient, four ancestral steps, or four DDIM steps. All draw from PyTorch's generator. Each
+row agrees with the stock class before it is timed. extra_info holds us_per_call, and aten_ops, the number of operations
+that the call dispatches.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,22 +12,13 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision_standin import stock as import_stock
 
-from benchmarks import timing
-from benchmarks.rounds import BUDGET, DEVICE, name, on_device, time_call
+from benchmarks.suite import DEVICE, CountOperations, full, name, on_device, time_call
+from benchmarks.torchvision_standin import stock as import_stock
+from benchmarks.workloads import LARGE, SMALL
 from fastdiff.interop import denoising_diffusion as fused
 
 stock = import_stock()
-
-
-class Count(TorchDispatchMode):
-    calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Fixed(nn.Module):
@@ -68,14 +59,14 @@ def without_bar(steps: Iterable[Any], **kwargs: Any) -> Iterable[Any]:
     return steps
 
 
-@pytest.mark.parametrize("row", ["fused", "stock"])
-@pytest.mark.parametrize("shape", [bench.SMALL, bench.LARGE], ids=name)
+@pytest.mark.parametrize("row", ["fused", "denoising-diffusion-pytorch"])
+@pytest.mark.parametrize("shape", [SMALL, pytest.param(LARGE, marks=full)], ids=name)
 @pytest.mark.parametrize("part", ["loss", "ancestral", "ddim"])
 @on_device
 def test_gaussian_diffusion(
     benchmark: BenchmarkFixture, part: str, shape: tuple[int, ...], row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    benchmark.group = f"GaussianDiffusion, {part}"
+    benchmark.group = f"GaussianDiffusion {part} {name(shape)}"
     for library in (stock, fused):
         monkeypatch.setattr(library, "tqdm", without_bar)
     torch.manual_seed(0)
@@ -86,9 +77,6 @@ def test_gaussian_diffusion(
     want = theirs()
     torch.manual_seed(0)
     torch.testing.assert_close(call(), want, rtol=2e-6, atol=2e-6)
-    with Count() as count:
+    with CountOperations() as count:
         call()
-    benchmark.extra_info["aten_ops"] = count.calls
-    time_call(benchmark, call)
-    mine, other = timing.medians([call, theirs], DEVICE, 2 * BUDGET)
-    benchmark.extra_info["speedup"] = other / mine
+    benchmark.extra_info |= {"aten_ops": count.calls, "row": row, "us_per_call": 1e6 * time_call(benchmark, call)}

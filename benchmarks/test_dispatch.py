@@ -1,11 +1,11 @@
-"""What the op boundary costs: one element, through
+"""What the boundary of an op costs: a call on one element, with given noise.
 
 direct: the implementation itself
-op: torch.ops.fastdiff, without the argument checks
-public: fastdiff.ops, with them
-custom_op: the same implementation and schema registered by torch.library.custom_op
+op: torch.ops.fastdiff, without the checks of its arguments
+public: fastdiff.ops, with the checks
+custom_op: the same implementation and schema, registered by torch.library.custom_op
 
-extra_info["overhead_us"] is the time beyond "direct", of single interleaved calls. The noise is given, not drawn.
+extra_info holds us_per_element, the time of a call, and overhead_us, by how much single calls exceed "direct".
 """
 
 import statistics
@@ -17,22 +17,22 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import timing
-from benchmarks.rounds import DEVICE, on_device, time_call
+from benchmarks.suite import DEVICE, on_device, time_call
 from fastdiff import ops
-from fastdiff.ops import library as _library
+from fastdiff.ops.registry import OPS
 
 Calls = dict[str, Callable[[], Any]]
 
 
 def custom(name: str, implementation: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
     return torch.library.custom_op(
-        f"fastdiff_benchmark::{name}", implementation, mutates_args=mutates, schema=_library._SCHEMAS[name]
+        f"fastdiff_benchmark::{name}", implementation, mutates_args=mutates, schema=OPS[name].schema
     )
 
 
-NOISING = custom("noising", _library._noising)
-UPDATE = custom("update_", _library._update_, ("x", "hist"))
-LOSS = custom("loss", _library._loss)
+NOISING = custom("noising", OPS["noising"].implementation)
+UPDATE = custom("update_", OPS["update_"].implementation, ("x", "hist"))
+LOSS = custom("loss", OPS["loss"].implementation)
 LOSS.register_autograd(
     lambda ctx, *grads: (ctx.saved_tensors[0] * grads[0], *[None] * 11),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]),
@@ -43,7 +43,7 @@ def noising() -> Calls:
     x, t, table = one(), index(), torch.ones(3, 2, device=DEVICE)
     args = (x, t, table, None, None, one(), ops.FORWARD)
     return {
-        "direct": lambda: _library._noising(*args),
+        "direct": lambda: OPS["noising"].implementation(*args),
         "op": lambda: torch.ops.fastdiff.noising(*args),
         "public": lambda: ops.noising(x, t, table, noise=args[5]),
         "custom_op": lambda: NOISING(*args),
@@ -55,11 +55,16 @@ def update() -> Calls:
     x, pred, rows, step = one(), one(), torch.ones(3, 9, device=DEVICE) / 4, index()
     noise = one()
     args = (x, pred, rows, step, None, None, None, None, noise, None, 1.0, "none", ops.REVERSE)
+
+    def updated(function: Callable[..., None]) -> torch.Tensor:
+        function(*args)
+        return x
+
     return {
-        "direct": lambda: _library._update_(*args) or x,
-        "op": lambda: torch.ops.fastdiff.update_(*args) or x,
+        "direct": lambda: updated(OPS["update_"].implementation),
+        "op": lambda: updated(torch.ops.fastdiff.update_),
         "public": lambda: ops.update(x, pred, rows, step, noise=noise, clip=1.0, inplace=True),
-        "custom_op": lambda: UPDATE(*args) or x,
+        "custom_op": lambda: updated(UPDATE),
     }
 
 
@@ -70,7 +75,7 @@ def loss() -> Calls:
     args = (pred, None, t, table, None, None, noise, ops.FORWARD, "mse", 1.0, False, True)
     detached = (pred.detach(), *args[1:])
     return {
-        "direct": lambda: _library._loss(*detached),
+        "direct": lambda: OPS["loss"].implementation(*detached),
         "op": lambda: torch.ops.fastdiff.loss(*args),
         "public": lambda: ops.loss(pred, t, table, noise=noise),
         "custom_op": lambda: LOSS(*args),
@@ -89,16 +94,16 @@ def index() -> torch.Tensor:
 @pytest.mark.parametrize("calls", [noising, update, loss], ids=lambda calls: calls.__name__)
 @on_device
 def test_dispatch(benchmark: BenchmarkFixture, calls: Callable[[], Calls], row: str) -> None:
-    benchmark.group = "dispatch"
-    # Each from its own arguments, as an update changes them.
+    benchmark.group = f"boundary of {calls.__name__}"
+    # Each row has arguments of its own, because an update changes them.
     assert torch.equal(first(calls()[row]()), first(calls()["direct"]()))
     own = calls()
-    time_call(benchmark, own[row])
+    benchmark.extra_info |= {"row": row, "us_per_element": 1e6 * time_call(benchmark, own[row])}
     benchmark.extra_info["overhead_us"] = overhead(own[row], own["direct"]) * 1e6
 
 
 def overhead(call: Callable[[], Any], direct: Callable[[], Any], rounds: int = 1000) -> float:
-    """Difference of the medians in seconds; one call at a time, shorter than what else may run in between."""
+    """Difference of the medians in seconds. One call is timed at a time, so that few are interrupted by other work."""
     taken: dict[Callable[[], Any], list[float]] = {call: [], direct: []}
     for _ in range(rounds):
         for function, times in taken.items():

@@ -1,31 +1,81 @@
-"""A training step and sampling with a small U-Net, the same network in every row, and eager in every row."""
+"""Images per second of a training step and of whole sampling with a U-Net: fastdiff and what users would do instead.
+
+The network is eager in every row but those called compiled. In "compile" the eager arithmetic around it is compiled.
+Each row agrees with the float64 reference before it is timed, with a network of its own of the same weights.
+extra_info holds images_per_s, batch, steps, and peak_bytes, what a call allocates.
+"""
+
+import functools
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.rounds import DEVICE, ROWS, name, on_device, time_row
-from benchmarks.workloads import sampling, training_step
+from benchmarks import timing
+from benchmarks.peers import diffusers_sampling, diffusers_training_step, missing
+from benchmarks.suite import DEVICE, full, name, on_device, time_row
+from benchmarks.workloads import Row, sampling, training_step
 
 CUDA = DEVICE.type == "cuda"
 BATCH = 64 if CUDA else 4
-STEPS = 50 if CUDA else 8
-DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
+TRAINING = [(torch.float32, row) for row in ("fused", "reference", "compile", "diffusers")]
+if CUDA:
+    TRAINING += [(torch.bfloat16, row) for row in ("fused", "reference", "compile")]
+# diffusers is timed by its DDPMPipeline.
+OWN = ("fused", "channels_last", "compiled", "reference", "compile")
+SAMPLERS = {"ddpm": (*OWN, "diffusers", "diffusers compiled"), "ddim": OWN}
+# Network: (batch, steps). With so many steps, what is done once weighs no more than in a whole run.
+RUNS = {"small": [(4, 8)], "digits": [(64, 20)], "cifar10": [(1, 4), (8, 2), (32, 2)]}
+if CUDA:
+    RUNS = {"small": [(64, 50)], "digits": [(64, 50)], "cifar10": [(1, 50), (64, 20)]}
+# What runs without --full. Compiling a U-Net takes minutes on a CPU.
+QUICK = {
+    ("small", "ddpm"): ("fused", "channels_last", "reference", "compile", "diffusers"),
+    ("small", "ddim"): ("fused", "channels_last", "reference", "compile"),
+    ("digits", "ddpm"): ("fused", "reference", "diffusers"),
+}
+SAMPLING = [
+    pytest.param(
+        network, batch, steps, sampler, row,
+        id=f"{network}-{batch}-{sampler}-{row}",
+        marks=[] if row in QUICK.get((network, sampler), ()) else full,
+    )
+    for network, runs in RUNS.items()
+    for batch, steps in runs
+    for sampler, rows in SAMPLERS.items()
+    for row in rows
+]  # fmt: skip
+
+training_rows = functools.lru_cache(maxsize=1)(training_step)
+sampling_rows = functools.lru_cache(maxsize=1)(sampling)
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def time_images(benchmark: BenchmarkFixture, row: str, timed: Row, batch: int) -> None:
+    seconds = time_row(benchmark, timed)
+    benchmark.extra_info |= {"row": row, "images_per_s": batch / seconds, "batch": batch}
+    benchmark.extra_info["peak_bytes"] = timing.peak_memory(timed.run, DEVICE)
+
+
+@pytest.mark.parametrize(("dtype", "row"), TRAINING, ids=name)
 @on_device
 def test_training_step(benchmark: BenchmarkFixture, dtype: torch.dtype, row: str) -> None:
-    benchmark.group = "training_step"
-    seconds = time_row(benchmark, training_step(BATCH, dtype, DEVICE)[row])
-    benchmark.extra_info |= {"batch": BATCH, "images_per_s": BATCH / seconds}
+    if reason := missing(row):
+        pytest.skip(reason)
+    benchmark.group = f"training step {name(dtype)} small, batch {BATCH}"
+    timed = diffusers_training_step(BATCH, DEVICE) if row == "diffusers" else training_rows(BATCH, dtype, DEVICE)[row]
+    time_images(benchmark, row, timed, BATCH)
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize(("network", "batch", "steps", "sampler", "row"), SAMPLING)
 @on_device
-def test_sampling(benchmark: BenchmarkFixture, sampler: str, row: str) -> None:
-    benchmark.group = "sampling"
-    seconds = time_row(benchmark, sampling(BATCH, sampler, STEPS, DEVICE)[row])
-    benchmark.extra_info |= {"batch": BATCH, "steps": STEPS, "images_per_s": BATCH / seconds}
+def test_sampling(benchmark: BenchmarkFixture, network: str, batch: int, steps: int, sampler: str, row: str) -> None:
+    library, *compiled = row.split()
+    if reason := missing(library):
+        pytest.skip(reason)
+    benchmark.group = f"sampling {sampler} {network}, batch {batch}, {steps} steps"
+    if library == "diffusers":
+        timed = diffusers_sampling(batch, steps, DEVICE, network, bool(compiled))
+    else:
+        timed = sampling_rows(batch, sampler, steps, DEVICE, network)[row]
+    benchmark.extra_info["steps"] = steps
+    time_images(benchmark, row, timed, batch)

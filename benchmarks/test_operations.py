@@ -1,36 +1,59 @@
-"""Forward noising, the loss with its gradient, and the reverse update, by data type and size.
+"""The operations by data type and shape: fastdiff, eager PyTorch, torch.compile, and other libraries.
 
-extra_info holds the least traffic in bytes, GB/s by it, its fraction of the rate of a plain copy in the same run, and
-ns per element. --benchmark-group-by=group,param:dtype,param:shape puts the three rows of one size together.
+Each row agrees with the float64 reference before it is timed. extra_info holds ns_per_element; bytes, the least that
+must be read and written; gb_per_s by it; copy_fraction, the time of a plain copy of as many bytes over the row's; and
+peak_bytes, what a call allocates.
 """
+
+import functools
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import timing
-from benchmarks.rounds import BUDGET, DEVICE, ROWS, name, on_device, time_row
-from benchmarks.workloads import OPERATIONS, TENSORS
+from benchmarks.peers import all_rows, missing, peer_names
+from benchmarks.suite import BUDGET, DEVICE, full, name, on_device, time_row
+from benchmarks.workloads import OPERATIONS, TENSORS, Rows, cases
+
+ROWS = [
+    pytest.param(
+        operation, dtype, shape, row,
+        id=f"{operation}-{name(dtype)}-{name(shape)}-{row}",
+        marks=[] if (dtype, shape) in cases(DEVICE, "quick") else full,
+    )
+    for operation in OPERATIONS
+    for dtype, shape in cases(DEVICE, "full")
+    for row in ("fused", "reference", "compile", *peer_names(operation))
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize(("dtype", "shape"), bench.cases(DEVICE, "quick"), ids=name)
-@pytest.mark.parametrize("operation", OPERATIONS)
+@functools.lru_cache(maxsize=1)
+def rows_of_group(operation: str, shape: tuple[int, ...], dtype: torch.dtype) -> Rows:
+    """Kept for the next row of the same group."""
+    return all_rows(operation, shape, dtype, DEVICE)
+
+
+@pytest.mark.parametrize(("operation", "dtype", "shape", "row"), ROWS)
 @on_device
 def test_operation(
     benchmark: BenchmarkFixture, operation: str, dtype: torch.dtype, shape: tuple[int, ...], row: str
 ) -> None:
-    benchmark.group = operation
+    if reason := missing(row):
+        pytest.skip(reason)
+    rows = rows_of_group(operation, shape, dtype)
+    benchmark.group = f"{operation} {name(dtype)} {name(shape)}"
     elements = torch.Size(shape).numel()
     traffic = TENSORS[operation] * dtype.itemsize * elements
-    timed = OPERATIONS[operation](shape, dtype, DEVICE)[row]
     copy = timing.copier(traffic, DEVICE)
     before = timing.medians([copy], DEVICE, BUDGET / 4)[0]
-    seconds = time_row(benchmark, timed)
+    seconds = time_row(benchmark, rows[row])
     after = timing.medians([copy], DEVICE, BUDGET / 4)[0]
     benchmark.extra_info |= {
+        "row": row,
+        "ns_per_element": seconds / elements * 1e9,
         "bytes": traffic,
         "gb_per_s": traffic / seconds / 1e9,
         "copy_fraction": (before + after) / 2 / seconds,
-        "ns_per_element": seconds / elements * 1e9,
+        "peak_bytes": timing.peak_memory(rows[row].run, DEVICE),
     }

@@ -1,8 +1,7 @@
-"""One step of the diffusers schedulers, with the noise of PyTorch's generator: stock, fused, and stock compiled.
+"""One step of the diffusers schedulers with the noise of PyTorch's generator: fused, stock, and stock compiled.
 
-extra_info["aten_ops"] counts the operations that the step dispatches (not of the compiled one), and
-extra_info["speedup"] is the median time of stock over the row's, of interleaved calls.
---benchmark-group-by=group,param:shape puts the three rows of one size together.
+Each row agrees with the stock step before it is timed. extra_info holds us_per_call, and in rows that are not compiled
+aten_ops, the number of operations that the step dispatches.
 """
 
 from collections.abc import Callable
@@ -13,21 +12,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import timing
-from benchmarks.rounds import BUDGET, DEVICE, name, on_device, time_call
+from benchmarks.suite import DEVICE, CountOperations, full, name, on_device, time_call
+from benchmarks.workloads import LARGE, SMALL
 from fastdiff.interop import diffusers as fused
 
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "ScoreSdeVeScheduler")
-
-
-class Count(TorchDispatchMode):
-    calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
 
 
 def step_of(scheduler: Any, shape: tuple[int, ...], compiled: bool = False) -> Callable[[], tuple[Tensor, ...]]:
@@ -50,13 +40,12 @@ def step_of(scheduler: Any, shape: tuple[int, ...], compiled: bool = False) -> C
     return call
 
 
-@pytest.mark.parametrize("row", ["fused", "stock", "compile"])
-@pytest.mark.parametrize("shape", [bench.SMALL, bench.LARGE], ids=name)
+@pytest.mark.parametrize("row", ["fused", "diffusers", pytest.param("compile", marks=full)])
+@pytest.mark.parametrize("shape", [SMALL, pytest.param(LARGE, marks=full)], ids=name)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @on_device
 def test_scheduler(benchmark: BenchmarkFixture, scheduler: str, shape: tuple[int, ...], row: str) -> None:
-    benchmark.group = scheduler
-    torch.compiler.reset()
+    benchmark.group = f"{scheduler}.step {name(shape)}"
     stock = step_of(getattr(diffusers, scheduler)(), shape)
     library = fused if row == "fused" else diffusers
     call = step_of(getattr(library, scheduler)(), shape, compiled=row == "compile")
@@ -67,9 +56,7 @@ def test_scheduler(benchmark: BenchmarkFixture, scheduler: str, shape: tuple[int
     for a, b in list(zip(got, want, strict=True))[-1 if row == "compile" else 0 :]:  # compiled noise differs
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-4)
     if row != "compile":
-        with Count() as count:
+        with CountOperations() as count:
             call()
         benchmark.extra_info["aten_ops"] = count.calls
-    time_call(benchmark, call)
-    mine, theirs = timing.medians([call, stock], DEVICE, 2 * BUDGET)
-    benchmark.extra_info["speedup"] = theirs / mine
+    benchmark.extra_info |= {"row": row, "us_per_call": 1e6 * time_call(benchmark, call)}

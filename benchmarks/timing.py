@@ -1,4 +1,4 @@
-"""Times in rounds long enough for the clock, side by side, and what they are measured against: a plain copy."""
+"""Timing of functions side by side, and the plain copy that they are compared with."""
 
 import ctypes
 import platform
@@ -12,19 +12,19 @@ import torch
 
 from fastdiff.ops import dispatch
 
-# Shortest round, so that the clock and the wait for the device do not count.
+# Seconds of the shortest round, long beside the clock and the wait for the device.
 ROUND = 0.005
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done all it was given."""
+    """The time in seconds, read when the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def calibrate(function: Callable[[], object], device: torch.device) -> tuple[int, float]:
-    """(calls to a round, seconds of a round), after a call that may compile."""
+    """(calls in a round, seconds of a round). A call before that may compile."""
     function()
     start = clock(device)
     function()
@@ -34,7 +34,10 @@ def calibrate(function: Callable[[], object], device: torch.device) -> tuple[int
 
 
 def medians(functions: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
-    """Median seconds of a call of each function, over at least three interleaved rounds and about `seconds` in all."""
+    """Median seconds of a call of each function.
+
+    The functions take turns, in at least three rounds and for about `seconds` in all.
+    """
     calls, lengths = zip(*(calibrate(function, device) for function in functions), strict=True)
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(max(3, min(50, round(seconds / sum(lengths))))):
@@ -47,15 +50,17 @@ def medians(functions: Sequence[Callable[[], object]], device: torch.device, sec
 
 
 def copier(traffic: int, device: torch.device) -> Callable[[], object]:
-    """A copy into an existing buffer that reads and writes `traffic` bytes in all."""
+    """A copy into a tensor that exists. It reads and writes `traffic` bytes together."""
     source = torch.ones(traffic // 8, device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a call needs beyond what was there before it, what it returns included; None where no one counts. On a
-    CPU within a megabyte."""
+    """Bytes that a call allocates at most at one time, with what it returns.
+
+    On a CPU this is exact to a megabyte. Returns None if the system does not count them.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -70,7 +75,7 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int | N
         return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text())[1])  # type: ignore[index]
 
     if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)  # what lies free in the process would not be counted
+        library.malloc_trim(0)  # memory that is free in the process would not be counted
     reset.write_text("5")  # the high-water mark starts again from here (proc(5))
     before = kilobytes("VmRSS")
     function()

@@ -1,18 +1,17 @@
-"""What the benchmarks time: the library, and the same arithmetic as one writes it in eager PyTorch.
+"""What the benchmarks time: the library, and the same arithmetic in eager PyTorch.
 
 A workload is a dict of rows, all with the same inputs and the same network: "fused" is the library as it runs on the
-device, "reference" is eager PyTorch, "compile" is torch.compile of "reference". A network runs eagerly in these rows,
-so that they differ in nothing but the arithmetic around it.
+device, "reference" is eager PyTorch, and "compile" is torch.compile of "reference". The network is eager in all three,
+so that they differ in the arithmetic around it alone.
 """
 
 import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import ops, reference
@@ -21,27 +20,31 @@ from fastdiff.diffusion import kept_noise
 from fastdiff.process import grid
 from fastdiff.schedule import linear
 from fastdiff.steps import ancestral
-from fastdiff.training.loop import DIGITS, Options, build
 from fastdiff.unet import UNet
+
+from .eager import CLIP, Eager
+from .networks import network
 
 TIMESTEPS = 1000
 SEED = 1
-CLIP = 1.0
-# Allowed distance from the float64 reference, relative, root mean square: float32 allows some roundings of the size of
-# the largest intermediate value, bfloat16 those of eager PyTorch, which rounds after every operation.
+# Largest distance from the float64 reference, relative, root mean square. float32: a few roundings of the largest
+# intermediate value. bfloat16: the roundings of eager PyTorch, one after each operation.
 BOUND = {torch.float32: 3e-6, torch.bfloat16: 2**-7}
-# Elements that a check takes, at most, where a sample has fewer.
+# A check takes whole samples, of so many elements together or one sample.
 CHECKED = 2**19
 # The tables of the library's ops: linear betas, the eps loss, the ancestral sampler.
 NOISING = torch.stack((linear(TIMESTEPS).alpha, linear(TIMESTEPS).sigma), 1).float()
 LOSS = torch.tensor([0.0, 1.0, 1.0]).repeat(TIMESTEPS + 1, 1)
 UPDATE = ancestral(linear(TIMESTEPS), grid(TIMESTEPS, None), "eps", CLIP).rows.float()
+SMALL, LARGE, HUGE = (64, 3, 64, 64), (64, 3, 256, 256), (256, 3, 256, 256)
 
 
 @dataclass(frozen=True)
 class Row:
-    """run: one call of what is timed, drawing its own noise. check: RuntimeError unless the same code, given known
-    noise, agrees with the float64 reference."""
+    """run: one call of what is timed; it draws its own noise.
+
+    check: RuntimeError unless the same code, with given noise, agrees with the float64 reference.
+    """
 
     run: Callable[[], object]
     check: Callable[[], None]
@@ -50,94 +53,35 @@ class Row:
 Rows = dict[str, Row]
 
 
-class Eager:
-    """DDPM (Ho et al. 2020, arXiv:2006.11239) in eager PyTorch: linear betas, eps prediction, 0-based t.
-
-    compiled: q_sample, corrupt, mse and step are torch.compile'd.
-    """
-
-    def __init__(self, timesteps: int, device: torch.device, compiled: bool = False) -> None:
-        beta = torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
-        alpha_bar = (1 - beta).cumprod(0)
-        before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
-        a, b = (1 / alpha_bar).sqrt(), -(1 / alpha_bar - 1).sqrt()
-        c = before.sqrt() * beta / (1 - alpha_bar)
-        d = (1 - beta).sqrt() * (1 - before) / (1 - alpha_bar)
-        f = (beta * (1 - before) / (1 - alpha_bar)).sqrt()
-        q = ((1 - before) / (1 - alpha_bar)).sqrt()
-        self.timesteps = timesteps
-        self.sqrt_alpha_bar = alpha_bar.sqrt().float().to(device)
-        self.sqrt_one_minus_alpha_bar = (1 - alpha_bar).sqrt().float().to(device)
-        self.rows = {
-            "ddpm": torch.stack((a, b, c, d, f), 1).float().to(device),
-            "ddim": torch.stack((a, b, before.sqrt() - alpha_bar.sqrt() * q, q, 0 * f), 1).float().to(device),
-        }
-        wrap: Callable[..., Callable[..., Tensor]] = torch.compile if compiled else _identity
-        self.q_sample = wrap(self._q_sample)
-        self.mse = wrap(self._mse)
-        self.step = wrap(self._step)
-        self.corrupt: Callable[..., tuple[Tensor, Tensor]] = wrap(self._corrupt)  # type: ignore[assignment]
-
-    def _corrupt(self, x0: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(x_t, noise); t: (B,)."""
-        if noise is None:
-            noise = torch.randn_like(x0)
-        shape = (-1, *[1] * (x0.ndim - 1))
-        a = self.sqrt_alpha_bar[t].to(x0.dtype).view(shape)
-        s = self.sqrt_one_minus_alpha_bar[t].to(x0.dtype).view(shape)
-        return a * x0 + s * noise, noise
-
-    def _q_sample(self, x0: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self._corrupt(x0, t, noise)[0]
-
-    def _mse(self, pred: Tensor, noise: Tensor) -> Tensor:
-        return F.mse_loss(pred.float(), noise.float())
-
-    def _step(self, x: Tensor, eps: Tensor, row: Tensor, noisy: bool, noise: Tensor | None = None) -> Tensor:
-        """x_{t-1}; row: (5,), of rows["ddpm"], with noise, or rows["ddim"], without."""
-        a, b, c, d, f = row.unbind()
-        x0 = (a * x + b * eps).clamp(-CLIP, CLIP)
-        mean = c * x0 + d * x
-        if not noisy:
-            return mean
-        return mean + f * (torch.randn_like(x) if noise is None else noise)
-
-    def loss(self, net: nn.Module, x0: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        if t is None:
-            t = torch.randint(0, self.timesteps, x0.shape[:1], device=x0.device)
-        x_t, noise = self.corrupt(x0, t, noise)
-        return self.mse(net(x_t, t), noise)
-
-    @torch.inference_mode()
-    def sample(self, net: nn.Module, sampler: str, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x_0 from x = x_T; noise: (timesteps, B, ...), in the order of use."""
-        levels = torch.arange(self.timesteps, device=x.device)
-        for k in reversed(range(self.timesteps)):
-            eps = net(x, levels[k].expand(len(x)))
-            given = None if noise is None else noise[self.timesteps - 1 - k]
-            x = self.step(x, eps, self.rows[sampler][k], sampler == "ddpm", given)
-        return x
-
-
-def _identity(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return function
-
-
 def refuse_interpreter() -> None:
-    """ValueError where TRITON_INTERPRET is set: what the interpreter takes says nothing of the kernels."""
+    """ValueError if TRITON_INTERPRET is set: the interpreter's time says nothing about the kernels."""
     value = os.environ.get("TRITON_INTERPRET", "")
     if value not in ("", "0"):
         raise ValueError(f"TRITON_INTERPRET: expected it unset, as the interpreter is not to be timed, got {value!r}")
 
 
 def agree(name: str, got: Sequence[Tensor], want: Sequence[Tensor], bound: float) -> None:
-    """RuntimeError unless ||got - want|| <= bound ||want|| for each pair; want in float64."""
+    """RuntimeError unless ||got - want|| <= bound ||want|| for each pair. `want` is float64."""
     for part, (g, w) in enumerate(zip(got, want, strict=True)):
         if g.shape != w.shape:
             raise RuntimeError(f"{name}: part {part} has shape {tuple(g.shape)}, the reference {tuple(w.shape)}")
         error = ((g.detach().double() - w).norm() / w.norm()).item()
         if not error <= bound:
             raise RuntimeError(f"{name}: part {part} is {error:.1e} off the float64 reference, allowed {bound:.1e}")
+
+
+Case = tuple[torch.dtype, tuple[int, ...]]
+
+
+def cases(device: torch.device, size: str) -> list[Case]:
+    """The data types and shapes to measure; size is "quick" or "full". A CPU, which takes longer, has fewer."""
+    single, half = torch.float32, torch.bfloat16
+    if device.type == "cpu" and size == "quick":
+        return [(single, SMALL), (single, LARGE), (half, SMALL)]
+    shapes = [SMALL, LARGE] if device.type == "cpu" else [SMALL, HUGE]
+    if device.type != "cpu" and size == "full":
+        shapes.insert(1, LARGE)
+    return [(dtype, shape) for dtype in (single, half) for shape in shapes]
 
 
 # --- operations -------------------------------------------------------------------------------------------------
@@ -153,7 +97,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def few(x: Tensor) -> Tensor:
-    """The first samples of x, so many that the float64 reference takes no longer than what is to be timed."""
+    """The first samples of x: few enough that the float64 reference takes no longer than the timing."""
     return x[: max(1, CHECKED // x[0].numel())]
 
 
@@ -191,7 +135,7 @@ def _three(fused: Row, eager: Callable[[str, Eager], Row], device: torch.device)
 
 
 def forward_noising(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    """A fourth row, "fused_out", writes into a buffer it has."""
+    """Forward noising. A fourth row, "fused_out", writes into a given tensor."""
     x0, given, t = inputs(shape, dtype, device)
     table, seed, bound = NOISING.to(device), torch.full((1,), SEED, device=device), BOUND[dtype]
     part, index = few(x0), t - 1
@@ -214,7 +158,7 @@ def forward_noising(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 
 
 def loss_forward_backward(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    """The eps loss and its gradient. The library draws the noise again; eager PyTorch has kept it."""
+    """The eps loss and its gradient. The library draws the noise again; eager PyTorch reads it."""
     noise, pred, t = inputs(shape, dtype, device)
     table, seed, bound = LOSS.to(device), torch.full((1,), SEED, device=device), BOUND[dtype]
     part = few(pred).clone().requires_grad_()
@@ -237,7 +181,7 @@ def loss_forward_backward(shape: tuple[int, ...], dtype: torch.dtype, device: to
 
 
 def noising_and_loss(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    """What a training step does besides its model: noising, and the eps loss with its gradient."""
+    """All that a training step does beside its model: noising, and the eps loss with its gradient."""
     x0, pred, t = inputs(shape, dtype, device)
     noising, table, bound = NOISING.to(device), LOSS.to(device), BOUND[dtype]
     part = few(pred).clone().requires_grad_()
@@ -272,7 +216,7 @@ def noising_and_loss(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 
 
 def reverse_update(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    """The ancestral step at t = T/2, in place in the library, as in its sampling loop."""
+    """The ancestral step at t = T/2. The library works in place, as in its sampling loop."""
     x, pred, _ = inputs(shape, dtype, device)
     rows, seed, bound = UPDATE.to(device), torch.full((1,), SEED, device=device), BOUND[dtype]
     step = torch.full((1,), TIMESTEPS // 2, device=device)
@@ -305,56 +249,15 @@ OPERATIONS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Row
     "noising_and_loss": noising_and_loss,
     "reverse_update": reverse_update,
 }
-# Tensors that must be read or written at least: (x_0, x_t), (pred, gradient), both, (x, pred, x').
+# The fewest tensors that have to be read or written: (x_0, x_t), (pred, gradient), both, (x, pred, x').
 TENSORS = {"forward_noising": 2, "loss_forward_backward": 2, "noising_and_loss": 4, "reverse_update": 3}
 
 
 # --- whole steps ------------------------------------------------------------------------------------------------
 
 
-def small(device: torch.device) -> UNet:
-    """Smaller still on a CPU."""
-    widths = (128, 256, 256) if device.type == "cuda" else (32, 64)
-    return UNet(
-        sample_size=32 if device.type == "cuda" else 16,
-        block_out_channels=widths,
-        down_block_types=(*["DownBlock2D"] * (len(widths) - 1), "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", *["UpBlock2D"] * (len(widths) - 1)),
-        layers_per_block=2 if device.type == "cuda" else 1,
-    )
-
-
-def digits(device: torch.device) -> UNet:
-    """Of `fastdiff train --data digits`: 367,129 parameters."""
-    return cast(UNet, build(Options("digits", **DIGITS)).model)
-
-
-def cifar10(device: torch.device) -> UNet:
-    """Of google/ddpm-cifar10-32: 35,746,307 parameters."""
-    return UNet(
-        sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-    )
-
-
-NETWORKS = {"small": small, "digits": digits, "cifar10": cifar10}
-
-
-def network(device: torch.device, name: str = "small") -> UNet:
-    """One of NETWORKS, always of the same weights."""
-    torch.manual_seed(0)
-    return NETWORKS[name](device).to(device)
-
-
 def network_bound(dtype: torch.dtype, device: torch.device) -> float:
-    """Of what went through a network. On a GPU the convolutions of float32 may run in TF32."""
+    """BOUND for what went through a network. On a GPU, convolutions of float32 may use TF32."""
     if dtype != torch.float32:
         return 1e-1
     return 1e-2 if device.type == "cuda" else 3e-5
@@ -368,8 +271,12 @@ def training_row(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Row:
-    """Loss, backward and AdamW step of a network with the weights of `network`, under autocast where dtype is not
-    float32. loss(data, t, noise): t (B,) in 1..T; both are drawn if None."""
+    """Loss, backward and AdamW step of a network with the weights of `network`.
+
+    Args:
+        loss: a function of (data, t, noise), t (B,) in 1..T; it draws t and noise if they are None.
+        dtype: the step runs under autocast to this type unless it is float32.
+    """
     reference = network(device)
     data, given, t = inputs((batch, *(reference.sample_shape or ())), torch.float32, device)
     cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -412,14 +319,15 @@ def training_step(batch: int, dtype: torch.dtype, device: torch.device) -> Rows:
 
 
 def _with_gradient(value: Tensor, net: nn.Module) -> tuple[Tensor, Tensor]:
-    """(value, its gradient by all parameters in the order of their names, as one vector)."""
+    """(value, its gradient by all parameters, sorted by name, as one vector)."""
     gradient = torch.autograd.grad(value, [p for _, p in sorted(net.named_parameters())])
     return value.detach(), torch.cat([g.flatten() for g in gradient])
 
 
 def sampling(batch: int, sampler: str, steps: int, device: torch.device, name: str = "small") -> Rows:
-    """Images from a U-Net in `steps` steps, with T = steps; "ddpm" or "ddim". Two more rows are the library with its
-    network laid out "channels_last", and "compiled" by DDPM.compile.
+    """Images from a U-Net in `steps` steps with T = steps; the sampler is "ddpm" or "ddim".
+
+    Two more rows are the library's: "channels_last", by the layout of its network, and "compiled" by DDPM.compile.
     """
     net = network(device, name).eval()
     wide = copy.deepcopy(net).double()
@@ -429,7 +337,7 @@ def sampling(batch: int, sampler: str, steps: int, device: torch.device, name: s
     noise = torch.randn((steps, *shape), generator=random, device=device)
 
     def check(row: str, got: Tensor) -> None:
-        """Of the first sample: a network in float64 takes long."""
+        """Check the first sample alone: a network in float64 is slow."""
         oracle = DDPM(wide, timesteps=steps).to(device)
         given = noise[:, :1].double() if sampler == "ddpm" else None
         want = oracle.sample((1, *shape[1:]), sampler=sampler, x_T=x_T[:1].double(), noise=given)

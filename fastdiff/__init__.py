@@ -8,7 +8,7 @@ from .schedule import NoiseSchedule
 from .score import NCSN, ScoreSDE
 from .unet import UNet
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DDPM",
     "NCSN",

@@ -8,30 +8,36 @@ bound(x_0) = KL(q(x_T | x_0) || N(0, 1)) + sum over t = 2..T of KL(q(x_{t-1} | x
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .denoiser import Denoiser
 from .objective import x0_rows
 from .ops.checks import as_seed, check_floating
-from .progress import bar, evaluating, state_dtype
+from .progress import bar, evaluating
 from .reference import work_dtype
 from .schedule import NoiseSchedule
 from .steps import VARIANCES, check_signal
 
-if TYPE_CHECKING:
-    from .diffusion import Diffusion
-
 
 def vlb_rows(schedule: NoiseSchedule, objective: str, variance: str) -> Tensor:
-    """Rows (T + 1, 6) of `ops.vlb`, float64: (a, b, w, low, high, decoder); NaN at level 0, which has no term.
+    """Rows (a, b, w, low, high, decoder) of `ops.vlb`, one per level.
 
-    x0hat = a x_t + b pred. q and p share the mean's part d x_t, so that their means differ by c (x_0 - x0hat) and
-    w = c^2 / beta~. low, high: log of the variance of p over beta~; of the variance itself at level 1, where beta~ = 0.
-    variance: "posterior", beta~ (at level 1 that of level 2); "beta", beta; "learned", between the two (Nichol &
-    Dhariwal 2021, arXiv:2102.09672, eq. 14, 15). ValueError for any other, and where the objective determines no x_0.
+    x0hat = a x_t + b pred. The means of q and p share their part from x_t, so they differ by c (x_0 - x0hat), and
+    w = c^2 / beta~. low and high are logarithms of the variance of p over beta~. At level 1, where beta~ = 0, they are
+    logarithms of the variance itself, and decoder is 1.
+
+    Args:
+        schedule: the noise levels.
+        objective: what the model predicts.
+        variance: of p. "posterior" is beta~ (at level 1 that of level 2), "beta" is beta, "learned" is in between.
+
+    Returns: (T + 1, 6) float64; NaN at level 0, which has no term.
+    Raises: ValueError for another variance, and if the prediction does not determine x_0.
+    Reference: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 14 and 15.
     """
     if variance not in VARIANCES:
         raise ValueError(f"variance: expected one of {', '.join(VARIANCES)}, got {variance!r}")
@@ -55,18 +61,25 @@ def vlb_rows(schedule: NoiseSchedule, objective: str, variance: str) -> Tensor:
 
 
 def prior_kl(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
-    """KL(q(x_T | x_0) || N(0, s^2)) in nats per dimension, (B,), of data x0 (B, ...), s = schedule.prior_std(): the
-    bound's L_T, which no model changes. float32, or float64 for float64 data."""
+    """KL(q(x_T | x_0) || N(0, s^2)) in nats per dimension, s = schedule.prior_std(): the bound's L_T.
+
+    Args:
+        schedule: the noise levels.
+        x0: (B, ...), data.
+
+    Returns: (B,) float32, or float64 for float64 data. No model changes it.
+    """
     second_moment = x0.to(work_dtype(x0)).square().reshape(len(x0), -1).mean(1)
     return schedule.prior_kl(0.0) + 0.5 * schedule.alpha_bar[-1].item() / schedule.prior_std() ** 2 * second_moment
 
 
 class LossSecondMoment(nn.Module):
-    """Levels drawn in proportion to sqrt(E[L_t^2]), which makes the estimate of the bound least noisy (Nichol &
-    Dhariwal 2021, eq. 18).
+    """Levels drawn in proportion to sqrt(E[L_t^2]), which makes the estimate of the bound least noisy.
 
-    E is the mean over the last 10 losses of a level. Until each of the levels 1..T has that many they are drawn evenly,
-    and one in a thousand is ever after.
+    E is the mean over the last 10 losses of a level. Until each of the levels 1..T has 10 losses, all are drawn evenly;
+    after that one draw in a thousand is.
+
+    Reference: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 18.
     """
 
     HISTORY = 10
@@ -89,24 +102,28 @@ class LossSecondMoment(nn.Module):
         return torch.where(known, (1 - self.UNIFORM) * size / size.sum() + self.UNIFORM * even, even)
 
     def sample(self, batch: int) -> tuple[Tensor, Tensor]:
-        """(t, weights), each (batch,): levels in 1..T from PyTorch's default generator, and 1 / (T p_t), with which
-        E[weight L_t] is the mean of L over the levels. Nothing waits for the device."""
+        """(t, weights), each (batch,): levels in 1..T from PyTorch's default generator, and 1 / (T p_t).
+
+        With these weights E[weight L_t] is the mean of L over the levels. Nothing waits for the device.
+        """
         p = self.probabilities()
-        drawn = torch.multinomial(p, batch, replacement=True)
-        return drawn + 1, 1 / (len(p) * p[drawn])
+        index = torch.multinomial(p, batch, replacement=True)
+        return index + 1, 1 / (len(p) * p[index])
 
     @torch.no_grad()
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Note the losses (B,) of the levels t (B,) in 1..T, without weights and in the order of the batch; what is
-        not finite is left out. Nothing waits for the device."""
+        """Note the losses (B,) of the levels t (B,) in 1..T, without weights and in the order of the batch.
+
+        Losses that are not finite are left out. Nothing waits for the device.
+        """
         losses = losses.detach().to(self.losses.dtype)
         valid = losses.isfinite()
         same = (t[:, None] == t[None, :]) & valid[None, :]
         before = same.tril(-1).sum(1)
-        kept = valid & (same.sum(1) - before <= self.HISTORY)  # of more than fit into a ring, the last
+        fits = valid & (same.sum(1) - before <= self.HISTORY)  # if a ring is too small for them all, the last ones
         level = t - 1
-        slot = torch.where(kept, (self.seen[level] + before) % self.HISTORY, self.HISTORY)
-        padded = nn.functional.pad(self.losses, (0, 1))  # the further column takes what is not kept
+        slot = torch.where(fits, (self.seen[level] + before) % self.HISTORY, self.HISTORY)
+        padded = nn.functional.pad(self.losses, (0, 1))  # one more column takes the others
         padded[level, slot] = losses
         self.losses.copy_(padded[:, :-1])
         self.seen.index_add_(0, level, valid.long())
@@ -116,8 +133,8 @@ class LossSecondMoment(nn.Module):
 class Bound:
     """The variational bound of images, in bits per dimension.
 
-    prior: (B,), the KL from q(x_T | x_0) to the draw that sampling starts from. terms: (B, n), those of the n steps
-    from noise to data; the last is the decoder's.
+    prior: (B,), the KL from q(x_T | x_0) to the draw that sampling starts from.
+    terms: (B, n), those of the n steps from noise to data; the last is the decoder's.
     """
 
     prior: Tensor
@@ -130,7 +147,7 @@ class Bound:
 
 
 def evaluate(
-    diffusion: "Diffusion",
+    denoiser: Denoiser,
     x0: Tensor,
     *,
     steps: int | Iterable[float] | None = None,
@@ -138,27 +155,34 @@ def evaluate(
     progress: bool = False,
     **model_kwargs: Any,
 ) -> Bound:
-    """Every term of the bound (Ho et al. 2020, eq. 5) of images x0 (B, ...) in 256 steps over [-1, 1], by one draw of
-    x_t and one call of the model each, with the model's variance ("posterior" where it is no DDPM) and clip.
+    """Every term of the bound of images, by one draw of x_t and one call of the model each.
 
-    steps: as in Diffusion.sample: a chain's every level if None, and fewer bound the likelihood of the respaced chain.
-    seed: of the draws; drawn if None. ValueError where the prediction does not determine x_0.
+    Args:
+        denoiser: its variance is that of the reverse steps, its clip that of x0hat.
+        x0: (B, ...), images in 256 steps over [-1, 1].
+        steps: as in Diffusion.sample; every level of a chain if None. Fewer bound the likelihood of the respaced chain.
+        seed: of the draws; drawn if None.
+        progress: show a bar (needs tqdm).
+        model_kwargs: the model's further arguments.
+
+    Raises: ValueError if the prediction does not determine x_0.
+    Reference: Ho et al. 2020, eq. 5.
     """
     check_floating("x0", x0)
-    x0 = x0.detach().to(diffusion._device(), diffusion._dtype())
-    grid, levels = diffusion.process.grid(steps)
+    x0 = x0.detach().to(denoiser.device, denoiser.dtype)
+    grid, levels = denoiser.process.grid(steps)
     times = grid.times(levels)[:-1]
-    made = diffusion.process.discretize(times.flip(0).double())
-    n, dtype = len(times), state_dtype(x0.dtype)
-    rows = vlb_rows(made, diffusion.objective, diffusion.variance).to(x0.device, dtype)
+    made = denoiser.process.discretize(times.flip(0).double())
+    n, dtype = len(times), work_dtype(x0.dtype)
+    rows = vlb_rows(made, denoiser.objective, denoiser.variance).to(x0.device, dtype)
     noising = torch.stack((made.alpha, made.sigma), 1).to(x0.device, dtype)
-    told = diffusion._condition(times).to(x0.device)
+    condition = denoiser.condition(times).to(x0.device)
     seed = as_seed(seed, x0.device)
     terms = x0.new_empty(len(x0), n)
-    with evaluating(diffusion), torch.inference_mode():
+    with evaluating(denoiser), torch.inference_mode():
         for k in bar(n, progress):
             x_t = ops.noising(x0, n - k, noising, seed=seed)
-            pred, raw, _ = diffusion._predict(x_t, told[k].expand(len(x0)), model_kwargs)
-            terms[:, k] = ops.vlb(pred, x_t, x0, n - k, rows, raw_variance=raw, clip=diffusion.clip)
+            pred, raw, _ = denoiser.call_model(x_t, condition[k].expand(len(x0)), model_kwargs)
+            terms[:, k] = ops.vlb(pred, x_t, x0, n - k, rows, raw_variance=raw, clip=denoiser.clip)
         prior = prior_kl(made, x0)
     return Bound(prior / math.log(2), terms / math.log(2))

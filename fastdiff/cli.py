@@ -1,12 +1,13 @@
-"""The command line: fastdiff train, sample, eval, bench. An error is one line on stderr and a non-zero exit."""
+"""The command line: fastdiff train, sample, eval. An error is one line on stderr and a non-zero exit."""
 
 import argparse
-import importlib
 import json
+import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,12 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import fastdiff
 from fastdiff.diffusion import Diffusion
 from fastdiff.files import need, replacing, writable
+from fastdiff.run_file import NAME
 from fastdiff.steps import SAMPLERS
-from fastdiff.training import checkpoint, data, evaluate
-from fastdiff.training import loop as training
+from fastdiff.training import DIGITS, Options, State, digits, digits_options, resumed_options, save_grid
+from fastdiff.training import train as train_run
+from fastdiff.training.checkpoint import load, load_model
+from fastdiff.training.evaluate import evaluate
+from fastdiff.training.options import LARGEST, OBJECTIVES, refuse_foreign
 
+COMMANDS = ("train", "sample", "eval")
 INTERRUPTED = 130
 # The sampler, and its steps, that suits a formulation unless one is named.
 SUITED: dict[str, tuple[str, int]] = {
@@ -28,6 +35,49 @@ SUITED: dict[str, tuple[str, int]] = {
     "NCSN": ("annealed_langevin", 10),
     "ScoreSDE": ("heun", 18),
 }
+# What can go wrong without a fault in this program.
+FAILURES = (OSError, ValueError, ImportError, MemoryError, RuntimeError, ArithmeticError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command, and say what failed in one line on stderr.
+
+    Args:
+        argv: the command and its arguments, by default those of the process.
+
+    Returns: 0, 1 after an error, or 130 if it was interrupted. Wrong usage exits with 2.
+    """
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        status = args.run(args)
+        sys.stdout.flush()  # an output that is full or closed shows here, not when the process ends
+        return status
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return INTERRUPTED
+    except FAILURES as error:
+        complain(f"error: {one_line(error)}")
+        return 1
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def complain(text: str) -> None:
+    """Write a line to stderr, if anybody still reads it. What stdout could not take is dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python flushes it once more when the process ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError):
+        print(f"fastdiff: {text}", file=sys.stderr, flush=True)
+
+
+# --- the arguments ----------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,29 +87,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"fastdiff: error: {message} (see {self.prog} --help)\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `argv` (default: sys.argv[1:]). Returns 0, 1 (error) or 130 (interrupted); bad usage exits with 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = parser(with_bench=argv[:1] == ["bench"]).parse_args(argv)
-        return args.run(args)
-    except KeyboardInterrupt:
-        print("fastdiff: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except (ValueError, ImportError, MemoryError, RuntimeError) as error:
-        message = str(error) or type(error).__name__
-    print(f"fastdiff: error: {' '.join(message.split())}", file=sys.stderr)
-    return 1
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The parsed arguments. Exits with 2 after wrong usage."""
+    root = parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        root.error(
+            f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}; "
+            "in a checkout, python -m benchmarks measures the kernels"
+        )
+    return root.parse_args(argv)
 
 
-def parser(with_bench: bool = False) -> argparse.ArgumentParser:
-    """The parser of all subcommands; that of bench has its options only `with_bench`, which imports it."""
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     root = Parser(prog="fastdiff", description="Train and sample diffusion models.", allow_abbrev=False)
-    commands = root.add_subparsers(required=True, metavar="{train,sample,eval,bench}")
+    root.add_argument("--version", action="version", version=f"fastdiff {fastdiff.__version__}")
+    commands = root.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
 
-    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(run=run)
         return command
@@ -67,36 +112,11 @@ def parser(with_bench: bool = False) -> argparse.ArgumentParser:
     train_arguments(add("train", train, "Train a diffusion model on the digits or on a folder of images."))
     command = add("sample", sample, "Draw images: PREFIX.png, a grid, and PREFIX.npy, float32 (N, C, H, W).")
     sample_arguments(command, n=64)
-    command.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="start of the two names")
+    command.add_argument("--out", type=path, required=True, metavar="PREFIX", help="start of the two names")
     command = add("eval", evaluation, "Compare samples of a model of the digits with real digits.")
     sample_arguments(command, n=None)
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
-    command = add("bench", bench, "Measure the kernels.")
-    if with_bench:
-        importlib.import_module("fastdiff.bench").add_arguments(command)
+    command.add_argument("--json", type=path, metavar="FILE", help="write the figures to FILE too")
     return root
-
-
-def device_argument(command: argparse.ArgumentParser) -> None:
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    command.add_argument("--device", default=default, help="cpu, cuda or cuda:N (here: %(default)s)")
-
-
-def device_of(args: argparse.Namespace) -> torch.device:
-    """The device named by --device. Raises ValueError where there is none of that name."""
-    try:
-        torch.empty(0, device=args.device)
-        return torch.device(args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device: {args.device!r} cannot be used: {reason}") from error
-
-
-def limit_threads(device: torch.device, size: int) -> None:
-    """One CPU thread for 8x8 images: a second gains a third, and threads that wait for each other lose it tenfold
-    where another process holds a core."""
-    if device.type == "cpu" and size <= 8:
-        torch.set_num_threads(1)
 
 
 TRAIN_HELP = {
@@ -119,60 +139,32 @@ TRAIN_HELP = {
     "loss": "mse, l1 or huber; hybrid or vlb of ddpm",
     "weighting": "of the loss over noise levels: simple or min_snr; vlb of ddpm and ncsn; likelihood of SDEs",
     "seed": "of weights, batches and noise",
-    "bf16": "autocast to bfloat16 (default: where CUDA supports it)",
+    "bf16": "autocast to bfloat16 (default: wherever CUDA supports it)",
     "save_every": "steps between checkpoints",
 }
 
 
 def train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", help="digits, or a folder of images")
-    command.add_argument("--out", type=Path, required=True, metavar="RUN_DIR", help="for model.safetensors")
+    command.add_argument("--out", type=path, required=True, metavar="RUN_DIR", help="for model.safetensors")
     command.add_argument("--resume", action="store_true", help="go on exactly from RUN_DIR/model.safetensors")
     device_argument(command)
-    for field in fields(training.Options):
+    for field in fields(Options):
         if field.name == "data":
             continue
         flag, text = "--" + field.name.replace("_", "-"), TRAIN_HELP[field.name]
         if isinstance(field.default, bool | None):
             command.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
-        default = str(field.default) or ", ".join(f"{v} for {k}" for k, v in training.OBJECTIVES.items())
-        if field.name in training.DIGITS:
-            default += f", for the digits {training.DIGITS[field.name]}"
+        default = str(field.default) or ", ".join(f"{v} for {k}" for k, v in OBJECTIVES.items())
+        if field.name in DIGITS:
+            default += f", for the digits {DIGITS[field.name]}"
         text = f"{text} (default: {default})"
         command.add_argument(flag, type=type(field.default), metavar=field.name.upper(), help=text)
 
 
-def train(args: argparse.Namespace) -> int:
-    names = [field.name for field in fields(training.Options)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if "data" in given and given["data"] != "digits":
-        given["data"] = str(Path(given["data"]).resolve())
-    path, state = args.out / "model.safetensors", None
-    device = device_of(args)
-    if args.resume:
-        state = checkpoint.load(path)
-        options = training.resumed_options(state, given)
-    elif "data" not in given:
-        raise ValueError("--data: expected digits or a folder of images, got nothing")
-    elif path.exists():
-        raise ValueError(f"{path} exists: go on with --resume, or train into another --out")
-    else:
-        suited = training.digits_options(given.get("formulation", "ddpm")) if given["data"] == "digits" else {}
-        options = training.Options(**{**suited, **given})
-    limit_threads(device, options.size)
-    start = time.perf_counter()
-    done = training.train(options, args.out, device, state)
-    if done < options.steps:
-        again = f"go on with: fastdiff train --out {shlex.quote(str(args.out))} --device {args.device} --resume"
-        print(f"fastdiff: interrupted at step {done} of {options.steps}; {again}", file=sys.stderr)
-        return INTERRUPTED
-    print(f"{path}: {done} steps, {time.perf_counter() - start:.1f} s")
-    return 0
-
-
 def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
-    command.add_argument("checkpoint", type=Path, help="model.safetensors of a run")
+    command.add_argument("checkpoint", type=path, help="model.safetensors of a run, or the run's folder")
     text = "%(default)s" if n else "as many as real ones to train on"
     command.add_argument("--n", type=positive, default=n, help=f"images to draw (default: {text})")
     names = ", ".join(f"{sampler} for {name}" for name, (sampler, _) in SUITED.items())
@@ -180,29 +172,118 @@ def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
     text = "of the sampler; for annealed_langevin at each level (default: that of the sampler, 50 for ddim)"
     command.add_argument("--steps", type=positive, help=text)
     command.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (default: 0)")
-    command.add_argument("--seed", type=int, default=0, help="image i of a seed is always the same")
+    command.add_argument("--seed", type=seed, default=0, help="image i of a seed is always the same")
     command.add_argument("--batch-size", type=positive, default=256, help="images at a time (default: 256)")
     device_argument(command)
 
 
+def path(text: str) -> Path:
+    """An argument that names a file or a folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
+
+
 def positive(text: str) -> int:
+    """An argument that counts something."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    if not 1 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected at least 1 and at most {LARGEST}, got {value}")
     return value
+
+
+def seed(text: str) -> int:
+    """An argument of 64 bits."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a number of 64 bits, got {value}")
+    return value
+
+
+def device_argument(command: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    command.add_argument("--device", default=default, help="cpu, cuda or cuda:N (here: %(default)s)")
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device that --device names. Raises ValueError if it cannot be used."""
+    try:
+        torch.empty(0, device=args.device)
+        return torch.device(args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device: {args.device!r} cannot be used: {reason}") from error
+
+
+def limit_threads(device: torch.device, size: int) -> None:
+    """Use one CPU thread for 8x8 images.
+
+    A second thread makes them a third faster. If another process holds a core, threads that wait for each other make
+    them ten times slower.
+    """
+    if device.type == "cpu" and size <= 8:
+        torch.set_num_threads(1)
+
+
+# --- train ------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> int:
+    path, device = args.out / NAME, device_of(args)
+    options, state = train_options(args, path)
+    limit_threads(device, options.size)
+    start = time.perf_counter()
+    done = train_run(options, args.out, device, state)
+    if done < options.steps:
+        again = f"go on with: fastdiff train --out {shlex.quote(str(args.out))} --device {args.device} --resume"
+        complain(f"interrupted at step {done} of {options.steps}; {again}")
+        return INTERRUPTED
+    print(f"{path}: {done} steps, {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+def train_options(args: argparse.Namespace, path: Path) -> tuple[Options, State | None]:
+    """The options that the arguments ask for, and the checkpoint to go on from, if any."""
+    names = [field.name for field in fields(Options)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if not given.get("data", "unnamed"):
+        raise ValueError("--data: expected digits or a folder of images, got ''")
+    if given.get("data", "digits") != "digits":
+        given["data"] = str(Path(given["data"]).resolve())
+    if args.resume:
+        state = load(path)
+        options = resumed_options(state, given)
+        report_data(options.data, state.options["data"])
+        return options, state
+    if "data" not in given:
+        raise ValueError("--data: expected digits or a folder of images, got nothing")
+    formulation = given.get("formulation", Options.formulation)
+    suited = digits_options(formulation) if given["data"] == "digits" else {}
+    options = Options(**{**suited, **given})
+    refuse_foreign(formulation, given)
+    return options, None
+
+
+def report_data(data: str, before: str) -> None:
+    """Say that a run goes on with other images. Raises ValueError if they are missing."""
+    if data != "digits" and not Path(data).is_dir():
+        raise ValueError(f"data: {data} is missing; say with --data where the images are now")
+    if data != before:
+        print(f"fastdiff: the run was started with the images of {before} and goes on with those of {data}")
+
+
+# --- sample and eval --------------------------------------------------------------------------------------------
 
 
 def draw(args: argparse.Namespace, model: Diffusion, n: int) -> Tensor:
     """Draw `n` images, float32 (n, C, H, W) on the CPU, in batches with one progress bar of network calls."""
-    device = device_of(args)
-    limit_threads(device, max(model.model.sample_shape[1:]))  # type: ignore[index]
+    device, shape = device_of(args), model.model.sample_shape
+    if shape is None:
+        raise ValueError(f"{args.checkpoint}: expected a network with a sample_size, which says how large images are")
+    limit_threads(device, max(shape[1:]))  # type: ignore[index]
     model = model.to(device)
-    suited, few = SUITED[type(model).__name__]
-    sampler, steps = args.sampler or suited, args.steps
-    if steps is None and sampler in (suited, "ddim"):
-        steps = few if sampler == suited else 50
-        steps = min(steps, getattr(model, "timesteps", steps)) if sampler == "ddim" else steps
-    batches = [torch.arange(n)[i : i + args.batch_size] for i in range(0, n, args.batch_size)]
+    sampler, steps = sampler_of(args, model)
+    batches = torch.arange(n).split(args.batch_size)
     tqdm, bar = need("tqdm").tqdm, None
 
     def advance(*_: object) -> None:
@@ -210,23 +291,37 @@ def draw(args: argparse.Namespace, model: Diffusion, n: int) -> Tensor:
         bar = bar or tqdm(total=calls * len(batches), desc=f"{n} images", unit="step")
         bar.update()
 
-    how: dict[str, Any] = {"steps": steps, "sampler": sampler, "eta": args.eta, "seed": args.seed}
+    options: dict[str, Any] = {"steps": steps, "sampler": sampler, "eta": args.eta, "seed": args.seed}
     if sampler != "ode":
         calls = len(model.step_table(sampler, steps, args.eta))
-        how["callback"] = advance
-    drawn = [model.sample(len(ids), sample_ids=ids, **how).cpu() for ids in batches]
+        options["callback"] = advance
+    drawn = torch.cat([model.sample(len(ids), sample_ids=ids, **options).cpu() for ids in batches])
     if bar:
         bar.close()
-    return torch.cat(drawn)
+    if wrong := int((~drawn.flatten(1).isfinite().all(1)).sum()):
+        raise ValueError(f"{args.checkpoint}: {wrong} of {n} images hold NaN or infinity, nothing was written")
+    return drawn
+
+
+def sampler_of(args: argparse.Namespace, model: Diffusion) -> tuple[str, int | None]:
+    """The sampler and its steps: those that are named, or what suits the formulation. None leaves the steps to it."""
+    suited, few = SUITED[type(model).__name__]
+    sampler = args.sampler or suited
+    if args.steps is not None or sampler not in (suited, "ddim"):
+        return sampler, args.steps
+    steps = few if sampler == suited else 50
+    return sampler, min(steps, getattr(model, "timesteps", steps)) if sampler == "ddim" else steps
 
 
 def sample(args: argparse.Namespace) -> int:
+    if not args.out.name:
+        raise ValueError(f"--out: expected the start of two file names, got {str(args.out)!r}")
     grid, array = (writable(args.out.with_name(args.out.name + end)) for end in (".png", ".npy"))
-    model = checkpoint.load_model(args.checkpoint)
+    model = load_model(args.checkpoint)
     start = time.perf_counter()
     images = draw(args, model, args.n)
     seconds = time.perf_counter() - start
-    data.save_grid(grid, images)
+    save_grid(grid, images)
     with replacing(array) as temporary, open(temporary, "wb") as file:
         np.save(file, images.numpy())
     print(f"{grid}, {array}: {args.n} images, {seconds:.1f} s")
@@ -236,18 +331,14 @@ def sample(args: argparse.Namespace) -> int:
 def evaluation(args: argparse.Namespace) -> int:
     if args.json:
         writable(args.json)
-    model = checkpoint.load_model(args.checkpoint)
+    model = load_model(args.checkpoint)
     shape = model.model.sample_shape
     if shape != (1, 8, 8):
         raise ValueError(f"{args.checkpoint}: expected a model of the 8x8 digits, it draws {shape}")
-    report = evaluate.evaluate(draw(args, model, args.n or len(data.digits()[0])))
-    for name, value in asdict(report).items():
+    report = asdict(evaluate(draw(args, model, args.n or len(digits()[0]))))
+    for name, value in report.items():
         print(f"{name:27}{value:.4f}" if isinstance(value, float) else f"{name:27}{value}")
     if args.json:
         with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def bench(args: argparse.Namespace) -> int:
-    return importlib.import_module("fastdiff.bench").main(args)

@@ -2,142 +2,27 @@
 
 import math
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import bound, ops, steps
-from .cache import Tables
-from .diffusion import Diffusion, How
+from . import bound, ops, run_file, sampling, steps
+from .chain import ChainDiffusion
 from .interop import pretrained
-from .objective import WEIGHTINGS, target_rows, weights
-from .ops.checks import as_index, as_seed, check_choice, check_floating, check_like
+from .ops.checks import as_seed, check_choice, check_floating, check_like
 from .process import Chain
-from .progress import state_dtype
+from .reference import work_dtype
+from .sampling import Run, StepOptions, Steps
 from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, make_steps
 from .unet import UNet
 
-# alpha_bar at the last level beyond which the prior is visibly not where the chain ends.
+# With more alpha_bar at the last level, the prior is visibly not where the chain ends.
 MAX_REMAINING_SIGNAL = 1e-3
-# Of the bound in the hybrid loss (Nichol & Dhariwal 2021, section 3.1).
+# The weight of the bound in the hybrid loss (Nichol & Dhariwal 2021, section 3.1).
 HYBRID_WEIGHT = 1e-3
-
-
-class ChainDiffusion(Diffusion):
-    """A Diffusion whose times are the levels 1..T of a chain, with a table of each level's numbers."""
-
-    process: Chain
-    _starts_at_data = True
-    # float32 tables are kept as int32 bits, so that .half() or .bfloat16() of the module cannot round them.
-    _noising_bits: Tensor
-    _loss_bits: Tensor
-    _denoise_bits: Tensor
-
-    def __init__(
-        self, model: nn.Module, process: Chain, objective: str, loss: str, weighting: str, clip: float | None
-    ) -> None:
-        super().__init__(model, objective, loss, clip)
-        check_choice("weighting", weighting, WEIGHTINGS)
-        self.process, self.schedule, self.timesteps = process, process.schedule, process.schedule.timesteps
-        self.weighting = weighting
-        self._tables = Tables()
-        self._exact: dict[str, Tensor] = {}  # the same in float64, for data of that type
-        schedule = self.schedule
-        steps.check_signal(schedule, torch.arange(1, self.timesteps + 1, device="cpu"), objective)
-        p, q = target_rows(schedule, objective)
-        w = weights(schedule, objective, weighting)
-        for kind, columns in (
-            ("noising", torch.stack((schedule.alpha, schedule.sigma), 1)),
-            ("loss", torch.stack((p, q, w), 1)),
-            ("denoise", steps.denoise_rows(schedule, objective)),
-        ):
-            self._register(kind, columns)
-
-    def _register(self, kind: str, columns: Tensor) -> None:
-        self._exact[kind] = columns.contiguous()
-        device = next((p.device for p in self.model.parameters()), None)
-        bits = columns.float().contiguous().view(torch.int32).to(device)
-        self.register_buffer(f"_{kind}_bits", bits, persistent=False)
-
-    def q_sample(
-        self,
-        x0: Tensor,
-        t: int | Tensor,
-        *,
-        seed: int | Tensor | None = None,
-        noise: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """x_t = alpha_t x_0 + sigma_t z, z ~ N(0, I) (Ho et al. 2020, eq. 4); t: levels in 0..T, an int, () or (B,).
-        out: as in fastdiff.ops."""
-        return ops.noising(x0, t, self._rows("noising", x0, x0.dtype)[0], seed=seed, noise=noise, out=out)
-
-    def q_step(
-        self,
-        x: Tensor,
-        t: int | Tensor,
-        *,
-        seed: int | Tensor | None = None,
-        noise: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """One step of the forward chain from x = x_{t-1}: x_t ~ N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (Ho et al. 2020,
-        eq. 2); t: levels in 1..T, an int, () or (B,)."""
-        t = self._times("x", x, t)
-
-        def build() -> Tensor:
-            level = torch.arange(1, self.timesteps + 1, device="cpu")
-            alpha, beta = self.schedule.transition(level, level - 1)
-            return torch.stack((alpha, beta.sqrt()), 1)
-
-        rows = self._kept("q_step", build, x)
-        return ops.noising(x, t - 1, rows, seed=seed, noise=noise, out=out)
-
-    def q_posterior(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, variance) of q(x_{t-1} | x_t, x_0), shaped (B, ...) and (B, 1, ...) (Ho et al. 2020, eq. 6, 7):
-        mean = c x_0 + d x_t and variance beta~_t of NoiseSchedule.posterior; t: levels in 1..T, an int, () or (B,)."""
-        check_like("x0", x0, x_t)
-        t = self._times("x_t", x_t, t)
-
-        def build() -> Tensor:
-            level = torch.arange(1, self.timesteps + 1, device="cpu")
-            c, d, var = self.schedule.posterior(level, level - 1)
-            rows = c.new_zeros(self.timesteps, 9)
-            rows[:, steps.D], rows[:, steps.E], rows[:, steps.F] = d, c, var
-            return rows
-
-        rows = self._kept("q_posterior", build, x_t)
-        variance = rows[t - 1, steps.F].reshape(-1, *[1] * (x_t.ndim - 1))
-        return ops.update(x_t, x0, rows, t - 1, noisy=False), variance
-
-    def _kept(self, name: str, build: Callable[[], Tensor], like: Tensor, *key: Any) -> Tensor:
-        """build() beside the data and in the type of its state, built once while the key is the same."""
-        device, dtype = like.device, state_dtype(like.dtype)
-        return self._tables.get(name, lambda: build().to(device, dtype), (), self.schedule, device, dtype, *key)
-
-    def _rows(self, kind: str, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if dtype == torch.float64:
-            return self._exact[kind].to(t.device), t
-        return getattr(self, f"_{kind}_bits").view(torch.float32), t
-
-    def _times(self, name: str, x: Tensor, t: Any) -> Tensor:
-        """(B,) int64 levels in 1..T for the data x; uniformly drawn if t is None."""
-        check_floating(name, x)
-        if t is None:
-            return torch.randint(1, self.timesteps + 1, x.shape[:1], device=x.device)
-        levels = as_index("t", t, x)
-        if isinstance(t, int):
-            wrong = not 1 <= t <= self.timesteps
-        else:  # a look at a GPU's tensor would wait for it
-            visible = levels.device.type == "cpu" and not torch.compiler.is_compiling()
-            wrong = visible and bool(((levels < 1) | (levels > self.timesteps)).any())
-        if wrong:
-            raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t}")
-        return levels.expand(len(x))
 
 
 class DDPM(ChainDiffusion):
@@ -154,14 +39,16 @@ class DDPM(ChainDiffusion):
             "hybrid" adds 1e-3 of the variational bound to "mse", with its gradient by the variance alone, and "vlb" is
             the bound alone, in bits per dimension (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1).
         variance: of the ancestral step: "posterior" (beta~), "beta", or "learned", between the two: the model then
-            returns twice the channels, the second half of them r in exp((r + 1)/2 log beta + (1 - r)/2 log beta~).
+            returns twice the channels; the second half is r in exp((r + 1)/2 log beta + (1 - r)/2 log beta~).
         importance: draw the levels in proportion to the root mean square of their last losses, which makes "vlb" less
             noisy (section 3.3 there).
         clip: the sampler keeps its estimate of x_0 in [-clip, clip]; None leaves it free.
 
-    Data is expected around [-1, 1]. ValueError for an unknown name, and where objective "eps" or "score" meets a
-    schedule with alpha_bar_T = 0, where they cannot determine x_0. Warns where alpha_bar_T > 1e-3: samples start from
-    N(0, I), and the chain ends elsewhere.
+    Data is expected around [-1, 1]. Warns if alpha_bar_T > 1e-3: samples start from N(0, I), and the chain ends
+    elsewhere. A model may do before the sampling loop what depends on time alone, see fastdiff.sampling.
+
+    Raises: ValueError for an unknown name, and for objective "eps" or "score" with alpha_bar_T = 0, where they do not
+        determine x_0.
 
     >>> ddpm = DDPM(UNet(sample_size=32))
     >>> ddpm(images).backward()
@@ -169,7 +56,7 @@ class DDPM(ChainDiffusion):
     """
 
     default_sampler = "ddpm"
-    _losses = (*ops.LOSSES, "hybrid", "vlb")
+    losses = (*ops.LOSSES, "hybrid", "vlb")
     _bound_bits: Tensor
 
     def __init__(
@@ -192,7 +79,7 @@ class DDPM(ChainDiffusion):
         made = make_schedule(schedule, timesteps)
         super().__init__(model, Chain(made), objective, loss, weighting, clip)
         self.schedule_name = schedule if isinstance(schedule, str) else None
-        self.variance, self._learns_variance = variance, variance == "learned"
+        self.variance, self.learns_variance = variance, variance == "learned"
         self.importance = bound.LossSecondMoment(timesteps) if importance else None
         if loss in ("hybrid", "vlb"):
             self._register("bound", bound.vlb_rows(made, objective, variance))
@@ -210,8 +97,14 @@ class DDPM(ChainDiffusion):
 
         Its ancestral sampler over all levels is DDPMScheduler's. A learned variance is trained by the hybrid loss.
 
+        Args:
+            folder: the directory, or the folder of a run of `fastdiff train` or its model.safetensors. A run gives its
+                averaged weights.
+
         Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for what UNet or DDPM lacks.
         """
+        if run := run_file.find(folder):
+            return run_file.RunFile.open(run).formulation(cls, UNet)
         arguments, unet = pretrained.read_ddpm(folder), UNet.from_pretrained(folder)
         with arguments.blamed():
             return cls(unet, **arguments).eval()
@@ -237,7 +130,7 @@ class DDPM(ChainDiffusion):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's options but the model, JSON-serialisable. ValueError where the schedule has no name."""
+        """The constructor's options but the model, JSON-serialisable. ValueError if the schedule has no name."""
         if self.schedule_name is None:
             raise ValueError("config: expected a schedule given by name, got one given by its values")
         return {
@@ -254,8 +147,8 @@ class DDPM(ChainDiffusion):
     def forward(
         self, x0: Tensor, *, t: float | Tensor | None = None, reduction: str = "mean", **options: Any
     ) -> Tensor:
-        """As Diffusion.forward. With `importance`, levels drawn in training carry the weights 1 / (T p_t), and their
-        losses are noted."""
+        """As Diffusion.forward. With `importance`, the levels that training draws have weights 1 / (T p_t), and their
+        losses are noted for the next draws."""
         if t is not None or self.importance is None or not self.training:
             return super().forward(x0, t=t, reduction=reduction, **options)
         t, weight = self.importance.sample(len(x0))
@@ -270,8 +163,8 @@ class DDPM(ChainDiffusion):
         if self.loss_kind in ops.LOSSES:
             return super()._loss(pred, raw, x_t, x0, t, seed, noise, reduction)
         hybrid = self.loss_kind == "hybrid"
-        rows, row = self._rows("bound", t, pred.dtype)
-        nats = ops.vlb(pred, x_t, x0, row, rows, raw_variance=raw, detach_mean=hybrid, reduction=reduction)
+        rows = self._table("bound", pred.dtype, t.device)
+        nats = ops.vlb(pred, x_t, x0, t, rows, raw_variance=raw, detach_mean=hybrid, reduction=reduction)
         bits = nats * (self.timesteps / math.log(2))
         if not hybrid:
             return bits
@@ -287,11 +180,20 @@ class DDPM(ChainDiffusion):
         out: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        """x_{t-1} ~ p(x_{t-1} | x_t) (Ho et al. 2020, algorithm 2, line 4); t: levels in 1..T, an int, () or (B,)."""
-        t = self._times("x_t", x_t, t)
+        """x_{t-1} ~ p(x_{t-1} | x_t), one step of the ancestral sampler.
+
+        Args:
+            x_t: (B, ...), the state.
+            t: its levels in 1..T, an int, () or (B,).
+            seed, noise, out: as in fastdiff.ops.
+            model_kwargs: the model's further arguments.
+
+        Reference: Ho et al. 2020, algorithm 2, line 4.
+        """
+        t = self.checked_times("x_t", x_t, t)
         set_by_hand = self.objective, self.clip, self.variance
-        rows = self._kept("p_sample", lambda: self.step_table("ddpm").rows, x_t, *set_by_hand)
-        pred, raw, _ = self._predict(x_t, self._condition(t), model_kwargs)
+        rows = self._cached("p_sample", lambda: self.step_table("ddpm").rows, x_t, *set_by_hand)
+        pred, raw, _ = self.call_model(x_t, self.condition(t), model_kwargs)
         return ops.update(
             x_t, pred, rows, self.timesteps - t, seed=seed, noise=noise, raw_variance=raw, clip=self.clip, out=out
         )
@@ -308,12 +210,21 @@ class DDPM(ChainDiffusion):
         seed: int | Tensor | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        """Samples between two images x0 and x1 (B, ...); weight: of x1, in [0, 1], a number or (B,).
+        """Samples between two images.
 
-        "ddpm": both are noised to level t (T/2 if None), mixed, and denoised by the ancestral sampler (Ho et al. 2020,
-        section 4.4). The mixed noise is rescaled to unit variance, so that the mixture is as noisy as level t.
-        "ddim": both are encoded to the noise they come from, in `steps` steps, mixed along the great circle between
-        them (slerp), and decoded (Song et al. 2021, arXiv:2010.02502, section 5.3). Nothing is drawn.
+        Args:
+            x0, x1: (B, ...), the images.
+            weight: of x1, in [0, 1], a number or (B,).
+            sampler: "ddpm" noises both to level t, mixes them, and denoises by the ancestral sampler. The mixed noise
+                is rescaled to unit variance, so that the mixture is as noisy as level t. "ddim" encodes both to the
+                noise they come from, mixes along the great circle between them (slerp), and decodes; it draws nothing.
+            t: the level of "ddpm", T/2 if None.
+            steps: of "ddim", all if None.
+            seed: of "ddpm"; drawn if None.
+            model_kwargs: the model's further arguments.
+
+        Raises: ValueError or TypeError, naming the argument.
+        Reference: Ho et al. 2020, section 4.4; Song et al. 2021, arXiv:2010.02502, section 5.3.
         """
         check_floating("x0", x0)
         check_like("x1", x1, x0)
@@ -334,15 +245,16 @@ class DDPM(ChainDiffusion):
             raise ValueError(f"t: expected a level from 1 to {self.timesteps}, got {t!r}")
         seed = as_seed(seed, x0.device)
         first, second = (
-            ops.normal(x0.shape, seed, step=k, stream=ops.FORWARD, dtype=state_dtype(x0.dtype), device=x0.device)
+            ops.normal(x0.shape, seed, step=k, stream=ops.FORWARD, dtype=work_dtype(x0.dtype), device=x0.device)
             for k in (0, 1)
         )
         mix = mix.to(first.dtype)
         z = torch.lerp(first, second, mix) / (mix**2 + (1 - mix) ** 2).sqrt()
         x = self.q_sample(torch.lerp(x0.to(z.dtype), x1.to(z.dtype), mix), t, noise=z).detach()
         table = self.step_table("ddpm", range(t, -1, -1))
-        how = How(self.clip, table.keep, table.noisy, table.learned)
-        return self._run(table, how, x, seed, None, None, model_kwargs, False, None, False)
+        options = StepOptions(self.clip, table.keep, table.noisy, table.learned)
+        run = Run(self, table, x, options, seed, model_kwargs=model_kwargs, compiled=self._compiled_step)
+        return sampling.walk(Steps(run))
 
     def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
         if sampler == "ddpm" and eta == 0.0:
@@ -351,8 +263,12 @@ class DDPM(ChainDiffusion):
 
 
 def slerp(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """sin((1 - w) h) / sin h x + sin(w h) / sin h y, h the angle between each pair of samples; (B, ...), weight
-    (1 or B, 1, ...)."""
+    """sin((1 - w) h) / sin h x + sin(w h) / sin h y, with h the angle between each pair of samples.
+
+    Args:
+        x, y: (B, ...).
+        weight: w, (1 or B, 1, ...), of y.
+    """
     cosine = nn.functional.cosine_similarity(x.flatten(1), y.flatten(1)).clamp(-1, 1)
     angle = cosine.acos().reshape(-1, *[1] * (x.ndim - 1))
     near = angle.sin() < 1e-4  # the same direction: the arc is its chord

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,30 +11,89 @@ from pathlib import Path
 from typing import Any
 
 
-def need(module: str) -> Any:
-    """Import an optional dependency. Raises ImportError naming the extra that brings it."""
+def need(module: str, extra: str = "train") -> Any:
+    """Import an optional dependency.
+
+    Args:
+        module: the name to import.
+        extra: the extra of this package that installs it.
+
+    Raises: ImportError with the command that installs the extra.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is not installed: pip install fastdiff[train]") from error
+        raise ImportError(f"{module} is not installed: pip install 'fastdiff-kernels[{extra}]'") from error
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, which takes the place of `path` when the block ends without error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary file beside `path`, which takes the place of `path` when the block ends without error.
+
+    Its name is unique, and its mode is the one that the umask gives to new files, whatever the block does to it.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    file = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        mode = os.fstat(file).st_mode & 0o777
+    finally:
+        os.close(file)
     try:
         yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())  # the new bytes are on the disk before the name is
+        with open(temporary, "r+b") as written:
+            os.fsync(written.fileno())  # the new bytes are on the disk before the name is
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def writable(path: Path) -> Path:
-    """`path`, once it is certain that a file can be put there; makes its folder. Raises OSError otherwise."""
+def sweep(path: Path) -> None:
+    """Remove the temporary files of `path` that processes left when they were killed. Hold a lock on its folder."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        with suppress(OSError):
+            left.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold a lock on a folder. The system drops it when the process ends, and no file is left.
+
+    Yields: True, or False where there are no locks: on Windows and some network file systems.
+    Raises: BlockingIOError if somebody else holds the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(fcntl, handle, folder)
+    finally:
+        os.close(handle)
+
+
+def _lock(fcntl: Any, handle: int, folder: Path) -> bool:
+    """Whether the open folder is locked now. Raises BlockingIOError if somebody else holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, "another training runs in this folder", str(folder)) from error
+    except OSError:
+        return False
+    return True
+
+
+def writable(path: str | Path) -> Path:
+    """Make the folder of `path` and check that a file can be put there.
+
+    Returns: `path`.
+    Raises: OSError if no file can be written there.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

@@ -1,105 +1,138 @@
 """What the model predicts, as rows: the training target, the way from one prediction to another, and the loss weights.
 
-With x_t = alpha x_0 + sigma eps every pair of x_t and one of
+Every prediction is a mixture of data and noise, `scale pred = p x_0 + q eps`. So is the state, x_t = alpha x_0 +
+sigma eps. Two mixtures give both unknowns:
 
-    eps      the noise (Ho et al. 2020, arXiv:2006.11239)
-    x0       the data
-    v        alpha eps - sigma x_0 (Salimans & Ho 2022, arXiv:2202.00512)
-    score    the gradient of log p(x_t): -eps / sigma in expectation (Vincent 2011; Song et al. 2021, arXiv:2011.13456)
+    D   = alpha q - sigma p
+    x_0 = (q x_t - sigma scale pred) / D
+    eps = (alpha scale pred - p x_t) / D
 
-gives all the others, linearly. A schedule here is anything with alpha, sigma, snr and log_snr per level.
+An error of pred is an error of x_0 times sigma scale / D, and one of eps times alpha scale / D. Where D = 0, x_t and
+pred are the same mixture, and nothing else follows from them.
+
+A schedule here is anything with alpha, sigma, snr and log_snr, one per level.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .schedule import NoiseSchedule
 
-OBJECTIVES = ("eps", "x0", "v", "score")
+# (p, q, scale) at a level (alpha, sigma). Everything else about an objective follows from its row.
+# scale is 1 but for the score, which is infinite on data: sigma score = -eps stays finite.
+OBJECTIVES: dict[str, Callable[[Any, Any], tuple[Any, Any, Any]]] = {
+    "eps": lambda alpha, sigma: (0.0, 1.0, 1.0),  # the noise (Ho et al. 2020, arXiv:2006.11239)
+    "x0": lambda alpha, sigma: (1.0, 0.0, 1.0),  # the data
+    "v": lambda alpha, sigma: (-sigma, alpha, 1.0),  # velocity (Salimans & Ho 2022, arXiv:2202.00512)
+    "score": lambda alpha, sigma: (0.0, -1.0, sigma),  # grad log p(x_t) (Song et al. 2021, arXiv:2011.13456)
+}
 WEIGHTINGS = ("simple", "min_snr", "vlb")
 MIN_SNR_GAMMA = 5.0
 
 
-def target_rows(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor]:
-    """(p, q), one per level each: the training target is y = p x_0 + q z.
+def uses_x0(objective: str) -> bool:
+    """Whether the training target holds x_0, which it does where p != 0."""
+    return OBJECTIVES[objective](0.6, 0.8)[0] != 0
 
-    eps: z (Ho et al. 2020, eq. 14). x0: x_0. v: alpha z - sigma x_0 (Salimans & Ho 2022, app. D). score: -z / sigma,
-    the score of q(x_t | x_0) (denoising score matching, Song & Ermon 2019, arXiv:1907.05600, eq. 5).
+
+def uses_noise(objective: str) -> bool:
+    """Whether the training target holds eps, which it does where q != 0."""
+    return OBJECTIVES[objective](0.6, 0.8)[1] != 0
+
+
+def needs_signal(objective: str) -> bool:
+    """Whether the prediction leaves x_0 open in pure noise, alpha = 0: D = 0 there."""
+    return _information(objective, 0.0, 1.0) == 0
+
+
+def needs_noise(objective: str) -> bool:
+    """Whether the prediction leaves eps open on data, sigma = 0: D scale = 0 there."""
+    return _information(objective, 1.0, 0.0) == 0
+
+
+def target_rows(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor]:
+    """(p, q) of the training target y = p x_0 + q z, one per level each.
+
+    Args:
+        schedule: the noise levels.
+        objective: a name of OBJECTIVES.
+
+    Returns: eps: (0, 1). x0: (1, 0). v: (-sigma, alpha). score: (0, -1 / sigma), the score of q(x_t | x_0).
+    Reference: Ho et al. 2020, eq. 14; Salimans & Ho 2022, app. D; Song & Ermon 2019, arXiv:1907.05600, eq. 5.
     """
-    one = torch.ones_like(schedule.sigma)
-    if objective == "score":
-        return 0 * one, -1 / schedule.sigma
-    return {
-        "eps": (0 * one, one),
-        "x0": (one, 0 * one),
-        "v": (-schedule.sigma, schedule.alpha),
-    }[objective]
+    p, q, scale = _row(schedule, objective)
+    return torch.where(p == 0, p, p / scale), q / scale  # 0, also where scale is
 
 
 def conversion_rows(schedule: NoiseSchedule, objective: str, wanted: str) -> tuple[Tensor, Tensor]:
-    """(u, v), one per level each: what is wanted = u x_t + v pred, for any two of OBJECTIVES.
+    """(u, v), one per level each: wanted = u x_t + v pred, for any two of OBJECTIVES.
 
-    Infinite or NaN where the prediction does not determine it: x0 from eps where alpha = 0, eps from x0 where sigma is.
+    With (p', q', scale') of what is wanted and D' = alpha q' - sigma p':
+
+        u = (p' q - q' p) / (D scale')
+        v = D' scale / (D scale')
+
+    Args:
+        schedule: the noise levels.
+        objective: what pred is.
+        wanted: what to make of it.
+
+    Returns: rows that are infinite or NaN where x_t and pred do not determine what is wanted: x0 from eps where alpha
+        is 0, eps from x0 where sigma is.
     """
     alpha, sigma = schedule.alpha, schedule.sigma
-    zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)
     if wanted == objective:
-        return zero, one
-    norm = alpha**2 + sigma**2
-    # Through eps, which is all that the score is.
-    scale = -sigma if objective == "score" else one
-    source = "eps" if objective == "score" else objective
-    to_eps = {
-        "eps": (zero, one),
-        "x0": (1 / sigma, -alpha / sigma),
-        "v": (sigma / norm, alpha / norm),
-    }
-    if wanted in ("eps", "score"):
-        u, v = to_eps[source]
-        by = -1 / sigma if wanted == "score" else one
-        return by * u, by * v * scale
-    u, v = {
-        ("eps", "x0"): (1 / alpha, -sigma / alpha),
-        ("eps", "v"): (-sigma / alpha, norm / alpha),
-        ("x0", "v"): (alpha / sigma, -norm / sigma),
-        ("v", "x0"): (alpha / norm, -sigma / norm),
-    }[source, wanted]
-    return u, v * scale
+        return torch.zeros_like(sigma), torch.ones_like(sigma)
+    p, q, scale = _row(schedule, objective)
+    p_wanted, q_wanted, scale_wanted = _row(schedule, wanted)
+    d, d_wanted = alpha * q - sigma * p, alpha * q_wanted - sigma * p_wanted
+    cross = p_wanted * q - q_wanted * p
+    # x_t says nothing that pred does not, and what is wanted is a multiple of pred.
+    multiple = (d == 0) & (cross == 0)
+    u = torch.where(multiple, 0.0, cross / d)
+    v = torch.where(multiple, (p * p_wanted + q * q_wanted) / (p * p + q * q), d_wanted / d)
+    return u * (1 / scale_wanted), v * scale * (1 / scale_wanted)
 
 
 def x0_rows(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor]:
-    """(a, b), one per level each: x_0 = a x_t + b pred. For eps and score they are infinite where alpha_t = 0."""
+    """(u, v), one per level each: x_0 = u x_t + v pred. Infinite where alpha = 0 and the objective needs a signal."""
     return conversion_rows(schedule, objective, "x0")
 
 
 def weights(schedule: NoiseSchedule, objective: str, weighting: str) -> Tensor:
-    """w_t on the error of the prediction, one per level.
+    """w_t on the squared error of the prediction, one per level.
 
-    simple: 1 (Ho et al. 2020, eq. 14); for score sigma^2, which makes it the simple loss of eps (Song & Ermon 2019,
-        eq. 6).
-    min_snr: min(SNR, 5) on the error of x_0, that is times 1/SNR for eps and 1/(SNR + 1) for v (Hang et al. 2023,
-        arXiv:2303.09556, section 3.4).
-    vlb: (SNR_{t-1} - SNR_t) / 2 on the error of x_0: the terms of the variational bound in nats with the posterior
-        variance (Kingma et al. 2021, arXiv:2107.00630, eq. 13). At t = 1, where that variance is 0, beta_1 stands for
-        it, which gives 1 / (2 beta_1).
-    likelihood: g^2 on the error of the score (Song et al. 2021, arXiv:2101.09258, theorem 1); for levels of an SDE.
+    Args:
+        schedule: the noise levels.
+        objective: what the model predicts.
+        weighting: the quantity whose error counts alike at all levels, or as often as said here:
+            "simple": scale pred, so 1, and sigma^2 for the score, which makes it the simple loss of eps.
+            "min_snr": x_0, min(SNR, 5) times.
+            "vlb": x_0, (SNR_{t-1} - SNR_t) / 2 times: the terms of the variational bound in nats with the posterior
+                variance. At t = 1, where that variance is 0, beta_1 stands for it, which gives 1 / (2 beta_1).
+            "likelihood": the score, g^2 times; for levels of an SDE.
+
+    Raises: ValueError for "likelihood" without rates of an SDE.
+    Reference: simple: Ho et al. 2020, eq. 14; Song & Ermon 2019, eq. 6. min_snr: Hang et al. 2023, arXiv:2303.09556,
+        section 3.4. vlb: Kingma et al. 2021, arXiv:2107.00630, eq. 13. likelihood: Song et al. 2021,
+        arXiv:2101.09258, theorem 1.
     """
     if weighting == "simple":
-        return schedule.sigma**2 if objective == "score" else torch.ones_like(schedule.sigma)
+        return _row(schedule, objective)[2] ** 2
     if weighting == "likelihood":
         return schedule.rates[1] * conversion_rows(schedule, objective, "score")[1] ** 2
+    # What an error 1 of pred is worth in x_0 and in eps; the first over the second is sigma / alpha.
+    x0_error, eps_error = (conversion_rows(schedule, objective, wanted)[1] ** 2 for wanted in ("x0", "eps"))
     if weighting == "vlb":
-        return _bound_weights(schedule, objective)
-    snr, sigma2 = schedule.snr, schedule.sigma**2
-    norm = schedule.alpha**2 + sigma2
-    # The error of the prediction is that of x_0 times the square root of this.
-    per_error = {"eps": snr, "x0": torch.ones_like(snr), "v": norm**2 / sigma2, "score": schedule.alpha**2 / sigma2**2}
-    # At SNR = 0 both cut-off and divisor vanish for eps: the ratio's limit is 1, and sigma^2 for the score.
-    limit = {"eps": torch.ones_like(snr), "score": sigma2}.get(objective, torch.zeros_like(snr))
-    return torch.where(snr > 0, snr.clamp(max=MIN_SNR_GAMMA) / per_error[objective], limit)
+        return _bound_weights(schedule, objective, x0_error, eps_error)
+    # min(SNR, 5) x0_error, without SNR = 0 times an infinite error.
+    return torch.minimum(eps_error, MIN_SNR_GAMMA * x0_error)
 
 
-def _bound_weights(schedule: NoiseSchedule, objective: str) -> Tensor:
+def _bound_weights(schedule: NoiseSchedule, objective: str, x0_error: Tensor, eps_error: Tensor) -> Tensor:
     t = torch.arange(1, len(schedule.sigma), device="cpu")
     log_snr = schedule.log_snr
     fall = log_snr[t - 1] - log_snr[t]
@@ -108,11 +141,22 @@ def _bound_weights(schedule: NoiseSchedule, objective: str) -> Tensor:
     on_eps = 0.5 * torch.expm1(fall)
     # 1 / (2 beta) at level 1, for x_1 = alpha x_0 + sigma eps.
     on_x0[0], on_eps[0] = 0.5 / schedule.sigma[1] ** 2, 0.5 / schedule.alpha[1] ** 2
-    sigma, alpha = schedule.sigma[t], schedule.alpha[t]
-    w = {
-        "x0": on_x0,
-        "eps": on_eps,
-        "score": on_eps * sigma**2,
-        "v": on_x0 * (sigma / (alpha**2 + sigma**2)) ** 2,
-    }[objective]
+    # Through x_0, unless the prediction is noise alone: its error of x_0 grows beyond all numbers as alpha goes to 0.
+    w = on_x0 * x0_error[t] if uses_x0(objective) else on_eps * eps_error[t]
     return torch.cat((w.new_zeros(1), w))
+
+
+def _row(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, q, scale), one per level each."""
+    sigma = schedule.sigma
+    p, q, scale = (
+        part if isinstance(part, Tensor) else torch.full_like(sigma, part)
+        for part in OBJECTIVES[objective](schedule.alpha, sigma)
+    )
+    return p, q, scale
+
+
+def _information(objective: str, alpha: float, sigma: float) -> float:
+    """D scale: how much x_t and pred say of x_0 and eps together; 0 where they leave one open."""
+    p, q, scale = OBJECTIVES[objective](alpha, sigma)
+    return (alpha * q - sigma * p) * scale

@@ -1,37 +1,44 @@
 """The probability-flow ODE by an adaptive solver: sampling, and the likelihood of data.
 
 dx/dt = f(t) x - g(t)^2 / 2 s(x, t) has the marginals of the process (Song et al. 2021, arXiv:2011.13456, eq. 13), and
-d log p(x_t) / dt = -div of its right side (eq. 39). It is solved over log(sigma / alpha) in place of t, where the
-flow of a chain has no kinks at its levels, by torchdiffeq (extra `[ode]`), which chooses its step for the whole batch:
-a sample's last digits may depend on its neighbours.
+d log p(x_t) / dt = -div of its right side (eq. 39).
+
+It is solved over log(sigma / alpha) in place of t: the flow of a chain then has no kinks at its levels. The solver is
+torchdiffeq (extra `[ode]`). It chooses one step for the whole batch, so a sample's last digits may depend on its
+neighbours.
 """
 
 import importlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .denoiser import Denoiser
 from .objective import conversion_rows
 from .ops.checks import as_seed, check_floating
 from .process import Process
 from .progress import evaluating
 
-if TYPE_CHECKING:
-    from .diffusion import Diffusion
-
 METHOD = "dopri5"
 
 
-def sample(diffusion: "Diffusion", x: Tensor, model_kwargs: dict[str, Any], tolerance: float = 1e-5) -> Tensor:
-    """From x at the process's last time down to its first, without gradients and in eval mode; after `check`."""
-    with evaluating(diffusion), torch.no_grad():
-        return _solve(diffusion, (x,), backwards=True, tolerance=tolerance, kwargs=model_kwargs)[0]
+def sample(denoiser: Denoiser, x: Tensor, model_kwargs: dict[str, Any], tolerance: float = 1e-5) -> Tensor:
+    """The solution from x at the process's last time down to its first, without gradients and in eval mode.
+
+    Args:
+        denoiser: what predicts.
+        x: (B, ...), the state to start from.
+        model_kwargs: the model's further arguments.
+        tolerance: relative and absolute, of the solver.
+    """
+    with evaluating(denoiser), torch.no_grad():
+        return _solve(denoiser, (x,), backwards=True, tolerance=tolerance, kwargs=model_kwargs)[0]
 
 
 def log_likelihood(
-    diffusion: "Diffusion",
+    denoiser: Denoiser,
     x0: Tensor,
     *,
     trace: str = "hutchinson",
@@ -39,35 +46,44 @@ def log_likelihood(
     tolerance: float = 1e-5,
     **model_kwargs: Any,
 ) -> Tensor:
-    """log p(x0) in nats, (B,) in the state's type: log N(x_T; 0, prior) + integral of the divergence from the process's
-    first time, at which x0 is taken to be, to its last (Song et al. 2021, eq. 39).
+    """log p(x0) in nats; in bits per dimension it is -log p / (n ln 2).
 
-    trace: "hutchinson", e' J e for one e ~ {-1, 1}^n per sample, an unbiased estimate at the cost of one more backward
-    pass (Grathwohl et al. 2019, arXiv:1810.01367); or "exact", n of them. seed: of e; an int, or drawn if None.
-    tolerance: relative and absolute, of the solver. ValueError for an unknown trace and for a chain that ends at
-    alpha = 0. In bits per dimension it is -log p / (n ln 2).
+        log p(x_0) = log N(x_T; 0, prior) + integral of the divergence from the first time to the last
+
+    Args:
+        denoiser: what predicts.
+        x0: (B, ...), data, taken for the state at the process's first time.
+        trace: "hutchinson" is e' J e for one e ~ {-1, 1}^n per sample: an unbiased estimate at the cost of one more
+            backward pass. "exact" takes n of them.
+        seed: of e; drawn if None.
+        tolerance: relative and absolute, of the solver.
+        model_kwargs: the model's further arguments.
+
+    Returns: (B,) in the type of the state.
+    Raises: ValueError for an unknown trace, and for a process that ends at alpha = 0. ImportError without torchdiffeq.
+    Reference: Song et al. 2021, eq. 39; Grathwohl et al. 2019, arXiv:1810.01367.
     """
     check_floating("x0", x0)
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"trace: expected 'hutchinson' or 'exact', got {trace!r}")
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a finite number above 0, got {tolerance}")
-    check(diffusion.process)
-    x = x0.detach().to(diffusion._device(), diffusion._dtype())
+    check(denoiser.process)
+    x = x0.detach().to(denoiser.device, denoiser.dtype)
     generator = torch.Generator(x.device).manual_seed(int(as_seed(seed, torch.device("cpu"))))
     signs = torch.randint(2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1
     probe = signs if trace == "hutchinson" else None
     state = (x, x.new_zeros(len(x)))
-    with evaluating(diffusion), torch.no_grad():
-        x_T, divergence = _solve(diffusion, state, False, tolerance, model_kwargs, probe)
-    std = diffusion._prior_std()
+    with evaluating(denoiser), torch.no_grad():
+        x_T, divergence = _solve(denoiser, state, False, tolerance, model_kwargs, probe)
+    std = denoiser.prior_std()
     n = x[0].numel()
     squares = (x_T / std).square().flatten(1).sum(1)
     return divergence - 0.5 * squares - n * (math.log(std) + 0.5 * math.log(2 * math.pi))
 
 
 def check(process: Process) -> None:
-    """ImportError without the solver; ValueError where the process ends without signal, at an infinite rate."""
+    """ImportError without the solver; ValueError if the process ends without signal, at an infinite rate."""
     _solver()
     if not math.isfinite(process.sigma_range()[1]):
         raise ValueError("process: the ODE expected a finite sigma / alpha at the end, got alpha = 0")
@@ -77,27 +93,27 @@ def _solver() -> Any:
     try:
         return importlib.import_module("torchdiffeq")
     except ImportError as error:
-        raise ImportError("torchdiffeq is not installed: pip install fastdiff[ode]") from error
+        raise ImportError("torchdiffeq is not installed: pip install 'fastdiff-kernels[ode]'") from error
 
 
 def _solve(
-    diffusion: "Diffusion",
+    denoiser: Denoiser,
     state: tuple[Tensor, ...],
     backwards: bool,
     tolerance: float,
     kwargs: dict[str, Any],
     probe: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The state at the other end of the process; its second part, if there is one, gathers the divergence."""
-    process = diffusion.process
+    """The state at the other end of the process; its second part, if there is one, sums up the divergence."""
+    process = denoiser.process
 
     def velocity(level: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, level = state[0], level.clamp(levels[0], levels[1])
         if len(state) == 1:
-            return (_flow(diffusion, x, level, kwargs),)
+            return (_flow(denoiser, x, level, kwargs),)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            flow = _flow(diffusion, x, level, kwargs)
+            flow = _flow(denoiser, x, level, kwargs)
             divergence = _divergence(flow, x, probe)
         return flow.detach(), divergence
 
@@ -115,15 +131,15 @@ def _solve(
     return tuple(part[-1] for part in path)
 
 
-def _flow(diffusion: "Diffusion", x: Tensor, level: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _flow(denoiser: Denoiser, x: Tensor, level: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """dx / d level = (f x - g^2 / 2 s(x, t)) 2 sigma^2 / g^2, differentiable by x, at level = log(sigma / alpha)."""
-    process = diffusion.process
+    process = denoiser.process
     times = process.time_of(level.detach().double().reshape(1).exp()).clamp(process.first, process.last)
     made = process.at(times)
-    u, v = conversion_rows(made, diffusion.objective, "score")
+    u, v = conversion_rows(made, denoiser.objective, "score")
     drift, g2 = made.rates
     var = made.sigma**2
-    pred = diffusion._predict(x, diffusion._condition(times).expand(len(x)), kwargs)[0]
+    pred = denoiser.call_model(x, denoiser.condition(times).expand(len(x)), kwargs).pred
     return (2 * var * drift / g2 - var * u).to(x.dtype) * x - (var * v).to(x.dtype) * pred
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedule import NoiseSchedule, _float64
+from .schedule import NoiseSchedule, as_float64
 
 # Noise levels sigma / alpha between which Karras et al. 2022 sample.
 KARRAS_RANGE = (0.002, 80.0)
@@ -29,7 +29,7 @@ Grid = tuple[NoiseSchedule, Tensor]
 class Process(ABC):
     """x_t = alpha(t) x_0 + sigma(t) eps for t from `first`, the least noise that a model is trained on, to `last`.
 
-    default_steps: of a sampler that is not told how many.
+    default_steps: the number of steps if a sampler is given none.
     """
 
     first: float
@@ -42,7 +42,7 @@ class Process(ABC):
 
     @abstractmethod
     def condition(self, times: Tensor) -> Tensor:
-        """What the model is told of the times (N,): int64 indices, or numbers, float64 for float64 times."""
+        """What the model sees of the times (N,): int64 indices, or numbers, float64 for float64 times."""
 
     @abstractmethod
     def time_of(self, ratio: Tensor) -> Tensor:
@@ -67,8 +67,14 @@ class Process(ABC):
         return NoiseSchedule(log_alpha, sigma, levels.vp, time, drift, g2)
 
     def grid(self, steps: int | Iterable[float] | None) -> Grid:
-        """(levels, those to visit in turn): `steps` equal strides from `last` to `first`, then data; or the given
-        decreasing times, to which data (0) may belong as the last. ValueError for any other."""
+        """(levels, those to visit in turn).
+
+        Args:
+            steps: a number of equal strides from `last` to `first`, then data; default_steps if None. Or decreasing
+                times, the last of which may be 0 (data).
+
+        Raises: ValueError for anything else.
+        """
         if isinstance(steps, Iterable):
             times = self._given(steps)
             times = times[:-1] if times[-1] == 0 else times
@@ -89,12 +95,19 @@ class Process(ABC):
         churn_min: float = 0.0,
         churn_max: float = math.inf,
     ) -> Grid:
-        """The grid of Karras et al. 2022: ratios sigma / alpha = (max^1/rho + i / (n - 1) (min^1/rho - max^1/rho))^rho
-        for i = 0..n-1 (18 if None), then data (eq. 5). A level that is visited within [churn_min, churn_max] is first
-        raised by the factor 1 + min(churn / n, sqrt(2) - 1) (algorithm 2).
+        """EDM's grid: n ratios sigma / alpha, even in their power 1/rho from the largest to the smallest, then data.
 
-        The range is that of the process within [0.002, 80], unless given. ValueError where it is not finite: a process
-        that ends without signal has no largest ratio.
+            ratio_i = (max^(1/rho) + i / (n - 1) (min^(1/rho) - max^(1/rho)))^rho,    i = 0..n-1
+
+        Args:
+            steps: n, 18 if None.
+            sigma_min, sigma_max: the range of ratios; that of the process within [0.002, 80] if None.
+            rho: above 0; larger puts more levels near data.
+            churn, churn_min, churn_max: a ratio within [churn_min, churn_max] is first raised by the factor
+                1 + min(churn / n, sqrt(2) - 1).
+
+        Raises: ValueError for other values. A process that ends without signal has no largest ratio: give sigma_max.
+        Reference: Karras et al. 2022, eq. 5 and algorithm 2.
         """
         n = _count("steps", 18 if steps is None else steps)
         low, high = self.sigma_range()
@@ -123,7 +136,7 @@ class Process(ABC):
 
     def _given(self, steps: Any) -> Tensor:
         """Decreasing times, (n + 1,) float64, between 0 and `last`."""
-        times = _float64("steps", steps if isinstance(steps, Tensor) else list(steps))
+        times = as_float64("steps", steps if isinstance(steps, Tensor) else list(steps))
         if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
             raise ValueError(f"steps: expected a number, or two or more decreasing times, got {times.tolist()}")
         if not (times[-1] >= 0 and times[0] <= self.last):
@@ -132,10 +145,11 @@ class Process(ABC):
 
 
 class Chain(Process):
-    """A NoiseSchedule as a process whose time is the level: whole numbers are its levels, and in between log alpha (and
-    log sigma, where the variance is not kept) is interpolated linearly: beta(t) is constant from level to level.
+    """A NoiseSchedule as a process whose time is the level.
 
-    The model is told t - 1, an int64 index where all times are levels, as published checkpoints are trained.
+    Whole numbers are its levels. In between log alpha is interpolated linearly, so beta(t) is constant from level to
+    level; so is log sigma, if the variance is not kept. The model sees t - 1, as published checkpoints are trained: an
+    int64 index if all times are levels.
     """
 
     first = 1.0
@@ -191,8 +205,14 @@ class Chain(Process):
         return upper - 1 + share + (0 if made.vp else 1)
 
     def grid(self, steps: int | Iterable[float] | None) -> Grid:
-        """(the schedule, levels to visit): round(linspace(0, T, steps + 1)) downwards, all of them if None, or the
-        given decreasing levels. ValueError unless 1 <= steps <= T."""
+        """(the schedule, levels to visit).
+
+        Args:
+            steps: a number from 1 to T, which visits round(linspace(0, T, steps + 1)) downwards; all levels if None. Or
+                decreasing levels.
+
+        Raises: ValueError for anything else.
+        """
         if isinstance(steps, Iterable):
             levels = self._given(steps)
             if bool((levels != levels.round()).any()):
@@ -208,7 +228,7 @@ class Chain(Process):
 
 class Ladder(Chain):
     """The noise levels of NCSN, sigma_i geometric from sigma_min (level 1) to sigma_max (level n), alpha = 1 (Song &
-    Ermon 2019, section 4.2). The model is told sigma."""
+    Ermon 2019, section 4.2). The model sees sigma."""
 
     def __init__(self, sigma_max: float = 1.0, sigma_min: float = 0.01, levels: int = 10) -> None:
         _sigmas(sigma_min, sigma_max)
@@ -228,7 +248,7 @@ class VP(Process):
     alpha = exp(-B/2), sigma^2 = 1 - exp(-B), f = -beta/2, g^2 = beta (Song et al. 2021, eq. 11, 32, 33).
 
     DDPM with beta_i = beta(i/T)/T tends to it as T grows, and is not equal to it: alpha_bar at the end is 4.0358e-5 for
-    beta = 1e-4..0.02 with T = 1000, and 4.3186e-5 here. The model is told 999 t.
+    beta = 1e-4..0.02 with T = 1000, and 4.3186e-5 here. The model sees 999 t.
     """
 
     first, last, default_steps = 1e-3, 1.0, 1000
@@ -273,7 +293,7 @@ class SubVP(VP):
 
 class VE(Process):
     """Variance exploding: sigma = sigma_min (sigma_max / sigma_min)^t, alpha = 1, f = 0,
-    g^2 = 2 sigma^2 log(sigma_max / sigma_min), t in [1e-5, 1] (Song et al. 2021, eq. 9, 30). The model is told sigma.
+    g^2 = 2 sigma^2 log(sigma_max / sigma_min), t in [1e-5, 1] (Song et al. 2021, eq. 9, 30). The model sees sigma.
     """
 
     first, last, default_steps = 1e-5, 1.0, 1000

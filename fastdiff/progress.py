@@ -1,9 +1,8 @@
-"""What every walk along a process needs: eval mode, a progress bar, the type of the state."""
+"""What every walk along a process needs: eval mode and a progress bar."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 
@@ -26,10 +25,5 @@ def bar(n: int, progress: bool) -> Iterable[int]:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError("progress: needs tqdm; pip install fastdiff[train]") from error
+        raise ImportError("progress: needs tqdm; pip install 'fastdiff-kernels[train]'") from error
     return tqdm(range(n), desc="sampling", unit="step")
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of x_t for a model of this type: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

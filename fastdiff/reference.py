@@ -1,6 +1,6 @@
-"""The functions of the kernels in plain PyTorch: the oracle that they are checked against, and the CPU path.
+"""The functions of the kernels in plain PyTorch: the oracle that they are checked against, and a path for any device.
 
-Everything is computed in float32, or in float64 where the data is float64 (the oracle), and cast at the end. A table
+Everything is computed in float32 and cast at the end; float64 data is computed in float64, which is the oracle. An
 index outside the table gives NaN, as in the kernels.
 
 Ho et al. 2020 is arXiv:2006.11239 (DDPM); Song et al. 2021 is arXiv:2010.02502 (DDIM); Nichol & Dhariwal 2021 is
@@ -12,6 +12,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .rows import Row
 
 MASK = 0xFFFFFFFF
 
@@ -75,7 +77,7 @@ def noising(
     x0: Tensor, t: Tensor, table: Tensor, seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int
 ) -> Tensor:
     """x_t = alpha_t x_0 + sigma_t z (Ho et al. 2020, eq. 4); table (levels, 2) holds (alpha, sigma)."""
-    alpha, sigma = rows_of(table, t, x0)
+    alpha, sigma = coefficients(table, t, x0)
     if noise is None:
         if seed is None:
             raise ValueError("seed: expected a tensor where no noise is given, got None")
@@ -100,7 +102,7 @@ def loss(
     rho: "mse" r^2 (Ho et al. 2020, eq. 14); "l1" |r|; "huber" r^2 / 2 up to |r| = delta, then delta (|r| - delta / 2).
     x0 None stands for p = 0, and neither seed nor noise for q = 0.
     """
-    p, q, w = rows_of(table, t, pred)
+    p, q, w = coefficients(table, t, pred)
     r = pred.to(work_dtype(pred))
     if x0 is not None:
         r = r - p * x0
@@ -135,28 +137,35 @@ def update(
     keep: str,
     stream: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """(x', what to keep): x' = c x0hat + d x + e pred + f z + g hist with x0hat = clip(a x + b pred).
+    """(x', what to keep).
 
-    rows (steps, 9) holds (a, b, c, d, e, f, g, h, w). Guidance (Ho & Salimans 2022, arXiv:2207.12598, eq. 6 with
-    w = 1 + their weight): pred = uncond + w (pred - uncond). Learned variance (Nichol & Dhariwal 2021, eq. 15):
-    exp(f + r (h - f)) for f, with r = (raw + 1) / 2, f = log(beta~) / 2 and h = log(beta) / 2.
+        x0hat = clip(x0_from_x x + x0_from_pred pred)
+        x'    = from_x0 x0hat + from_x x + from_pred pred + noise z + from_hist hist
+
+    rows (steps, 9) holds these columns, see `fastdiff.rows`. Guidance (Ho & Salimans 2022, arXiv:2207.12598, eq. 6 with
+    guidance = 1 + their weight): pred = uncond + guidance (pred - uncond). Learned variance (Nichol & Dhariwal 2021,
+    eq. 15): exp(noise + r (noise_high - noise)) for noise, with r = (raw + 1) / 2. Then noise is log(beta~) / 2 and
+    noise_high log(beta) / 2.
     """
-    a, b, c, d, e, f, g, h, w = rows_of(rows, step, x)
+    row = Row(*coefficients(rows, step, x))
     work = work_dtype(x)
     state = x.to(work)
     pred = pred.to(work)
     if uncond is not None:
-        pred = uncond + w * (pred - uncond)
-    x0 = a * state + b * pred
+        pred = uncond + row.guidance * (pred - uncond)
+    x0 = row.x0_from_x * state + row.x0_from_pred * pred
     if clip is not None:
         x0 = x0.clamp(-clip, clip)
-    out = c * x0 + d * state + e * pred
+    out = row.from_x0 * x0 + row.from_x * state + row.from_pred * pred
     if noise is None and seed is not None:
         noise = normal(x.shape, seed, ids, step, stream, work)
     if noise is not None:
-        out = out + (f if raw is None else torch.exp(f + (raw.to(work) + 1) / 2 * (h - f))) * noise
+        std = row.noise
+        if raw is not None:
+            std = torch.exp(std + (raw.to(work) + 1) / 2 * (row.noise_high - std))
+        out = out + std * noise
     if hist is not None:
-        out = out + g * hist
+        out = out + row.from_hist * hist
     kept = {"none": None, "x0hat": x0, "x": state}[keep]
     return out.to(x.dtype), None if kept is None else kept.to(x.dtype)
 
@@ -170,7 +179,7 @@ def vlb(
     rows (levels, 6) holds (a, b, w, low, high, decoder). log variance of p: v = low + r (high - low), r = (raw + 1) / 2
     (Nichol & Dhariwal 2021, eq. 15), or low without raw; relative to that of q but where there is a decoder.
     """
-    a, b, w, low, high, decoder = rows_of(rows, t, pred)
+    a, b, w, low, high, decoder = coefficients(rows, t, pred)
     work = work_dtype(pred)
     mean = a * x_t + b * pred.to(work)
     x0hat = mean if clip is None else mean.clamp(-clip, clip)
@@ -181,7 +190,7 @@ def vlb(
     # Each function sees harmless values where the other is wanted, so that no NaN comes back through `where`.
     first = decoder != 0
     value, by_mean, by_v = gaussian_kl(data - x0hat, w, torch.where(first, 0.0, v))
-    # The bins take most of the time; on a CPU, unless traced, it costs nothing to see that no sample asks for them.
+    # The bins take most of the time. On a CPU, unless traced, it costs nothing to see that no sample asks for them.
     seen = first.device.type == "cpu" and type(first) is Tensor and not torch.compiler.is_compiling()
     if not seen or bool(first.any()):
         bins = discretized_gaussian(data, torch.where(first, x0hat, data), torch.where(first, v, 0.0))
@@ -231,57 +240,76 @@ def density_ratio(z: Tensor) -> Tensor:
 
 
 def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
-) -> Tensor:
-    """silu(GroupNorm(x) (1 + scale) + shift), scale and shift (B, C) (Wu & He 2018, arXiv:1803.08494, eq. 7; Dhariwal &
-    Nichol 2021, arXiv:2105.05233, section 4.3)."""
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+    add: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
+    """silu(GroupNorm(x + add) (1 + scale) + shift), scale and shift (B, C), add (B, C) or (C,) (Wu & He 2018,
+    arXiv:1803.08494, eq. 7; Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.3)."""
     work = work_dtype(x)
-    u = torch.group_norm(x.to(work), groups, weight.to(work), bias.to(work), eps)
+    u = torch.group_norm(with_channels(x, add), groups, weight.to(work), bias.to(work), eps)
     if scale is not None and shift is not None:
         u = u * (1 + _per_channel(scale.to(work), u)) + _per_channel(shift.to(work), u)
     return F.silu(u).to(x.dtype)
 
 
 def group_norm_silu_grad(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
-    groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(the gradient by x, (2, B, C) sums over pixels of the slope dL/du and of the slope times the normalised x); u is
-    what SiLU is taken of, mean and rstd (B, groups) those of the groups.
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int,
+    weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients by x, weight, bias, scale, shift and add; mean and rstd (B, groups) are those of the groups.
 
-    With u = f xhat + o in each channel, dL/dx = rstd (f slope - m_1 - xhat m_2), m_1 and m_2 the means over the group
-    of f slope and of f slope xhat.
+    With u = f xhat + o in each channel, u what SiLU is taken of, and slope = dL/du,
+    dL/dx = rstd (f slope - m_1 - xhat m_2), m_1 and m_2 the means over the group of f slope and of f slope xhat.
     """
     work = work_dtype(x)
-    factor, offset = weight.to(work).expand(x.shape[:2]), bias.to(work).expand(x.shape[:2])
-    if scale is not None and shift is not None:
-        factor, offset = factor * (1 + scale.to(work)), offset * (1 + scale.to(work)) + shift.to(work)
+    by = 1 if scale is None else 1 + scale.to(work)
+    factor, offset = weight.to(work).expand(x.shape[:2]) * by, bias.to(work).expand(x.shape[:2]) * by
+    if shift is not None:
+        offset = offset + shift.to(work)
     f, o = _per_channel(factor, x), _per_channel(offset, x)
 
     def grouped(t: Tensor) -> Tensor:
         return t.reshape(len(x), groups, -1)
 
-    xhat = ((grouped(x.to(work)) - mean[..., None]) * rstd[..., None]).reshape(x.shape)
+    def over_pixels(t: Tensor) -> Tensor:
+        return t.reshape(*x.shape[:2], -1).sum(2)
+
+    xhat = ((grouped(with_channels(x, add)) - mean[..., None]) * rstd[..., None]).reshape(x.shape)
     u = f * xhat + o
     s = u.sigmoid()
     slope = grad.to(work) * (s + u * s * (1 - s))
     m_1, m_2 = (grouped(t).mean(2, keepdim=True) for t in (f * slope, f * slope * xhat))
-    by_x = (grouped(f * slope) - m_1 - grouped(xhat) * m_2) * rstd[..., None]
-    sums = [t.reshape(*x.shape[:2], -1).sum(2) for t in (slope, slope * xhat)]
-    return by_x.reshape(x.shape).to(x.dtype), torch.stack(sums)
+    by_x = ((grouped(f * slope) - m_1 - grouped(xhat) * m_2) * rstd[..., None]).reshape(x.shape)
+    by_offset, by_factor = over_pixels(slope), over_pixels(slope * xhat)
+    by_scale = by_shift = by_add = None
+    if scale is not None:
+        by_scale, by_shift = weight * by_factor + bias * by_offset, by_offset
+    if add is not None:
+        by_add = over_pixels(by_x) if add.ndim == 2 else over_pixels(by_x).sum(0)
+    return by_x.to(x.dtype), (by_factor * by).sum(0), (by_offset * by).sum(0), by_scale, by_shift, by_add
+
+
+def with_channels(x: Tensor, add: Tensor | None) -> Tensor:
+    """x + add, add (B, C) or (C,), in the type that is computed in."""
+    work = work_dtype(x)
+    return x.to(work) if add is None else x.to(work) + _per_channel(add.to(work), x)
 
 
 def _per_channel(rows: Tensor, x: Tensor) -> Tensor:
-    """(B, C) shaped to multiply x (B, C, ...)."""
+    """(B, C) or (C,) shaped to be multiplied with or added to x (B, C, ...)."""
     return rows.reshape(*rows.shape, *[1] * (x.ndim - 2))
 
 
-def work_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def work_dtype(x: Tensor | torch.dtype) -> torch.dtype:
+    """The type that everything is computed in, for data of this type: float64 for float64, else float32.
+
+    States between the steps of a sampler and the rows of tables have it too.
+    """
+    return torch.float64 if (x.dtype if isinstance(x, Tensor) else x) == torch.float64 else torch.float32
 
 
-def rows_of(table: Tensor, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """The columns of table[index], each shaped (1 or B, 1, ...) to multiply `like`; NaN where the index is outside."""
+def coefficients(table: Tensor, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """The columns of table[index], each shaped (1 or B, 1, ...) to multiply `like`; NaN if the index is outside."""
     known = (index >= 0) & (index < len(table))
     rows = table[torch.where(known, index, 0)].to(work_dtype(like))
     rows = torch.where(known[:, None], rows, math.nan)

@@ -1,8 +1,8 @@
 """Noise schedules: x_t = alpha_t x_0 + sigma_t eps at the levels t = 0 (data) to T.
 
 Everything is built from the logarithm of alpha in float64. A chain that keeps its variance (VP) is given by
-L_t = log alpha_bar_t: alpha = exp(L / 2), sigma^2 = -expm1(L), alpha_t / alpha_s = exp((L_t - L_s) / 2). So nothing is
-lost where alpha_bar is 1 - 1e-10 or 1e-600, and alpha_bar_T = 0 is an ordinary value.
+L_t = log alpha_bar_t: alpha = exp(L / 2), sigma^2 = -expm1(L), alpha_t / alpha_s = exp((L_t - L_s) / 2). So an
+alpha_bar of 1 - 1e-10 or 1e-600 keeps all its digits, and alpha_bar_T = 0 is an ordinary value.
 """
 
 import math
@@ -18,11 +18,12 @@ from torch import Tensor
 class NoiseSchedule:
     """Levels 0..T of a forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I); level 0 is data.
 
-    log_alpha: (T + 1,) float64, log_alpha[0] = 0, never increasing; -inf where the signal is gone.
-    sigma: (T + 1,) float64, >= 0.
-    vp: whether alpha^2 + sigma^2 = 1 throughout, so that small differences follow from log_alpha exactly.
-    time: (T + 1,), the time of each level; None: its number.
-    drift, g2: (T + 1,) float64, f and g^2 of dx = f x dt + g dw at each level where the levels are those of an SDE.
+    Args:
+        log_alpha: (T + 1,) float64, log_alpha[0] = 0, never increasing; -inf if no signal is left.
+        sigma: (T + 1,) float64, >= 0.
+        vp: whether alpha^2 + sigma^2 = 1 throughout, so that small differences follow from log_alpha exactly.
+        time: (T + 1,), the time of each level; its number if None.
+        drift, g2: (T + 1,) float64, f and g^2 of dx = f x dt + g dw at each level; None if the levels are of no SDE.
     """
 
     log_alpha: Tensor
@@ -34,9 +35,14 @@ class NoiseSchedule:
 
     @classmethod
     def from_log_alpha_bar(cls, log_alpha_bar: Tensor) -> "NoiseSchedule":
-        """The variance-preserving chain with the given log alpha_bar_t, (T + 1,): 0 at level 0, never increasing, -inf
-        only at the end; ValueError otherwise."""
-        log_alpha_bar = _float64("log_alpha_bar", log_alpha_bar)
+        """The variance-preserving chain with the given log alpha_bar_t.
+
+        Args:
+            log_alpha_bar: (T + 1,): 0 at level 0, never increasing, -inf only at the end.
+
+        Raises: ValueError for other values.
+        """
+        log_alpha_bar = as_float64("log_alpha_bar", log_alpha_bar)
         if log_alpha_bar.ndim != 1 or len(log_alpha_bar) < 2:
             raise ValueError(f"log_alpha_bar: expected shape (T + 1,), got {tuple(log_alpha_bar.shape)}")
         falls = log_alpha_bar[0] == 0 and (log_alpha_bar.diff() <= 0).all()
@@ -47,11 +53,15 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "NoiseSchedule":
-        """The DDPM chain with q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (Ho et al. 2020, eq. 2).
+        """The DDPM chain with q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I).
 
-        betas: (T,) for t = 1..T, each in (0, 1]; 1 only at the end. ValueError otherwise.
+        Args:
+            betas: (T,) for t = 1..T, each in (0, 1]; 1 only at the end.
+
+        Raises: ValueError for other values.
+        Reference: Ho et al. 2020, arXiv:2006.11239, eq. 2.
         """
-        betas = _float64("betas", betas)
+        betas = as_float64("betas", betas)
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas: expected a non-empty 1-D sequence, got shape {tuple(betas.shape)}")
         if not bool(((betas > 0) & (betas <= 1)).all()):
@@ -65,9 +75,13 @@ class NoiseSchedule:
     def from_alpha_sigma(cls, alpha: Tensor, sigma: Tensor) -> "NoiseSchedule":
         """Any process with x_t = alpha_t x_0 + sigma_t eps at t = 1..T; level 0 (alpha 1, sigma 0) is added.
 
-        alpha, sigma: (T,); alpha in [0, 1], never increasing; sigma > 0; sigma / alpha increasing; else ValueError.
+        Args:
+            alpha: (T,) in [0, 1], never increasing.
+            sigma: (T,), above 0; sigma / alpha increases.
+
+        Raises: ValueError for other values.
         """
-        alpha, sigma = _float64("alpha", alpha), _float64("sigma", sigma)
+        alpha, sigma = as_float64("alpha", alpha), as_float64("sigma", sigma)
         if alpha.ndim != 1 or len(alpha) == 0 or alpha.shape != sigma.shape:
             raise ValueError(
                 "alpha, sigma: expected two equal non-empty 1-D shapes, "
@@ -116,7 +130,7 @@ class NoiseSchedule:
 
     @property
     def rates(self) -> tuple[Tensor, Tensor]:
-        """(f, g^2) of dx = f x dt + g dw at each level; ValueError where the levels are not those of an SDE."""
+        """(f, g^2) of dx = f x dt + g dw at each level; ValueError if the levels are of no SDE."""
         if self.drift is None or self.g2 is None:
             raise ValueError("schedule: expected the levels of an SDE, got a chain without rates")
         return self.drift, self.g2
@@ -130,10 +144,12 @@ class NoiseSchedule:
         return 1.0 if self.vp else self.sigma[level].item()
 
     def increments(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """(f dt, g^2 dt) of dx = f x dt + g dw from level s up to level t: with f and g^2 at t if the levels have them
-        (Euler's rule; Song et al. 2021, arXiv:2011.13456, eq. 5), else what log alpha and sigma^2 gain between them.
+        """(f dt, g^2 dt) of dx = f x dt + g dw from level s up to level t.
 
-        f = d log alpha / dt, g^2 = d sigma^2 / dt - 2 f sigma^2.
+        f = d log alpha / dt and g^2 = d sigma^2 / dt - 2 f sigma^2. Levels with rates use those at t (Euler's rule).
+        For others it is what log alpha and sigma^2 gain from s to t.
+
+        Reference: Song et al. 2021, arXiv:2011.13456, eq. 5.
         """
         if self.time is not None and self.drift is not None:
             dt = self.time[t] - self.time[s]
@@ -157,17 +173,23 @@ class NoiseSchedule:
         return alpha_ts, (self.sigma[t] - part) * (self.sigma[t] + part)
 
     def posterior(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(c, d, beta~) of q(x_s | x_t, x_0) = N(c x_0 + d x_t, beta~ I) for levels s < t (Ho et al. 2020, eq. 6, 7).
+        """(c, d, beta~) of q(x_s | x_t, x_0) = N(c x_0 + d x_t, beta~ I) for levels s < t.
 
         c = alpha_s beta_ts / sigma_t^2, d = alpha_ts sigma_s^2 / sigma_t^2, beta~ = beta_ts sigma_s^2 / sigma_t^2.
+
+        Reference: Ho et al. 2020, eq. 6 and 7.
         """
         alpha_ts, beta_ts = self.transition(t, s)
         var_s, var_t = self.sigma[s] ** 2, self.sigma[t] ** 2
         return self.alpha[s] * beta_ts / var_t, alpha_ts * var_s / var_t, beta_ts * var_s / var_t
 
     def prior_kl(self, second_moment: float = 1.0) -> float:
-        """KL(q(x_T | x_0) || N(0, prior_std^2)) in nats per dimension at E[x_0^2] = second_moment: what sampling from
-        the prior leaves out (Ho et al. 2020, L_T of eq. 5). Near 0 for a chain that ends in noise."""
+        """KL(q(x_T | x_0) || N(0, prior_std^2)) in nats per dimension at E[x_0^2] = second_moment.
+
+        It is what sampling from the prior leaves out, near 0 for a chain that ends in noise.
+
+        Reference: Ho et al. 2020, L_T of eq. 5.
+        """
         signal = self.alpha_bar[-1].item()
         if self.vp:  # log sigma_T^2 through log1p, as sigma_T^2 = 1 - alpha_bar_T
             return 0.5 * (signal * (second_moment - 1) - math.log1p(-signal))
@@ -230,7 +252,10 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
 
 
 def make_schedule(schedule: "str | NoiseSchedule | Tensor", timesteps: int) -> NoiseSchedule:
-    """A NoiseSchedule from a name of SCHEDULES and T, from betas (T,), or as it is. ValueError where it cannot be."""
+    """The NoiseSchedule of a name of SCHEDULES and T, of betas (T,), or as it is.
+
+    Raises: ValueError for an unknown name, and unless timesteps is the length of what is given.
+    """
     if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
         raise ValueError(f"timesteps: expected an integer of at least 1, got {timesteps!r}")
     if isinstance(schedule, str):
@@ -244,7 +269,7 @@ def make_schedule(schedule: "str | NoiseSchedule | Tensor", timesteps: int) -> N
     return made
 
 
-def _float64(name: str, values: Any) -> Tensor:
+def as_float64(name: str, values: Any) -> Tensor:
     # dtype in the call: a list of Python floats would become float32 first
     try:
         return torch.as_tensor(values, dtype=torch.float64, device="cpu")

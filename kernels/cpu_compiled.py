@@ -1,15 +1,15 @@
 """The kernels for CPU tensors, compiled by numba: the functions of the Triton kernels on the same uniforms.
 
 A sample is walked in chunks of 4,096 elements. A chunk goes through short stages over buffers that stay in the
-first-level cache: Philox words, Box-Muller, the arithmetic, each with conversion from and to the storage type where
-that is not float32. A stage is a plain loop over arrays that start at 0, the form that LLVM vectorises, and what varies
-(types, layout, which operands there are) is decided once a chunk, so that each op is compiled once.
+first-level cache: Philox words, Box-Muller, the arithmetic. Each stage converts from and to the storage type if that is
+not float32. A stage is a plain loop over arrays that start at 0, the form that LLVM vectorises. What varies (types,
+layout, which operands there are) is decided once per chunk, so that each op is compiled once.
 
-A kernel is what every thread of a team runs: it claims blocks of chunks from a shared counter until none is left. No
-result depends on who took which.
+Every thread of a team runs the kernel: it claims blocks of chunks from a shared counter until none is left. No result
+depends on which thread took which block. The bytes moved are those of the Triton kernel of the same name.
 
-All compiled code stands in this file: numba's cache watches the file of the function that is called, and no other (so
-a change of coefficients.py takes effect once __pycache__ is deleted).
+All compiled code stands in this one file. numba's cache watches the file of the function that is called, and no
+other: a change elsewhere would go unnoticed. (So a change of coefficients.py takes effect once __pycache__ is deleted.)
 """
 
 import ctypes
@@ -25,12 +25,16 @@ from numba.extending import intrinsic
 from .coefficients import COS, LOG, SIN
 
 CHUNK = 4096
-# The most elements of a sample that is not drawn by itself.
+# Samples of at most so many elements are generated many at a time.
 SHORT = 256
 F32, BF16, F16 = 0, 1, 2
 MSE, L1, HUBER = 0, 1, 2
 KEEP_NONE, KEEP_X0, KEEP_X = 0, 1, 2
-# Where things lie in a thread's scratch memory, in bytes; its owner fills NOTHING with 0 and OUTSIDE with NaN.
+# The place of each column in a row of `update`, and their number.
+(
+    X0_FROM_X, X0_FROM_PRED, FROM_X0, FROM_X, FROM_PRED, NOISE, FROM_HIST, NOISE_HIGH, GUIDANCE, WIDTH
+) = range(10)  # fmt: skip
+# Where things lie in a thread's scratch memory, in bytes. Its owner fills NOTHING with 0 and OUTSIDE with NaN.
 WORDS, Z, X, PRED, OTHER, GUIDED, X0, RESULT, RAW, NOTHING, OUTSIDE, SCRATCH = (4 * CHUNK * i for i in range(12))
 
 SIN32, COS32 = (tuple(np.float32(c) for c in given) for given in (SIN, COS))
@@ -44,17 +48,17 @@ MASK, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 M0, M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 W0, W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 
-# Processors convert float16 themselves, but for x86 before 2012: there LLVM would call a function that does not exist.
+# Processors convert float16 themselves. x86 before 2012 does not; there LLVM would call a function that is missing.
 _known = binding.get_host_cpu_features()
 _used = _known.flatten() if config.CPU_FEATURES is None else config.CPU_FEATURES
 CONVERTS_F16 = "f16c" not in _known or "+f16c" in _used
-# The same of fused multiply-adds, for x86 before 2013: there LLVM would call a slow function.
+# So with fused multiply-adds, and x86 before 2013: there LLVM would call a slow function.
 FUSES = "fma" not in _known or "+fma" in _used
 
 
 @functools.cache
 def _can_cache() -> bool:
-    """numba raises where neither NUMBA_CACHE_DIR, nor __pycache__, nor the user's cache folder can be written."""
+    """Whether numba finds a folder for its cache: it raises if it cannot write to any."""
     try:
         njit(cache=True)(lambda: None)
     except RuntimeError:
@@ -62,11 +66,11 @@ def _can_cache() -> bool:
     return True
 
 
-# LLVM may relax nothing. Left to it ("contract"), multiply-adds were fused in the scalar remainder of a loop and not in
-# all of its vectors, for Intel with AVX-512: an element's bits hung on its place. `fused` says where one is wanted.
+# LLVM may relax nothing. With "contract" it fused multiply-adds in the scalar remainder of a loop, and not in all of
+# its vectors (Intel, AVX-512). Then the bits of an element depend on its place. `fused` asks for a multiply-add.
 KERNEL: dict[str, Any] = {"cache": _can_cache()}
 STAGE = KERNEL | {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
-# Of sums alone, over chunks whose length and so whose order is given.
+# For sums only: they run over chunks whose length is given, and so is their order.
 SUM = STAGE | {"fastmath": {"contract", "reassoc", "nsz"}}
 
 
@@ -85,7 +89,7 @@ def pointer(typing_context, address):
 
 @intrinsic
 def add_atomically(typing_context, address, many):
-    """The int64 at the address, which becomes larger by `many` in one atomic step."""
+    """The int64 at the address; `many` is added to it in the same atomic step."""
 
     def codegen(context, builder, signature, args):
         counter = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
@@ -170,18 +174,19 @@ def gather(source, first, channels, plane, out):
 
 
 @njit(**STAGE)
-def scatter(values, first, channels, plane, target):
+def scatter(values, first, channels, plane, out):
+    """The inverse of `gather`: values become elements first.. of a sample stored channels last, out."""
     done = 0
     while done < len(values):
         channel, pixel = divmod(first + done, plane)
         run = min(len(values) - done, plane - pixel)
         for i in range(run):
-            target[(pixel + i) * channels + channel] = values[done + i]
+            out[(pixel + i) * channels + channel] = values[done + i]
         done += run
 
 
 @njit(**STAGE)
-def copy(source, out):
+def copy_to(source, out):
     for i in range(len(out)):
         out[i] = source[i]
 
@@ -238,8 +243,10 @@ def narrow_f16(values, out):
 
 @njit(**STAGE)
 def read(address, code, at, first, m, channels, plane, scratch, buffer):
-    """m float32, elements first.. of the sample that starts `at` elements behind the address: where they lie, if that
-    is what lies there, else in that buffer of the scratch memory."""
+    """m float32: elements first.. of the sample that starts `at` elements behind the address.
+
+    They stay where they lie if they lie there as float32, else they go into that buffer of the scratch memory.
+    """
     out = floats(scratch + buffer, m)
     if code == F32:
         if channels == 1:
@@ -258,9 +265,11 @@ def read(address, code, at, first, m, channels, plane, scratch, buffer):
 
 
 @njit(**STAGE)
-def target(address, code, at, first, m, channels, shared, scratch, buffer):
-    """Where to write elements first.. in float32: in place, if that is their storage, else the buffer. Not in place
-    where an operand is `shared` with the output: a loop over overlapping arrays is not vectorised."""
+def destination(address, code, at, first, m, channels, shared, scratch, buffer):
+    """Where to write elements first.. in float32: in place if their storage is float32, else the buffer.
+
+    Never in place if the output is `shared` with an operand: a loop over overlapping arrays is not vectorised.
+    """
     if code == F32 and channels == 1 and not shared:
         return floats(address + 4 * (at + first), m)
     return floats(scratch + buffer, m)
@@ -268,13 +277,13 @@ def target(address, code, at, first, m, channels, shared, scratch, buffer):
 
 @njit(**STAGE)
 def store(values, address, code, at, first, channels, plane, scratch):
-    """Bring what was written to `target` into storage."""
+    """Bring what was written to `destination` into storage."""
     m = len(values)
     if code == F32:
         if channels != 1:
             scatter(values, first, channels, plane, floats(address + 4 * at, channels * plane))
         elif values.ctypes.data != address + 4 * (at + first):
-            copy(values, floats(address + 4 * (at + first), m))
+            copy_to(values, floats(address + 4 * (at + first), m))
         return
     stored = halves(address + 2 * (at + first) if channels == 1 else scratch + RAW, m)
     if code == BF16:
@@ -290,7 +299,7 @@ def store(values, address, code, at, first, channels, plane, scratch):
 
 @njit(inline="always")
 def philox_round(c0, c1, c2, c3, k0, k1):
-    """On 32-bit words in 64-bit lanes, whose upper halves may hold anything: so no lane is ever moved."""
+    """On 32-bit words in 64-bit lanes. The upper halves may hold anything, so no lane is ever moved."""
     p0, p1 = (c0 & MASK) * M0, (c2 & MASK) * M1
     return (p1 >> SHIFT) ^ c1 ^ np.uint64(k0), p1, (p0 >> SHIFT) ^ c3 ^ np.uint64(k1), p0
 
@@ -393,8 +402,8 @@ def whole(m):
 
 
 @njit(**STAGE)
-def row_of(index, stride, sample, table, rows, columns, scratch):
-    """The row of the table that belongs to a sample: a row of NaN, where there is none."""
+def table_row(index, stride, sample, table, rows, columns, scratch):
+    """The row of the table that belongs to a sample; a row of NaN if the index is outside."""
     i = integer(index + 8 * stride * sample)
     return floats(table + 4 * columns * i if 0 <= i < rows else scratch + OUTSIDE, columns)
 
@@ -402,24 +411,28 @@ def row_of(index, stride, sample, table, rows, columns, scratch):
 # --- kernels: functions of C of the address of their operands, compiled by their launcher -----------------------------
 
 
-def _operands(integers: str, floats: str = "") -> type[ctypes.Structure]:
-    """What a kernel is given, as a C structure: first what all are, then its own. Addresses, sizes and type codes are
-    int64; address 0 stands for no operand. `claimed` counts chunks and `members` threads; both start at 0."""
+def _operands(integers: str, reals: str = "") -> type[ctypes.Structure]:
+    """The operands of a kernel as a C structure: those that every kernel has, then its own.
+
+    Addresses, sizes and type codes are int64; address 0 stands for no operand. `claimed` counts chunks and `members`
+    counts threads; both start at 0.
+    """
     common = "claimed members scratch block count chunks n channels"
     fields = [(name, ctypes.c_int64) for name in f"{common} {integers}".split()]
-    return type("Operands", (ctypes.Structure,), {"_fields_": fields + [(f, ctypes.c_double) for f in floats.split()]})
+    fields += [(name, ctypes.c_double) for name in reals.split()]
+    return type("Operands", (ctypes.Structure,), {"_fields_": fields})
 
 
-_NOISE = "seed ids index index_stride stream"
-Normal = _operands(f"{_NOISE} out out_code")
-Noising = _operands(f"{_NOISE} table levels x0 x0_code noise noise_code out out_code")
+_KEY = "seed ids index index_stride stream"
+Normal = _operands(f"{_KEY} out out_code")
+Noising = _operands(f"{_KEY} table levels x0 x0_code noise noise_code out out_code")
 Loss = _operands(
-    f"{_NOISE} table levels pred pred_code x0 x0_code noise noise_code grad grad_code partial kind",
+    f"{_KEY} table levels pred pred_code x0 x0_code noise noise_code grad grad_code partial kind",
     "delta loss_scale grad_scale",
 )
 Scale = _operands("grad grad_code incoming incoming_stride", "factor")
 Update = _operands(
-    f"{_NOISE} rows steps x x_code pred pred_code pred_stride uncond uncond_code variance variance_code "
+    f"{_KEY} rows steps x x_code pred pred_code pred_stride uncond uncond_code variance variance_code "
     "noise noise_code hist hist_code out out_code keep",
     "clip",
 )
@@ -439,9 +452,11 @@ def own_scratch(operands, scratch):
 
 
 @njit(**STAGE)
-def drawn(a, k, low, high, scratch):
-    """The normals of chunk k, of those from low to high - 1. Short samples are drawn many at a time: alone they would
-    not fill the loops."""
+def generated(a, k, low, high, scratch):
+    """The normals of chunk k; this thread works on chunks low to high - 1.
+
+    Short samples are generated many at a time: one alone would not fill the loops.
+    """
     if a.n > SHORT:
         sample, first = k // a.chunks, (k % a.chunks) * CHUNK
         z = floats(scratch + Z, whole(min(CHUNK, a.n - first)))
@@ -472,14 +487,14 @@ def normal_chunks(operands):
                 index = integer(a.index + 8 * a.index_stride * sample)
                 normals(a.seed, a.ids, sample, index, a.stream, first, floats(a.out + 4 * (at + first), m), scratch)
             else:
-                z = drawn(a, k, low, high, scratch)
+                z = generated(a, k, low, high, scratch)
                 store(z[:m], a.out, a.out_code, at, first, a.channels, a.n // a.channels, scratch)
         low = claim(operands, a.block)
 
 
 @njit(**STAGE)
 def mix(alpha, x, sigma, z, out):
-    """Rounded where plain PyTorch rounds, as in `advance` and `add`: its bits."""
+    """Rounds where plain PyTorch rounds, so that the bits are the same; so do `advance` and `add`."""
     for i in range(len(out)):
         out[i] = alpha * x[i] + sigma * z[i]
 
@@ -494,13 +509,13 @@ def noising_chunks(operands):
         for k in range(low, high):
             sample, first = k // a.chunks, (k % a.chunks) * CHUNK
             m, at, plane = min(CHUNK, a.n - first), sample * a.n, a.n // a.channels
-            row = row_of(a.index, a.index_stride, sample, a.table, a.levels, 2, scratch)
+            row = table_row(a.index, a.index_stride, sample, a.table, a.levels, 2, scratch)
             if a.noise == 0:
-                eps = drawn(a, k, low, high, scratch)
+                eps = generated(a, k, low, high, scratch)
             else:
                 eps = read(a.noise, a.noise_code, at, first, m, a.channels, plane, scratch, Z)
             x = read(a.x0, a.x0_code, at, first, m, a.channels, plane, scratch, X)
-            x_t = target(a.out, a.out_code, at, first, m, a.channels, a.out in (a.x0, a.noise), scratch, RESULT)
+            x_t = destination(a.out, a.out_code, at, first, m, a.channels, a.out in (a.x0, a.noise), scratch, RESULT)
             mix(row[0], x, row[1], eps, x_t)
             store(x_t, a.out, a.out_code, at, first, a.channels, plane, scratch)
         low = claim(operands, a.block)
@@ -513,23 +528,23 @@ def subtract(x, by, y, out):
 
 
 @njit(**SUM)
-def rho_slope(kind, delta, r, scale, slope):
-    """The sum of rho(r), and slope = scale rho'(r). NaN stays NaN: nothing goes by the sign of r."""
+def rho_slope(kind, delta, r, by, slope):
+    """The sum of rho(r), and slope = by rho'(r). NaN stays NaN: nothing depends on the sign of r alone."""
     s = ZERO
     if kind == MSE:
-        twice = TWO * scale
+        twice = TWO * by
         for i in range(len(r)):
             s += r[i] * r[i]
             slope[i] = twice * r[i]
     elif kind == L1:
         for i in range(len(r)):
             s += np.abs(r[i])
-            slope[i] = scale * (ONE if r[i] > ZERO else (-ONE if r[i] < ZERO else r[i]))
+            slope[i] = by * (ONE if r[i] > ZERO else (-ONE if r[i] < ZERO else r[i]))
     else:
         for i in range(len(r)):
             size = np.abs(r[i])
             s += HALF * r[i] * r[i] if size <= delta else delta * (size - HALF * delta)
-            slope[i] = scale * (delta if r[i] > delta else (-delta if r[i] < -delta else r[i]))
+            slope[i] = by * (delta if r[i] > delta else (-delta if r[i] < -delta else r[i]))
     return s
 
 
@@ -544,13 +559,13 @@ def loss_chunks(operands):
         for k in range(low, high):
             sample, first = k // a.chunks, (k % a.chunks) * CHUNK
             m, at, plane = min(CHUNK, a.n - first), sample * a.n, a.n // a.channels
-            row = row_of(a.index, a.index_stride, sample, a.table, a.levels, 3, scratch)
+            row = table_row(a.index, a.index_stride, sample, a.table, a.levels, 3, scratch)
             r = read(a.pred, a.pred_code, at, first, m, a.channels, plane, scratch, PRED)
             if a.noise != 0 or a.seed != 0:
                 if a.noise != 0:
                     eps = read(a.noise, a.noise_code, at, first, m, a.channels, plane, scratch, Z)
                 else:
-                    eps = drawn(a, k, low, high, scratch)
+                    eps = generated(a, k, low, high, scratch)
                 without = floats(scratch + OTHER, m)
                 subtract(r, row[1], eps, without)
                 r = without
@@ -558,7 +573,7 @@ def loss_chunks(operands):
                 without = floats(scratch + RESULT, m)
                 subtract(r, row[0], read(a.x0, a.x0_code, at, first, m, a.channels, plane, scratch, X), without)
                 r = without
-            slope = target(a.grad, a.grad_code, at, first, m, a.channels, a.grad == 0, scratch, GUIDED)
+            slope = destination(a.grad, a.grad_code, at, first, m, a.channels, a.grad == 0, scratch, GUIDED)
             s = rho_slope(a.kind, np.float32(a.delta), r, np.float32(row[2] * a.grad_scale), slope)
             carray(pointer(a.partial), a.count, np.float64)[k] = np.float64(s) * (row[2] * a.loss_scale)
             if a.grad != 0:
@@ -578,7 +593,7 @@ def reduce_rows(partial, rows, columns, out):
 
 
 @njit(**STAGE)
-def scale(by, x):
+def multiply(by, x):
     for i in range(len(x)):
         x[i] *= by
 
@@ -596,7 +611,7 @@ def scale_chunks(operands):
             if by != ONE:
                 m = min(CHUNK, a.n - first)
                 x = read(a.grad, a.grad_code, sample * a.n, first, m, a.channels, a.n // a.channels, scratch, X)
-                scale(by, x)
+                multiply(by, x)
                 store(x, a.grad, a.grad_code, sample * a.n, first, a.channels, a.n // a.channels, scratch)
         low = claim(operands, a.block)
 
@@ -609,8 +624,9 @@ def guide(pred, uncond, w, out):
 
 @njit(**STAGE)
 def advance(row, clip, x, pred, f, z, x0, out):
-    """x0 = clip(a x + b pred), out = c x0 + d x + e pred + f z; NaN stays NaN, and clip = inf leaves the rest."""
-    a, b, c, d, e = row[0], row[1], row[2], row[3], row[4]
+    """x0 = clip(a x + b pred), out = c x0 + d x + e pred + f z; NaN stays NaN, and clip = inf changes nothing."""
+    a, b = row[X0_FROM_X], row[X0_FROM_PRED]
+    c, d, e = row[FROM_X0], row[FROM_X], row[FROM_PRED]
     for i in range(len(out)):
         v = a * x[i] + b * pred[i]
         v = clip if v > clip else v
@@ -632,7 +648,7 @@ def add_learned(f, h, raw_variance, z, out):
 
 
 def update_chunks(operands):
-    """out = c x0hat + d x + e pred + f z + g hist, with (a, b, c, d, e, f, g, h, w) of the rows: see ops.update."""
+    """out = c x0hat + d x + e pred + f z + g hist, with the numbers of the row: see kernels/update.py."""
     a = carray(pointer(operands), 1, UPDATE)[0]
     scratch = own_scratch(operands, a.scratch)
     noisy, clip = a.noise != 0 or a.seed != 0, np.float32(a.clip)
@@ -642,9 +658,9 @@ def update_chunks(operands):
         for k in range(low, high):
             sample, first = k // a.chunks, (k % a.chunks) * CHUNK
             m, at, plane = min(CHUNK, a.n - first), sample * a.n, a.n // a.channels
-            row = row_of(a.index, a.index_stride, sample, a.rows, a.steps, 9, scratch)
+            row = table_row(a.index, a.index_stride, sample, a.rows, a.steps, WIDTH, scratch)
             x0 = floats(scratch + X0, m)
-            result = target(a.out, a.out_code, at, first, m, a.channels, a.out == a.x, scratch, RESULT)
+            result = destination(a.out, a.out_code, at, first, m, a.channels, a.out == a.x, scratch, RESULT)
             state = read(a.x, a.x_code, at, first, m, a.channels, plane, scratch, X)
             p = read(a.pred, a.pred_code, sample * a.pred_stride, first, m, a.channels, plane, scratch, PRED)
             if a.uncond != 0:
@@ -652,23 +668,23 @@ def update_chunks(operands):
                     a.uncond, a.uncond_code, sample * a.pred_stride, first, m, a.channels, plane, scratch, OTHER
                 )
                 guided = floats(scratch + GUIDED, m)
-                guide(p, other, row[8], guided)
+                guide(p, other, row[GUIDANCE], guided)
                 p = guided
             eps = floats(scratch + NOTHING, m)
             if a.noise != 0:
                 eps = read(a.noise, a.noise_code, at, first, m, a.channels, plane, scratch, Z)
             elif a.seed != 0:
-                eps = drawn(a, k, low, high, scratch)
+                eps = generated(a, k, low, high, scratch)
             if noisy and a.variance != 0:
                 v = read(
                     a.variance, a.variance_code, sample * a.pred_stride, first, m, a.channels, plane, scratch, OTHER
                 )
                 advance(row, clip, state, p, NO_NOISE, floats(scratch + NOTHING, m), x0, result)
-                add_learned(row[5], row[7], v, eps, result)
+                add_learned(row[NOISE], row[NOISE_HIGH], v, eps, result)
             else:
-                advance(row, clip, state, p, row[5] if noisy else NO_NOISE, eps, x0, result)
+                advance(row, clip, state, p, row[NOISE] if noisy else NO_NOISE, eps, x0, result)
             if a.hist != 0:
-                add(row[6], read(a.hist, a.hist_code, at, first, m, a.channels, plane, scratch, OTHER), result)
+                add(row[FROM_HIST], read(a.hist, a.hist_code, at, first, m, a.channels, plane, scratch, OTHER), result)
                 store(x0 if a.keep == KEEP_X0 else state, a.hist, a.hist_code, at, first, a.channels, plane, scratch)
             store(result, a.out, a.out_code, at, first, a.channels, plane, scratch)
         low = claim(operands, a.block)

@@ -1,116 +1,132 @@
-"""How every Triton kernel is laid over its tensors: grid, block size, table rows.
+"""How Triton kernels are launched: grid, block size, and launches that are repeated.
 
-A program owns BLOCK elements of one sample, those that `owner` names.
+A launcher names the operands of its kernel: `launch(kernel, grid, x_ptr=x, size=size, BLOCK=block, num_warps=4)`.
+
+Triton needs longer to look up the compiled kernel than a small kernel runs. So the launches of a call can be noted
+(`noted`) and repeated with other tensors (`Launch.repeat`), as long as nothing but their addresses is different.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 # Grid axes 1 and 2 hold at most 65,535 programs; a power of two keeps the product exact.
 MAX_GRID_Y = 32768
 # The arithmetic is written for fused multiply-adds; Triton 3.10 stops contracting by default.
 FUSED = {"enable_fp_fusion": True}
-# Decorates what is launched. The numbers of samples and rows, and where a number is read, differ from step to step and
-# call to call: to compile for each would gain nothing, and happen within a sampling loop or a CUDA graph's capture.
+# Decorates what is launched. The numbers of samples and rows, and the address of a number, change from step to step
+# and from call to call. A kernel compiled for each of them gains nothing, and would be compiled within a sampling loop
+# or the capture of a CUDA graph.
 kernel = functools.partial(
     triton.jit,
-    do_not_specialize=["batch", "levels", "steps"],
+    do_not_specialize=["batch", "levels", "steps", "first"],
     do_not_specialize_on_alignment=[
         f"{name}_ptr" for name in ("t", "step", "table", "rows", "seed", "ids", "incoming")
     ],
 )
 
 
-@triton.jit
-def owner():
-    """(sample, int64 block) of this program; the sample can lie beyond the batch in the last row of the grid."""
-    return tl.program_id(2) * 32768 + tl.program_id(1), tl.program_id(0).to(tl.int64)
+def launch(kernel: Any, grid: tuple[int, int, int], **operands: Any) -> None:
+    """kernel[grid](**operands): parameters and compiler options by name."""
+    compiled = kernel[grid](**operands)
+    notes = getattr(_thread, "notes", None)
+    if notes is not None:
+        notes.append(Noted(compiled, grid, [operands[name] for name in kernel.arg_names]))
 
 
-@triton.jit
-def row_of(index_ptr, index_stride, sample, rows):
-    """(index, its row, 0 or NaN): an index outside the table cannot be refused without a host sync, so it reads row 0
-    and whatever is computed with it gets the NaN added."""
-    index = tl.load(index_ptr + sample * index_stride)
-    known = index.to(tl.uint64, bitcast=True) < rows  # a negative index is a huge one
-    return index, tl.where(known, index.to(tl.int32), 0), tl.where(known, 0.0, float("nan"))
+class Noted(NamedTuple):
+    """A launch that was made: the compiled kernel, the grid, and all parameters in their order."""
+
+    compiled: CompiledKernel
+    grid: tuple[int, int, int]
+    parameters: list[Any]
 
 
-@triton.jit
-def load_float32(pointers, mask):
-    x = tl.load(pointers, mask=mask)
-    if x.dtype == tl.bfloat16:  # The upper half of a float32: one shift or mask, where the cast takes up to two.
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+@contextmanager
+def noted() -> Iterator[list[Noted]]:
+    """The launches that this thread makes inside the block."""
+    before, _thread.notes = getattr(_thread, "notes", None), []
+    try:
+        yield _thread.notes
+    finally:
+        _thread.notes = before
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], tensors: Sequence[Tensor | None], numbers: Sequence[int | float],
-    constants: dict[str, Any],
-) -> None:  # fmt: skip
-    """kernel[grid](*tensors, *numbers, **constants): every operand in the order of the kernel.
+class Launch:
+    """A launch to be repeated.
 
-    To look up the compiled kernel takes Triton longer than a small kernel runs. On NVIDIA it is asked once for each
-    kind of operands that it tells apart: types, alignment to 16 bytes, and of integers 1, multiples of 16 and width.
+    Args:
+        made: the launch that was made.
+        place: where each address of that launch stands in the list of addresses that `repeat` gets.
+
+    Raises: KeyError if an address has no place.
     """
-    if not on_nvidia(tensors[0]):
-        kernel[grid](*tensors, *numbers, **constants)
-        return
-    key = (
-        kernel.fn,
-        tensors[0].get_device(),
-        *constants.values(),
-        *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
-        *[None if type(v) is float else (v == 1, v % 16 == 0, v < 2**31) for v in numbers],
-    )
-    if found := _compiled.get(key):
-        compiled, fixed = found
-        compiled[grid](*tensors, *numbers, *fixed)
-        return
-    compiled = kernel[grid](*tensors, *numbers, **constants)
-    _compiled[key] = compiled, [constants[p.name] for p in kernel.params if p.is_constexpr]
+
+    def __init__(self, made: Noted, place: dict[int, int]) -> None:
+        self.compiled, self.grid = made.compiled, made.grid
+        # Pointers are a kernel's first parameters. None stands for a tensor that is not there.
+        pointers = max(2, 1 + max(i for i, p in enumerate(made.parameters) if isinstance(p, Tensor)))
+        self.take = itemgetter(*[-1 if p is None else place[p.data_ptr()] for p in made.parameters[:pointers]])
+        self.numbers = made.parameters[pointers:]
+        self.fixed = made.compiled.function, made.compiled.packed_metadata, None, None, None
+        self.run = made.compiled.run
+
+    def repeat(self, addresses: list[int | None], stream: int) -> None:
+        """Launch on the current device. The last of the addresses is None. A profiler's hooks are called."""
+        arguments = (*self.take(addresses), *self.numbers)
+        enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            self.compiled[self.grid](*arguments, stream=stream)
+        else:  # what the line above does, without hooks
+            self.run(*self.grid, stream, *self.fixed, *arguments)
 
 
-# By kind of operands: the kernel compiled for them, and its constants in their order.
-_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+_thread = threading.local()
+_hooks: Any = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
 
 
-def block_of(n: int, channels: int, generated: bool, *tensors: Tensor | None) -> dict[str, Any]:
-    """CHANNELS, BLOCK, VEC and num_warps for samples of n elements: one 16-byte access of the narrowest type at a time;
-    16 elements a thread, or 32 where no noise is drawn and the work before the first element weighs more."""
-    return _block_of(n, channels, generated, min(t.element_size() for t in tensors if t is not None))
+def block_of(size: int, channels: int, generated: bool, *tensors: Tensor | None) -> dict[str, Any]:
+    """CHANNELS, BLOCK, VEC and the compiler's options, for samples of `size` elements.
+
+    A thread makes one 16-byte access of the narrowest type at a time. It has 16 elements, or 32 if no noise is
+    generated: then the work before the first element weighs more.
+    """
+    return _block_of(size, channels, generated, min(t.element_size() for t in tensors if t is not None))
 
 
 @functools.lru_cache
-def _block_of(n: int, channels: int, generated: bool, narrow: int) -> dict[str, Any]:
+def _block_of(size: int, channels: int, generated: bool, narrowest: int) -> dict[str, Any]:
     per_thread = 16 if generated else 32
-    block = min(128 * per_thread, max(256, triton.next_power_of_2(n)))
-    vec = 8 if narrow == 2 and channels == 1 else 4
+    block = min(128 * per_thread, max(256, triton.next_power_of_2(size)))
+    vec = 8 if narrowest == 2 and channels == 1 else 4
     warps = max(1, block // (32 * per_thread))
     return {"CHANNELS": channels, "BLOCK": block, "VEC": vec, "num_warps": warps} | FUSED
 
 
-def grid_of(batch: int, n: int, block: int) -> tuple[int, int, int]:
-    return -(-n // block), min(batch, MAX_GRID_Y), -(-batch // MAX_GRID_Y)
+def grid_of(batch: int, size: int, block: int) -> tuple[int, int, int]:
+    """The grid in which every block of every sample has a program; see `tile.owner`."""
+    return -(-size // block), min(batch, MAX_GRID_Y), -(-batch // MAX_GRID_Y)
 
 
 def on_nvidia(x: Tensor) -> bool:
-    """There the hardware's approximations stand in for the polynomials of the noise (FAST)."""
+    """Whether x lies on an NVIDIA GPU: there the hardware's approximations replace the noise's polynomials (FAST)."""
     return x.is_cuda and torch.version.hip is None
 
 
 def sizes_of(x: Tensor) -> tuple[int, int]:
-    """(B, elements of a sample) of x, which is not empty."""
+    """(batch, elements of a sample) of x, which is not empty."""
     batch = x.shape[0]
     return batch, x.numel() // batch
 
 
 def stride_of(index: Tensor) -> int:
-    """0 where one index serves the whole batch, else 1."""
+    """0 if one index serves the whole batch, else 1."""
     return int(index.numel() > 1)

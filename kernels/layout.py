@@ -1,13 +1,13 @@
-"""How the operands of one call lie in memory. All tensors of a call have the shape (B, ...)."""
+"""How the operands of a launch lie in memory. All tensors of a launch have the shape (batch, ...)."""
 
 import torch
 from torch import Tensor
 
 
 def channels_of(x: Tensor) -> int:
-    """1 where every sample of x is contiguous, C where it is channels last, 0 for any other layout.
+    """1 if every sample of x is contiguous, C if it is channels last, 0 for any other layout.
 
-    Says nothing of the stride between samples.
+    The stride between samples does not matter.
     """
     if x.is_contiguous():
         return 1
@@ -25,30 +25,38 @@ def channels_of(x: Tensor) -> int:
 
 
 def lay_out(x: Tensor, *others: Tensor | None, generated: bool) -> tuple[int, list[Tensor | None]]:
-    """(CHANNELS, gapless operands of one layout), that of x where possible; copies only what does not share it.
+    """(CHANNELS, the operands without gaps and in one layout): that of x if possible. Others are copied.
 
-    CHANNELS = 1 walks a sample in memory order. Generated noise belongs to logical elements, so a sample stored
-    channels last is walked by groups of four pixels of a channel, which needs 4 | H W and 32-bit offsets.
+    CHANNELS = 1 walks a sample in memory order. Generated noise belongs to logical elements. So a sample stored
+    channels last is walked in groups of four pixels of a channel, which needs 4 | H W and 32-bit offsets.
     """
     channels = 1
     if not x.is_contiguous():
         if not is_dense(x):
             x = x.contiguous()
         elif generated:
-            n = x[0].numel()
+            size = x[0].numel()
             channels = channels_of(x)
-            if channels == 0 or n % (4 * channels) or n >= 2**31:
+            if channels == 0 or size % (4 * channels) or size >= 2**31:
                 x, channels = x.contiguous(), 1
     return channels, [x, *(None if t is None else laid_like(x, t) for t in others)]
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether x fills one gapless, non-overlapping range of memory with the samples outermost."""
-    return x.stride(0) == x[0].numel() and torch.empty_like(x, device="meta").stride() == x.stride()
+    """Whether x fills one range of memory without gaps or overlaps, with the samples outermost."""
+    if x.stride(0) != x[0].numel():
+        return False
+    expected = 1
+    for stride, length in sorted(zip(x.stride(), x.shape, strict=True)):
+        if length > 1:
+            if stride != expected:
+                return False
+            expected *= length
+    return True
 
 
 def laid_like(x: Tensor, t: Tensor) -> Tensor:
-    """t itself where it lies in memory as x does, else a copy that does."""
+    """t itself if it lies in memory as x does, else a copy that does."""
     if t.stride() == x.stride() or (t.is_contiguous() and x.is_contiguous()):
         return t
     return torch.empty_like(x, dtype=t.dtype).copy_(t)

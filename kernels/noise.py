@@ -3,6 +3,8 @@
 Key: the 64-bit seed. Counter: (element // 4, sample, step, stream). Element j of a sample takes output j % 4 of its
 block, so four neighbouring elements share one block and a thread's normals lie beside its loads.
 
+Moves, per element: writes z.
+
 Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox); Box & Muller 1958.
 """
 
@@ -12,8 +14,9 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .coefficients import COS, LOG, SIN
-from .launch import block_of, grid_of, kernel, launch, on_nvidia, owner, sizes_of, stride_of
+from .launch import block_of, grid_of, kernel, launch, on_nvidia, sizes_of, stride_of
 from .layout import lay_out
+from .tile import owner, tile
 
 M0 = tl.constexpr(0xD2511F53)
 M1 = tl.constexpr(0xCD9E8D57)
@@ -86,39 +89,21 @@ def normal4(c0, sample, step, STREAM: tl.constexpr, k0, k1, FAST: tl.constexpr):
 
 
 @triton.jit
-def tile(block, n, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """What a program owns of a sample of n elements: (int64 start, int32 offsets from it, mask).
-
-    CHANNELS = 1: memory order is logical order. Otherwise the sample is stored channels last: groups of four logical
-    neighbours stand CHANNELS apart in memory, and the groups are dealt out so that neighbouring threads take
-    neighbouring channels.
-    """
-    if CHANNELS == 1:
-        start = block * BLOCK
-        offsets = tl.arange(0, BLOCK)
-        return start, offsets, offsets < tl.minimum(n - start, BLOCK).to(tl.int32)
-    group = (block * (BLOCK // 4)).to(tl.int32) + tl.arange(0, BLOCK // 4)
-    first = (group // CHANNELS) * (4 * CHANNELS) + group % CHANNELS
-    offsets = tl.reshape(first[:, None] + CHANNELS * tl.arange(0, 4)[None, :], [BLOCK])
-    return block * 0, offsets, offsets < n
-
-
-@triton.jit
 def tile_normals(
-    seed_ptr, sample, step, block, n,
+    seed_ptr, sample, step, block, size,
     STREAM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The normals of the elements of `tile`, in its order, float32 [BLOCK].
 
-    VEC = 4 or 8 elements (one or two Philox blocks) stand in one thread: 16 bytes of the storage type, so that the
-    result has the layout of the loads and nothing passes through shared memory.
+    A thread holds VEC = 4 or 8 neighbours, one or two Philox blocks: 16 bytes of the storage type. So the result has
+    the layout of the loads, and nothing passes through shared memory.
     """
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     group = (block * (BLOCK // 4)).to(tl.uint32) + (VEC // 4) * tl.arange(0, BLOCK // VEC).to(tl.uint32)
     if CHANNELS > 1:
-        group = (group % CHANNELS) * (n // (4 * CHANNELS)).to(tl.uint32) + group // CHANNELS
+        group = (group % CHANNELS) * (size // (4 * CHANNELS)).to(tl.uint32) + group // CHANNELS
     z0, z1, z2, z3 = normal4(group, sample, step, STREAM, k0, k1, FAST)
     if VEC == 4:
         z = tl.join(tl.join(z0, z2), tl.join(z1, z3))
@@ -132,11 +117,11 @@ def tile_normals(
 
 @kernel
 def normal_kernel(
-    out_ptr,  # (B, n), any floating type
-    seed_ptr,  # (1,) int64
-    ids_ptr,  # (B,) int64 or None: sample i is number i
-    step_ptr,  # (1,) or (B,) int64
-    batch, n, step_stride,
+    out_ptr,  # (batch, size)           any floating type, written: z
+    seed_ptr,  # (1,)                   int64
+    ids_ptr,  # (batch,) or None        int64: the number of each sample; None: sample i is number i
+    step_ptr,  # (1,) or (batch,)       int64
+    batch, size, step_stride,
     STREAM: tl.constexpr, FAST: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     sample, block = owner()
@@ -144,19 +129,21 @@ def normal_kernel(
         return
     number = sample if ids_ptr is None else tl.load(ids_ptr + sample)
     step = tl.load(step_ptr + sample.to(tl.int64) * step_stride)
-    start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
-    z = tile_normals(seed_ptr, number, step, block, n, STREAM, CHANNELS, BLOCK, VEC, FAST)
-    tl.store(out_ptr + sample.to(tl.int64) * n + start + offsets, z, mask=mask)
+    start, offsets, mask = tile(block, size, CHANNELS, BLOCK)
+    z = tile_normals(seed_ptr, number, step, block, size, STREAM, CHANNELS, BLOCK, VEC, FAST)
+    tl.store(out_ptr + sample.to(tl.int64) * size + start + offsets, z, mask=mask)
 
 
 def normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream: int) -> None:
     """Fill out (B, ...) with z(seed, stream, ids[i], step, element)."""
-    channels, (laid,) = lay_out(out, generated=True)
-    batch, n = sizes_of(laid)
-    meta = block_of(n, channels, True, laid)
+    channels, (written,) = lay_out(out, generated=True)
+    batch, size = sizes_of(written)
+    constants = block_of(size, channels, True, written)
     launch(
-        normal_kernel, grid_of(batch, n, meta["BLOCK"]), (laid, seed, ids, step), (batch, n, stride_of(step)),
-        {"STREAM": stream, "FAST": on_nvidia(laid), **meta},
+        normal_kernel, grid_of(batch, size, constants["BLOCK"]),
+        out_ptr=written, seed_ptr=seed, ids_ptr=ids, step_ptr=step,
+        batch=batch, size=size, step_stride=stride_of(step),
+        STREAM=stream, FAST=on_nvidia(written), **constants,
     )  # fmt: skip
-    if laid is not out:
-        out.copy_(laid)
+    if written is not out:
+        out.copy_(written)

@@ -1,16 +1,28 @@
 """The reverse update of every sampler: x' = c x0hat + d x + e pred + f z + g hist, x0hat = clip(a x + b pred).
 
-One row of the step table holds the numbers: (a, b, c, d, e, f, g, h, w). Guidance replaces pred by
-uncond + w (pred - uncond); a learned variance replaces f by exp(f + r (h - f)), r = (raw + 1) / 2.
+One row of the step table holds the numbers. Its columns, with the names that the rest of the package uses:
+
+    a, b        x0_from_x, x0_from_pred
+    c, d, e     from_x0, from_x, from_pred
+    f, h        noise, noise_high: with a learned variance, exp(f + r (h - f)) replaces f, r = (raw + 1) / 2
+    g           from_hist
+    w           guidance: pred becomes uncond + w (pred - uncond)
+
+Moves, per element: reads x and pred (and uncond, raw, noise and hist if they are given); writes x', and hist if it is
+given.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block_of, grid_of, kernel, launch, load_float32, on_nvidia, owner, row_of, sizes_of, stride_of
+from .launch import block_of, grid_of, kernel, launch, on_nvidia, sizes_of, stride_of
 from .layout import laid_like, lay_out, sliced_like
-from .noise import tile, tile_normals
+from .noise import tile_normals
+from .tile import load_float32, owner, table_row, tile
+
+# The place of each column in a row, and their number.
+A, B, C, D, E, F, G, H, W, WIDTH = (tl.constexpr(i) for i in range(10))
 
 
 @triton.jit
@@ -27,35 +39,36 @@ def clamp(x, bound, BLOCK: tl.constexpr):
 
 @kernel
 def update_kernel(
-    x_ptr,  # (B, n), any floating type
-    pred_ptr,  # (B, n), any floating type, pred_stride between samples: often a slice of a model's output
-    uncond_ptr,  # (B, n) like pred, or None: no guidance
-    raw_ptr,  # (B, n) like pred, or None: the variance is in the row
-    noise_ptr,  # (B, n) or None
-    hist_ptr,  # (B, n), the type of x, or None; KEEP is written back
-    out_ptr,  # (B, n), the type of x; may be x
-    rows_ptr,  # (steps, 9) float32
-    step_ptr,  # (1,) or (B,) int64
-    seed_ptr,  # (1,) int64, or None: given noise, or none
-    ids_ptr,  # (B,) int64 or None: sample i is number i
-    batch, n, steps, pred_stride, step_stride, clip,
+    x_ptr,  # (batch, size)               any floating type
+    pred_ptr,  # (batch, size)            any floating type, pred_stride between samples: often half of an output
+    uncond_ptr,  # (batch, size) or None  like pred; None: no guidance
+    raw_ptr,  # (batch, size) or None     like pred; None: the variance is in the row
+    noise_ptr,  # (batch, size) or None   any floating type
+    hist_ptr,  # (batch, size) or None    the type of x, read and then written: what KEEP names
+    out_ptr,  # (batch, size)             the type of x, written: x'; may be x
+    rows_ptr,  # (steps, 9)               float32
+    step_ptr,  # (1,) or (batch,)         int64
+    seed_ptr,  # (1,) or None             int64; None: noise is given, or there is none
+    ids_ptr,  # (batch,) or None          int64: the number of each sample; None: sample i is number i
+    batch, size, steps, pred_stride, step_stride, clip,
     CLIP: tl.constexpr, KEEP: tl.constexpr,
     STREAM: tl.constexpr, FAST: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     sample, block = owner()
     if sample >= batch:
         return
-    step, index, poison = row_of(step_ptr, step_stride, sample, steps)
-    row = rows_ptr + index * 9
-    a, b, c, d, e = tl.load(row) + poison, tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    step, index, poison = table_row(step_ptr, step_stride, sample, steps)
+    row = rows_ptr + index * WIDTH
+    a, b, c = tl.load(row + A) + poison, tl.load(row + B), tl.load(row + C)
+    d, e = tl.load(row + D), tl.load(row + E)
 
-    start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
+    start, offsets, mask = tile(block, size, CHANNELS, BLOCK)
     at = sample.to(tl.int64) * pred_stride + start
-    start += sample.to(tl.int64) * n
+    start += sample.to(tl.int64) * size
     x = load_float32(x_ptr + start + offsets, mask)
     pred = load_float32(pred_ptr + at + offsets, mask)
     if uncond_ptr is not None:
-        w = tl.load(row + 8)
+        w = tl.load(row + W)
         uncond = load_float32(uncond_ptr + at + offsets, mask)
         pred = uncond + w * (pred - uncond)
 
@@ -67,20 +80,20 @@ def update_kernel(
     out = c * x0 + e * pred + d * x  # in this order ptxas unpacks bfloat16 once
 
     if noise_ptr is not None or seed_ptr is not None:
-        f = tl.load(row + 5)
+        f = tl.load(row + F)
         if noise_ptr is not None:
             z = load_float32(noise_ptr + start + offsets, mask)
         else:
             number = sample if ids_ptr is None else tl.load(ids_ptr + sample)
-            z = tile_normals(seed_ptr, number, step, block, n, STREAM, CHANNELS, BLOCK, VEC, FAST)
+            z = tile_normals(seed_ptr, number, step, block, size, STREAM, CHANNELS, BLOCK, VEC, FAST)
         if raw_ptr is not None:
-            h = tl.load(row + 7)
+            h = tl.load(row + H)
             raw = load_float32(raw_ptr + at + offsets, mask)
             out += tl.exp(f + (0.5 * raw + 0.5) * (h - f)) * z
         else:
             out += f * z
     if hist_ptr is not None:
-        g = tl.load(row + 6)
+        g = tl.load(row + G)
         hist = hist_ptr + start + offsets
         out += g * load_float32(hist, mask)
         tl.store(hist, x0 if KEEP == "x0hat" else x, mask=mask)
@@ -94,18 +107,22 @@ def update(
 ) -> None:  # fmt: skip
     """Write x' into out (B, ...), which may be x; hist, if given, is overwritten with what `keep` names."""
     generated = noise is None and seed is not None
-    channels, (laid, x, noise, past) = lay_out(out, x, noise, hist, generated=generated)
+    channels, (written, x, noise, past) = lay_out(out, x, noise, hist, generated=generated)
     slices = [pred, uncond, raw]
-    if any(t is not None and not sliced_like(laid, t, pred.stride(0)) for t in slices):
-        slices = [None if t is None else laid_like(laid, t) for t in slices]
-    batch, n = sizes_of(laid)
-    meta = block_of(n, channels, generated, laid, pred, noise)
+    if any(t is not None and not sliced_like(written, t, pred.stride(0)) for t in slices):
+        slices = [None if t is None else laid_like(written, t) for t in slices]
+    pred, uncond, raw = slices
+    batch, size = sizes_of(written)
+    constants = block_of(size, channels, generated, written, pred, noise)
     launch(
-        update_kernel, grid_of(batch, n, meta["BLOCK"]), (x, *slices, noise, past, laid, rows, step, seed, ids),
-        (batch, n, rows.shape[0], slices[0].stride(0), stride_of(step), 0.0 if clip is None else clip),
-        {"CLIP": clip is not None, "KEEP": keep, "STREAM": stream, "FAST": on_nvidia(laid), **meta},
+        update_kernel, grid_of(batch, size, constants["BLOCK"]),
+        x_ptr=x, pred_ptr=pred, uncond_ptr=uncond, raw_ptr=raw, noise_ptr=noise, hist_ptr=past, out_ptr=written,
+        rows_ptr=rows, step_ptr=step, seed_ptr=seed, ids_ptr=ids,
+        batch=batch, size=size, steps=rows.shape[0], pred_stride=pred.stride(0), step_stride=stride_of(step),
+        clip=0.0 if clip is None else clip,
+        CLIP=clip is not None, KEEP=keep, STREAM=stream, FAST=on_nvidia(written), **constants,
     )  # fmt: skip
     if past is not hist:
         hist.copy_(past)
-    if laid is not out:
-        out.copy_(laid)
+    if written is not out:
+        out.copy_(written)

@@ -1,8 +1,12 @@
-"""One term of the variational bound per sample, with its gradients in the same pass: the KL between the posterior and
-the reverse step, or at the first level the discretised Gaussian decoder.
+"""One term of the variational bound per sample, with its gradients in the same pass   (Ho et al. 2020, eq. 5).
 
-One row of the table holds the numbers: (a, b, w, low, high, decoder). A program serves one sample, so it takes one of
-the two branches.
+    x0hat = clip(a x_t + b pred),  v = low, or low + (raw + 1) / 2 (high - low)
+    nats  = KL(posterior || reverse step) = (v + exp(-v) - 1 + w (x_0 - x0hat)^2 exp(-v)) / 2,
+            or the discretised Gaussian decoder -log p(x_0 | x_t) if the row says so (eq. 13)
+
+A program serves one sample, so it takes one of the two branches.
+Moves, per element: reads pred, x_t, x_0 (and raw if it is given); writes the gradients that are wanted.
+Row of the table: (a, b, w, low, high, decoder) of each level.
 """
 
 import torch
@@ -11,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .coefficients import KL, MILLS
-from .launch import block_of, grid_of, kernel, launch, load_float32, owner, row_of, sizes_of, stride_of
+from .launch import block_of, grid_of, kernel, launch, sizes_of, stride_of
 from .layout import laid_like, lay_out, sliced_like
-from .loss import reduce
-from .noise import tile
+from .reduce import reduce
+from .tile import load_float32, owner, table_row, tile
 
 M0, M1, M2, M3, M4, M5, M6, M7, M8, M9 = (tl.constexpr(c) for c in MILLS)
 K0, K1, K2, K3, K4, K5, K6 = (tl.constexpr(c) for c in KL)
@@ -102,29 +106,29 @@ def decoder_nats(x0, error, log_var):
 
 @kernel
 def vlb_kernel(
-    pred_ptr,  # (B, n), any floating type, pred_stride between samples: often a slice of a model's output
-    raw_ptr,  # (B, n) like pred, or None: the variance is in the row
-    x_t_ptr,  # (B, n), any floating type
-    x0_ptr,  # (B, n), any floating type
-    partial_ptr,  # (B, blocks) float32
-    pred_grad_ptr,  # (B, n), any floating type, or None
-    raw_grad_ptr,  # (B, n), any floating type, or None
-    t_ptr,  # (1,) or (B,) int64
-    rows_ptr,  # (levels, 6) float32: a, b, w, low, high, decoder
-    batch, n, levels, pred_stride, t_stride, clip, scale,
-    CLIP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    pred_ptr,  # (batch, size)               any floating type, pred_stride between samples: often half of an output
+    raw_ptr,  # (batch, size) or None        like pred; None: the variance is in the row
+    x_t_ptr,  # (batch, size)                any floating type
+    x0_ptr,  # (batch, size)                 any floating type
+    partial_ptr,  # (batch, blocks)          float32, written: scale sum(nats)
+    pred_grad_ptr,  # (batch, size) or None  any floating type, written: scale d nats / d pred
+    raw_grad_ptr,  # (batch, size) or None   any floating type, written: scale d nats / d raw
+    t_ptr,  # (1,) or (batch,)               int64
+    rows_ptr,  # (levels, 6)                 float32: a, b, w, low, high, decoder
+    batch, size, levels, pred_stride, t_stride, clip, scale,
+    CLIP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sample, block = owner()
     if sample >= batch:
         return
-    _, index, poison = row_of(t_ptr, t_stride, sample, levels)
+    _, index, poison = table_row(t_ptr, t_stride, sample, levels)
     row = rows_ptr + index * 6
     a, b, w = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     low, decoder = tl.load(row + 3), tl.load(row + 5)
 
-    start, offsets, mask = tile(block, n, CHANNELS, BLOCK)
+    start, offsets, mask = tile(block, size, CHANNELS, BLOCK)
     at = sample.to(tl.int64) * pred_stride + start
-    start += sample.to(tl.int64) * n
+    start += sample.to(tl.int64) * size
     x_t = load_float32(x_t_ptr + start + offsets, mask)
     x0 = load_float32(x0_ptr + start + offsets, mask)
     mean = a * x_t + b * load_float32(pred_ptr + at + offsets, mask)
@@ -161,19 +165,23 @@ def vlb(
     scale times the derivatives into the gradients, shaped like pred, that are given."""
     channels, (x_t, x0) = lay_out(x_t, x0, generated=False)
     slices = [pred, raw]
-    if any(s is not None and not sliced_like(x_t, s, pred.stride(0)) for s in slices):
-        slices = [None if s is None else laid_like(x_t, s) for s in slices]
+    if any(t is not None and not sliced_like(x_t, t, pred.stride(0)) for t in slices):
+        slices = [None if t is None else laid_like(x_t, t) for t in slices]
+    pred, raw = slices
     grads = [None if g is None else laid_like(x_t, g) for g in (pred_grad, raw_grad)]
-    batch, n = sizes_of(x_t)
-    meta = block_of(n, channels, True, x_t, x0, pred, raw)
-    grid = grid_of(batch, n, meta["BLOCK"])
-    partial = torch.empty(batch, grid[0], dtype=torch.float32, device=pred.device)
+    batch, size = sizes_of(x_t)
+    constants = {k: v for k, v in block_of(size, channels, True, x_t, x0, pred, raw).items() if k != "VEC"}
+    grid = grid_of(batch, size, constants["BLOCK"])
+    partial = torch.empty(batch, grid[0], dtype=torch.float32, device=x_t.device)
     launch(
-        vlb_kernel, grid, (*slices, x_t, x0, partial, *grads, t, rows),
-        (batch, n, rows.shape[0], slices[0].stride(0), stride_of(t), 0.0 if clip is None else clip, scale),
-        {"CLIP": clip is not None, **meta},
+        vlb_kernel, grid,
+        pred_ptr=pred, raw_ptr=raw, x_t_ptr=x_t, x0_ptr=x0, partial_ptr=partial,
+        pred_grad_ptr=grads[0], raw_grad_ptr=grads[1], t_ptr=t, rows_ptr=rows,
+        batch=batch, size=size, levels=rows.shape[0], pred_stride=pred.stride(0), t_stride=stride_of(t),
+        clip=0.0 if clip is None else clip, scale=scale,
+        CLIP=clip is not None, **constants,
     )  # fmt: skip
     reduce(partial, out)
-    for grad, laid in zip((pred_grad, raw_grad), grads, strict=True):
-        if laid is not grad:
-            grad.copy_(laid)
+    for grad, written in zip((pred_grad, raw_grad), grads, strict=True):
+        if written is not grad:
+            grad.copy_(written)

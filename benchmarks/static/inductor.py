@@ -1,7 +1,7 @@
-"""The Triton kernels that torch.compile makes of the same operations for an H100, without one.
+"""The Triton kernels that torch.compile makes of the same operations for an H100, on a machine without one.
 
-Inductor is told of a device that is not there, and stopped once it has written its kernels; nothing is run. This leans
-on internals of PyTorch 2.13.
+Inductor is told of a device that is not there, and stopped once it has written its kernels. Nothing is run. This needs
+internals of PyTorch 2.13.
 """
 
 import contextlib
@@ -59,8 +59,13 @@ def operations(dtype: torch.dtype) -> Iterator[tuple[str, str, str, Callable[...
 
 
 def kernels(function: Callable[..., Any], *arguments: Tensor) -> list[tuple[Any, int]]:
-    """(compiled kernel, elements that one program owns) of every kernel that Inductor writes for function(*arguments),
-    in the first of the configurations that it would try. Of the arguments only shape, stride and type count."""
+    """The kernels that Inductor writes for function(*arguments), in the first configuration that it would try.
+
+    Args:
+        arguments: only their shapes, strides and types are used.
+
+    Returns: (compiled kernel, elements that one program owns) of each.
+    """
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.compile_fx import compile_fx
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for a named GPU that this machine need not have, and the counts of their machine code."""
+"""Compiles Triton kernels for a named GPU, which need not be in this machine, and counts their machine code."""
 
 import bisect
 import itertools
@@ -21,7 +21,7 @@ PHILOX = [f"0x{m:x}|-0x{2**32 - m:x}" for m in (0xD2511F53, 0xCD9E8D57)]
 
 
 def target_of(name: str) -> GPUTarget:
-    """sm_90 or gfx942 -> GPUTarget."""
+    """The target of a name such as sm_90 (NVIDIA) or gfx942 (AMD)."""
     if name.startswith("sm_"):
         return GPUTarget("cuda", int(name[3:]), 32)
     return GPUTarget("hip", name, 64)
@@ -45,10 +45,14 @@ class _Device:
 
 @contextmanager
 def compile_only(target: GPUTarget, fast: bool = True) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
-    """Inside the block a launch compiles for `target` and runs nothing; the list gets (compiled kernel, arguments).
+    """Inside the block a launch compiles for `target` and runs nothing.
 
-    Triton specialises on the arguments of the launch itself, so what is compiled is what would run. FAST, which the
-    launchers take from the device of their tensors, is `fast`.
+    Triton specialises on the arguments of the launch itself, so what is compiled is what would run.
+
+    Args:
+        fast: the value of FAST, which launchers otherwise take from the device of their tensors.
+
+    Yields: a list that gets (compiled kernel, arguments by name) of each launch.
     """
     compiled: list[tuple[Any, dict[str, Any]]] = []
     run = JITFunction.run
@@ -69,12 +73,17 @@ def compile_only(target: GPUTarget, fast: bool = True) -> Iterator[list[tuple[An
 
 
 def measure(kernels: Sequence[tuple[Any, int]]) -> list[dict[str, Any]]:
-    """The counts of compiled kernels for one target, each with the number of elements that a program of it owns.
+    """The counts of compiled kernels for one target.
 
-    Bytes are those of the tensors that Triton's GPU IR loads and stores; that the machine code's accesses add up to
-    them is checked, and load_bits and store_bits are the narrowest of those accesses. Instructions are all that a
-    thread cannot avoid between entry and exit, NOPs left out: prologue and predicated-off ones included, paths for
-    rare arguments not. A loop counts once; one that the assembler unrolled has that many times the elements.
+    Bytes are those of the tensors that Triton's GPU IR loads and stores. The accesses in the machine code have to add
+    up to them; load_bits and store_bits are the narrowest of these accesses.
+
+    Instructions are all that a thread cannot avoid between entry and exit, without NOPs. The prologue and instructions
+    that a predicate turns off count; paths for rare arguments do not. A loop counts once, and one that the assembler
+    unrolled has that many times the elements.
+
+    Args:
+        kernels: (compiled kernel, elements that one program owns).
     """
     nvidia = kernels[0][0].metadata.target.backend == "cuda"
     listings = _disassemble([kernel for kernel, _ in kernels]) if nvidia else [k.asm["amdgcn"] for k, _ in kernels]
@@ -114,10 +123,12 @@ ACCESS = re.compile(
 
 
 def tensor_bytes(ttgir: str, threads: int = 1) -> dict[str, int]:
-    """{"load": ..., "store": ...}: bytes of the tensors that one program moves, by their types in Triton's GPU IR.
+    """Bytes of the tensors that one program loads and stores, by their types in Triton's GPU IR.
 
-    What is to be evicted last, the same few numbers for many elements, is left out, and so is a tensor of fewer
-    elements than the program has threads.
+    Two kinds do not count. What is evicted last is the same few numbers for many elements. A tensor with fewer elements
+    than the program has threads is not the data.
+
+    Returns: {"load": bytes, "store": bytes}.
     """
     moved = {"load": 0, "store": 0}
     for kind, attributes, shape, bits in ACCESS.findall(ttgir):
@@ -136,9 +147,10 @@ def _elements(shape: str) -> int:
 
 
 def narrowest(widths: list[int], tensor_bytes: int) -> int | None:
-    """Bits of the narrowest access that it takes to move the tensors, widest first; None where there are none.
+    """Bits of the narrowest access that moves a part of the tensors, or None if no tensor is moved.
 
-    What is left over are scalars. Raises RuntimeError where the accesses do not add up to the tensors.
+    The widest accesses are counted first, and those left over move scalars. Raises RuntimeError if the accesses do not
+    add up to the tensors.
     """
     moved, bits = 0, None
     for width in sorted(widths, reverse=True):
@@ -150,7 +162,7 @@ def narrowest(widths: list[int], tensor_bytes: int) -> int | None:
 
 
 def _nvidia(kernel: Any, listing: str) -> dict[str, Any]:
-    code = _hot_path(listing)
+    code = hot_path(listing)
     resources = _resources(kernel.asm["cubin"])
     registers, shared = resources["REG"], kernel.metadata.shared
     arch, warps = kernel.metadata.target.arch, kernel.metadata.num_warps
@@ -177,8 +189,8 @@ def _nvidia(kernel: Any, listing: str) -> dict[str, Any]:
     }
 
 
-def _hot_path(listing: str) -> list[str]:
-    """The instructions of the shortest way from the entry by the last load and store to the last exit, without NOPs."""
+def hot_path(listing: str) -> list[str]:
+    """The instructions of the shortest way from entry to exit past the last load and the last store, without NOPs."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?(\S.*?) ?;", listing, re.MULTILINE)
     at = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
 
@@ -209,7 +221,7 @@ def _hot_path(listing: str) -> list[str]:
 
 
 def _disassemble(kernels: Sequence[Any]) -> list[str]:
-    """A listing of each kernel; one run of nvdisasm for all of them, as most of it is its start."""
+    """A listing of each kernel. One run of nvdisasm makes all of them, because its start takes longest."""
     sections = [_text_section(kernel.asm["cubin"]) for kernel in kernels]
     tool = triton.knobs.nvidia.nvdisasm.path
     listing = _run(b"".join(sections), tool, "--binary", f"SM{kernels[0].metadata.target.arch}")

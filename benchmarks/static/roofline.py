@@ -1,9 +1,8 @@
-"""`fastdiff bench --static`: every kernel compiled for GPUs that need not be here, its instructions counted, and the
-fraction of the memory roofline that they allow.
+"""The static roofline: each kernel compiled for GPUs that need not be here, and what its instructions allow.
 
-The time of an element is predicted as the larger of its bytes over the memory bandwidth and its instructions over the
-rate at which the chip issues them; the fraction is that of the bytes in it (Williams et al. 2009, "Roofline"). Nothing
-is run: no latency, no cache, no launch counts.
+The predicted time of an element is the larger of two: its bytes over the memory bandwidth, and its instructions over
+the rate at which the chip issues them. The fraction of the roofline is the first over the predicted time (Williams et
+al. 2009, "Roofline"). Nothing is run, so latency, caches and launches do not count.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.files import need, replacing, writable
+from fastdiff.files import replacing, writable
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -66,6 +65,8 @@ GROUPS, INNER, ONE = 32, (BATCH, 128, 32, 32), (1, 128, 256, 256)
 
 
 NORMS = ("moments", "norm", "norm_sums", "norm_grad")
+SHAPES = {"concat": (BATCH, 384, 32, 32), "64x64": (BATCH, 128, 64, 64), "128x128": (BATCH, 128, 128, 128)}
+SHAPES["parts"] = ONE
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Variant:
         odd = int(self.has("unaligned"))
         layout = torch.channels_last if self.has("channels_last") else torch.contiguous_format
         if self.kernel in NORMS:
-            batch, channels, height, width = ONE if self.has("parts") else INNER
+            batch, channels, height, width = next((SHAPES[o] for o in SHAPES if self.has(o)), INNER)
         else:
             batch, (channels, height, width) = BATCH, SHAPE
         shape = (batch, channels, height - odd, width - odd)
@@ -103,6 +104,8 @@ def subsets(*options: str) -> list[str]:
 
 DRAWN = ("generated", "given")
 VLB = [o for o in subsets("clip", "raw", "by_pred", "by_raw") if "by_raw" not in o or "+raw" in f"+{o}"]
+# Of a norm: the concatenations of a U-Net, whose groups are of 12 channels, and larger images, in both layouts.
+MAPS = [m + c for m in ("concat", "64x64", "128x128") for c in ("", "+channels_last")]
 # Kernel, sources of noise, options: what training and sampling loops launch every day, and what else can be launched.
 COMMON = [
     ("normal", ("generated",), [""]),
@@ -113,8 +116,8 @@ COMMON = [
     # The bound alone, evaluated and trained on, and beside another loss, which leaves the mean to that.
     ("vlb", ("none",), ["clip", "clip+raw", "raw+by_pred+by_raw", "raw+by_raw"]),
     ("update", DRAWN, subsets("clip")),
-    ("norm", ("none",), subsets("scale")),
-    ("norm_grad", ("none",), subsets("scale")),
+    ("norm", ("none",), [*subsets("scale", "channels_last"), *MAPS, "scale+add+channels_last"]),
+    ("norm_grad", ("none",), [*subsets("scale", "channels_last"), *MAPS, "scale+add+channels_last"]),
 ]
 RARE = [
     ("normal", ("generated",), ["channels_last", "ids"]),
@@ -126,10 +129,10 @@ RARE = [
     ("update", DRAWN, subsets("clip", "uncond", "raw", "x0hat")),
     ("update", ("none",), subsets("clip", "uncond", "x0hat")),
     ("update", ("generated",), ["clip+x", "clip+ids", "clip+channels_last", "clip+mixed"]),
-    ("norm", ("none",), [*subsets("scale", "parts", "channels_last"), "unaligned", "mixed"]),
-    ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last"), "unaligned", "mixed"]),
-    ("moments", ("none",), ["parts", "parts+channels_last"]),
-    ("norm_sums", ("none",), subsets("parts", "scale", "channels_last")[4:]),
+    ("norm", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed"]),
+    ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed"]),
+    ("moments", ("none",), [*subsets("parts", "channels_last", "add")[4:], "128x128"]),
+    ("norm_sums", ("none",), subsets("parts", "scale", "channels_last", "add")[8:]),
 ]
 
 
@@ -203,10 +206,14 @@ def launch(v: Variant) -> None:
         weight, statistics = torch.empty(channels, dtype=wide, device="meta"), floats(batch, GROUPS)
         both = torch.empty(batch, 2 * channels, dtype=v.dtype, device="meta").chunk(2, 1)
         scale, shift = both if v.has("scale") else (None, None)
+        add = torch.empty(batch, channels, dtype=v.dtype, device="meta") if v.has("add") else None
+        operands = {"x": x, "groups": GROUPS, "weight": weight, "bias": weight, "scale": scale, "shift": shift}
+        operands |= {"add": add, "mean": statistics, "rstd": statistics}
         if v.kernel in ("moments", "norm"):
-            norm(v.data(), statistics, statistics, x, GROUPS, weight, weight, scale, shift, 1e-5)
+            norm(out=v.data(), **operands, eps=1e-5)
         else:
-            norm_grad(v.data(), v.data(), x, statistics, statistics, GROUPS, weight, weight, scale, shift)
+            grads = {"weight_grad": weight, "bias_grad": weight, "scale_grad": scale, "shift_grad": shift}
+            norm_grad(x_grad=v.data(), **grads, add_grad=add, grad=v.data(), **operands)
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None
@@ -223,8 +230,11 @@ Case = tuple[Variant, str, bool]  # target; whether the polynomials stand in for
 
 
 def cases(size: str) -> list[Case]:
-    """full: every variant on every target. quick: the common ones on sm_90, one of each kernel elsewhere. With both,
-    noising by the polynomials on sm_90, where it never runs so, to be compared."""
+    """The cases of a size.
+
+    "full" has every variant on every target; "quick" has the common ones on sm_90, and one of each kernel elsewhere.
+    Both have noising by the polynomials on sm_90, where it never runs, to compare it with the approximations.
+    """
     if size == "full":
         chosen = [(v, target, False) for target in TARGETS for v in variants(common=False)]
     else:
@@ -243,7 +253,7 @@ def compile_cases(cases: Sequence[Case], dump: Path | None) -> list[dict[str, An
     for v, target_name, polynomials in cases:
         with machine_code.compile_only(target, fast=target.backend == "cuda" and not polynomials) as compiled:
             launch(v)
-        kernels += [(k, args["BLOCK"]) for k, args in compiled if k.metadata.name == f"{v.kernel}_kernel"]
+        kernels.append(next((k, owned(args)) for k, args in compiled if k.metadata.name == f"{v.kernel}_kernel"))
         names.append(
             {
                 "source": "fastdiff polynomials" if polynomials else "fastdiff",
@@ -255,6 +265,14 @@ def compile_cases(cases: Sequence[Case], dump: Path | None) -> list[dict[str, An
             }
         )
     return rows_of(names, kernels, dump)
+
+
+def owned(arguments: dict[str, Any]) -> int:
+    """The elements that a program works on at a time."""
+    if "BLOCK" in arguments:
+        return arguments["BLOCK"]
+    a = arguments
+    return min(a["GROUPS"] * a["DEPTH"], a["BLOCKS"] * a["LANES"]) * min(a["PIXELS"], a["TILES"] * a["TILE"])
 
 
 def rows_of(
@@ -278,8 +296,10 @@ def rows_of(
 
 
 def inductor_rows(dump: Path | None) -> list[dict[str, Any]]:
-    """The rows of torch.compile's kernels for the same operations; none, and a line to stderr, where a release of
-    PyTorch does not let itself be asked."""
+    """The rows of torch.compile's kernels for the same operations.
+
+    With a release of PyTorch where this does not work there are none, and a line on stderr says why.
+    """
     from . import inductor
 
     names, kernels = [], []
@@ -350,32 +370,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A PNG: for each row on sm_90 a bar of the predicted fraction of the H100's memory roofline."""
-    image_module, draw_module, font_module = (need(f"PIL.{m}") for m in ("Image", "ImageDraw", "ImageFont"))
+def bars(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, float]]:
+    """(source, label, predicted fraction of the H100's memory roofline) of the common kernels on sm_90."""
     common = {(v.kernel, v.options or "plain") for v in variants(common=True)}
-    bars = [
-        (r, r["predicted_roofline"]["H100"])
-        for r in rows
-        if r["target"] == "sm_90" and (r["source"] == "inductor" or (r["kernel"], r["variant"]) in common)
+    chosen = [r for r in rows if r["source"] == "inductor" or (r["kernel"], r["variant"]) in common]
+    return [
+        (r["source"], f"{r['kernel']} {r['variant']}, {r['dtype']}, noise {r['noise']}", fractions["H100"])
+        for r in chosen
+        if (fractions := r["predicted_roofline"]) and r["target"] == "sm_90"
     ]
-    font, line, left, length = font_module.load_default(14), 20, 520, 400
-    image = image_module.new("RGB", (left + length + 60, line * (len(bars) + 2)), "white")
-    draw = draw_module.Draw(image)
-    draw.text((8, 4), "Predicted fraction of the memory roofline, H100 SXM", "black", font)
-    for i, (r, fraction) in enumerate(bars):
-        top = line * (i + 1) + 10
-        label = f"{r['source']}: {r['kernel']} {r['variant']}, {r['dtype']}, noise {r['noise']}"
-        colour = {"fastdiff": "#3465a4", "inductor": "#cc7722"}.get(r["source"], "#888888")
-        draw.text((8, top), label, "black", font)
-        draw.rectangle((left, top + 2, left + fraction * length, top + line - 4), colour)
-        draw.text((left + fraction * length + 6, top), f"{fraction:.0%}", "black", font)
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the table; args as bench.add_arguments gives them: size, json, dump, plot."""
+    """Compile, print the table, and write what is asked for.
+
+    Args:
+        args: size ("quick" or "full"); json, dump and plot (a path or None).
+    """
     for path in (args.json, args.plot):
         if path:
             writable(path)
@@ -390,5 +401,7 @@ def main(args: argparse.Namespace) -> int:
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        plot(rows, args.plot)
+        from benchmarks import pictures
+
+        pictures.save(pictures.roofline(bars(rows)), args.plot)
     return 0

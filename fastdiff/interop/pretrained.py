@@ -10,8 +10,6 @@ the models.
 """
 
 import json
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import need, replacing
+from ..files import replacing
 from ..schedule import NoiseSchedule, linear, make_schedule, scaled_linear
+from ..weights import TensorFile, check_length, read_pickled, save_tensors
 
 # The version of diffusers that the files are written for.
 VERSION = "0.42.1"
@@ -66,8 +65,11 @@ class Content(dict[str, Any]):
         """Errors of the block, which uses the content, become a ValueError that names the file."""
         try:
             yield
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{self.path}: {' '.join(str(error).split())[:500]}") from error
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # content that nobody expected is met by any exception
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            raise ValueError(f"{self.path}: {reason}") from error
 
 
 # --- UNet2DModel ------------------------------------------------------------------------------------------------
@@ -79,9 +81,7 @@ def read_unet(folder: str | Path) -> tuple[Content, Content]:
     Returns: (config, weights), floating tensors on the CPU under the names that UNet gives them.
     Raises: FileNotFoundError if a file is missing. ValueError, naming the file, if it is not of that kind.
     """
-    folder = _existing(folder)
-    if not (folder / "config.json").is_file() and (folder / "unet").is_dir():
-        folder = folder / "unet"
+    folder = _unet_folder(folder)
     config = _read_config(folder / "config.json", ("UNet2DModel",))
     for name in ("down_block_types", "up_block_types"):
         if isinstance(config.get(name), list):  # UNetResDownBlock2D and so on, before diffusers 0.3
@@ -94,9 +94,7 @@ def write_unet(folder: str | Path, config: dict[str, Any], weights: Mapping[str,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", {"_class_name": "UNet2DModel", "_diffusers_version": VERSION, **config})
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    with replacing(folder / f"{WEIGHTS}.safetensors") as temporary:
-        need("safetensors.torch").save_file(tensors, temporary, {"format": "pt"})
+    save_tensors(folder / f"{WEIGHTS}.safetensors", weights, {"format": "pt"})
 
 
 def _new_name(name: str) -> str:
@@ -107,23 +105,24 @@ def _new_name(name: str) -> str:
     return ".".join(parts)
 
 
+def _unet_folder(folder: str | Path) -> Path:
+    """The folder itself, or the unet/ in that of a pipeline."""
+    folder = _existing(folder)
+    return folder / "unet" if not (folder / "config.json").is_file() and (folder / "unet").is_dir() else folder
+
+
+def _weights_file(folder: Path) -> Path:
+    """The file of weights in a folder. Raises FileNotFoundError if there is none."""
+    for name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder}: expected {WEIGHTS}.safetensors or {WEIGHTS}.bin in it")
+
+
 def _read_weights(folder: Path) -> Content:
     """The floating tensors of the weights' file, by name. Nothing but tensors is unpickled from a .bin."""
-    path = folder / f"{WEIGHTS}.safetensors"
-    if path.is_file():
-        try:
-            weights = need("safetensors.torch").load_file(path)
-        except need("safetensors").SafetensorError as error:
-            raise ValueError(f"{path}: expected a safetensors file, and it is none or cut short ({error})") from error
-    else:
-        path = folder / f"{WEIGHTS}.bin"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder}: expected {WEIGHTS}.safetensors or {WEIGHTS}.bin in it")
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path}: expected tensors alone, got something else ({reason})") from error
+    path = _weights_file(folder)
+    weights = TensorFile.open(path).read() if path.suffix == ".safetensors" else read_pickled(path)
     if not isinstance(weights, dict):
         raise ValueError(f"{path}: expected tensors by name, got {type(weights).__name__}")
     for name, tensor in weights.items():
@@ -160,6 +159,8 @@ def read_ddpm(folder: str | Path) -> Content:
             if config[name] not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {config[name]!r}")
         variance = VARIANCES[config["variance_type"]]
+        size = _weights_file(_unet_folder(folder)).stat().st_size
+        check_length("num_train_timesteps", config["num_train_timesteps"], size)
         arguments = {
             "schedule": _schedule(config),
             "timesteps": config["num_train_timesteps"],
@@ -269,7 +270,7 @@ def _read_config(path: Path, classes: tuple[str, ...]) -> Content:
     """The options in a configuration of one of `classes`."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
         raise ValueError(f"{path}: expected JSON ({error})") from error
     if not isinstance(config, dict) or config.get("_class_name") not in classes:
         got = config.get("_class_name") if isinstance(config, dict) else type(config).__name__

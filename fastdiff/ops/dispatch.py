@@ -1,11 +1,11 @@
-"""Which implementation runs an op: see `backend`."""
+"""Which implementation runs an op, see `backend`; and which tensors skip PyTorch's dispatcher, see `plain`."""
 
 import functools
 import importlib
 import importlib.util
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .memory import keep_freed_memory
 
-# From the start, so that it notices a fork.
+# Imported from the start, so that it notices a fork.
 importlib.import_module("..kernels.openmp", __package__)
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -30,17 +30,19 @@ _forced = _checked(os.environ.get("FASTDIFF_BACKEND") or None)
 
 
 def forced() -> str | None:
+    """The backend that was chosen by `backend` or by the environment; None if the tensor decides."""
     return _forced
 
 
 class backend:
-    """Force "triton", "cpu" or "reference" for every op of the process from here on, or within a `with` block; None
-    undoes it.
+    """Force "triton", "cpu" or "reference" for every op of the process, from here on or within a `with` block.
 
-    By default CUDA and ROCm tensors run the Triton kernels, and CPU tensors the kernels compiled by numba (extra
-    `[cpu]`), or the reference in plain PyTorch where numba is missing; float64 tensors always run the reference. The
-    environment variable FASTDIFF_BACKEND sets it from the start. "triton" on CPU tensors needs Triton's interpreter
-    (TRITON_INTERPRET=1), which then is the default too and is for verification only. ValueError for any other name.
+    None undoes it. By default CUDA and ROCm tensors run the Triton kernels. CPU tensors run the kernels compiled by
+    numba (extra `[cpu]`), or the reference in plain PyTorch if numba is missing. float64 tensors always run the
+    reference. The environment variable FASTDIFF_BACKEND sets the backend from the start. "triton" on CPU tensors needs
+    Triton's interpreter (TRITON_INTERPRET=1). With that it is the default too; it is for verification only.
+
+    Raises: ValueError for any other name.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -58,8 +60,10 @@ class backend:
 
 @functools.cache
 def launchers(name: str) -> Any:
-    """The launchers normal_, noising, loss, scale_ and update of a backend, and vlb, norm and norm_grad but for "cpu",
-    imported at first use."""
+    """The launchers of a backend by name, imported at first use: normal_, noising, loss, scale_ and update.
+
+    "triton" has vlb, norm and norm_grad too.
+    """
     if name == "cpu":
         keep_freed_memory()
         return importlib.import_module("..kernels.cpu", __package__)
@@ -81,44 +85,87 @@ def launchers(name: str) -> Any:
 
 @functools.cache
 def interpreting() -> bool:
-    """Of the first op: Triton itself looks once, when it is imported."""
+    """Whether Triton's interpreter runs the kernels. Read once: Triton itself only reads the variable at import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def has_numba() -> bool:
+    """Whether the kernels for CPU tensors can be compiled; warns once if not."""
     found = importlib.util.find_spec("numba") is not None
     if not found:
         warnings.warn(
-            "fastdiff runs CPU tensors in plain PyTorch; pip install fastdiff[cpu] adds compiled kernels", stacklevel=2
+            "fastdiff runs CPU tensors in plain PyTorch; pip install 'fastdiff-kernels[cpu]' adds compiled kernels",
+            stacklevel=2,
         )
     return found
 
 
+def backend_of(x: Tensor) -> str:
+    """The backend that x asks for: "triton", "cpu" or "reference"."""
+    if x.dtype == torch.float64:
+        return "reference"
+    return _forced or ("triton" if x.is_cuda or interpreting() else "cpu")
+
+
 def kernels_of(x: Tensor) -> Any:
-    """The launchers that serve x, or None for the reference."""
-    name = forced()
-    if x.dtype == torch.float64 or name == "reference":
+    """The launchers that serve x; None if the reference has to.
+
+    Raises: ValueError if a forced backend cannot run on the device of x.
+    """
+    name = backend_of(x)
+    if name == "reference":
         return None
-    if name is None:
-        if x.is_cuda or interpreting():
-            name = "triton"
-        elif has_numba():
-            name = "cpu"
-        else:
-            return None
-    if name == "triton" and not (x.is_cuda or interpreting()):
-        raise ValueError(f"backend: 'triton' expected a GPU tensor or TRITON_INTERPRET=1, got device {x.device}")
-    if name == "cpu":
-        if x.device.type != "cpu":
-            raise ValueError(f"backend: 'cpu' expected a CPU tensor, got device {x.device}")
-        kernels = launchers(name)
-        return kernels if x.dtype in kernels.CODES else None
-    return launchers(name)
+    if name == "triton":
+        if not (x.is_cuda or interpreting()):
+            raise ValueError(f"backend: 'triton' expected a GPU tensor or TRITON_INTERPRET=1, got device {x.device}")
+        return launchers(name)
+    if x.device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' expected a CPU tensor, got device {x.device}")
+    if _forced is None and not has_numba():
+        return None
+    kernels = launchers(name)
+    return kernels if x.dtype in kernels.CODES else None
 
 
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_PLAIN = _TENSORS | {type(None), int, float, str, bool}
+
+
+def unwatched() -> bool:
+    """Whether no compilation, mode, transform of functorch, trace or profiler is active."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+def plain(args: tuple[Any, ...]) -> bool:
+    """Whether nothing but the op itself needs to see this call, whose first argument is a tensor.
+
+    Nothing watches it, and its tensors lie on a CPU or GPU and are neither subclasses nor views that negate.
+    """
+    return (
+        unwatched()
+        and _PLAIN.issuperset(map(type, args))
+        and (args[0].is_cuda or args[0].is_cpu)
+        and not any(a.is_neg() for a in args if type(a) in _TENSORS)
+    )
+
+
+def launcher(name: str, x: Tensor) -> Callable[..., Any] | None:
+    """The launcher `name` of the backend that serves x, on the device of x; None if the reference has to run."""
+    launch = getattr(kernels_of(x), name, None)
+    if launch is not None and x.is_cuda and x.get_device() != torch._C._cuda_getDevice():
+        return functools.partial(_on_device, x.device, launch)
+    return launch
+
+
+def _on_device(device: torch.device, launch: Callable[..., Any], **operands: Any) -> Any:
     """Triton launches on the current device, which need not be the tensor's."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return nullcontext()
+    with torch.cuda.device(device):
+        return launch(**operands)

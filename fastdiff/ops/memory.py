@@ -1,8 +1,8 @@
-"""Fresh CPU memory without its price.
+"""Fresh CPU memory at a lower price.
 
-The first touch of every 4 KiB page of a fresh tensor is a fault, and where its memory goes back to the system when it
-is freed, that takes several times as long as to write it. Linux hands out 2 MiB at a time where it is told to
-(madvise(2), MADV_HUGEPAGE); PyTorch does so with THP_MEM_ALLOC_ENABLE=1.
+The first touch of every 4 KiB page of a fresh tensor is a page fault. If its memory goes back to the system when it is
+freed, the faults take several times as long as writing it. Linux can hand out 2 MiB at a time (madvise(2),
+MADV_HUGEPAGE); PyTorch asks for that with THP_MEM_ALLOC_ENABLE=1.
 """
 
 import ctypes
@@ -21,10 +21,11 @@ LARGEST = 2**25 - 2**16
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let the C library keep up to 64 MiB of freed memory for what is allocated next, once per process.
+    """Let the C library keep up to 64 MiB of freed memory for later allocations. Happens once per process.
 
-    glibc gives back what is free at the end of its heap beyond twice the largest block that was freed so far, up to
-    32 MiB; a small network, whose tensors are smaller, then faults in every layer. Nothing of this block is touched.
+    glibc gives back free memory at the end of its heap, beyond twice the largest block that was freed so far (up to
+    32 MiB). The tensors of a small network are smaller, so every layer would fault its memory in again. This frees one
+    large block, of which nothing is touched.
     """
     torch.empty(LARGEST, dtype=torch.uint8)
 
@@ -39,8 +40,7 @@ def _madvise() -> Any:
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:
-    """The same tensor, nothing of which was touched so far. It is advice: where the system does not take it, nothing
-    changes."""
+    """The same tensor, of which nothing was touched so far. This is a hint; the system may ignore it."""
     size = fresh.numel() * fresh.element_size()
     if size >= PAGE and fresh.is_cpu and (madvise := _madvise()):
         start, end = -(-fresh.data_ptr() // PAGE) * PAGE, (fresh.data_ptr() + size) // PAGE * PAGE

@@ -1,4 +1,4 @@
-"""How well drawn digits match real ones: Frechet distance of pixels, and the view of a classifier of digits."""
+"""How well drawn digits match real ones: the Frechet distance of their pixels, and what a classifier sees in them."""
 
 from dataclasses import dataclass
 
@@ -17,12 +17,18 @@ def _sqrt(matrix: np.ndarray) -> np.ndarray:
 
 
 def frechet_gaussian(m1: np.ndarray, s1: np.ndarray, m2: np.ndarray, s2: np.ndarray) -> float:
-    """Squared Frechet distance of N(m1, S1) and N(m2, S2), means (D,), covariances (D, D), float64.
+    """Squared Frechet distance of two Gaussians N(m1, S1) and N(m2, S2).
 
-    d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)
+        d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)
 
-    The root is taken of a symmetric matrix, so singular covariances (pixels that never change) do no harm.
-    Source: Dowson and Landau 1982, eq. 4; Heusel et al. 2017 (FID), eq. 6, which has the same trace.
+    The matrix under the root is symmetric, so singular covariances (pixels that never change) do no harm.
+
+    Args:
+        m1, m2: means, (D,), float64.
+        s1, s2: covariances, (D, D), float64.
+
+    Returns: d^2.
+    Reference: Dowson and Landau 1982, eq. 4; Heusel et al. 2017 (FID), eq. 6, which has the same trace.
     """
     root = _sqrt(s1)
     cross = np.sqrt(np.linalg.eigvalsh(root @ s2 @ root).clip(0)).sum()
@@ -30,9 +36,12 @@ def frechet_gaussian(m1: np.ndarray, s1: np.ndarray, m2: np.ndarray, s2: np.ndar
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """`frechet_gaussian` of Gaussians fitted to the pixels of two sets of images (N, C, H, W) in [-1, 1].
+    """`frechet_gaussian` of Gaussians fitted to the pixels of two sets of images.
 
-    Raises ValueError with fewer than 2 images on a side, or images of different shapes.
+    Args:
+        x, y: images, (N, C, H, W) in [-1, 1], at least 2 each.
+
+    Raises: ValueError for fewer images, or images of different shapes.
     """
     if min(len(x), len(y)) < 2 or x.shape[1:] != y.shape[1:]:
         raise ValueError(f"x, y: expected 2 or more images of one shape, got {tuple(x.shape)}, {tuple(y.shape)}")
@@ -42,14 +51,15 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 @dataclass
 class Report:
-    """Figures of the samples, each beside that of real digits (`_real`).
+    """Figures of the samples. A name that ends in _real is the same figure of real digits.
 
-    frechet_distance        of samples to the held-out half; _real: of the train half to the held-out half
-    classifier_confidence   mean largest probability; _real: on the held-out half
-    classifier_accuracy     on the held-out half, by a network trained on the train half
-    class_entropy           of the histogram of predicted classes, in nats; _max: ln 10
-    nearest_distance        mean L2 distance to the nearest image of the train half; _real: from the held-out half.
-                            Samples far nearer than real digits are copies.
+    Args:
+        frechet_distance: of the samples to the held-out half; _real is that of the train half to the held-out half.
+        classifier_confidence: mean of the largest probability; _real is that on the held-out half.
+        classifier_accuracy: on the held-out half, by a network trained on the train half.
+        class_entropy: of the histogram of predicted classes, in nats; _max is ln 10.
+        nearest_distance: mean L2 distance to the nearest image of the train half; _real is that from the held-out
+            half. Samples that are far nearer than real digits are copies.
     """
 
     n_samples: int
@@ -67,7 +77,13 @@ class Report:
 
 
 def evaluate(samples: Tensor) -> Report:
-    """Compare samples (N, 1, 8, 8) in [-1, 1] with the real digits. Raises ValueError on another shape."""
+    """Compare samples with the real digits.
+
+    Args:
+        samples: (N, 1, 8, 8) in [-1, 1], N of at least 2.
+
+    Raises: ValueError for another shape.
+    """
     if samples.ndim != 4 or samples.shape[1:] != (1, 8, 8) or len(samples) < 2:
         raise ValueError(f"samples: expected (N, 1, 8, 8) with N of at least 2, got {tuple(samples.shape)}")
     train_images, labels, held_out_images, held_out_labels = digits()
@@ -96,4 +112,5 @@ def evaluate(samples: Tensor) -> Report:
 
 
 def _nearest(x: Tensor, y: Tensor) -> float:
+    """Mean distance from an image of x to the nearest one of y."""
     return float(torch.cdist(x.flatten(1), y.flatten(1)).amin(1).mean())

@@ -7,8 +7,8 @@ import torch
 from hypothesis import strategies as st
 from strategies import DEVICE
 from torch import Tensor, nn
-from torchvision_standin import stock as import_stock
 
+from benchmarks.torchvision_standin import stock as import_stock
 from fastdiff.interop.denoising_diffusion import GaussianDiffusion
 
 stock = import_stock()

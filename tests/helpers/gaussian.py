@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion import Diffusion
 from fastdiff.process import VE, VP, Ladder, Process
-from fastdiff.steps import F
+from fastdiff.rows import columns
 
 MEAN, STD = (0.3, -0.5, 0.0, 0.2), (0.5, 0.1, 1.0, 0.02)
 
 
-def told(process: Process, c: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma), (B, 1) float64, from what the model is told: sigma, 999 t, or t - 1."""
-    c = c.double()
+def alpha_sigma(process: Process, condition: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma), (B, 1) float64, from what the model sees: sigma, 999 t, or t - 1."""
+    c = condition.double()
     if isinstance(process, VE | Ladder):
         return torch.ones_like(c)[:, None], c[:, None]
     made = process.at(c / 999 if isinstance(process, VP) else c + 1)
@@ -31,7 +31,7 @@ class Exact(nn.Module):
         self.mean, self.var = (torch.tensor(v, dtype=torch.float64) for v in (MEAN, [s * s for s in STD]))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        alpha, sigma = told(self.process, c)
+        alpha, sigma = alpha_sigma(self.process, c)
         r = (x.double() - alpha * self.mean) / (alpha**2 * self.var + sigma**2)
         x0, eps = self.mean + alpha * self.var * r, sigma * r
         return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "score": -r}[self.objective].to(x.dtype)
@@ -51,7 +51,7 @@ def moments(diffusion: Diffusion, sampler: Any = None, steps: Any = None, **opti
     sample 0 are the coefficients of the map."""
     sampler = diffusion.default_sampler if sampler is None else sampler
     table = diffusion.step_table(sampler, steps)
-    where = {k: 2 + i for i, k in enumerate((table.rows[:, F] != 0).nonzero().flatten().tolist())}
+    where = {k: 2 + i for i, k in enumerate((columns(table.rows).noise != 0).nonzero().flatten().tolist())}
     x_T = torch.zeros(2 + len(where), 4, dtype=diffusion.model.dtype_of_state.dtype)
     x_T[1] = table.start
 

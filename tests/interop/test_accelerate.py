@@ -10,9 +10,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from strategies import DEVICE
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from torchvision_standin import stock
 
 import fastdiff
+from benchmarks.torchvision_standin import stock
 from fastdiff.interop import diffusers as ours
 from fastdiff.plain import is_plain
 
@@ -125,7 +125,7 @@ def test_the_kernel_runs(name, monkeypatch):
     calls = []
     launchers = fastdiff.ops.dispatch.launchers("triton")
     launch = launchers.norm
-    monkeypatch.setattr(launchers, "norm", lambda *args: calls.append(0) or launch(*args))
+    monkeypatch.setattr(launchers, "norm", lambda **operands: calls.append(0) or launch(**operands))
     with fastdiff.backend("triton"):
         close(with_gradients(net), want, atol=1e-4)
     assert len(calls) == 2 * len(blocks)

@@ -37,15 +37,15 @@ constants = [{"BLOCK": block, "num_warps": warps} for block, warps in ((256, 2),
 calls = [(random.choice(tensors), random.choice((by, by[1:])), random.choice(numbers), random.choice(numbers),
           random.choice((0, 1)), random.random(), random.choice(constants)) for _ in range(120)]
 for x, incoming, batch, n, stride, factor, constant in calls:
-    operands = (batch, n, stride, factor)
+    operands = dict(grad_ptr=x, incoming_ptr=incoming, batch=batch, size=n, incoming_stride=stride, factor=factor)
     launched.clear()
-    launch.launch(scale_kernel, (3, 2, 1), (x, incoming), operands, constant)
-    scale_kernel[(3, 2, 1)](x, incoming, *operands, **constant)
+    launch.launch(scale_kernel, (3, 2, 1), **operands, **constant)
+    scale_kernel[(3, 2, 1)](**operands, **constant)
     (kernel, args, grid), (chosen, wanted, its) = launched
     assert kernel is chosen, (x.data_ptr() % 16, x.dtype, operands)
     assert grid == its and len(args) == len(wanted)
     assert all(a is b or a == b for a, b in zip(args, wanted)), (args, wanted)
-print(len(launch._compiled), len({id(k) for k, _ in launch._compiled.values()}))
+print(len(launch._compiled), len({id(k) for k in launch._compiled.values()}))
 """
 
 

@@ -1,13 +1,14 @@
 """The compiled kernels: budgets of bytes and instructions, what the code must and must not contain, exact addresses.
 
-One run of `benchmarks/roofline.py` compiles the common launches for GPUs that need not be here; every test reads its
-rows and its dump. It is another process because this one has Triton's interpreter in the place of its compiler.
+One run of `benchmarks/static_roofline.py` compiles the common launches for GPUs that need not be here. Every test reads
+its rows and its dump. It is another process because this one has Triton's interpreter in the place of its compiler.
 """
 
 import itertools
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,8 @@ import torch
 from fastdiff.kernels.launch import on_nvidia
 from PIL import Image
 
-from benchmarks.static import machine_code as _machine_code
+from benchmarks import pictures
 from benchmarks.static import roofline
-from fastdiff import cli
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "static_roofline.py"
 SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -186,12 +186,12 @@ def test_launchers_take_approximations_on_nvidia_alone(monkeypatch, cuda, hip, f
 
 STEPS = """
 import torch
-from benchmarks.static import machine_code as _machine_code, roofline
+from benchmarks.static import machine_code, roofline
 from fastdiff.kernels.loss import loss
 from fastdiff.kernels.noising import noising
 from fastdiff.kernels.update import update
 
-with _machine_code.compile_only(_machine_code.target_of("sm_90")) as compiled:
+with machine_code.compile_only(machine_code.target_of("sm_90")) as compiled:
     for batch, rows, k in ((1, 50, 0), (2, 50, 1), (16, 64, 2), (3, 1, 0)):
         x = torch.empty(batch, 3, 64, 64)
         index = torch.arange(rows)[k : k + 1]  # 16-byte aligned or not
@@ -327,66 +327,36 @@ def test_prediction_is_the_larger_of_two_times():
     assert roofline.predicted(2, 30.9)["B200"] == pytest.approx(0.284, abs=1e-3)
 
 
-LISTING = """
-        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
-        /*0010*/              @!P0 BRA 0x40 ;
-        /*0020*/                   MUFU.SIN R4, R4 ;
-        /*0030*/                   MUFU.COS R5, R5 ;
-        /*0040*/               @P1 EXIT ;
-        /*0050*/                   NOP ;
-        /*0060*/              @!P2 STG.E.128 desc[UR4][R2.64], R4 ;
-        /*0070*/              @!P2 BRA 0x0 ;
-        /*0080*/                   EXIT ;
-        /*0090*/                   BRA 0x90;
-"""
-
-
-def test_hot_path_skips_what_a_branch_can_skip():
-    opcodes = [instruction.split()[0] for instruction in _machine_code._hot_path(LISTING)]
-    assert opcodes == ["LDG.E.128", "BRA", "EXIT", "STG.E.128", "BRA", "EXIT"]
-
-
-def test_bytes_are_counted_from_the_types_of_tensors():
-    ttgir = """
-    %a = tt.load %p : !tt.ptr<i64> loc(#loc1)
-    %b = tt.load %q, %m : tensor<2048x!tt.ptr<bf16>, #blocked> loc(#loc2)
-    %c = tt.load %q, %m evictionPolicy = evict_last : tensor<2048x!tt.ptr<i64>, #blocked> loc(#loc2)
-    %c = tt.load %q {cachePolicy = #tt<eviction_policy = evict_last>} : tensor<2048x!tt.ptr<i64>, #blocked> loc(#loc2)
-    %d = amdg.buffer_load %p[%o], %m {contiguity = 8 : i32} : tensor<1x512xf32, #blocked> loc(#loc3)
-    %e = amdg.buffer_load %p[%o], %m {contiguity = 8 : i32} : !tt.ptr<f32> -> tensor<256xf32, #blocked> loc(#loc3)
-    tt.store %q, %v, %m : tensor<2048x!tt.ptr<i1>, #blocked> loc(#loc4)
-    """
-    assert _machine_code.tensor_bytes(ttgir) == {"load": 4096 + 2048 + 1024, "store": 2048}
-    assert _machine_code.tensor_bytes(ttgir, threads=512) == {"load": 4096 + 2048, "store": 2048}
-    assert _machine_code.largest_tensor(ttgir) == 2048
-
-
-def test_narrowest_access():
-    assert _machine_code.narrowest([64, 128, 32, 128], 32) == 128
-    assert _machine_code.narrowest([64, 128, 32], 24) == 64
-    assert _machine_code.narrowest([32], 0) is None
-    with pytest.raises(RuntimeError, match="40 bytes"):
-        _machine_code.narrowest([128, 128], 40)
-
-
 def test_plot(all_rows, tmp_path):
+    """A bar for each common kernel on sm_90 and for each of torch.compile's."""
+    bars = roofline.bars(all_rows)
+    own = [r for r in chosen(all_rows, target="sm_90") if r["source"] != "inductor"]
+    theirs = [r for r in all_rows if r["source"] == "inductor"]
+    assert len(bars) == len(own) + len(theirs)
+    assert bars[0] == ("fastdiff", "normal plain, float32, noise generated", own[0]["predicted_roofline"]["H100"])
     path = tmp_path / "roofline.png"
-    roofline.plot(all_rows, path)
+    pictures.save(pictures.roofline(bars), path)
     with Image.open(path) as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
     assert {(255, 255, 255), (0x34, 0x65, 0xA4)} <= colours
 
 
-def test_options_without_static(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert cli.main(["bench", "--dump", str(tmp_path)]) == 1
-    assert "--dump: expected --static with it" in capsys.readouterr().err
+@pytest.fixture
+def script():
+    """benchmarks/static_roofline.py as a module."""
+    return runpy.run_path(str(SCRIPT))
 
 
-def test_the_interpreter_is_refused(capsys, monkeypatch):
+def test_unknown_options_are_refused(capsys, script):
+    with pytest.raises(SystemExit):
+        script["main"](["--static"])
+    assert "unrecognized arguments: --static" in capsys.readouterr().err
+
+
+def test_the_interpreter_is_refused(capsys, monkeypatch, script):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert cli.main(["bench", "--static"]) == 1
-    assert "TRITON_INTERPRET" in capsys.readouterr().err
+    assert script["main"](["--size", "quick"]) == 1
+    assert capsys.readouterr().err.startswith("benchmarks: error: TRITON_INTERPRET")
 
 
 def test_torch_compile_stands_in_the_same_table(run, all_rows, rows):

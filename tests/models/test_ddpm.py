@@ -364,7 +364,7 @@ def test_progress(capsys, monkeypatch):
     assert torch.equal(ddpm.sample((2, 3), seed=0, progress=True), quiet)
     assert "12/12" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    with pytest.raises(ImportError, match=r"pip install fastdiff\[train\]"):
+    with pytest.raises(ImportError, match=r"pip install 'fastdiff-kernels\[train\]'"):
         ddpm.sample((2, 3), seed=0, progress=True)
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tape import tensors, waits
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fastdiff
 from fastdiff import DDPM, UNet, ops
@@ -29,14 +29,6 @@ UNET = {
     "layers_per_block": 1,
     "norm_num_groups": 2,
 }
-READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-
-
-def waits(func, args) -> bool:
-    """Whether an operator needs a value on the host: a number, or the size of its result."""
-    if func is torch.ops.aten.index.Tensor:  # by numbers of elements it needs none
-        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1]))
-    return bool(READS & set(func.tags))
 
 
 class Net(nn.Module):
@@ -57,10 +49,6 @@ def fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def tensors(*trees) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 
 class Capture(TorchDispatchMode):
@@ -246,12 +234,14 @@ def test_reduce_overhead_on_a_gpu(monkeypatch):
     ddpm.compile(fullgraph=True)
     assert asked == [{"fullgraph": True}] * 2
     asked.clear()
-    with FakeTensorMode():
+    with FakeTensorMode() as fake:
         net.conv.weight = nn.Parameter(torch.empty(3, 3, 3, 3, device="cuda"))
-    ddpm.compile(fullgraph=True)
+        ddpm.compile(fullgraph=True)
+    assert net.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert asked == [{"fullgraph": True}, {"mode": "reduce-overhead", "fullgraph": True}]
     asked.clear()
-    ddpm.compile(mode="default")
+    with fake:
+        ddpm.compile(mode="default")
     assert asked == [{"mode": "default"}] * 2
 
 

@@ -22,7 +22,7 @@ class Net(nn.Module):
         self.linear = nn.Linear(3, 3)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        self.told = c
+        self.condition = c
         return self.linear(x) + 0.1 * torch.sin(c).view(-1, 1, 1)
 
 
@@ -32,12 +32,12 @@ def seeded():
 
 
 def plain_loss(
-    net: Net, x0: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, told: Tensor, g2: Tensor | None,
+    net: Net, x0: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, condition: Tensor, g2: Tensor | None,
     objective: str, kind: str, weighting: str,
 ) -> Tensor:  # fmt: skip
     """Per sample; the weights are written for the errors of eps, x_0 and score, and passed on by the chain rule."""
     alpha, sigma, x0, z = alpha.view(-1, 1, 1), sigma.view(-1, 1, 1), x0.double(), z.double()
-    pred = net((alpha * x0 + sigma * z).float(), told.float()).double()
+    pred = net((alpha * x0 + sigma * z).float(), condition.float()).double()
     y = {"eps": z, "x0": x0, "v": alpha * z - sigma * x0, "score": -z / sigma}[objective]
     norm = alpha**2 + sigma**2
     x0_error = {"eps": sigma / alpha, "x0": 1.0, "v": sigma / norm, "score": sigma**2 / alpha}[objective]
@@ -72,14 +72,14 @@ def test_loss_of_an_sde(sde, objective, weighting, kind):
     beta, total = 0.1 + 19.9 * t, 0.1 * t + 19.9 * t**2 / 2
     if sde == "ve":
         alpha, sigma = torch.ones_like(t), 0.01 * 5000**t
-        g2, told = 2 * sigma**2 * math.log(5000), sigma
+        g2, condition = 2 * sigma**2 * math.log(5000), sigma
     else:
-        alpha, told = (-total / 2).exp(), 999 * t
+        alpha, condition = (-total / 2).exp(), 999 * t
         sigma, g2 = (1 - (-total).exp()).sqrt(), beta
         if sde == "subvp":
             sigma, g2 = sigma**2, beta * (1 - (-2 * total).exp())
     model = ScoreSDE(net, sde, objective, kind, weighting)
-    expected = plain_loss(net, x0, z, alpha, sigma, told, g2, objective, kind, weighting)
+    expected = plain_loss(net, x0, z, alpha, sigma, condition, g2, objective, kind, weighting)
     check(model, expected, x0, t, z)
 
 
@@ -91,7 +91,7 @@ def test_loss_of_a_ladder(objective, weighting):
     model = NCSN(net, 1.0, 0.01, 5, objective, weighting=weighting)
     expected = plain_loss(net, x0, z, torch.ones_like(sigma), sigma, sigma, None, objective, "mse", weighting)
     check(model, expected, x0, t, z)
-    torch.testing.assert_close(net.told, sigma.float())
+    torch.testing.assert_close(net.condition, sigma.float())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -115,8 +115,8 @@ def test_times_are_uniform_from_first_to_1(sde):
     net = Net()
     model = ScoreSDE(net, sde)
     model(torch.zeros(8000, 1, 3))
-    told = net.told.double()
-    t = told / 999 if sde == "vp" else (told / 0.01).log() / math.log(5000)
+    condition = net.condition.double()
+    t = condition / 999 if sde == "vp" else (condition / 0.01).log() / math.log(5000)
     first = model.process.first
     assert first - 1e-6 <= t.min() < first + 2e-3 and 1 - 2e-3 < t.max() <= 1 + 1e-6
     counts = torch.histc(t.float(), 4, first, 1)
@@ -144,7 +144,7 @@ def two_modes(name: str, model: nn.Module) -> Diffusion:
 
 
 def levels(process: Process, c: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma), (B, 1), from what the model is told."""
+    """(alpha, sigma), (B, 1), from what the model is condition."""
     if isinstance(process, VP):
         made = process.at(c / 999)
         return made.alpha.float()[:, None], made.sigma.float()[:, None]

@@ -1,5 +1,7 @@
 """Predictions converted between eps, x0, v and score, for any level of any process."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,16 @@ from torch import Tensor, nn
 
 from fastdiff import DDPM, NCSN, ScoreSDE, schedule
 from fastdiff.diffusion import Diffusion
-from fastdiff.objective import OBJECTIVES, conversion_rows, target_rows, weights
+from fastdiff.objective import (
+    OBJECTIVES,
+    conversion_rows,
+    needs_noise,
+    needs_signal,
+    target_rows,
+    uses_noise,
+    uses_x0,
+    weights,
+)
 from fastdiff.process import VE, VP, Process, SubVP
 from fastdiff.schedule import NoiseSchedule
 
@@ -48,6 +59,51 @@ def test_score_is_minus_eps_over_sigma():
     assert u == 0 and v.item() == pytest.approx(-1 / made.sigma.item(), rel=1e-15)
     p, q = target_rows(made, "score")
     assert p == 0 and q == v
+
+
+def test_what_follows_from_the_row_of_an_objective():
+    """v is the only one that determines data and noise at both ends and holds both."""
+    assert [o for o in OBJECTIVES if uses_x0(o)] == ["x0", "v"]
+    assert [o for o in OBJECTIVES if uses_noise(o)] == ["eps", "v", "score"]
+    assert [o for o in OBJECTIVES if needs_signal(o)] == ["eps", "score"]
+    assert [o for o in OBJECTIVES if needs_noise(o)] == ["x0", "score"]
+
+
+# By end, what pred determines there: wanted = u x_t + v pred.
+DATA, NOISE = (1.0, 0.0), (0.0, 2.0)
+KNOWN = {
+    (DATA, "eps", "x0"): (1, 0),
+    (DATA, "eps", "v"): (0, 1),
+    (DATA, "v", "x0"): (1, 0),
+    (DATA, "v", "eps"): (0, 1),
+    (DATA, "score", "x0"): (1, 0),
+    (DATA, "score", "eps"): (0, 0),  # whose noise is 0, as its score is finite
+    (DATA, "score", "v"): (0, 0),
+    (NOISE, "eps", "score"): (0, -0.5),
+    (NOISE, "score", "eps"): (0, -2),
+    (NOISE, "x0", "eps"): (0.5, 0),
+    (NOISE, "x0", "v"): (0, -2),
+    (NOISE, "v", "x0"): (0, -0.5),
+    (NOISE, "v", "eps"): (0.5, 0),
+    (NOISE, "x0", "score"): (-0.25, 0),
+    (NOISE, "v", "score"): (-0.25, 0),
+}
+
+
+def test_limits_at_data_and_in_pure_noise():
+    """Finite where x_t and the prediction determine what is wanted, and only there."""
+    for end in (DATA, NOISE):
+        alpha, sigma = torch.tensor(end, dtype=torch.float64).split(1)
+        made = NoiseSchedule(alpha.log(), sigma, vp=False)
+        for have in OBJECTIVES:
+            for wanted in OBJECTIVES:
+                u, v = (row.item() for row in conversion_rows(made, have, wanted))
+                if have == wanted:
+                    assert (u, v) == (0, 1)
+                elif (end, have, wanted) in KNOWN:
+                    assert (u, v) == KNOWN[end, have, wanted], (end, have, wanted)
+                else:
+                    assert not (math.isfinite(u) and math.isfinite(v)), (end, have, wanted)
 
 
 class Given(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastdiff import DDPM, reference, schedule, steps
 from fastdiff.objective import OBJECTIVES
 from fastdiff.process import grid
+from fastdiff.rows import WIDTH, columns, make_rows
 from fastdiff.schedule import NoiseSchedule, make_schedule
 from fastdiff.steps import LOG_ZERO, StepTable
 
@@ -120,7 +121,7 @@ def some_levels(n: int, mask: int) -> Tensor:
 
 
 @rules
-@given(betas, st.integers(0, 1023), st.sampled_from(OBJECTIVES), st.floats(0, 1))
+@given(betas, st.integers(0, 1023), st.sampled_from(list(OBJECTIVES)), st.floats(0, 1))
 def test_every_row_keeps_the_marginals(values, mask, objective, eta):
     """With the true x_0, x_t = alpha_t x_0 + sigma_t eps becomes alpha_s x_0 + q eps + f z with q^2 + f^2 = sigma_s^2;
     and for one x_0 that is Bayes' rule where eta = 1."""
@@ -133,14 +134,14 @@ def test_every_row_keeps_the_marginals(values, mask, objective, eta):
     zero, one = 0 * alpha, 1 + 0 * alpha
     p, q = {"eps": (zero, one), "x0": (one, zero), "v": (-sigma, alpha), "score": (zero, -1 / sigma)}[objective]
     for table in tables:
-        a, b, c, d, e, f, g, _, w = table.rows.unbind(1)
-        gain = 1e-13 * (a.abs() + b.abs() + 1)
-        assert ((a * alpha[t] + b * p[t] - 1).abs() <= gain).all()
-        assert ((a * sigma[t] + b * q[t]).abs() <= gain).all()
-        torch.testing.assert_close(c + d * alpha[t], alpha[s], rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close((d * sigma[t]) ** 2 + f**2, sigma[s] ** 2, rtol=1e-9, atol=1e-12)
-        assert (e == 0).all() and (g == 0).all() and (w == 1).all()
-        assert (f[s == 0] == 0).all() and table.keep == "none" and len(table) == len(t)
+        row = columns(table.rows)
+        gain = 1e-13 * (row.x0_from_x.abs() + row.x0_from_pred.abs() + 1)
+        assert ((row.x0_from_x * alpha[t] + row.x0_from_pred * p[t] - 1).abs() <= gain).all()
+        assert ((row.x0_from_x * sigma[t] + row.x0_from_pred * q[t]).abs() <= gain).all()
+        torch.testing.assert_close(row.from_x0 + row.from_x * alpha[t], alpha[s], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close((row.from_x * sigma[t]) ** 2 + row.noise**2, sigma[s] ** 2, rtol=1e-9, atol=1e-12)
+        assert (row.from_pred == 0).all() and (row.from_hist == 0).all() and (row.guidance == 1).all()
+        assert (row.noise[s == 0] == 0).all() and table.keep == "none" and len(table) == len(t)
         assert torch.equal(table.levels, levels)
     ancestral, same = tables[0], steps.ddim(made, levels, objective, clip, 1.0)
     torch.testing.assert_close(same.rows, ancestral.rows, rtol=1e-6, atol=1e-7)
@@ -161,7 +162,7 @@ def test_learned_variance_reaches_from_posterior_to_beta(objective):
     made, levels = schedule.cosine(6), grid(6, None)
     tables = {name: steps.ancestral(made, levels, objective, 1.0, name) for name in steps.VARIANCES}
     learned = tables["learned"].rows
-    assert (learned[-1, [5, 7]] == LOG_ZERO).all()
+    assert columns(learned).noise[-1] == columns(learned).noise_high[-1] == LOG_ZERO
     g = torch.Generator().manual_seed(0)
     x, pred, z = torch.randn(3, 6, 5, generator=g, dtype=torch.float64)
     step = torch.arange(6)
@@ -183,7 +184,7 @@ def test_denoise_rows(objective):
     """Row t turns x_t and the true prediction into x_0; where eps does not determine it, the row is NaN."""
     made = schedule.raised_cosine(8)
     rows = steps.denoise_rows(made, objective)
-    assert rows.shape == (9, 9)
+    assert rows.shape == (9, WIDTH)
     g = torch.Generator().manual_seed(0)
     x0, z = torch.randn(2, 9, 5, generator=g, dtype=torch.float64)
     alpha, sigma = made.alpha[:, None], made.sigma[:, None]
@@ -200,9 +201,21 @@ def test_raised_cosine_steps_out_of_pure_noise():
     made = schedule.raised_cosine(T)
     for s in (0, 1, 500, T - 1):
         for objective in ("x0", "v"):
-            row = steps.ancestral(made, torch.tensor([T, s]), objective).rows[0]
-            assert row[0] == 0 and abs(row[1]) == 1 and row[3] == 0
-            assert row[2] == made.alpha[s] and row[5] == made.sigma[s]
+            row = columns(steps.ancestral(made, torch.tensor([T, s]), objective).rows[0])
+            assert row.x0_from_x == 0 and abs(row.x0_from_pred) == 1 and row.from_x == 0
+            assert row.from_x0 == made.alpha[s] and row.noise == made.sigma[s]
+
+
+def test_rows_by_the_names_of_their_columns():
+    """Columns are views, what is not named is 0, and a name that is no column is refused."""
+    rows = make_rows(torch.zeros(3), torch.float64, noise=torch.tensor([1.0, 2.0, 3.0]), from_x=0.5)
+    assert rows.shape == (3, WIDTH) and rows.dtype == torch.float64
+    assert columns(rows).noise.tolist() == [1, 2, 3] and columns(rows).from_x.tolist() == [0.5] * 3
+    assert rows.sum() == 7.5
+    columns(rows).guidance.fill_(2.0)
+    assert rows.sum() == 13.5
+    with pytest.raises(TypeError, match=r"scale: expected a column, one of x0_from_x, .*guidance"):
+        make_rows(torch.zeros(3), scale=1.0)
 
 
 # --- grid -------------------------------------------------------------------------------------------------------
@@ -273,7 +286,6 @@ def test_rows_beyond_float32():
     with pytest.raises(ValueError, match=r"steps: the step from level 2 to 1 has coefficients beyond float32: \[1"):
         steps.ancestral(weak, torch.tensor([2, 1, 0]), "eps", 1.0)
     for value in (math.inf, math.nan, 1e39):
-        rows = torch.zeros(2, 9, dtype=torch.float64)
-        rows[1, 3] = value
+        rows = make_rows(torch.zeros(2, dtype=torch.float64), from_x=torch.tensor([0.0, value]))
         with pytest.raises(ValueError, match="steps: the step from level 5 to 0 has coefficients beyond float32"):
             StepTable(torch.tensor([7, 5, 0]), rows, noisy=False)

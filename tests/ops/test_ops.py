@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import fastdiff
 from fastdiff import ops, reference
 from fastdiff.ops import dispatch as _backend
-from fastdiff.ops import library as _library
+from fastdiff.ops import registry
 
 ROWS = 6
 CPU = torch.device("cpu")
@@ -308,7 +308,7 @@ def test_gradient_of_update_is_that_of_the_reference(backend, shape, dtype, salt
         plain = ops.update(x.detach(), pred.detach(), table, step, seed=3)
     assert out.dtype == dtype
     assert_close(plain, out.detach().double(), 100 * ARITHMETIC, 2, backend)
-    a, b, c, d, e = (i.double() for i in reference.rows_of(table, step, x)[:5])
+    a, b, c, d, e = (i.double() for i in reference.coefficients(table, step, x)[:5])
     for leaf, slope in ((x, c * a + d), (pred, c * b + e)):
         assert_close(leaf.grad, slope.expand(shape), 10 * ARITHMETIC)
 
@@ -388,7 +388,7 @@ def chosen(monkeypatch):
     class Launchers:
         def __init__(self, name):
             self.CODES = {torch.float32: 0}
-            self.noising = lambda *args: seen.append(name)
+            self.noising = lambda **operands: seen.append(name)
 
     def plain(x0, *args):
         seen.append("reference")
@@ -433,7 +433,7 @@ def test_the_default_backend_of_cpu_tensors(chosen, interpreter, monkeypatch):
         monkeypatch.setitem(sys.modules, "numba", None)
         _backend.has_numba.cache_clear()
         try:
-            with pytest.warns(UserWarning, match=r"pip install fastdiff\[cpu\]") as caught:
+            with pytest.warns(UserWarning, match=r"pip install 'fastdiff-kernels\[cpu\]'") as caught:
                 assert chosen() == chosen() == "reference"
             assert len(caught) == 1, "one hint is enough"
         finally:
@@ -571,12 +571,13 @@ def test_nothing_reads_a_tensor(monkeypatch):
 
     class Launchers:
         def __getattr__(self, name):
-            return lambda *args: launched.append(name)
+            return lambda **operands: launched.append(name)
 
-    monkeypatch.setattr(_library, "kernels_of", lambda x: Launchers())
-    _library._normal_(x, seed, t, t, 0)
-    _library._noising(x, t, two, seed, t, None, 1)
-    _, grad = _library._loss(x, x, t, three, seed, t, None, 1, "mse", 1.0, True, True)
-    _library._scale_(grad, x[:, 0, 0, 0], 0.5)
-    _library._update_(x, x, nine, t, seed, t, None, None, None, None, 1.0, "none", 2)
+    monkeypatch.setattr(_backend, "kernels_of", lambda x: Launchers())
+    run = {name: op.implementation for name, op in registry.OPS.items()}
+    run["normal_"](x, seed, t, t, 0)
+    run["noising"](x, t, two, seed, t, None, 1)
+    _, grad = run["loss"](x, x, t, three, seed, t, None, 1, "mse", 1.0, True, True)
+    run["scale_"](grad, x[:, 0, 0, 0], 0.5)
+    run["update_"](x, x, nine, t, seed, t, None, None, None, None, 1.0, "none", 2)
     assert launched == ["normal_", "noising", "loss", "scale_", "update"]

@@ -1,4 +1,3 @@
-import json
 import math
 import pickle
 import signal
@@ -9,27 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_run import CPU, TINY, assert_same_files, rewrite, run
 
-from fastdiff import files
-from fastdiff.training import checkpoint, data, evaluate
-from fastdiff.training import loop as training
-from fastdiff.training.loop import DIGITS, Options
-
-CPU = torch.device("cpu")
-TINY = {**DIGITS, "data": "digits", "channels": 8, "batch_size": 16, "timesteps": 20, "warmup": 2}
-
-
-def run(out: Path, resume: bool = False, **options) -> int:
-    state = checkpoint.load(out / "model.safetensors") if resume else None
-    return training.train(Options(**{**TINY, **options}), out, CPU, state)
-
-
-def assert_same_files(a: Path, b: Path) -> None:
-    first, second = load_file(a), load_file(b)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
+from fastdiff import files, training
+from fastdiff.training import DIGITS, Options, checkpoint, data, evaluate, loop
 
 # data
 
@@ -153,24 +135,24 @@ def test_update_ema_is_the_convex_sum():
     ema, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     expected = [0.9 * a + 0.1 * b for a, b in zip(ema.parameters(), model.parameters(), strict=True)]
     kept = [p.clone() for p in model.parameters()]
-    training.update_ema(ema, model, 0.9)
+    loop.update_ema(ema, model, 0.9)
     torch.testing.assert_close(list(ema.parameters()), expected)
     torch.testing.assert_close(list(model.parameters()), kept, rtol=0, atol=0)
 
 
 def test_ema_of_a_run_follows_the_weights(tmp_path):
     seen = []
-    original = training.update_ema
+    original = loop.update_ema
 
     def spy(ema, model, decay):
         seen.append(decay)
         original(ema, model, decay)
 
-    training.update_ema = spy
+    loop.update_ema = spy
     try:
         run(tmp_path, steps=3, ema=0.2)
     finally:
-        training.update_ema = original
+        loop.update_ema = original
     assert seen == pytest.approx([1 / 10, 2 / 11, 0.2])
 
 
@@ -231,14 +213,14 @@ def test_resume_is_exact_in_every_bit(tmp_path):
 def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, monkeypatch, number):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole, steps=4)
-    original, handler = training.update_ema, signal.getsignal(number)
+    original, handler = loop.update_ema, signal.getsignal(number)
 
     def raise_at_second_step(*args):
         original(*args)
         if args[2] == pytest.approx(2 / 11):
             signal.raise_signal(number)
 
-    monkeypatch.setattr(training, "update_ema", raise_at_second_step)
+    monkeypatch.setattr(loop, "update_ema", raise_at_second_step)
     assert run(parts, steps=4) == 2
     assert signal.getsignal(number) is handler
     monkeypatch.undo()
@@ -302,16 +284,6 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def rewrite(path: Path, tensors: dict | None = None, **changes) -> None:
-    """Save the checkpoint again with some tensors and metadata changed."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        metadata = json.loads(file.metadata()["fastdiff"])
-    kept = {name: tensor for name, tensor in {**load_file(path), **(tensors or {})}.items() if tensor is not None}
-    save_file(kept, path, {"fastdiff": json.dumps({**metadata, **changes})})
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -329,11 +301,14 @@ def rewrite(path: Path, tensors: dict | None = None, **changes) -> None:
         (lambda p: rewrite(p, config={"schedule": "none"}), "usable fastdiff checkpoint"),
         (lambda p: rewrite(p, model="Other"), "model 'Other', expected one of DDPM, NCSN, ScoreSDE"),
         (lambda p: rewrite(p, {"ema.conv_in.weight": torch.zeros(16, 1, 3, 3)}), "conv_in.weight"),
-        (lambda p: rewrite(p, {"optimizer.0.exp_avg": torch.zeros(3)}), "optimizer's state 0 does not fit"),
+        (
+            lambda p: rewrite(p, {"optimizer.0.exp_avg": torch.zeros(3)}),
+            "optimizer.0.exp_avg: the config",
+        ),
         (lambda p: rewrite(p, {"optimizer.999.step": torch.zeros(())}), "unknown tensor 'optimizer.999.step'"),
         (lambda p: rewrite(p, {"other": torch.zeros(3)}), "unknown tensor 'other'"),
         (lambda p: rewrite(p, {"rng.cpu": torch.zeros(3)}), "usable fastdiff checkpoint"),
-        (lambda p: rewrite(p, {"optimizer.0.step": None}), "no tensor '0.step'"),
+        (lambda p: rewrite(p, {"optimizer.0.step": None}), "no tensor 'optimizer.0.step'"),
     ],
 )
 def test_foreign_and_spoiled_checkpoints_are_told_in_one_line(tmp_path, tiny, spoil, message):
@@ -388,5 +363,15 @@ def test_writable_finds_what_cannot_be_written(tmp_path):
 
 
 def test_a_missing_dependency_names_the_extra():
-    with pytest.raises(ImportError, match=r"no_such_module is not installed: pip install fastdiff\[train\]"):
-        files.need("no_such_module")
+    for extra, args in (("train", ()), ("ode", ("ode",))):
+        with pytest.raises(ImportError) as error:
+            files.need("no_such_module", *args)
+        assert str(error.value) == f"no_such_module is not installed: pip install 'fastdiff-kernels[{extra}]'"
+
+
+def test_old_paths_lead_to_what_moved():
+    import fastdiff.checkpoint
+    import fastdiff.data
+
+    assert fastdiff.checkpoint.load_model is checkpoint.load_model
+    assert fastdiff.data.save_grid is data.save_grid and fastdiff.data.digits is data.digits

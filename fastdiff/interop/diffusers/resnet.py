@@ -32,7 +32,7 @@ class ResnetBlock2D(diffusers.models.resnet.ResnetBlock2D):
                 raise ValueError("temb: expected a tensor with time_embedding_norm 'scale_shift', got None")
             h = norm_silu(self.norm2, h, *temb.expand(len(h), -1).chunk(2, dim=1))
         else:
-            h = norm_silu(self.norm2, h if temb is None else h + temb[:, :, None, None])
+            h = norm_silu(self.norm2, h, add=temb)
         h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x.contiguous() if self.training else x)

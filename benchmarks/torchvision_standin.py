@@ -1,5 +1,8 @@
-"""Of torchvision what denoising-diffusion-pytorch uses: PyPI has torchvision for CUDA alone, which a CPU build of torch
-cannot load. `stock()` imports the package with this in its place, and leaves no trace of it for other libraries."""
+"""Stands in for torchvision, so that denoising-diffusion-pytorch imports beside a CPU build of torch.
+
+PyPI has torchvision for CUDA only, which such a build cannot load. `stock` imports the package with this in the place
+of torchvision, and then takes it away again, so that other libraries do not see it.
+"""
 
 import importlib
 import sys
@@ -40,7 +43,7 @@ def save_image(images: Tensor, path: str, nrow: int = 8) -> None:
 
 
 def stock() -> Any:
-    """The module denoising_diffusion_pytorch.denoising_diffusion_pytorch."""
+    """The module denoising_diffusion_pytorch.denoising_diffusion_pytorch. Raises ImportError if there is none."""
     transforms = SimpleNamespace(
         Compose=Compose,
         Lambda=lambda function: function,

@@ -1,0 +1,72 @@
+"""Slow checks: compute-sanitizer over launches of every kernel, the tests marked gpu, and a packaged step."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from .launches import LAUNCHES
+from .results import ROOT
+from .rows import Figures, NotAvailable, Row, Setup
+
+
+def sanitizer(tool: str, name: str, setup: Setup) -> Figures:
+    """What a tool of compute-sanitizer says of the launches of an operation."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        raise NotAvailable("compute-sanitizer is not installed")
+    # Each tensor its own allocation: within a block of PyTorch's cache an access beside a tensor is not found.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    launches = [sys.executable, "-m", "benchmarks.gpu.launches", name, str(setup.device)]
+    command = [program, "--tool", tool, "--error-exitcode", "9", *launches]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout + done.stderr)
+    summary = found[-1] if found else f"no summary: {done.stderr.strip()[-500:]}"
+    if done.returncode:
+        raise RuntimeError(summary)
+    return {"summary": summary}
+
+
+def tests(arguments: Sequence[str]) -> Figures:
+    """Outcome counts of tests, which run on the GPU where there is one. arguments: which, for pytest."""
+    # Most of the time is compilation, one processor for each worker.
+    workers = ["-n", "auto"] if find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-500:]])[-1]
+    if done.returncode:
+        failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        raise RuntimeError("\n".join([last, *failures]))
+    return {word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped)", last)}
+
+
+def packaged_step(setup: Setup) -> Figures:
+    """Stock PyTorch's own packaged step, in a process of its own: it may die."""
+    command = [sys.executable, "-m", "benchmarks.gpu.packaged_step", str(setup.device)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {done.stderr.strip()[-1500:]}")
+    return {"runs": True}
+
+
+def rows(setup: Setup) -> list[Row]:
+    def sanitized(tool: str) -> list[Row]:
+        return [Row(tool, name, functools.partial(sanitizer, tool, name, setup), seconds=120) for name in LAUNCHES]
+
+    def tested(case: str, method: str, arguments: list[str], seconds: float) -> Row:
+        chosen = setup.size(arguments, ["--version"])
+        return Row(case, method, functools.partial(tests, chosen), seconds)
+
+    packaged = "tests/models/test_graphs.py::test_a_packaged_step_runs_in_another_process"
+    return [
+        *sanitized("racecheck"),
+        tested("tests", "marked gpu", ["-m", "gpu", "tests"], 180),
+        Row("packaged step", "stock PyTorch", functools.partial(packaged_step, setup), 120),
+        tested("packaged step", "fastdiff", [packaged], 120),
+        *sanitized("memcheck"),
+        tested("tests", "ops and kernels", ["-m", "not gpu", "tests/ops", "tests/kernels"], 300),
+    ]

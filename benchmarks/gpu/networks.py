@@ -1,0 +1,90 @@
+"""The networks of the stages sampling and training, with random weights, and the loop that pipelines run on them."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.workloads import network
+from fastdiff.unet import UNet
+
+from .rows import NotAvailable, Setup
+
+# The configuration of the U-Net of Stable Diffusion 1.5; its other values are diffusers' defaults. 860M parameters.
+STABLE_DIFFUSION = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+TINY: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+TINY_UNET = TINY | {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+TINY_STABLE_DIFFUSION = TINY | {
+    "cross_attention_dim": 16,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+TOKENS = 77
+
+
+def diffusers() -> Any:
+    try:
+        return importlib.import_module("diffusers")
+    except ImportError as error:
+        raise NotAvailable(f"diffusers does not import: {error}") from error
+
+
+def cifar10(setup: Setup) -> UNet:
+    """fastdiff's U-Net of google/ddpm-cifar10-32, 35.7M parameters."""
+    if setup.toy:
+        torch.manual_seed(0)
+        return UNet(**TINY_UNET).to(setup.device)
+    return network(setup.device, "cifar10")
+
+
+def stock_cifar10(setup: Setup) -> Any:
+    """The same network of diffusers, with the same weights."""
+    own = cifar10(setup)
+    unet = diffusers().UNet2DModel(**own.config).to(setup.device)
+    unet.load_state_dict(own.state_dict())
+    return unet
+
+
+def stable_diffusion(setup: Setup) -> Any:
+    torch.manual_seed(0)
+    with setup.device:  # 860M random numbers take long on a CPU
+        return diffusers().UNet2DConditionModel(**setup.size(STABLE_DIFFUSION, TINY_STABLE_DIFFUSION)).eval()
+
+
+class Pipeline:
+    """The loop of DDIMPipeline and StableDiffusionPipeline, from x_T to x_0, without text encoder and VAE.
+
+    The U-Net gets its time on the device and the scheduler on the host, so that neither waits for the other: this is
+    the quickest way to write that loop.
+    """
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        self.unet, self.scheduler = unet, scheduler
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {"unet": self.unet, "scheduler": self.scheduler}
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, steps: int, text: Tensor | None = None, guidance: float = 7.5) -> Tensor:
+        """text: (2 B, tokens, width), without and with the prompt; None if the U-Net takes none."""
+        self.scheduler.set_timesteps(steps)
+        for t, time in zip(self.scheduler.timesteps, self.scheduler.timesteps.to(x.device), strict=True):
+            if text is None:
+                pred = self.unet(x, time, return_dict=False)[0]
+            else:
+                both = self.unet(torch.cat([x, x]), time, encoder_hidden_states=text, return_dict=False)[0]
+                without, prompted = both.chunk(2)
+                pred = without + guidance * (prompted - without)
+            x = self.scheduler.step(pred, t, x, return_dict=False)[0]
+        return x

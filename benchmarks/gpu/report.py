@@ -1,0 +1,182 @@
+"""The pages made from results: one for each device, and the table of the README."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from fastdiff.files import replacing
+
+from .results import files, read
+from .rows import STAGES
+
+# Where the README's table stands.
+BEGIN, END = "<!-- gpu figures -->", "<!-- end of gpu figures -->"
+
+# What the columns of a table are called, in their order.
+JOB = {
+    "per_s": "a second",
+    "ms_per_step": "ms a step",
+    "gpu_ms_per_step": "GPU ms a step",
+    "host_ms_per_step": "host ms a step",
+    "kernels_per_step": "kernels a step",
+    "peak_mb": "peak MB",
+    "first_call_s": "first call s",
+    "off_float32": "off float32",
+    "off_eager": "off eager",
+}
+WAYS = {
+    "fused": "fastdiff",
+    "fused_out": "into a buffer",
+    "reference": "eager",
+    "compile": "torch.compile",
+    "copy": "copy",
+}
+# Columns that are made of two others.
+RATIOS = {"eager / fastdiff": ("reference", "fused"), "of a copy": ("copy", "fused")}
+TITLES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "smoke": ("Smoke", "Each kernel against the float64 reference, and a captured sample.", {}),
+    "sampling": ("Sampling", "DDIM, 50 steps, bfloat16. Images a second; for SD 1.5 iterations a second.", JOB),
+    "training": ("Training", "Images a second of whole steps under autocast to bfloat16.", JOB),
+    "operations": ("Operations", "Milliseconds of the GPU's work, captured in a CUDA graph; beside it a copy.", WAYS),
+    "host": ("The host", "Microseconds that a call holds up the program, while the GPU works on.", WAYS),
+    "checks": ("Checks", "compute-sanitizer, tests, and a packaged step.", {}),
+}
+# Rows of the README: (what, unit, prefix of the keys, how the names of our methods begin). Best of ours, of the others.
+JOBS = [
+    ("sampling, cifar10 U-Net, batch 1", "images/s", "sampling / cifar10 U-Net, batch 1 / ", "fastdiff"),
+    ("sampling, cifar10 U-Net, batch 16", "images/s", "sampling / cifar10 U-Net, batch 16 / ", "fastdiff"),
+    ("sampling, cifar10 U-Net, batch 256", "images/s", "sampling / cifar10 U-Net, batch 256 / ", "fastdiff"),
+    ("sampling, SD 1.5 U-Net, batch 1", "it/s", "sampling / SD 1.5 U-Net, batch 1 / ", "accelerate"),
+    ("training, cifar10 U-Net, batch 16", "images/s", "training / cifar10 U-Net, batch 16 / ", "fastdiff"),
+    ("training, cifar10 U-Net, batch 128", "images/s", "training / cifar10 U-Net, batch 128 / ", "fastdiff"),
+]
+# Where those are not measured: operations on 50 million elements, against eager PyTorch.
+OPERATIONS = [
+    ("a sampler's step", "reverse_update"),
+    ("noising", "forward_noising"),
+    ("loss and its gradient", "loss_forward_backward"),
+    ("group norm and SiLU with gradients", "group_norm_silu"),
+]
+HEADLINES = 6
+
+Rows = dict[str, dict[str, Any]]
+
+
+def write_all(folder: Path, readme: Path) -> None:
+    """The page of every results file in a folder, and the README's table of all of them."""
+    contents = {write_page(path): read(path) for path in files(folder)}
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN in text and END in text:
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        tables = "\n".join(headline_table(content, page, readme.parent) for page, content in contents.items())
+        _write(readme, f"{before}{BEGIN}\n{tables}{END}{after}")
+
+
+def write_page(path: Path) -> Path:
+    """Write the page of a results file beside it. Returns the page's path."""
+    page = path.with_suffix(".md")
+    _write(page, markdown(read(path)))
+    return page
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The whole page of a device."""
+    runs = content["runs"]
+    lines = [f"# {_device(content)}", "", "Made from the JSON file beside it by `python -m benchmarks.gpu report`.", ""]
+    for name, machine in runs.items():
+        lines += [f"Run `{name}`:", ""]
+        lines += [f"- {key}: {value}" for key, value in machine.items() if key != "notes"]
+        lines += [f"- {note}" for note in machine.get("notes", [])]
+        lines.append("")
+    for stage in STAGES:
+        rows = {
+            key.partition(" / ")[2]: row for key, row in content["rows"].items() if key.startswith(f"{stage.name} /")
+        }
+        if rows:
+            title, text, columns = TITLES[stage.name]
+            lines += [f"## {title}", "", text, "", *_table(rows, columns, len(runs) > 1), *_without_figures(rows)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(rows: Rows, columns: dict[str, str], several_runs: bool) -> list[str]:
+    """The rows that have figures, one line each, in the columns that any of them has."""
+    measured = {name: row for name, row in rows.items() if "figures" in row}
+    if not measured:
+        return []
+    had = {key for row in measured.values() for key in row["figures"]}
+    columns = {key: columns[key] for key in columns if key in had} | {key: key for key in sorted(had - {*columns})}
+    ratios = {title: pair for title, pair in RATIOS.items() if had.issuperset(pair)}
+    titles = ["", "", *columns.values(), *ratios, *["run"] * several_runs]
+    lines = [_line(titles), "|---" * len(titles) + "|"]
+    for name, row in measured.items():
+        figures = row["figures"]
+        numbers = [_number(figures.get(key)) for key in columns]
+        quotients = [_ratio(figures, *pair) for pair in ratios.values()]
+        lines.append(_line([*name.split(" / "), *numbers, *quotients, *[f"`{row['run']}`"] * several_runs]))
+    return [*lines, ""]
+
+
+def _without_figures(rows: Rows) -> list[str]:
+    """A list of the rows that have none, and why."""
+    words = {"error": "FAILED", "not_available": "not available", "not_run": "not run"}
+    found = []
+    for name, row in rows.items():
+        for key, word in words.items():
+            if key in row:
+                found.append(f"- {name}: {word}: {' '.join(str(row[key]).split())[:500]}")
+    return [*found, ""] if found else []
+
+
+def headline_table(content: dict[str, Any], page: Path, beside: Path) -> str:
+    """The README's table of a device: whole jobs first, then operations, six rows at most."""
+    rows, lines = content["rows"], []
+    for what, unit, prefix, ours in JOBS:
+        if best := _best(rows, prefix, ours):
+            own, other = best
+            lines.append(_line([what, f"{own:.4g} {unit}", f"{other:.4g} {unit}", f"{own / other:.2f}x"]))
+    for what, name in OPERATIONS:
+        figures = rows.get(f"operations / {name} / bfloat16 256x3x256x256", {}).get("figures")
+        if figures:
+            own, other = (figures[way] for way in ("fused", "reference"))
+            lines.append(_line([what, f"{own:.4g} ms", f"{other:.4g} ms", f"{other / own:.2f}x"]))
+    if not lines:
+        return ""
+    title = f"[{_device(content)}]({os.path.relpath(page, beside)}), bfloat16, against the best of the others:"
+    return "\n".join([title, "", "| | fastdiff | others | |", "|---|---|---|---|", *lines[:HEADLINES]]) + "\n"
+
+
+def _best(rows: Rows, prefix: str, ours: str) -> tuple[float, float] | None:
+    """(best of ours, best of the others) a second. None unless both were measured."""
+    own: list[float] = []
+    other: list[float] = []
+    for key, row in rows.items():
+        if key.startswith(prefix) and "figures" in row:
+            (own if key.removeprefix(prefix).startswith(ours) else other).append(row["figures"]["per_s"])
+    return (max(own), max(other)) if own and other else None
+
+
+def _device(content: dict[str, Any]) -> str:
+    """The device's name, such as NVIDIA H100 80GB HBM3."""
+    device = next(iter(content["runs"].values()))["device"]
+    inside = re.search(r"\((.*)\)", device)
+    return inside[1] if inside else device
+
+
+def _ratio(figures: dict[str, float], over: str, under: str) -> str:
+    return f"{figures[over] / figures[under]:.2f}" if {over, under} <= figures.keys() else ""
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

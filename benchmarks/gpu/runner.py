@@ -1,0 +1,46 @@
+"""The one loop of the kit: every row of the stages once, within a budget of seconds."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .results import Results
+from .rows import Setup, Stage
+from .worker import Worker
+
+
+def run(
+    stages: Sequence[Stage], setup: Setup, budget: float, results: Results, say: Callable[[str], object] = print
+) -> list[dict[str, Any]]:
+    """Measure what `results` has not, and write each row as soon as it is there. Returns the outcomes of this run.
+
+    A row whose time limit is longer than what is left of the budget, or of its stage, is recorded as not run.
+    """
+    end = time.monotonic() + budget
+    outcomes = []
+    for stage in stages:
+        last = min(end, time.monotonic() + stage.seconds)
+        with Worker(stage, setup) as worker:
+            for row in stage.rows(setup):
+                key = f"{stage.name} / {row.name}"
+                if results.has(key):
+                    continue
+                left = last - time.monotonic()
+                outcome = worker.start(left) if row.seconds <= left else None
+                left = last - time.monotonic()
+                if outcome is None and row.seconds <= left:
+                    outcome = worker.run(row.name, row.seconds)
+                elif outcome is None:
+                    reason = f"its limit is {row.seconds:.0f} s and {max(0, left):.0f} s were left"
+                    outcome = {"not_run": reason}
+                results.put(key, outcome)
+                outcomes.append(outcome)
+                say(f"{key}: {_short(outcome)}")
+    return outcomes
+
+
+def _short(outcome: dict[str, Any]) -> str:
+    """One line for the eye."""
+    if "figures" not in outcome:
+        return ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in outcome.items() if key != "seconds")
+    return str({k: round(v, 4) if isinstance(v, float) else v for k, v in outcome["figures"].items()})

@@ -1,0 +1,131 @@
+"""Sampling with two U-Nets in bfloat16: DDIM steps from noise to data, as users of diffusers and of fastdiff do it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastdiff
+from fastdiff import DDPM
+
+from .measure import job
+from .networks import TOKENS, Pipeline, cifar10, diffusers, stable_diffusion, stock_cifar10
+from .rows import Figures, NotAvailable, Row, Setup
+
+STEPS, TOY_STEPS = 50, 2
+# Images that are compared with those in float32, at most.
+COMPARED = 4
+
+Sampler = Callable[[Tensor], Tensor]
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want||. It is reported and has no bound: it grows with the steps."""
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+# --- the U-Net of ddpm-cifar10-32 -------------------------------------------------------------------------------
+
+
+def stock_sampler(setup: Setup, mode: str | None) -> Sampler:
+    """diffusers, eager or compiled with channels_last. Spacing and clip are such that all methods do the same steps."""
+    unet = stock_cifar10(setup).eval().to(torch.bfloat16)
+    if mode:
+        unet.to(memory_format=torch.channels_last).compile(mode=mode)
+    pipeline = Pipeline(unet, diffusers().DDIMScheduler(timestep_spacing="trailing", clip_sample=False))
+    layout = torch.channels_last if mode else torch.contiguous_format
+    return lambda x: pipeline(x.to(torch.bfloat16, memory_format=layout), setup.size(STEPS, TOY_STEPS))
+
+
+def own_sampler(setup: Setup, options: dict[str, Any], compiled: bool = False) -> Sampler:
+    ddpm = DDPM(cifar10(setup).eval(), clip=None).to(setup.device)
+    if compiled:
+        ddpm.compile()
+    given = {"sampler": "ddim", "steps": setup.size(STEPS, TOY_STEPS), "dtype": torch.bfloat16, **options}
+    return lambda x: ddpm.sample(tuple(x.shape), x_T=x, **given)
+
+
+CIFAR10_METHODS: dict[str, Callable[[Setup], Sampler]] = {
+    "diffusers eager": lambda setup: stock_sampler(setup, None),
+    "fastdiff eager": lambda setup: own_sampler(setup, {"graph": False}),
+    "fastdiff graph": lambda setup: own_sampler(setup, {"graph": True}),
+    "diffusers reduce-overhead": lambda setup: stock_sampler(setup, "reduce-overhead"),
+    "fastdiff compiled": lambda setup: own_sampler(setup, {}, compiled=True),
+    "diffusers max-autotune": lambda setup: stock_sampler(setup, "max-autotune"),
+}
+
+
+def sample_cifar10(batch: int, method: str, setup: Setup) -> Figures:
+    steps, size = setup.size((STEPS, 32), (TOY_STEPS, 8))
+    random = torch.Generator(setup.device).manual_seed(0)
+    x = torch.randn(batch, 3, size, size, generator=random, device=setup.device)
+    sampler = CIFAR10_METHODS[method](setup)
+    figures = job(lambda: sampler(x), setup.device, steps=steps, units=batch)
+    plain = DDPM(cifar10(setup).eval(), clip=None).to(setup.device)
+    want = plain.sample(tuple(x[:COMPARED].shape), sampler="ddim", steps=steps, x_T=x[:COMPARED])
+    return figures | {"off_float32": distance(sampler(x)[:COMPARED], want)}
+
+
+# --- the U-Net of Stable Diffusion 1.5 --------------------------------------------------------------------------
+
+
+def stock(pipeline: Pipeline, mode: str | None) -> None:
+    """What a user of diffusers does for speed."""
+    if mode:
+        pipeline.unet.to(memory_format=torch.channels_last).compile(mode=mode)
+
+
+def accelerated(pipeline: Pipeline, **options: Any) -> None:
+    if not fastdiff.accelerate(pipeline, **options):
+        raise NotAvailable("accelerate replaced nothing")
+
+
+STABLE_DIFFUSION_METHODS: dict[str, Callable[[Pipeline], None]] = {
+    "diffusers eager": lambda pipeline: stock(pipeline, None),
+    "accelerate eager": lambda pipeline: accelerated(pipeline),
+    "accelerate graph": lambda pipeline: accelerated(pipeline, graph=True),
+    "diffusers reduce-overhead": lambda pipeline: stock(pipeline, "reduce-overhead"),
+    "accelerate compiled": lambda pipeline: accelerated(pipeline, compile=True),
+    "diffusers max-autotune": lambda pipeline: stock(pipeline, "max-autotune"),
+}
+
+
+def sample_stable_diffusion(batch: int, method: str, setup: Setup) -> Figures:
+    """per_s are iterations of the loop: one call of the U-Net with both branches of the guidance."""
+    unet = stable_diffusion(setup).to(torch.bfloat16)
+    schedule: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = diffusers().DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipeline, steps = Pipeline(unet, scheduler), setup.size(STEPS, TOY_STEPS)
+    config, random = unet.config, torch.Generator(setup.device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=setup.device).to(torch.bfloat16)
+
+    x = draw(batch, config.in_channels, config.sample_size, config.sample_size)
+    text = draw(2 * batch, TOKENS, config.cross_attention_dim)
+    want = pipeline(x, TOY_STEPS, text)
+    STABLE_DIFFUSION_METHODS[method](pipeline)
+    figures = job(lambda: pipeline(x, steps, text), setup.device, steps=steps, units=steps)
+    return figures | {"off_eager": distance(pipeline(x, TOY_STEPS, text), want)}
+
+
+# Seconds that a row may take. Compiling a large U-Net takes minutes.
+LIMITS = {"eager": 60, "graph": 60, "reduce-overhead": 180, "compiled": 180, "max-autotune": 300}
+
+
+def rows(setup: Setup) -> list[Row]:
+    """First what needs no compiler, for both networks and all batches, and last what needs it longest."""
+    found = []
+    for batch in setup.size([1, 16, 256], [2]):
+        for method in CIFAR10_METHODS:
+            found.append((f"cifar10 U-Net, batch {batch}", method, sample_cifar10, batch))
+    for batch in setup.size([1, 4], [1]):
+        for method in STABLE_DIFFUSION_METHODS:
+            found.append((f"SD 1.5 U-Net, batch {batch}", method, sample_stable_diffusion, batch))
+    rows = [
+        Row(case, method, functools.partial(sample, batch, method, setup), LIMITS[method.split()[-1]])
+        for case, method, sample, batch in found
+    ]
+    return sorted(rows, key=lambda row: row.seconds)

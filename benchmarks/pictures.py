@@ -1,0 +1,117 @@
+"""The pictures of the figures, by matplotlib. Each fits a printed page and says which direction is better."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdiff.files import replacing
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("--plot needs matplotlib: pip install 'fastdiff-kernels[dev]'") from error
+
+PAGE = (8.0, 11.0)  # inches: the largest picture
+DPI = 110
+OWN, OTHER, NEUTRAL = "#3465a4", "#cc7722", "#888888"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
+
+
+def operations(lines: Sequence[Mapping[str, Any]], machine: str, titles: Mapping[str, str]) -> Figure:
+    """Bars of nanoseconds per element: a row of panels for each operation, a column for each data type and shape.
+
+    Args:
+        lines: as `table.measure` returns them.
+        machine: what was measured on.
+        titles: the name of each row, in the order of the bars.
+    """
+    shown = {  # the rows of each operation
+        name: [r for r in titles if any(r in line["ns_per_element"] for line in lines if line["operation"] == name)]
+        for name in dict.fromkeys(line["operation"] for line in lines)
+    }
+    kinds = list(dict.fromkeys((line["dtype"], tuple(line["shape"])) for line in lines))
+    counts = [2 + len(rows) for rows in shown.values()]
+    figure = Figure(figsize=(PAGE[0], min(PAGE[1], 1.0 + 0.22 * sum(counts))), layout="constrained")
+    text = "Nanoseconds per element: shorter is better. In brackets: times as long as fastdiff."
+    figure.suptitle(f"{text}\n{machine}", fontsize=9)
+    panels = figure.subplots(len(shown), len(kinds), squeeze=False, sharey="row", height_ratios=counts)
+    for line in lines:
+        rows, kind = shown[line["operation"]], (line["dtype"], tuple(line["shape"]))
+        panel = panels[list(shown).index(line["operation"])][kinds.index(kind)]
+        taken = [line["ns_per_element"].get(row, 0.0) for row in rows]
+        bars = panel.barh(range(len(rows)), taken, color=[OWN if row.startswith("fused") else OTHER for row in rows])
+        panel.bar_label(bars, [_time(row, line) for row in rows], padding=2, fontsize=7)
+        panel.set_yticks(range(len(rows)), [titles[row] for row in rows], fontsize=7)
+        panel.set_xlim(0, 1.5 * max(taken))
+        panel.tick_params(axis="x", labelsize=7)
+        name = line["operation"].replace("_", " ")
+        panel.set_title(f"{name}\n{kind[0]}, {'x'.join(map(str, kind[1]))}", fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[-1]:
+        panel.set_xlabel("ns per element", fontsize=8)
+    for first, *others in panels:
+        first.invert_yaxis()  # fastdiff on top; a row of panels shares this axis
+        for panel in others:
+            panel.tick_params(axis="y", length=0)
+    return figure
+
+
+def _time(row: str, line: Mapping[str, Any]) -> str:
+    """0.26, or 2.52 (9.7x fastdiff's time), or a dash if the library has no such operation."""
+    if row not in line["ns_per_element"]:
+        return "-"
+    ratio = line["ratio"].get(row)
+    return f"{line['ns_per_element'][row]:.2f}" + ("" if ratio is None else f" ({ratio:.2g}x)")
+
+
+def quality(rows: Sequence[Mapping[str, Any]], real: float, colours: Mapping[str, str]) -> Figure:
+    """Frechet distance over images per second, one curve for each sampler; each point names its steps.
+
+    Args:
+        rows: as `quality.measure` returns them.
+        real: the distance between two halves of the real images, which no sampler has to beat.
+        colours: the colour of each sampler.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for sampler, colour in colours.items():
+        own = [row for row in rows if row["sampler"] == sampler]
+        points = [(row["images_per_s"], row["frechet_distance"]) for row in own]
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1, label=sampler)
+        offset = (0, -12 if sampler == "dpm++2m" else 6)  # two samplers lie close together
+        for row, point in zip(own, points, strict=True):
+            where: Any = {"xytext": offset, "textcoords": "offset points", "ha": "center"}
+            axes.annotate(str(row["steps"]), point, color=colour, fontsize=8, **where)
+    axes.axhline(real, color=NEUTRAL, linewidth=0.8, linestyle="--", label="two halves of the real digits")
+    axes.set(
+        xscale="log", xlabel="images per second (right is better)", ylim=(0, None),
+        ylabel="Frechet distance to held-out digits (down is better)", title="Each point names its number of steps",
+    )  # fmt: skip
+    axes.legend(loc="lower left", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def roofline(bars: Sequence[tuple[str, str, float]]) -> Figure:
+    """A bar for each compiled kernel: the predicted fraction of the H100's memory roofline.
+
+    Args:
+        bars: (source, label, fraction in (0, 1]) of each kernel.
+    """
+    figure = Figure(figsize=(PAGE[0], min(PAGE[1], 1.0 + 0.16 * len(bars))), layout="constrained")
+    axes = figure.subplots()
+    colours = [{"fastdiff": OWN, "inductor": OTHER}.get(source, NEUTRAL) for source, _, _ in bars]
+    drawn = axes.barh(range(len(bars)), [100 * fraction for _, _, fraction in bars], color=colours)
+    axes.bar_label(drawn, [f"{fraction:.0%}" for _, _, fraction in bars], padding=2, fontsize=6)
+    axes.set_yticks(range(len(bars)), [f"{source}: {label}" for source, label, _ in bars], fontsize=6)
+    axes.set_xlabel("predicted % of the memory roofline of an H100 SXM (longer is better)", fontsize=8)
+    axes.set_xlim(0, 110)
+    axes.margins(y=0.005)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,256 @@
+"""Sampling steps captured as CUDA graphs.
+
+A captured step has tensors of its own: the state, what the sampler remembers, the tables of all steps, and a counter on
+the device. It reads the rows of the step that the counter names, overwrites the state and counts on. A replay is one
+launch: it runs no Python of the model and copies no inputs. It does what the plain loop does, bit for bit.
+
+    captures.steps(run)     the steps of a run, for sampling.walk: replayed, or captured by their first run
+    what_forbids(...)       why a step cannot be captured
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .denoiser import Denoiser
+from .ops.dispatch import forced
+from .sampling import Operands, Run, Steps, advance, conditions, given_noise
+
+# Captures are kept for this many kinds of call; each holds the memory of one step.
+MOST_CAPTURES = 4
+# Steps of each kind that run before one is captured: kernels are compiled, libraries set up.
+WARM_UP = 2
+
+Function = Callable[[], None]
+
+
+class Recorder(Protocol):
+    """Records what a function does on the device, so that it can be done again without Python."""
+
+    def warm_up(self, function: Function, strict: bool = False) -> None:
+        """Run it as it will be recorded. strict: raise RuntimeError if it waits for the device."""
+
+    def record(self, function: Function) -> Function:
+        """Record it, without running it, and return what replays it."""
+
+
+class CudaGraphs:
+    """A Recorder that makes CUDA graphs, which share their memory: one runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, function: Function, strict: bool = False) -> None:
+        current, mode = torch.cuda.current_stream(self.device), torch.cuda.get_sync_debug_mode()
+        self.stream.wait_stream(current)
+        try:
+            if strict:
+                torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(self.stream):
+                function()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            current.wait_stream(self.stream)
+
+    def record(self, function: Function) -> Function:
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        # cuBLAS takes its workspace from the graph's own memory: PyTorch may free the one outside.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # Other threads, such as those that pin memory for a DataLoader, go on meanwhile.
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                function()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.set_stream(current)  # a failed capture leaves its own
+        replay: Function = graph.replay
+        return replay
+
+
+class CapturedSteps:
+    """The steps of all runs of one kind, see `kind_of`: tensors of their own, and a graph for each kind of step."""
+
+    def __init__(self, run: Run, recorder: Recorder) -> None:
+        self.recorder, self.required = recorder, False
+        self.weights = weights_of(run.denoiser.model)
+        self.graphs: dict[str, Function] = {}
+        self.warm_ups: dict[str, int] = {}
+        self.run = run
+        self.x = torch.empty_like(run.x)
+        first = Steps(run)
+        self.rows, self.condition, self.hist = first.rows, first.condition, first.hist
+        self.counter = torch.zeros(1, dtype=torch.int64, device=run.x.device)
+        self.noise = torch.empty_like(self.x) if run.noise is not None else None
+        self.seed = None if run.seed is None else run.seed.clone()
+        self.sample_ids = None if run.sample_ids is None else run.sample_ids.clone()
+        self.model_kwargs = {
+            name: value.clone() if isinstance(value, Tensor) else value for name, value in run.model_kwargs.items()
+        }
+        self.time_arguments: dict[str, Tensor] | None = None
+
+    def begin(self, run: Run, required: bool) -> "CapturedSteps":
+        """Take the inputs of a run of the same kind. required: whether a step that cannot be captured is an error."""
+        self.run, self.required = run, required
+        self.x.copy_(run.x)
+        self.rows.copy_(run.table.rows)
+        self.condition.copy_(conditions(run))
+        self.counter.zero_()
+        if self.hist is not None:
+            self.hist.zero_()
+        if self.seed is not None and run.seed is not None:
+            self.seed.copy_(run.seed)
+        if self.sample_ids is not None and run.sample_ids is not None:
+            self.sample_ids.copy_(run.sample_ids)
+        for name, value in self.model_kwargs.items():
+            if isinstance(value, Tensor):
+                value.copy_(run.model_kwargs[name])
+        return self
+
+    def start(self) -> None:
+        computed = self.run.denoiser.time_arguments(self.condition[:, 0])
+        if self.time_arguments is None:
+            self.time_arguments = {name: rows.clone() for name, rows in computed.items()}
+        else:
+            for name, rows in self.time_arguments.items():
+                rows.copy_(computed[name])
+
+    def take(self, k: int) -> None:
+        kind, given = self.run.table.kinds[k], given_noise(self.run, k)
+        if self.noise is not None and given is not None:
+            self.noise.copy_(given)
+        if kind not in self.graphs and not self._warm_up(kind):
+            self.graphs[kind] = self._record(kind)
+        if kind in self.graphs:
+            self.graphs[kind]()
+
+    def finish(self) -> Tensor:
+        x = self.run.x.copy_(self.x)
+        self.run = replace(self.run, x=self.x, noise=None, model_kwargs={})  # not to keep what the caller owns
+        return x
+
+    def _warm_up(self, kind: str) -> bool:
+        """Take the step without a graph, if it is one of the first of its kind; else False."""
+        count = self.warm_ups[kind] = self.warm_ups.get(kind, 0) + 1
+        if count > WARM_UP:
+            return False
+        try:
+            self.recorder.warm_up(lambda: self._advance(kind), strict=count == WARM_UP)
+        except RuntimeError as error:
+            if count < WARM_UP:
+                raise
+            self.graphs[kind] = self._without(kind, error)  # nothing has changed: a step writes at its end
+        return True
+
+    def _record(self, kind: str) -> Function:
+        """What replays a step of that kind."""
+        try:
+            return self.recorder.record(lambda: self._advance(kind))
+        except RuntimeError as error:
+            return self._without(kind, error)
+
+    def _without(self, kind: str, error: RuntimeError) -> Function:
+        """What takes a step that cannot be captured; the error itself if a graph is required."""
+        if self.required:
+            raise error
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"graph: the step cannot be captured and runs without ({reason})", stacklevel=2)
+        return lambda: self.recorder.warm_up(lambda: self._advance(kind))
+
+    def _advance(self, kind: str) -> None:
+        """The step that the counter names, with nothing that depends on the run but by these tensors."""
+        run, at = self.run, self.counter
+        seed = self.seed if self.noise is None and run.options.noisy else None
+        operands = Operands(self.rows, at, seed, self.sample_ids, self.noise, self.hist)
+        ahead = {name: rows.index_select(0, at) for name, rows in (self.time_arguments or {}).items()}
+        condition = self.condition.index_select(0, at)[0]
+        advance(kind, run.denoiser, self.x, condition, operands, run.options, {**ahead, **self.model_kwargs})
+        at.add_(1)
+
+
+class Captures:
+    """Captured steps by kind of run, the most recent ones, each until a weight of the model moves. Copies are empty."""
+
+    def __init__(self, recorder: Callable[[torch.device], Recorder] = CudaGraphs) -> None:
+        self.recorder = recorder
+        self.kept: OrderedDict[Any, CapturedSteps] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Captures, ()
+
+    def steps(self, run: Run, required: bool = False) -> CapturedSteps:
+        """The steps of a run, captured before or to be captured by it.
+
+        required: raise RuntimeError if a step cannot be captured; else it runs without, with a warning.
+        """
+        kind = kind_of(run)
+        steps = self.kept.get(kind)
+        if steps is None or steps.weights != weights_of(run.denoiser.model):
+            steps = CapturedSteps(run, self.recorder(run.x.device))
+        self.kept[kind] = steps
+        self.kept.move_to_end(kind)
+        while len(self.kept) > MOST_CAPTURES:
+            self.kept.popitem(last=False)
+        return steps.begin(run, required)
+
+
+def what_forbids(denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -> str | None:
+    """What a step would need to be captured, and lacks; None if nothing forbids it."""
+    device, model = denoiser.device, denoiser.model
+    if device.type != "cuda":
+        return f"a model on CUDA, got one on {device.type}"
+    if not batch:
+        return "at least one sample, got none"
+    if torch.is_autocast_enabled(device.type):
+        return "no autocast, whose copies of the weights do not outlive it; use dtype"
+    if any(p.device != device for p in model.parameters()):
+        return "all weights on one device, got several"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return "a model without forward hooks, which a replay would not call"
+    plain = (Tensor, bool, int, float, str, type(None))
+    wrong = [name for name, value in model_kwargs.items() if not isinstance(value, plain)]
+    if wrong:
+        return f"tensors and plain values as arguments of the model, got {wrong[0]}"
+    return None
+
+
+def kind_of(run: Run) -> Any:
+    """What a captured step has in common with the step of another run; all else is copied into its tensors."""
+    arguments = tuple(
+        (name, (tuple(v.shape), v.dtype, v.device) if isinstance(v, Tensor) else repr(v))
+        for name, v in sorted(run.model_kwargs.items())
+    )
+    return (
+        tuple(run.x.shape),
+        run.x.stride(),
+        run.x.dtype,
+        run.x.device,
+        len(run.table),
+        run.options,
+        run.denoiser.model.__class__,
+        run.denoiser.parameter_dtype,
+        run.noise is None,
+        run.seed is None,
+        run.sample_ids is None,
+        arguments,
+        forced(),
+        torch.get_float32_matmul_precision(),
+    )
+
+
+def weights_of(model: nn.Module) -> tuple[Any, ...]:
+    """Where the weights are, and which modules use them: a captured step stays valid while this stays the same."""
+    tensors = (*model.parameters(), *model.buffers())
+    return (
+        tuple((t.data_ptr(), t.dtype, t.stride()) for t in tensors),
+        tuple((id(m), type(m)) for m in model.modules()),
+    )

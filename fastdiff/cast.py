@@ -1,0 +1,61 @@
+"""A copy of a network in another floating type, made once and refreshed."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TYPES = (torch.bfloat16, torch.float16)
+
+
+def channels_last_convolutions(model: nn.Module) -> None:
+    """Lay out the weights of 2d convolutions channels last, in place.
+
+    It is the layout that fast convolutions read, on GPUs and CPUs alike; they convert any other at every call. Their
+    outputs follow it, so that a whole network runs channels last.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
+
+
+class Casts:
+    """The copy of a model in another type. Its memory stays the same while the model's modules and tensors do.
+
+    Every `get` copies the weights again, in one pass: a change through `.data` would leave no other trace. Copies and
+    pickles are empty.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[torch.dtype, tuple[nn.Module, tuple[Any, ...], list[Tensor], list[Tensor]]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Casts, ()
+
+    def get(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """The model with all floating parameters and buffers in that type, and channels_last 2d convolutions."""
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+        modules = tuple((id(m), type(m)) for m in model.modules())
+        made, of_modules, of_tensors, cast = self._copies.get(dtype, (None, (), [], []))
+        same = of_modules == modules and len(tensors) == len(of_tensors)
+        if made is None or not (same and all(a is b for a, b in zip(tensors, of_tensors, strict=True))):
+            with torch.inference_mode(False), torch.no_grad():
+                made = _cast_copy(model, tensors, dtype)
+            cast = [t for t in (*made.parameters(), *made.buffers()) if t.is_floating_point()]
+            self._copies = {dtype: (made, modules, tensors, cast)}
+        else:
+            with torch.no_grad():
+                torch._foreach_copy_(cast, [t.detach() for t in tensors])
+        return made
+
+
+def _cast_copy(model: nn.Module, tensors: list[Tensor], dtype: torch.dtype) -> nn.Module:
+    """A deep copy whose floating tensors are made in the other type at once, so that none is copied in its own."""
+    known: dict[int, Any] = {}
+    for tensor in tensors:
+        cast = tensor.detach().to(dtype, copy=True)
+        known[id(tensor)] = nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
+    made = copy.deepcopy(model, known).to(dtype)  # nothing is left to cast, but layers may arrange their weights
+    channels_last_convolutions(made)
+    return made

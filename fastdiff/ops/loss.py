@@ -1,0 +1,151 @@
+"""The weighted regression loss, with its gradient in the same pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import dispatch
+from .checks import (
+    as_index,
+    as_sample_ids,
+    check_choice,
+    check_floating,
+    check_like,
+    check_range,
+    check_table,
+    noise_source,
+)
+from .memory import in_huge_pages
+from .noise import FORWARD
+from .quick import Call, quick
+from .registry import NOISE, Op
+from .stored import scaled, stored_scale, take_once
+
+LOSSES = ("mse", "l1", "huber")
+
+
+@quick
+def loss(
+    pred: Tensor,
+    t: int | Tensor,
+    table: Tensor,
+    *,
+    x0: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    noise: Tensor | None = None,
+    kind: str = "mse",
+    delta: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """L = w_t mean(rho(pred - y)) with y = p_t x_0 + q_t z.
+
+    With the seed of `noising` the noise is drawn again, not read. The gradient by pred is computed in the same pass, so
+    backward works once. Differentiable by pred, x0 and noise.
+
+    Args:
+        pred: (B, ...) output of the model.
+        t: the level, as for `noising`.
+        table: (levels, 3) float32 rows (p, q, w).
+        x0: shaped like pred; may be left out if p = 0.
+        seed, sample_ids, noise: see `fastdiff.ops`; seed and noise may be left out if q = 0.
+        kind: rho(r) = "mse" r^2, "l1" |r|, or "huber" r^2/2 up to delta and delta (|r| - delta/2) beyond.
+        delta: of "huber", above 0.
+        reduction: "mean" over the batch, or "none".
+
+    Returns: float32, () for reduction "mean" and (B,) for "none".
+    Raises: TypeError or ValueError that names the argument.
+    Reference: Ho et al. 2020, arXiv:2006.11239, eq. 14.
+    """
+    check_floating("pred", pred)
+    t = as_index("t", t, pred)
+    check_table("table", table, 3, pred)
+    if x0 is not None:
+        check_like("x0", x0, pred)
+    if noise is not None or seed is not None:
+        seed = noise_source(pred, seed, noise)
+    check_choice("kind", kind, LOSSES)
+    if not delta > 0:
+        raise ValueError(f"delta: expected a number above 0, got {delta}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+    inputs = (pred, x0, noise)
+    with_grad = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs)
+    ids = as_sample_ids(sample_ids, pred.shape[0], pred.device, strict=True)
+    per_sample = reduction == "none"
+    return _OP(pred, x0, t, table, seed, ids, noise, FORWARD, kind, float(delta), per_sample, with_grad)[0]
+
+
+def _empty(pred: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    """(value, gradient by pred), neither written; a gradient that is not wanted is empty."""
+    per_sample, with_grad = operands[-2:]
+    value = torch.empty(pred.shape[:1] if per_sample else (), dtype=torch.float32, device=pred.device)
+    return value, torch.empty_like(pred) if with_grad else pred.new_empty(0)
+
+
+def _loss(
+    pred: Tensor, x0: Tensor | None, t: Tensor, table: Tensor,
+    seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
+    kind: str, delta: float, per_sample: bool, with_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    value, grad = _empty(pred, per_sample, with_grad)
+    if pred.numel() == 0:
+        return value.fill_(torch.nan), grad
+    check_range("t", t, table.shape[0])
+    check_range("sample_ids", ids, 2**32)
+    count = _elements(pred, per_sample)
+    loss_scale, grad_scale = 1.0 / count, stored_scale(pred.dtype, count) / count
+    if launch := dispatch.launcher("loss", in_huge_pages(grad) if with_grad else pred):
+        launch(
+            out=value, grad=grad if with_grad else None, pred=pred, x0=x0, t=t, table=table,
+            seed=seed, ids=ids, noise=noise, stream=stream, rho=kind, delta=delta,
+            loss_scale=loss_scale, grad_scale=grad_scale,
+        )  # fmt: skip
+    else:
+        terms, slope = reference.loss(pred, x0, t, table, seed, ids, noise, stream, kind, delta)
+        value.copy_((terms.reshape(len(pred), -1).sum(1) if per_sample else terms.sum()).mul(loss_scale))
+        if with_grad:
+            grad.copy_(slope * grad_scale)
+    return value, grad
+
+
+def _elements(pred: Tensor, per_sample: bool) -> int:
+    """The number of elements that a mean is taken of."""
+    return pred.numel() // len(pred) if per_sample and len(pred) else pred.numel()
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, x0: Tensor | None, noise: Tensor | None, call: Call) -> Tensor:
+        value, grad = call.run(*call.args[:-1], True)
+        call.rest = (grad,)
+        ctx.save_for_backward(grad, *(call.args[2:4] if any(ctx.needs_input_grad[1:3]) else ()))
+        ctx.dtypes = x0 if x0 is None else x0.dtype, noise if noise is None else noise.dtype
+        ctx.factor = 1.0 / stored_scale(pred.dtype, _elements(pred, call.args[-2]))
+        ctx.used = False
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        take_once(ctx, "loss")
+        grad, *row = ctx.saved_tensors
+        grad = scaled(grad, incoming, ctx.factor)
+        by_x0 = by_noise = None
+        if row:
+            t, table = row
+            p, q, _w = reference.coefficients(table, t, grad)
+            by_x0 = (-p * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+            by_noise = (-q * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        return grad, by_x0, by_noise, None
+
+
+_OP = Op(
+    "loss",
+    f"(Tensor pred, Tensor? x0, Tensor t, Tensor table, {NOISE}, Tensor? noise, int stream, str kind, float delta, "
+    "bool per_sample, bool with_grad) -> (Tensor, Tensor)",
+    _loss,
+    _empty,
+)
+_OP.differentiate(_Loss, 0, 1, 6)

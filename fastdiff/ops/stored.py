@@ -1,0 +1,58 @@
+"""Gradients that a loss computes in its forward pass and scales in its backward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import dispatch
+from .quick import quick
+from .registry import Op
+
+
+def stored_scale(dtype: torch.dtype, count: int) -> float:
+    """The power of two that a stored gradient carries: in float16 a gradient of 1/count would underflow."""
+    return 2.0 ** (count.bit_length() - 1) if dtype == torch.float16 else 1.0
+
+
+def take_once(ctx: Any, name: str) -> None:
+    """RuntimeError if the stored gradient was used before, or should itself be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"fastdiff.ops.{name} is differentiable once: backward with create_graph=True is not supported; "
+            f"use fastdiff.reference.{name} for second derivatives"
+        )
+    if ctx.used:
+        raise RuntimeError(f"the gradient of fastdiff.ops.{name} was already taken; compute the loss again")
+    ctx.used = True
+
+
+def scaled(grad: Tensor, incoming: Tensor, factor: float) -> Tensor:
+    """The stored gradient, overwritten with its product by incoming, () or (B,), and factor."""
+    incoming = incoming.contiguous()
+    if type(grad) is Tensor:
+        return _scale(grad, incoming, factor)
+    # A traced graph may not change what its forward returned; there the product is one fused pass.
+    by = (incoming * factor).reshape(-1, *[1] * (grad.ndim - 1))
+    return (grad * by).to(grad.dtype)
+
+
+@quick
+def _scale(grad: Tensor, incoming: Tensor, factor: float) -> Tensor:
+    _SCALE(grad, incoming, factor)
+    return grad
+
+
+def _scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
+    if grad.numel() == 0:
+        return
+    whole = incoming.numel() == 1 or grad.stride(0) == grad[0].numel()
+    launch = dispatch.launcher("scale_", grad)
+    if launch and whole:
+        launch(grad=grad, incoming=incoming, factor=factor)
+    else:
+        grad.mul_((incoming * factor).to(reference.work_dtype(grad)).reshape(-1, *[1] * (grad.ndim - 1)))
+
+
+_SCALE = Op("scale_", "(Tensor(a!) grad, Tensor incoming, float factor) -> ()", _scale_)

@@ -1,0 +1,205 @@
+"""One step of any sampler: `update`, and `combine` for the steps of other libraries.
+
+An operand more touches six places: `_OPERANDS` and `update` here, reference.update, kernels/update.py, and for CPU
+tensors kernels/cpu.py and kernels/cpu_compiled.py.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..rows import WIDTH
+from . import dispatch
+from .checks import (
+    as_clip,
+    as_index,
+    as_sample_ids,
+    check_choice,
+    check_floating,
+    check_like,
+    check_out,
+    check_range,
+    check_table,
+    noise_source,
+)
+from .memory import in_huge_pages
+from .noise import REVERSE
+from .quick import quick
+from .registry import NOISE, Op, names_of
+
+KEEPS = ("none", "x0hat", "x")
+# What follows x in the schema of every form of the op.
+_OPERANDS = (
+    f"Tensor pred, Tensor rows, Tensor step, {NOISE}, Tensor? uncond, Tensor? raw, Tensor? noise, "
+    "Tensor(b!)? hist, float? clip, str keep, int stream"
+)
+# Inductor cannot take an op that both returns a tensor and overwrites an optional one: `update_` does that.
+_WITHOUT_HISTORY = _OPERANDS.replace("Tensor(b!)? hist, ", "").replace("str keep, ", "")
+_NAMES, _NAMES_WITHOUT_HISTORY = names_of(_OPERANDS), names_of(_WITHOUT_HISTORY)
+
+
+@quick
+def update(
+    x: Tensor,
+    pred: Tensor,
+    rows: Tensor,
+    step: int | Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    noise: Tensor | None = None,
+    uncond: Tensor | None = None,
+    raw_variance: Tensor | None = None,
+    hist: Tensor | None = None,
+    clip: float | None = None,
+    keep: str = "none",
+    noisy: bool = True,
+    inplace: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One step of any sampler: the row says which.
+
+        x0hat = clip(x0_from_x x + x0_from_pred pred)
+        x'    = from_x0 x0hat + from_x x + from_pred pred + noise z + from_hist hist
+
+    Without `noise`, z is the noise of stream REVERSE at `step`. If a gradient by x, pred, uncond, raw_variance or noise
+    is wanted, the differentiable reference runs instead of a kernel.
+
+    Args:
+        x, pred: (B, ...), the state and the output of the model.
+        rows: (steps, WIDTH) float32 rows, see `fastdiff.rows`.
+        step: the row, an int or an int64 tensor () or (B,); outside of `rows` as a level for `noising`.
+        seed, sample_ids, noise, out: see `fastdiff.ops`.
+        uncond: the output without condition; pred becomes uncond + guidance (pred - uncond).
+        raw_variance: `noise` of the row becomes exp(noise + (raw + 1)/2 (noise_high - noise)).
+        hist: read, then overwritten with what `keep` names.
+        clip: x0hat is kept in [-clip, clip].
+        keep: "x0hat" or "x" with hist, else "none".
+        noisy: False leaves noise z out.
+        inplace: x becomes x', and nothing is allocated.
+
+    Returns: x', shaped and typed like x.
+    Raises: TypeError or ValueError that names the argument.
+    Reference: guidance is eq. 6 of Ho & Salimans 2022, arXiv:2207.12598; the variance eq. 15 of Nichol & Dhariwal 2021,
+        arXiv:2102.09672.
+    """
+    check_floating("x", x)
+    check_like("pred", pred, x)
+    check_table("rows", rows, WIDTH, x)
+    step = as_index("step", step, x)
+    for name, given in (("uncond", uncond), ("raw_variance", raw_variance)):
+        if given is not None:
+            check_like(name, given, x)
+    check_choice("keep", keep, KEEPS)
+    if (hist is None) != (keep == "none"):
+        raise ValueError(f"hist: expected exactly where keep is not 'none', got keep = {keep!r}")
+    if hist is not None:
+        check_like("hist", hist, x)
+        if hist.dtype != x.dtype:
+            raise TypeError(f"hist: expected the dtype of x, {x.dtype}, got {hist.dtype}")
+    clip = as_clip(clip)
+    inputs = (x, pred, uncond, raw_variance, noise)
+    with_grad = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs)
+    if with_grad and (inplace or hist is not None):
+        raise ValueError("inplace, hist: a tensor would be overwritten that the gradient needs")
+    if noisy or noise is not None:
+        seed = noise_source(x, seed, noise)
+    elif seed is not None:
+        raise ValueError("seed: expected None with noisy=False")
+    ids = as_sample_ids(sample_ids, x.shape[0], x.device, strict=True)
+    operands: dict[str, Any] = {  # in the order of _OPERANDS
+        "pred": pred,
+        "rows": rows,
+        "step": step,
+        "seed": seed,
+        "ids": ids,
+        "uncond": uncond,
+        "raw": raw_variance,
+        "noise": noise,
+        "hist": hist,
+        "clip": None if clip == math.inf else clip,  # the kernel multiplies the bound by from_x0, which may be 0
+        "keep": keep,
+        "stream": REVERSE,
+    }
+    if out is not None:
+        if inplace:
+            raise ValueError("out: expected None with inplace=True")
+        check_out(out, x, *inputs)
+        _OUT(out, x, *operands.values())
+        return out
+    if with_grad:
+        if type(step) is Tensor and not torch.compiler.is_compiling():
+            check_range("step", step, rows.shape[0])
+            check_range("sample_ids", ids, 2**32)
+        return reference.update(x, **operands)[0]
+    if inplace or hist is not None:
+        x = x if inplace else x.clone()
+        _IN_PLACE(x, *operands.values())
+        return x
+    return _OP(x, *[operands[name] for name in _NAMES_WITHOUT_HISTORY])
+
+
+@quick
+def combine(
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    index: int | Tensor,
+    *,
+    z: Tensor | None = None,
+    clip: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """from_x0 clip(x0_from_x x + x0_from_pred y) + from_x x + from_pred y + noise z, typed like x.
+
+    An affine map of two or three tensors by one row of numbers: what a step of a scheduler is.
+
+    Args:
+        x, y, z: (B, ...) tensors of one shape; z may be left out.
+        rows: (n, WIDTH) float32 rows, see `fastdiff.rows`.
+        index: the row, an int or an int64 tensor () or (B,).
+        clip: the bracket is kept in [-clip, clip].
+        out: see `fastdiff.ops`.
+
+    Returns: a tensor shaped and typed like x.
+    Raises: TypeError or ValueError that names the argument.
+    """
+    return update(x, y, rows, index, noise=z, noisy=False, clip=clip, out=out)
+
+
+def _update(x: Tensor, *operands: Any) -> Tensor:
+    out = in_huge_pages(torch.empty_like(x))
+    _run(out, x, hist=None, keep="none", **dict(zip(_NAMES_WITHOUT_HISTORY, operands, strict=True)))
+    return out
+
+
+def _update_(x: Tensor, *operands: Any) -> None:
+    _run(x, x, **dict(zip(_NAMES, operands, strict=True)))
+
+
+def _update_out(out: Tensor, x: Tensor, *operands: Any) -> None:
+    _run(out, x, **dict(zip(_NAMES, operands, strict=True)))
+
+
+def _run(out: Tensor, x: Tensor, **operands: Any) -> None:
+    """Write x' into out, which may be x."""
+    if x.numel() == 0:
+        return
+    check_range("step", operands["step"], operands["rows"].shape[0])
+    check_range("sample_ids", operands["ids"], 2**32)
+    if launch := dispatch.launcher("update", x):
+        launch(out=out, x=x, **operands)
+        return
+    result, kept = reference.update(x, **operands)
+    hist = operands["hist"]
+    if hist is not None and kept is not None:
+        hist.copy_(kept)  # first: what is kept may be x itself, and out too
+    out.copy_(result)
+
+
+_OP = Op("update", f"(Tensor x, {_WITHOUT_HISTORY}) -> Tensor", _update, lambda x, *operands: torch.empty_like(x))
+_IN_PLACE = Op("update_", f"(Tensor(a!) x, {_OPERANDS}) -> ()", _update_)
+_OUT = Op("update_out", f"(Tensor(a!) out, Tensor x, {_OPERANDS}) -> ()", _update_out)

@@ -1,0 +1,141 @@
+"""The terms of the variational bound, with their gradients in the same pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import dispatch
+from .checks import as_clip, as_index, check_floating, check_like, check_range, check_table
+from .quick import Call, quick
+from .registry import Op
+from .stored import scaled, take_once
+
+
+@quick
+def vlb(
+    pred: Tensor,
+    x_t: Tensor,
+    x0: Tensor,
+    t: int | Tensor,
+    rows: Tensor,
+    *,
+    raw_variance: Tensor | None = None,
+    clip: float | None = None,
+    detach_mean: bool = False,
+    reduction: str = "none",
+) -> Tensor:
+    """The term of level t of the variational bound, in nats per dimension.
+
+        x0hat = clip(a x_t + b pred)
+        delta = low, or with raw_variance low + (raw + 1)/2 (high - low)
+        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) = 1/2 (delta + exp(-delta) - 1 + w (x_0 - x0hat)^2 exp(-delta))
+
+    If the row says decoder, it is -log p(x_0 | x_t) of images in 256 steps over [-1, 1] instead: the probability of
+    x_0's bin under N(x0hat, exp(delta)). A bin reaches 1/255 to each side; the first and the last are open.
+
+    The gradients by pred and raw_variance are computed in the same pass, so backward works once. If a gradient by x_t
+    or x0 is wanted too, the differentiable reference runs instead.
+
+    Args:
+        pred, x_t, x0: (B, ...).
+        t: the level, as for `noising`.
+        rows: (levels, 6) float32 rows (a, b, w, low, high, decoder), see `bound.vlb_rows`.
+        raw_variance: shaped like pred, the model's output for the variance.
+        clip: x0hat is kept in [-clip, clip].
+        detach_mean: no gradient by pred, as in the hybrid loss of Nichol & Dhariwal.
+        reduction: "mean" over the batch, or "none".
+
+    Returns: (B,) for reduction "none", () for "mean"; float32, or float64 for float64 data.
+    Raises: TypeError or ValueError that names the argument.
+    Reference: Ho et al. 2020, arXiv:2006.11239, eq. 5 and 13; Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15.
+    """
+    check_floating("pred", pred)
+    check_like("x_t", x_t, pred)
+    check_like("x0", x0, pred)
+    if raw_variance is not None:
+        check_like("raw_variance", raw_variance, pred)
+    t = as_index("t", t, pred)
+    check_table("rows", rows, 6, pred)
+    clip = as_clip(clip)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+    pred = pred.detach() if detach_mean else pred
+    with_grad = torch.is_grad_enabled()
+    if with_grad and (x_t.requires_grad or x0.requires_grad):
+        if not torch.compiler.is_compiling():
+            check_range("t", t, len(rows))
+        value = reference.vlb(pred, raw_variance, x_t, x0, t, rows, clip)[0]
+        return value.mean() if reduction == "mean" else value.reshape(len(value), -1).mean(1)
+    by_pred, by_raw = (with_grad and i is not None and i.requires_grad for i in (pred, raw_variance))
+    per_sample = reduction == "none"
+    return _OP(pred, raw_variance, x_t, x0, t, rows, clip, per_sample, by_pred, by_raw)[0]
+
+
+def _empty(pred: Tensor, raw: Tensor | None, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(nats, gradient by pred, by raw), none of them written; a gradient that is not wanted is empty.
+
+    The gradients of float16 tensors may exceed what float16 holds, so they are kept in float32.
+    """
+    per_sample, by_pred, by_raw = operands[-3:]
+    value = pred.new_empty(pred.shape[:1] if per_sample else (), dtype=reference.work_dtype(pred))
+    pred_grad, raw_grad = (
+        torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
+        if x is not None and wanted
+        else pred.new_empty(0)
+        for x, wanted in ((pred, by_pred), (raw, by_raw))
+    )
+    return value, pred_grad, raw_grad
+
+
+def _vlb(
+    pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor, rows: Tensor,
+    clip: float | None, per_sample: bool, by_pred: bool, by_raw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    value, *grads = _empty(pred, raw, per_sample, by_pred, by_raw)
+    if pred.numel() == 0:
+        return value.fill_(torch.nan), grads[0], grads[1]
+    check_range("t", t, len(rows))
+    scale = 1.0 / (pred.numel() // len(pred) if per_sample else pred.numel())
+    pred_grad, raw_grad = grads[0] if by_pred else None, grads[1] if by_raw else None
+    if launch := dispatch.launcher("vlb", pred):
+        launch(
+            out=value.reshape(-1), pred_grad=pred_grad, raw_grad=raw_grad,
+            pred=pred, raw=raw, x_t=x_t, x0=x0, t=t, rows=rows, clip=clip, scale=scale,
+        )  # fmt: skip
+    else:
+        nats, *slopes = reference.vlb(pred, raw, x_t, x0, t, rows, clip)
+        value.copy_(nats.reshape(len(pred), -1).mean(1) if per_sample else nats.mean())
+        for grad, slope in zip((pred_grad, raw_grad), slopes, strict=True):
+            if grad is not None:
+                grad.copy_(slope * scale)
+    return value, grads[0], grads[1]
+
+
+class _Vlb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, call: Call) -> Tensor:
+        value, *grads = call.run(*call.args[:8], *ctx.needs_input_grad[:2])
+        call.rest = tuple(grads)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = pred.dtype, raw if raw is None else raw.dtype
+        ctx.used = False
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        take_once(ctx, "vlb")
+        given = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        by_pred, by_raw = (scaled(g, incoming, 1.0).to(dtype) if wanted else None for g, dtype, wanted in given)
+        return by_pred, by_raw, None, None, None
+
+
+_OP = Op(
+    "vlb",
+    "(Tensor pred, Tensor? raw, Tensor x_t, Tensor x0, Tensor t, Tensor rows, float? clip, bool per_sample, "
+    "bool by_pred, bool by_raw) -> (Tensor, Tensor, Tensor)",
+    _vlb,
+    _empty,
+)
+_OP.differentiate(_Vlb, 0, 1, 2, 3)

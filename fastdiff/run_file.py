@@ -1,0 +1,167 @@
+"""The file of a training run, model.safetensors: what it holds, checked before anything is built from it.
+
+Tensors are in groups: model.* (trained weights), ema.* (their moving average, to sample from), optimizer.N.* (of
+parameter N), rng.* (states of generators), and importance.* (the losses that importance sampling remembers). There is
+no pickle. The metadata is JSON: the format's version, the step, the configurations of the network and of the
+formulation around it, and the options of the run.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from fastdiff.weights import (
+    Network,
+    TensorFile,
+    blaming,
+    build_to_fit,
+    check_finite,
+    check_length,
+    check_shapes,
+    save_tensors,
+)
+
+NAME = "model.safetensors"
+VERSION = 2
+METADATA_KEY = "fastdiff"
+GROUPS = ("model", "ema", "optimizer", "rng", "importance")
+METADATA = {"version": int, "step": int, "unet": dict, "model": str, "config": dict, "options": dict}
+# What each formulation has to be told. A wrong default would go unseen: no tensor's shape depends on these.
+REQUIRED = {
+    "DDPM": ("schedule", "timesteps", "objective", "variance"),
+    "NCSN": ("sigma_max", "sigma_min", "levels", "objective"),
+    "ScoreSDE": ("sde", "objective"),
+}
+Formulation = TypeVar("Formulation", bound=nn.Module)
+
+
+def find(path: str | Path) -> Path | None:
+    """The file of a run, given it or the run's folder; None if there is none."""
+    path = Path(path)
+    path = path / NAME if path.is_dir() else path
+    return path if path.is_file() else None
+
+
+def write(path: Path, groups: Mapping[str, Mapping[str, Tensor]], metadata: dict[str, Any]) -> None:
+    """Write the file of a run. An error on the way leaves the old file as it was.
+
+    Args:
+        groups: tensors by name, by group.
+        metadata: as in METADATA, without the version.
+
+    Raises: ValueError for a tensor with NaN or infinity; OSError if the disk does not take the file.
+    """
+    tensors = {f"{group}.{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
+    check_finite(tensors)
+    save_tensors(path, tensors, {METADATA_KEY: json.dumps({"version": VERSION, **metadata})})
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """The file of a run by its header.
+
+    Args:
+        file: its tensors' names, shapes and types.
+        model: the formulation, "DDPM", "NCSN" or "ScoreSDE"; config: the arguments of its constructor but the network.
+        unet: the arguments of the network's constructor.
+        options, step: the options of the run, and the step at whose end it was written.
+    """
+
+    file: TensorFile
+    model: str
+    config: dict[str, Any]
+    unet: dict[str, Any]
+    options: dict[str, Any]
+    step: int
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFile":
+        """Read the header and check the metadata.
+
+        Raises: OSError if the file cannot be read; ValueError naming the file if it is not the file of a run.
+        """
+        file = TensorFile.open(path)
+        with blaming(file.path, "a usable fastdiff checkpoint"):
+            metadata = _metadata(file.metadata)
+            for name in file.shapes:
+                if name.partition(".")[0] not in GROUPS:
+                    raise ValueError(f"unknown tensor {name!r}")
+            for name in ("timesteps", "levels"):
+                if name in metadata["config"]:
+                    check_length(name, metadata["config"][name], file.size)
+        return cls(file, *(metadata[name] for name in ("model", "config", "unet", "options", "step")))
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Errors of the block, which uses what the file holds, name the file."""
+        with blaming(self.file.path, "a usable fastdiff checkpoint"):
+            yield
+
+    def network(self, kind: Callable[..., Network], group: str = "ema") -> Network:
+        """The network with the weights of a group.
+
+        Args:
+            kind: fastdiff.UNet.
+            group: "ema", or "model" for the weights without the average.
+
+        Raises: ValueError naming the file if configuration, shapes, types or numbers do not fit each other.
+        """
+        with self.blamed():
+            network = build_to_fit(kind, self.unet, self.file.floating(f"{group}."))
+            network.load_state_dict(self.tensors(group))
+        return network
+
+    def formulation(self, kind: type[Formulation], network: Callable[..., nn.Module]) -> Formulation:
+        """The model of the run with the averaged weights, in eval mode on the CPU.
+
+        Args:
+            kind: the class of the formulation, that the run has to be of.
+            network: fastdiff.UNet.
+
+        Raises: ValueError naming the file if it is of another formulation, or its content does not fit.
+        """
+        if self.model not in {base.__name__ for base in kind.__mro__}:
+            raise ValueError(f"{self.file.path} is the run of a {self.model}, expected a {kind.__name__}")
+        built = self.network(network)
+        with self.blamed():
+            return kind(built, **self.config).eval()
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """The tensors of a group. Raises ValueError if one holds NaN or infinity."""
+        tensors = self.file.read(f"{group}.")
+        check_finite({f"{group}.{name}": tensor for name, tensor in tensors.items()})
+        return tensors
+
+    def fitting(self, group: str, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The floating tensors of a group that has to hold exactly these shapes. Raises ValueError otherwise."""
+        prefix = f"{group}."
+        shapes = {prefix + name: shape for name, shape in self.file.floating(prefix).items()}
+        check_shapes({prefix + name: shape for name, shape in expected.items()}, shapes)
+        return self.tensors(group)
+
+
+def _metadata(header: Mapping[str, str]) -> dict[str, Any]:
+    """The metadata in a header. Raises ValueError if something is missing or of a wrong type."""
+    text = header.get(METADATA_KEY)
+    if text is None:
+        raise ValueError("it carries no fastdiff metadata")
+    metadata = json.loads(text)
+    for name, kind in METADATA.items():
+        value = metadata.get(name) if isinstance(metadata, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"its metadata has no {name!r} of type {kind.__name__}")
+    if metadata["version"] != VERSION:
+        raise ValueError(f"format version {metadata['version']}, expected {VERSION}")
+    if metadata["step"] < 0:
+        raise ValueError(f"step: expected at least 0, got {metadata['step']}")
+    if metadata["model"] not in REQUIRED:
+        raise ValueError(f"model {metadata['model']!r}, expected one of {', '.join(REQUIRED)}")
+    for name in REQUIRED[metadata["model"]]:
+        if name not in metadata["config"]:
+            raise ValueError(f"its configuration of {metadata['model']} has no {name!r}")
+    return metadata

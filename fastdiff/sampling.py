@@ -1,0 +1,316 @@
+"""The one loop over a step table.
+
+A `Run` says what to do, `Steps` takes its steps one by one, and `walk` is the loop around them.
+
+A network may do part of its work before the loop. It then has the method
+
+    time_arguments(t) -> dict of tensors (N, ...)
+
+It returns keyword arguments of its forward that follow from t (N,) alone, such as embeddings. The loop calls it once
+for all steps, with what the model sees of the times, and passes row k, (1, ...), at step k.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .denoiser import Denoiser, Prediction
+from .progress import bar, evaluating
+from .reference import work_dtype
+from .rows import columns, make_rows
+from .steps import StepTable
+
+Noise = Tensor | Callable[[int], Tensor] | None
+Callback = Callable[[int, float, Tensor], None]
+
+
+class StepOptions(NamedTuple):
+    """What all steps of a run have in common; constants of a compiled step.
+
+    clip, keep, noisy: as in ops.update. learned: whether the model says how much noise. guided: whether the model is
+    asked without the condition too.
+    """
+
+    clip: float | None
+    keep: str
+    noisy: bool
+    learned: bool = False
+    guided: bool = False
+
+
+class Operands(NamedTuple):
+    """The tensors of one step beside the state, as in ops.update: the rows (n, WIDTH) of all steps, the number (1,) of
+    this one, and seed, sample_ids, noise and hist, each of them or None."""
+
+    rows: Tensor
+    step: Tensor
+    seed: Tensor | None = None
+    sample_ids: Tensor | None = None
+    noise: Tensor | None = None
+    hist: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A walk along a step table.
+
+    Args:
+        denoiser: what predicts.
+        table: its steps.
+        x: (B, ...), the state to start from; every step overwrites it.
+        options: what the steps have in common.
+        seed: of the noise, an int64 tensor.
+        sample_ids: (B,), the number of each sample in the seed's noise, or None for 0..B-1.
+        noise: (n, B, ...), or a function from the step's number to (B, ...), in place of the seed's noise.
+        model_kwargs: the model's further arguments.
+        compiled: `step`, compiled, or None to run it as it is.
+    """
+
+    denoiser: Denoiser
+    table: StepTable
+    x: Tensor
+    options: StepOptions
+    seed: Tensor | None = None
+    sample_ids: Tensor | None = None
+    noise: Noise = None
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    compiled: Callable[..., tuple[Tensor, ...]] | None = None
+
+
+class Steps:
+    """The steps of a run, one after another, with all that they read on its device."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.x = run, run.x
+        n, device = len(run.table), run.x.device
+        self.rows = run.table.rows.to(device, work_dtype(run.x.dtype))
+        self.index = torch.arange(n, device=device)[:, None]
+        self.hist = None if run.options.keep == "none" else torch.zeros_like(run.x)
+        self.condition = conditions(run)
+        self.time_arguments: dict[str, Tensor] = {}
+
+    def start(self) -> None:
+        """Before the first step."""
+        self.time_arguments = self.run.denoiser.time_arguments(self.condition[:, 0]) if len(self.x) else {}
+
+    def take(self, k: int) -> None:
+        """Step k, from the state that step k - 1 left."""
+        run, given = self.run, given_noise(self.run, k)
+        seed = run.seed if given is None and run.options.noisy else None
+        operands = Operands(self.rows, self.index[k], seed, run.sample_ids, given, self.hist)
+        ahead = {name: rows[k : k + 1] for name, rows in self.time_arguments.items()}
+        model_kwargs = {**ahead, **run.model_kwargs}
+        if run.compiled is None or run.table.kinds[k] != "predict":
+            advance(run.table.kinds[k], run.denoiser, run.x, self.condition[k], operands, run.options, model_kwargs)
+            return
+        # The graph's outputs live in its own memory until the next replay.
+        torch.compiler.cudagraph_mark_step_begin()
+        new, *hist = run.compiled(run.denoiser, run.x, self.condition[k], operands, run.options, model_kwargs)
+        run.x.copy_(new)
+        if self.hist is not None:
+            self.hist.copy_(hist[0])
+
+    def finish(self) -> Tensor:
+        """After the last step: run.x."""
+        return self.run.x
+
+
+class Walker(Protocol):
+    """How the steps of a run are taken: one by one (Steps), or as captured graphs (fastdiff.capture)."""
+
+    run: Run
+    x: Tensor  # the state; each step overwrites it
+
+    def start(self) -> None: ...
+
+    def take(self, k: int) -> None: ...
+
+    def finish(self) -> Tensor: ...
+
+
+def walk(
+    steps: Walker, *, progress: bool = False, callback: Callback | None = None, return_trajectory: bool = False
+) -> Tensor:
+    """Take all steps of a run, in eval mode and without gradients.
+
+    Args:
+        steps: of the run; its x is overwritten.
+        progress: show a bar (needs tqdm).
+        callback: called as callback(k, level, x) after step k, with the state at that level.
+        return_trajectory: keep every state.
+
+    Returns: the run's x, or (n + 1, B, ...) from the start to the end.
+    """
+    run, n = steps.run, len(steps.run.table)
+    path = torch.empty(n + 1, *run.x.shape, dtype=run.x.dtype, device=run.x.device) if return_trajectory else None
+    if path is not None:
+        path[0] = run.x
+    with evaluating(run.denoiser), torch.inference_mode():
+        steps.start()
+        for k in bar(n, progress):
+            steps.take(k)
+            if path is not None:
+                path[k + 1] = steps.x
+            if callback is not None:
+                callback(k, run.table.levels[k + 1].item(), steps.x)
+        x = steps.finish()
+    return x if path is None else path
+
+
+def conditions(run: Run) -> Tensor:
+    """(n, B): what the model sees of the time at every step."""
+    condition = run.denoiser.condition(run.table.levels[:-1]).to(run.x.device)
+    return condition[:, None].expand(-1, len(run.x)).contiguous()
+
+
+def given_noise(run: Run, k: int) -> Tensor | None:
+    """The noise that was given for step k; None to draw it from the seed."""
+    return run.noise[k] if isinstance(run.noise, Tensor) else None if run.noise is None else run.noise(k)
+
+
+# --- one step ---------------------------------------------------------------------------------------------------
+
+
+def advance(
+    kind: str,
+    denoiser: Denoiser,
+    x: Tensor,
+    condition: Tensor,
+    operands: Operands,
+    options: StepOptions,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """One step of a kind, see StepTable, in place."""
+    if kind == "add":
+        update(x, Prediction(x), operands, options, inplace=True)
+    elif kind == "correct":
+        correct(denoiser, x, condition, operands, options, model_kwargs)
+    else:
+        step(denoiser, x, condition, operands, options, model_kwargs, inplace=True)
+
+
+def step(
+    denoiser: Denoiser,
+    x: Tensor,
+    condition: Tensor,
+    operands: Operands,
+    options: StepOptions,
+    model_kwargs: dict[str, Any],
+    inplace: bool = False,
+) -> tuple[Tensor, ...]:
+    """One prediction and one update: (x',), or (x', hist') if there is a hist.
+
+    inplace: overwrite x and hist. A CUDA graph must leave its inputs as they are, so it is made without.
+    """
+    predicted = denoiser.call_model(x, condition, model_kwargs, options.guided)
+    hist = operands.hist
+    if hist is not None and not inplace:
+        operands = operands._replace(hist=hist.clone())
+    new = update(x, predicted, operands, options, inplace)
+    return (new,) if operands.hist is None else (new, operands.hist)
+
+
+def update(x: Tensor, predicted: Prediction, operands: Operands, options: StepOptions, inplace: bool = False) -> Tensor:
+    """ops.update with the operands and options of a run; hist is overwritten."""
+    return ops.update(
+        x,
+        predicted.pred,
+        operands.rows,
+        operands.step,
+        seed=operands.seed,
+        sample_ids=operands.sample_ids,
+        noise=operands.noise,
+        uncond=predicted.uncond,
+        raw_variance=predicted.raw_variance if options.learned else None,
+        hist=operands.hist,
+        clip=options.clip,
+        keep=options.keep,
+        noisy=options.noisy,
+        inplace=inplace,
+    )
+
+
+def correct(
+    denoiser: Denoiser,
+    x: Tensor,
+    condition: Tensor,
+    operands: Operands,
+    options: StepOptions,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """A step of Langevin dynamics in place, sized on the device by norms of each sample:
+
+        e = 2 alpha (snr |z| / |score|)^2
+        x = x + e score + sqrt(2 e) z
+
+    The row gives the score, and 2 alpha snr^2 as its `noise`.
+    Reference: Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5.
+    """
+    rows, number, noise = operands.rows, operands.step, operands.noise
+    pred, _, uncond = denoiser.call_model(x, condition, model_kwargs, options.guided)
+    score = ops.update(x, pred, rows, number, uncond=uncond, clip=options.clip, noisy=False)
+    if noise is None:
+        noise = ops.normal(
+            x.shape,
+            operands.seed,
+            sample_ids=operands.sample_ids,
+            step=number,
+            stream=ops.REVERSE,
+            dtype=x.dtype,
+            device=x.device,
+        )
+    z_norm, score_norm = (torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=rows.dtype) for v in (noise, score))
+    e = columns(rows[number]).noise * (z_norm / score_norm).square()
+    own = make_rows(e, from_x=1.0, from_pred=e, noise=(2 * e).sqrt())
+    ops.update(x, score, own, torch.arange(len(x), device=x.device), noise=noise, inplace=True)
+
+
+# --- guidance ---------------------------------------------------------------------------------------------------
+
+
+def with_guidance(table: StepTable, guidance: float) -> StepTable:
+    """A copy of the table with pred = uncond + guidance (cond - uncond) at every step."""
+    rows = table.rows.clone()
+    columns(rows).guidance.fill_(guidance)
+    return replace(table, rows=rows)
+
+
+def stack_branches(
+    guidance: float | None, uncond: dict[str, Any] | None, cond: dict[str, Any], batch: int
+) -> dict[str, Any]:
+    """The model's arguments for both branches of guidance, stacked along the batch; `cond` itself without guidance.
+
+    Args:
+        guidance: a finite number, or None.
+        uncond: the arguments of the branch without the condition, by the names of cond.
+        cond: those of the branch with it.
+        batch: B. Tensors of B samples are stacked; all others must be the same for both.
+
+    Raises: ValueError, naming the argument.
+    """
+    if guidance is None:
+        if uncond is not None:
+            raise ValueError("uncond: expected None without guidance, got the arguments of a branch")
+        return cond
+    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not math.isfinite(guidance):
+        raise ValueError(f"guidance: expected a finite number, got {guidance!r}")
+    if not isinstance(uncond, dict) or uncond.keys() != cond.keys() or not cond:
+        given = sorted(uncond) if isinstance(uncond, dict) else uncond
+        raise ValueError(f"uncond: expected a dict of the model's arguments {sorted(cond)}, got {given}")
+    stacked = {}
+    for name, one in cond.items():
+        other = uncond[name]
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim and one.shape[0] == batch:
+            if one.shape != other.shape:
+                raise ValueError(f"uncond: expected {name} of shape {tuple(one.shape)}, got {tuple(other.shape)}")
+            stacked[name] = torch.cat((one, other.to(one)))
+        elif one is other or (not isinstance(one, Tensor) and one == other):
+            stacked[name] = one
+        else:
+            raise ValueError(f"uncond: expected {name} to be tensors of {batch} samples, or the same for both branches")
+    return stacked

@@ -1,0 +1,84 @@
+"""What a run says: what it trains, how long that will take, and a bar of its steps."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fastdiff.files import need
+
+# The bar's numbers are read from the device every so many steps, since each reading waits for it.
+EVERY = 10
+# The bar is drawn again after so many seconds.
+BAR_SECONDS = 0.5
+# The time is estimated after so many seconds, or the first EVERY steps.
+PATIENCE = 5.0
+
+
+class Progress:
+    """A bar of steps on stderr, and lines about the run on stdout.
+
+    An output that is closed or full must not end a run: `lost` then holds the error, and nothing more is written.
+
+    Args:
+        start, steps: the first and the last step.
+        batch_size: images a step.
+    """
+
+    def __init__(self, start: int, steps: int, batch_size: int) -> None:
+        self.start, self.steps, self.batch_size = start, steps, batch_size
+        self.lost: OSError | None = None
+        self._timed: float | None = None  # when the first step, which compiles, had been done
+        self._estimated = False
+        self._tqdm = need("tqdm").tqdm
+        self._bar = self._tqdm(total=steps, initial=start, unit="step", mininterval=BAR_SECONDS)
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar."""
+
+        def write() -> None:
+            self._tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+        self._show(write)
+
+    def advance(self, step: int, loss: Tensor) -> None:
+        """Show that `step` is done. loss: (), the mean of the last losses."""
+        if step % EVERY == 0:
+            rate = self.batch_size * (self._bar.format_dict["rate"] or 0)
+            self._bar.set_postfix_str(f"loss {loss.item():.4f}, {rate:.0f} images/s", refresh=False)
+        self._show(self._bar.update)
+        if not self._estimated:
+            self._estimate(step)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._show(self._bar.close)
+
+    def _estimate(self, step: int) -> None:
+        """Say once how long the run will take, from the steps after the first."""
+        now, done, left = time.perf_counter(), step - self.start, self.steps - step
+        if self._timed is None:
+            self._timed = now
+        elif now - self._timed >= PATIENCE or done >= EVERY:
+            self._estimated = True
+            if left:
+                seconds = (now - self._timed) / (done - 1) * left
+                self.say(f"fastdiff: about {duration(seconds)} for the {left} steps that are left")
+
+    def _show(self, write: Callable[[], object]) -> None:
+        """Write something, unless the output is lost."""
+        if self.lost is None:
+            try:
+                write()
+            except OSError as error:
+                self.lost, self._bar.disable = error, True  # else the bar writes once more when it is closed
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it: "40 s", "12 min", "3.5 h" or "13 days"."""
+    for unit, length, limit in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
+        if seconds < limit * length:
+            return f"{seconds / length:.{int(unit == 'h')}f} {unit}"
+    return f"{seconds / 86400:.0f} days"

@@ -1,0 +1,223 @@
+"""What defines a run: its options, their checks, and the untrained model that they describe."""
+
+import math
+import operator
+import os
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields
+from numbers import Real
+from typing import Any
+
+from fastdiff.ddpm import DDPM
+from fastdiff.diffusion import Diffusion
+from fastdiff.score import NCSN, ScoreSDE
+from fastdiff.training.checkpoint import State
+from fastdiff.unet import UNet
+
+# What the network of each formulation predicts by default.
+OBJECTIVES = {"ddpm": "v", "ncsn": "score", "vp": "v", "subvp": "v", "ve": "score"}
+# The formulations that have an option; all have those that are not here.
+OWNERS = {
+    "schedule": ("ddpm",),
+    "variance": ("ddpm",),
+    "timesteps": ("ddpm", "ncsn"),
+    "sigma_min": ("ncsn", "ve"),
+    "sigma_max": ("ncsn", "ve"),
+}
+# Integers that count something, and the largest of them.
+COUNTS = ("size", "steps", "batch_size", "channels", "timesteps", "save_every")
+LARGEST = 2**31 - 1
+
+
+@dataclass
+class Options:
+    """The options of a run; its checkpoints keep them. The defaults suit a folder of images, `DIGITS` the digits.
+
+    Args:
+        data: "digits", or the path of a folder of images.
+        size, gray: side of the images in pixels; one channel instead of RGB.
+        steps, batch_size: optimizer steps in all; images per step.
+        lr, warmup: peak learning rate of AdamW; steps over which it rises.
+        ema: decay of the moving average of the weights, in [0, 1).
+        clip_grad: largest norm of the gradient.
+        channels: of the U-Net at full resolution, a multiple of 8.
+        formulation: "ddpm", "ncsn", or an SDE: "vp", "subvp", "ve".
+        objective, loss, weighting: as in fastdiff.DDPM; objective "" is the one that suits the formulation.
+        schedule, variance: of ddpm; variance "learned" doubles the network's output channels.
+        timesteps: length of ddpm's chain, or of ncsn's ladder.
+        sigma_min, sigma_max: smallest and largest noise of ncsn and ve.
+        seed: of weights, batches and noise.
+        bf16: autocast to bfloat16; None means wherever CUDA supports it.
+        save_every: steps between checkpoints.
+
+    Raises: TypeError or ValueError naming the option that is of a wrong type, out of its range, or of another
+        formulation.
+    """
+
+    data: str
+    size: int = 64
+    gray: bool = False
+    steps: int = 100_000
+    batch_size: int = 64
+    lr: float = 2e-4
+    warmup: int = 1000
+    ema: float = 0.9999
+    clip_grad: float = 1.0
+    channels: int = 64
+    formulation: str = "ddpm"
+    objective: str = ""
+    schedule: str = "cosine"
+    variance: str = "posterior"
+    timesteps: int = 1000
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    loss: str = "mse"
+    weighting: str = "simple"
+    seed: int = 0
+    bf16: bool | None = None
+    save_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            setattr(self, field.name, _typed(field.name, field.type, getattr(self, field.name)))
+        if not self.data:
+            raise ValueError("data: expected digits or a folder of images, got ''")
+        if self.formulation not in OBJECTIVES:
+            raise ValueError(f"formulation: expected one of {', '.join(OBJECTIVES)}, got {self.formulation!r}")
+        self.objective = self.objective or OBJECTIVES[self.formulation]
+        changed = [f.name for f in fields(self) if f.default is not MISSING and getattr(self, f.name) != f.default]
+        refuse_foreign(self.formulation, changed)
+        self._check_numbers()
+        self._check_network()
+
+    def _check_numbers(self) -> None:
+        for name, smallest in (*((name, 1) for name in COUNTS), ("warmup", 0)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}: expected at least {smallest}, got {getattr(self, name)}")
+            if getattr(self, name) > LARGEST:
+                raise ValueError(f"{name}: expected at most {LARGEST}, got {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: expected a number of 64 bits, got {self.seed}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
+        for name in ("lr", "clip_grad"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
+
+    def _check_network(self) -> None:
+        if self.data == "digits" and self.size != 8:
+            raise ValueError(f"size: the digits are 8x8, got {self.size}")
+        if self.data == "digits" and not self.gray:
+            raise ValueError("gray: the digits have one channel, got False")
+        if self.channels % 8:
+            raise ValueError(f"channels: expected a multiple of 8, got {self.channels}")
+        factor = 2 ** (resolutions(self.size) - 1)
+        if self.size % factor:
+            raise ValueError(f"size: expected a multiple of {factor}, got {self.size}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        return (1 if self.gray else 3, self.size, self.size)
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """The value as the plain Python type of an option. Raises TypeError for a value of another kind."""
+    if kind is str and isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
+        return operator.index(value)
+    if kind is float and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if kind not in (int, float, str) and isinstance(value, kind):
+        return value
+    raise TypeError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def refuse_foreign(formulation: str, names: Iterable[str]) -> None:
+    """Raise ValueError naming the first option that the formulation does not have."""
+    for name in names:
+        if formulation not in OWNERS.get(name, (formulation,)):
+            owners = " and ".join(OWNERS[name])
+            raise ValueError(f"{name}: an option of {owners}, which formulation {formulation} does not have")
+
+
+DIGITS: dict[str, Any] = {
+    "size": 8,
+    "gray": True,
+    "steps": 1400,
+    "batch_size": 64,
+    "lr": 3e-3,
+    "warmup": 50,
+    "ema": 0.998,
+    "channels": 24,
+    "save_every": 350,
+}
+# Distances between digits are about 8, and neighbouring levels should overlap in 64 dimensions (Song & Ermon 2020,
+# arXiv:2006.09011, techniques 1 and 2).
+DIGITS_LADDER: dict[str, Any] = {"sigma_max": 8.0, "timesteps": 28}
+
+
+def digits_options(formulation: str) -> dict[str, Any]:
+    """The options that suit the digits, by name."""
+    return DIGITS | (DIGITS_LADDER if formulation == "ncsn" else {})
+
+
+def resumed_options(state: State, given: dict[str, Any]) -> Options:
+    """The options of a run that goes on.
+
+    Args:
+        state: the checkpoint, whose options hold.
+        given: options by name. Only `steps`, `save_every`, and the folder in `data` may differ from the checkpoint's.
+
+    Raises: ValueError naming an option that differs, or saying that the checkpoint's are not those of a run.
+    """
+    known = {field.name for field in fields(Options)}
+    if set(state.options) != known:
+        raise ValueError(f"the checkpoint's options are {sorted(state.options)}, expected {sorted(known)}")
+    refuse_foreign(state.options["formulation"], given)
+    for name, value in given.items():
+        moved = name == "data" and value and "digits" not in (value, state.options["data"])
+        if name not in ("steps", "save_every") and not moved and value != state.options[name]:
+            raise ValueError(
+                f"{name}: the run was started with {state.options[name]!r}, got {value!r}; "
+                "leave the option out, or train into another folder"
+            )
+    unused = {name for name, owners in OWNERS.items() if state.options["formulation"] not in owners}
+    try:
+        options = Options(**{**{k: v for k, v in state.options.items() if k not in unused}, **given})
+    except TypeError as error:
+        raise ValueError(f"the checkpoint's options are of wrong types: {error}") from error
+    if (shape := state.ema.sample_shape) not in (None, options.shape):
+        raise ValueError(f"the checkpoint's options ask for images of {options.shape}, its network draws {shape}")
+    return options
+
+
+def resolutions(size: int) -> int:
+    """How many resolutions the U-Net has: 2 for 8x8 images, 3 up to 32, else 4."""
+    return 2 if size <= 8 else 3 if size <= 32 else 4
+
+
+def build(options: Options) -> Diffusion:
+    """The untrained model of a run. Channels double once; levels of 16x16 and below attend, except for 8x8 images."""
+    count, channels = resolutions(options.size), options.shape[0]
+    attends = [options.size > 8 and options.size >> level <= 16 for level in range(count)]
+    unet = UNet(
+        sample_size=options.size,
+        in_channels=channels,
+        out_channels=channels * (2 if options.variance == "learned" else 1),
+        block_out_channels=tuple(options.channels * min(2, level + 1) for level in range(count)),
+        layers_per_block=1 if options.size <= 8 else 2,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        norm_num_groups=8,
+        # These models get sigma as their time; the network's output is divided by it, as a score wants.
+        time_embedding_type="fourier" if options.formulation in ("ncsn", "ve") else "positional",
+    )
+    same: dict[str, Any] = {"objective": options.objective, "loss": options.loss, "weighting": options.weighting}
+    sigmas: dict[str, Any] = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max}
+    if options.formulation == "ddpm":
+        return DDPM(unet, schedule=options.schedule, timesteps=options.timesteps, variance=options.variance, **same)
+    if options.formulation == "ncsn":
+        return NCSN(unet, levels=options.timesteps, **sigmas, **same)
+    return ScoreSDE(unet, options.formulation, **same, **(sigmas if options.formulation == "ve" else {}))

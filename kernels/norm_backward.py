@@ -1,0 +1,317 @@
+"""The backward kernels of the group norm. With u = f xhat + o in each channel (norm_forward.py) and slope = dL/du:
+
+    dL/dx = rstd (f slope - m_1 - xhat m_2),   m_1 = mean(f slope), m_2 = mean(f slope xhat) over the group
+
+The gradients of weight, bias, scale and shift follow from the sums of slope and of slope xhat over the pixels of each
+channel, that of add from the sum of dL/dx.
+
+Moves, per element: norm_grad_kernel reads x and the gradient by y, and writes the gradient by x. Groups that do not fit
+a program are read twice, once before that by norm_sums_kernel. parameters_kernel reads nothing but sums.
+"""
+
+# ruff: noqa: RUF005 (Triton's compiler cannot unpack a tuple within another)
+import triton
+import triton.language as tl
+
+from .launch import kernel
+from .norm_tile import (
+    affine,
+    by_channel,
+    by_group,
+    load_row,
+    load_tiles,
+    owned,
+    sigmoid,
+    store_row,
+    tile_masks,
+    tile_offsets,
+)
+from .tile import to_float32
+
+
+@triton.jit
+def group_row(
+    ptr, groups, channels, DEPTH: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr
+):
+    """The row that holds, for every channel, the number of its group at ptr + groups."""
+    row = ()
+    for k in tl.static_range(BLOCKS):
+        c = k * LANES + tl.arange(0, LANES)
+        at = groups + (c // DEPTH if GROUPS > 1 else 0 * c)
+        row = row + (tl.load(ptr + at, mask=c < channels, other=0.0, eviction_policy="evict_last"),)
+    return row
+
+
+@triton.jit
+def lines_of(
+    mean_ptr, rstd_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, groups, sample, channel, channels,
+    add_stride, scale_stride, shift_stride,
+    DEPTH: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Rows (center, slant, offset, rstd): xhat = (x - center) rstd and u = (x - center) slant + offset."""
+    rstd = group_row(rstd_ptr, groups, channels, DEPTH, GROUPS, BLOCKS, LANES)
+    center = group_row(mean_ptr, groups, channels, DEPTH, GROUPS, BLOCKS, LANES)
+    factor, offset = affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample, channel, channels, scale_stride, shift_stride, BLOCKS, LANES
+    )
+    slant = ()
+    for k in tl.static_range(BLOCKS):
+        slant = slant + (factor[k] * rstd[k],)
+    if add_ptr is not None:
+        add = load_row(add_ptr, sample * add_stride + channel, channels, BLOCKS, LANES)
+        less = ()
+        for k in tl.static_range(BLOCKS):
+            less = less + (center[k] - add[k],)
+        center = less
+    return center, slant, offset, rstd
+
+
+@triton.jit
+def sums_of(
+    grads, tiles, center, slant, offset, QUICK: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """(slopes of the tiles, rows of the sums of slope and of slope (x - center) over their pixels). A slope is 0 where
+    the gradient is, so beyond the slab."""
+    slopes, ones, others = (), (), ()
+    for k in tl.static_range(BLOCKS):
+        one = tl.zeros_like(tiles[0]).to(tl.float32)
+        other = one
+        for t in tl.static_range(TILES):
+            x = to_float32(tiles[k * TILES + t]) - center[k][:, None]
+            u = x * slant[k][:, None] + offset[k][:, None]
+            s = sigmoid(u, QUICK)
+            slope = to_float32(grads[k * TILES + t]) * (s * (u * (1.0 - s) + 1.0))
+            one = slope if t == 0 else one + slope
+            other = slope * x if t == 0 else other + slope * x
+            slopes = slopes + (slope,)
+        ones = ones + (tl.sum(one, 1),)
+        others = others + (tl.sum(other, 1),)
+    return slopes, ones, others
+
+
+@triton.jit
+def weighed(
+    slant, rows, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """[SLOTS]: sums of slant times a row over each group."""
+    columns = ()
+    for k in tl.static_range(BLOCKS):
+        columns = columns + ((slant[k] * rows[k])[:, None],)
+    return by_group(columns, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, 1)
+
+
+@kernel
+def norm_sums_kernel(
+    sums_ptr,  # (SPANS, 2 or, with add, 3, B, C) float32; written: sums of slope and of slope xhat of a span
+    partial_ptr,  # (B, groups, CHUNKS SPANS, 2) float32, written: sums of f slope and of f slope xhat of a part
+    grad_ptr, x_ptr,  # (B, C, pixels), any floating type
+    add_ptr,  # (B, C) or (C,), any floating type; or None
+    weight_ptr, bias_ptr,  # (C,), any floating type
+    scale_ptr, shift_ptr,  # (B, C), any floating type, channels adjacent; or None
+    mean_ptr, rstd_ptr,  # (B, groups) float32
+    batch, first, add_stride, scale_stride, shift_stride,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
+    CHUNKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
+    BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
+    ACROSS: tl.constexpr = LANES if LAST else LANES * PIXELS
+    ALONG: tl.constexpr = TILE * CHANNELS if LAST else TILE
+    QUICK: tl.constexpr = FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    ROWS: tl.constexpr = 2 if add_ptr is None else 3
+    sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
+    offsets = tile_offsets(sample, channel, CHANNELS, PIXELS, LANES, TILE, LAST)
+    groups = sample * (CHANNELS // DEPTH) + group
+    center, slant, offset, rstd = lines_of(
+        mean_ptr, rstd_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, groups, sample, channel, channels,
+        add_stride, scale_stride, shift_stride, DEPTH, GROUPS, BLOCKS, LANES,
+    )  # fmt: skip
+    ones, others = (), ()
+    for _ in tl.static_range(BLOCKS):
+        ones = ones + (tl.zeros([LANES], tl.float32),)
+        others = others + (tl.zeros([LANES], tl.float32),)
+    for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
+        at = offsets + tl.cast(pixel, tl.int64) * (CHANNELS if LAST else 1)
+        masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
+        x = load_tiles(x_ptr + at, masks, ACROSS, ALONG, BLOCKS, TILES)
+        grad = load_tiles(grad_ptr + at, masks, ACROSS, ALONG, BLOCKS, TILES)
+        _, one, other = sums_of(grad, x, center, slant, offset, QUICK, BLOCKS, TILES)
+        ones, others = added(ones, one, BLOCKS), added(others, other, BLOCKS)
+    row = sums_ptr + (tl.cast(span, tl.int64) * ROWS * batch + sample) * CHANNELS + channel
+    store_row(row, ones, channels, BLOCKS, LANES)
+    store_row(row + tl.cast(batch, tl.int64) * CHANNELS, product(rstd, others, BLOCKS), channels, BLOCKS, LANES)
+    slot = tl.arange(0, SLOTS)
+    at = partial_ptr + ((groups + slot) * (CHUNKS * SPANS) + tl.program_id(1)) * 2
+    tl.store(at, weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES), mask=slot < GROUPS)
+    tl.store(at + 1, weighed(slant, others, DEPTH, GROUPS, SLOTS, BLOCKS, LANES), mask=slot < GROUPS)
+
+
+@triton.jit
+def product(a, b, BLOCKS: tl.constexpr):
+    """The product of two rows."""
+    row = ()
+    for k in tl.static_range(BLOCKS):
+        row = row + (a[k] * b[k],)
+    return row
+
+
+@triton.jit
+def added(a, b, BLOCKS: tl.constexpr):
+    """The sum of two rows."""
+    row = ()
+    for k in tl.static_range(BLOCKS):
+        row = row + (a[k] + b[k],)
+    return row
+
+
+@triton.jit
+def merged_sums(
+    partial_ptr, groups, GROUPS: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr
+):
+    """Two [SLOTS]: the sums of norm_sums_kernel over the PARTS parts of each group; WIDE >= PARTS."""
+    slot, part = tl.arange(0, SLOTS)[:, None], tl.arange(0, WIDE)[None, :]
+    pointers = partial_ptr + ((groups + slot) * PARTS + part) * 2
+    mask = (slot < GROUPS) & (part < PARTS)
+    ones = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_last")
+    others = tl.load(pointers + 1, mask=mask, other=0.0, eviction_policy="evict_last")
+    return tl.sum(ones, 1), tl.sum(others, 1)
+
+
+@triton.jit
+def store_gradient(
+    pointers, slopes, tiles, masks, slant, by_x, constant, ADD: tl.constexpr,
+    ACROSS: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Stores slant slope + by_x x + constant of the tiles; returns the row of its sums over the pixels if ADD."""
+    row = ()
+    for k in tl.static_range(BLOCKS):
+        total = tl.zeros_like(slopes[0])
+        for t in tl.static_range(TILES):
+            rest = to_float32(tiles[k * TILES + t]) * by_x[k][:, None] + constant[k][:, None]
+            gradient = slopes[k * TILES + t] * slant[k][:, None] + rest
+            tl.store(pointers + (k * ACROSS + t * ALONG), gradient, mask=masks[k * TILES + t])
+            if ADD:
+                total += tl.where(masks[k * TILES + t], gradient, 0.0)
+        row = row + (tl.sum(total, 1) if ADD else 0.0,)
+    return row
+
+
+@kernel
+def norm_grad_kernel(
+    x_grad_ptr,  # (B, C, pixels), the type of x, written
+    sums_ptr,  # as in norm_sums_kernel; written, but for what that left there; the third row: sums of dL/dx
+    partial_ptr,  # of norm_sums_kernel; or None: the slab is whole groups
+    grad_ptr, x_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,  # as in norm_sums_kernel
+    batch, first, add_stride, scale_stride, shift_stride,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
+    CHUNKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
+    BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
+    ACROSS: tl.constexpr = LANES if LAST else LANES * PIXELS
+    ALONG: tl.constexpr = TILE * CHANNELS if LAST else TILE
+    QUICK: tl.constexpr = FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    ADD: tl.constexpr = add_ptr is not None
+    sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
+    offsets = tile_offsets(sample, channel, CHANNELS, PIXELS, LANES, TILE, LAST)
+    groups = sample * (CHANNELS // DEPTH) + group
+    row = sums_ptr + (tl.cast(span, tl.int64) * (3 if ADD else 2) * batch + sample) * CHANNELS + channel
+    stride = tl.cast(batch, tl.int64) * CHANNELS
+    if partial_ptr is None:
+        masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
+        x = load_tiles(x_ptr + offsets, masks, ACROSS, ALONG, BLOCKS, TILES)
+        grad = load_tiles(grad_ptr + offsets, masks, ACROSS, ALONG, BLOCKS, TILES)
+    center, slant, offset, rstd = lines_of(
+        mean_ptr, rstd_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, groups, sample, channel, channels,
+        add_stride, scale_stride, shift_stride, DEPTH, GROUPS, BLOCKS, LANES,
+    )  # fmt: skip
+    if partial_ptr is None:
+        slopes, ones, others = sums_of(grad, x, center, slant, offset, QUICK, BLOCKS, TILES)
+        store_row(row, ones, channels, BLOCKS, LANES)
+        store_row(row + stride, product(rstd, others, BLOCKS), channels, BLOCKS, LANES)
+        one = weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
+        other = weighed(slant, others, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
+    else:
+        one, other = merged_sums(partial_ptr, groups, GROUPS, SLOTS, CHUNKS * SPANS, PARTS)
+    m_1 = by_channel(one * (1.0 / (DEPTH * PIXELS)), DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
+    m_2 = by_channel(other * (1.0 / (DEPTH * PIXELS)), DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
+    # dL/dx = slant slope - m_1 - (x - center) rstd^2 m_2, m_1 with its rstd
+    by_x, constant = (), ()
+    for k in tl.static_range(BLOCKS):
+        by_x = by_x + (-m_2[k] * rstd[k] * rstd[k],)
+        constant = constant + (m_2[k] * rstd[k] * rstd[k] * center[k] - m_1[k],)
+    if partial_ptr is None:
+        total = store_gradient(
+            x_grad_ptr + offsets, slopes, x, masks, slant, by_x, constant, ADD, ACROSS, ALONG, BLOCKS, TILES
+        )
+    else:
+        total = ()
+        for _ in tl.static_range(BLOCKS):
+            total = total + (tl.zeros([LANES], tl.float32),)
+        for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
+            at = offsets + tl.cast(pixel, tl.int64) * (CHANNELS if LAST else 1)
+            masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
+            x = load_tiles(x_ptr + at, masks, ACROSS, ALONG, BLOCKS, TILES)
+            grad = load_tiles(grad_ptr + at, masks, ACROSS, ALONG, BLOCKS, TILES)
+            slopes, _, _ = sums_of(grad, x, center, slant, offset, QUICK, BLOCKS, TILES)
+            more = store_gradient(
+                x_grad_ptr + at, slopes, x, masks, slant, by_x, constant, ADD, ACROSS, ALONG, BLOCKS, TILES
+            )
+            total = added(total, more, BLOCKS)
+    if ADD:
+        store_row(row + 2 * stride, total, channels, BLOCKS, LANES)
+
+
+@kernel
+def parameters_kernel(
+    weight_grad_ptr, bias_grad_ptr,  # (C,), the types of weight and bias, written
+    scale_grad_ptr, shift_grad_ptr,  # (B, C), the types of scale and shift, written; or None
+    add_grad_ptr,  # (B, C) or, if add is SHARED by the batch, (C,), the type of add, written; or None
+    sums_ptr,  # (spans, 2 or, with add, 3, B, C) float32, of norm_grad_kernel
+    weight_ptr, bias_ptr,  # (C,), any floating type
+    scale_ptr,  # (B, C), any floating type, channels adjacent; or None
+    batch, spans, channels, scale_stride,
+    SHARED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of BLOCK channels' parameters, ROWS samples at a time: sums over the batch in a fixed order."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = channel < channels
+    weight = tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    by_weight = tl.zeros([ROWS, BLOCK], tl.float32)
+    by_bias = tl.zeros([ROWS, BLOCK], tl.float32)
+    by_add = tl.zeros([ROWS, BLOCK], tl.float32)
+    KINDS: tl.constexpr = 2 if add_grad_ptr is None else 3
+    stride = tl.cast(batch, tl.int64) * channels
+    for sample in range(0, batch, ROWS):
+        row = (sample + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        mask = (row < batch) & exists[None, :]
+        at = row * channels + channel[None, :]
+        one = tl.zeros([ROWS, BLOCK], tl.float32)
+        other = tl.zeros([ROWS, BLOCK], tl.float32)
+        shared = tl.zeros([ROWS, BLOCK], tl.float32)
+        for span in range(0, spans):
+            sums = sums_ptr + span * (KINDS * stride) + at
+            one += tl.load(sums, mask=mask, other=0.0)
+            other += tl.load(sums + stride, mask=mask, other=0.0)
+            if add_grad_ptr is not None:
+                shared += tl.load(sums + 2 * stride, mask=mask, other=0.0)
+        if add_grad_ptr is not None:
+            by_add += shared
+            if not SHARED:
+                tl.store(add_grad_ptr + at, shared, mask=mask)
+        if scale_ptr is not None:
+            tl.store(scale_grad_ptr + at, weight[None, :] * other + bias[None, :] * one, mask=mask)
+            tl.store(shift_grad_ptr + at, one, mask=mask)
+            scale = tl.load(scale_ptr + row * scale_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            one += one * scale
+            other += other * scale
+        by_weight += other
+        by_bias += one
+    tl.store(weight_grad_ptr + channel, tl.sum(by_weight, 0), mask=exists)
+    tl.store(bias_grad_ptr + channel, tl.sum(by_bias, 0), mask=exists)
+    if SHARED:
+        tl.store(add_grad_ptr + channel, tl.sum(by_add, 0), mask=exists)

@@ -1,0 +1,197 @@
+"""The forward kernels of the group norm, for each group of a sample:
+
+    y = silu(u),   u = (xhat w + b) (1 + scale) + shift,   xhat = (x + add - mean) / sqrt(var + eps)
+
+mean and var are those of x + add over the group; var is the mean of squared deviations from the mean, so that nothing
+cancels however far the mean is from 0.
+
+Moves, per element: norm_kernel reads x and writes y. Groups that do not fit a program are read twice, once before that
+by moments_kernel. In norm_tile.py: what a program owns.
+"""
+
+# ruff: noqa: RUF005 (Triton's compiler cannot unpack a tuple within another)
+import triton
+import triton.language as tl
+
+from .launch import kernel
+from .norm_tile import (
+    affine,
+    by_channel,
+    by_group,
+    load_row,
+    load_tiles,
+    owned,
+    sigmoid,
+    tile_masks,
+    tile_offsets,
+)
+from .tile import to_float32
+
+
+@triton.jit
+def moments(
+    tiles, masks, add, channels, pixel,
+    PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """(count, mean, sum of squared deviations from it) of x + add of each group, [SLOTS]; x is the tiles, from `pixel`
+    on, and add a row or None."""
+    pixels = tl.minimum(PIXELS - pixel, TILES * TILE)
+    count = ((channels if GROUPS == 1 else DEPTH) * pixels).to(tl.float32)
+    sums = ()
+    for k in tl.static_range(BLOCKS):
+        total = to_float32(tiles[k * TILES])
+        for t in tl.static_range(1, TILES):
+            total += to_float32(tiles[k * TILES + t])
+        sums = sums + (total,)
+    mean = by_group(sums, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILE)
+    if add is not None:
+        columns = ()
+        for k in tl.static_range(BLOCKS):
+            columns = columns + (add[k][:, None],)
+        mean += pixels * by_group(columns, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, 1)
+    mean = mean / count
+    center = by_channel(mean, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
+    squares = ()
+    for k in tl.static_range(BLOCKS):
+        middle = center[k]
+        if add is not None:
+            middle -= add[k]
+        square = tl.zeros([LANES, TILE], tl.float32)
+        for t in tl.static_range(TILES):
+            deviation = to_float32(tiles[k * TILES + t]) - middle[:, None]
+            deviation = tl.where(masks[k * TILES + t], deviation, 0.0)
+            square += deviation * deviation
+        squares = squares + (square,)
+    return count, mean, by_group(squares, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILE)
+
+
+@kernel
+def moments_kernel(
+    x_ptr,  # (B, C, pixels), any floating type
+    add_ptr,  # (B, C) or (C,), any floating type; or None
+    partial_ptr,  # (B, groups, CHUNKS SPANS, 2) float32, written: mean and sum of squared deviations of a part
+    first, add_stride,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
+    CHUNKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
+    BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
+    ACROSS: tl.constexpr = LANES if LAST else LANES * PIXELS
+    ALONG: tl.constexpr = TILE * CHANNELS if LAST else TILE
+    sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
+    offsets = tile_offsets(sample, channel, CHANNELS, PIXELS, LANES, TILE, LAST)
+    add = None
+    if add_ptr is not None:
+        add = load_row(add_ptr, sample * add_stride + channel, channels, BLOCKS, LANES)
+    # The blocks of tiles are merged as in Chan, Golub & LeVeque 1983.
+    count = tl.full((), 0.0, tl.float32)
+    mean = tl.zeros([SLOTS], tl.float32)
+    square = tl.zeros([SLOTS], tl.float32)
+    for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
+        at = x_ptr + offsets + tl.cast(pixel, tl.int64) * (CHANNELS if LAST else 1)
+        masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
+        tiles = load_tiles(at, masks, ACROSS, ALONG, BLOCKS, TILES)
+        n, m, s = moments(tiles, masks, add, channels, pixel, PIXELS, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILES, TILE)
+        share = n / (count + n)
+        square += s + (m - mean) * (m - mean) * (count * share)
+        mean += (m - mean) * share
+        count += n
+    slot = tl.arange(0, SLOTS)
+    at = partial_ptr + ((sample * (CHANNELS // DEPTH) + group + slot) * (CHUNKS * SPANS) + tl.program_id(1)) * 2
+    tl.store(at, mean, mask=slot < GROUPS)
+    tl.store(at + 1, square, mask=slot < GROUPS)
+
+
+@triton.jit
+def merged(
+    partial_ptr, at,
+    PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
+    SPANS: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """(mean, sum of squared deviations) of each group, [SLOTS], from those of its parts; PARTS >= CHUNKS SPANS."""
+    slot, part = tl.arange(0, SLOTS)[:, None], tl.arange(0, PARTS)[None, :]
+    mask = (slot < GROUPS) & (part < CHUNKS * SPANS)
+    pointers = partial_ptr + ((at + slot) * (CHUNKS * SPANS) + part) * 2
+    means = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_last")
+    squares = tl.load(pointers + 1, mask=mask, other=0.0, eviction_policy="evict_last")
+    channels = tl.minimum(DEPTH - part // SPANS * WIDTH, WIDTH if CHUNKS > 1 else DEPTH).to(tl.float32)
+    counts = tl.where(mask, channels * tl.minimum(PIXELS - part % SPANS * SPAN, SPAN), 0.0)
+    mean = tl.sum(means * counts, 1) / (DEPTH * PIXELS)
+    deviations = tl.where(mask, means - mean[:, None], 0.0)
+    return mean, tl.sum(squares, 1) + tl.sum(deviations * deviations * counts, 1)
+
+
+@triton.jit
+def store_silu(
+    pointers, tiles, masks, factor, offset, QUICK: tl.constexpr,
+    ACROSS: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Stores silu(x factor + offset) of the tiles."""
+    for k in tl.static_range(BLOCKS):
+        for t in tl.static_range(TILES):
+            u = to_float32(tiles[k * TILES + t]) * factor[k][:, None] + offset[k][:, None]
+            tl.store(pointers + (k * ACROSS + t * ALONG), u * sigmoid(u, QUICK), mask=masks[k * TILES + t])
+
+
+@kernel
+def norm_kernel(
+    out_ptr,  # (B, C, pixels), the type of x, written: y
+    mean_ptr, rstd_ptr,  # (B, groups) float32, written: mean and 1 / sqrt(var + eps)
+    x_ptr,  # (B, C, pixels), any floating type, laid out as out
+    add_ptr,  # (B, C) or (C,), any floating type; or None
+    weight_ptr, bias_ptr,  # (C,), any floating type
+    scale_ptr, shift_ptr,  # (B, C), any floating type, channels adjacent; or None
+    partial_ptr,  # of moments_kernel; or None: the slab is whole groups
+    first, add_stride, scale_stride, shift_stride, eps,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
+    CHUNKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
+    BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
+    ACROSS: tl.constexpr = LANES if LAST else LANES * PIXELS
+    ALONG: tl.constexpr = TILE * CHANNELS if LAST else TILE
+    QUICK: tl.constexpr = FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
+    offsets = tile_offsets(sample, channel, CHANNELS, PIXELS, LANES, TILE, LAST)
+    groups = sample * (CHANNELS // DEPTH) + group
+    add = None
+    if add_ptr is not None:
+        add = load_row(add_ptr, sample * add_stride + channel, channels, BLOCKS, LANES)
+    if partial_ptr is None:
+        masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
+        tiles = load_tiles(x_ptr + offsets, masks, ACROSS, ALONG, BLOCKS, TILES)
+        _, mean, square = moments(
+            tiles, masks, add, channels, 0, PIXELS, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILES, TILE
+        )
+    else:
+        mean, square = merged(
+            partial_ptr, groups, PIXELS, DEPTH, GROUPS, SLOTS, CHUNKS, SPANS, SPAN, BLOCKS * LANES, PARTS
+        )
+    rstd = tl.rsqrt(square * (1.0 / (DEPTH * PIXELS)) + eps)
+    if tl.program_id(1) == 0:
+        slot = tl.arange(0, SLOTS)
+        tl.store(mean_ptr + groups + slot, mean, mask=slot < GROUPS)
+        tl.store(rstd_ptr + groups + slot, rstd, mask=slot < GROUPS)
+
+    weight, bias = affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample, channel, channels, scale_stride, shift_stride, BLOCKS, LANES
+    )
+    centers = by_channel(mean, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
+    rstds = by_channel(rstd, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
+    factor, offset = (), ()
+    for k in tl.static_range(BLOCKS):
+        center = centers[k]
+        if add is not None:
+            center -= add[k]
+        factor = factor + (weight[k] * rstds[k],)
+        offset = offset + (bias[k] - center * (weight[k] * rstds[k]),)
+    if partial_ptr is None:
+        store_silu(out_ptr + offsets, tiles, masks, factor, offset, QUICK, ACROSS, ALONG, BLOCKS, TILES)
+    else:
+        for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
+            at = offsets + tl.cast(pixel, tl.int64) * (CHANNELS if LAST else 1)
+            masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
+            tiles = load_tiles(x_ptr + at, masks, ACROSS, ALONG, BLOCKS, TILES)
+            store_silu(out_ptr + at, tiles, masks, factor, offset, QUICK, ACROSS, ALONG, BLOCKS, TILES)

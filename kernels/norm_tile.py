@@ -1,0 +1,168 @@
+"""What a program of the group norm owns, and the pieces that its kernels share.
+
+A program owns a slab: neighbouring channels and neighbouring pixels of one sample. It keeps them in registers as they
+were stored, so that nothing is read twice. One kernel serves both layouts: contiguous images, whose pixels are
+neighbours in memory, and channels last (LAST), whose channels are. A slab is BLOCKS x TILES tiles [LANES, TILE]:
+BLOCKS x LANES channels by TILES x TILE pixels. A tuple holds the tiles; tile (k, t) is its element k TILES + t.
+
+    GROUPS > 1    the slab holds GROUPS whole groups of DEPTH channels; channel c belongs to group c // DEPTH
+    GROUPS = 1    the slab holds one group, or, if the group is deeper, one of CHUNKS chunks of it
+    SPANS > 1     the pixels are cut into spans of SPAN; a program walks one span, TILES x TILE pixels at a time
+
+The grid is (slabs, CHUNKS x SPANS). A row is a tuple of BLOCKS tensors [LANES]: one number of every channel.
+"""
+
+# ruff: noqa: RUF005 (Triton's compiler cannot unpack a tuple within another)
+import triton
+import triton.language as tl
+
+MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+
+
+@triton.jit
+def owned(
+    first, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr,
+    SPANS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """(int64 sample, first group, first channel, number of channels, span) of this program; WIDTH: BLOCKS x LANES."""
+    SLABS: tl.constexpr = CHANNELS // (GROUPS * DEPTH)
+    slab = first + tl.program_id(0)
+    sample, slab = (slab // SLABS).to(tl.int64), slab % SLABS
+    channel, part = slab * (GROUPS * DEPTH), tl.program_id(1)
+    channels = GROUPS * DEPTH
+    if CHUNKS > 1:
+        chunk = part // SPANS * WIDTH
+        channel += chunk
+        channels = tl.minimum(DEPTH - chunk, WIDTH)
+    return sample, slab * GROUPS, channel, channels, part % SPANS
+
+
+@triton.jit
+def tile_offsets(
+    sample, channel, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    LAST: tl.constexpr,
+):  # fmt: skip
+    """int64 [LANES, TILE]: where the elements of the slab's first tile lie, at pixel 0."""
+    lane = channel + tl.arange(0, LANES).to(tl.int64)[:, None]
+    pixel = tl.arange(0, TILE).to(tl.int64)[None, :]
+    start = sample * (CHANNELS * PIXELS)
+    return start + (lane + pixel * CHANNELS if LAST else lane * PIXELS + pixel)
+
+
+@triton.jit
+def tile_masks(
+    channels, pixel, FULL: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """bool [LANES, TILE] for each tile from `pixel` on: which elements exist. FULL: all channels do."""
+    masks = ()
+    for k in tl.static_range(BLOCKS):
+        for t in tl.static_range(TILES):
+            mask = tl.full([LANES, TILE], True, tl.int1)
+            if not FULL:
+                mask = mask & (k * LANES + tl.arange(0, LANES) < channels)[:, None]
+            if PIXELS % (TILE * TILES) != 0:
+                mask = mask & (pixel + t * TILE + tl.arange(0, TILE) < PIXELS)[None, :]
+            masks = masks + (mask,)
+    return masks
+
+
+@triton.jit
+def load_tiles(pointers, masks, ACROSS: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr):
+    """The slab's tiles as they are stored, 0 beyond it. pointers: of the first; ACROSS, ALONG: steps to the others."""
+    tiles = ()
+    for k in tl.static_range(BLOCKS):
+        for t in tl.static_range(TILES):
+            x = tl.load(pointers + (k * ACROSS + t * ALONG), mask=masks[k * TILES + t], other=0.0)
+            tiles = tiles + (x,)
+    return tiles
+
+
+@triton.jit
+def load_row(ptr, at, channels, BLOCKS: tl.constexpr, LANES: tl.constexpr):
+    """The row that starts at ptr + at, in float32; 0 beyond the slab."""
+    row = ()
+    for k in tl.static_range(BLOCKS):
+        c = k * LANES + tl.arange(0, LANES)
+        x = tl.load(ptr + at + c, mask=c < channels, other=0.0, eviction_policy="evict_last")
+        row = row + (x.to(tl.float32),)
+    return row
+
+
+@triton.jit
+def store_row(ptr, row, channels, BLOCKS: tl.constexpr, LANES: tl.constexpr):
+    for k in tl.static_range(BLOCKS):
+        c = k * LANES + tl.arange(0, LANES)
+        tl.store(ptr + c, row[k], mask=c < channels)
+
+
+@triton.jit
+def affine(
+    weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample, channel, channels, scale_stride, shift_stride,
+    BLOCKS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """(factor, offset) rows of the normalised channels: w (1 + scale) and b (1 + scale) + shift."""
+    factor = load_row(weight_ptr, channel, channels, BLOCKS, LANES)
+    offset = load_row(bias_ptr, channel, channels, BLOCKS, LANES)
+    if scale_ptr is not None:
+        scale = load_row(scale_ptr, sample * scale_stride + channel, channels, BLOCKS, LANES)
+        shift = load_row(shift_ptr, sample * shift_stride + channel, channels, BLOCKS, LANES)
+        factors, offsets = (), ()
+        for k in tl.static_range(BLOCKS):
+            factors = factors + (factor[k] + factor[k] * scale[k],)
+            offsets = offsets + (offset[k] + offset[k] * scale[k] + shift[k],)
+        factor, offset = factors, offsets
+    return factor, offset
+
+
+@triton.jit
+def by_group(
+    rows, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """[SLOTS >= GROUPS]: the sums over each group of BLOCKS tensors [LANES, WIDE], which are 0 beyond the slab."""
+    if GROUPS == 1:
+        total = rows[0]
+        for k in tl.static_range(1, BLOCKS):
+            total += rows[k]
+        sums = tl.sum(tl.reshape(total, [1, LANES * WIDE]), 1)
+    elif GROUPS * DEPTH == LANES:
+        sums = tl.sum(tl.reshape(rows[0], [GROUPS, DEPTH * WIDE]), 1)
+    else:
+        total = tl.zeros([SLOTS, WIDE], tl.float32)
+        for k in tl.static_range(BLOCKS):
+            belongs = tl.arange(0, SLOTS)[:, None] == ((k * LANES + tl.arange(0, LANES)) // DEPTH)[None, :]
+            total += tl.sum(tl.where(belongs[:, :, None], tl.reshape(rows[k], [1, LANES, WIDE]), 0.0), 1)
+        sums = tl.sum(total, 1)
+    return sums
+
+
+@triton.jit
+def by_channel(
+    values, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr
+):
+    """The row that holds, for every channel, the value of its group; values [SLOTS]."""
+    row = ()
+    for k in tl.static_range(BLOCKS):
+        if GROUPS == 1:
+            row = row + (tl.zeros([LANES], tl.float32) + tl.sum(values, 0),)
+        elif GROUPS * DEPTH == LANES:
+            row = row + (tl.reshape(tl.broadcast_to(values[:, None], [GROUPS, DEPTH]), [LANES]),)
+        else:
+            belongs = tl.arange(0, SLOTS)[:, None] == ((k * LANES + tl.arange(0, LANES)) // DEPTH)[None, :]
+            row = row + (tl.sum(tl.where(belongs, values[:, None], 0.0), 0),)
+    return row
+
+
+@triton.jit
+def sigmoid(u, FAST: tl.constexpr):
+    """1 / (1 + exp(-u)). FAST: by NVIDIA's approximate power of two and reciprocal, for 16-bit results alone: its
+    error, below 2^-20 for |u| < 8, is far below their rounding."""
+    if FAST:
+        e = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [u * MINUS_LOG2_E], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [1.0 + e], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.sigmoid(u)

@@ -1,0 +1,539 @@
+"""benchmarks/gpu: the runner with stand-in rows, the results, the report, and a rehearsal of every stage on the CPU."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from benchmarks import workloads
+from benchmarks.gpu import __main__ as kit
+from benchmarks.gpu import checks, measure, operations, packages, report, results, runner, training
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.rows import STAGES, NotAvailable, Row, Setup, Stage
+from benchmarks.gpu.worker import UNKNOWN_OPTION, forget
+from benchmarks.gpu.worker import measure as outcome_of
+from benchmarks.static import roofline
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = Setup(torch.device("cpu"), toy=True)
+MACHINE = {"device": "cuda:0 (A GPU)", "torch": "2.11.0"}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return Results(tmp_path / "a-gpu.json", "run", MACHINE)
+
+
+# --- rows in a real process ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What the runner makes of the stand-in rows, by their names; and the number of the hanging row's child."""
+    folder = tmp_path_factory.mktemp("worker")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHILD_FILE", str(folder / "child"))
+        done = Results(folder / "results.json", "run", MACHINE)
+        runner.run([Stage("stand-in", "gpu_rows")], CPU, 600, done, lambda line: None)
+    rows = results.read(folder / "results.json")["rows"]
+    return {key.split(" / ")[1]: row for key, row in rows.items()}, int((folder / "child").read_text())
+
+
+def test_a_row_that_fails_is_recorded_and_the_next_goes_on(outcomes):
+    rows, _ = outcomes
+    assert rows["fails"]["error"] == "RuntimeError: 3 is not 4"
+    assert rows["second"]["figures"] == rows["first"]["figures"]  # in the same process
+
+
+def test_a_row_that_hangs_is_killed_with_its_children(outcomes):
+    rows, child = outcomes
+    assert rows["hangs"]["error"] == "killed after 2 s"
+    assert rows["third"]["figures"]["process"] != rows["second"]["figures"]["process"]
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_row_that_dies_is_recorded_with_its_signal(outcomes):
+    rows, _ = outcomes
+    assert rows["dies"]["error"] == "the process ended with SIGSEGV"
+    assert rows["last"]["figures"]["process"] != rows["third"]["figures"]["process"]
+
+
+def test_what_is_not_there_is_not_an_error(outcomes):
+    rows, _ = outcomes
+    assert rows["lacks"]["not_available"] == "no such tool"
+    assert "unexpected keyword argument 'graph'" in rows["option"]["not_available"]
+
+
+def test_a_type_error_of_another_kind_is_an_error():
+    assert "error" in outcome_of(Row("a", "b", lambda: {"length": len(3)}, 1))  # type: ignore[arg-type]
+    assert UNKNOWN_OPTION.search("graph: expected a CUDA model, got cpu")
+    assert not UNKNOWN_OPTION.search("f() got an unexpected keyword argument 'steps'")
+
+
+def test_a_device_that_is_lost_ends_the_process(monkeypatch):
+    """A worker that says it is not healthy is stopped, so that the next row gets a new one."""
+
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.compiler, "reset", lost)
+    assert not forget(torch.device("cpu"))
+
+
+# --- budget, and rows that are there, on a clock of the tests --------------------------------------------------
+
+
+class Here:
+    """A worker in this process, whose rows take as long on the tests' clock as they say."""
+
+    now = 0.0
+    started: list[str] = []  # noqa: RUF012
+    ran: list[str] = []  # noqa: RUF012
+
+    def __init__(self, stage, setup):
+        self.stage, self.setup = stage, setup
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def start(self, seconds):
+        Here.started.append(self.stage.name)
+
+    def run(self, name, seconds):
+        Here.ran.append(name)
+        row = next(row for row in self.stage.rows(self.setup) if row.name == name)
+        return outcome_of(row)
+
+
+class Listed(Stage):
+    def rows(self, setup):
+        return self.module
+
+
+def stage(*rows: tuple[str, float, float], seconds: float = float("inf")) -> Stage:
+    """Rows of (name, limit, the seconds that they take)."""
+
+    def run(taken):
+        Here.now += taken
+        return {"taken": taken}
+
+    return Listed("s", [Row(name, "m", functools.partial(run, taken), limit) for name, limit, taken in rows], seconds)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(runner, "Worker", Here)
+    monkeypatch.setattr(runner.time, "monotonic", lambda: Here.now)
+    Here.now, Here.started, Here.ran = 0.0, [], []
+    return Here
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_the_budget_holds(here, file):
+    """A row runs only if its limit fits into what is left; a later one with a smaller limit may still fit."""
+    runner.run([stage(("a", 50, 40), ("b", 70, 1), ("c", 60, 10), ("d", 60, 1))], CPU, 100, file, quiet)
+    assert here.ran == ["a / m", "c / m"]
+    assert file.content["rows"]["s / b / m"]["not_run"] == "its limit is 70 s and 60 s were left"
+    assert "50 s were left" in file.content["rows"]["s / d / m"]["not_run"]
+
+
+def test_a_stage_has_a_limit_of_its_own(here, file):
+    stages = [stage(("a", 50, 40), ("b", 30, 1), seconds=60), Listed("t", stage(("c", 50, 1)).module)]
+    runner.run(stages, CPU, 1000, file, quiet)
+    assert here.ran == ["a / m", "c / m"]
+
+
+def test_without_budget_no_process_starts(here, file):
+    runner.run([stage(("a", 1, 1))], CPU, 0, file, quiet)
+    assert here.started == [] and "not_run" in file.content["rows"]["s / a / m"]
+
+
+def test_rows_that_are_there_are_skipped(here, file):
+    runner.run([stage(("a", 5, 5), ("b", 10, 1))], CPU, 10, file, quiet)  # no time is left for b
+    again = Results(file.path, "run", MACHINE)
+    runner.run([stage(("a", 5, 5), ("b", 10, 1))], CPU, 10, again, quiet)
+    assert here.ran == ["a / m", "b / m"]
+
+
+def test_a_row_that_failed_is_not_tried_again_by_the_same_code(here, file):
+    def fails():
+        raise RuntimeError("no")
+
+    rows = Listed("s", [Row("a", "m", fails, 1)])
+    for _ in range(2):
+        runner.run([rows], CPU, 10, Results(file.path, "run", MACHINE), quiet)
+    assert here.ran == ["a / m"]
+
+
+def test_rows_of_other_code_are_measured_again(here, file):
+    runner.run([stage(("a", 5, 1), ("b", 9, 1))], CPU, 10, file, quiet)
+    later = Results(file.path, "later", MACHINE)
+    runner.run([stage(("a", 5, 2), ("b", 9, 2))], CPU, 8, later, quiet)  # no time is left for b
+    a, b = (results.read(file.path)["rows"][f"s / {name} / m"] for name in "ab")
+    assert (a["run"], a["figures"]) == ("later", {"taken": 2})
+    assert (b["run"], b["figures"]) == ("run", {"taken": 1})  # an older figure is not lost
+    assert set(results.read(file.path)["runs"]) == {"run", "later"}
+
+
+def test_each_row_is_written_at_once(here, file):
+    """An interruption loses nothing that was measured before it."""
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    first = stage(("a", 1, 1)).module[0]
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([Listed("s", [first, Row("b", "m", interrupted, 1)])], CPU, 10, file, quiet)
+    assert list(results.read(file.path)["rows"]) == ["s / a / m"]
+    assert [path.name for path in file.path.parent.iterdir()] == [file.path.name]
+
+
+def test_a_run_that_no_row_refers_to_is_forgotten(file):
+    file.put("s / a / m", {"figures": {}})
+    later = Results(file.path, "later", MACHINE)
+    later.put("s / a / m", {"figures": {}})
+    assert list(later.content["runs"]) == ["later"]
+
+
+def test_the_run_stands_for_code_and_versions(monkeypatch, tmp_path):
+    code = tmp_path / "kernels" / "noise.py"
+    code.parent.mkdir()
+    code.write_text("one")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    first = results.this_run()
+    (tmp_path / "README.md").write_text("a page is not measured")
+    assert results.this_run() == first
+    code.write_text("two")
+    second = results.this_run()
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert len({first, second, results.this_run()}) == 3
+
+
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"a\.json: expected a JSON object with 'runs' and 'rows'"):
+        Results(tmp_path / "a.json", "run", MACHINE)
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled_kernels(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_the_command_writes_results_and_page(compiled_kernels, tmp_path, capsys):
+    """Without any budget: every row of every stage is there, as not run."""
+    assert kit.main(["--device", "cpu", "--budget", "0", "--out", str(tmp_path)]) == 0
+    content = results.read(tmp_path / "cpu.json")
+    assert {key.split(" / ")[0] for key in content["rows"]} == {stage.name for stage in STAGES}
+    (machine,) = content["runs"].values()
+    assert machine["torch"] == torch.__version__ and machine["triton"] == triton.__version__
+    assert (tmp_path / "cpu.md").read_text() == report.markdown(content)
+    assert "sampling / SD 1.5 U-Net, batch 1 / accelerate graph: not run" in capsys.readouterr().out
+
+
+def test_the_command_runs_the_chosen_stage(compiled_kernels, here, monkeypatch, tmp_path):
+    """The exit status says whether a row failed."""
+    good, bad = stage(("a", 1, 1)), Listed("bad", [Row("b", "m", lambda: {"length": len(3)}, 1)])  # type: ignore[arg-type]
+    monkeypatch.setattr(kit, "STAGES", [good, bad])
+    command = ["--device", "cpu", "--out", str(tmp_path), "--stage"]
+    assert kit.main([*command, "s"]) == 0 and here.ran == ["a / m"]
+    assert kit.main([*command, "s", "bad"]) == 1 and here.ran == ["a / m", "b / m"]
+
+
+def test_without_a_gpu(compiled_kernels, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        kit.main([])
+    assert stop.value.code == 2 and "--device cpu rehearses" in capsys.readouterr().err
+
+
+def test_the_interpreter_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        kit.main(["--device", "cpu", "--out", str(tmp_path)])
+
+
+def test_wheels_are_put_on_the_path(monkeypatch, tmp_path):
+    """For this process and for those that it starts, and only as long as the kit runs."""
+    monkeypatch.setenv("PYTHONPATH", "before")
+    with zipfile.ZipFile(tmp_path / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried/__init__.py", "value = 7\n")
+    path = list(sys.path)
+    with packages.on_path(tmp_path):
+        command = [sys.executable, "-c", "import carried; print(carried.value)"]
+        assert subprocess.run(command, capture_output=True, text=True).stdout == "7\n"
+        assert sys.path[1:] == path and os.environ["PYTHONPATH"].endswith(os.pathsep + "before")
+    assert sys.path == path and os.environ["PYTHONPATH"] == "before"
+
+
+# --- the report -------------------------------------------------------------------------------------------------
+
+
+def job(per_s: float) -> dict:
+    return {"figures": {"per_s": per_s, "kernels_per_step": 220.0, "off_float32": 0.004}}
+
+
+@pytest.fixture
+def reported(file):
+    for method, per_s in (("diffusers eager", 5.0), ("diffusers max-autotune", 8.0), ("fastdiff graph", 12.0)):
+        file.put(f"sampling / cifar10 U-Net, batch 1 / {method}", job(per_s))
+    file.put("sampling / cifar10 U-Net, batch 16 / fastdiff graph", {"not_available": "no option\n'graph'"})
+    file.put("operations / normal / float32 2x2", {"figures": {"fused": 0.5, "reference": 2.0, "copy": 0.25}})
+    file.put("checks / tests / marked gpu", {"error": "RuntimeError: 1 failed"})
+    file.put("host / normal / float32 2x2", {"not_run": "its limit is 20 s and 3 s were left"})
+    return file
+
+
+def test_the_page(reported):
+    text = report.markdown(reported.content)
+    assert text.startswith("# A GPU\n") and "- torch: 2.11.0" in text
+    assert "| cifar10 U-Net, batch 1 | fastdiff graph | 12 | 220 | 0.004 |" in text
+    assert "| normal | float32 2x2 | 0.5 | 2 | 0.25 | 4.00 | 0.50 |" in text
+    assert "- cifar10 U-Net, batch 16 / fastdiff graph: not available: no option 'graph'\n" in text
+    assert "- tests / marked gpu: FAILED: RuntimeError: 1 failed\n" in text
+    assert "- normal / float32 2x2: not run: its limit" in text
+
+
+def test_the_page_says_which_run_a_row_is_of(reported):
+    Results(reported.path, "later", MACHINE).put("sampling / cifar10 U-Net, batch 1 / fastdiff graph", job(13.0))
+    text = report.markdown(results.read(reported.path))
+    assert "| fastdiff graph | 13 | 220 | 0.004 | `later` |" in text and "| 5 | 220 | 0.004 | `run` |" in text
+
+
+def test_the_readme_gets_the_best_of_ours_and_of_the_others(reported, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"Before.\n{report.BEGIN}\nold\n{report.END}\nAfter.\n")
+    report.write_all(tmp_path, readme)
+    text = readme.read_text()
+    assert "| sampling, cifar10 U-Net, batch 1 | 12 images/s | 8 images/s | 1.50x |" in text
+    assert text.startswith(f"Before.\n{report.BEGIN}\n[A GPU](a-gpu.md)") and text.endswith(f"{report.END}\nAfter.\n")
+    assert "old" not in text and "batch 16" not in text
+    report.write_all(tmp_path, readme)
+    assert readme.read_text() == text
+
+
+def test_other_files_in_the_folder_are_left_alone(reported, tmp_path):
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    (tmp_path / "README.md").write_text("")
+    report.write_all(tmp_path, tmp_path / "README.md")
+    assert sorted(path.name for path in tmp_path.glob("*.md")) == ["README.md", "a-gpu.md"]
+
+
+def test_a_readme_without_the_marks_is_left_alone(reported, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("Nothing.\n")
+    report.write_all(tmp_path, readme)
+    assert readme.read_text() == "Nothing.\n" and (tmp_path / "a-gpu.md").exists()
+
+
+@pytest.mark.parametrize("path", results.files(ROOT / "benchmarks" / "results"), ids=lambda path: path.stem)
+def test_the_published_pages_are_those_of_their_results(path):
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(results.read(path))
+
+
+def test_the_first_figures_are_readable():
+    """Those of the kit before this one."""
+    text = (ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3.md").read_text(encoding="utf-8")
+    assert "| reverse_update | bfloat16 256x3x256x256 | 0.1004 |" in text and "SIGSEGV" in text
+
+
+# --- the figures ------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_of_a_job(monkeypatch):
+    """The host returns after 1 s of a run that takes 4 s; the first run takes 10 s."""
+    now = [0.0]
+    calls = []
+
+    def run():
+        calls.append(len(calls))
+        now[0] += 1.0
+
+    def clock(device):
+        if len(calls) == 1 and now[0] < 10:
+            now[0] = 10.0
+        elif calls and now[0] % 4:
+            now[0] += 4 - now[0] % 4
+        return now[0]
+
+    monkeypatch.setattr(measure, "clock", clock)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measure, "profiled", lambda run, device: (600, 0.2))
+    figures = measure.job(run, CPU.device, steps=2, units=8)
+    assert figures["first_call_s"] == 10 and figures["per_s"] == 2.0 and figures["ms_per_step"] == 2000
+    assert figures["host_ms_per_step"] == 500
+    assert figures["gpu_ms_per_step"] == 100 and figures["kernels_per_step"] == 300 and figures["peak_mb"] > 0
+    assert len(calls) == 2 + measure.REPEATS
+
+
+def test_kernels_are_counted():
+    x = torch.ones(10)
+    once, seconds = measure.profiled(x.neg, CPU.device)
+    thrice, _ = measure.profiled(lambda: (x.neg(), x.neg(), x.neg()), CPU.device)
+    assert once > 0 and thrice == 3 * once and 0 < seconds < 1
+
+
+def test_times_on_a_gpu(monkeypatch):
+    """What is asked of Triton there, and the time that a call holds up the program."""
+    asked = []
+    monkeypatch.setattr(
+        triton.testing, "do_bench_cudagraph", lambda f, rep, return_mode: asked.append((rep, return_mode)) or f()
+    )
+    assert measure.milliseconds([lambda: 3.0] * 4, torch.device("cuda"), 1.0) == [3.0] * 4
+    assert asked == [(25, "median")] * 4
+    now = [0.0]
+    monkeypatch.setattr(measure, "clock", lambda device: now[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    call = functools.partial(lambda: now.__setitem__(0, now[0] + 2e-6))
+    assert measure.host_microseconds(call, torch.device("cuda")) == pytest.approx(2.0)
+
+
+TOOL = """#!/bin/sh
+echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" >> "$0.log"
+[ "$2" = memcheck ] && echo "==== ERROR SUMMARY: 0 errors" && exit
+echo "==== RACECHECK SUMMARY: 2 hazards displayed"
+exit 9
+"""
+
+
+def test_the_sanitizer_is_heard(monkeypatch, tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert checks.sanitizer("memcheck", "loss", CPU) == {"summary": "ERROR SUMMARY: 0 errors"}
+    with pytest.raises(RuntimeError, match="RACECHECK SUMMARY: 2 hazards displayed"):
+        checks.sanitizer("racecheck", "loss", CPU)
+    first = (tmp_path / "compute-sanitizer.log").read_text().splitlines()[0]
+    assert first.startswith(f"1 --tool memcheck --error-exitcode 9 {sys.executable} -m") and first.endswith("loss cpu")
+
+
+def test_without_the_sanitizer(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(NotAvailable, match="compute-sanitizer is not installed"):
+        checks.sanitizer("memcheck", "loss", CPU)
+
+
+def test_what_the_sanitizer_is_given_launches_every_kernel():
+    script = "import triton.runtime.interpreter as i\nrun, seen = i.GridExecutor.__call__, set()\n" + (
+        "def call(self, *args, **kwargs):\n    seen.add(self.fn.__name__)\n    run(self, *args, **kwargs)\n"
+        "i.GridExecutor.__call__ = call\n"
+        "import torch\nfrom benchmarks.gpu import launches\n"
+        "launches.SHAPES = (*launches.SHAPES[:1], (2, 3, 8, 32))\n"
+        "for name in launches.LAUNCHES: launches.launch(name, torch.device('cpu'))\n"
+        "print(*sorted(seen))\n"
+    )
+    environment = {"TRITON_INTERPRET": "1", "FASTDIFF_BACKEND": "triton", "PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    known = {f"{kernel}_kernel" for kernel, _, _ in roofline.COMMON + roofline.RARE}
+    assert done.stdout.split() == sorted(known), done.stderr
+
+
+def test_the_outcome_of_the_tests_is_read(tmp_path):
+    good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
+    good.write_text("def test_a(): pass\n")
+    bad.write_text("def test_b(): assert False\n")
+    assert checks.tests([str(good)]) == {"passed": 1}
+    with pytest.raises(RuntimeError, match=r"1 failed, 1 passed(.|\n)*test_bad\.py::test_b"):
+        checks.tests([str(good), str(bad)])
+
+
+def test_the_tests_that_are_asked_for_exist():
+    asked = [row.run.args[0] for row in checks.rows(Setup(CPU.device, toy=False)) if row.run.func is checks.tests]
+    files = [word.split("::")[0] for arguments in asked for word in arguments if word.startswith("tests")]
+    assert len(files) == 4 and all((ROOT / file).exists() for file in files)
+
+
+# --- the rehearsal ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """No time for the clock, and no compiler, which takes minutes and is tested elsewhere."""
+    monkeypatch.setattr(measure, "SECONDS", 0)
+    monkeypatch.setattr(measure, "REPEATS", 1)
+    monkeypatch.setattr(operations, "SECONDS", 0.01)
+    with torch._dynamo.config.patch(disable=True):
+        yield
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_the_rehearsal(stage, short):
+    """Every row of every stage, at toy size: it has its figures, or what it needs is not there."""
+    outcomes = {row.name: outcome_of(row) for row in stage.rows(CPU)}
+    assert not {name: row["error"] for name, row in outcomes.items() if "error" in row}
+    json.dumps(outcomes)
+    expected = {"smoke": 10, "sampling": 5, "training": 4, "operations": 16, "host": 24, "checks": 4}
+    assert sum("figures" in row for row in outcomes.values()) >= expected[stage.name]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_the_rows_of_a_gpu(stage):
+    """They can be named without a GPU, no two are alike, and each fits into a run of ten minutes."""
+    rows = stage.rows(Setup(torch.device("cuda"), toy=False))
+    assert len({row.name for row in rows}) == len(rows)
+    assert all(row.seconds <= min(300, stage.seconds) for row in rows)
+
+
+def test_all_methods_do_the_same_steps(short):
+    """The images of diffusers in bfloat16 are those of fastdiff in float32, but for rounding."""
+    rows = next(stage for stage in STAGES if stage.name == "sampling").rows(CPU)
+    figures = next(row for row in rows if row.name == "cifar10 U-Net, batch 2 / diffusers eager").run()
+    assert 0 < figures["off_float32"] < 0.05
+    accelerated = next(row for row in rows if row.name == "SD 1.5 U-Net, batch 1 / accelerate eager").run()
+    assert accelerated["off_eager"] < 0.1
+
+
+def test_what_compiles_longest_comes_last():
+    rows = next(stage for stage in STAGES if stage.name == "sampling").rows(Setup(torch.device("cuda"), toy=False))
+    limits = [row.seconds for row in rows]
+    assert limits == sorted(limits) and "max-autotune" in rows[-1].name and len(rows) == 6 * 3 + 6 * 2
+
+
+def test_a_training_step_trains(short):
+    """The weights move and their average follows, by diffusers' recipe and by fastdiff's."""
+    for method in ("diffusers eager", "fastdiff eager"):
+        moved = []
+        real = training.training_step
+
+        def watched(setup, parameters, loss, average, real=real, moved=moved, **options):
+            before = [p.detach().clone() for p in parameters]
+            step = real(setup, parameters, loss, average, **options)
+            return lambda: (step(), moved.append(sum((p - b).norm() for p, b in zip(parameters, before, strict=True))))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "training_step", watched)
+            training.METHODS[method](2 * torch.rand(2, 3, 8, 8) - 1, CPU)()
+        assert moved[0] > 0
+
+
+def test_a_result_that_is_not_the_reference_is_not_timed(short, monkeypatch):
+    monkeypatch.setitem(workloads.BOUND, torch.float32, 0.0)
+    rows = [row for row in operations.rows(CPU) if "float32" in row.name]
+    outcomes = [outcome_of(row) for row in rows]
+    assert len(rows) == 12 and all("off the float64 reference" in outcome["error"] for outcome in outcomes)
+
+
+def test_the_packaged_step_of_stock_pytorch_has_nothing_of_ours():
+    """Nothing but PyTorch and the standard library, in both of its processes."""
+    script = (ROOT / "benchmarks" / "gpu" / "packaged_step.py").read_text()
+    names = re.findall(r"^ *(?:import|from) +(.+?)(?: import .*)?$", script, re.MULTILINE)
+    assert set(names) == {"subprocess", "sys", "tempfile", "pathlib", "torch", "sys, torch"}

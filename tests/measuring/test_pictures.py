@@ -1,0 +1,76 @@
+"""The pictures: what they draw, that axes and rows are labelled, and that they fit a page."""
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from benchmarks import pictures
+from benchmarks.table import TITLES
+
+
+def line(operation: str, **nanoseconds: float) -> dict:
+    ratio = {row: taken / nanoseconds["fused"] for row, taken in nanoseconds.items() if row not in ("fused", "copy")}
+    shared = {"operation": operation, "dtype": "float32", "shape": [2, 3]}
+    return shared | {"ratio": ratio, "ns_per_element": nanoseconds}
+
+
+def words(figure: Figure) -> str:
+    """All that is written in the figure."""
+    figure.canvas.draw()
+    return "\n".join(text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text")))
+
+
+def test_operations():
+    lines = [
+        line("forward_noising", fused=1.0, reference=4.0, diffusers=5.0, copy=0.5),
+        line("reverse_update", fused=2.0, reference=3.0, copy=0.5),
+    ]
+    figure = pictures.operations(lines, "a machine", TITLES)
+    noising, update = figure.axes
+    assert [bar.get_width() for bar in noising.patches] == [1.0, 4.0, 5.0]
+    assert [bar.get_width() for bar in update.patches] == [2.0, 3.0]
+    own, *others = (bar.get_facecolor() for bar in noising.patches)
+    assert own not in others and others[0] == others[1]
+    assert [label.get_text() for label in noising.get_yticklabels()] == ["fastdiff", "eager PyTorch", "diffusers"]
+    assert noising.yaxis_inverted() and update.yaxis_inverted()  # fastdiff on top
+    said = words(figure)
+    for text in ("shorter is better", "a machine", "ns per element", "forward noising", "4.00 (4x)", "3.00 (1.5x)"):
+        assert text in said
+    assert "copy" not in said and "diffusers" not in [label.get_text() for label in update.get_yticklabels()]
+
+
+def test_quality():
+    rows = [{"sampler": "ddpm", "steps": 1000, "images_per_s": 10.0, "frechet_distance": 0.5}]
+    rows += [{"sampler": "ddim", "steps": n, "images_per_s": 5000 / n, "frechet_distance": 4 / n} for n in (50, 10)]
+    figure = pictures.quality(rows, 0.3, {"ddpm": "#888888", "ddim": "#cc7722"})
+    ddpm, ddim, real = figure.axes[0].lines
+    assert ddpm.get_xydata().tolist() == [[10.0, 0.5]]
+    assert ddim.get_xydata().tolist() == [[100.0, 0.08], [500.0, 0.4]]
+    assert set(real.get_ydata()) == {0.3}
+    said = words(figure)
+    for text in ("right is better", "down is better", "1000", "50", "ddim", "two halves of the real digits"):
+        assert text in said
+
+
+def test_roofline():
+    bars = [("fastdiff", "noising plain", 1.0), ("inductor", "noising plain", 0.5)]
+    figure = pictures.roofline(bars)
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [100.0, 50.0]
+    said = words(figure)
+    assert "longer is better" in said and "inductor: noising plain" in said and "50%" in said
+
+
+def test_a_picture_fits_a_page(tmp_path):
+    """However many operations, rows and kernels it shows."""
+    names = {f"row {k}": f"row {k}" for k in range(20)}
+    taken = dict.fromkeys(names, 2.0)
+    few = [line("noising", fused=1.0, reference=2.0)]
+    many = [line(f"operation {k}", fused=1.0, **taken) for k in range(8)]
+    for lines in (few, many):
+        figure = pictures.operations(lines, "m", TITLES | names)
+        assert all(side <= most for side, most in zip(figure.get_size_inches(), pictures.PAGE, strict=True))
+    for count in (1, 200):
+        figure = pictures.roofline([("fastdiff", "kernel", 1.0)] * count)
+        assert all(side <= most for side, most in zip(figure.get_size_inches(), pictures.PAGE, strict=True))
+    pictures.save(pictures.operations(few, "m", TITLES), tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.size[0] == pictures.DPI * pictures.PAGE[0] and image.size[1] <= pictures.DPI * pictures.PAGE[1]

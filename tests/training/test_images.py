@@ -1,0 +1,209 @@
+"""Folders of images of every kind: the modes of PIL, transparency, and what is left out."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff.training import data
+
+RAMP = np.linspace(0, 1, 16)[None].repeat(16, 0)
+EIGHT = (RAMP * 255).round().astype(np.uint8)
+# A square of full red, or of white where there is one channel, on full transparency.
+INSIDE = np.zeros((16, 16), bool)
+INSIDE[4:12, 4:12] = True
+
+
+def read(folder, gray=False):
+    """The pixels of a folder of 16x16 images, (N, C, 16, 16)."""
+    return data.folder(folder, 16, gray).pixels
+
+
+def saved(folder, image, end="png", **options):
+    image.save(folder / f"image.{end}", **options)
+    return folder
+
+
+def deep(kind, white):
+    return (RAMP * white).astype(kind)
+
+
+RAMPS = {
+    "L": (Image.fromarray(EIGHT), "png"),
+    "RGB": (Image.fromarray(EIGHT).convert("RGB"), "png"),
+    "P": (Image.fromarray(EIGHT).convert("P"), "png"),
+    "I;16 PNG": (Image.fromarray(deep(np.uint16, 65535)), "png"),
+    "I;16 TIFF": (Image.fromarray(deep(np.uint16, 65535)), "tiff"),
+    "I;16B TIFF": (Image.frombytes("I;16B", (16, 16), deep(np.uint16, 65535).byteswap().tobytes()), "tiff"),
+    "I TIFF": (Image.fromarray(deep(np.int32, 65535)), "tiff"),
+    "F TIFF": (Image.fromarray(deep(np.float32, 1)), "tiff"),
+    "LA": (Image.fromarray(EIGHT).convert("LA"), "png"),
+    "RGBA": (Image.fromarray(EIGHT).convert("RGBA"), "png"),
+    "CMYK TIFF": (Image.fromarray(EIGHT).convert("RGB").convert("CMYK"), "tiff"),
+    "YCbCr TIFF": (Image.fromarray(EIGHT).convert("RGB").convert("YCbCr"), "tiff"),
+}
+
+
+@pytest.mark.parametrize("gray", [False, True], ids=["rgb", "gray"])
+@pytest.mark.parametrize("name", RAMPS)
+def test_a_ramp_from_black_to_white_is_one_in_every_mode(tmp_path, name, gray):
+    image, end = RAMPS[name]
+    pixels = read(saved(tmp_path, image, end), gray)
+    assert pixels.shape == (1, 1 if gray else 3, 16, 16)
+    # 8 bits are exact but for the palette and colour conversion of YCbCr, which round once more
+    assert np.abs(pixels[0].numpy().astype(int) - EIGHT).max() <= (2 if name[:2] == "YC" else 1)
+
+
+def test_one_bit_is_black_and_white(tmp_path):
+    pixels = read(saved(tmp_path, Image.fromarray(INSIDE)), gray=True)
+    assert (pixels[0, 0].numpy() == INSIDE * 255).all()
+
+
+def transparent(mode, hidden):
+    """The square on full transparency, under which `hidden` is a colour that nobody sees."""
+    if mode == "RGBA":
+        array = np.zeros((16, 16, 4), np.uint8)
+        array[..., :3] = hidden
+        array[INSIDE] = (255, 0, 0, 255)
+        return Image.fromarray(array)
+    if mode == "LA":
+        array = np.zeros((16, 16, 2), np.uint8)
+        array[..., 0] = hidden[0]
+        array[INSIDE] = (76, 255)
+        return Image.fromarray(array, "LA")
+    image = Image.fromarray(INSIDE.astype(np.uint8))
+    image = image.convert("P")
+    image.putdata(INSIDE.astype(np.uint8).flatten().tolist())
+    image.putpalette([*hidden, 255, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white_whatever_it_hides(tmp_path, mode):
+    for hidden in ((0, 0, 0), (255, 0, 0), (90, 90, 200)):
+        folder = tmp_path / "-".join(map(str, hidden))
+        folder.mkdir()
+        pixels = read(saved(folder, transparent(mode, hidden), **({"transparency": 0} if mode == "P" else {})))
+        inside = (76, 76, 76) if mode == "LA" else (255, 0, 0)
+        expected = np.where(INSIDE, np.array(inside)[:, None, None], 255)
+        assert (pixels[0].numpy() == expected).all()
+
+
+def test_a_palette_with_alpha_is_laid_on_white():
+    image = transparent("P", (9, 9, 9))
+    image.info["transparency"] = bytes([0, 255])  # the alpha of each colour
+    with_alpha = image.convert("PA")  # no file has this mode
+    for one in (image, with_alpha):
+        pixels = np.asarray(data.eight_bits(one))
+        assert (pixels == np.where(INSIDE[..., None], (255, 0, 0), 255)).all()
+
+
+def test_half_transparent_is_half_way_to_white(tmp_path):
+    array = np.full((16, 16, 4), (0, 0, 0, 51), np.uint8)
+    assert (read(saved(tmp_path, Image.fromarray(array))) == 204).all()
+
+
+def test_a_transparent_shade_of_16_bits_is_white(tmp_path):
+    shades = deep(np.uint16, 65535)
+    shades[:, :8] = 300
+    png = tmp_path / "image.png"
+    Image.fromarray(shades).save(png)
+    body = b"tRNS" + struct.pack(">H", 300)
+    chunk = struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
+    whole = png.read_bytes()
+    at = whole.index(b"IDAT") - 4
+    png.write_bytes(whole[:at] + chunk + whole[at:])
+    pixels = read(tmp_path, gray=True)
+    assert (pixels[0, 0, :, :8] == 255).all() and (pixels[0, 0, :, 8:].numpy() == EIGHT[:, 8:]).all()
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (deep(np.float32, 255), "mode F: expected values from 0 to 1"),
+        (deep(np.float32, -1), "mode F"),
+        (np.full((16, 16), np.nan, np.float32), "mode F"),
+        (deep(np.int32, 2**31 - 1), "mode I: expected values from 0 to 65535"),
+        (deep(np.int32, -1000), "mode I"),
+        (deep(np.int32, 255), "may be 8 bits"),
+    ],
+)
+def test_values_without_a_known_white_are_left_out_and_say_so(tmp_path, capsys, array, said):
+    saved(tmp_path, Image.fromarray(array), "tiff")
+    with pytest.raises(ValueError, match="no readable image among the 1 files"):
+        read(tmp_path)
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
+    folder, other = tmp_path / "images", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    Image.new("L", (4, 4)).save(folder / "a.png")
+    Image.new("L", (4, 4)).save(other / "b.png")
+    (folder / "linked.png").symlink_to(other / "b.png")
+    (folder / "more").symlink_to(other)
+    (folder / "lost.png").symlink_to(tmp_path / "nothing.png")
+    os.mkfifo(folder / "pipe")
+    assert len(data.folder(str(folder), 4)) == 2  # a link to a file is a file
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("fastdiff: warning: left out 3 of 5 files: ") and "\n" not in line
+    assert f"{folder / 'lost.png'}: a link to nothing" in line
+    assert f"{folder / 'more'}: a link to a folder" in line
+    assert f"{folder / 'pipe'}: neither a file nor a folder" in line
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, capsys, monkeypatch):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(data.folder(tmp_path, 4)) == 1
+    assert f"{tmp_path / 'closed'}: Permission denied" in capsys.readouterr().err
+
+
+def test_more_than_three_are_counted_and_three_are_named(tmp_path, capsys):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text("no image")
+    data.folder(tmp_path, 4)
+    line = capsys.readouterr().err
+    assert "left out 5 of 6 files" in line and line.count(".txt") == 6  # PIL's reason names the file again
+    assert line.rstrip().endswith(", ...")
+
+
+def test_a_bomb_is_left_out(tmp_path, capsys):
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)  # 900 million pixels in 1 kB
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+    (tmp_path / "bomb.png").write_bytes(png)
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    assert len(data.folder(tmp_path, 4)) == 1
+    assert "decompression bomb" in capsys.readouterr().err
+
+
+def test_turned_photographs_are_upright_in_16_bits_too(tmp_path):
+    image = Image.fromarray(deep(np.uint16, 65535))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise
+    pixels = read(saved(tmp_path, image, exif=exif), gray=True)
+    assert np.abs(pixels[0, 0].numpy().astype(int) - np.rot90(EIGHT, -1)).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 8, 8), (2, 2, 8, 8), (1, 8, 8)])
+def test_a_grid_of_another_shape_is_an_error(tmp_path, shape):
+    with pytest.raises(ValueError, match="images: expected"):
+        data.save_grid(str(tmp_path / "grid.png"), torch.zeros(shape))
+    assert list(tmp_path.iterdir()) == []
