@@ -116,7 +116,7 @@ def _misfit(block: Any) -> str | None:
         return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
     if not is_plain(block.nonlinearity, nn.SiLU):
         return "its activation has hooks"
-    if block.time_embedding_norm not in ("default", "scale_shift"):
+    if block.time_emb_proj is not None and block.time_embedding_norm not in ("default", "scale_shift"):
         return f"its time embedding enters by {block.time_embedding_norm!r}"
     for norm in (block.norm1, block.norm2):
         if type(norm) is not nn.GroupNorm:
