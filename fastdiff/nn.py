@@ -103,7 +103,7 @@ def norm_silu(
     add: Tensor | None = None,
 ) -> Tensor:
     """silu(norm(x + add) (1 + scale) + shift); scale and shift (B, C), add (B or 1, C)."""
-    if not is_plain(norm, nn.GroupNorm):
+    if not is_plain(norm, nn.GroupNorm) or norm.weight is None:
         u = norm(x if add is None else x + add.to(x.dtype).reshape(*add.shape, *[1] * (x.ndim - 2)))
         if scale is not None and shift is not None:
             scale, shift = (t.reshape(*t.shape, *[1] * (u.ndim - 2)) for t in (scale, shift))
