@@ -32,8 +32,8 @@ Function = Callable[[], None]
 class Recorder(Protocol):
     """Records what a function does on the device, so that it can be done again without Python."""
 
-    def warm_up(self, function: Function) -> None:
-        """Run it as it will be recorded."""
+    def warm_up(self, function: Function, strict: bool = False) -> None:
+        """Run it as it will be recorded. strict: raise RuntimeError if it waits for the device."""
 
     def record(self, function: Function) -> Function:
         """Record it, without running it, and return what replays it."""
@@ -47,19 +47,31 @@ class CudaGraphs:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self, function: Function) -> None:
-        current = torch.cuda.current_stream(self.device)
+    def warm_up(self, function: Function, strict: bool = False) -> None:
+        current, mode = torch.cuda.current_stream(self.device), torch.cuda.get_sync_debug_mode()
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            function()
-        current.wait_stream(self.stream)
+        try:
+            if strict:
+                torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(self.stream):
+                function()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            current.wait_stream(self.stream)
 
     def record(self, function: Function) -> Function:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        # cuBLAS takes its workspace from the graph's own memory: PyTorch may free the one outside.
+        torch._C._cuda_clearCublasWorkspaces()
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # Other threads, such as those that pin memory for a DataLoader, go on meanwhile.
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
                 function()
         finally:
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.set_stream(current)  # a failed capture leaves its own
         replay: Function = graph.replay
         return replay
@@ -116,29 +128,43 @@ class CapturedSteps:
         kind, given = self.run.table.kinds[k], given_noise(self.run, k)
         if self.noise is not None and given is not None:
             self.noise.copy_(given)
-        if kind not in self.graphs:
-            if self.warm_ups.get(kind, 0) < WARM_UP:
-                self.warm_ups[kind] = self.warm_ups.get(kind, 0) + 1
-                self.recorder.warm_up(lambda: self._advance(kind))
-                return
-            self.graphs[kind] = self._recorded(lambda: self._advance(kind))
-        self.graphs[kind]()
+        if kind not in self.graphs and not self._warm_up(kind):
+            self.graphs[kind] = self._record(kind)
+        if kind in self.graphs:
+            self.graphs[kind]()
 
     def finish(self) -> Tensor:
         x = self.run.x.copy_(self.x)
         self.run = replace(self.run, x=self.x, noise=None, model_kwargs={})  # not to keep what the caller owns
         return x
 
-    def _recorded(self, function: Function) -> Function:
-        """What replays the function; if it cannot be recorded and need not be, what runs it."""
+    def _warm_up(self, kind: str) -> bool:
+        """Take the step without a graph, if it is one of the first of its kind; else False."""
+        count = self.warm_ups[kind] = self.warm_ups.get(kind, 0) + 1
+        if count > WARM_UP:
+            return False
         try:
-            return self.recorder.record(function)
+            self.recorder.warm_up(lambda: self._advance(kind), strict=count == WARM_UP)
         except RuntimeError as error:
-            if self.required:
+            if count < WARM_UP:
                 raise
-            reason = str(error).splitlines()[0]
-            warnings.warn(f"graph: the step cannot be captured and runs without ({reason})", stacklevel=2)
-            return lambda: self.recorder.warm_up(function)
+            self.graphs[kind] = self._without(kind, error)  # nothing has changed: a step writes at its end
+        return True
+
+    def _record(self, kind: str) -> Function:
+        """What replays a step of that kind."""
+        try:
+            return self.recorder.record(lambda: self._advance(kind))
+        except RuntimeError as error:
+            return self._without(kind, error)
+
+    def _without(self, kind: str, error: RuntimeError) -> Function:
+        """What takes a step that cannot be captured; the error itself if a graph is required."""
+        if self.required:
+            raise error
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"graph: the step cannot be captured and runs without ({reason})", stacklevel=2)
+        return lambda: self.recorder.warm_up(lambda: self._advance(kind))
 
     def _advance(self, kind: str) -> None:
         """The step that the counter names, with nothing that depends on the run but by these tensors."""

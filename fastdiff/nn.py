@@ -1,11 +1,12 @@
 """Blocks of the DDPM U-Net (Ho et al. 2020, arXiv:2006.11239, appendix B).
 
-Images are (B, C, H, W). `emb` is the conditioning embedding (B or 1, D) with SiLU already applied, once for
-all blocks. Attribute names make up the state_dict keys of published checkpoints; keep them.
+Images are (B, C, H, W). `emb` is the conditioning embedding (B or 1, D) with SiLU already applied, once for all blocks;
+or its projections by all blocks, a tuple of (B or 1, width) in the order of ResnetBlock.index, see `project`. Attribute
+names make up the state_dict keys of published checkpoints; keep them.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .plain import is_plain
+
+Embedding = Tensor | tuple[Tensor, ...]
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to_cos: bool = True) -> Tensor:
@@ -61,8 +64,8 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         if t.dim() > 1:
             raise ValueError(f"t: expected shape (N,) or (), got {tuple(t.shape)}")
-        t, weight = t.reshape(-1), self.linear_1.weight
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():  # of a quantized layer
+        t, weight = t.reshape(-1), getattr(self.linear_1, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():  # not nn.Linear's
             h = self._proj[0](t)
         else:  # an offloaded weight is on the meta device until the layer is called
             h = self._proj[0](t if weight.is_meta else t.to(weight.device)).to(weight.dtype)
@@ -77,7 +80,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
         self.pad = padding == 0
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Embedding) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad else x)
 
 
@@ -88,27 +91,37 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Embedding) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """silu(norm(x) (1 + scale) + shift), scale and shift (B, C)."""
+def norm_silu(
+    norm: nn.GroupNorm,
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    """silu(norm(x + add) (1 + scale) + shift); scale and shift (B, C), add (B or 1, C)."""
     if not is_plain(norm, nn.GroupNorm):
-        u = norm(x)
+        u = norm(x if add is None else x + add.to(x.dtype).reshape(*add.shape, *[1] * (x.ndim - 2)))
         if scale is not None and shift is not None:
             scale, shift = (t.reshape(*t.shape, *[1] * (u.ndim - 2)) for t in (scale, shift))
             u = u * (1 + scale) + shift
         return F.silu(u)
-    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, shift)
+    add = add[0] if add is not None and len(add) == 1 else add
+    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, shift, add)
 
 
 class ResnetBlock(nn.Module):
     """(shortcut(x) + conv2(dropout(silu(norm2(h))))) / scale, where h = conv1(silu(norm1(x))) + proj(emb).
 
-    With scale_shift, proj(emb) = (s, b) enters after the norm instead: norm2(h) (1 + s) + b (Dhariwal &
-    Nichol 2021, section 3). resample, if given, changes the image size, of x and before conv1.
+    With scale_shift, proj(emb) = (s, b) enters after the norm instead: norm2(h) (1 + s) + b (Dhariwal & Nichol 2021,
+    section 3). resample, if given, changes the image size, of x and before conv1. index: the block's place among the
+    projections of `emb`, if that is a tuple; without scale_shift they hold the bias of conv1 too.
     """
+
+    index = 0
 
     def __init__(
         self,
@@ -136,23 +149,42 @@ class ResnetBlock(nn.Module):
         self.scale_shift = scale_shift
         self.scale = scale
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(self.resample(norm_silu(self.norm1, x)))
-        e = self.time_emb_proj(emb)
+    def forward(self, x: Tensor, emb: Embedding) -> Tensor:
+        projected = isinstance(emb, tuple)
+        e = emb[self.index] if isinstance(emb, tuple) else self.time_emb_proj(emb)
+        h = self.resample(norm_silu(self.norm1, x))
         if self.scale_shift:
             s, b = e.expand(len(x), -1).chunk(2, dim=1)
-            h = norm_silu(self.norm2, h, s, b)
+            h = norm_silu(self.norm2, self.conv1(h), s, b)
         else:
-            h = norm_silu(self.norm2, h + e[:, :, None, None])
+            h = F.conv2d(h, self.conv1.weight, padding=1) if projected else self.conv1(h)
+            h = norm_silu(self.norm2, h, add=e)
         h = self.conv_shortcut(self.resample(x)) + self.conv2(self.dropout(h))
         return h if self.scale == 1 else h / self.scale
+
+
+def project(blocks: Sequence[ResnetBlock], emb: Tensor) -> Tensor | None:
+    """The projections of emb by all blocks in one product, (B or 1, total width), in their order.
+
+    Without scale_shift each holds the bias of the block's conv1 too, which is added at the same place. None if a block
+    has layers that are not plain, and must be called.
+    """
+    folded = [block.conv1 for block in blocks if not block.scale_shift]
+    layers = [block.time_emb_proj for block in blocks]
+    if not (all(is_plain(c, nn.Conv2d) for c in folded) and all(is_plain(p, nn.Linear) for p in layers)):
+        return None
+    bias = torch.cat([layer.bias for layer in layers])
+    biases = [conv.bias for conv in folded if conv.bias is not None]
+    bias = bias + torch.cat(biases) if biases else bias
+    return F.linear(emb, torch.cat([layer.weight for layer in layers]), bias)
 
 
 class Attention(nn.Module):
     """(x + W_o softmax(q k^T / sqrt(head_dim)) v) / scale over the H*W positions, channels / head_dim heads.
 
-    q, k, v are linear maps of the group-normalised x (of x itself when groups is None). head_dim None is one
-    head; ValueError when it does not divide channels.
+    q, k, v are linear maps of the group-normalised x (of x itself if groups is None). Their weights lie one behind the
+    other in memory, as those of torch.nn.LSTM do, so that inference takes them in one product. head_dim None is one
+    head; ValueError if it does not divide channels.
     """
 
     def __init__(self, channels: int, head_dim: int | None, groups: int | None, eps: float, scale: float = 1.0) -> None:
@@ -166,14 +198,59 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
         self.head_dim = head_dim or channels
         self.scale = scale
+        self._pack()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
+        super()._apply(fn, recurse)
+        self._pack()
+        return self
+
+    def _pack(self) -> None:
+        """Put the weights of q, k and v one behind the other in memory, and their biases."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        if not all(is_plain(layer, nn.Linear) for layer in layers):
+            return
+        for name in ("weight", "bias"):
+            parts = [getattr(layer, name) for layer in layers]
+            if not _adjacent(parts):
+                for part, new in zip(parts, torch.cat([p.data for p in parts]).chunk(3), strict=True):
+                    part.data = new
+
+    def _qkv(self, h: Tensor) -> tuple[Tensor, ...]:
+        """The maps of h (B, N, channels), each (B, N, channels): in one product where no gradient is wanted."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if inference and all(is_plain(layer, nn.Linear) for layer in layers):
+            weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
+            if _adjacent(weights) and _adjacent(biases):
+                return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
+        return tuple(layer(h) for layer in layers)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # one copy, or each of the maps makes one
-        q, k, v = (f(h).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in self._qkv(h))
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = self.to_out[0](h).transpose(1, 2).reshape(x.shape)
         h = x + h  # x first: the sum takes its memory format
         return h if self.scale == 1 else h / self.scale
+
+
+def _adjacent(parts: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape lie one behind the other in the same memory."""
+    first = parts[0]
+    memory = first.untyped_storage()._cdata
+    return all(
+        p.untyped_storage()._cdata == memory
+        and p.storage_offset() == first.storage_offset() + i * first.numel()
+        and p.is_contiguous()
+        for i, p in enumerate(parts)
+    )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Adjacent tensors as one, without a copy."""
+    first = parts[0].detach()
+    return first.as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride())
 
 
 class _Level(nn.Module):
@@ -184,7 +261,7 @@ class _Level(nn.Module):
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
         self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
 
-    def layer(self, i: int, h: Tensor, emb: Tensor) -> Tensor:
+    def layer(self, i: int, h: Tensor, emb: Embedding) -> Tensor:
         h = self.resnets[i](h, emb)
         return self.attentions[i](h) if i < len(self.attentions) else h
 
@@ -192,7 +269,7 @@ class _Level(nn.Module):
 class MidBlock(_Level):
     """All layers in turn."""
 
-    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, h: Tensor, emb: Embedding) -> Tensor:
         for i in range(len(self.resnets)):
             h = self.layer(i, h, emb)
         return h
@@ -201,7 +278,7 @@ class MidBlock(_Level):
 class DownBlock(_Level):
     """All layers, then the downsampler; every result is appended to `skips`."""
 
-    def forward(self, h: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, h: Tensor, emb: Embedding, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
             h = self.layer(i, h, emb)
             skips.append(h)
@@ -214,7 +291,7 @@ class DownBlock(_Level):
 class UpBlock(_Level):
     """All layers, each on [h, the last of `skips`], which is taken off; then the upsampler."""
 
-    def forward(self, h: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, h: Tensor, emb: Embedding, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
             h = self.layer(i, torch.cat((h, skips.pop()), dim=1), emb)
         for upsample in self.upsamplers:

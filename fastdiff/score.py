@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, run_file
-from .ddpm import ChainDiffusion
+from .chain import ChainDiffusion
 from .denoiser import own_rows
 from .diffusion import Diffusion
 from .objective import target_rows, weights

@@ -23,6 +23,7 @@ from fastdiff.nn import (
     UpBlock,
     Upsample,
     norm_silu,
+    project,
     sinusoidal_embedding,
 )
 
@@ -149,6 +150,8 @@ class UNet(nn.Module):
             channels = width
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        for index, block in enumerate(self._blocks()):
+            block.index = index
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "UNet":
@@ -173,7 +176,18 @@ class UNet(nn.Module):
 
     def time_arguments(self, t: Tensor) -> dict[str, Tensor]:
         """What `forward` takes that follows from the timesteps t (N,) alone; see fastdiff.sampling."""
-        return {"emb": self.time_embedding(t)}
+        emb = self.time_embedding(t)
+        shifts = None if self.class_embedding is not None else project(self._blocks(), F.silu(emb))
+        return {"emb": emb} if shifts is None else {"shifts": shifts}
+
+    def _blocks(self) -> list[ResnetBlock]:
+        """The resnet blocks, in the order in which they run."""
+        blocks: list[ResnetBlock] = []
+        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            for block in (*level.resnets, *level.downsamplers, *level.upsamplers):
+                if isinstance(block, ResnetBlock):
+                    blocks.append(block)
+        return blocks
 
     @property
     def sample_shape(self) -> tuple[int, int, int] | None:
@@ -183,7 +197,12 @@ class UNet(nn.Module):
         return None if size is None else (self.conv_in.in_channels, h, w)
 
     def forward(
-        self, x: Tensor, t: Tensor | float | None, class_labels: Tensor | None = None, emb: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor | float | None,
+        class_labels: Tensor | None = None,
+        emb: Tensor | None = None,
+        shifts: Tensor | None = None,
     ) -> Tensor:
         """The model's prediction at x_t, shape (B, out_channels, H, W).
 
@@ -193,20 +212,24 @@ class UNet(nn.Module):
             class_labels: integer (B,), given if and only if num_class_embeds is.
             emb: time_embedding(t), (B, D) or (1, D). t is then ignored, except by "fourier", which still
                 divides the output by it.
+            shifts: what time_arguments(t) gives of that name, a row for each sample or one for all, in place of emb.
 
         Raises ValueError for any other shape or type.
         """
-        self._check_inputs(x, class_labels, emb)
+        self._check_inputs(x, class_labels, emb, shifts)
         sigma = None
-        if emb is None or self.time_proj is not None:
+        if self.time_proj is not None or (emb is None and shifts is None):
             t = _timesteps(t, x)
-            if self.time_proj is not None:
-                sigma = t.reshape(-1, 1, 1, 1)
-            if emb is None:
-                emb = self.time_embedding(t)
-        if self.class_embedding is not None:
-            emb = emb + self.class_embedding(class_labels)
-        emb = F.silu(emb)  # every resnet block starts with it
+            sigma = None if self.time_proj is None else t.reshape(-1, 1, 1, 1)
+        blocks = self._blocks()
+        if shifts is None:
+            emb = self.time_embedding(t) if emb is None else emb
+            if self.class_embedding is not None:
+                emb = emb + self.class_embedding(class_labels)
+            emb = F.silu(emb)  # every resnet block starts with it
+            shifts = project(blocks, emb)
+        if shifts is not None:
+            emb = shifts.split([block.time_emb_proj.out_features for block in blocks], dim=1)
 
         h = self.conv_in(2 * x - 1 if self.config["center_input_sample"] else x)
         skips = [h]
@@ -218,7 +241,7 @@ class UNet(nn.Module):
         h = self.conv_out(norm_silu(self.conv_norm_out, h))
         return h if sigma is None else (h / sigma).to(h.dtype)
 
-    def _check_inputs(self, x: Tensor, class_labels: Tensor | None, emb: Tensor | None) -> None:
+    def _check_inputs(self, x: Tensor, class_labels: Tensor | None, emb: Tensor | None, shifts: Tensor | None) -> None:
         channels, factor = self.conv_in.in_channels, 2 ** (len(self.down_blocks) - 1)
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
             raise ValueError(f"x: expected a floating tensor (B, C, H, W), got {_describe(x)}")
@@ -227,6 +250,10 @@ class UNet(nn.Module):
             raise ValueError(f"x: expected C = {channels}, H and W multiples of {factor}, got {_describe(x)}")
         if emb is not None and emb.shape not in ((batch, self.emb_dim), (1, self.emb_dim)):
             raise ValueError(f"emb: expected shape ({batch} or 1, {self.emb_dim}), got {_describe(emb)}")
+        if shifts is not None and (emb is not None or self.class_embedding is not None):
+            raise ValueError("shifts: expected None with emb, or with num_class_embeds; got a tensor")
+        if shifts is not None and (shifts.ndim != 2 or shifts.shape[0] not in (1, batch)):
+            raise ValueError(f"shifts: expected shape ({batch} or 1, width), got {_describe(shifts)}")
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels: expected None, as num_class_embeds is None, got labels")

@@ -1,6 +1,7 @@
 """A recorder of steps on the CPU, which does what a CUDA graph does: it runs operators again on the same tensors."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,9 +54,10 @@ class Tape:
     def __init__(self, device: torch.device) -> None:
         self.warmed = self.recorded = self.replayed = 0
 
-    def warm_up(self, function: Callable[[], None]) -> None:
+    def warm_up(self, function: Callable[[], None], strict: bool = False) -> None:
         self.warmed += 1
-        function()
+        with _Watch() if strict else nullcontext():
+            function()
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         with _Watch() as watch:
