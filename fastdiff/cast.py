@@ -1,12 +1,20 @@
 """A copy of a network in another floating type, made once and refreshed."""
 
 import copy
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 TYPES = (torch.bfloat16, torch.float16)
+
+
+@runtime_checkable
+class ArrangesWeights(Protocol):
+    """A module whose weights have places in memory relative to each other, such as fastdiff.nn.Attention."""
+
+    def arrange_weights(self) -> None:
+        """Put them there."""
 
 
 def channels_last_convolutions(model: nn.Module) -> None:
@@ -56,6 +64,9 @@ def _cast_copy(model: nn.Module, tensors: list[Tensor], dtype: torch.dtype) -> n
     for tensor in tensors:
         cast = tensor.detach().to(dtype, copy=True)
         known[id(tensor)] = nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
-    made = copy.deepcopy(model, known).to(dtype)  # nothing is left to cast, but layers may arrange their weights
+    made = copy.deepcopy(model, known)
     channels_last_convolutions(made)
+    for module in made.modules():
+        if isinstance(module, ArrangesWeights):
+            module.arrange_weights()
     return made

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bound, ops, sampling, steps
+from . import bound, ops, run_file, sampling, steps
 from .chain import ChainDiffusion
 from .interop import pretrained
 from .ops.checks import as_seed, check_choice, check_floating, check_like
@@ -97,8 +97,14 @@ class DDPM(ChainDiffusion):
 
         Its ancestral sampler over all levels is DDPMScheduler's. A learned variance is trained by the hybrid loss.
 
+        Args:
+            folder: the directory, or the folder of a run of `fastdiff train` or its model.safetensors. A run gives its
+                averaged weights.
+
         Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for what UNet or DDPM lacks.
         """
+        if run := run_file.find(folder):
+            return run_file.RunFile.open(run).formulation(cls, UNet)
         arguments, unet = pretrained.read_ddpm(folder), UNet.from_pretrained(folder)
         with arguments.blamed():
             return cls(unet, **arguments).eval()

@@ -4,18 +4,21 @@ All learn the score s(x, t) = grad log p_t(x) by denoising. Its best estimate is
 networks are score models too, and samplers of one formulation run the models of another.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, run_file
 from .chain import ChainDiffusion
 from .denoiser import own_rows
 from .diffusion import Diffusion
 from .objective import target_rows, weights
 from .ops.checks import check_choice
 from .process import SDES, Ladder, Process
+from .run_file import RunFile
+from .unet import UNet
 
 
 class NCSN(ChainDiffusion):
@@ -53,6 +56,17 @@ class NCSN(ChainDiffusion):
     ) -> None:
         super().__init__(model, Ladder(sigma_max, sigma_min, levels), objective, loss, weighting, clip)
         self.sigma_max, self.sigma_min = sigma_max, sigma_min
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "NCSN":
+        """The model of a run of `fastdiff train`, with its averaged weights, in eval mode on the CPU.
+
+        Args:
+            path: the run's folder, or its model.safetensors.
+
+        Raises: OSError if it cannot be read; ValueError naming the file if it is not the run of a NCSN.
+        """
+        return RunFile.open(run_file.find(path) or path).formulation(cls, UNet)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -117,6 +131,17 @@ class ScoreSDE(Diffusion):
         self.sde = sde if isinstance(sde, str) else None
         self.sde_options = sde_options
         self.weighting = weighting
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "ScoreSDE":
+        """The model of a run of `fastdiff train`, with its averaged weights, in eval mode on the CPU.
+
+        Args:
+            path: the run's folder, or its model.safetensors.
+
+        Raises: OSError if it cannot be read; ValueError naming the file if it is not the run of a ScoreSDE.
+        """
+        return RunFile.open(run_file.find(path) or path).formulation(cls, UNet)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import copy
 import errno
 import math
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -144,9 +145,13 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 def interrupts() -> Iterator[list[int]]:
     """Yield a list that collects SIGINT, SIGTERM and SIGHUP, which then do not end the process.
 
-    A SIGHUP that is ignored, as nohup arranges, stays ignored.
+    A SIGHUP that is ignored, as nohup arranges, stays ignored. In a thread, where Python takes no signals, the list
+    stays empty.
     """
     caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
     numbers = [signal.SIGINT, signal.SIGTERM]
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff import objective
+from fastdiff import objective, schedule, steps
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -116,3 +116,17 @@ def test_the_arithmetic_of_the_worked_step_gives_the_row():
     for name, formula in sums:
         # Six digits are shown of every number; the quotients lose two of them.
         assert eval(formula.replace("x", "*")) == pytest.approx(float(row[name]), abs=2e-5), name
+
+
+def test_every_sampler_is_on_the_pages():
+    choosing = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    reference = (ROOT / "docs" / "api" / "samplers.md").read_text(encoding="utf-8")
+    for name, sampler in steps.SAMPLERS.items():
+        assert f'`"{name}"`' in choosing, name
+        assert sampler.__name__ in reference, sampler
+
+
+def test_every_objective_and_schedule_is_on_the_pages():
+    choosing = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    for name in (*objective.OBJECTIVES, *schedule.SCHEDULES):
+        assert f'`"{name}"`' in choosing, name

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import TINY, assert_same_files, metadata_of, rewrite, run
 
-from fastdiff import DDPM, UNet, files, run_file, training, weights
+from fastdiff import DDPM, NCSN, ScoreSDE, UNet, files, run_file, training, weights
 from fastdiff.training import Options, State, checkpoint
 
 
@@ -246,6 +246,29 @@ def test_a_run_file_tells_what_builds_it(tiny):
     assert stored.model == "DDPM" and ddpm.config == checkpoint.load_model(tiny).config
     trained = stored.network(UNet, "model").conv_in.weight
     assert torch.equal(trained, load_file(tiny)["model.conv_in.weight"])
+
+
+@pytest.mark.parametrize(
+    ("formulation", "kind"), [("ddpm", DDPM), ("ncsn", NCSN), ("vp", ScoreSDE), ("subvp", ScoreSDE), ("ve", ScoreSDE)]
+)
+def test_from_pretrained_reads_a_run_of_its_kind(tmp_path, formulation, kind):
+    fitting = {k: v for k, v in TINY.items() if k != "timesteps" or formulation in ("ddpm", "ncsn")}
+    training.train(Options(**{**fitting, "formulation": formulation, "steps": 1}), tmp_path, "cpu")
+    expected = checkpoint.load_model(tmp_path)
+    for path in (tmp_path, str(tmp_path / "model.safetensors")):
+        model = kind.from_pretrained(path)
+        assert type(model) is kind and model.config == expected.config and not model.training
+        for name, tensor in expected.model.state_dict().items():
+            assert torch.equal(model.model.state_dict()[name], tensor)
+    for other in {DDPM, NCSN, ScoreSDE} - {kind}:
+        with pytest.raises(ValueError, match=f"is the run of a {kind.__name__}, expected a {other.__name__}"):
+            other.from_pretrained(tmp_path)
+
+
+def test_from_pretrained_of_nothing_is_an_os_error(tmp_path):
+    for kind in (DDPM, NCSN, ScoreSDE):
+        with pytest.raises(OSError, match="nowhere"):
+            kind.from_pretrained(tmp_path / "nowhere")
 
 
 # writing

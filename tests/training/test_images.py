@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastdiff.training import data
@@ -90,6 +91,15 @@ def test_what_is_transparent_is_white_whatever_it_hides(tmp_path, mode):
         inside = (76, 76, 76) if mode == "LA" else (255, 0, 0)
         expected = np.where(INSIDE, np.array(inside)[:, None, None], 255)
         assert (pixels[0].numpy() == expected).all()
+
+
+def test_a_palette_with_alpha_is_laid_on_white():
+    image = transparent("P", (9, 9, 9))
+    image.info["transparency"] = bytes([0, 255])  # the alpha of each colour
+    with_alpha = image.convert("PA")  # no file has this mode
+    for one in (image, with_alpha):
+        pixels = np.asarray(data.eight_bits(one))
+        assert (pixels == np.where(INSIDE[..., None], (255, 0, 0), 255)).all()
 
 
 def test_half_transparent_is_half_way_to_white(tmp_path):
@@ -195,5 +205,5 @@ def test_turned_photographs_are_upright_in_16_bits_too(tmp_path):
 @pytest.mark.parametrize("shape", [(0, 1, 8, 8), (2, 2, 8, 8), (1, 8, 8)])
 def test_a_grid_of_another_shape_is_an_error(tmp_path, shape):
     with pytest.raises(ValueError, match="images: expected"):
-        data.save_grid(str(tmp_path / "grid.png"), __import__("torch").zeros(shape))
+        data.save_grid(str(tmp_path / "grid.png"), torch.zeros(shape))
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import io
 import math
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -147,6 +148,11 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path, monkeypatch):
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_thread_trains_without_signals(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, tmp_path, steps=1).result() == 1
 
 
 # what it says
