@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.networks import cifar10
 from fastdiff.cast import Casts
-from fastdiff.nn import ResnetBlock
+from fastdiff.nn import Ahead, ResnetBlock
 from fastdiff.unet import UNet
 
 CPU = torch.device("cpu")
@@ -175,8 +175,11 @@ def inductor_kernels(fused: bool, channels_last: bool) -> tuple[int, int]:
     """(Triton kernels, calls of libraries and of our ops) of two resnet blocks of 128 channels at 32x32, compiled.
 
     Args:
-        fused: with the norm as fastdiff's op; else PyTorch's, which Inductor writes itself.
+        fused: as fastdiff samples, with its norm, and the projections of the embedding made ahead. Else with PyTorch's
+            norm, which Inductor writes itself, and each block's own projection.
     """
+    from torch._inductor.codecache import CacheBase
+
     from benchmarks.static import inductor
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -184,26 +187,27 @@ def inductor_kernels(fused: bool, channels_last: bool) -> tuple[int, int]:
     blocks = [ResnetBlock(128, 128, **options).eval() for _ in range(2)]
     names = [[name for name, _ in block.named_parameters()] for block in blocks]
 
-    def forward(x: Tensor, emb: Tensor, *weights: Tensor) -> Tensor:
-        left = iter(weights)
+    def forward(x: Tensor, emb: Tensor, shift: Tensor, *weights: Tensor) -> Tensor:
+        left, of_blocks = iter(weights), (Ahead(shift, None),) if fused else emb
         for block, of_block in zip(blocks, names, strict=True):
-            x = torch.func.functional_call(block, {name: next(left) for name in of_block}, (x, emb))
+            x = torch.func.functional_call(block, {name: next(left) for name in of_block}, (x, of_blocks))
         return x
 
     def laid_out(t: Tensor) -> Tensor:
         t = t.detach().bfloat16()
         return t.contiguous(memory_format=layout) if t.ndim == 4 else t
 
-    inputs = (torch.empty(16, 128, 32, 32), torch.empty(16, 512), *(p for b in blocks for p in b.parameters()))
+    images, emb, shift = torch.empty(16, 128, 32, 32), torch.empty(16, 512), torch.empty(16, 128)
+    inputs = (images, emb, shift, *(p for block in blocks for p in block.parameters()))
+    h100 = {"device": {"name": "NVIDIA H100"}, "version": {}, "hash": "h100"}
 
     def convolution_format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
-        nhwc = any(
-            t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight)
-        )
+        nhwc = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
         return torch.channels_last if nhwc else torch.contiguous_format
 
     with (
         mock.patch("fastdiff.ops.dispatch.backend_of", return_value="triton" if fused else "reference"),
+        mock.patch.object(CacheBase, "get_system", staticmethod(lambda: h100)),
         mock.patch.object(torch._C, "_conv_determine_backend_memory_format", convolution_format),
         torch.no_grad(),
     ):

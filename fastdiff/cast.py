@@ -1,20 +1,12 @@
 """A copy of a network in another floating type, made once and refreshed."""
 
 import copy
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 TYPES = (torch.bfloat16, torch.float16)
-
-
-@runtime_checkable
-class ArrangesWeights(Protocol):
-    """A module whose weights have places in memory relative to each other, such as fastdiff.nn.Attention."""
-
-    def arrange_weights(self) -> None:
-        """Put them there."""
 
 
 def channels_last_convolutions(model: nn.Module) -> None:
@@ -66,7 +58,4 @@ def _cast_copy(model: nn.Module, tensors: list[Tensor], dtype: torch.dtype) -> n
         known[id(tensor)] = nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
     made = copy.deepcopy(model, known)
     channels_last_convolutions(made)
-    for module in made.modules():
-        if isinstance(module, ArrangesWeights):
-            module.arrange_weights()
     return made

@@ -247,14 +247,18 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
         self.head_dim = head_dim or channels
         self.scale = scale
-        self.arrange_weights()
+        self._arrange_weights()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
         super()._apply(fn, recurse)
-        self.arrange_weights()
+        self._arrange_weights()
         return self
 
-    def arrange_weights(self) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._arrange_weights()  # a copy or pickle has them one by one
+
+    def _arrange_weights(self) -> None:
         """Put the weights of q, k and v one behind the other in memory, and their biases."""
         layers = (self.to_q, self.to_k, self.to_v)
         if not all(is_plain(layer, nn.Linear) for layer in layers):
