@@ -277,8 +277,10 @@ def report_data(data: str, before: str) -> None:
 
 def draw(args: argparse.Namespace, model: Diffusion, n: int) -> Tensor:
     """Draw `n` images, float32 (n, C, H, W) on the CPU, in batches with one progress bar of network calls."""
-    device = device_of(args)
-    limit_threads(device, max(model.model.sample_shape[1:]))  # type: ignore[index]
+    device, shape = device_of(args), model.model.sample_shape
+    if shape is None:
+        raise ValueError(f"{args.checkpoint}: expected a network with a sample_size, which says how large images are")
+    limit_threads(device, max(shape[1:]))  # type: ignore[index]
     model = model.to(device)
     sampler, steps = sampler_of(args, model)
     batches = torch.arange(n).split(args.batch_size)

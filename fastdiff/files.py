@@ -87,12 +87,13 @@ def _lock(fcntl: Any, handle: int, folder: Path) -> bool:
     return True
 
 
-def writable(path: Path) -> Path:
+def writable(path: str | Path) -> Path:
     """Make the folder of `path` and check that a file can be put there.
 
     Returns: `path`.
     Raises: OSError if no file can be written there.
     """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

@@ -22,7 +22,7 @@ from .norm_forward import moments_kernel, norm_kernel
 
 
 class Limits(NamedTuple):
-    warp: int = 32  # threads
+    warp: int = 64 if torch.version.hip else 32  # threads
     forward: int = 16  # warps of a program at most
     backward: int = 8
     held: int = 64  # elements that a thread holds at most: more would not stay in its registers
@@ -88,7 +88,9 @@ def plan_of(
 ) -> Plan:
     """The plan for images (batch, channels, pixels) of elements of `size` bytes; last: channels last."""
     depth, vector = channels // groups, 16 // size
-    most = limits.backward if backward else limits.forward
+    most, held = limits.backward if backward else limits.forward, limits.held
+    if backward and size == 4:  # half as many elements to a thread of twice as many: x itself takes a register each
+        most, held = 2 * most, held // 2
     least = 1 if last else vector  # pixels of a tile: what one access holds
     choices = []
     for together in (g for g in range(1, groups + 1) if groups % g == 0):  # groups of a slab
@@ -98,7 +100,7 @@ def plan_of(
         blocks, lanes = _blocks(width, vector if last and width >= vector else 1, limits)
         enough = slabs >= limits.enough
         fit = functools.partial(_tiles, blocks, lanes, pixels, vector, least, warp=limits.warp, most=most)
-        tiling = (None if enough else fit(held=limits.few)) or fit(held=limits.held)
+        tiling = (None if enough else fit(held=limits.few)) or fit(held=held)
         worth = (
             not last or width % vector == 0,
             tiling is not None,
@@ -120,7 +122,7 @@ def plan_of(
             blocks, lanes = 1, _power(max(widest, width // (4 * limits.parts)))
             chunks = -(-width // lanes)
         tile = min(max(least, threads * vector // lanes), _power(pixels))
-        tiles = max(1, 32 // (vector * blocks))
+        tiles = max(2, 4 // blocks)
         steps = -(-pixels // (tiles * tile))
         wanted = max(1 if chunks > 1 else 2, min(limits.parts // chunks, 8 * limits.enough // (slabs * chunks)))
         span = -(-steps // wanted) * tiles * tile

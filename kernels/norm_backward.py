@@ -5,10 +5,11 @@
 The gradients of weight, bias, scale and shift follow from the sums of slope and of slope xhat over the pixels of each
 channel, that of add from the sum of dL/dx.
 
-Moves, per element: norm_grad_kernel reads x and the gradient, writes the gradient by x. Groups that do not fit a program
-are read twice, once before that by norm_sums_kernel. parameters_kernel reads sums only.
+Moves, per element: norm_grad_kernel reads x and the gradient by y, and writes the gradient by x. Groups that do not fit
+a program are read twice, once before that by norm_sums_kernel. parameters_kernel reads nothing but sums.
 """
 
+# ruff: noqa: RUF005 (Triton's compiler cannot unpack a tuple within another)
 import triton
 import triton.language as tl
 
@@ -128,7 +129,7 @@ def norm_sums_kernel(
         add_stride, scale_stride, shift_stride, DEPTH, GROUPS, BLOCKS, LANES,
     )  # fmt: skip
     ones, others = (), ()
-    for k in tl.static_range(BLOCKS):
+    for _ in tl.static_range(BLOCKS):
         ones = ones + (tl.zeros([LANES], tl.float32),)
         others = others + (tl.zeros([LANES], tl.float32),)
     for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
@@ -248,7 +249,7 @@ def norm_grad_kernel(
         )
     else:
         total = ()
-        for k in tl.static_range(BLOCKS):
+        for _ in tl.static_range(BLOCKS):
             total = total + (tl.zeros([LANES], tl.float32),)
         for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
             at = offsets + tl.cast(pixel, tl.int64) * (CHANNELS if LAST else 1)

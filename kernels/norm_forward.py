@@ -9,6 +9,7 @@ Moves, per element: norm_kernel reads x and writes y. Groups that do not fit a p
 by moments_kernel. In norm_tile.py: what a program owns.
 """
 
+# ruff: noqa: RUF005 (Triton's compiler cannot unpack a tuple within another)
 import triton
 import triton.language as tl
 
@@ -161,9 +162,13 @@ def norm_kernel(
     if partial_ptr is None:
         masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
         tiles = load_tiles(x_ptr + offsets, masks, ACROSS, ALONG, BLOCKS, TILES)
-        _, mean, square = moments(tiles, masks, add, channels, 0, PIXELS, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILES, TILE)
+        _, mean, square = moments(
+            tiles, masks, add, channels, 0, PIXELS, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILES, TILE
+        )
     else:
-        mean, square = merged(partial_ptr, groups, PIXELS, DEPTH, GROUPS, SLOTS, CHUNKS, SPANS, SPAN, BLOCKS * LANES, PARTS)
+        mean, square = merged(
+            partial_ptr, groups, PIXELS, DEPTH, GROUPS, SLOTS, CHUNKS, SPANS, SPAN, BLOCKS * LANES, PARTS
+        )
     rstd = tl.rsqrt(square * (1.0 / (DEPTH * PIXELS)) + eps)
     if tl.program_id(1) == 0:
         slot = tl.arange(0, SLOTS)

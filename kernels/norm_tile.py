@@ -12,6 +12,7 @@ BLOCKS x LANES channels by TILES x TILE pixels. A tuple holds the tiles; tile (k
 The grid is (slabs, CHUNKS x SPANS). A row is a tuple of BLOCKS tensors [LANES]: one number of every channel.
 """
 
+# ruff: noqa: RUF005 (Triton's compiler cannot unpack a tuple within another)
 import triton
 import triton.language as tl
 
@@ -67,10 +68,8 @@ def tile_masks(
 
 
 @triton.jit
-def load_tiles(
-    pointers, masks, ACROSS: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
-    """The slab's tiles as they are stored, 0 beyond it; pointers: of the first tile. ACROSS, ALONG: from tile to tile."""
+def load_tiles(pointers, masks, ACROSS: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr):
+    """The slab's tiles as they are stored, 0 beyond it. pointers: of the first; ACROSS, ALONG: steps to the others."""
     tiles = ()
     for k in tl.static_range(BLOCKS):
         for t in tl.static_range(TILES):

@@ -65,6 +65,8 @@ GROUPS, INNER, ONE = 32, (BATCH, 128, 32, 32), (1, 128, 256, 256)
 
 
 NORMS = ("moments", "norm", "norm_sums", "norm_grad")
+SHAPES = {"concat": (BATCH, 384, 32, 32), "64x64": (BATCH, 128, 64, 64), "128x128": (BATCH, 128, 128, 128)}
+SHAPES["parts"] = ONE
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Variant:
         odd = int(self.has("unaligned"))
         layout = torch.channels_last if self.has("channels_last") else torch.contiguous_format
         if self.kernel in NORMS:
-            batch, channels, height, width = ONE if self.has("parts") else INNER
+            batch, channels, height, width = next((SHAPES[o] for o in SHAPES if self.has(o)), INNER)
         else:
             batch, (channels, height, width) = BATCH, SHAPE
         shape = (batch, channels, height - odd, width - odd)
@@ -102,6 +104,8 @@ def subsets(*options: str) -> list[str]:
 
 DRAWN = ("generated", "given")
 VLB = [o for o in subsets("clip", "raw", "by_pred", "by_raw") if "by_raw" not in o or "+raw" in f"+{o}"]
+# Of a norm: the concatenations of a U-Net, whose groups are of 12 channels, and larger images, in both layouts.
+MAPS = [m + c for m in ("concat", "64x64", "128x128") for c in ("", "+channels_last")]
 # Kernel, sources of noise, options: what training and sampling loops launch every day, and what else can be launched.
 COMMON = [
     ("normal", ("generated",), [""]),
@@ -112,8 +116,8 @@ COMMON = [
     # The bound alone, evaluated and trained on, and beside another loss, which leaves the mean to that.
     ("vlb", ("none",), ["clip", "clip+raw", "raw+by_pred+by_raw", "raw+by_raw"]),
     ("update", DRAWN, subsets("clip")),
-    ("norm", ("none",), subsets("scale")),
-    ("norm_grad", ("none",), subsets("scale")),
+    ("norm", ("none",), [*subsets("scale", "channels_last"), *MAPS, "scale+add+channels_last"]),
+    ("norm_grad", ("none",), [*subsets("scale", "channels_last"), *MAPS, "scale+add+channels_last"]),
 ]
 RARE = [
     ("normal", ("generated",), ["channels_last", "ids"]),
@@ -125,10 +129,10 @@ RARE = [
     ("update", DRAWN, subsets("clip", "uncond", "raw", "x0hat")),
     ("update", ("none",), subsets("clip", "uncond", "x0hat")),
     ("update", ("generated",), ["clip+x", "clip+ids", "clip+channels_last", "clip+mixed"]),
-    ("norm", ("none",), [*subsets("scale", "parts", "channels_last"), "unaligned", "mixed"]),
-    ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last"), "unaligned", "mixed"]),
-    ("moments", ("none",), ["parts", "parts+channels_last"]),
-    ("norm_sums", ("none",), subsets("parts", "scale", "channels_last")[4:]),
+    ("norm", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed"]),
+    ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed"]),
+    ("moments", ("none",), [*subsets("parts", "channels_last", "add")[4:], "128x128"]),
+    ("norm_sums", ("none",), subsets("parts", "scale", "channels_last", "add")[8:]),
 ]
 
 
@@ -202,10 +206,14 @@ def launch(v: Variant) -> None:
         weight, statistics = torch.empty(channels, dtype=wide, device="meta"), floats(batch, GROUPS)
         both = torch.empty(batch, 2 * channels, dtype=v.dtype, device="meta").chunk(2, 1)
         scale, shift = both if v.has("scale") else (None, None)
+        add = torch.empty(batch, channels, dtype=v.dtype, device="meta") if v.has("add") else None
+        operands = {"x": x, "groups": GROUPS, "weight": weight, "bias": weight, "scale": scale, "shift": shift}
+        operands |= {"add": add, "mean": statistics, "rstd": statistics}
         if v.kernel in ("moments", "norm"):
-            norm(v.data(), statistics, statistics, x, GROUPS, weight, weight, scale, shift, 1e-5)
+            norm(out=v.data(), **operands, eps=1e-5)
         else:
-            norm_grad(v.data(), v.data(), x, statistics, statistics, GROUPS, weight, weight, scale, shift)
+            grads = {"weight_grad": weight, "bias_grad": weight, "scale_grad": scale, "shift_grad": shift}
+            norm_grad(x_grad=v.data(), **grads, add_grad=add, grad=v.data(), **operands)
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None
@@ -245,7 +253,7 @@ def compile_cases(cases: Sequence[Case], dump: Path | None) -> list[dict[str, An
     for v, target_name, polynomials in cases:
         with machine_code.compile_only(target, fast=target.backend == "cuda" and not polynomials) as compiled:
             launch(v)
-        kernels += [(k, args["BLOCK"]) for k, args in compiled if k.metadata.name == f"{v.kernel}_kernel"]
+        kernels.append(next((k, owned(args)) for k, args in compiled if k.metadata.name == f"{v.kernel}_kernel"))
         names.append(
             {
                 "source": "fastdiff polynomials" if polynomials else "fastdiff",
@@ -257,6 +265,14 @@ def compile_cases(cases: Sequence[Case], dump: Path | None) -> list[dict[str, An
             }
         )
     return rows_of(names, kernels, dump)
+
+
+def owned(arguments: dict[str, Any]) -> int:
+    """The elements that a program works on at a time."""
+    if "BLOCK" in arguments:
+        return arguments["BLOCK"]
+    a = arguments
+    return min(a["GROUPS"] * a["DEPTH"], a["BLOCKS"] * a["LANES"]) * min(a["PIXELS"], a["TILES"] * a["TILE"])
 
 
 def rows_of(

@@ -46,13 +46,8 @@ def _names(code: CodeType) -> Iterator[str]:
 def overridden(this: Any, originals: Mapping[str, Any]) -> bool:
     """Whether `this` has another method in the place of one of the originals: by a subclass, a patch of the class, or
     on the object alone."""
-    for name, original in originals.items():
-        if isinstance(original, property):
-            if getattr(type(this), name) is not original:
-                return True
-        elif getattr(getattr(this, name), "__func__", None) is not original:
-            return True
-    return False
+    kind, own = type(this), this.__dict__
+    return any(getattr(kind, name) is not original or name in own for name, original in originals.items())
 
 
 def values(tensor: Tensor) -> bytes | None:
@@ -96,5 +91,5 @@ def broadcast(index: Tensor | int, *tensors: Tensor) -> tuple[Tensor, ...]:
     rows = len(index) if isinstance(index, Tensor) and index.ndim else 1
     if all(t.shape == first for t in tensors) and rows in (1, *first[:1]):
         return tensors
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors), (rows, *[1] * (len(first) - 1)))
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors), (rows, *[1] * (max(t.ndim for t in tensors) - 1)))
     return tuple(t.expand(shape) for t in tensors)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .quick import number
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -92,9 +94,12 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
-def check_clip(clip: float | None) -> None:
-    if clip is not None and not clip > 0:
+def as_clip(clip: float | None) -> float | None:
+    if clip is None:
+        return None
+    if not clip > 0:
         raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
+    return float(clip)
 
 
 # --- tables and their rows --------------------------------------------------------------------------------------
@@ -119,7 +124,7 @@ def as_index(name: str, index: int | Tensor, x: Tensor) -> Tensor:
             raise TypeError(f"{name}: expected an int or an int64 tensor, got {type(index).__name__}")
         if not -(2**63) <= index < 2**63:
             raise ValueError(f"{name}: expected 64 bits, got {index}")
-        return torch.full((1,), index, dtype=torch.int64, device=x.device)
+        return number(index, x.device)
     if index.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {index.dtype}")
     check_device(name, index, x.device)

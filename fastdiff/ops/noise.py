@@ -7,12 +7,14 @@ from .. import reference
 from . import dispatch
 from .checks import FLOATING, as_index, as_sample_ids, as_seed, check_floating, check_range, names
 from .memory import in_huge_pages
-from .registry import define, nothing
+from .quick import quick
+from .registry import Op
 
 # Streams keep draws with the same seed, sample and step apart.
 PRIOR, FORWARD, REVERSE = 0, 1, 2
 
 
+@quick
 def normal(
     shape: tuple[int, ...] | torch.Size,
     seed: int | Tensor | None = None,
@@ -55,7 +57,7 @@ def normal(
             raise ValueError(f"out: expected shape {tuple(shape)} without gradient, got {tuple(out.shape)}")
     step = as_index("step", step, out)
     ids = as_sample_ids(sample_ids, out.shape[0], out.device, strict=True)
-    torch.ops.fastdiff.normal_(out, as_seed(seed, out.device), ids, step, stream)
+    _OP(out, as_seed(seed, out.device), ids, step, stream)
     return out
 
 
@@ -69,6 +71,4 @@ def _normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream
         out.copy_(reference.normal(out.shape, seed, ids, step, stream, reference.work_dtype(out)))
 
 
-define(
-    "normal_", "(Tensor(a!) out, Tensor seed, Tensor? ids, Tensor step, int stream) -> ()", _normal_, nothing
-)  # fmt: skip
+_OP = Op("normal_", "(Tensor(a!) out, Tensor seed, Tensor? ids, Tensor step, int stream) -> ()", _normal_)

@@ -1,7 +1,7 @@
-"""Registration of the ops with PyTorch, on one torch.library.Library.
+"""Ops: what is registered with PyTorch, and how one is called.
 
-A bare Library is used because its dispatch costs a few microseconds, while custom_op and register_autograd cost tens
-(`pytest benchmarks/test_dispatch.py` measures it).
+They are registered on one bare torch.library.Library, whose dispatch costs a few microseconds, while custom_op and
+register_autograd cost tens (`pytest benchmarks/test_dispatch.py` measures it). Plain tensors skip even that: see `Op`.
 """
 
 import re
@@ -10,39 +10,92 @@ from typing import Any
 
 import torch
 
+from .dispatch import plain
+from .quick import Call, Recorded, Recorder, recording
+
 NOISE = "Tensor? seed, Tensor? ids"  # in the schema of every op that may generate noise
+OPS: dict[str, "Op"] = {}
 _library = torch.library.Library("fastdiff", "DEF")
-# Of each op, by name: its schema, and what runs on a CPU or GPU.
-SCHEMAS: dict[str, str] = {}
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
-def define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Make torch.ops.fastdiff.<name>.
+class Op:
+    """torch.ops.fastdiff.<name>, called with all arguments by position.
+
+    Plain tensors go to the implementation at once. Everything else goes through PyTorch's dispatcher: subclasses,
+    modes, functorch, tracing, compilation and the profiler. Both give the same bits.
 
     Args:
         schema: arguments and results in the language of torch.library, "(Tensor x) -> Tensor".
         implementation: what runs on a CPU or GPU.
         fake: what is traced: results of the right shape, type and layout, without values.
     """
-    SCHEMAS[name], IMPLEMENTATIONS[name] = schema, implementation
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CPU")
-    _library.impl(name, implementation, "CUDA")
-    torch.library.register_fake(f"fastdiff::{name}", fake, lib=_library)
 
+    def __init__(
+        self, name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] | None = None
+    ) -> None:
+        OPS[name] = self
+        self.schema, self.implementation = schema, implementation
+        self.function: type[torch.autograd.Function] | None = None
+        self.inputs: tuple[int, ...] = ()
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, implementation, "CPU")
+        _library.impl(name, implementation, "CUDA")
+        torch.library.register_fake(f"fastdiff::{name}", fake or _nothing, lib=_library)
+        self.dispatched = getattr(torch.ops.fastdiff, name).default
 
-def differentiate(name: str, function: type[torch.autograd.Function], *inputs: int) -> None:
-    """Give an op the gradient of an autograd.Function, by the arguments with these numbers."""
-    op = getattr(torch.ops.fastdiff, name).default
+    def differentiate(self, function: type[torch.autograd.Function], *inputs: int) -> None:
+        """Give the op a gradient by the arguments with these numbers.
 
-    def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in inputs):
-            return function.apply(*args)
+        function: its forward takes these arguments and a `Call` to run, and returns the first result. Its backward
+        returns the gradients, and None for the call.
+        """
+        self.function, self.inputs = function, inputs
+        _library.impl(self.dispatched._opname, self._autograd, "Autograd")
+
+    def __call__(self, *args: Any) -> Any:
+        recorder = recording()
+        if recorder is not None:
+            return self._recorded(recorder, args)
+        if not plain(args):
+            return self.dispatched(*args)
+        return self._run(self.implementation, args)
+
+    def _run(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """The results of run(*args), with a gradient if one is wanted."""
+        if not self._wants_gradient(args):
+            return run(*args)
+        assert self.function is not None
+        call = Call(run, args)
+        first = self.function.apply(*[args[i] for i in self.inputs], call)
+        return first if call.rest is None else (first, *call.rest)
+
+    def _recorded(self, recorder: Recorder, args: tuple[Any, ...]) -> Any:
+        seen: list[Any] = []
+
+        def run(*args: Any) -> Any:
+            seen.append(self.implementation(*args))
+            return seen[0]
+
+        results = self._run(run, args)
+        first = results[0] if isinstance(results, tuple) else results
+        recorder.calls.append(Recorded(self, args, seen[0], first, self._wants_gradient(args)))
+        return results
+
+    def _wants_gradient(self, args: tuple[Any, ...]) -> bool:
+        """Whether a gradient by an argument is wanted that the op has one for."""
+        if self.inputs and torch.is_grad_enabled():
+            for i in self.inputs:
+                if args[i] is not None and args[i].requires_grad:
+                    return True
+        return False
+
+    def _autograd(self, *args: Any) -> Any:
+        """What the dispatcher calls first."""
+        return self._run(self._below, args)
+
+    def _below(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    _library.impl(name, autograd, "Autograd")
+            return self.dispatched(*args)
 
 
 def names_of(arguments: str) -> tuple[str, ...]:
@@ -50,5 +103,5 @@ def names_of(arguments: str) -> tuple[str, ...]:
     return tuple(re.findall(r"(\w+)(?:,|$)", arguments))
 
 
-def nothing(*args: Any) -> None:
+def _nothing(*args: Any) -> None:
     """The fake of an op that returns nothing."""

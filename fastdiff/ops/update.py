@@ -14,10 +14,10 @@ from .. import reference
 from ..rows import WIDTH
 from . import dispatch
 from .checks import (
+    as_clip,
     as_index,
     as_sample_ids,
     check_choice,
-    check_clip,
     check_floating,
     check_like,
     check_out,
@@ -27,7 +27,8 @@ from .checks import (
 )
 from .memory import in_huge_pages
 from .noise import REVERSE
-from .registry import NOISE, define, names_of, nothing
+from .quick import quick
+from .registry import NOISE, Op, names_of
 
 KEEPS = ("none", "x0hat", "x")
 # What follows x in the schema of every form of the op.
@@ -40,6 +41,7 @@ _WITHOUT_HISTORY = _OPERANDS.replace("Tensor(b!)? hist, ", "").replace("str keep
 _NAMES, _NAMES_WITHOUT_HISTORY = names_of(_OPERANDS), names_of(_WITHOUT_HISTORY)
 
 
+@quick
 def update(
     x: Tensor,
     pred: Tensor,
@@ -98,7 +100,7 @@ def update(
         check_like("hist", hist, x)
         if hist.dtype != x.dtype:
             raise TypeError(f"hist: expected the dtype of x, {x.dtype}, got {hist.dtype}")
-    check_clip(clip)
+    clip = as_clip(clip)
     inputs = (x, pred, uncond, raw_variance, noise)
     with_grad = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs)
     if with_grad and (inplace or hist is not None):
@@ -108,7 +110,7 @@ def update(
     elif seed is not None:
         raise ValueError("seed: expected None with noisy=False")
     ids = as_sample_ids(sample_ids, x.shape[0], x.device, strict=True)
-    operands: dict[str, Any] = {
+    operands: dict[str, Any] = {  # in the order of _OPERANDS
         "pred": pred,
         "rows": rows,
         "step": step,
@@ -126,7 +128,7 @@ def update(
         if inplace:
             raise ValueError("out: expected None with inplace=True")
         check_out(out, x, *inputs)
-        torch.ops.fastdiff.update_out(out, x, **operands)
+        _OUT(out, x, *operands.values())
         return out
     if with_grad:
         if type(step) is Tensor and not torch.compiler.is_compiling():
@@ -135,11 +137,12 @@ def update(
         return reference.update(x, **operands)[0]
     if inplace or hist is not None:
         x = x if inplace else x.clone()
-        torch.ops.fastdiff.update_(x, **operands)
+        _IN_PLACE(x, *operands.values())
         return x
-    return torch.ops.fastdiff.update(x, **{name: operands[name] for name in _NAMES_WITHOUT_HISTORY})
+    return _OP(x, *[operands[name] for name in _NAMES_WITHOUT_HISTORY])
 
 
+@quick
 def combine(
     x: Tensor,
     y: Tensor,
@@ -197,6 +200,6 @@ def _run(out: Tensor, x: Tensor, **operands: Any) -> None:
     out.copy_(result)
 
 
-define("update", f"(Tensor x, {_WITHOUT_HISTORY}) -> Tensor", _update, lambda x, *operands: torch.empty_like(x))
-define("update_", f"(Tensor(a!) x, {_OPERANDS}) -> ()", _update_, nothing)
-define("update_out", f"(Tensor(a!) out, Tensor x, {_OPERANDS}) -> ()", _update_out, nothing)
+_OP = Op("update", f"(Tensor x, {_WITHOUT_HISTORY}) -> Tensor", _update, lambda x, *operands: torch.empty_like(x))
+_IN_PLACE = Op("update_", f"(Tensor(a!) x, {_OPERANDS}) -> ()", _update_)
+_OUT = Op("update_out", f"(Tensor(a!) out, Tensor x, {_OPERANDS}) -> ()", _update_out)

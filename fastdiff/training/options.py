@@ -91,11 +91,11 @@ class Options:
         self._check_network()
 
     def _check_numbers(self) -> None:
-        for name in COUNTS:
-            if not 1 <= getattr(self, name) <= LARGEST:
-                raise ValueError(f"{name}: expected 1 to {LARGEST}, got {getattr(self, name)}")
-        if not 0 <= self.warmup <= LARGEST:
-            raise ValueError(f"warmup: expected 0 to {LARGEST}, got {self.warmup}")
+        for name, smallest in (*((name, 1) for name in COUNTS), ("warmup", 0)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}: expected at least {smallest}, got {getattr(self, name)}")
+            if getattr(self, name) > LARGEST:
+                raise ValueError(f"{name}: expected at most {LARGEST}, got {getattr(self, name)}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: expected a number of 64 bits, got {self.seed}")
         if not 0 <= self.ema < 1:
@@ -175,6 +175,7 @@ def resumed_options(state: State, given: dict[str, Any]) -> Options:
     known = {field.name for field in fields(Options)}
     if set(state.options) != known:
         raise ValueError(f"the checkpoint's options are {sorted(state.options)}, expected {sorted(known)}")
+    refuse_foreign(state.options["formulation"], given)
     for name, value in given.items():
         moved = name == "data" and value and "digits" not in (value, state.options["data"])
         if name not in ("steps", "save_every") and not moved and value != state.options[name]:

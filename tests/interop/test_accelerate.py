@@ -5,13 +5,16 @@ import copy
 import diffusers
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers.models.resnet import ResnetBlock2D
 from strategies import DEVICE
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import fastdiff
 from benchmarks.torchvision_standin import stock
 from fastdiff.interop import diffusers as ours
+from fastdiff.plain import is_plain
 
 # NumPy, in the interpreter, on exp(-u) beyond the range of float32.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -144,7 +147,8 @@ def test_blocks_that_do_something_else_are_left():
     second.norm1 = nn.Identity()
     third.norm2.register_forward_hook(lambda *args: None)
     names = {m: n for n, m in net.named_modules()}
-    replaced = fastdiff.accelerate(net)
+    with pytest.warns(UserWarning, match="accelerate left 3 parts as they are"):
+        replaced = fastdiff.accelerate(net)
     assert replaced and not {names[m] for m in (first, second, third)} & set(replaced)
 
 
@@ -190,7 +194,8 @@ def test_a_pipeline_that_was_accelerated_is_saved_as_stock(tmp_path):
 
 def test_other_schedulers_and_networks_are_left():
     pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.PNDMScheduler())
-    assert "scheduler" not in fastdiff.accelerate(pipeline)
+    with pytest.warns(UserWarning, match="PNDMScheduler has no fused scheduler"):
+        assert "scheduler" not in fastdiff.accelerate(pipeline)
     assert type(pipeline.scheduler) is diffusers.PNDMScheduler
     assert fastdiff.accelerate(nn.Sequential(nn.GroupNorm(1, 2), nn.SiLU())) == []
 
@@ -219,3 +224,129 @@ def test_compiles_to_one_graph():
 def output_of(compiled, net):
     random = torch.Generator().manual_seed(1)
     return compiled(torch.randn(2, 3, 8, 8, generator=random), torch.tensor([3, 700]), return_dict=False)[0]
+
+
+class Doubled(nn.GroupNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Scaled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Logged(torch.Tensor):
+    """A tensor of another class, as DTensor and quantized weights are; its norm gives twice the result."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs)
+        return 2 * result.as_subclass(torch.Tensor) if function is nn.functional.group_norm else result
+
+
+def foreign(norm):
+    norm.weight = nn.Parameter(norm.weight.detach().as_subclass(Logged))
+
+
+# What people do to the norms of a network, each with an effect that is seen only if the norm is called.
+TREATMENTS = {
+    "a forward hook": lambda block: block.norm1.register_forward_hook(lambda m, x, y: 2 * y),
+    "a pre-hook": lambda block: block.norm2.register_forward_pre_hook(lambda m, x: (x[0].flip(1),)),
+    "a wrapped forward": lambda block: setattr(
+        block.norm1, "forward", lambda x, forward=block.norm1.forward: 2 * forward(x)
+    ),
+    "pruning": lambda block: prune.random_unstructured(block.norm1, "weight", amount=0.5),
+    "a parametrization": lambda block: parametrize.register_parametrization(block.norm2, "weight", Scaled()),
+    "a subclass": lambda block: setattr(block.norm1, "__class__", Doubled),
+    "another layer": lambda block: setattr(block, "norm2", nn.Identity()),
+    "foreign tensors": lambda block: foreign(block.norm1),
+    "offloading": lambda block: cpu_offload(block, execution_device=torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+@pytest.mark.parametrize("name", ["unet", "resnet sampling"])
+def test_norms_that_are_changed_afterwards_are_called(name, treatment):
+    """On the accelerated network as on the stock one."""
+    nets = made(name).eval(), made(name).eval()
+    plain, blocks = output(nets[0]), fastdiff.accelerate(nets[1])
+    for net in nets:
+        for block in (m for m in net.modules() if isinstance(m, ResnetBlock2D)):
+            torch.manual_seed(2)
+            TREATMENTS[treatment](block)
+    with torch.no_grad():
+        want, got = (output(net) for net in nets)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert treatment == "offloading" or not torch.allclose(plain, want, atol=1e-3)
+    assert len(blocks) >= 6
+
+
+def test_parameters_may_be_swapped_for_a_call():
+    """By torch.func.functional_call, and the norms stay fused."""
+    net = made("unet").eval()
+    changed = {name: 1.1 * p.detach() for name, p in net.named_parameters()}
+    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 700])
+    want = torch.func.functional_call(net, changed, (x, t)).sample
+    fastdiff.accelerate(net)
+    close([torch.func.functional_call(net, changed, (x, t)).sample], [want])
+
+
+def test_plain_modules():
+    norm = nn.GroupNorm(2, 4)
+    assert is_plain(norm, nn.GroupNorm) and not is_plain(norm, nn.BatchNorm2d)
+    assert is_plain(nn.GroupNorm(2, 4, affine=False), nn.GroupNorm)
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert not is_plain(norm, nn.GroupNorm)
+    handle.remove()
+    assert is_plain(norm, nn.GroupNorm)
+    with torch._subclasses.FakeTensorMode():
+        assert is_plain(nn.GroupNorm(2, 4), nn.GroupNorm)
+
+
+def test_plain_norms_stay_fused_under_the_compiler():
+    """Which would otherwise trace the slow way without a word."""
+    norm = nn.GroupNorm(2, 4)
+    torch.compiler.reset()
+    traced = torch.compile(lambda x: x + is_plain(norm, nn.GroupNorm), backend="eager", fullgraph=True)
+    assert traced(torch.zeros(1)) == 1
+
+
+def test_what_is_left_is_said():
+    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.PNDMScheduler())
+    first, second, *_ = (n for n, m in pipeline.unet.named_modules() if isinstance(m, ResnetBlock2D))
+    pipeline.unet.get_submodule(first).nonlinearity = nn.GELU()
+    pipeline.unet.get_submodule(second).norm1.register_forward_hook(lambda *args: None)
+    with pytest.warns(UserWarning, match="accelerate left 3 parts as they are: .*PNDMScheduler has"):
+        done = fastdiff.accelerate(pipeline)
+    assert done and not set(done.left) & set(done)
+    assert done.left == {
+        f"unet.{first}": "its activation is GELU, not SiLU",
+        f"unet.{second}": "its norm has hooks or parameters of another kind",
+        "scheduler": "PNDMScheduler has no fused scheduler",
+    }
+
+
+def test_nothing_is_said_if_nothing_is_left(recwarn):
+    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.DDPMScheduler())
+    assert fastdiff.accelerate(pipeline).left == {} and fastdiff.accelerate(pipeline).left == {}
+    assert not [w for w in recwarn if "accelerate" in str(w.message)]
+
+
+def test_a_scheduler_with_methods_of_its_own_is_left():
+    """They are bound to it, and would not follow to another object."""
+    scheduler = diffusers.DDPMScheduler()
+    scheduler._get_variance = lambda *args, **kwargs: torch.tensor(0.25)
+    pipeline = diffusers.DDPMPipeline(made("unet"), scheduler)
+    with pytest.warns(UserWarning, match="this object has methods of its own: _get_variance"):
+        fastdiff.accelerate(pipeline)
+    assert pipeline.scheduler is scheduler
+
+
+def test_attributes_of_a_scheduler_follow():
+    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.DDPMScheduler())
+    pipeline.scheduler.tag = "mine"
+    fastdiff.accelerate(pipeline)
+    assert pipeline.scheduler.tag == "mine"
+    fastdiff.restore(pipeline)
+    assert pipeline.scheduler.tag == "mine" and type(pipeline.scheduler) is diffusers.DDPMScheduler

@@ -108,7 +108,7 @@ def test_update(launches, shape, dtype, layout, generated, keep, inplace):
 
 def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     """The last row of a grid of more than 32,768 samples has them."""
-    for file in ("noise", "noising", "loss", "update", "vlb", "group_norm"):
+    for file in ("noise", "noising", "loss", "update", "vlb"):
         module = importlib.import_module(f"fastdiff.kernels.{file}")
         monkeypatch.setattr(module, "grid_of", lambda batch, n, block: (triton.cdiv(n, block), batch + 2, 1))
     x = tensor((2, 300)).requires_grad_()
@@ -117,23 +117,33 @@ def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     x = x.detach()
     ops.update(ops.noising(x, 1, table(ROWS, 2, salt=0)), x, table(ROWS, 9, salt=0), 1)
     ops.vlb(x, x, x, 1, table(ROWS, 6, salt=0))
-    ops.group_norm_silu(x, 3, x[0].requires_grad_(), x[1], 1e-5).sum().backward()
-    assert len(launches) == 10
+    assert len(launches) == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "half"])
 @pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize(("enough", "count"), [(1, 2), (256, 4)])
-def test_group_norm_and_its_gradient(launches, monkeypatch, dtype, layout, scaled, enough, count):
-    """A program for every group, or three for each: then a launch more for the statistics, and one for the sums."""
-    for name, size in (("BLOCK", 16), ("PIXELS", 8), ("CHANNELS", 2), ("ENOUGH_GROUPS", enough)):
-        monkeypatch.setattr(group_norm, name, size)
+@pytest.mark.parametrize(("held", "count"), [(128, 3), (8, 5)])
+def test_group_norm_and_its_gradients(launches, monkeypatch, dtype, layout, scaled, held, count):
+    """A program for every group, or several for each: then a launch more for the statistics, and one for the sums."""
+    limits = group_norm.Limits(warp=1, forward=1, backward=1, held=held, few=held, enough=8, rows=1, line=16, sector=4)
+    monkeypatch.setattr(group_norm, "LIMITS", limits)
     x = tensor((2, 6, 4, 5), dtype, layout).requires_grad_()
     weight, bias = (tensor((6,), dtype, salt=i).requires_grad_() for i in (1, 2))
-    rows = tensor((2, 12), dtype, salt=3).chunk(2, 1) if scaled else ()
-    ops.group_norm_silu(x, 2, weight, bias, 1e-5, *rows).sum().backward()
+    rows = tensor((2, 12), dtype, salt=3).chunk(2, 1) if scaled else (None, None)
+    add = tensor((2, 6), dtype, salt=4).requires_grad_()
+    ops.group_norm_silu(x, 2, weight, bias, 1e-5, *rows, add).sum().backward()
     assert len(launches) == count
+
+
+@pytest.mark.parametrize("resident", [1, 2**20])
+def test_the_parts_of_large_groups_are_read_again_soon(launches, monkeypatch, resident):
+    """Statistics and output by turns, for as many slabs at a time as the cache holds."""
+    limits = group_norm.Limits(warp=1, forward=1, backward=1, held=8, few=8, enough=1, parts=2, resident=resident)
+    monkeypatch.setattr(group_norm, "LIMITS", limits)
+    x = tensor((3, 2, 4, 8))
+    ops.group_norm_silu(x, 1, x[0, :, 0, 0], x[0, :, 0, 1], 1e-5)
+    assert len(launches) == (6 if resident == 1 else 2)
 
 
 @triton.jit

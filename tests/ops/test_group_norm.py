@@ -1,13 +1,14 @@
-"""silu(GroupNorm(x) (1 + scale) + shift) and its gradients, by the kernels and by plain PyTorch, against float64."""
+"""silu(GroupNorm(x + add) (1 + scale) + shift) and its gradients, by kernels and by plain PyTorch, against float64."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import DEVICE, dtypes, laid, salts, tensor
-from tolerance import ARITHMETIC, SUMMATION, assert_close
+from tolerance import ARITHMETIC, SUMMATION, assert_close, assert_same_bits
 from torch import Tensor
 
 import fastdiff
@@ -19,23 +20,32 @@ from fastdiff.nn import ResnetBlock
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 every = pytest.mark.parametrize("backend", ["triton", "reference"])
 EPS = 1e-2
-NAMES = ("y", "x", "weight", "bias", "scale", "shift")
+NAMES = ("y", "x", "weight", "bias", "scale", "shift", "add")
+# Tiny GPUs, on which small images are large: a program that holds 128 or 32 elements, few programs or many.
+SMALL = kernels.Limits(warp=4, forward=2, backward=2, held=16, few=8, enough=4, small=64, line=32, sector=8, parts=8)
+LIMITS = [
+    kernels.Limits(),
+    SMALL,
+    SMALL._replace(forward=1, backward=1, held=8, rows=2, blocks=3, line=16, resident=256),
+    SMALL._replace(enough=1, blocks=1, rows=1, parts=2, resident=1),
+]
 
 
-def operands(shape, dtype, wide, layout, offset, scaled, salt) -> dict[str, Tensor | None]:
-    """x, weight, bias, scale, shift; x around `offset`, the last two halves of one tensor, as a linear layer gives."""
+def operands(shape, dtype, wide, layout, offset, scaled, salt, added=None) -> dict[str, Tensor | None]:
+    """x, weight, bias, scale, shift, add. x lies around `offset`; scale and shift are halves of one tensor, as a linear
+    layer gives them; add is one row for each sample ("rows"), one for all ("row"), or None."""
     x = laid((tensor(shape, torch.float32, salt=salt) + offset).to(dtype), layout)
     rows = tensor((shape[0], 2 * shape[1]), wide, salt=salt + 1).chunk(2, 1) if scaled else (None, None)
     weight, bias = (tensor(shape[1:2], wide, salt=salt + i) for i in (2, 3))
-    return dict(zip(NAMES[1:], (x, weight, bias, *rows), strict=True))
+    add = None if added is None else tensor(shape[:2] if added == "rows" else shape[1:2], wide, salt=salt + 4)
+    return dict(zip(NAMES[1:], (x, weight, bias, *rows, add), strict=True))
 
 
 def with_gradients(given, groups, grad) -> dict[str, Tensor]:
     """y and its gradients, by name."""
     leaves = {name: t.detach().requires_grad_() for name, t in given.items() if t is not None}
-    y = ops.group_norm_silu(
-        leaves["x"], groups, leaves["weight"], leaves["bias"], EPS, leaves.get("scale"), leaves.get("shift")
-    )
+    rows = (leaves.get(name) for name in ("scale", "shift", "add"))
+    y = ops.group_norm_silu(leaves["x"], groups, leaves["weight"], leaves["bias"], EPS, *rows)
     return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
 
 
@@ -44,9 +54,13 @@ def errors(given, groups, grad, cancels) -> dict[str, Tensor]:
 
     cancels: the variance is E[x^2] - E[x]^2, as in PyTorch's own kernel for channels-last images on the CPU.
     """
-    x, weight, bias, scale, shift = (None if t is None else t.double() for t in given.values())
+    x, weight, bias, scale, shift, add = (None if t is None else t.double() for t in given.values())
     batch, channels = x.shape[:2]
     ones = [1] * (x.ndim - 2)
+    size = x.abs()
+    if add is not None:
+        size = size + add.abs().reshape(-1, channels, *ones)
+        x = x + add.reshape(-1, channels, *ones)
 
     def group_mean(t):
         means = t.reshape(batch, groups, -1).mean(2).repeat_interleave(channels // groups, 1)
@@ -63,12 +77,12 @@ def errors(given, groups, grad, cancels) -> dict[str, Tensor]:
     factor = (weight * by).reshape(batch, channels, *ones)
     shown = bias * by + (0 if shift is None else shift)
     offset = shown.reshape(batch, channels, *ones)
-    size = (bias * by).abs() + (0 if shift is None else shift.abs())
+    shown_size = (bias * by).abs() + (0 if shift is None else shift.abs())
 
     rstd_error = SUMMATION * (1 + ((group_mean(x**2) * rstd**2) if cancels else 0))
-    xhat_error = rstd * SUMMATION * (group_mean(x.abs()) + x.abs()) + xhat.abs() * rstd_error
+    xhat_error = rstd * SUMMATION * (group_mean(size) + size) + xhat.abs() * rstd_error
     u = factor * xhat + offset
-    u_error = factor.abs() * xhat_error + ARITHMETIC * ((factor * xhat).abs() + size.reshape(offset.shape))
+    u_error = factor.abs() * xhat_error + ARITHMETIC * ((factor * xhat).abs() + shown_size.reshape(offset.shape))
     s = u.sigmoid()
     y_error = 1.1 * u_error + ARITHMETIC * (1 + u.abs()) * (u * s).abs()
     slope = grad.double() * s * (1 + u * (1 - s))
@@ -85,14 +99,17 @@ def errors(given, groups, grad, cancels) -> dict[str, Tensor]:
     )  # fmt: skip
     ones_error, others_error = pixel_sum(one_error), pixel_sum(other_error)
     found["weight"], found["bias"] = (by.abs() * others_error).sum(0), (by.abs() * ones_error).sum(0)
+    found["add"] = pixel_sum(found["x"] + SUMMATION * rstd * terms)
+    if add is not None and add.ndim == 1:
+        found["add"] = found["add"].sum(0)
     found["scale"], found["shift"] = weight.abs() * others_error + bias.abs() * ones_error, ones_error
     return {name: error * (1 + ARITHMETIC) for name, error in found.items()}
 
 
-def check(backend, shape, groups, dtype, wide, layout, offset, scaled, salt, roundings=1):
-    given = operands(shape, dtype, wide, layout, offset, scaled, salt)
+def check(backend, shape, groups, dtype, wide, layout, offset, scaled, salt, added=None, limits=LIMITS[0]):
+    given = operands(shape, dtype, wide, layout, offset, scaled, salt, added)
     grad = tensor(shape, dtype, salt=salt + 5)
-    with fastdiff.backend(backend):
+    with fastdiff.backend(backend), mock.patch.object(kernels, "LIMITS", limits):
         got = with_gradients(given, groups, grad)
     double = {name: None if t is None else t.double() for name, t in given.items()}
     want = with_gradients(double, groups, grad.double())
@@ -102,7 +119,7 @@ def check(backend, shape, groups, dtype, wide, layout, offset, scaled, salt, rou
         assert got["y"].stride() == torch.empty_like(given["x"]).stride()
     for name, result in got.items():
         assert result.dtype == (dtype if name in ("y", "x") else wide), name
-        assert_close(result, want[name], allowed[name], roundings, backend)
+        assert_close(result, want[name], allowed[name], 1, backend)
 
 
 @st.composite
@@ -122,79 +139,92 @@ def shaped(draw):
     layout=st.sampled_from(["contiguous", "channels_last", "half", "strided", "swapped", "batch_last"]),
     offset=st.sampled_from([0.0, 3.0, 100.0]),
     scaled=st.booleans(),
-    tile=st.sampled_from([(4096, 1024, 1024, 256), (64, 16, 4, 256), (32, 8, 2, 1), (32, 4, 8, 256)]),
+    added=st.sampled_from([None, "rows", "row"]),
+    limits=st.sampled_from(LIMITS),
     salt=salts,
 )
-@example(((2, 6, 5, 4), 2), torch.bfloat16, True, "channels_last", 3.0, True, (32, 8, 2, 256), 1)
-@example(((1, 12, 7, 7), 4), torch.float32, False, "contiguous", 100.0, True, (32, 8, 2, 256), 2)
-@example(((3, 5, 7), 1), torch.float16, False, "half", 0.0, False, (64, 4, 4, 256), 3)
-@example(((2, 4, 1, 1), 2), torch.float32, True, "contiguous", 3.0, True, (4096, 1024, 1024, 256), 4)
-def test_output_and_every_gradient(backend, shaped, dtype, wide, layout, offset, scaled, tile, salt):
-    """Small tiles stand in for large images: many to a group, in one part or in several."""
+@example(((2, 6, 5, 4), 2), torch.bfloat16, True, "channels_last", 3.0, True, "rows", LIMITS[2], 1)
+@example(((1, 12, 7, 7), 4), torch.float32, False, "contiguous", 100.0, True, None, LIMITS[2], 2)
+@example(((3, 5, 7), 1), torch.float16, False, "half", 0.0, False, "row", LIMITS[3], 3)
+@example(((2, 4, 1, 1), 2), torch.float32, True, "contiguous", 3.0, True, "rows", LIMITS[0], 4)
+@example(((1, 48, 3, 5), 4), torch.bfloat16, True, "channels_last", 0.0, False, "rows", LIMITS[0], 5)
+@example(((1, 24, 3, 5), 2), torch.float32, True, "contiguous", 0.0, False, None, LIMITS[0], 6)
+@example(((2, 24), 2), torch.float32, True, "contiguous", 0.0, False, "row", LIMITS[1], 7)
+@example(((1, 40, 5), 1), torch.float32, True, "channels_last", 3.0, True, "rows", LIMITS[2], 8)
+def test_output_and_every_gradient(backend, shaped, dtype, wide, layout, offset, scaled, added, limits, salt):
+    """Groups that a program holds, several or one, and groups of several parts: spans of pixels, chunks of channels."""
     shape, groups = shaped
-    before = kernels.BLOCK, kernels.PIXELS, kernels.CHANNELS, kernels.ENOUGH_GROUPS
-    kernels.BLOCK, kernels.PIXELS, kernels.CHANNELS, kernels.ENOUGH_GROUPS = tile
-    try:
-        check(backend, shape, groups, dtype, torch.float32 if wide else dtype, layout, offset, scaled, salt)
-    finally:
-        kernels.BLOCK, kernels.PIXELS, kernels.CHANNELS, kernels.ENOUGH_GROUPS = before
+    wide = torch.float32 if wide else dtype
+    check(backend, shape, groups, dtype, wide, layout, offset, scaled, salt, added, limits)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("enough", [1, 256])
-def test_images_of_several_tiles(monkeypatch, layout, enough):
-    monkeypatch.setattr(kernels, "ENOUGH_GROUPS", enough)
-    check("triton", (1, 6, 33, 67), 2, torch.float32, torch.float32, layout, 3.0, True, 7)
+@pytest.mark.parametrize("limits", [LIMITS[0], LIMITS[0]._replace(held=8)])
+def test_images_of_several_tiles(layout, limits):
+    check("triton", (1, 6, 33, 67), 2, torch.float32, torch.float32, layout, 3.0, True, 7, "rows", limits)
 
 
-@pytest.mark.parametrize("enough", [1, 256])
-def test_the_statistics_of_a_far_mean_do_not_cancel(monkeypatch, enough):
+@pytest.mark.parametrize("limits", [LIMITS[0], SMALL._replace(warp=32, held=4, parts=4)])
+def test_the_statistics_of_a_far_mean_do_not_cancel(monkeypatch, limits):
     """Deviations of 1 around 4,096 in float32: E[x^2] - E[x]^2 would keep no digit of the variance."""
-    monkeypatch.setattr(kernels, "ENOUGH_GROUPS", enough)
+    monkeypatch.setattr(kernels, "LIMITS", limits)
     random = torch.Generator().manual_seed(0)
     x = (4096 + torch.randint(-1, 2, (1, 2, 40, 40), generator=random).float()).to(DEVICE)
     one, zero = torch.ones(2, device=DEVICE), torch.zeros(2, device=DEVICE)
     with fastdiff.backend("triton"):
-        _, mean, rstd = torch.ops.fastdiff.group_norm_silu(x, 1, one, zero, None, None, 0.0)
+        _, mean, rstd = torch.ops.fastdiff.group_norm_silu(x, 1, one, zero, None, None, None, 0.0)
     deviation, exact = torch.std_mean(x.double(), correction=0)
     assert abs(mean.item() - exact.item()) < 2e-3
     assert abs(rstd.item() * deviation.item() - 1) < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("limits", LIMITS[:3])
+def test_equal_bits_from_run_to_run(layout, limits):
+    given = operands((2, 12, 5, 7), torch.bfloat16, torch.float32, layout, 1.0, True, 3, "row")
+    grad = tensor((2, 12, 5, 7), torch.bfloat16, salt=9)
+    with fastdiff.backend("triton"), mock.patch.object(kernels, "LIMITS", limits):
+        first, second = (with_gradients(given, 4, grad) for _ in range(2))
+    for name, result in first.items():
+        assert_same_bits(result, second[name])
+
+
 def test_the_reference_is_the_formula():
-    given = operands((2, 6, 3, 4), torch.float64, torch.float64, "contiguous", 1.0, True, 3)
-    x, weight, bias, scale, shift = given.values()
-    grouped = x.reshape(2, 3, -1)
+    given = operands((2, 6, 3, 4), torch.float64, torch.float64, "contiguous", 1.0, True, 3, "rows")
+    x, weight, bias, scale, shift, add = given.values()
+    grouped = (x + add[:, :, None, None]).reshape(2, 3, -1)
     mean, variance = grouped.mean(2, keepdim=True), grouped.var(2, correction=0, keepdim=True)
     u = ((grouped - mean) / (variance + EPS).sqrt()).reshape(x.shape) * weight[:, None, None] + bias[:, None, None]
     u = u * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-    torch.testing.assert_close(ops.group_norm_silu(x, 3, weight, bias, EPS, scale, shift), u / (1 + (-u).exp()))
+    torch.testing.assert_close(ops.group_norm_silu(x, 3, weight, bias, EPS, scale, shift, add), u / (1 + (-u).exp()))
 
 
 @every
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("scaled", [False, True])
-def test_opcheck(backend, layout, scaled):
+@pytest.mark.parametrize(("scaled", "added"), [(False, None), (True, "rows"), (False, "row")])
+def test_opcheck(backend, layout, scaled, added):
     """PyTorch's own tests: schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
-    given = operands((2, 4, 3, 3), torch.float32, torch.float32, layout, 0.0, scaled, 1)
-    x, weight, bias, scale, shift = (None if t is None else t.detach().requires_grad_() for t in given.values())
+    given = operands((2, 4, 3, 3), torch.float32, torch.float32, layout, 0.0, scaled, 1, added)
+    x, *rest = (None if t is None else t.detach().requires_grad_() for t in given.values())
     with fastdiff.backend(backend):
-        torch.library.opcheck(torch.ops.fastdiff.group_norm_silu.default, (x, 2, weight, bias, scale, shift, EPS))
+        torch.library.opcheck(torch.ops.fastdiff.group_norm_silu.default, (x, 2, *rest, EPS))
         with torch.no_grad():
-            y, mean, rstd = torch.ops.fastdiff.group_norm_silu(x, 2, weight, bias, scale, shift, EPS)
-        arguments = (torch.ones_like(y), x, mean, rstd, 2, weight, bias, scale, shift)
-        arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-        torch.library.opcheck(torch.ops.fastdiff.group_norm_silu_grad.default, arguments)
+            y, mean, rstd = torch.ops.fastdiff.group_norm_silu(x, 2, *rest, EPS)
+        for parameters in (True, False):
+            arguments = (torch.ones_like(y), x, mean, rstd, 2, *rest, parameters)
+            arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+            torch.library.opcheck(torch.ops.fastdiff.group_norm_silu_grad.default, arguments)
 
 
-def test_the_gradient_of_the_reference_is_that_of_autograd():
+@pytest.mark.parametrize("added", ["rows", "row"])
+def test_the_gradient_of_the_reference_is_that_of_autograd(added):
     """The op itself runs it where there is no kernel."""
-    given = operands((2, 6, 3, 4), torch.float64, torch.float64, "contiguous", 1.0, True, 3)
+    given = operands((2, 6, 3, 4), torch.float64, torch.float64, "contiguous", 1.0, True, 3, added)
     leaves = [t.detach().requires_grad_() for t in given.values()]
-    x, weight, bias, scale, shift = leaves
+    x, weight, bias, scale, shift, add = leaves
     grad = tensor((2, 6, 3, 4), torch.float64, salt=9)
-    want = torch.autograd.grad(ops.group_norm_silu(x, 3, weight, bias, EPS, scale, shift), leaves, grad)
-    y = torch.ops.fastdiff.group_norm_silu(x, 3, weight, bias, scale, shift, EPS)[0]
+    want = torch.autograd.grad(ops.group_norm_silu(x, 3, weight, bias, EPS, scale, shift, add), leaves, grad)
+    y = torch.ops.fastdiff.group_norm_silu(x, 3, weight, bias, scale, shift, add, EPS)[0]
     for a, b in zip(torch.autograd.grad(y, leaves, grad), want, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -205,6 +235,10 @@ def test_gradients_that_are_not_wanted_and_a_batch_of_none():
         scale = given["scale"].detach().requires_grad_()
         y = ops.group_norm_silu(given["x"], 2, given["weight"], given["bias"], EPS, scale, given["shift"])
         assert torch.autograd.grad(y.sum(), scale)[0].any()
+        x = given["x"].detach().requires_grad_()
+        y = ops.group_norm_silu(x, 2, given["weight"], given["bias"], EPS)
+        with mock.patch.object(kernels, "parameters_kernel", None):  # by x alone: one launch
+            assert torch.autograd.grad(y.sum(), x)[0].any()
         weight = given["weight"].detach().requires_grad_()
         y = ops.group_norm_silu(given["x"][:0], 2, weight, given["bias"], EPS)
         assert y.shape == (0, 4, 3, 3)
@@ -267,6 +301,10 @@ REFUSED = [
     ({"scale": S}, ValueError, "shift: expected both scale and shift, or neither"),
     ({"shift": S}, ValueError, "scale: expected both scale and shift, or neither"),
     ({"scale": S, "shift": S[:1]}, ValueError, r"shift: expected shape \(2, 4\), got \(1, 4\)"),
+    ({"add": S[:1]}, ValueError, r"add: expected shape \(2, 4\), got \(1, 4\)"),
+    ({"add": W[:3]}, ValueError, r"add: expected shape \(4,\), got \(3,\)"),
+    ({"add": 1.0}, TypeError, "add: expected a tensor, got float"),
+    ({"add": W.to("meta")}, ValueError, "add: expected device cpu, got meta"),
 ]
 
 

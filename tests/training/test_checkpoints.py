@@ -163,6 +163,12 @@ def test_options_of_wrong_types_do_not_resume(spoiled):
             training.resumed_options(broken, {})
 
 
+def test_options_of_another_formulation_do_not_resume(spoiled):
+    state = checkpoint.load(spoiled)
+    with pytest.raises(ValueError, match="sigma_max: an option of ncsn and ve"):
+        training.resumed_options(state, {"sigma_max": Options.sigma_max})
+
+
 def test_options_that_do_not_fit_the_network_do_not_resume(spoiled):
     state = checkpoint.load(spoiled)
     state.options.update(data="/images", size=16, gray=False)

@@ -128,8 +128,11 @@ def test_images_that_are_not_finite_are_not_written(copied, tmp_path, capsys):
 def test_damaged_metadata_is_one_line(copied, tmp_path, capsys):
     rewrite(copied, unet={**metadata_of(copied)["unet"], "layers_per_block": 10**30})
     assert str(copied) in refused(capsys, "sample", copied, "--out", tmp_path / "x", "--device", "cpu")
-    options = metadata_of(copied)["options"]
-    rewrite(copied, unet=metadata_of(copied)["unet"] | {"layers_per_block": 1}, options={**options, "steps": "many"})
+    unet, options = metadata_of(copied)["unet"] | {"layers_per_block": 1}, metadata_of(copied)["options"]
+    rewrite(copied, unet={**unet, "sample_size": None})
+    line = refused(capsys, "sample", copied, "--out", tmp_path / "x", "--device", "cpu")
+    assert f"{copied}: expected a network with a sample_size" in line
+    rewrite(copied, unet=unet, options={**options, "steps": "many"})
     line = refused(capsys, "train", "--out", copied.parent, "--resume", "--device", "cpu")
     assert "options are of wrong types: steps" in line
 

@@ -8,12 +8,12 @@ result is stock's to rounding: the tables are computed in float32 from the buffe
 the CPU everything but the sums of losses has stock's bits. On a GPU multiplications are fused with additions.
 
 A step of the samplers is one pass over x, the prediction and the noise. It is two passes in p_sample and with
-self-conditioning, which ask for x_0. A step of DDIM is four passes with self-conditioning and on the CPU. Overrides of
-q_sample, p_sample, p_mean_variance, model_predictions and q_posterior in a subclass or on the object are called
-wherever stock calls them, and then a step takes more passes.
+self-conditioning, which ask for x_0. A step of DDIM is four passes with self-conditioning and on the CPU. If a
+subclass, a patch or the object overrides a method, it is called wherever stock calls it. A step then takes more passes.
 
-Tables are kept until a buffer is replaced or changed in place. Changes through `.data` leave no trace and are missed;
-so are changes on a GPU of buffers made in inference mode.
+Tables are kept until a buffer changes. On the CPU the values are compared, so every change is seen. On a GPU a change
+through `.data` is not seen, nor one in place of a buffer that was made in inference mode: assign a new buffer instead.
+Built on the meta device, the buffers get their values when `to_empty` or a checkpoint brings them off it.
 
 Differences from stock:
     - Wrong arguments are a ValueError or TypeError, not an AssertionError. Betas outside [0, 1) are one of them: stock
@@ -36,13 +36,8 @@ except ImportError as error:
     )
     raise ImportError(f"{message} ({error})") from error
 
-from .diffusion import (
-    GaussianDiffusion,
-    ModelPrediction,
-    identity,
-    normalize_to_neg_one_to_one,
-    unnormalize_to_zero_to_one,
-)
+from .diffusion import GaussianDiffusion, ModelPrediction
+from .images import identity, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
 from .schedules import SCHEDULES, cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
 from .tables import OBJECTIVES
 

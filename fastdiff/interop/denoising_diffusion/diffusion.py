@@ -15,15 +15,17 @@ from ...cache import Tables
 from ...ops.checks import check_choice
 from ..stock import broadcast, combine, noising, overridden, values
 from . import tables
+from .images import identity, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
 from .schedules import make_buffers
 from .tables import OBJECTIVES, START
 
-# Devices where DDIM takes the operations of stock one by one, to the bit. Elsewhere a step is one pass, equal to
-# rounding.
+# Devices where DDIM takes the operations of stock one by one, to the bit. Elsewhere a step is one pass, to rounding.
 STOCK_ORDER = ("cpu",)
 # What stock's methods call on the object, for overrides.
 PREDICTION = ("model_predictions", "predict_start_from_noise", "predict_start_from_v", "predict_noise_from_start")
 STEP = ("p_mean_variance", "q_posterior", *PREDICTION)
+
+LOOP = "sampling loop time step"  # what the progress bar says
 
 
 class ModelPrediction(NamedTuple):
@@ -31,25 +33,17 @@ class ModelPrediction(NamedTuple):
     pred_x_start: Tensor
 
 
-def normalize_to_neg_one_to_one(img: Tensor) -> Tensor:
-    return img * 2 - 1
-
-
-def unnormalize_to_zero_to_one(t: Tensor) -> Tensor:
-    return (t + 1) * 0.5
-
-
-def identity(t: Tensor) -> Tensor:
-    return t
-
-
 class GaussianDiffusion(nn.Module):
-    """denoising_diffusion_pytorch.GaussianDiffusion on the fused operations; see the module.
+    """denoising_diffusion_pytorch.GaussianDiffusion on the fused operations; see the package.
 
-    model(x, t, x_self_cond) returns the prediction (B, C, H, W) of what `objective` says; it has the attributes
-    channels, out_dim and self_condition. t is an int64 tensor (B,) in [0, timesteps); images are in [0, 1], or in
-    [-1, 1] with auto_normalize=False. sampling_timesteps below timesteps makes `sample` use DDIM with eta
-    ddim_sampling_eta. Raises ValueError, naming the argument.
+    Images are in [0, 1], or in [-1, 1] with auto_normalize=False. Times t are integers (B,) in [0, timesteps).
+
+    Args:
+        model: model(x, t, x_self_cond) returns the prediction (B, C, H, W) of what `objective` says. It has the
+            attributes channels, out_dim and self_condition.
+        sampling_timesteps: if it is below timesteps, `sample` uses DDIM with eta ddim_sampling_eta.
+
+    The other arguments are stock's. Raises: ValueError, naming the argument.
     """
 
     model: Any
@@ -133,7 +127,7 @@ class GaussianDiffusion(nn.Module):
         """(x_t / sqrt(alpha_bar) - x_0) / sqrt(1 / alpha_bar - 1)."""
         rows = self._table("noise", tables.noise_rows, ("sqrt_recip_alphas_cumprod",))
         # Divided as in stock: a reciprocal in the row would be off by the rounding of x_t over sigma.
-        return self._combine(x_t, x0, rows, t).div_(_at(self.sqrt_recipm1_alphas_cumprod, t, x_t))
+        return self._combine(x_t, x0, rows, t).div_(tables.at(self.sqrt_recipm1_alphas_cumprod, t, x_t))
 
     def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D)."""
@@ -146,7 +140,7 @@ class GaussianDiffusion(nn.Module):
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance (B, 1, 1, 1) and its logarithm of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7)."""
         mean = self._sum(x_start, x_t, t, "posterior_mean_coef1", "posterior_mean_coef2")
-        return mean, _at(self.posterior_variance, t, x_t), _at(self.posterior_log_variance_clipped, t, x_t)
+        return mean, tables.at(self.posterior_variance, t, x_t), tables.at(self.posterior_log_variance_clipped, t, x_t)
 
     def model_predictions(
         self,
@@ -156,8 +150,10 @@ class GaussianDiffusion(nn.Module):
         clip_x_start: bool = False,
         rederive_pred_noise: bool = False,
     ) -> ModelPrediction:
-        """The model's prediction as noise and as x_0, that in [-1, 1] with clip_x_start; one of the noise is derived
-        from the clipped x_0 only with rederive_pred_noise."""
+        """The model's prediction as noise and as x_0, which clip_x_start keeps in [-1, 1].
+
+        If the model predicts noise, that is returned as it is, or from the clipped x_0 with rederive_pred_noise.
+        """
         output = self.model(x, t, x_self_cond)
         x_start = self._start(x, t, output, clip_x_start)
         if self.objective == "pred_noise" and not (clip_x_start and rederive_pred_noise):
@@ -178,9 +174,8 @@ class GaussianDiffusion(nn.Module):
         """(x_{t-1}, x_0): a step of the ancestral sampler (Ho et al. 2020, algorithm 2); noise is drawn if t > 0."""
         times = torch.full((len(x),), t, device=self.device, dtype=torch.long)
         if self._overridden(*STEP):
-            mean, _, log_variance, x_start = self.p_mean_variance(
-                x=x, t=times, x_self_cond=x_self_cond, clip_denoised=True
-            )
+            moments = self.p_mean_variance(x=x, t=times, x_self_cond=x_self_cond, clip_denoised=True)
+            mean, _, log_variance, x_start = moments
             return mean + (0.5 * log_variance).exp() * (torch.randn_like(x) if t > 0 else 0.0), x_start
         x_start = self._start(x, times, self.model(x, times, x_self_cond), True)
         noise = torch.randn_like(x) if t > 0 else None
@@ -190,18 +185,18 @@ class GaussianDiffusion(nn.Module):
     def p_sample_loop(self, shape: tuple[int, ...], return_all_timesteps: bool = False) -> Tensor:
         """Samples of all timesteps, (B, C, H, W), or (B, T + 1, C, H, W) from x_T to x_0 with return_all_timesteps."""
         img = torch.randn(shape, device=self.device)
-        steps = range(self.num_timesteps)[::-1]
-        return self.unnormalize(
-            self._loop(img, steps, self._ancestral, "sampling loop time step", return_all_timesteps)
-        )
+        img = self._loop(img, range(self.num_timesteps)[::-1], self._ancestral, LOOP, return_all_timesteps)
+        return self.unnormalize(img)
 
     @torch.inference_mode()
     def ddim_sample(self, shape: tuple[int, ...], return_all_timesteps: bool = False) -> Tensor:
-        """Samples of sampling_timesteps steps of DDIM(ddim_sampling_eta) (Song et al. 2021, arXiv:2010.02502, eq. 12);
-        shapes as of p_sample_loop. Noise is drawn at every step but the last, also where eta = 0."""
+        """Samples of sampling_timesteps steps of DDIM(ddim_sampling_eta) (Song et al. 2021, arXiv:2010.02502, eq. 12).
+
+        Shapes as in p_sample_loop. Noise is drawn at every step but the last, even if eta = 0.
+        """
         img = torch.randn(shape, device=self.device)
-        steps = range(self.sampling_timesteps)
-        return self.unnormalize(self._loop(img, steps, self._ddim, "sampling loop time step", return_all_timesteps))
+        img = self._loop(img, range(self.sampling_timesteps), self._ddim, LOOP, return_all_timesteps)
+        return self.unnormalize(img)
 
     @torch.inference_mode()
     def sample(self, batch_size: int = 16, return_all_timesteps: bool = False) -> Tensor:
@@ -223,8 +218,7 @@ class GaussianDiffusion(nn.Module):
     # --- training
 
     def noise_assignment(self, x_start: Tensor, noise: Tensor) -> Tensor:
-        """(B,) int64: the row of noise for each sample, at the least sum of distances (Li et al. 2024,
-        arXiv:2406.12303)."""
+        """(B,) int64: each sample's row of noise, for the least sum of distances (Li et al. 2024, arXiv:2406.12303)."""
         distance = torch.cdist(x_start.flatten(1), noise.flatten(1))
         return torch.from_numpy(linear_sum_assignment(distance.cpu())[1]).to(distance.device)
 
@@ -245,8 +239,8 @@ class GaussianDiffusion(nn.Module):
     ) -> Tensor:
         """loss_weight_t times the mean squared error of the prediction: () for loss_reduction "mean", (B,) for "none".
 
-        Drawn are noise unless given, offset noise (B, C) where its strength is above 0, and with self-conditioning one
-        number of Python's `random`: below 1/2 the model first predicts the x_0 that it is then conditioned on.
+        It draws the noise if it is None, and offset noise (B, C) if its strength is above 0. With self-conditioning it
+        draws a number of Python's `random` too: below 1/2 the model first predicts the x_0 that conditions it.
         """
         if loss_reduction not in ("mean", "none"):
             raise ValueError(f"loss_reduction: expected 'mean' or 'none', got {loss_reduction!r}")
@@ -256,8 +250,9 @@ class GaussianDiffusion(nn.Module):
         if strength > 0:
             offset = torch.randn(x_start.shape[:2], device=self.device)
             noise = noise + strength * offset[:, :, None, None]
-        if self.immiscible:  # once, so that the loss knows the noise: q_sample would assign again
+        if self.immiscible:  # here, so that the loss knows the noise
             noise = noise[self.noise_assignment(x_start, noise)]
+        if self.immiscible and not self._overridden("q_sample"):  # which would assign again
             x = self._noised(x_start, t, noise)
         else:
             x = self.q_sample(x_start=x_start, t=t, noise=noise)
@@ -269,11 +264,11 @@ class GaussianDiffusion(nn.Module):
         if self.objective == "pred_v" and self._overridden("predict_v"):
             target = self.predict_v(x_start, t, noise)
             output, target = broadcast(t, output, target)
-            return ops.loss(output, _index(t), self._targets("pred_x0"), x0=target, reduction=loss_reduction)
+            return ops.loss(output, tables.index(t), self._targets("pred_x0"), x0=target, reduction=loss_reduction)
         output, x_start, noise = broadcast(t, output, x_start, noise)
         return ops.loss(
             output,
-            _index(t),
+            tables.index(t),
             self._targets(self.objective),
             x0=None if self.objective == "pred_noise" else x_start,
             noise=None if self.objective == "pred_x0" else noise,
@@ -356,21 +351,15 @@ class GaussianDiffusion(nn.Module):
     # --- arithmetic: in the type of a product with a buffer, and broadcast as torch does
 
     def _combine(
-        self,
-        x: Tensor,
-        y: Tensor,
-        rows: Tensor,
-        t: Tensor | int,
-        noise: Tensor | None = None,
-        clip: float | None = None,
+        self, x: Tensor, y: Tensor, rows: Tensor, t: Any, noise: Tensor | None = None, clip: float | None = None
     ) -> Tensor:
         """from_x0 x_0 + from_x x + noise z, where x_0 = clip(x0_from_x x + x0_from_pred y)."""
-        return combine(self._widened(x), y, rows, _index(t), z=noise, clip=clip)
+        return combine(self._widened(x), y, rows, tables.index(t), z=noise, clip=clip)
 
     def _sum(self, x: Tensor, y: Tensor, t: Tensor, alpha: str, sigma: str, sign: int = 1) -> Tensor:
         """alpha_t x + sign sigma_t y in one pass, where alpha and sigma are the names of buffers."""
         table = self._table("sum", lambda a, s: tables.sum_table(a, s, sign), (alpha, sigma), sign)
-        return noising(self._widened(x), y, _index(t), table)
+        return noising(self._widened(x), y, tables.index(t), table)
 
     def _noised(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return self._sum(x_start, noise, t, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
@@ -413,14 +402,4 @@ class GaussianDiffusion(nn.Module):
         return overridden(self, {name: ORIGINALS[name] for name in names})
 
 
-ORIGINALS = {name: getattr(GaussianDiffusion, name) for name in ("p_sample", "predict_v", *STEP)}
-
-
-def _index(t: Any) -> Any:
-    """Times in int64; stock takes int32 too."""
-    return t.long() if isinstance(t, Tensor) and t.dtype == torch.int32 else t
-
-
-def _at(buffer: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """buffer[t], shaped (B, 1, ...) to multiply like."""
-    return buffer[t].reshape(-1, *[1] * (like.ndim - 1))
+ORIGINALS = {name: getattr(GaussianDiffusion, name) for name in ("p_sample", "q_sample", "predict_v", *STEP)}

@@ -3,6 +3,8 @@
 `start` is (a, b) of x_0 = a x - b output, or () if the output is x_0 itself.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,16 @@ START: dict[str, tuple[str, ...]] = {
     "pred_v": ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
 }
 OBJECTIVES = tuple(START)
+
+
+def index(t: Any) -> Any:
+    """Times in int64; stock takes int32 too."""
+    return t.long() if isinstance(t, Tensor) and t.dtype == torch.int32 else t
+
+
+def at(buffer: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """buffer[t], shaped (B, 1, ...) to multiply `like`."""
+    return buffer[t].reshape(-1, *[1] * (like.ndim - 1))
 
 
 def sum_table(alpha: Tensor, sigma: Tensor, sign: int) -> Tensor:

@@ -20,13 +20,19 @@ step cannot tell whether t > 0, it draws noise at t = 0 too and multiplies it by
 and for any tensor under torch.compile. DPMSolverMultistepScheduler counts its steps. If it must look for the first one
 in a tensor that is not free to read, it does as stock, unless set_begin_index was called.
 
-Tables are kept until their sources are replaced or changed in place. Only changes in place of a GPU tensor that was
-made in inference mode are missed, as they leave no trace.
+If a subclass, a patch or the object overrides a method that stock's step (or add_noise) calls, such as _get_variance,
+previous_timestep or convert_model_output, stock's step runs and calls it. It also runs for arguments that no kernel
+takes: tensors that broadcast, whole numbers. It draws the noise itself, so with fused_noise=True a warning says so.
+
+Tables are kept until their sources change: alphas_cumprod, timesteps, sigmas and the like. On the CPU, where schedulers
+keep them, the values are compared, so every change is seen. On a GPU a change through `.data` is not seen, nor one in
+place of a tensor that was made in inference mode: assign a new tensor instead.
 
 Differences from stock, all of them defects there:
     - variance_type "fixed_large_log" gives what "fixed_large" gives. Stock takes the root of a logarithm: NaN.
     - bfloat16 and float16 are computed in float32; x_0 and the result are rounded once. In stock's bfloat16 add_noise
       alpha_bar rounds to 1 for t = 0 to 9 of the default schedule, so no noise is added at all.
+    - A timestep below 0 is an error (NaN on a GPU). Stock counts it from the end of the schedule.
 
 DDIMPipeline converts what it is given to the stock DDIMScheduler: assign pipeline.scheduler afterwards.
 """

@@ -48,11 +48,14 @@ class FusedScheduler:
             return
         cls.stock, cls.__module__ = stock, __package__
         cls.__init__ = with_fused_noise(stock)  # type: ignore[method-assign]
+        replaced: dict[str, dict[str, Any]] = {}
         for name in dir(stock):
             ours, theirs = getattr(cls, name), getattr(stock, name)
-            if not name.startswith("_") and inspect.isfunction(theirs) and ours is not theirs:
-                used = {n: getattr(cls, n) for n in reached(stock, name)}
-                setattr(cls, name, or_stock(ours, theirs, used))
+            if not name.startswith("__") and inspect.isfunction(theirs) and ours is not theirs:
+                replaced[name] = {}
+                setattr(cls, name, or_stock(ours, theirs, replaced[name]))
+        for name, used in replaced.items():  # once all of them are in their places
+            used.update({n: getattr(cls, n) for n in reached(stock, name)})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().__new__(cls)
@@ -122,13 +125,15 @@ class FusedScheduler:
 def or_stock(ours: Any, stock: Any, used: dict[str, Any]) -> Any:
     """`ours`, or stock's method if `ours` returns NotImplemented or the object overrides one of `used`."""
 
+    draws = "generator" in inspect.signature(stock).parameters
+
     @functools.wraps(ours)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not overridden(self, used):
             result = ours(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if self.fused_noise:
+        if draws and self.fused_noise:
             warnings.warn(f"fused_noise: {stock.__qualname__} runs here and draws the noise as stock", stacklevel=2)
         return stock(self, *args, **kwargs)
 

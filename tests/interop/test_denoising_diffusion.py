@@ -4,7 +4,6 @@ import copy
 import importlib
 import inspect
 import io
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,119 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusions import PARITY, SHAPE, both, configs, data, same, same_calls, same_losses, seeded, stock
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from strategies import BACKENDS, DEVICE
-from torch import Tensor, nn
 
 import fastdiff
-from benchmarks.torchvision_standin import stock as import_stock
 from fastdiff.interop import denoising_diffusion as fused
 from fastdiff.interop.denoising_diffusion import GaussianDiffusion
 
-stock = import_stock()
 EXAMPLE = Path(__file__).parents[2] / "examples" / "denoising_diffusion_training.py"
-SIZE = (4, 6)
-SHAPE = (3, 2, *SIZE)
-# Four roundings of a number of 16, about the largest that the tests have.
-PARITY = 2e-6
 METHODS = (
     "forward", "p_losses", "q_sample", "p_sample", "p_sample_loop", "ddim_sample", "sample", "interpolate",
     "q_posterior", "model_predictions", "p_mean_variance", "predict_start_from_noise", "predict_noise_from_start",
     "predict_v", "predict_start_from_v", "noise_assignment", "random_times",
 )  # fmt: skip
-
-
-class Net(nn.Module):
-    """A small network with the attributes and the call of their Unet, which draws a number as dropout does."""
-
-    channels = out_dim = 2
-
-    def __init__(self, self_condition: bool = False) -> None:
-        super().__init__()
-        self.self_condition = self_condition
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(4 if self_condition else 2, 2, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-        assert t.shape == (len(x),) and t.dtype == torch.int64
-        if self.self_condition:
-            x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond, x), 1)
-        return self.conv(x) * torch.cos(t / 7)[:, None, None, None] + 0.1 * torch.rand(1, device=x.device)
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> dict[str, Any]:
-    return {
-        "image_size": SIZE,
-        "timesteps": draw(st.sampled_from((21, 50, 1000))),
-        "objective": draw(st.sampled_from(("pred_noise", "pred_x0", "pred_v"))),
-        "beta_schedule": draw(st.sampled_from(("linear", "cosine", "sigmoid"))),
-        "auto_normalize": draw(st.booleans()),
-        "min_snr_loss_weight": draw(st.booleans()),
-        "min_snr_gamma": draw(st.sampled_from((1, 5))),
-        "offset_noise_strength": draw(st.sampled_from((0.0, 0.1))),
-    }
-
-
-def both(self_condition: bool = False, mixin: type = object, **config: Any) -> list[Any]:
-    """The stock diffusion and ours, of equal networks; mixin: of subclasses with its methods."""
-    config = {"image_size": SIZE, "timesteps": 50} | config
-    classes = [stock.GaussianDiffusion, GaussianDiffusion]
-    if mixin is not object:
-        classes = [type("Derived", (mixin, c), {}) for c in classes]
-    return [c(Net(self_condition), **config) for c in classes]
-
-
-def data(n: int, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for _ in range(n)]
-
-
-def seeded(call: Any, seed: int = 5) -> tuple[Any, Any]:
-    """(result, state of all generators afterwards)."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    result = call()
-    on_gpu = torch.cuda.get_rng_state().tolist() if DEVICE.type == "cuda" else None
-    return result, (torch.get_rng_state().tolist(), on_gpu, random.getstate())
-
-
-def same(got: Any, want: Any, exact: bool = True) -> None:
-    assert got.shape == want.shape and got.dtype == want.dtype
-    if exact:
-        assert torch.equal(got, want)
-    else:
-        error = (got - want).detach().abs() / want.detach().abs().div(16).clamp(min=1)
-        assert float(error.max()) <= PARITY, float(error.max())
-
-
-def same_calls(pair: list[Any], call: Any, exact: bool = True) -> None:
-    """call(diffusion) gives the same tensors and leaves the generators in the same state."""
-    (want, state), (got, our_state) = (seeded(lambda d=d: call(d)) for d in pair)
-    assert our_state == state
-    if isinstance(want, Tensor):
-        want, got = (want,), (got,)
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        same(a, b, exact)
-
-
-def same_losses(pair: list[Any], call: Any) -> None:
-    """The same losses, and the same gradients relative to the largest."""
-    results = []
-    for d in pair:
-        d.zero_grad()
-        loss, state = seeded(lambda d=d: call(d))
-        loss.sum().backward()
-        results.append((loss.detach(), torch.cat([p.grad.flatten() for p in d.parameters()]), state))
-    (want, want_grad, state), (got, got_grad, our_state) = results
-    assert our_state == state
-    assert got.shape == want.shape
-    assert float((got - want).abs().max()) <= PARITY * float(want.abs().max())
-    assert float((got_grad - want_grad).abs().max()) <= PARITY * float(want_grad.abs().max())
-    assert float(want_grad.abs().max()) > 0
 
 
 # --- parity -----------------------------------------------------------------------------------------------------
@@ -322,140 +224,6 @@ def test_compiled() -> None:
         (want, state), (got, our_state) = seeded(lambda c=call: c(pair[0], x)), seeded(lambda c=compiled: c(pair[1], x))
         same(got, want, exact=False)
         assert our_state == state
-
-
-# --- what differs, and what subclasses do ---------------------------------------------------------------------------
-
-
-def test_offset_noise_leaves_the_callers_tensor() -> None:
-    (x, z), t = data(2), torch.tensor([0, 7, 49])
-    theirs, ours = both(offset_noise_strength=0.5)
-    given_noise = z.clone()
-    ours.p_losses(x, t, given_noise)
-    assert torch.equal(given_noise, z)
-    theirs.p_losses(x, t, given_noise)
-    assert not torch.equal(given_noise, z)
-
-
-def test_immiscible() -> None:
-    """The assignment is stock's; the loss is that of the assigned noise, which stock's is not."""
-    (x, z), t = data(2), torch.tensor([5, 7, 49])
-    z = x.roll(1, 0) + 0.1 * z  # so that the assignment is no identity
-    pair = both(immiscible=True, objective="pred_noise")
-    same_calls(pair, lambda d: d.noise_assignment(x, z))
-    same_calls(pair, lambda d: d.q_sample(x, t, z))
-    plain = both(objective="pred_noise")
-    assigned = z[pair[1].noise_assignment(x, z)]
-    assert not torch.equal(assigned, z)
-    calls: list[int] = []
-    assign = pair[1].noise_assignment
-    pair[1].noise_assignment = lambda *args: (calls.append(1), assign(*args))[1]
-    same_losses([plain[0], pair[1]], lambda d: d.p_losses(x, t, assigned if d is plain[0] else z))
-    assert len(calls) == 1
-    same_losses(both(immiscible=True, objective="pred_x0"), lambda d: d.p_losses(x, t, z))
-
-
-def test_infinite_predictions() -> None:
-    """Clipped by stock; NaN here, as in every sampler of fastdiff, so that a model that has diverged is seen."""
-    theirs, ours = both()
-    for d in (theirs, ours):
-        d.model.conv.bias.data.fill_(torch.inf)
-    assert bool(theirs.p_sample(data(1)[0], 3)[1].abs().eq(1).all())
-    assert bool(ours.p_sample(data(1)[0], 3)[1].isnan().all())
-
-
-class ChangedPredictions:
-    def model_predictions(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
-        noise, start = super().model_predictions(x, t, *args, **kwargs)  # type: ignore[misc]
-        return stock.ModelPrediction(noise * 0.9, start * 0.8)
-
-
-class ChangedMean:
-    def p_mean_variance(self, x: Tensor, t: Tensor, *args: Any, clip_denoised: bool, **kwargs: Any) -> Any:
-        mean, *rest = super().p_mean_variance(x, t, *args, clip_denoised=clip_denoised, **kwargs)  # type: ignore[misc]
-        return mean * 0.9, *rest
-
-
-class ChangedPosterior:
-    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Any:
-        mean, variance, log_variance = super().q_posterior(x_start, x_t, t)  # type: ignore[misc]
-        return mean, variance, log_variance - 1
-
-
-class ChangedStep:
-    def p_sample(self, x: Tensor, t: int, x_self_cond: Tensor | None = None) -> Any:
-        img, start = super().p_sample(x, t, x_self_cond)  # type: ignore[misc]
-        return img * 0.9, start
-
-
-class ChangedNoising:
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        return 0.9 * super().q_sample(x_start, t, noise)  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("self_condition", [False, True])
-@pytest.mark.parametrize(
-    "mixin", [ChangedPredictions, ChangedMean, ChangedPosterior, ChangedStep, ChangedNoising], ids=lambda m: m.__name__
-)
-def test_overrides(mixin: type, self_condition: bool) -> None:
-    pair = both(self_condition, mixin, sampling_timesteps=5, ddim_sampling_eta=0.5)
-    x1, x2 = data(2)
-    same_calls(pair, lambda d: d.p_sample_loop(SHAPE))
-    same_calls(pair, lambda d: d.ddim_sample(SHAPE))
-    same_calls(pair, lambda d: d.interpolate(x1, x2, t=5))
-    for seed in (0, 1):
-        same_losses(pair, lambda d, seed=seed: seeded(lambda: d(x1), seed)[0])
-
-
-def test_overrides_of_one_object() -> None:
-    pair, x = both(), data(1)[0]
-    for d in pair:
-        d.model_predictions = lambda *args, d=d, **kw: stock.ModelPrediction(
-            *(0.8 * p for p in type(d).model_predictions(d, *args, **kw))
-        )
-    same_calls(pair, lambda d: d.p_sample(x, 3))
-    same_calls(pair, lambda d: d.p_sample_loop(SHAPE))
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        ({"objective": "noise"}, "objective"),
-        ({"beta_schedule": "quadratic"}, "beta_schedule"),
-        ({"image_size": (4, 4, 4)}, "image_size"),
-        ({"sampling_timesteps": 51}, "sampling_timesteps"),
-        ({"sampling_timesteps": 0}, "sampling_timesteps"),
-        ({"timesteps": 20, "beta_schedule": "linear"}, "timesteps"),
-    ],
-)
-def test_wrong_configurations(config: dict[str, Any], name: str) -> None:
-    with pytest.raises(ValueError, match=name):
-        GaussianDiffusion(Net(), **({"image_size": SIZE, "timesteps": 50} | config))
-
-
-def test_wrong_networks_and_images() -> None:
-    net = Net()
-    net.out_dim = 4
-    with pytest.raises(ValueError, match="model"):
-        GaussianDiffusion(net, image_size=SIZE)
-    type("Derived", (GaussianDiffusion,), {})(net, image_size=SIZE)  # e.g. of learned variance, as in stock
-    net = Net()
-    net.random_or_learned_sinusoidal_cond = True
-    with pytest.raises(ValueError, match="model"):
-        GaussianDiffusion(net, image_size=SIZE)
-    ours, x = both()[1], data(1)[0]
-    for wrong in (x[..., :-1], x[0]):
-        with pytest.raises(ValueError, match="img"):
-            ours(wrong)
-    with pytest.raises(ValueError, match="loss_reduction"):
-        ours(x, loss_reduction="sum")
-    with pytest.raises(ValueError, match="x2"):
-        ours.interpolate(x, x[:1])
-    with pytest.raises(ValueError, match="t"):
-        ours.q_sample(x, torch.tensor([0, 1, 50]))
-    ours.objective = "score"
-    with pytest.raises(ValueError, match="objective"):
-        ours(x)
 
 
 # --- kernels, trainer, installation -----------------------------------------------------------------------------------
