@@ -177,8 +177,7 @@ class ResnetBlock(nn.Module):
 
     def _sum(self, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
         """conv_shortcut(x) + conv2(h); bias: the sum of theirs, or None."""
-        last = x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling()
-        if bias is None or not last:
+        if bias is None or not x.is_contiguous(memory_format=torch.channels_last):
             return self.conv_shortcut(x) + self.conv2(h)
         # With channels last the shortcut is a matrix product, which adds the biases in the same pass.
         weight: Tensor = self.conv_shortcut.weight  # type: ignore[assignment]
@@ -201,7 +200,7 @@ def project(blocks: Sequence[ResnetBlock], emb: Tensor) -> Tensor | None:
     shifts = F.linear(emb, torch.cat([layer.weight for layer in layers]), bias)
     summed = _with_shortcut(blocks)
     plain = all(is_plain(conv, nn.Conv2d) for block in summed for conv in (block.conv2, block.conv_shortcut))
-    if torch.is_grad_enabled() or not summed or not plain:
+    if torch.is_grad_enabled() or not summed or not plain or not len(emb):
         return shifts
     residuals = _biases([b.conv2 for b in summed]) + _biases([b.conv_shortcut for b in summed])
     return torch.cat((shifts, residuals.to(shifts.dtype).expand(len(shifts), -1)), 1)
@@ -272,11 +271,9 @@ class Attention(nn.Module):
     def _qkv(self, h: Tensor) -> tuple[Tensor, ...]:
         """The maps of h (B, N, channels), each (B, N, channels): in one product where no gradient is wanted."""
         layers = (self.to_q, self.to_k, self.to_v)
-        inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if inference and all(is_plain(layer, nn.Linear) for layer in layers):
+        if not torch.is_grad_enabled() and all(is_plain(layer, nn.Linear) for layer in layers):
             weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
-            if _adjacent(weights) and _adjacent(biases):
-                return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
+            return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
         return tuple(layer(h) for layer in layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -301,7 +298,9 @@ def _adjacent(parts: Sequence[Tensor]) -> bool:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Adjacent tensors as one, without a copy."""
+    """Equal tensors as one; where they lie if they are adjacent, else copied."""
+    if torch.compiler.is_compiling() or not _adjacent(parts):
+        return torch.cat(list(parts))
     first = parts[0].detach()
     return first.as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride())
 
