@@ -56,6 +56,6 @@ def _cast_copy(model: nn.Module, tensors: list[Tensor], dtype: torch.dtype) -> n
     for tensor in tensors:
         cast = tensor.detach().to(dtype, copy=True)
         known[id(tensor)] = nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
-    made = copy.deepcopy(model, known).to(dtype)  # nothing is left to cast, but layers may arrange their weights
+    made = copy.deepcopy(model, known)
     channels_last_convolutions(made)
     return made

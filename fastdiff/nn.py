@@ -1,12 +1,13 @@
 """Blocks of the DDPM U-Net (Ho et al. 2020, arXiv:2006.11239, appendix B).
 
 Images are (B, C, H, W). `emb` is the conditioning embedding (B or 1, D) with SiLU already applied, once for all blocks;
-or its projections by all blocks, a tuple of (B or 1, width) in the order of ResnetBlock.index, see `project`. Attribute
-names make up the state_dict keys of published checkpoints; keep them.
+or what all blocks take from it, a tuple in the order of ResnetBlock.index, see `project`. Attribute names make up the
+state_dict keys of published checkpoints; keep them.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,19 @@ from torch import Tensor, nn
 from . import ops
 from .plain import is_plain
 
-Embedding = Tensor | tuple[Tensor, ...]
+
+class Ahead(NamedTuple):
+    """What a resnet block adds that does not depend on the image.
+
+    shift: (B or 1, width), the projection of emb; without scale_shift with the bias of conv1, added at the same place.
+    residual: (C,), the sum of the biases of conv2 and conv_shortcut; None to take them one by one.
+    """
+
+    shift: Tensor
+    residual: Tensor | None
+
+
+Embedding = Tensor | tuple[Ahead, ...]
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to_cos: bool = True) -> Tensor:
@@ -106,7 +119,7 @@ def norm_silu(
     add: Tensor | None = None,
 ) -> Tensor:
     """silu(norm(x + add) (1 + scale) + shift); scale and shift (B, C), add (B or 1, C)."""
-    if not is_plain(norm, nn.GroupNorm):
+    if not is_plain(norm, nn.GroupNorm) or norm.weight is None:
         u = norm(x if add is None else x + add.to(x.dtype).reshape(*add.shape, *[1] * (x.ndim - 2)))
         if scale is not None and shift is not None:
             scale, shift = (t.reshape(*t.shape, *[1] * (u.ndim - 2)) for t in (scale, shift))
@@ -120,8 +133,8 @@ class ResnetBlock(nn.Module):
     """(shortcut(x) + conv2(dropout(silu(norm2(h))))) / scale, where h = conv1(silu(norm1(x))) + proj(emb).
 
     With scale_shift, proj(emb) = (s, b) enters after the norm instead: norm2(h) (1 + s) + b (Dhariwal & Nichol 2021,
-    section 3). resample, if given, changes the image size, of x and before conv1. index: the block's place among the
-    projections of `emb`, if that is a tuple; without scale_shift they hold the bias of conv1 too.
+    section 3). resample, if given, changes the image size, of x and before conv1. index: the block's place in `emb`, if
+    that is a tuple.
     """
 
     index = 0
@@ -153,33 +166,69 @@ class ResnetBlock(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor, emb: Embedding) -> Tensor:
-        projected = isinstance(emb, tuple)
-        e = emb[self.index] if isinstance(emb, tuple) else self.time_emb_proj(emb)
+        ahead = emb[self.index] if isinstance(emb, tuple) else None
+        e = self.time_emb_proj(emb) if ahead is None else ahead.shift
         h = self.resample(norm_silu(self.norm1, x))
         if self.scale_shift:
             s, b = e.expand(len(x), -1).chunk(2, dim=1)
             h = norm_silu(self.norm2, self.conv1(h), s, b)
         else:
-            h = F.conv2d(h, self.conv1.weight, padding=1) if projected else self.conv1(h)
+            h = self.conv1(h) if ahead is None else F.conv2d(h, self.conv1.weight, padding=1)
             h = norm_silu(self.norm2, h, add=e)
-        out: Tensor = self.conv_shortcut(self.resample(x)) + self.conv2(self.dropout(h))
-        return out if self.scale == 1 else out / self.scale
+        h = self._sum(self.resample(x), self.dropout(h), None if ahead is None else ahead.residual)
+        return h if self.scale == 1 else h / self.scale
+
+    def _sum(self, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
+        """conv_shortcut(x) + conv2(h); bias: the sum of theirs, or None."""
+        if bias is None or not x.is_contiguous(memory_format=torch.channels_last):
+            out: Tensor = self.conv_shortcut(x) + self.conv2(h)
+            return out
+        # With channels last the shortcut is a matrix product, which adds the biases in the same pass.
+        weight: Tensor = self.conv_shortcut.weight  # type: ignore[assignment]
+        by_pixel = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias)
+        return by_pixel.permute(0, 3, 1, 2) + F.conv2d(h, self.conv2.weight, padding=1)
 
 
 def project(blocks: Sequence[ResnetBlock], emb: Tensor) -> Tensor | None:
-    """The projections of emb by all blocks in one product, (B or 1, total width), in their order.
+    """What all blocks take from emb, in one product: (B or 1, total width), for `ahead_of_blocks`.
 
-    Without scale_shift each holds the bias of the block's conv1 too, which is added at the same place. None if a block
-    has layers that are not plain, and must be called.
+    None if a block has layers that are not plain, and must be called.
     """
-    folded = [block.conv1 for block in blocks if not block.scale_shift]
     layers = [block.time_emb_proj for block in blocks]
-    if not (all(is_plain(c, nn.Conv2d) for c in folded) and all(is_plain(p, nn.Linear) for p in layers)):
+    convolutions = [block.conv1 for block in blocks if not block.scale_shift]
+    if not (all(is_plain(c, nn.Conv2d) for c in convolutions) and all(is_plain(p, nn.Linear) for p in layers)):
         return None
-    bias = torch.cat([layer.bias for layer in layers])
-    biases = [conv.bias for conv in folded if conv.bias is not None]
-    bias = bias + torch.cat(biases) if biases else bias
-    return F.linear(emb, torch.cat([layer.weight for layer in layers]), bias)
+    bias = _biases(layers)
+    if convolutions:
+        bias = bias + _biases(convolutions)
+    shifts = F.linear(emb, torch.cat([layer.weight for layer in layers]), bias)
+    summed = _with_shortcut(blocks)
+    plain = all(is_plain(conv, nn.Conv2d) for block in summed for conv in (block.conv2, block.conv_shortcut))
+    if torch.is_grad_enabled() or not summed or not plain or not len(emb):
+        return shifts
+    residuals = _biases([b.conv2 for b in summed]) + _biases([b.conv_shortcut for b in summed])
+    return torch.cat((shifts, residuals.to(shifts.dtype).expand(len(shifts), -1)), 1)
+
+
+def ahead_of_blocks(blocks: Sequence[ResnetBlock], projected: Tensor) -> tuple[Ahead, ...]:
+    """The parts of what `project` returns, for each block. ValueError for another width."""
+    widths = [block.time_emb_proj.out_features for block in blocks]
+    summed = _with_shortcut(blocks)
+    further = [block.conv2.out_channels for block in summed]
+    if projected.shape[1] not in (sum(widths), sum(widths) + sum(further)):
+        raise ValueError(f"shifts: expected {sum(widths)} columns, or {sum(further)} more, got {projected.shape[1]}")
+    whole = projected.shape[1] > sum(widths)
+    parts = projected.split(widths + (further if whole else []), dim=1)
+    residuals = {block.index: part[0] for block, part in zip(summed, parts[len(blocks) :], strict=False)}
+    return tuple(Ahead(part, residuals.get(block.index)) for block, part in zip(blocks, parts, strict=False))
+
+
+def _with_shortcut(blocks: Sequence[ResnetBlock]) -> list[ResnetBlock]:
+    return [block for block in blocks if not isinstance(block.conv_shortcut, nn.Identity)]
+
+
+def _biases(layers: Sequence[Any]) -> Tensor:
+    return torch.cat([layer.bias for layer in layers])
 
 
 class Attention(nn.Module):
@@ -201,14 +250,18 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
         self.head_dim = head_dim or channels
         self.scale = scale
-        self._pack()
+        self._arrange_weights()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._pack()
+        self._arrange_weights()
         return self
 
-    def _pack(self) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._arrange_weights()  # a copy or pickle has them one by one
+
+    def _arrange_weights(self) -> None:
         """Put the weights of q, k and v one behind the other in memory, and their biases."""
         layers = (self.to_q, self.to_k, self.to_v)
         if not all(is_plain(layer, nn.Linear) for layer in layers):
@@ -222,11 +275,9 @@ class Attention(nn.Module):
     def _qkv(self, h: Tensor) -> tuple[Tensor, ...]:
         """The maps of h (B, N, channels), each (B, N, channels): in one product where no gradient is wanted."""
         layers = (self.to_q, self.to_k, self.to_v)
-        inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if inference and all(is_plain(layer, nn.Linear) for layer in layers):
+        if not torch.is_grad_enabled() and all(is_plain(layer, nn.Linear) for layer in layers):
             weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
-            if _adjacent(weights) and _adjacent(biases):
-                return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
+            return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
         return tuple(layer(h) for layer in layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -251,7 +302,9 @@ def _adjacent(parts: Sequence[Tensor]) -> bool:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Adjacent tensors as one, without a copy."""
+    """Equal tensors as one; where they lie if they are adjacent, else copied."""
+    if torch.compiler.is_compiling() or not _adjacent(parts):
+        return torch.cat(list(parts))
     first = parts[0].detach()
     return first.as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride())
 

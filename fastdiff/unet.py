@@ -16,12 +16,14 @@ from fastdiff.nn import (
     Attention,
     DownBlock,
     Downsample,
+    Embedding,
     FourierProjection,
     MidBlock,
     ResnetBlock,
     TimeEmbedding,
     UpBlock,
     Upsample,
+    ahead_of_blocks,
     norm_silu,
     project,
     sinusoidal_embedding,
@@ -222,22 +224,23 @@ class UNet(nn.Module):
             t = _timesteps(t, x)
             sigma = None if self.time_proj is None else t.reshape(-1, 1, 1, 1)
         blocks = self._blocks()
+        of_blocks: Embedding
         if shifts is None:
             emb = self.time_embedding(t) if emb is None else emb
             if self.class_embedding is not None:
                 emb = emb + self.class_embedding(class_labels)
-            emb = F.silu(emb)  # every resnet block starts with it
-            shifts = project(blocks, emb)
+            of_blocks = F.silu(emb)  # every resnet block starts with it
+            shifts = project(blocks, of_blocks)
         if shifts is not None:
-            emb = shifts.split([block.time_emb_proj.out_features for block in blocks], dim=1)
+            of_blocks = ahead_of_blocks(blocks, shifts)
 
         h = self.conv_in(2 * x - 1 if self.config["center_input_sample"] else x)
         skips = [h]
         for block in self.down_blocks:
-            h = block(h, emb, skips)
-        h = self.mid_block(h, emb)
+            h = block(h, of_blocks, skips)
+        h = self.mid_block(h, of_blocks)
         for block in self.up_blocks:
-            h = block(h, emb, skips)
+            h = block(h, of_blocks, skips)
         out: Tensor = self.conv_out(norm_silu(self.conv_norm_out, h))
         return out if sigma is None else (out / sigma).to(out.dtype)
 

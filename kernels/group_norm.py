@@ -22,7 +22,7 @@ from .norm_forward import moments_kernel, norm_kernel
 
 
 class Limits(NamedTuple):
-    """How a GPU bounds the size of a program."""
+    """What fits on a GPU, and what is worth doing. The tests make them small, so that small images are large."""
 
     warp: int = 64 if torch.version.hip else 32  # threads
     forward: int = 16  # warps of a program at most

@@ -128,10 +128,8 @@ def norm_sums_kernel(
         mean_ptr, rstd_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, groups, sample, channel, channels,
         add_stride, scale_stride, shift_stride, DEPTH, GROUPS, BLOCKS, LANES,
     )  # fmt: skip
-    ones, others = (), ()
-    for _ in tl.static_range(BLOCKS):
-        ones = ones + (tl.zeros([LANES], tl.float32),)
-        others = others + (tl.zeros([LANES], tl.float32),)
+    ones = zero_row(BLOCKS, LANES)
+    others = zero_row(BLOCKS, LANES)
     for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
         at = offsets + tl.cast(pixel, tl.int64) * (CHANNELS if LAST else 1)
         masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
@@ -146,6 +144,14 @@ def norm_sums_kernel(
     at = partial_ptr + ((groups + slot) * (CHUNKS * SPANS) + tl.program_id(1)) * 2
     tl.store(at, weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES), mask=slot < GROUPS)
     tl.store(at + 1, weighed(slant, others, DEPTH, GROUPS, SLOTS, BLOCKS, LANES), mask=slot < GROUPS)
+
+
+@triton.jit
+def zero_row(BLOCKS: tl.constexpr, LANES: tl.constexpr):
+    row = ()
+    for _ in tl.static_range(BLOCKS):
+        row = row + (tl.zeros([LANES], tl.float32),)
+    return row
 
 
 @triton.jit
@@ -248,9 +254,7 @@ def norm_grad_kernel(
             x_grad_ptr + offsets, slopes, x, masks, slant, by_x, constant, ADD, ACROSS, ALONG, BLOCKS, TILES
         )
     else:
-        total = ()
-        for _ in tl.static_range(BLOCKS):
-            total = total + (tl.zeros([LANES], tl.float32),)
+        total = zero_row(BLOCKS, LANES)
         for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
             at = offsets + tl.cast(pixel, tl.int64) * (CHANNELS if LAST else 1)
             masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)

@@ -84,6 +84,21 @@ def kernels(function: Callable[..., Any], *arguments: Tensor) -> list[tuple[Any,
     return [(kernel, machine_code.largest_tensor(kernel.asm["ttgir"])) for kernel in compiled]
 
 
+def source(function: Callable[..., Any], *arguments: Tensor) -> str:
+    """The module that Inductor writes for function(*arguments); of these only shapes, strides and types are used."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(argument) for argument in arguments]
+        on_gpu = [torch.empty_strided(f.shape, f.stride(), dtype=f.dtype, device="cuda") for f in fake]
+        graph = make_fx(function)(*fake)
+        with _h100() as written, contextlib.suppress(_Written):
+            compile_fx(graph, on_gpu)
+    return written[0]
+
+
 @contextlib.contextmanager
 def _h100() -> Iterator[list[str]]:
     """Let Inductor believe in an H100; the list gets the module that it writes."""

@@ -94,6 +94,14 @@ def measure(kernels: Sequence[tuple[Any, int]]) -> list[dict[str, Any]]:
     ]
 
 
+def elements(arguments: dict[str, Any]) -> int:
+    """The elements that a program works on at a time, by the arguments of its launch."""
+    if "BLOCK" in arguments:
+        return arguments["BLOCK"]
+    a = arguments  # of a norm
+    return min(a["GROUPS"] * a["DEPTH"], a["BLOCKS"] * a["LANES"]) * min(a["PIXELS"], a["TILES"] * a["TILE"])
+
+
 def _per_element(kernel: Any, elements: int, counts: dict[str, Any], listing: str) -> dict[str, Any]:
     threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
     moved = tensor_bytes(kernel.asm["ttgir"], threads)

@@ -63,12 +63,10 @@ def predicted(bytes_per_element: float, instructions_per_element: float) -> dict
 
 BATCH, SHAPE, LEVELS, STREAM = 64, (3, 128, 128), 1001, 1
 # Activations inside a U-Net: enough groups to fill a GPU, or one image, whose groups are cut into parts.
-GROUPS, INNER, ONE = 32, (BATCH, 128, 32, 32), (1, 128, 256, 256)
-
-
-NORMS = ("moments", "norm", "norm_sums", "norm_grad")
+GROUPS, INNER = 32, (BATCH, 128, 32, 32)
 SHAPES = {"concat": (BATCH, 384, 32, 32), "64x64": (BATCH, 128, 64, 64), "128x128": (BATCH, 128, 128, 128)}
-SHAPES["parts"] = ONE
+SHAPES["parts"] = (1, 128, 256, 256)
+NORMS = ("moments", "norm", "norm_sums", "norm_grad")
 
 
 @dataclass(frozen=True)
@@ -255,7 +253,8 @@ def compile_cases(cases: Sequence[Case], dump: Path | None) -> list[dict[str, An
     for v, target_name, polynomials in cases:
         with machine_code.compile_only(target, fast=target.backend == "cuda" and not polynomials) as compiled:
             launch(v)
-        kernels.append(next((k, owned(args)) for k, args in compiled if k.metadata.name == f"{v.kernel}_kernel"))
+        launched = (k for k in compiled if k[0].metadata.name == f"{v.kernel}_kernel")
+        kernels += [(k, machine_code.elements(args)) for k, args in itertools.islice(launched, 1)]
         names.append(
             {
                 "source": "fastdiff polynomials" if polynomials else "fastdiff",
@@ -267,14 +266,6 @@ def compile_cases(cases: Sequence[Case], dump: Path | None) -> list[dict[str, An
             }
         )
     return rows_of(names, kernels, dump)
-
-
-def owned(arguments: dict[str, Any]) -> int:
-    """The elements that a program works on at a time."""
-    if "BLOCK" in arguments:
-        return arguments["BLOCK"]
-    a = arguments
-    return min(a["GROUPS"] * a["DEPTH"], a["BLOCKS"] * a["LANES"]) * min(a["PIXELS"], a["TILES"] * a["TILE"])
 
 
 def rows_of(

@@ -36,9 +36,10 @@ def accelerate(target: Any) -> Accelerated:
       `pipe.scheduler = X.from_config(pipe.scheduler.config)`, is what X is: take X from fastdiff.interop.diffusers, or
       call `accelerate` again.
 
-    What is done to a norm later still counts: a block calls a norm that has got hooks, another class or other tensors
-    (offloading, LoRA, quantization, pruning), and is then no faster than stock's. What was accelerated already is not
-    replaced again. The Unet of denoising-diffusion-pytorch 2 has RMSNorm in its blocks, so nothing in it is replaced.
+    What is done to a block later still counts. If its norms or its activation get hooks, another class or other tensors
+    (offloading, LoRA, quantization, pruning), or ResnetBlock2D.forward is patched, the block runs stock's forward. A
+    second call replaces what is new. The Unet of denoising-diffusion-pytorch 2 has RMSNorm in its blocks, so nothing in
+    it is replaced.
 
     Returns: a list of the dotted names of what was replaced. Its attribute `left` says by name what was left as it is
         and why: a scheduler without a fused one, a block with another activation or with hooks on its norms. A warning
@@ -113,6 +114,10 @@ def _misfit(block: Any) -> str | None:
         return "its forward is wrapped, as offloading does"
     if type(block.nonlinearity) is not nn.SiLU:
         return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
+    if not is_plain(block.nonlinearity, nn.SiLU):
+        return "its activation has hooks"
+    if block.time_emb_proj is not None and block.time_embedding_norm not in ("default", "scale_shift"):
+        return f"its time embedding enters by {block.time_embedding_norm!r}"
     for norm in (block.norm1, block.norm2):
         if type(norm) is not nn.GroupNorm:
             return f"its norm is {type(norm).__name__}, not GroupNorm"

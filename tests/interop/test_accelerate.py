@@ -261,6 +261,11 @@ TREATMENTS = {
     "a subclass": lambda block: setattr(block.norm1, "__class__", Doubled),
     "another layer": lambda block: setattr(block, "norm2", nn.Identity()),
     "foreign tensors": lambda block: foreign(block.norm1),
+    "another activation": lambda block: setattr(block, "nonlinearity", nn.GELU()),
+    "a hook on the activation": lambda block: block.nonlinearity.register_forward_hook(lambda m, x, y: 2 * y),
+    "a norm without weights": lambda block: setattr(
+        block, "norm1", nn.GroupNorm(2, block.norm1.num_channels, affine=False)
+    ),
     "offloading": lambda block: cpu_offload(block, execution_device=torch.device("cpu")),
 }
 
@@ -280,6 +285,18 @@ def test_norms_that_are_changed_afterwards_are_called(name, treatment):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert treatment == "offloading" or not torch.allclose(plain, want, atol=1e-3)
     assert len(blocks) >= 6
+
+
+def test_a_patched_forward_of_the_class_is_called(monkeypatch):
+    """As tools do that reuse features or skip blocks."""
+    nets = made("unet").eval(), made("unet").eval()
+    plain = output(nets[0])
+    fastdiff.accelerate(nets[1])
+    forward = ResnetBlock2D.forward
+    monkeypatch.setattr(ResnetBlock2D, "forward", lambda self, *args, **kwargs: 2 * forward(self, *args, **kwargs))
+    want, got = (output(net) for net in nets)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(want, plain, atol=1e-3)
 
 
 def test_parameters_may_be_swapped_for_a_call():
@@ -350,3 +367,14 @@ def test_attributes_of_a_scheduler_follow():
     assert pipeline.scheduler.tag == "mine"
     fastdiff.restore(pipeline)
     assert pipeline.scheduler.tag == "mine" and type(pipeline.scheduler) is diffusers.DDPMScheduler
+
+
+def test_a_scheduler_that_is_assigned_later():
+    """Is what its class is; a second call replaces it."""
+    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.DDPMScheduler())
+    fastdiff.accelerate(pipeline)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    assert type(pipeline.scheduler) is diffusers.DDIMScheduler
+    assert fastdiff.accelerate(pipeline) == ["scheduler"] and type(pipeline.scheduler) is ours.DDIMScheduler
+    pipeline.scheduler = ours.DDPMScheduler.from_config(pipeline.scheduler.config)
+    assert fastdiff.accelerate(pipeline) == [] and type(pipeline.scheduler) is ours.DDPMScheduler

@@ -1,12 +1,18 @@
 """What other tools do to the layers of a U-Net: ours and that of diffusers give the same, with the same weights."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import UNet2DModel
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize, prune
 
+import fastdiff
 from fastdiff import UNet
 
 CONFIG = {
@@ -69,6 +75,14 @@ def parametrized(net: nn.Module) -> None:
             parametrize.register_parametrization(child, "weight", Twice())
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 TREATMENTS = {
     "offloading": lambda net: cpu_offload(net, execution_device=torch.device("cpu")),
     "hooks on norms": hooked(nn.GroupNorm),
@@ -107,3 +121,20 @@ def test_dynamic_quantization_of_linear_layers() -> None:
     got = quantized(x, t).detach()
     assert not torch.equal(got, want)
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("kind", [UNet, UNet2DModel])
+def test_layers_that_are_sharded_alone(kind: type) -> None:
+    """FSDP2 on each layer: its parameters are whole only while the layer is called. Ours, and an accelerated one."""
+    torch.manual_seed(0)
+    net = kind(**CONFIG).eval()
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    fastdiff.accelerate(net)
+    with torch.no_grad():
+        want = net(x, t)
+        for layer in (m for m in net.modules() if isinstance(m, (nn.GroupNorm, nn.Linear))):
+            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        got = net(x, t)
+    want, got = (y if isinstance(y, torch.Tensor) else y.sample for y in (want, got))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -1,14 +1,18 @@
 """silu(GroupNorm(x + add) (1 + scale) + shift) and its gradients, by kernels and by plain PyTorch, against float64."""
 
+import itertools
 import math
 from unittest import mock
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from fastdiff.kernels.norm_tile import MINUS_LOG2_E, sigmoid
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import DEVICE, dtypes, laid, salts, tensor
-from tolerance import ARITHMETIC, SUMMATION, assert_close, assert_same_bits
+from tolerance import ARITHMETIC, ROUNDING, SUMMATION, assert_close, assert_same_bits
 from torch import Tensor
 
 import fastdiff
@@ -187,6 +191,33 @@ def test_equal_bits_from_run_to_run(layout, limits):
         first, second = (with_gradients(given, 4, grad) for _ in range(2))
     for name, result in first.items():
         assert_same_bits(result, second[name])
+
+
+def test_the_bounds_of_the_approximate_sigmoid_are_below_the_rounding_of_16_bit_types():
+    """PTX: ex2.approx.ftz.f32 is within 2^-22 of the power, rcp.approx.ftz.f32 within one unit in the last place."""
+    u = torch.linspace(-86, 88, 20_001)
+    exponent = (u * MINUS_LOG2_E.value).double()  # rounded to float32, as in the kernel
+    for power, reciprocal in itertools.product((-1, 1), repeat=2):
+        e = (exponent.exp2() * (1 + power * 2.0**-22)).float()
+        s = (1 / (1 + e).double()) * (1 + reciprocal * 2.0**-23)
+        error = (s / u.double().sigmoid() - 1).abs()
+        assert error.max() < ROUNDING[torch.float16] / 32
+        assert error[u.abs() < 8].max() < 2.0**-20
+
+
+@triton.jit
+def approximate(out_ptr, u_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, sigmoid(tl.load(u_ptr + at), True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.version.hip is not None, reason="NVIDIA's instructions")
+def test_the_approximate_sigmoid():
+    u = torch.linspace(-86, 88, 8192, device=DEVICE)
+    out = torch.empty_like(u)
+    approximate[(1,)](out, u, BLOCK=8192)
+    assert ((out.double() / u.double().sigmoid() - 1).abs() < ROUNDING[torch.float16] / 32).all()
 
 
 def test_the_reference_is_the_formula():

@@ -67,14 +67,7 @@ def message(folder, kind=DDPM):
         ("down_block_types", 3),
     ],
 )
-def test_a_network_that_does_not_fit_is_never_built(folder, monkeypatch, name, value):
-    original = torch.nn.Conv2d.__init__
-
-    def watched(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        assert self.weight.is_meta
-
-    monkeypatch.setattr(torch.nn.Conv2d, "__init__", watched)
+def test_a_network_that_does_not_fit_is_never_built(folder, nothing_built, name, value):
     change(folder / "unet" / "config.json", **{name: value})
     message(folder)
 

@@ -3,15 +3,23 @@
 from typing import Any
 
 import diffusers.models.resnet
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...nn import norm_silu
+from ...plain import is_plain
+
+STOCK_FORWARD = diffusers.models.resnet.ResnetBlock2D.forward
 
 
 class ResnetBlock2D(diffusers.models.resnet.ResnetBlock2D):
-    """diffusers' block with the same parameters and arithmetic. `accelerate` turns a block into one by its class."""
+    """diffusers' block with the same parameters and arithmetic. `accelerate` turns a block into one by its class.
+
+    It does not call its norms and its activation. If they are no longer plain layers, stock's forward runs.
+    """
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._fuses():
+            return super().forward(input_tensor, temb, *args, **kwargs)
         x, h = input_tensor, norm_silu(self.norm1, input_tensor)
         resample = self.upsample or self.downsample
         if resample is not None:
@@ -24,8 +32,14 @@ class ResnetBlock2D(diffusers.models.resnet.ResnetBlock2D):
                 raise ValueError("temb: expected a tensor with time_embedding_norm 'scale_shift', got None")
             h = norm_silu(self.norm2, h, *temb.expand(len(h), -1).chunk(2, dim=1))
         else:
-            h = norm_silu(self.norm2, h if temb is None else h + temb[:, :, None, None])
+            h = norm_silu(self.norm2, h, add=temb)
         h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x.contiguous() if self.training else x)
         return (x + h) / self.output_scale_factor
+
+    def _fuses(self) -> bool:
+        """Whether the layers that are not called, and stock's forward, are as diffusers made them."""
+        norms = all(is_plain(n, nn.GroupNorm) and n.weight is not None for n in (self.norm1, self.norm2))
+        unpatched = diffusers.models.resnet.ResnetBlock2D.forward is STOCK_FORWARD
+        return norms and is_plain(self.nonlinearity, nn.SiLU) and unpatched

@@ -1,0 +1,244 @@
+"""What one forward of a U-Net launches and moves, counted without a GPU: `python benchmarks/network_cost.py`.
+
+Two tables. The first runs the 35.7M network of google/ddpm-cifar10-32, and diffusers' own of the same configuration, on
+tensors without values, and counts the GPU kernels that PyTorch launches for it and the bytes that they read and write.
+The second counts what Inductor writes for two resnet blocks on an H100.
+
+The count is an estimate by rules, see `cost`: a kernel for each operator that is no view, two for a convolution with a
+bias (cuDNN convolves, PyTorch adds), three for GroupNorm. Bytes are those of all operands, once each; caches hold some.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.networks import cifar10
+from fastdiff.cast import Casts
+from fastdiff.nn import Ahead, ResnetBlock
+from fastdiff.unet import UNet
+
+CPU = torch.device("cpu")
+# Operators that launch nothing: views, and memory that is not written.
+VIEWS = {
+    "view", "reshape", "transpose", "unsqueeze", "squeeze", "expand", "select", "slice", "split", "split_with_sizes",
+    "chunk", "permute", "t", "detach", "alias", "_unsafe_view", "as_strided", "unbind", "lift_fresh", "empty",
+    "empty_like", "new_empty", "empty_strided", "empty_permuted", "_reshape_alias", "unsafe_split", "device",
+}  # fmt: skip
+
+
+class Cost(NamedTuple):
+    """GPU kernels, and bytes read and written."""
+
+    kernels: int
+    bytes: int
+
+
+class Row(NamedTuple):
+    """One line of the first table. by_operator: kernels of each."""
+
+    network: str
+    batch: int
+    kernels: int
+    megabytes_per_image: float
+    by_operator: dict[str, int]
+
+
+def cost(name: str, given: list[Tensor], made: list[Tensor], has_bias: bool) -> Cost:
+    """Of one operator with these operands and results."""
+    read, written = (sum(t.numel() * t.element_size() for t in tensors) for tensors in (given, made))
+    if name in VIEWS:
+        return Cost(0, 0)
+    if name == "convolution":  # the bias is added in a pass of its own
+        return Cost(2, read + 3 * written) if has_bias else Cost(1, read + written)
+    if name == "native_group_norm":  # moments read x; their merging is small; the last pass reads and writes it
+        x = given[0].numel() * given[0].element_size()
+        return Cost(3, 2 * x + x)
+    if name == "group_norm_silu":  # a group stays on the chip
+        return Cost(1, read + made[0].numel() * made[0].element_size())
+    return Cost(1, read + written)
+
+
+class Meter(TorchDispatchMode):
+    """Adds up the cost of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        given, made = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), out)
+        )
+        one = cost(name, given, made, name == "convolution" and args[2] is not None)
+        if one.kernels:
+            self.kernels[name] += one.kernels
+            self.bytes += one.bytes
+        return out
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Attention is one kernel, the norm is fastdiff's, and autocast gives GroupNorm float32, as on CUDA."""
+    group_norm = F.group_norm
+
+    def cast_group_norm(x: Tensor, groups: int, w: Any = None, b: Any = None, eps: float = 1e-5) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            x, w, b = (t if t is None else t.float() for t in (x, w, b))  # type: ignore[assignment]
+        return group_norm(x, groups, w, b, eps)
+
+    library = torch.library.Library("fastdiff_cost", "FRAGMENT")
+    if not hasattr(torch.ops.fastdiff_cost, "attention"):
+        library.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")
+        library.impl("attention", lambda q, k, v: torch.empty_like(q), "CompositeExplicitAutograd")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.ops.fastdiff_cost.attention(q, k, v)
+
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(F, "group_norm", cast_group_norm),
+        mock.patch("fastdiff.ops.dispatch.backend_of", return_value="triton"),
+    ):
+        yield
+
+
+def stock() -> nn.Module:
+    """diffusers' U-Net of the same configuration."""
+    import diffusers
+
+    made: nn.Module = diffusers.UNet2DModel(**cifar10(CPU).config)
+    return made
+
+
+def count(
+    name: str, make: Callable[[], nn.Module], batch: int, *, sampled: bool = False, half: bool = False,
+    autocast: bool = False,
+) -> Row:  # fmt: skip
+    """One forward, float32 unless `half` (bfloat16 weights) or `autocast` (to bfloat16).
+
+    Args:
+        sampled: as Diffusion.sample calls it: with dtype=torch.bfloat16, and what depends on time alone ahead.
+    """
+    with as_on_a_gpu(), FakeTensorMode(), torch.no_grad():
+        net: nn.Module = make().eval()
+        arguments: dict[str, Tensor] = {}
+        t = torch.zeros(batch, dtype=torch.int64, device="cpu")
+        if sampled:
+            ahead = cast(UNet, net).time_arguments(t[:1])
+            arguments = {name: rows.bfloat16() for name, rows in ahead.items()}
+            net = Casts().get(net, torch.bfloat16)
+        net = net.to(torch.bfloat16) if half else net
+        x = torch.empty(batch, 3, 32, 32, dtype=torch.bfloat16 if half or sampled else torch.float32, device="cpu")
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Meter() as counter:
+            net(x, t, **arguments)
+    total = sum(counter.kernels.values())
+    return Row(name, batch, total, counter.bytes / 1e6 / batch, dict(counter.kernels.most_common()))
+
+
+def rows(batches: Sequence[int] = (1, 256)) -> list[Row]:
+    """The first table."""
+    fastdiff: Callable[[], nn.Module] = lambda: cifar10(CPU)  # noqa: E731
+    made = []
+    for batch in batches:
+        made += [
+            count("fastdiff, sample(dtype=bfloat16)", fastdiff, batch, sampled=True),
+            count("fastdiff, bfloat16 weights", fastdiff, batch, half=True),
+            count("fastdiff, float32", fastdiff, batch),
+            count("fastdiff, autocast", fastdiff, batch, autocast=True),
+            count("diffusers, bfloat16 weights", stock, batch, half=True),
+            count("diffusers, float32", stock, batch),
+            count("diffusers, autocast", stock, batch, autocast=True),
+        ]
+    return made
+
+
+def inductor_kernels(fused: bool, channels_last: bool) -> tuple[int, int]:
+    """(Triton kernels, calls of libraries and of our ops) of two resnet blocks of 128 channels at 32x32, compiled.
+
+    Args:
+        fused: as fastdiff samples, with its norm, and the projections of the embedding made ahead. Else with PyTorch's
+            norm, which Inductor writes itself, and each block's own projection.
+    """
+    from torch._inductor.codecache import CacheBase
+
+    from benchmarks.static import inductor
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    options: dict[str, Any] = {"emb_dim": 512, "groups": 32, "eps": 1e-6, "dropout": 0.0, "scale_shift": False}
+    blocks = [ResnetBlock(128, 128, **options).eval() for _ in range(2)]
+    names = [[name for name, _ in block.named_parameters()] for block in blocks]
+
+    def forward(x: Tensor, emb: Tensor, shift: Tensor, *weights: Tensor) -> Tensor:
+        left, of_blocks = iter(weights), (Ahead(shift, None),) if fused else emb
+        for block, of_block in zip(blocks, names, strict=True):
+            x = torch.func.functional_call(block, {name: next(left) for name in of_block}, (x, of_blocks))
+        return x
+
+    def laid_out(t: Tensor) -> Tensor:
+        t = t.detach().bfloat16()
+        return t.contiguous(memory_format=layout) if t.ndim == 4 else t
+
+    images, emb, shift = torch.empty(16, 128, 32, 32), torch.empty(16, 512), torch.empty(16, 128)
+    inputs = (images, emb, shift, *(p for block in blocks for p in block.parameters()))
+    h100 = {"device": {"name": "NVIDIA H100"}, "version": {}, "hash": "h100"}
+
+    def convolution_format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+        nhwc = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
+        return torch.channels_last if nhwc else torch.contiguous_format
+
+    with (
+        mock.patch("fastdiff.ops.dispatch.backend_of", return_value="triton" if fused else "reference"),
+        mock.patch.object(CacheBase, "get_system", staticmethod(lambda: h100)),
+        mock.patch.object(torch._C, "_conv_determine_backend_memory_format", convolution_format),
+        torch.no_grad(),
+    ):
+        source = inductor.source(forward, *(laid_out(t) for t in inputs))
+    call = source[source.index("def call(") :]
+    calls = re.findall(r"(?:extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", call)
+    return len(re.findall(r"\w+\.run\(", call)), len(calls)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print both tables; returns 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
+    args = parser.parse_args(argv)
+    counted = rows()
+    print("| network | batch | kernels | MB an image |\n|---|---:|---:|---:|")
+    for row in counted:
+        print(f"| {row.network} | {row.batch} | {row.kernels} | {row.megabytes_per_image:.1f} |")
+    blocks = []
+    print("\n| two resnet blocks, compiled | layout | Triton kernels | calls |\n|---|---|---:|---:|")
+    for fused in (True, False):
+        for channels_last in (True, False):
+            kernels, calls = inductor_kernels(fused, channels_last)
+            name, layout = "fastdiff" if fused else "PyTorch", "channels_last" if channels_last else "NCHW"
+            blocks.append({"norm": name, "layout": layout, "triton": kernels, "calls": calls})
+            print(f"| {name}'s norm | {layout} | {kernels} | {calls} |")
+    if args.json:
+        content = {"forward": [row._asdict() for row in counted], "compiled": blocks}
+        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

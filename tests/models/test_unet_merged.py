@@ -1,0 +1,132 @@
+"""What the U-Net merges at run time: the projections of all blocks, q, k and v, and the sums of biases."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastdiff.nn import Attention
+from fastdiff.unet import UNet
+
+SMALL = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+RESNET = {
+    "down_block_types": ("AttnDownBlock2D",) * 2,
+    "up_block_types": ("AttnUpBlock2D",) * 2,
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def small(**changes) -> UNet:
+    return UNet(**{**SMALL, **changes}).eval()
+
+
+class Calls(nn.Linear):
+    """A layer that has to be called, as those of LoRA are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(x)
+
+
+def separate(net: UNet) -> UNet:
+    """A copy whose layers are called one by one: a hook on a layer, which does nothing, forbids to merge it."""
+    copied = copy.deepcopy(net)
+    for module in copied.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_hook(lambda *_: None)
+    return copied
+
+
+MERGED = [{}, {"resnet_time_scale_shift": "scale_shift"}, RESNET, {"num_class_embeds": 3}]
+
+
+@pytest.mark.parametrize("changes", MERGED, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_merged_layers_are_those_called_one_by_one(changes, layout):
+    net = small(**changes).to(memory_format=layout)
+    apart, x = separate(net), torch.randn(2, 3, 8, 8).to(memory_format=layout)
+    labels = [torch.tensor([0, 2])] if "num_class_embeds" in changes else []
+    with torch.no_grad():
+        want = apart(x, torch.tensor([3, 700]), *labels)
+        torch.testing.assert_close(net(x, torch.tensor([3, 700]), *labels), want, rtol=1e-4, atol=1e-5)
+        ahead = net.time_arguments(torch.tensor([3, 700]))
+        assert list(ahead) == (["emb"] if labels else ["shifts"])
+        torch.testing.assert_close(net(x, None, *labels, **ahead), want, rtol=1e-4, atol=1e-5)
+        one = {name: rows[1:] for name, rows in ahead.items()}
+        torch.testing.assert_close(net(x, None, *labels, **one), apart(x, 700, *labels), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", MERGED[:2], ids=str)
+def test_gradients_of_merged_layers(changes):
+    net = small(**changes).double()
+    apart, x = separate(net), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for each in (net, apart):
+        each(x, torch.tensor([3, 700])).square().sum().backward()
+    for (name, got), want in zip(net.named_parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_layers_that_have_to_be_called_are_called():
+    net, x = small(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        want = net(x, 5)
+        for name in ("time_emb_proj", "to_k"):
+            changed = copy.deepcopy(net)
+            owner = next(m for m in changed.modules() if hasattr(m, name))
+            layer = getattr(owner, name)
+            other = Calls(layer.in_features, layer.out_features)
+            other.load_state_dict(layer.state_dict())
+            setattr(owner, name, other)
+            expected = separate(changed)(x, 5)
+            torch.testing.assert_close(changed(x, 5), expected, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(expected, want, atol=1e-4)
+            if name == "time_emb_proj":
+                assert list(changed.time_arguments(torch.tensor([5]))) == ["emb"]
+
+
+def test_weights_of_attention_follow_each_other_in_memory():
+    """However the module is moved, copied or filled; and the product reads them where they are."""
+
+    def in_order(layer: Attention) -> bool:
+        q, k, v = (p.weight for p in (layer.to_q, layer.to_k, layer.to_v))
+        size = q.numel() * q.element_size()
+        return v.data_ptr() - k.data_ptr() == k.data_ptr() - q.data_ptr() == size
+
+    layer, x = Attention(8, 4, 2, 1e-5), torch.randn(2, 8, 3, 3)
+    other = Attention(8, 4, 2, 1e-5)
+    other.load_state_dict(layer.state_dict())
+    for made in (layer, copy.deepcopy(layer), copy.deepcopy(layer).double().float(), other):
+        assert in_order(made)
+        with torch.no_grad():
+            torch.testing.assert_close(made(x), layer(x))
+            made.to_k.weight.data.mul_(2)
+            changed = made(x)
+            made.to_k.weight = nn.Parameter(made.to_k.weight.clone())
+            assert not in_order(made)
+            torch.testing.assert_close(made(x), changed)
+            made.to_k.weight.data.div_(2)
+        torch.testing.assert_close(made(x), layer(x))
+
+
+def test_shifts_of_the_wrong_shape():
+    net, x = small(), torch.randn(2, 3, 8, 8)
+    shifts = net.time_arguments(torch.tensor([5]))["shifts"]
+    with pytest.raises(ValueError, match=r"shifts: expected \d+ columns, or \d+ more, got 3"):
+        net(x, None, shifts=shifts[:, :3])
+    with pytest.raises(ValueError, match=r"shifts: expected shape \(2 or 1, width\), got torch.float32 \(3, "):
+        net(x, None, shifts=shifts.expand(3, -1))
+    with pytest.raises(ValueError, match="shifts: expected None with emb"):
+        net(x, None, emb=net.time_embedding(torch.tensor([5])), shifts=shifts)
