@@ -6,8 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 DEMO := runs/demo
+# A worker a core, and at most four: each holds torch, diffusers, numba and an interpreter of Triton. Halves in order and
+# then stealing, not one test by one, so that tests that share a fixture mostly share the worker.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-deep test-matrix lint docs wheel bench gpu-check clean
+.PHONY: demo test test-fast test-times test-deep test-matrix lint docs wheel bench gpu-check clean
 
 $(BIN)/.installed: setup.py pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -26,10 +29,18 @@ demo: $(BIN)/.installed
 	@echo "figures: $(DEMO)/eval.json"
 
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# The inner loop: what is not marked slow.
+test-fast: $(BIN)/.installed
+	$(PYTEST) -q -m "not slow"
+
+# Lists the tests of more than a second of processor time, which are to be marked slow.
+test-times: $(BIN)/.installed
+	$(PYTEST) -q --cpu-times 1
 
 test-deep: $(BIN)/.installed
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=deep $(PYTEST)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
@@ -61,7 +72,7 @@ test-matrix: $(BIN)/.installed
 	    $(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$$version triton==$$version; \
 	    export PYTHONPATH=$(CURDIR)/$(VENV)/triton-$$version; \
 	    $(BIN)/python -c "import triton; assert triton.__version__ == '$$version', triton.__version__"; \
-	    $(BIN)/python -m pytest; \
+	    $(PYTEST); \
 	done
 
 clean:

@@ -1,3 +1,5 @@
+"""The distribution fastdiff-kernels."""
+
 import re
 from pathlib import Path
 
@@ -35,6 +37,7 @@ setup(
         "dev": [
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",

@@ -1,0 +1,1 @@
+"""All measuring. Nothing here is installed with the package."""

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ def without_gpu(folder: Path) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     library, source = folder / "libcuda.so.1", Path(__file__).with_name("host_driver.c")
     headers = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "include"  # type: ignore
-    build = ["gcc", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{headers}", source, "-o", library]
-    subprocess.run(build, check=True)
+    build = ["gcc", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{headers}"]
+    subprocess.run([*build, str(source), "-o", str(library)], check=True)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
@@ -146,13 +147,14 @@ def norms(device: str) -> dict[str, Case]:
             y = y * (1 + rows[0][:, :, None, None]) + rows[1][:, :, None, None]
         return F.silu(y)
 
+    def gradients(f: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(f(*leaves), leaves, grad)
+
     found: dict[str, Case] = {}
     for name, operands in (("group_norm_silu", plain), ("group_norm_silu, scale and shift", scaled)):
         leaves = [t.clone().requires_grad_() for t in operands]
-        calls = [
-            lambda f=f, leaves=leaves: torch.autograd.grad(f(*leaves), leaves, grad) for f in (ours, eager)
-        ]
-        found[name] = (lambda operands=operands: ours(*operands), lambda operands=operands: eager(*operands))
+        calls = [partial(gradients, f, leaves) for f in (ours, eager)]
+        found[name] = (partial(ours, *operands), partial(eager, *operands))
         found[f"{name}, forward and backward"] = (calls[0], calls[1])
     return found
 

@@ -43,6 +43,8 @@ NAMES = ("preallocated", *LIBRARIES)
 
 
 class Peer(Protocol):
+    """Another library's diffusion, as the benchmarks call it."""
+
     def noising(self, x0: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """(x_t, the noise in it); index: 0-based levels (B,)."""
 
@@ -101,6 +103,8 @@ class DenoisingDiffusion:
     """denoising-diffusion-pytorch's GaussianDiffusion around a model that returns the prediction, and its loss."""
 
     class Given(nn.Module):
+        """A network whose output is set before the call."""
+
         channels, out_dim, self_condition, random_or_learned_sinusoidal_cond = 3, 3, False, False
         pred: Tensor
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 
 class Compose:
+    """torchvision.transforms.Compose: one step after another."""
+
     def __init__(self, steps: list[Any]) -> None:
         self.steps = steps
 

@@ -1,3 +1,5 @@
+"""`python -m fastdiff` is the command `fastdiff`."""
+
 import sys
 
 from fastdiff.cli import main

@@ -1,10 +1,12 @@
 """Tables that are kept while they are valid, for calls that come once a step."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Tables:
@@ -16,7 +18,7 @@ class Tables:
     def __reduce__(self) -> tuple[Any, ...]:
         return Tables, ()
 
-    def get(self, name: str, build: Callable[[], Any], sources: tuple[Tensor, ...], *key: Any) -> Any:
+    def get(self, name: str, build: Callable[[], T], sources: tuple[Tensor, ...], *key: Any) -> T:
         """build(), kept while the sources are the same, unchanged, and the key is equal."""
         if torch.compiler.is_compiling():
             return build()
@@ -25,7 +27,8 @@ class Tables:
         if entry is None or entry[1] != key or any(a is not b for a, b in zip(entry[2], sources, strict=True)):
             with torch.inference_mode(False), torch.no_grad():
                 entry = self._entries[name] = (build(), key, sources)
-        return entry[0]
+        kept: T = entry[0]
+        return kept
 
 
 def _stamp(tensor: Tensor) -> Any:

@@ -142,7 +142,8 @@ class ChainDiffusion(Diffusion):
         """A registered table for data of a type: exact for float64."""
         if dtype == torch.float64:
             return self._exact[kind].to(device)
-        return getattr(self, f"_{kind}_bits").view(torch.float32)
+        bits: Tensor = getattr(self, f"_{kind}_bits")
+        return bits.view(torch.float32)
 
     def checked_times(self, name: str, x: Tensor, t: Any) -> Tensor:
         """(B,) int64 levels in 1..T for the data x; uniformly drawn if t is None. ValueError or TypeError as there."""

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        status = args.run(args)
+        status: int = args.run(args)
         sys.stdout.flush()  # an output that is full or closed shows here, not when the process ends
         return status
     except KeyboardInterrupt:
@@ -145,6 +145,7 @@ TRAIN_HELP = {
 
 
 def train_arguments(command: argparse.ArgumentParser) -> None:
+    """Arguments of `fastdiff train`."""
     command.add_argument("--data", help="digits, or a folder of images")
     command.add_argument("--out", type=path, required=True, metavar="RUN_DIR", help="for model.safetensors")
     command.add_argument("--resume", action="store_true", help="go on exactly from RUN_DIR/model.safetensors")
@@ -164,6 +165,7 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
+    """Arguments of the commands that draw samples; n: how many by default."""
     command.add_argument("checkpoint", type=path, help="model.safetensors of a run, or the run's folder")
     text = "%(default)s" if n else "as many as real ones to train on"
     command.add_argument("--n", type=positive, default=n, help=f"images to draw (default: {text})")
@@ -201,6 +203,7 @@ def seed(text: str) -> int:
 
 
 def device_argument(command: argparse.ArgumentParser) -> None:
+    """--device, by default a GPU if there is one."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument("--device", default=default, help="cpu, cuda or cuda:N (here: %(default)s)")
 
@@ -229,6 +232,7 @@ def limit_threads(device: torch.device, size: int) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
+    """`fastdiff train`. Returns: the exit status."""
     path, device = args.out / NAME, device_of(args)
     options, state = train_options(args, path)
     limit_threads(device, options.size)
@@ -314,6 +318,7 @@ def sampler_of(args: argparse.Namespace, model: Diffusion) -> tuple[str, int | N
 
 
 def sample(args: argparse.Namespace) -> int:
+    """`fastdiff sample`. Returns: the exit status."""
     if not args.out.name:
         raise ValueError(f"--out: expected the start of two file names, got {str(args.out)!r}")
     grid, array = (writable(args.out.with_name(args.out.name + end)) for end in (".png", ".npy"))
@@ -329,6 +334,7 @@ def sample(args: argparse.Namespace) -> int:
 
 
 def evaluation(args: argparse.Namespace) -> int:
+    """`fastdiff eval`. Returns: the exit status."""
     if args.json:
         writable(args.json)
     model = load_model(args.checkpoint)

@@ -255,7 +255,8 @@ class Diffusion(Denoiser, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # As with any module, a copy or pickle is not compiled: the compiled step is bound to this model's weights.
-        return {**super().__getstate__(), "_compiled_step": None}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_compiled_step": None}
 
     # --- arguments --------------------------------------------------------------------------------------------
 

@@ -82,7 +82,8 @@ class TimeEmbedding(nn.Module):
             h = self._proj[0](t)
         else:  # an offloaded weight is on the meta device until the layer is called
             h = self._proj[0](t if weight.is_meta else t.to(weight.device)).to(weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(h)))
+        emb: Tensor = self.linear_2(F.silu(self.linear_1(h)))
+        return emb
 
 
 class Downsample(nn.Module):
@@ -94,7 +95,8 @@ class Downsample(nn.Module):
         self.pad = padding == 0
 
     def forward(self, x: Tensor, emb: Embedding) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad else x)
+        half: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad else x)
+        return half
 
 
 class Upsample(nn.Module):
@@ -105,7 +107,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Embedding) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        double: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return double
 
 
 def norm_silu(
@@ -172,13 +175,14 @@ class ResnetBlock(nn.Module):
         else:
             h = self.conv1(h) if ahead is None else F.conv2d(h, self.conv1.weight, padding=1)
             h = norm_silu(self.norm2, h, add=e)
-        h = self._sum(self.resample(x), self.dropout(h), None if ahead is None else ahead.residual)
-        return h if self.scale == 1 else h / self.scale
+        out = self._sum(self.resample(x), self.dropout(h), None if ahead is None else ahead.residual)
+        return out if self.scale == 1 else out / self.scale
 
     def _sum(self, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
         """conv_shortcut(x) + conv2(h); bias: the sum of theirs, or None."""
         if bias is None or not x.is_contiguous(memory_format=torch.channels_last):
-            return self.conv_shortcut(x) + self.conv2(h)
+            out: Tensor = self.conv_shortcut(x) + self.conv2(h)
+            return out
         # With channels last the shortcut is a matrix product, which adds the biases in the same pass.
         weight: Tensor = self.conv_shortcut.weight  # type: ignore[assignment]
         by_pixel = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias)
@@ -249,12 +253,12 @@ class Attention(nn.Module):
         self._arrange_weights()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._arrange_weights()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._arrange_weights()  # a copy or pickle has them one by one
 
     def _arrange_weights(self) -> None:
@@ -281,8 +285,8 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in self._qkv(h))
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = self.to_out[0](h).transpose(1, 2).reshape(x.shape)
-        h = x + h  # x first: the sum takes its memory format
-        return h if self.scale == 1 else h / self.scale
+        out: Tensor = x + h  # x first: the sum takes its memory format
+        return out if self.scale == 1 else out / self.scale
 
 
 def _adjacent(parts: Sequence[Tensor]) -> bool:

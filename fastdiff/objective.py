@@ -35,12 +35,12 @@ MIN_SNR_GAMMA = 5.0
 
 def uses_x0(objective: str) -> bool:
     """Whether the training target holds x_0, which it does where p != 0."""
-    return OBJECTIVES[objective](0.6, 0.8)[0] != 0
+    return bool(OBJECTIVES[objective](0.6, 0.8)[0] != 0)
 
 
 def uses_noise(objective: str) -> bool:
     """Whether the training target holds eps, which it does where q != 0."""
-    return OBJECTIVES[objective](0.6, 0.8)[1] != 0
+    return bool(OBJECTIVES[objective](0.6, 0.8)[1] != 0)
 
 
 def needs_signal(objective: str) -> bool:
@@ -159,4 +159,4 @@ def _row(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor, Tenso
 def _information(objective: str, alpha: float, sigma: float) -> float:
     """D scale: how much x_t and pred say of x_0 and eps together; 0 where they leave one open."""
     p, q, scale = OBJECTIVES[objective](alpha, sigma)
-    return (alpha * q - sigma * p) * scale
+    return float((alpha * q - sigma * p) * scale)

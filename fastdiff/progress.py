@@ -26,4 +26,5 @@ def bar(n: int, progress: bool) -> Iterable[int]:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("progress: needs tqdm; pip install 'fastdiff-kernels[train]'") from error
-    return tqdm(range(n), desc="sampling", unit="step")
+    steps: Iterable[int] = tqdm(range(n), desc="sampling", unit="step")
+    return steps

@@ -150,7 +150,7 @@ def _metadata(header: Mapping[str, str]) -> dict[str, Any]:
     text = header.get(METADATA_KEY)
     if text is None:
         raise ValueError("it carries no fastdiff metadata")
-    metadata = json.loads(text)
+    metadata: dict[str, Any] = json.loads(text)
     for name, kind in METADATA.items():
         value = metadata.get(name) if isinstance(metadata, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):

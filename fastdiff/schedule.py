@@ -270,6 +270,7 @@ def make_schedule(schedule: "str | NoiseSchedule | Tensor", timesteps: int) -> N
 
 
 def as_float64(name: str, values: Any) -> Tensor:
+    """Numbers as a float64 tensor on the CPU. TypeError if they are not numbers."""
     # dtype in the call: a list of Python floats would become float32 first
     try:
         return torch.as_tensor(values, dtype=torch.float64, device="cpu")

@@ -241,8 +241,8 @@ class UNet(nn.Module):
         h = self.mid_block(h, of_blocks)
         for block in self.up_blocks:
             h = block(h, of_blocks, skips)
-        h = self.conv_out(norm_silu(self.conv_norm_out, h))
-        return h if sigma is None else (h / sigma).to(h.dtype)
+        out: Tensor = self.conv_out(norm_silu(self.conv_norm_out, h))
+        return out if sigma is None else (out / sigma).to(out.dtype)
 
     def _check_inputs(self, x: Tensor, class_labels: Tensor | None, emb: Tensor | None, shifts: Tensor | None) -> None:
         channels, factor = self.conv_in.in_channels, 2 ** (len(self.down_blocks) - 1)

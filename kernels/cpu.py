@@ -165,7 +165,7 @@ def update(
     """Write x' into out (B, ...), which may be x; hist, if given, is overwritten with what `keep` names."""
     generated = noise is None and seed is not None
     channels, (written, x, noise, past) = lay_out(out, x, _storable(noise), hist, generated=generated)
-    slices = [_storable(t) for t in (pred, uncond, raw)]
+    slices: list[Any] = [_storable(t) for t in (pred, uncond, raw)]
     if any(t is not None and not sliced_like(written, t, slices[0].stride(0)) for t in slices):
         slices = [None if t is None else laid_like(written, t) for t in slices]
     pred, uncond, raw = slices
@@ -175,7 +175,7 @@ def update(
         **_tensors(x=x, pred=pred, uncond=uncond, variance=raw, noise=noise, hist=past, out=written),
         keep=KEEPS[keep], clip=math.inf if clip is None else clip,
     )  # fmt: skip
-    if past is not hist:
+    if hist is not None and past is not hist:
         hist.copy_(past)
     if written is not out:
         out.copy_(written)

@@ -170,8 +170,9 @@ def norm(
     same = laid_like(x, out)
     add, scale, shift = _row(add), _row(scale), _row(shift)
     partial = _partial(plan, mean)
-    reads = {"x_ptr": x, "add_ptr": add, "add_stride": _stride(add)} | plan.shape
-    rows = {"weight_ptr": weight.contiguous(), "bias_ptr": bias.contiguous(), "scale_ptr": scale, "shift_ptr": shift}
+    reads: dict[str, Any] = {"x_ptr": x, "add_ptr": add, "add_stride": _stride(add)} | plan.shape
+    rows: dict[str, Any] = {"weight_ptr": weight.contiguous(), "bias_ptr": bias.contiguous()}
+    rows |= {"scale_ptr": scale, "shift_ptr": shift}
     rows |= {"scale_stride": _stride(scale), "shift_stride": _stride(shift)}
     for first, grid in plan.grids():
         if partial is not None:

@@ -1,5 +1,7 @@
 """How the operands of a launch lie in memory. All tensors of a launch have the shape (batch, ...)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def channels_of(x: Tensor) -> int:
     return 0
 
 
-def lay_out(x: Tensor, *others: Tensor | None, generated: bool) -> tuple[int, list[Tensor | None]]:
+def lay_out(x: Tensor, *others: Tensor | None, generated: bool) -> tuple[int, list[Any]]:
     """(CHANNELS, the operands without gaps and in one layout): that of x if possible. Others are copied.
 
     CHANNELS = 1 walks a sample in memory order. Generated noise belongs to logical elements. So a sample stored

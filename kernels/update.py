@@ -12,6 +12,8 @@ Moves, per element: reads x and pred (and uncond, raw, noise and hist if they ar
 given.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -108,7 +110,7 @@ def update(
     """Write x' into out (B, ...), which may be x; hist, if given, is overwritten with what `keep` names."""
     generated = noise is None and seed is not None
     channels, (written, x, noise, past) = lay_out(out, x, noise, hist, generated=generated)
-    slices = [pred, uncond, raw]
+    slices: list[Any] = [pred, uncond, raw]
     if any(t is not None and not sliced_like(written, t, pred.stride(0)) for t in slices):
         slices = [None if t is None else laid_like(written, t) for t in slices]
     pred, uncond, raw = slices
@@ -122,7 +124,7 @@ def update(
         clip=0.0 if clip is None else clip,
         CLIP=clip is not None, KEEP=keep, STREAM=stream, FAST=on_nvidia(written), **constants,
     )  # fmt: skip
-    if past is not hist:
+    if hist is not None and past is not hist:
         hist.copy_(past)
     if written is not out:
         out.copy_(written)

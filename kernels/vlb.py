@@ -9,6 +9,8 @@ Moves, per element: reads pred, x_t, x_0 (and raw if it is given); writes the gr
 Row of the table: (a, b, w, low, high, decoder) of each level.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -164,11 +166,11 @@ def vlb(
     """Write scale times the sum of each sample's nats into out (B,), or of the whole batch into out (1,), float32; and
     scale times the derivatives into the gradients, shaped like pred, that are given."""
     channels, (x_t, x0) = lay_out(x_t, x0, generated=False)
-    slices = [pred, raw]
+    slices: list[Any] = [pred, raw]
     if any(t is not None and not sliced_like(x_t, t, pred.stride(0)) for t in slices):
         slices = [None if t is None else laid_like(x_t, t) for t in slices]
     pred, raw = slices
-    grads = [None if g is None else laid_like(x_t, g) for g in (pred_grad, raw_grad)]
+    grads: list[Any] = [None if g is None else laid_like(x_t, g) for g in (pred_grad, raw_grad)]
     batch, size = sizes_of(x_t)
     constants = {k: v for k, v in block_of(size, channels, True, x_t, x0, pred, raw).items() if k != "VEC"}
     grid = grid_of(batch, size, constants["BLOCK"])
@@ -183,5 +185,5 @@ def vlb(
     )  # fmt: skip
     reduce(partial, out)
     for grad, written in zip((pred_grad, raw_grad), grads, strict=True):
-        if written is not grad:
+        if grad is not None and written is not grad:
             grad.copy_(written)

@@ -8,6 +8,7 @@ that none of them interprets kernels by accident.
 import os
 from collections.abc import Iterator
 
+import cpu_times
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -24,6 +25,16 @@ torch.set_num_threads(1)
 settings.register_profile("default", max_examples=20, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-times", type=float, metavar="SECONDS", help="list the tests that take more processor time")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    limit = config.getoption("--cpu-times")
+    if limit is not None:
+        config.pluginmanager.register(cpu_times.CpuTimes(limit))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

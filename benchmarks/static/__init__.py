@@ -1,0 +1,1 @@
+"""What the compiled machine code says without a GPU."""

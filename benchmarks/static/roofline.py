@@ -29,6 +29,8 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 @dataclass(frozen=True)
 class Chip:
+    """What limits a kernel on a GPU."""
+
     target: str
     bandwidth: float  # bytes per second
     processors: int
@@ -210,8 +212,8 @@ def launch(v: Variant) -> None:
         if v.kernel in ("moments", "norm"):
             norm(out=v.data(), **operands, eps=1e-5)
         else:
-            grads = {"weight_grad": weight, "bias_grad": weight, "scale_grad": scale, "shift_grad": shift}
-            norm_grad(x_grad=v.data(), **grads, add_grad=add, grad=v.data(), **operands)
+            by_rows = {"weight_grad": weight, "bias_grad": weight, "scale_grad": scale, "shift_grad": shift}
+            norm_grad(x_grad=v.data(), **by_rows, add_grad=add, grad=v.data(), **operands)
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None

@@ -38,6 +38,7 @@ def check_like(name: str, given: Tensor, x: Tensor) -> None:
 
 
 def check_device(name: str, given: Tensor, device: torch.device) -> None:
+    """ValueError if a tensor is on another device."""
     if given.device != device:
         raise ValueError(f"{name}: expected device {device}, got {given.device}")
 
@@ -90,11 +91,13 @@ def check_state(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: to
 
 
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """ValueError if a name is not among the known ones."""
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 def as_clip(clip: float | None) -> float | None:
+    """clip as a float. ValueError if it is not above 0."""
     if clip is None:
         return None
     if not clip > 0:

@@ -140,7 +140,7 @@ def unwatched() -> bool:
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
-        and not torch.autograd._profiler_enabled()
+        and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     )
 
 

@@ -130,7 +130,7 @@ class Recorder(TorchDispatchMode):
     """Watches one call, to make a plan of it. It sees PyTorch's operations, the launches, and the op itself."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tensors = tensors
         self.made: list[tuple[Tensor, Tensor | None]] = []  # what was allocated, and like what
         self.kept: list[Tensor] = []  # numbers, see `number`
@@ -141,10 +141,11 @@ class Recorder(TorchDispatchMode):
         _thread.recorder = self
         self.noted = importlib.import_module("..kernels.launch", __package__).noted()
         self.launches = self.noted.__enter__()
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self.noted.__exit__(*error)
         _thread.recorder = None
 

@@ -13,7 +13,8 @@ from fastdiff.training.data import digits
 def _sqrt(matrix: np.ndarray) -> np.ndarray:
     """Square root of a symmetric positive semidefinite matrix."""
     values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    root: np.ndarray = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    return root
 
 
 def frechet_gaussian(m1: np.ndarray, s1: np.ndarray, m2: np.ndarray, s2: np.ndarray) -> float:

@@ -29,6 +29,8 @@ LOOP = "sampling loop time step"  # what the progress bar says
 
 
 class ModelPrediction(NamedTuple):
+    """What the original's model_predictions returns: eps and x_0."""
+
     pred_noise: Tensor
     pred_x_start: Tensor
 
@@ -107,7 +109,7 @@ class GaussianDiffusion(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GaussianDiffusion":
         """nn.Module's; buffers that come from the meta device, where they had no values, are made again."""
         empty = self.betas.is_meta
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if empty and not self.betas.is_meta:
             for name, value in self._make_buffers().items():
                 getattr(self, name).copy_(value)

@@ -124,7 +124,6 @@ class FusedScheduler:
 
 def or_stock(ours: Any, stock: Any, used: dict[str, Any]) -> Any:
     """`ours`, or stock's method if `ours` returns NotImplemented or the object overrides one of `used`."""
-
     draws = "generator" in inspect.signature(stock).parameters
 
     @functools.wraps(ours)
