@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import transforms
+
 
 class Tables:
     """Tables, each kept until a tensor it is made of is replaced or changed in place; copies and pickles are empty."""
@@ -18,7 +20,7 @@ class Tables:
 
     def get(self, name: str, build: Callable[[], Any], sources: tuple[Tensor, ...], *key: Any) -> Any:
         """build(), kept while the sources are the same, unchanged, and the key is equal."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transforms.active():  # what is made there is of no use after it
             return build()
         key = (*key, *(_stamp(s) for s in sources))
         entry = self._entries.get(name)

@@ -10,20 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, transforms
 from ..rows import WIDTH
 from . import dispatch
 from .checks import (
+    as_clip,
     as_index,
     as_sample_ids,
     check_choice,
-    check_clip,
     check_floating,
+    check_levels,
     check_like,
+    check_memory,
     check_out,
     check_range,
     check_table,
     noise_source,
+    wants_gradient,
 )
 from .memory import in_huge_pages
 from .noise import REVERSE
@@ -98,9 +101,9 @@ def update(
         check_like("hist", hist, x)
         if hist.dtype != x.dtype:
             raise TypeError(f"hist: expected the dtype of x, {x.dtype}, got {hist.dtype}")
-    check_clip(clip)
+    clip = as_clip(clip)
     inputs = (x, pred, uncond, raw_variance, noise)
-    with_grad = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs)
+    with_grad = wants_gradient(*inputs)
     if with_grad and (inplace or hist is not None):
         raise ValueError("inplace, hist: a tensor would be overwritten that the gradient needs")
     if noisy or noise is not None:
@@ -126,18 +129,36 @@ def update(
         if inplace:
             raise ValueError("out: expected None with inplace=True")
         check_out(out, x, *inputs)
+    written = x if inplace else out
+    if written is not None or hist is not None:
+        _check_memory(x, written, operands)
+    if with_grad or transforms.active():
+        check_levels("step", step, rows.shape[0], ids)
+        result, kept = reference.update(x, **operands)
+        if hist is not None and kept is not None:
+            transforms.overwrite("hist", hist, kept)
+        return result if written is None else transforms.overwrite("x" if inplace else "out", written, result)
+    if out is not None:
         torch.ops.fastdiff.update_out(out, x, **operands)
         return out
-    if with_grad:
-        if type(step) is Tensor and not torch.compiler.is_compiling():
-            check_range("step", step, rows.shape[0])
-            check_range("sample_ids", ids, 2**32)
-        return reference.update(x, **operands)[0]
     if inplace or hist is not None:
         x = x if inplace else x.clone()
         torch.ops.fastdiff.update_(x, **operands)
         return x
     return torch.ops.fastdiff.update(x, **{name: operands[name] for name in _NAMES_WITHOUT_HISTORY})
+
+
+def _check_memory(x: Tensor, written: Tensor | None, operands: dict[str, Any]) -> None:
+    """What becomes x', and hist, share no memory that is read later. In place, an operand may be x itself."""
+    hist = operands["hist"]
+    data = {name: operands[name] for name in ("pred", "uncond", "raw", "noise")}
+    others = {name: operands[name] for name in ("rows", "step", "seed", "ids")}
+    if written is x:
+        check_memory("x", x, data, {"hist": hist, **others})
+    elif written is not None:
+        check_memory("out", written, {}, {"x": x, "hist": hist, **data, **others})
+    if hist is not None:
+        check_memory("hist", hist, data if written is x else {"x": x, **data}, others)
 
 
 def combine(
