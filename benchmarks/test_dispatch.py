@@ -19,20 +19,20 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import timing
 from benchmarks.suite import DEVICE, on_device, time_call
 from fastdiff import ops
-from fastdiff.ops.registry import IMPLEMENTATIONS, SCHEMAS
+from fastdiff.ops.registry import OPS
 
 Calls = dict[str, Callable[[], Any]]
 
 
 def custom(name: str, implementation: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
     return torch.library.custom_op(
-        f"fastdiff_benchmark::{name}", implementation, mutates_args=mutates, schema=SCHEMAS[name]
+        f"fastdiff_benchmark::{name}", implementation, mutates_args=mutates, schema=OPS[name].schema
     )
 
 
-NOISING = custom("noising", IMPLEMENTATIONS["noising"])
-UPDATE = custom("update_", IMPLEMENTATIONS["update_"], ("x", "hist"))
-LOSS = custom("loss", IMPLEMENTATIONS["loss"])
+NOISING = custom("noising", OPS["noising"].implementation)
+UPDATE = custom("update_", OPS["update_"].implementation, ("x", "hist"))
+LOSS = custom("loss", OPS["loss"].implementation)
 LOSS.register_autograd(
     lambda ctx, *grads: (ctx.saved_tensors[0] * grads[0], *[None] * 11),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]),
@@ -43,7 +43,7 @@ def noising() -> Calls:
     x, t, table = one(), index(), torch.ones(3, 2, device=DEVICE)
     args = (x, t, table, None, None, one(), ops.FORWARD)
     return {
-        "direct": lambda: IMPLEMENTATIONS["noising"](*args),
+        "direct": lambda: OPS["noising"].implementation(*args),
         "op": lambda: torch.ops.fastdiff.noising(*args),
         "public": lambda: ops.noising(x, t, table, noise=args[5]),
         "custom_op": lambda: NOISING(*args),
@@ -61,7 +61,7 @@ def update() -> Calls:
         return x
 
     return {
-        "direct": lambda: updated(IMPLEMENTATIONS["update_"]),
+        "direct": lambda: updated(OPS["update_"].implementation),
         "op": lambda: updated(torch.ops.fastdiff.update_),
         "public": lambda: ops.update(x, pred, rows, step, noise=noise, clip=1.0, inplace=True),
         "custom_op": lambda: updated(UPDATE),
@@ -75,7 +75,7 @@ def loss() -> Calls:
     args = (pred, None, t, table, None, None, noise, ops.FORWARD, "mse", 1.0, False, True)
     detached = (pred.detach(), *args[1:])
     return {
-        "direct": lambda: IMPLEMENTATIONS["loss"](*detached),
+        "direct": lambda: OPS["loss"].implementation(*detached),
         "op": lambda: torch.ops.fastdiff.loss(*args),
         "public": lambda: ops.loss(pred, t, table, noise=noise),
         "custom_op": lambda: LOSS(*args),

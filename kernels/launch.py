@@ -1,19 +1,29 @@
-"""How every Triton kernel is launched: grid, block size, and the compiled kernel that is remembered.
+"""How Triton kernels are launched: grid, block size, and launches that are repeated.
 
 A launcher names the operands of its kernel: `launch(kernel, grid, x_ptr=x, size=size, BLOCK=block, num_warps=4)`.
+
+Triton needs longer to look up the compiled kernel than a small kernel runs. So the launches of a call can be noted
+(`noted`) and repeated with other tensors (`Launch.repeat`), as long as nothing but their addresses is different.
 """
 
 import functools
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 # Grid axes 1 and 2 hold at most 65,535 programs; a power of two keeps the product exact.
 MAX_GRID_Y = 32768
 # The arithmetic is written for fused multiply-adds; Triton 3.10 stops contracting by default.
 FUSED = {"enable_fp_fusion": True}
+# Plans kept for each launcher; the next one drops them all.
+MAX_PLANS = 4096
 # Decorates what is launched. The numbers of samples and rows, and the address of a number, change from step to step
 # and from call to call. A kernel compiled for each of them gains nothing, and would be compiled within a sampling loop
 # or the capture of a CUDA graph.
@@ -26,36 +36,65 @@ kernel = functools.partial(
 )
 
 
-def launch(kernel: Any, grid: tuple[int, ...], **operands: Any) -> None:
-    """kernel[grid](**operands): parameters and compiler options by name.
 
-    Triton needs longer to look up the compiled kernel than a small kernel runs. On NVIDIA it is asked once for each
-    kind of operands that it tells apart: types, alignment to 16 bytes, and of integers 1, multiples of 16 and width.
+
+def launch(kernel: Any, grid: tuple[int, int, int], **operands: Any) -> None:
+    """kernel[grid](**operands): parameters and compiler options by name."""
+    compiled = kernel[grid](**operands)
+    notes = getattr(_thread, "notes", None)
+    if notes is not None:
+        notes.append(Noted(compiled, grid, [operands[name] for name in kernel.arg_names]))
+
+
+class Noted(NamedTuple):
+    """A launch that was made: the compiled kernel, the grid, and all parameters in their order."""
+
+    compiled: CompiledKernel
+    grid: tuple[int, int, int]
+    parameters: list[Any]
+
+
+@contextmanager
+def noted() -> Iterator[list[Noted]]:
+    """The launches that this thread makes inside the block."""
+    before, _thread.notes = getattr(_thread, "notes", None), []
+    try:
+        yield _thread.notes
+    finally:
+        _thread.notes = before
+
+
+class Launch:
+    """A launch to be repeated.
+
+    Args:
+        made: the launch that was made.
+        place: where each address of that launch stands in the list of addresses that `repeat` gets.
+
+    Raises: KeyError if an address has no place.
     """
-    arguments = [operands[name] for name in kernel.arg_names]
-    lead = next(a for a in arguments if isinstance(a, Tensor))
-    if not on_nvidia(lead):
-        kernel[grid](**operands)
-        return
-    fixed = [operands[p.name] for p in kernel.params if p.is_constexpr]
-    key = (kernel.fn, lead.get_device(), operands.get("num_warps"), *fixed, *map(_kind, arguments))
-    if found := _compiled.get(key):
-        found[grid](*arguments)
-        return
-    _compiled[key] = kernel[grid](**operands)
+
+    def __init__(self, made: Noted, place: dict[int, int]) -> None:
+        self.compiled, self.grid = made.compiled, made.grid
+        # Pointers are a kernel's first parameters. None stands for a tensor that is not there.
+        pointers = max(2, 1 + max(i for i, p in enumerate(made.parameters) if isinstance(p, Tensor)))
+        self.take = itemgetter(*[-1 if p is None else place[p.data_ptr()] for p in made.parameters[:pointers]])
+        self.numbers = made.parameters[pointers:]
+        self.fixed = made.compiled.function, made.compiled.packed_metadata, None, None, None
+        self.run = made.compiled.run
+
+    def repeat(self, addresses: list[int | None], stream: int) -> None:
+        """Launch on the current device. The last of the addresses is None. A profiler's hooks are called."""
+        arguments = (*self.take(addresses), *self.numbers)
+        enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            self.compiled[self.grid](*arguments, stream=stream)
+        else:  # what the line above does, without hooks
+            self.run(*self.grid, stream, *self.fixed, *arguments)
 
 
-# The kernel compiled for each kind of operands.
-_compiled: dict[tuple[Any, ...], Any] = {}
-
-
-def _kind(argument: Any) -> Any:
-    """What Triton compiles a kernel for, of one argument."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if type(argument) is int:
-        return argument == 1, argument % 16 == 0, argument < 2**31
-    return None
+_thread = threading.local()
+_hooks: Any = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
 
 
 def block_of(size: int, channels: int, generated: bool, *tensors: Tensor | None) -> dict[str, Any]:

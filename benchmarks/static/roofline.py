@@ -205,7 +205,8 @@ def launch(v: Variant) -> None:
         if v.kernel in ("moments", "norm"):
             norm(v.data(), statistics, statistics, x, GROUPS, weight, weight, scale, shift, 1e-5)
         else:
-            norm_grad(v.data(), v.data(), x, statistics, statistics, GROUPS, weight, weight, scale, shift)
+            parameters = [None] * 4  # their gradients are another kernel's
+            norm_grad(v.data(), *parameters, v.data(), x, statistics, statistics, GROUPS, weight, weight, scale, shift)
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None

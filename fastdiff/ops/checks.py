@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import transforms
+from .quick import number
 
 REDUCTIONS = ("mean", "none")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -265,12 +266,12 @@ def check_table(name: str, table: Tensor, columns: int, x: Tensor) -> None:
 def as_index(name: str, index: int | Tensor, x: Tensor) -> Tensor:
     """(1,) or (B,) int64 on the device of x. Its range is checked later, by `check_range`."""
     if not isinstance(index, Tensor):
-        number = integer(index)
-        if number is None:
+        value = integer(index)
+        if value is None:
             raise TypeError(f"{name}: expected an int or an int64 tensor, got {type(index).__name__}")
-        if not -(2**63) <= number < 2**63:
-            raise ValueError(f"{name}: expected 64 bits, got {number}")
-        return torch.full((1,), number, dtype=torch.int64, device=x.device)
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: expected 64 bits, got {value}")
+        return number(value, x.device)
     check_dense(name, index)
     if index.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {index.dtype}")

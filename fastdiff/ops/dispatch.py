@@ -1,4 +1,4 @@
-"""Which implementation runs an op: see `backend`."""
+"""Which implementation runs an op, see `backend`; and which tensors skip PyTorch's dispatcher, see `plain`."""
 
 import functools
 import importlib
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import transforms
 from .memory import keep_freed_memory
 
 # Imported from the start, so that it notices a fork.
@@ -128,10 +129,39 @@ def kernels_of(x: Tensor) -> Any:
     return kernels if x.dtype in kernels.CODES else None
 
 
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_PLAIN = _TENSORS | {type(None), int, float, str, bool}
+
+
+def unwatched() -> bool:
+    """Whether no compilation, mode, transform of functorch, trace or profiler is active."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not transforms.active()
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+def plain(args: tuple[Any, ...]) -> bool:
+    """Whether nothing but the op itself needs to see this call, whose first argument is a tensor.
+
+    Nothing watches it, and its tensors lie on a CPU or GPU and are neither subclasses nor views that negate.
+    """
+    return (
+        unwatched()
+        and _PLAIN.issuperset(map(type, args))
+        and (args[0].is_cuda or args[0].is_cpu)
+        and not any(a.is_neg() for a in args if type(a) in _TENSORS)
+    )
+
+
 def launcher(name: str, x: Tensor) -> Callable[..., Any] | None:
     """The launcher `name` of the backend that serves x, on the device of x; None if the reference has to run."""
     launch = getattr(kernels_of(x), name, None)
-    if launch is not None and x.is_cuda and x.get_device() != torch.cuda.current_device():
+    if launch is not None and x.is_cuda and x.get_device() != torch._C._cuda_getDevice():
         return functools.partial(_on_device, x.device, launch)
     return launch
 

@@ -8,9 +8,11 @@ from torch import Tensor
 from .. import reference, transforms
 from . import dispatch
 from .checks import as_number, check_channels, check_vector
-from .registry import define, differentiate
+from .quick import Call, quick
+from .registry import Op
 
 
+@quick
 def group_norm_silu(
     x: Tensor,
     num_groups: int,
@@ -56,7 +58,7 @@ def group_norm_silu(
     if dispatch.backend_of(x) != "triton" or transforms.active():
         # PyTorch's own operations are differentiable any number of times, and torch.compile fuses them.
         return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, add, eps)
-    return torch.ops.fastdiff.group_norm_silu(x, num_groups, weight, bias, scale, shift, add, eps)[0]
+    return _OP(x, num_groups, weight, bias, scale, shift, add, eps)[0]
 
 
 def _empty(x: Tensor, groups: int, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,43 +121,48 @@ def _group_norm_silu_grad(
     return by_x, *grads
 
 
+@quick
+def _gradients(*args: Any) -> tuple[Tensor, ...]:
+    return _GRAD(*args)
+
+
 class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, ctx.groups, *operands, _eps = args
-        with torch._C._AutoDispatchBelowAutograd():
-            y, mean, rstd = torch.ops.fastdiff.group_norm_silu(*args)
-        ctx.save_for_backward(x, mean, rstd, *operands)
-        ctx.mark_non_differentiable(mean, rstd)
-        return y, mean, rstd
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+        add: Tensor | None, call: Call,
+    ) -> Tensor:  # fmt: skip
+        y, mean, rstd = call.run(*call.args)
+        call.rest = mean, rstd
+        ctx.groups = call.args[1]
+        ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, add)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fastdiff.ops.group_norm_silu is differentiable once: backward with create_graph=True is not "
                 'supported; use fastdiff.backend("reference") for second derivatives'
             )
         x, mean, rstd, *operands = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:7]
-        by_x, *grads = torch.ops.fastdiff.group_norm_silu_grad(
-            grad, x, mean, rstd, ctx.groups, *operands, any(wanted)
-        )
-        return by_x, None, *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
+        wanted = ctx.needs_input_grad
+        gradients = _gradients(grad, x, mean, rstd, ctx.groups, *operands, any(wanted[1:]))
+        return *[by if want else None for by, want in zip(gradients, wanted[:6], strict=True)], None
 
 
-define(
+_OP = Op(
     "group_norm_silu",
     "(Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, float eps) -> "
     "(Tensor, Tensor, Tensor)",
     _group_norm_silu,
     _empty,
 )
-define(
+_OP.differentiate(_GroupNormSiLU, 0, 2, 3, 4, 5, 6)
+_GRAD = Op(
     "group_norm_silu_grad",
     "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, int groups, Tensor weight, Tensor bias, Tensor? scale, "
     "Tensor? shift, Tensor? add, bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _group_norm_silu_grad,
     _empty_grads,
 )
-differentiate("group_norm_silu", _GroupNormSiLU, 0, 2, 3, 4, 5, 6)

@@ -23,12 +23,14 @@ from .checks import (
 )
 from .memory import in_huge_pages
 from .noise import FORWARD
-from .registry import NOISE, define, differentiate
+from .quick import Call, quick
+from .registry import NOISE, Op
 from .stored import scaled, stored_scale, take_once
 
 LOSSES = ("mse", "l1", "huber")
 
 
+@quick
 def loss(
     pred: Tensor,
     t: int | Tensor,
@@ -80,7 +82,7 @@ def loss(
         check_levels("t", t, len(table), ids)
         terms, _ = reference.loss(pred, x0, t, table, seed, ids, noise, FORWARD, kind, delta)
         return (reference.mean_of_samples(terms) if per_sample else terms.mean()).float()
-    return torch.ops.fastdiff.loss(pred, x0, t, table, seed, ids, noise, FORWARD, kind, delta, per_sample, with_grad)[0]
+    return _OP(pred, x0, t, table, seed, ids, noise, FORWARD, kind, delta, per_sample, with_grad)[0]
 
 
 def _empty(pred: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
@@ -123,36 +125,33 @@ def _elements(pred: Tensor, per_sample: bool) -> int:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        pred, x0, t, table, _seed, _ids, noise, _stream, _kind, _delta, per_sample, _with_grad = args
-        with torch._C._AutoDispatchBelowAutograd():
-            value, grad = torch.ops.fastdiff.loss(*args[:-1], True)
-        ctx.save_for_backward(grad, t, table)
-        ctx.mark_non_differentiable(grad)
-        ctx.set_materialize_grads(False)  # of the stored gradient: a full tensor of zeros
-        ctx.dtypes = [None if i is None else i.dtype for i in (x0, noise)]
-        ctx.factor = 1.0 / stored_scale(pred.dtype, _elements(pred, per_sample))
+    def forward(ctx: Any, pred: Tensor, x0: Tensor | None, noise: Tensor | None, call: Call) -> Tensor:
+        value, grad = call.run(*call.args[:-1], True)
+        call.rest = (grad,)
+        ctx.save_for_backward(grad, *call.args[2:4])
+        ctx.dtypes = x0 if x0 is None else x0.dtype, noise if noise is None else noise.dtype
+        ctx.factor = 1.0 / stored_scale(pred.dtype, _elements(pred, call.args[-2]))
         ctx.used = False
-        return value, grad
+        return value
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         take_once(ctx, "loss")
         grad, t, table = ctx.saved_tensors
         grad = scaled(grad, incoming, ctx.factor)
         by_x0 = by_noise = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[6]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             p, q, _w = reference.coefficients(table, t, grad)
             by_x0 = (-p * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
-            by_noise = (-q * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[6] else None
-        return grad, by_x0, None, None, None, None, by_noise, None, None, None, None, None
+            by_noise = (-q * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        return grad, by_x0, by_noise, None
 
 
-define(
+_OP = Op(
     "loss",
     f"(Tensor pred, Tensor? x0, Tensor t, Tensor table, {NOISE}, Tensor? noise, int stream, str kind, float delta, "
     "bool per_sample, bool with_grad) -> (Tensor, Tensor)",
     _loss,
     _empty,
 )
-differentiate("loss", _Loss, 0, 1, 6)
+_OP.differentiate(_Loss, 0, 1, 6)

@@ -19,12 +19,14 @@ from .checks import (
     names,
 )
 from .memory import in_huge_pages
-from .registry import define, nothing
+from .quick import quick
+from .registry import Op
 
 # Streams keep draws with the same seed, sample and step apart.
 PRIOR, FORWARD, REVERSE = 0, 1, 2
 
 
+@quick
 def normal(
     shape: tuple[int, ...] | torch.Size,
     seed: int | Tensor | None = None,
@@ -74,7 +76,7 @@ def normal(
         check_levels("step", step, 2**63, ids)
         value = reference.normal(shape, seed, ids, step, number, reference.work_dtype(out)).to(out.dtype)
         return transforms.overwrite("out", out, value) if given else value
-    torch.ops.fastdiff.normal_(out, seed, ids, step, number)
+    _OP(out, seed, ids, step, number)
     return out
 
 
@@ -88,6 +90,4 @@ def _normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream
         out.copy_(reference.normal(out.shape, seed, ids, step, stream, reference.work_dtype(out)))
 
 
-define(
-    "normal_", "(Tensor(a!) out, Tensor seed, Tensor? ids, Tensor step, int stream) -> ()", _normal_, nothing
-)  # fmt: skip
+_OP = Op("normal_", "(Tensor(a!) out, Tensor seed, Tensor? ids, Tensor step, int stream) -> ()", _normal_)

@@ -20,9 +20,11 @@ from .checks import (
 )
 from .memory import in_huge_pages
 from .noise import FORWARD
-from .registry import NOISE, define, differentiate, nothing
+from .quick import Call, quick
+from .registry import NOISE, Op
 
 
+@quick
 def noising(
     x0: Tensor,
     t: int | Tensor,
@@ -54,16 +56,16 @@ def noising(
     ids = as_sample_ids(sample_ids, x0.shape[0], x0.device, strict=True)
     if out is not None:
         check_out(out, x0, x0, noise)
-        check_memory("out", out, {}, {"x0": x0, "t": t, "table": table, "seed": seed, "ids": ids, "noise": noise})
+        check_memory("out", out, {}, {"x0": x0, "t": t, "table": table, "seed": seed, "sample_ids": ids, "noise": noise})
     seed = noise_source(x0, seed, noise)
     if transforms.active():
         check_levels("t", t, len(table), ids)
         value = reference.noising(x0, t, table, seed, ids, noise, FORWARD)
         return value if out is None else transforms.overwrite("out", out, value)
     if out is not None:
-        torch.ops.fastdiff.noising_out(out, x0, t, table, seed, ids, noise, FORWARD)
+        _OUT(out, x0, t, table, seed, ids, noise, FORWARD)
         return out
-    return torch.ops.fastdiff.noising(x0, t, table, seed, ids, noise, FORWARD)
+    return _OP(x0, t, table, seed, ids, noise, FORWARD)
 
 
 def _noising(x0: Tensor, *operands: Any) -> Tensor:
@@ -90,23 +92,21 @@ class _Noising(torch.autograd.Function):
     """d x_t / d x_0 = alpha_t, d x_t / d z = sigma_t."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x0, t, table, _seed, _ids, noise, _stream = args
-        ctx.save_for_backward(t, table)
+    def forward(ctx: Any, x0: Tensor, noise: Tensor | None, call: Call) -> Tensor:
+        ctx.save_for_backward(*call.args[1:3])
         ctx.dtypes = x0.dtype, None if noise is None else noise.dtype
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fastdiff.noising(*args)
+        return call.run(*call.args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         t, table = ctx.saved_tensors
         alpha, sigma = reference.coefficients(table, t, grad)
         by_x0 = (alpha * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        by_noise = (sigma * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[5] else None
-        return by_x0, None, None, None, None, by_noise, None
+        by_noise = (sigma * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        return by_x0, by_noise, None
 
 
 _OPERANDS = f"Tensor x0, Tensor t, Tensor table, {NOISE}, Tensor? noise, int stream"
-define("noising", f"({_OPERANDS}) -> Tensor", _noising, lambda x0, *operands: torch.empty_like(x0))
-define("noising_out", f"(Tensor(a!) out, {_OPERANDS}) -> ()", _noising_out, nothing)
-differentiate("noising", _Noising, 0, 5)
+_OP = Op("noising", f"({_OPERANDS}) -> Tensor", _noising, lambda x0, *operands: torch.empty_like(x0))
+_OP.differentiate(_Noising, 0, 5)
+_OUT = Op("noising_out", f"(Tensor(a!) out, {_OPERANDS}) -> ()", _noising_out)

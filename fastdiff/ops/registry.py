@@ -1,7 +1,7 @@
-"""Registration of the ops with PyTorch, each on a torch.library.Library of its own.
+"""Ops: what is registered with PyTorch, and how one is called.
 
-A bare Library is used because its dispatch costs a few microseconds, while custom_op and register_autograd cost tens
-(`pytest benchmarks/test_dispatch.py` measures it).
+They are registered on bare torch.library.Library objects, whose dispatch costs a few microseconds, while custom_op and
+register_autograd cost tens (`pytest benchmarks/test_dispatch.py` measures it). Plain tensors skip even that: see `Op`.
 """
 
 import re
@@ -11,17 +11,20 @@ from typing import Any
 import torch
 
 from .. import transforms
+from .dispatch import plain
+from .quick import Call, Recorded, Recorder, recording
 
 NOISE = "Tensor? seed, Tensor? ids"  # in the schema of every op that may generate noise
-# The library of each op by name. It is kept with the ops themselves: they outlive this module if it is imported again.
+OPS: dict[str, "Op"] = {}
+# The library of each op by name. It is kept with PyTorch's ops: they outlive this module if it is imported again.
 _libraries: dict[str, torch.library.Library] = vars(torch.ops.fastdiff).setdefault("_libraries", {})
-# Of each op, by name: its schema, and what runs on a CPU or GPU.
-SCHEMAS: dict[str, str] = {}
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
-def define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Make torch.ops.fastdiff.<name>.
+class Op:
+    """torch.ops.fastdiff.<name>, called with all arguments by position.
+
+    Plain tensors go to the implementation at once. Everything else goes through PyTorch's dispatcher: subclasses,
+    modes, functorch, tracing, compilation and the profiler. Both give the same bits.
 
     Args:
         schema: arguments and results in the language of torch.library, "(Tensor x) -> Tensor".
@@ -30,31 +33,85 @@ def define(name: str, schema: str, implementation: Callable[..., Any], fake: Cal
 
     An op of that name is replaced: it is that of an earlier import of the package in this process, or of a reload.
     """
-    SCHEMAS[name], IMPLEMENTATIONS[name] = schema, implementation
-    if earlier := _libraries.pop(name, None):
-        earlier._destroy()
-    library = _libraries[name] = torch.library.Library("fastdiff", "FRAGMENT")
-    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastdiff::{name}", fake, lib=library)
 
+    def __init__(
+        self, name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] | None = None
+    ) -> None:
+        OPS[name] = self
+        self.name = name
+        self.schema, self.implementation = schema, implementation
+        self.function: type[torch.autograd.Function] | None = None
+        self.inputs: tuple[int, ...] = ()
+        if earlier := _libraries.pop(name, None):
+            earlier._destroy()
+        library = _libraries[name] = torch.library.Library("fastdiff", "FRAGMENT")
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastdiff::{name}", fake or _nothing, lib=library)
 
-def differentiate(name: str, function: type[torch.autograd.Function], *inputs: int) -> None:
-    """Give an op the gradient of an autograd.Function, by the arguments with these numbers."""
-    op = getattr(torch.ops.fastdiff, name).default
+    @property
+    def dispatched(self) -> Any:
+        """The op as PyTorch's dispatcher knows it; not kept, as a later import may replace it."""
+        return getattr(torch.ops.fastdiff, self.name).default
 
-    def autograd(*args: Any) -> Any:
+    def differentiate(self, function: type[torch.autograd.Function], *inputs: int) -> None:
+        """Give the op a gradient by the arguments with these numbers.
+
+        function: its forward takes these arguments and a `Call` to run, and returns the first result. Its backward
+        returns the gradients, and None for the call.
+        """
+        self.function, self.inputs = function, inputs
+        _libraries[self.name].impl(self.name, self._autograd, "Autograd")
+
+    def __call__(self, *args: Any) -> Any:
+        recorder = recording()
+        if recorder is not None:
+            return self._recorded(recorder, args)
+        if not plain(args):
+            return self.dispatched(*args)
+        return self._run(self.implementation, args)
+
+    def _run(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """The results of run(*args), with a gradient if one is wanted."""
+        if not self._wants_gradient(args):
+            return run(*args)
+        assert self.function is not None
+        call = Call(run, args)
+        first = self.function.apply(*[args[i] for i in self.inputs], call)
+        return first if call.rest is None else (first, *call.rest)
+
+    def _recorded(self, recorder: Recorder, args: tuple[Any, ...]) -> Any:
+        seen: list[Any] = []
+
+        def run(*args: Any) -> Any:
+            seen.append(self.implementation(*args))
+            return seen[0]
+
+        results = self._run(run, args)
+        first = results[0] if isinstance(results, tuple) else results
+        recorder.calls.append(Recorded(self, args, seen[0], first, self._wants_gradient(args)))
+        return results
+
+    def _wants_gradient(self, args: tuple[Any, ...]) -> bool:
+        """Whether a gradient by an argument is wanted that the op has one for."""
+        if self.inputs and torch.is_grad_enabled():
+            for i in self.inputs:
+                if args[i] is not None and args[i].requires_grad:
+                    return True
+        return False
+
+    def _autograd(self, *args: Any) -> Any:
+        """What the dispatcher calls first."""
         if transforms.active():
             raise RuntimeError(
-                f"torch.ops.fastdiff.{name} has no rule for transforms of torch.func and dual tensors; "
-                "the functions of fastdiff.ops have"
+                f"torch.ops.fastdiff.{self.name} has no rule for transforms of torch.func and dual tensors; "
+                f"call the function of fastdiff.ops"
             )
-        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in inputs):
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        return self._run(self._below, args)
 
-    _libraries[name].impl(name, autograd, "Autograd")
+    def _below(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.dispatched(*args)
 
 
 def names_of(arguments: str) -> tuple[str, ...]:
@@ -62,5 +119,5 @@ def names_of(arguments: str) -> tuple[str, ...]:
     return tuple(re.findall(r"(\w+)(?:,|$)", arguments))
 
 
-def nothing(*args: Any) -> None:
+def _nothing(*args: Any) -> None:
     """The fake of an op that returns nothing."""

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import reference
 from . import dispatch
-from .registry import define, nothing
+from .quick import quick
+from .registry import Op
 
 
 def stored_scale(dtype: torch.dtype, count: int) -> float:
@@ -29,13 +30,18 @@ def take_once(ctx: Any, name: str) -> None:
 
 def scaled(grad: Tensor, incoming: Tensor, factor: float) -> Tensor:
     """The stored gradient, overwritten with its product by incoming, () or (B,), and factor."""
-    incoming = incoming.reshape(-1).contiguous()
+    incoming = incoming.contiguous()
     if type(grad) is Tensor:
-        torch.ops.fastdiff.scale_(grad, incoming, factor)
-        return grad
+        return _scale(grad, incoming, factor)
     # A traced graph may not change what its forward returned; there the product is one fused pass.
     by = (incoming * factor).reshape(-1, *[1] * (grad.ndim - 1))
     return (grad * by).to(grad.dtype)
+
+
+@quick
+def _scale(grad: Tensor, incoming: Tensor, factor: float) -> Tensor:
+    _SCALE(grad, incoming, factor)
+    return grad
 
 
 def _scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
@@ -49,4 +55,4 @@ def _scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
         grad.mul_((incoming * factor).to(reference.work_dtype(grad)).reshape(-1, *[1] * (grad.ndim - 1)))
 
 
-define("scale_", "(Tensor(a!) grad, Tensor incoming, float factor) -> ()", _scale_, nothing)
+_SCALE = Op("scale_", "(Tensor(a!) grad, Tensor incoming, float factor) -> ()", _scale_)

@@ -30,7 +30,8 @@ from .checks import (
 )
 from .memory import in_huge_pages
 from .noise import REVERSE
-from .registry import NOISE, define, names_of, nothing
+from .quick import quick
+from .registry import NOISE, Op, names_of
 
 KEEPS = ("none", "x0hat", "x")
 # What follows x in the schema of every form of the op.
@@ -43,6 +44,7 @@ _WITHOUT_HISTORY = _OPERANDS.replace("Tensor(b!)? hist, ", "").replace("str keep
 _NAMES, _NAMES_WITHOUT_HISTORY = names_of(_OPERANDS), names_of(_WITHOUT_HISTORY)
 
 
+@quick
 def update(
     x: Tensor,
     pred: Tensor,
@@ -106,12 +108,23 @@ def update(
     with_grad = wants_gradient(*inputs)
     if with_grad and (inplace or hist is not None):
         raise ValueError("inplace, hist: a tensor would be overwritten that the gradient needs")
+    ids = as_sample_ids(sample_ids, x.shape[0], x.device, strict=True)
+    if out is not None:
+        if inplace:
+            raise ValueError("out: expected None with inplace=True")
+        check_out(out, x, *inputs)
+    written = x if inplace else out
+    if written is not None or hist is not None:
+        _check_memory(
+            x, written, hist,
+            {"pred": pred, "uncond": uncond, "raw_variance": raw_variance, "noise": noise},
+            {"rows": rows, "step": step, "seed": seed, "sample_ids": ids},
+        )  # fmt: skip
     if noisy or noise is not None:
         seed = noise_source(x, seed, noise)
     elif seed is not None:
         raise ValueError("seed: expected None with noisy=False")
-    ids = as_sample_ids(sample_ids, x.shape[0], x.device, strict=True)
-    operands: dict[str, Any] = {
+    operands: dict[str, Any] = {  # in the order of _OPERANDS
         "pred": pred,
         "rows": rows,
         "step": step,
@@ -125,13 +138,6 @@ def update(
         "keep": keep,
         "stream": REVERSE,
     }
-    if out is not None:
-        if inplace:
-            raise ValueError("out: expected None with inplace=True")
-        check_out(out, x, *inputs)
-    written = x if inplace else out
-    if written is not None or hist is not None:
-        _check_memory(x, written, operands)
     if with_grad or transforms.active():
         check_levels("step", step, rows.shape[0], ids)
         result, kept = reference.update(x, **operands)
@@ -139,20 +145,19 @@ def update(
             transforms.overwrite("hist", hist, kept)
         return result if written is None else transforms.overwrite("x" if inplace else "out", written, result)
     if out is not None:
-        torch.ops.fastdiff.update_out(out, x, **operands)
+        _OUT(out, x, *operands.values())
         return out
     if inplace or hist is not None:
         x = x if inplace else x.clone()
-        torch.ops.fastdiff.update_(x, **operands)
+        _IN_PLACE(x, *operands.values())
         return x
-    return torch.ops.fastdiff.update(x, **{name: operands[name] for name in _NAMES_WITHOUT_HISTORY})
+    return _OP(x, *[operands[name] for name in _NAMES_WITHOUT_HISTORY])
 
 
-def _check_memory(x: Tensor, written: Tensor | None, operands: dict[str, Any]) -> None:
+def _check_memory(
+    x: Tensor, written: Tensor | None, hist: Tensor | None, data: dict[str, Any], others: dict[str, Any]
+) -> None:
     """What becomes x', and hist, share no memory that is read later. In place, an operand may be x itself."""
-    hist = operands["hist"]
-    data = {name: operands[name] for name in ("pred", "uncond", "raw", "noise")}
-    others = {name: operands[name] for name in ("rows", "step", "seed", "ids")}
     if written is x:
         check_memory("x", x, data, {"hist": hist, **others})
     elif written is not None:
@@ -161,6 +166,7 @@ def _check_memory(x: Tensor, written: Tensor | None, operands: dict[str, Any]) -
         check_memory("hist", hist, data if written is x else {"x": x, **data}, others)
 
 
+@quick
 def combine(
     x: Tensor,
     y: Tensor,
@@ -218,6 +224,6 @@ def _run(out: Tensor, x: Tensor, **operands: Any) -> None:
     out.copy_(result)
 
 
-define("update", f"(Tensor x, {_WITHOUT_HISTORY}) -> Tensor", _update, lambda x, *operands: torch.empty_like(x))
-define("update_", f"(Tensor(a!) x, {_OPERANDS}) -> ()", _update_, nothing)
-define("update_out", f"(Tensor(a!) out, Tensor x, {_OPERANDS}) -> ()", _update_out, nothing)
+_OP = Op("update", f"(Tensor x, {_WITHOUT_HISTORY}) -> Tensor", _update, lambda x, *operands: torch.empty_like(x))
+_IN_PLACE = Op("update_", f"(Tensor(a!) x, {_OPERANDS}) -> ()", _update_)
+_OUT = Op("update_out", f"(Tensor(a!) out, Tensor x, {_OPERANDS}) -> ()", _update_out)

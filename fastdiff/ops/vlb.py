@@ -18,10 +18,12 @@ from .checks import (
     check_range,
     check_table,
 )
-from .registry import define, differentiate
+from .quick import Call, quick
+from .registry import Op
 from .stored import scaled, take_once
 
 
+@quick
 def vlb(
     pred: Tensor,
     x_t: Tensor,
@@ -76,7 +78,7 @@ def vlb(
         return value.mean() if reduction == "mean" else reference.mean_of_samples(value)
     by_pred, by_raw = (with_grad and i is not None and i.requires_grad for i in (pred, raw_variance))
     per_sample = reduction == "none"
-    return torch.ops.fastdiff.vlb(pred, raw_variance, x_t, x0, t, rows, clip, per_sample, by_pred, by_raw)[0]
+    return _OP(pred, raw_variance, x_t, x0, t, rows, clip, per_sample, by_pred, by_raw)[0]
 
 
 def _empty(pred: Tensor, raw: Tensor | None, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,29 +123,27 @@ def _vlb(
 
 class _Vlb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            value, *grads = torch.ops.fastdiff.vlb(*args[:8], *ctx.needs_input_grad[:2])
+    def forward(ctx: Any, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, call: Call) -> Tensor:
+        value, *grads = call.run(*call.args[:8], *ctx.needs_input_grad[:2])
+        call.rest = tuple(grads)
         ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(*grads)
-        ctx.set_materialize_grads(False)
-        ctx.dtypes = [None if i is None else i.dtype for i in args[:2]]
+        ctx.dtypes = pred.dtype, raw if raw is None else raw.dtype
         ctx.used = False
-        return value, grads[0], grads[1]
+        return value
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         take_once(ctx, "vlb")
         given = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
         by_pred, by_raw = (scaled(g, incoming, 1.0).to(dtype) if wanted else None for g, dtype, wanted in given)
-        return by_pred, by_raw, None, None, None, None, None, None, None, None
+        return by_pred, by_raw, None, None, None
 
 
-define(
+_OP = Op(
     "vlb",
     "(Tensor pred, Tensor? raw, Tensor x_t, Tensor x0, Tensor t, Tensor rows, float? clip, bool per_sample, "
     "bool by_pred, bool by_raw) -> (Tensor, Tensor, Tensor)",
     _vlb,
     _empty,
 )
-differentiate("vlb", _Vlb, 0, 1, 2, 3)
+_OP.differentiate(_Vlb, 0, 1, 2, 3)

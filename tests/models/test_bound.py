@@ -544,7 +544,7 @@ def test_nothing_reads_a_tensor(monkeypatch):
     launched = []
     launchers = type("Launchers", (), {"vlb": staticmethod(lambda **operands: launched.append(len(operands)))})
     monkeypatch.setattr(_backend, "kernels_of", lambda x: launchers)
-    registry.IMPLEMENTATIONS["vlb"](pred.detach(), raw, x_t, x0, t, rows, 1.0, True, True, True)
+    registry.OPS["vlb"].implementation(pred.detach(), raw, x_t, x0, t, rows, 1.0, True, True, True)
     assert launched == [11]
     moments = LossSecondMoment(6).to("meta")
     levels, weights = moments.sample(3)

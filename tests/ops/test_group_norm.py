@@ -182,7 +182,7 @@ def test_opcheck(backend, layout, scaled):
         torch.library.opcheck(torch.ops.fastdiff.group_norm_silu.default, (x, 2, weight, bias, scale, shift, EPS))
         with torch.no_grad():
             y, mean, rstd = torch.ops.fastdiff.group_norm_silu(x, 2, weight, bias, scale, shift, EPS)
-        arguments = (torch.ones_like(y), x, mean, rstd, 2, weight, bias, scale, shift)
+        arguments = (torch.ones_like(y), x, mean, rstd, 2, weight, bias, scale, shift, True)
         arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
         torch.library.opcheck(torch.ops.fastdiff.group_norm_silu_grad.default, arguments)
 

@@ -1,0 +1,337 @@
+"""The quick way: equal bits, the launches of the full way, and what has to take the full way."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from strategies import BACKENDS, DEVICE, DTYPES, dtypes, index, laid, layouts, salts, shapes, table, tensor
+from tolerance import assert_same_bits
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdiff
+from fastdiff import ops
+
+ROWS = 6
+every = pytest.mark.parametrize("backend", BACKENDS)
+
+
+class Watched(TorchDispatchMode):
+    """A mode that changes nothing, but that has to see every operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def calls(shape, dtype, layout, salt):
+    """Every op on the same operands, by name; those with gradients return them."""
+    x, pred, noise, raw = (tensor(shape, dtype, layout, salt + i) for i in range(4))
+    t, seed = index(ROWS, shape[0], True, salt), torch.tensor([salt], device=DEVICE)
+    leaf = pred.detach().clone().requires_grad_()
+    vlb_rows = table(ROWS, 6, salt)
+    vlb_rows[:, 5] = 0
+
+    def with_gradient(value: Tensor) -> tuple[Tensor, Tensor]:
+        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+    found = {
+        "normal": lambda: (ops.normal(shape, seed, dtype=dtype, device=DEVICE),),
+        "noising": lambda: (ops.noising(x, t, table(ROWS, 2, salt), seed=seed),),
+        "update": lambda: (ops.update(x, pred, table(ROWS, 9, salt), t, seed=seed, clip=1.0, raw_variance=raw),),
+        "combine": lambda: (ops.combine(x, pred, table(ROWS, 9, salt), t, z=noise),),
+        "loss": lambda: with_gradient(ops.loss(leaf, t, table(ROWS, 3, salt), seed=seed, x0=x, reduction="none")),
+        "vlb": lambda: with_gradient(ops.vlb(leaf, x, noise, t, vlb_rows)),
+    }
+    if len(shape) > 1:
+        weight, bias = tensor(shape[1:2], salt=salt), tensor(shape[1:2], salt=salt + 1)
+        found["norm"] = lambda: with_gradient(ops.group_norm_silu(leaf, 1, weight, bias, 1e-2))
+    return found
+
+
+@every
+@given(shape=shapes(), dtype=dtypes, layout=layouts, salt=salts)
+def test_equal_bits_by_the_dispatcher(backend, shape, dtype, layout, salt):
+    with fastdiff.backend(backend):
+        for name, call in calls(shape, dtype, layout, salt).items():
+            first, second = call(), call()  # on a GPU the second repeats the first
+            with Watched():
+                want = call()
+            for got in (first, second):
+                for a, b in zip(got, want, strict=True):
+                    assert a.dtype == b.dtype and a.stride() == b.stride(), name
+                    assert_same_bits(a, b)
+
+
+def test_a_mode_sees_the_op():
+    with Watched() as mode:
+        ops.noising(torch.zeros(2, 3), 0, torch.ones(2, 2), seed=torch.tensor([1]))
+    assert "fastdiff.noising.default" in mode.seen
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+def test_a_view_that_negates_takes_the_full_way(backend):
+    """The imaginary part of a conjugate is stored with the other sign."""
+    x = torch.view_as_complex(tensor((2, 5, 2)).cpu()).conj().imag
+    assert x.is_neg()
+    with fastdiff.backend(backend):
+        got = ops.noising(x, 0, torch.tensor([[2.0, 0.0]]), noise=torch.zeros(2, 5))
+    assert torch.equal(got, 2 * x)
+
+
+# --- launches, by a driver that notes them instead -----------------------------------------------------------------
+
+SCRIPT = """
+import random, torch, triton
+from contextlib import nullcontext
+import fastdiff
+from fastdiff import ops
+from fastdiff.ops import checks, dispatch, quick
+from fastdiff.kernels import noise, noising, loss, update, vlb
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+launched, repeated = [], []
+
+class Driver:
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return stream
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+def run(self, *args):
+    launched.append((self.hash, args[:4], args[6:9], args[9:]))
+
+driver.set_active(Driver())
+stream = 7
+CompiledKernel._init_handles = lambda self: setattr(self, "_run", lambda *args: run(self, *args))
+for module in (noise, noising, loss, update):
+    module.on_nvidia = lambda x: True
+for name in ("noise", "noising", "loss", "vlb", "update"):
+    __import__("sys").modules["fastdiff.ops." + name].check_range = lambda *args: None
+dispatch.interpreting = lambda: True
+quick.on_gpu = lambda x: type(x) in (torch.Tensor, torch.nn.Parameter)
+quick.current_stream = lambda device: stream
+repeat = quick.Plan.repeat
+quick.Plan.repeat = lambda self, *args: repeated.append(1) or repeat(self, *args)
+fastdiff.backend("triton")
+
+def noted(call):
+    launched.clear()
+    repeated.clear()
+    result = call()
+    return result, list(launched), len(repeated)
+"""
+
+LAUNCHES = """
+def shown(launches, given):
+    '''Launches with the names of the operands for their addresses; for others whether they are aligned.'''
+    names = {t.data_ptr(): name for name, t in given.items() if isinstance(t, torch.Tensor)}
+    def one(value):
+        value = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        return names.get(value, ("made", value % 16) if isinstance(value, int) and value > 2**32 else value)
+    return [(kernel, grid, [one(a) for a in args]) for kernel, grid, _, args in launches]
+
+def operands(n, offset, layout, dtype, batch):
+    def data():
+        x = torch.zeros(2 * batch * 6 * 4 * n)[offset:][: batch * 6 * 4 * n].to(dtype) if offset == 0 else \\
+            torch.zeros(2 * batch * 6 * 4 * n, dtype=dtype)[offset:][: batch * 6 * 4 * n]
+        x = x.reshape(batch, 4, n, 6)
+        return x.permute(0, 3, 1, 2) if layout == "last" else x.reshape(batch, 6, 4, n)
+    return data
+
+random.seed(1)
+kinds = repeats = 0
+for case in range(30):
+    n, offset, layout = random.choice((2, 8, 4)), random.choice((0, 1, 8)), random.choice(("first", "last"))
+    dtype, batch = random.choice((torch.float32, torch.bfloat16)), random.choice((1, 3))
+    data = operands(n, offset, layout, dtype, batch)
+    t, seed = torch.zeros(random.choice((1, batch)), dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    tables = {c: torch.zeros(5, c) for c in (2, 3, 6, 9)}
+    vector = [torch.zeros(6, requires_grad=True) for _ in range(2)]
+    def make():
+        given = dict(x=data(), y=data(), z=data(), leaf=data().requires_grad_(), t=t.clone(), seed=seed.clone())
+        given |= dict(rows=tables[9].clone(), two=tables[2].clone(), three=tables[3].clone(), six=tables[6].clone())
+        weight, bias = (v.detach().clone().requires_grad_() for v in vector)
+        return given | dict(weight=weight, bias=bias, grad=data())
+    def backward(value, g, *leaves):
+        return torch.autograd.grad(value, leaves, g["grad"] if value.ndim else None)
+    forms = {
+        "normal": lambda g: ops.normal(g["x"].shape, g["seed"], out=g["x"]),
+        "normal_step": lambda g: ops.normal(g["x"].shape, g["seed"], step=g["t"], dtype=dtype),
+        "noising": lambda g: ops.noising(g["x"], g["t"], g["two"], seed=g["seed"]),
+        "given": lambda g: ops.noising(g["x"], g["t"], g["two"], noise=g["y"], out=g["z"]),
+        "update": lambda g: ops.update(g["x"], g["y"], g["rows"], g["t"], seed=g["seed"], clip=1, inplace=True),
+        "hist": lambda g: ops.update(
+            g["x"], g["y"], g["rows"], g["t"], noisy=False, hist=g["z"], keep="x", inplace=True),
+        "loss": lambda g: backward(ops.loss(g["leaf"], g["t"], g["three"], seed=g["seed"], x0=g["x"]), g, g["leaf"]),
+        "vlb": lambda g: backward(ops.vlb(g["leaf"], g["x"], g["y"], g["t"], g["six"], reduction="mean"), g, g["leaf"]),
+        "norm": lambda g: backward(
+            ops.group_norm_silu(g["leaf"], 2, g["weight"], g["bias"], 0.1), g, g["leaf"], g["weight"], g["bias"]),
+    }
+    for name, form in forms.items():
+        first, second = make(), make()
+        _, recorded, _ = noted(lambda: form(first))
+        _, again, repeats_now = noted(lambda: form(second))
+        with torch.utils._python_dispatch._disable_current_modes():
+            unwatched, quick.unwatched = quick.unwatched, lambda: False
+            third = make()
+            _, wanted, none = noted(lambda: form(third))
+            quick.unwatched = unwatched
+        assert none == 0
+        kind = name, n, offset, layout, dtype, batch
+        assert shown(again, second) == shown(wanted, third) == shown(recorded, first), kind
+        repeats += repeats_now > 0
+        kinds += 1
+print(kinds, repeats)
+"""
+
+WAYS = """
+x, table, seed = torch.zeros(2, 8), torch.zeros(5, 2), torch.ones(1, dtype=torch.int64)
+call = lambda x=x: ops.noising(x, 1, table, seed=seed)
+call()
+_, launches, times = noted(call)
+assert times == 1 and len(launches) == 1 and launches[0][1][3] == 7 and launches[0][2] == (None, None, None)
+# A kind of its own for another stream: the number 1 was written on the first.
+stream = 9
+_, launches, times = noted(call)
+assert times == 0 and launches[0][1][3] == 9
+_, launches, times = noted(call)
+assert times == 1 and launches[0][1][3] == 9
+# A profiler's hooks.
+seen = []
+triton.knobs.runtime.launch_enter_hook.add(seen.append)
+_, launches, times = noted(call)
+assert times == 1 and launches[0][2][1] is triton.knobs.runtime.launch_enter_hook and launches[0][2][0] is not None
+triton.knobs.runtime.launch_enter_hook.remove(seen.append)
+# What a check refuses is refused each time.
+for _ in range(2):
+    try:
+        ops.noising(x, 1, table, seed=seed, out=x)
+    except ValueError as error:
+        assert "one of the operands" in str(error)
+    else:
+        raise AssertionError
+    ops.noising(x, 1, table, seed=seed, out=torch.zeros(2, 8))
+for wrong in (True, 1.0):  # equal to 1
+    try:
+        ops.noising(x, wrong, table, seed=seed)
+    except TypeError:
+        pass
+    else:
+        raise AssertionError
+# A copy into another layout, or a number that is drawn, is not repeated.
+odd = torch.zeros(2, 16)[:, ::2]
+call(odd)
+assert noted(lambda: call(odd))[2] == 0
+drawn = lambda: ops.noising(x, 1, table)
+drawn()
+assert noted(drawn)[2] == 0
+# Whatever watches takes the full way.
+class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+class FunctionMode(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+class Subclass(torch.Tensor):
+    pass
+from torch._subclasses import FakeTensorMode
+assert noted(call)[2] == 1
+for mode in (Mode(), FunctionMode(), torch.autograd.profiler.profile()):
+    with mode:
+        assert noted(call)[2] == 0, mode
+with FakeTensorMode(allow_non_fake_inputs=True):
+    fake, one = torch.zeros(2, 8), torch.ones(1, dtype=torch.int64)
+    assert noted(lambda: ops.noising(fake, one, torch.zeros(5, 2), seed=seed))[1] == []
+assert noted(lambda: call(x.as_subclass(Subclass)))[2] == 0
+traced = torch.jit.trace(lambda x: call(x), (x,), check_trace=False)
+assert "fastdiff::noising" in str(traced.graph)
+graphs = []
+keeping = lambda graph, inputs: graphs.append(str(graph.graph)) or graph
+compiled = torch.compile(lambda x: call(x), backend=keeping, fullgraph=True)
+assert noted(lambda: compiled(x))[2] == 0 and "noising" in graphs[0]
+def inside(x):
+    with_times.append(noted(lambda: call(x))[2])
+    return x.sum()
+with_times = []
+torch.func.grad(inside)(x)
+torch.vmap(lambda x: x * (with_times.append(noted(call)[2]) or 1))(x)
+assert with_times == [0, 0], with_times
+assert noted(call)[2] == 1
+with fastdiff.backend("reference"):
+    assert noted(call)[1:] == ([], 0)
+quick.forget()
+assert noted(call)[2] == 0
+print("ok")
+"""
+
+
+def run(script: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run([sys.executable, "-c", SCRIPT + script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_repeated_launches_are_those_of_the_full_way():
+    """The same kernels, grids and operands: aligned or not, in every layout, type and batch."""
+    kinds, repeats = map(int, run(LAUNCHES).split())
+    assert kinds == 270 and repeats > 200
+
+
+def test_streams_hooks_checks_and_what_takes_the_full_way():
+    assert run(WAYS).strip() == "ok"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_equal_bits_on_another_stream_and_in_a_graph(dtype, layout):
+    x = laid(torch.randn(4, 6, 8, 8, device="cuda").to(dtype), layout)
+    step, seed, rows = torch.tensor([1], device="cuda"), torch.tensor([5], device="cuda"), table(ROWS, 9, 1)
+
+    def call() -> Tensor:
+        return ops.update(x, x, rows, step, seed=seed, clip=1.0)
+
+    with Watched():
+        want = call()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = [call() for _ in range(3)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results.append(call())
+    graph.replay()
+    torch.cuda.synchronize()
+    for got in results:
+        assert_same_bits(got, want)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_host_time_runs(tmp_path):
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "host_time.py"
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
+    done = subprocess.run(
+        [sys.executable, script, "--rounds", "1", "--json", tmp_path / "rows.json"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {r["op"]: r for r in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["loss, forward and backward"]["launches"] == 3
+    assert rows["group_norm_silu, scale and shift, forward and backward"]["launches"] == 3
+    assert all(r["ours_us"] > 0 and r["eager_us"] > 0 for r in rows.values())
+
