@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import transforms
+from .memory import span
 from .quick import number
 
 REDUCTIONS = ("mean", "none")
@@ -108,9 +109,7 @@ def check_state(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: to
 # --- memory that is written ---------------------------------------------------------------------------------------
 
 
-def check_memory(
-    name: str, written: Tensor, elementwise: Mapping[str, Any], others: Mapping[str, Any]
-) -> None:
+def check_memory(name: str, written: Tensor, elementwise: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     """No memory of `written` is read after it was written.
 
     Args:
@@ -142,10 +141,7 @@ def check_memory(
 def _extent(t: Tensor) -> tuple[int, int]:
     """The addresses from the first byte of t to the one after its last."""
     start = t.data_ptr()
-    if t.is_contiguous() or t.numel() == 0:
-        return start, start + t.nbytes
-    span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    return start, start + span * t.element_size()
+    return start, start + (t.nbytes if t.is_contiguous() else span(t))
 
 
 def _is_injective(t: Tensor) -> bool:
@@ -180,7 +176,7 @@ class _Bytes:
 def _share(a: Tensor, b: Tensor) -> bool:
     """Whether an element of a lies where one of b lies; also True if that is too hard to find out."""
     try:
-        return bool(np.shares_memory(np.asarray(_Bytes(a)), np.asarray(_Bytes(b)), max_work=10**6))
+        return bool(np.shares_memory(np.asarray(_Bytes(a)), np.asarray(_Bytes(b)), max_work=10**6))  # type: ignore[arg-type]
     except RuntimeError:  # NumPy's TooHardError, which has moved
         return True
 
@@ -208,7 +204,7 @@ def as_number(name: str, value: Any) -> float:
         return value
     if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    return value if isinstance(value, torch.SymFloat | torch.SymInt) else float(value)
+    return value if isinstance(value, torch.SymFloat | torch.SymInt) else float(value)  # type: ignore[return-value]
 
 
 def as_integer(name: str, value: Any, low: int, high: int) -> int:
