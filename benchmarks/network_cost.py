@@ -100,9 +100,9 @@ def as_on_a_gpu() -> Iterator[None]:
     """Attention is one kernel, the norm is fastdiff's, and autocast gives GroupNorm float32, as on CUDA."""
     group_norm = F.group_norm
 
-    def cast_group_norm(x: Tensor, groups: int, w: Any = None, b: Any = None, eps: float = 1e-5) -> Tensor:
+    def cast_group_norm(x: Any, groups: int, w: Any = None, b: Any = None, eps: float = 1e-5) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
-            x, w, b = (t if t is None else t.float() for t in (x, w, b))  # type: ignore[assignment]
+            x, w, b = (t if t is None else t.float() for t in (x, w, b))
         return group_norm(x, groups, w, b, eps)
 
     library = torch.library.Library("fastdiff_cost", "FRAGMENT")

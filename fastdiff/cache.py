@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from . import transforms
+
 T = TypeVar("T")
 
 
@@ -20,7 +22,7 @@ class Tables:
 
     def get(self, name: str, build: Callable[[], T], sources: tuple[Tensor, ...], *key: Any) -> T:
         """build(), kept while the sources are the same, unchanged, and the key is equal."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transforms.active():  # what is made there is of no use after it
             return build()
         key = (*key, *(_stamp(s) for s in sources))
         entry = self._entries.get(name)

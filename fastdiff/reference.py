@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import transforms
 from .rows import Row
 
 MASK = 0xFFFFFFFF
+FAR = 1e30
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -191,8 +193,8 @@ def vlb(
     first = decoder != 0
     value, by_mean, by_v = gaussian_kl(data - x0hat, w, torch.where(first, 0.0, v))
     # The bins take most of the time. On a CPU, unless traced, it costs nothing to see that no sample asks for them.
-    seen = first.device.type == "cpu" and type(first) is Tensor and not torch.compiler.is_compiling()
-    if not seen or bool(first.any()):
+    seen = transforms.bare(first)
+    if seen is None or seen.device.type != "cpu" or bool(seen.any()):
         bins = discretized_gaussian(data, torch.where(first, x0hat, data), torch.where(first, v, 0.0))
         value, by_mean, by_v = (torch.where(first, i, j) for i, j in zip(bins, (value, by_mean, by_v), strict=True))
     if clip is not None:
@@ -211,10 +213,12 @@ def gaussian_kl(error: Tensor, w: Tensor, delta: Tensor) -> tuple[Tensor, Tensor
 def discretized_gaussian(x0: Tensor, mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(-log p, its derivative by mean, by log_var), p the probability of x_0's bin of 256 under N(mean, exp(log_var));
     the bins at -1 and 1 are open (Ho et al. 2020, eq. 13). Always in float64: p is a difference of logarithms."""
-    data, m, v = x0.double(), mean.double(), log_var.double()
+    data, m, v = (in_float64(t) for t in (x0, mean, log_var))
     inverse = (-0.5 * v).exp()
-    upper = torch.where(data > 0.999, math.inf, (data + 1 / 255 - m) * inverse)
-    lower = torch.where(data < -0.999, -math.inf, (data - 1 / 255 - m) * inverse)
+    first, last = data < -0.999, data > 0.999
+    # An open bin ends where all functions of float64 have their limits. Their derivatives are finite there.
+    upper = torch.where(last, FAR, (data + 1 / 255 - m) * inverse)
+    lower = torch.where(first, -FAR, (data - 1 / 255 - m) * inverse)
     # Phi(upper) - Phi(lower) = Phi(-lower) - Phi(-upper): left of the mean neither is near 1.
     flip = data > m
     upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
@@ -222,13 +226,18 @@ def discretized_gaussian(x0: Tensor, mean: Tensor, log_var: Tensor) -> tuple[Ten
     share = (log_lower - log_upper).exp()
     log_p = log_upper + torch.log1p(-share)
 
-    # The densities at the ends over p = Phi(upper) (1 - share). An infinite end has none, and may be any finite one.
-    upper, lower = torch.where(upper.isinf(), 40.0, upper), torch.where(lower.isinf(), 0.0, lower)
+    # The densities at the ends over p = Phi(upper) (1 - share). An open end has none, and may be any other.
+    upper, lower = torch.where(upper == FAR, 40.0, upper), torch.where(lower == -FAR, 0.0, lower)
     rest = -torch.expm1(log_lower - log_upper)
     at_upper, at_lower = density_ratio(upper) / rest, density_ratio(lower) * share / rest
     by_c, by_scale = at_upper - at_lower, at_upper * upper - at_lower * lower
     by_mean = torch.where(flip, -by_c, by_c) * inverse
-    return -log_p.to(x0.dtype), by_mean.to(x0.dtype), (0.5 * by_scale).to(x0.dtype)
+    return -log_p.to(x0), by_mean.to(x0), (0.5 * by_scale).to(x0)
+
+
+def in_float64(t: Tensor) -> Tensor:
+    """t in float64, on the CPU if its own device has no float64."""
+    return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
 
 
 def density_ratio(z: Tensor) -> Tensor:
@@ -306,6 +315,11 @@ def work_dtype(x: Tensor | torch.dtype) -> torch.dtype:
     States between the steps of a sampler and the rows of tables have it too.
     """
     return torch.float64 if (x.dtype if isinstance(x, Tensor) else x) == torch.float64 else torch.float32
+
+
+def mean_of_samples(terms: Tensor) -> Tensor:
+    """(B,), the mean of each sample of (B, ...)."""
+    return terms.mean(tuple(range(1, terms.ndim))) if terms.ndim > 1 else terms
 
 
 def coefficients(table: Tensor, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:

@@ -1,13 +1,20 @@
 """Checks of arguments: what cannot be right is a TypeError or ValueError that names the argument, before any work."""
 
-from collections.abc import Iterable, Sequence
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .. import transforms
+from .memory import span
 from .quick import number
 
+REDUCTIONS = ("mean", "none")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -25,6 +32,7 @@ def check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name}: expected one of {names(FLOATING)}, got {x.dtype}")
+    check_dense(name, x)
     if x.ndim < 1:
         raise ValueError(f"{name}: expected a batch dimension, got shape ()")
 
@@ -37,31 +45,43 @@ def check_like(name: str, given: Tensor, x: Tensor) -> None:
     check_device(name, given, x.device)
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    """x is no sparse, nested or otherwise packed tensor."""
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+
+
 def check_device(name: str, given: Tensor, device: torch.device) -> None:
     """ValueError if a tensor is on another device."""
     if given.device != device:
         raise ValueError(f"{name}: expected device {device}, got {given.device}")
 
 
-def check_out(out: Tensor, like: Tensor, *operands: Tensor | None) -> None:
+def wants_gradient(*operands: Any) -> bool:
+    """Whether a gradient by one of them is wanted."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in operands)
+
+
+def check_out(out: Tensor, like: Tensor, *operands: Any) -> None:
     """`out` can take a result like `like` made of the operands, and no gradient is wanted."""
     check_like("out", out, like)
     if out.dtype != like.dtype:
         raise TypeError(f"out: expected {like.dtype}, got {out.dtype}")
     if any(out is operand for operand in operands):
         raise ValueError("out: expected a tensor of its own, got one of the operands")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *operands)):
+    if wants_gradient(out, *operands):
         raise ValueError("out: expected no gradient to be wanted, which needs a result of its own")
 
 
-def check_channels(x: Tensor, groups: int) -> None:
-    """x (B, C, ...) has channels that `groups` divides."""
+def check_channels(x: Tensor, groups: int) -> int:
+    """The number of groups, which divides the channels of x (B, C, ...)."""
     check_floating("x", x)
     if x.ndim < 2:
         raise ValueError(f"x: expected shape (B, C, ...), got {tuple(x.shape)}")
-    channels = x.shape[1]
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or channels % groups:
+    channels, number = x.shape[1], integer(groups)
+    if number is None or number < 1 or channels % number:
         raise ValueError(f"num_groups: expected a divisor of {channels} channels, got {groups!r}")
+    return number
 
 
 def check_vector(name: str, given: Tensor, shape: Sequence[int], x: Tensor) -> None:
@@ -87,12 +107,87 @@ def check_state(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: to
         )
 
 
+# --- memory that is written ---------------------------------------------------------------------------------------
+
+
+def check_memory(name: str, written: Tensor, elementwise: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """No memory of `written` is read after it was written.
+
+    Args:
+        elementwise: operands that are read just before the same element is written. Each may be `written` itself.
+        others: operands that share nothing with it. What is no tensor is left to other checks.
+
+    Raises: ValueError that names both tensors.
+    """
+    if torch.compiler.is_compiling() or transforms.active():  # there, results are made first and then copied
+        return
+    if type(written) is not Tensor and type(written) is not torch.nn.Parameter:
+        return
+    start, end = _extent(written)
+    if start == end or start == 0:  # empty, or without memory
+        return
+    if not written.is_contiguous() and not _is_injective(written):
+        raise ValueError(f"{name}: expected every element in a place of its own, got strides {written.stride()}")
+    for may_be_same, operands in ((True, elementwise), (False, others)):
+        for other, t in operands.items():
+            if not isinstance(t, Tensor) or t.device != written.device:
+                continue
+            first, last = _extent(t)
+            if first >= end or last <= start or (may_be_same and _is_same(written, t)):
+                continue
+            if _share(written, t):
+                raise ValueError(f"{name}: expected memory that {other} does not use, got a tensor that overlaps it")
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """The addresses from the first byte of t to the one after its last."""
+    start = t.data_ptr()
+    return start, start + (t.nbytes if t.is_contiguous() else span(t))
+
+
+def _is_injective(t: Tensor) -> bool:
+    """Whether every stride reaches beyond all elements of the smaller ones, so that no two elements are one."""
+    reach = 0
+    for stride, n in sorted(zip(t.stride(), t.shape, strict=True)):
+        if n > 1:
+            if stride <= reach:
+                return False
+            reach += stride * (n - 1)
+    return True
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride() and a.shape == b.shape
+
+
+class _Bytes:
+    """A tensor's memory as NumPy describes it; nothing reads it."""
+
+    def __init__(self, t: Tensor) -> None:
+        size = t.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (t.data_ptr(), True),
+            "typestr": f"|V{size}",
+            "shape": tuple(t.shape),
+            "strides": tuple(size * stride for stride in t.stride()),
+        }
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether an element of a lies where one of b lies; also True if that is too hard to find out."""
+    try:
+        return bool(np.shares_memory(np.asarray(_Bytes(a)), np.asarray(_Bytes(b)), max_work=10**6))  # type: ignore[arg-type]
+    except RuntimeError:  # NumPy's TooHardError, which has moved
+        return True
+
+
 # --- options ----------------------------------------------------------------------------------------------------
 
 
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
     """ValueError if a name is not among the known ones."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
@@ -100,9 +195,55 @@ def as_clip(clip: float | None) -> float | None:
     """clip as a float. ValueError if it is not above 0."""
     if clip is None:
         return None
+    clip = as_number("clip", clip)
     if not clip > 0:
         raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
-    return float(clip)
+    return clip
+
+
+def as_number(name: str, value: Any) -> float:
+    """A Python number of a number of Python or NumPy."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return value if isinstance(value, torch.SymFloat | torch.SymInt) else float(value)  # type: ignore[return-value]
+
+
+def as_integer(name: str, value: Any, low: int, high: int) -> int:
+    """A Python integer in [low, high] of an integer of Python or NumPy."""
+    number = integer(value)
+    if number is None:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if not low <= number <= high:
+        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {number}")
+    return number
+
+
+def integer(value: Any) -> int | None:
+    """The integer that a number of Python or NumPy is; None for anything else, and for a bool."""
+    if type(value) is int:
+        return value
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # an array
+        return None
+
+
+def as_shape(shape: Any) -> tuple[int, ...]:
+    """(B, ...), of a tensor that memory could address."""
+    if not isinstance(shape, Iterable) or isinstance(shape, str | Tensor):
+        raise TypeError(f"shape: expected (B, ...), got {shape!r}")
+    sizes = tuple(as_integer("shape", n, 0, 2**63 - 1) for n in shape)
+    if not sizes:
+        raise ValueError("shape: expected a batch dimension, got ()")
+    if not any(isinstance(n, torch.SymInt) for n in sizes) and math.prod(max(1, n) for n in sizes) >= 2**60:
+        raise ValueError(f"shape: expected fewer than 2^60 elements, got {sizes}")
+    return sizes
 
 
 # --- tables and their rows --------------------------------------------------------------------------------------
@@ -113,6 +254,7 @@ def check_table(name: str, table: Tensor, columns: int, x: Tensor) -> None:
     expected = (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
     if not isinstance(table, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(table).__name__}")
+    check_dense(name, table)
     if table.dtype not in expected:
         raise TypeError(f"{name}: expected {names(expected)}, got {table.dtype}")
     if table.ndim != 2 or table.shape[1] != columns or table.shape[0] == 0 or not table.is_contiguous():
@@ -123,11 +265,13 @@ def check_table(name: str, table: Tensor, columns: int, x: Tensor) -> None:
 def as_index(name: str, index: int | Tensor, x: Tensor) -> Tensor:
     """(1,) or (B,) int64 on the device of x. Its range is checked later, by `check_range`."""
     if not isinstance(index, Tensor):
-        if isinstance(index, bool) or not isinstance(index, int):
+        value = integer(index)
+        if value is None:
             raise TypeError(f"{name}: expected an int or an int64 tensor, got {type(index).__name__}")
-        if not -(2**63) <= index < 2**63:
-            raise ValueError(f"{name}: expected 64 bits, got {index}")
-        return number(index, x.device)
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: expected 64 bits, got {value}")
+        return number(value, x.device)
+    check_dense(name, index)
     if index.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {index.dtype}")
     check_device(name, index, x.device)
@@ -138,9 +282,15 @@ def as_index(name: str, index: int | Tensor, x: Tensor) -> Tensor:
     return index.contiguous()
 
 
+def check_levels(name: str, index: Tensor, end: int, ids: Tensor | None = None) -> None:
+    """`check_range` of an index and of sample ids, as far as their values are to be seen through a transform."""
+    check_range(name, transforms.bare(index), end)
+    check_range("sample_ids", transforms.bare(ids), 2**32)
+
+
 def check_range(name: str, index: Tensor | None, end: int) -> None:
     """The values lie in [0, end). On a GPU nothing is checked: to look would wait for the device."""
-    if index is not None and index.is_cpu:
+    if index is not None and index.is_cpu and index.numel():
         low, high = (index.item(),) * 2 if index.numel() == 1 else (v.item() for v in index.aminmax())
         if low < 0 or high >= end:
             raise ValueError(f"{name}: expected values in [0, {end}), got {low if low < 0 else high}")
@@ -162,7 +312,8 @@ def as_sample_ids(
     if not isinstance(given, Tensor):
         if strict:
             raise TypeError(f"sample_ids: expected an int64 tensor, got {type(given).__name__}")
-        given = torch.as_tensor(list(given), device="cpu")
+        given = _numbers(given)
+    check_dense("sample_ids", given)
     if given.dtype != torch.int64:
         raise TypeError(f"sample_ids: expected int64, got {given.dtype}")
     if given.shape != (batch,):
@@ -173,6 +324,20 @@ def as_sample_ids(
         given = given.to(device)
     check_device("sample_ids", given, device)
     return given.contiguous()
+
+
+def _numbers(given: Any) -> Tensor:
+    """An iterable of integers as an int64 tensor on the CPU."""
+    try:
+        values = [integer(n.item() if isinstance(n, Tensor) and n.ndim == 0 else n) for n in given]
+    except TypeError:
+        raise TypeError(f"sample_ids: expected an int64 tensor or integers, got {type(given).__name__}") from None
+    for value, n in zip(values, given, strict=False):
+        if value is None:
+            raise TypeError(f"sample_ids: expected int64, got {type(n).__name__}")
+        if not 0 <= value < 2**32:
+            raise ValueError(f"sample_ids: expected values in [0, 2^32), got {value}")
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def noise_source(x: Tensor, seed: int | Tensor | None, noise: Tensor | None) -> Tensor | None:
@@ -190,12 +355,14 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)  # torch.compile cannot trace random_
     if isinstance(seed, Tensor):
+        check_dense("seed", seed)
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"seed: expected one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}")
         check_device("seed", seed, device)
         return seed if seed.ndim == 1 else seed.reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    number = integer(seed)
+    if number is None:
         raise TypeError(f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed: expected 64 bits, got {seed}")
-    return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed: expected 64 bits, got {number}")
+    return torch.full((1,), number - 2**64 if number >= 2**63 else number, dtype=torch.int64, device=device)

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, transforms
 from . import dispatch
-from .checks import check_channels, check_vector
+from .checks import as_number, check_channels, check_vector
 from .quick import Call, quick
 from .registry import Op
 
@@ -43,7 +43,7 @@ def group_norm_silu(
     Reference: Wu & He 2018, arXiv:1803.08494, eq. 7; scale and shift: Dhariwal & Nichol 2021, arXiv:2105.05233,
         section 4.3.
     """
-    check_channels(x, num_groups)
+    num_groups, eps = check_channels(x, num_groups), as_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
     if (scale is None) != (shift is None):
@@ -55,10 +55,10 @@ def group_norm_silu(
         check_vector("shift", shift, x.shape[:2], x)
     if add is not None:
         check_vector("add", add, x.shape[1:2] if isinstance(add, Tensor) and add.ndim == 1 else x.shape[:2], x)
-    if dispatch.backend_of(x) != "triton":
+    if dispatch.backend_of(x) != "triton" or transforms.active():
         # PyTorch's own operations are differentiable any number of times, and torch.compile fuses them.
         return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, add, eps)
-    return _OP(x, num_groups, weight, bias, scale, shift, add, float(eps))[0]
+    return _OP(x, num_groups, weight, bias, scale, shift, add, eps)[0]
 
 
 def _empty(x: Tensor, groups: int, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,17 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, transforms
 from . import dispatch
 from .checks import (
+    REDUCTIONS,
     as_index,
+    as_number,
     as_sample_ids,
     check_choice,
     check_floating,
+    check_levels,
     check_like,
     check_range,
     check_table,
     noise_source,
+    wants_gradient,
 )
 from .memory import in_huge_pages
 from .noise import FORWARD
@@ -67,15 +71,18 @@ def loss(
     if noise is not None or seed is not None:
         seed = noise_source(pred, seed, noise)
     check_choice("kind", kind, LOSSES)
+    delta = as_number("delta", delta)
     if not delta > 0:
         raise ValueError(f"delta: expected a number above 0, got {delta}")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
-    inputs = (pred, x0, noise)
-    with_grad = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs)
+    check_choice("reduction", reduction, REDUCTIONS)
+    with_grad = wants_gradient(pred, x0, noise)
     ids = as_sample_ids(sample_ids, pred.shape[0], pred.device, strict=True)
     per_sample = reduction == "none"
-    return _OP(pred, x0, t, table, seed, ids, noise, FORWARD, kind, float(delta), per_sample, with_grad)[0]
+    if transforms.active():
+        check_levels("t", t, len(table), ids)
+        terms, _ = reference.loss(pred, x0, t, table, seed, ids, noise, FORWARD, kind, delta)
+        return (reference.mean_of_samples(terms) if per_sample else terms.mean()).float()
+    return _OP(pred, x0, t, table, seed, ids, noise, FORWARD, kind, delta, per_sample, with_grad)[0]
 
 
 def _empty(pred: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:

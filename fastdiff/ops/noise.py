@@ -3,9 +3,21 @@
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, transforms
 from . import dispatch
-from .checks import FLOATING, as_index, as_sample_ids, as_seed, check_floating, check_range, names
+from .checks import (
+    FLOATING,
+    as_index,
+    as_sample_ids,
+    as_seed,
+    as_shape,
+    check_floating,
+    check_levels,
+    check_memory,
+    check_range,
+    integer,
+    names,
+)
 from .memory import in_huge_pages
 from .quick import quick
 from .registry import Op
@@ -45,19 +57,26 @@ def normal(
     """
     if dtype not in FLOATING:
         raise TypeError(f"dtype: expected one of {names(FLOATING)}, got {dtype}")
-    if len(shape) < 1:
-        raise ValueError("shape: expected a batch dimension, got ()")
-    if not 0 <= stream < 2**32:
+    shape = as_shape(shape)
+    if (number := integer(stream)) is None or not 0 <= number < 2**32:
         raise ValueError(f"stream: expected a number in [0, 2^32), got {stream}")
+    given = out is not None
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
     else:
         check_floating("out", out)
-        if out.shape != tuple(shape) or out.requires_grad:
-            raise ValueError(f"out: expected shape {tuple(shape)} without gradient, got {tuple(out.shape)}")
+        if out.shape != shape or out.requires_grad:
+            raise ValueError(f"out: expected shape {shape} without gradient, got {tuple(out.shape)}")
     step = as_index("step", step, out)
     ids = as_sample_ids(sample_ids, out.shape[0], out.device, strict=True)
-    _OP(out, as_seed(seed, out.device), ids, step, stream)
+    if given:
+        check_memory("out", out, {}, {"seed": seed, "sample_ids": ids, "step": step})
+    seed = as_seed(seed, out.device)
+    if transforms.active():
+        check_levels("step", step, 2**63, ids)
+        value = reference.normal(shape, seed, ids, step, number, reference.work_dtype(out)).to(out.dtype)
+        return transforms.overwrite("out", out, value) if given else value
+    _OP(out, seed, ids, step, number)
     return out
 
 

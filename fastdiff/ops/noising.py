@@ -5,9 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, transforms
 from . import dispatch
-from .checks import as_index, as_sample_ids, check_floating, check_out, check_range, check_table, noise_source
+from .checks import (
+    as_index,
+    as_sample_ids,
+    check_floating,
+    check_levels,
+    check_memory,
+    check_out,
+    check_range,
+    check_table,
+    noise_source,
+)
 from .memory import in_huge_pages
 from .noise import FORWARD
 from .quick import Call, quick
@@ -46,9 +56,18 @@ def noising(
     ids = as_sample_ids(sample_ids, x0.shape[0], x0.device, strict=True)
     if out is not None:
         check_out(out, x0, x0, noise)
-        _OUT(out, x0, t, table, noise_source(x0, seed, noise), ids, noise, FORWARD)
+        check_memory(
+            "out", out, {}, {"x0": x0, "t": t, "table": table, "seed": seed, "sample_ids": ids, "noise": noise}
+        )
+    seed = noise_source(x0, seed, noise)
+    if transforms.active():
+        check_levels("t", t, len(table), ids)
+        value = reference.noising(x0, t, table, seed, ids, noise, FORWARD)
+        return value if out is None else transforms.overwrite("out", out, value)
+    if out is not None:
+        _OUT(out, x0, t, table, seed, ids, noise, FORWARD)
         return out
-    return _OP(x0, t, table, noise_source(x0, seed, noise), ids, noise, FORWARD)
+    return _OP(x0, t, table, seed, ids, noise, FORWARD)
 
 
 def _noising(x0: Tensor, *operands: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """Ops: what is registered with PyTorch, and how one is called.
 
-They are registered on one bare torch.library.Library, whose dispatch costs a few microseconds, while custom_op and
+They are registered on bare torch.library.Library objects, whose dispatch costs a few microseconds, while custom_op and
 register_autograd cost tens (`pytest benchmarks/test_dispatch.py` measures it). Plain tensors skip even that: see `Op`.
 """
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from .. import transforms
 from .dispatch import plain
 from .quick import Call, Recorded, Recorder, recording
 
 NOISE = "Tensor? seed, Tensor? ids"  # in the schema of every op that may generate noise
 OPS: dict[str, "Op"] = {}
-_library = torch.library.Library("fastdiff", "DEF")
+# The library of each op by name. It is kept with PyTorch's ops: they outlive this module if it is imported again.
+_libraries: dict[str, torch.library.Library] = vars(torch.ops.fastdiff).setdefault("_libraries", {})
 
 
 class Op:
@@ -26,22 +28,32 @@ class Op:
 
     Args:
         schema: arguments and results in the language of torch.library, "(Tensor x) -> Tensor".
-        implementation: what runs on a CPU or GPU.
+        implementation: what runs on any device.
         fake: what is traced: results of the right shape, type and layout, without values.
+
+    An op of that name is replaced: it is that of an earlier import of the package in this process, or of a reload.
     """
 
     def __init__(
         self, name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] | None = None
     ) -> None:
         OPS[name] = self
+        self.name = name
         self.schema, self.implementation = schema, implementation
+        self.arguments = schema[1 : schema.index(") ->")].split(", ")
         self.function: type[torch.autograd.Function] | None = None
         self.inputs: tuple[int, ...] = ()
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, implementation, "CPU")
-        _library.impl(name, implementation, "CUDA")
-        torch.library.register_fake(f"fastdiff::{name}", fake or _nothing, lib=_library)
-        self.dispatched = getattr(torch.ops.fastdiff, name).default
+        if earlier := _libraries.pop(name, None):
+            earlier._destroy()
+        library = _libraries[name] = torch.library.Library("fastdiff", "FRAGMENT")
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastdiff::{name}", fake or _nothing, lib=library)
+
+    @property
+    def dispatched(self) -> Any:
+        """The op as PyTorch's dispatcher knows it; not kept, as a later import may replace it."""
+        return getattr(torch.ops.fastdiff, self.name).default
 
     def differentiate(self, function: type[torch.autograd.Function], *inputs: int) -> None:
         """Give the op a gradient by the arguments with these numbers.
@@ -50,7 +62,7 @@ class Op:
         returns the gradients, and None for the call.
         """
         self.function, self.inputs = function, inputs
-        _library.impl(self.dispatched._opname, self._autograd, "Autograd")
+        _libraries[self.name].impl(self.name, self._autograd, "Autograd")
 
     def __call__(self, *args: Any) -> Any:
         recorder = recording()
@@ -91,6 +103,11 @@ class Op:
 
     def _autograd(self, *args: Any) -> Any:
         """What the dispatcher calls first."""
+        if transforms.active():
+            raise RuntimeError(
+                f"torch.ops.fastdiff.{self.name} has no rule for transforms of torch.func and dual tensors; "
+                f"call the function of fastdiff.ops"
+            )
         return self._run(self._below, args)
 
     def _below(self, *args: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, transforms
 from ..rows import WIDTH
 from . import dispatch
 from .checks import (
@@ -19,11 +19,14 @@ from .checks import (
     as_sample_ids,
     check_choice,
     check_floating,
+    check_levels,
     check_like,
+    check_memory,
     check_out,
     check_range,
     check_table,
     noise_source,
+    wants_gradient,
 )
 from .memory import in_huge_pages
 from .noise import REVERSE
@@ -102,14 +105,25 @@ def update(
             raise TypeError(f"hist: expected the dtype of x, {x.dtype}, got {hist.dtype}")
     clip = as_clip(clip)
     inputs = (x, pred, uncond, raw_variance, noise)
-    with_grad = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs)
+    with_grad = wants_gradient(*inputs)
     if with_grad and (inplace or hist is not None):
         raise ValueError("inplace, hist: a tensor would be overwritten that the gradient needs")
+    ids = as_sample_ids(sample_ids, x.shape[0], x.device, strict=True)
+    if out is not None:
+        if inplace:
+            raise ValueError("out: expected None with inplace=True")
+        check_out(out, x, *inputs)
+    written = x if inplace else out
+    if written is not None or hist is not None:
+        _check_memory(
+            x, written, hist,
+            {"pred": pred, "uncond": uncond, "raw_variance": raw_variance, "noise": noise},
+            {"rows": rows, "step": step, "seed": seed, "sample_ids": ids},
+        )  # fmt: skip
     if noisy or noise is not None:
         seed = noise_source(x, seed, noise)
     elif seed is not None:
         raise ValueError("seed: expected None with noisy=False")
-    ids = as_sample_ids(sample_ids, x.shape[0], x.device, strict=True)
     operands: dict[str, Any] = {  # in the order of _OPERANDS
         "pred": pred,
         "rows": rows,
@@ -124,22 +138,32 @@ def update(
         "keep": keep,
         "stream": REVERSE,
     }
+    if with_grad or transforms.active():
+        check_levels("step", step, rows.shape[0], ids)
+        result, kept = reference.update(x, **operands)
+        if hist is not None and kept is not None:
+            transforms.overwrite("hist", hist, kept)
+        return result if written is None else transforms.overwrite("x" if inplace else "out", written, result)
     if out is not None:
-        if inplace:
-            raise ValueError("out: expected None with inplace=True")
-        check_out(out, x, *inputs)
         _OUT(out, x, *operands.values())
         return out
-    if with_grad:
-        if type(step) is Tensor and not torch.compiler.is_compiling():
-            check_range("step", step, rows.shape[0])
-            check_range("sample_ids", ids, 2**32)
-        return reference.update(x, **operands)[0]
     if inplace or hist is not None:
         x = x if inplace else x.clone()
         _IN_PLACE(x, *operands.values())
         return x
     return _OP(x, *[operands[name] for name in _NAMES_WITHOUT_HISTORY])
+
+
+def _check_memory(
+    x: Tensor, written: Tensor | None, hist: Tensor | None, data: dict[str, Any], others: dict[str, Any]
+) -> None:
+    """What becomes x', and hist, share no memory that is read later. In place, an operand may be x itself."""
+    if written is x:
+        check_memory("x", x, data, {"hist": hist, **others})
+    elif written is not None:
+        check_memory("out", written, {}, {"x": x, "hist": hist, **data, **others})
+    if hist is not None:
+        check_memory("hist", hist, data if written is x else {"x": x, **data}, others)
 
 
 @quick

@@ -5,9 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, transforms
 from . import dispatch
-from .checks import as_clip, as_index, check_floating, check_like, check_range, check_table
+from .checks import (
+    REDUCTIONS,
+    as_clip,
+    as_index,
+    check_choice,
+    check_floating,
+    check_levels,
+    check_like,
+    check_range,
+    check_table,
+)
 from .quick import Call, quick
 from .registry import Op
 from .stored import scaled, take_once
@@ -59,15 +69,13 @@ def vlb(
     t = as_index("t", t, pred)
     check_table("rows", rows, 6, pred)
     clip = as_clip(clip)
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
     pred = pred.detach() if detach_mean else pred
     with_grad = torch.is_grad_enabled()
-    if with_grad and (x_t.requires_grad or x0.requires_grad):
-        if not torch.compiler.is_compiling():
-            check_range("t", t, len(rows))
+    if (with_grad and (x_t.requires_grad or x0.requires_grad)) or transforms.active():
+        check_levels("t", t, len(rows))
         value = reference.vlb(pred, raw_variance, x_t, x0, t, rows, clip)[0]
-        return value.mean() if reduction == "mean" else value.reshape(len(value), -1).mean(1)
+        return value.mean() if reduction == "mean" else reference.mean_of_samples(value)
     by_pred, by_raw = (with_grad and i is not None and i.requires_grad for i in (pred, raw_variance))
     per_sample = reduction == "none"
     return _OP(pred, raw_variance, x_t, x0, t, rows, clip, per_sample, by_pred, by_raw)[0]

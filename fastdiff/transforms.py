@@ -1,0 +1,45 @@
+"""Transforms of torch.func (grad, vjp, jvp, vmap and what is made of them) and dual tensors of forward-mode AD.
+
+The kernels have no rules for them. While one is active, every op computes through `fastdiff.reference`, whose plain
+PyTorch operations have all rules.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def active() -> bool:
+    """Whether a transform of torch.func or a level of dual tensors is active on this thread."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# torch.compile asks once, while it traces, and guards the answer itself: it compiles anew within another transform.
+# torch.compiler.assume_constant_result would import the compiler.
+active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def bare(index: Tensor | None) -> Tensor | None:
+    """The values of an index below all transforms, with the batch of vmap as one more dimension.
+
+    None if there are none to look at, as in a trace.
+    """
+    if index is None or torch.compiler.is_compiling():
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(index):
+        index = torch._C._functorch.get_unwrapped(index)
+    return index if type(index) is Tensor else None
+
+
+def overwrite(name: str, tensor: Tensor, value: Tensor) -> Tensor:
+    """The tensor, which becomes `value` as the active transforms understand it.
+
+    Raises: ValueError if they do not allow it: what lies outside of a transform cannot hold its batch or tangent.
+    """
+    try:
+        return tensor.copy_(value)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: expected a tensor that the torch.func transform around this call can overwrite; "
+            f"leave {name} out ({str(error).splitlines()[0]})"
+        ) from error
