@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ops, sampling, steps
-from .cache import Tables
-from .diffusion import Diffusion
+from .chain import ChainDiffusion
 from .interop import pretrained
-from .objective import WEIGHTINGS, target_rows, weights
-from .ops.checks import as_index, as_seed, check_choice, check_floating, check_like
+from .ops.checks import as_seed, check_choice, check_floating, check_like
 from .process import Chain
 from .reference import work_dtype
-from .rows import columns, make_rows
-from .sampling import Run, StepOptions, Steps
+from .sampling import Run, StepOptions, Steps, flat
+from .scalars import integer
 from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, make_steps
 from .unet import UNet
@@ -27,149 +24,6 @@ from .unet import UNet
 MAX_REMAINING_SIGNAL = 1e-3
 # The weight of the bound in the hybrid loss (Nichol & Dhariwal 2021, section 3.1).
 HYBRID_WEIGHT = 1e-3
-
-
-class ChainDiffusion(Diffusion):
-    """A Diffusion whose times are the levels 1..T of a chain, with a table of each level's numbers."""
-
-    process: Chain
-    _starts_at_data = True
-    # float32 tables are stored as int32 bits, so that .half() or .bfloat16() of the module cannot round them.
-    _noising_bits: Tensor
-    _loss_bits: Tensor
-    _denoise_bits: Tensor
-
-    def __init__(
-        self, model: nn.Module, process: Chain, objective: str, loss: str, weighting: str, clip: float | None
-    ) -> None:
-        super().__init__(model, process, objective, loss, clip)
-        check_choice("weighting", weighting, WEIGHTINGS)
-        self.schedule, self.timesteps = process.schedule, process.schedule.timesteps
-        self.weighting = weighting
-        self._tables = Tables()
-        self._exact: dict[str, Tensor] = {}  # the same in float64, for data of that type
-        schedule = self.schedule
-        steps.check_signal(schedule, torch.arange(1, self.timesteps + 1, device="cpu"), objective)
-        p, q = target_rows(schedule, objective)
-        w = weights(schedule, objective, weighting)
-        for kind, rows in (
-            ("noising", torch.stack((schedule.alpha, schedule.sigma), 1)),
-            ("loss", torch.stack((p, q, w), 1)),
-            ("denoise", steps.denoise_rows(schedule, objective)),
-        ):
-            self._register(kind, rows)
-
-    def _register(self, kind: str, rows: Tensor) -> None:
-        self._exact[kind] = rows.contiguous()
-        device = next((p.device for p in self.model.parameters()), None)
-        bits = rows.float().contiguous().view(torch.int32).to(device)
-        self.register_buffer(f"_{kind}_bits", bits, persistent=False)
-
-    def q_sample(
-        self,
-        x0: Tensor,
-        t: int | Tensor,
-        *,
-        seed: int | Tensor | None = None,
-        noise: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """x_t = alpha_t x_0 + sigma_t z, z ~ N(0, I).
-
-        Args:
-            x0: (B, ...), data.
-            t: levels in 0..T, an int, () or (B,).
-            seed, noise, out: as in fastdiff.ops.
-
-        Reference: Ho et al. 2020, eq. 4.
-        """
-        return ops.noising(x0, t, self._table("noising", x0.dtype, x0.device), seed=seed, noise=noise, out=out)
-
-    def q_step(
-        self,
-        x: Tensor,
-        t: int | Tensor,
-        *,
-        seed: int | Tensor | None = None,
-        noise: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """One step of the forward chain, x_t ~ N(sqrt(1 - beta_t) x_{t-1}, beta_t I).
-
-        Args:
-            x: (B, ...), the state x_{t-1}.
-            t: levels in 1..T, an int, () or (B,).
-            seed, noise, out: as in fastdiff.ops.
-
-        Reference: Ho et al. 2020, eq. 2.
-        """
-        t = self.checked_times("x", x, t)
-
-        def build() -> Tensor:
-            level = torch.arange(1, self.timesteps + 1, device="cpu")
-            alpha, beta = self.schedule.transition(level, level - 1)
-            return torch.stack((alpha, beta.sqrt()), 1)
-
-        rows = self._cached("q_step", build, x)
-        return ops.noising(x, t - 1, rows, seed=seed, noise=noise, out=out)
-
-    def q_posterior(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, variance) of q(x_{t-1} | x_t, x_0), shaped (B, ...) and (B, 1, ...).
-
-        mean = c x_0 + d x_t and variance beta~_t are those of NoiseSchedule.posterior.
-
-        Args:
-            x0, x_t: (B, ...), data and state.
-            t: levels in 1..T, an int, () or (B,).
-
-        Reference: Ho et al. 2020, eq. 6 and 7.
-        """
-        check_like("x0", x0, x_t)
-        t = self.checked_times("x_t", x_t, t)
-
-        def build() -> Tensor:
-            level = torch.arange(1, self.timesteps + 1, device="cpu")
-            on_x0, on_x, variance = self.schedule.posterior(level, level - 1)
-            return make_rows(on_x, from_x=on_x, from_pred=on_x0, noise=variance)
-
-        rows = self._cached("q_posterior", build, x_t)
-        variance = columns(rows).noise[t - 1].reshape(-1, *[1] * (x_t.ndim - 1))
-        return ops.update(x_t, x0, rows, t - 1, noisy=False), variance
-
-    def _cached(self, name: str, build: Callable[[], Tensor], like: Tensor, *key: Any) -> Tensor:
-        """build() on the data's device and in the type of its state, built again only when the key changes."""
-        device, dtype = like.device, work_dtype(like.dtype)
-        return self._tables.get(name, lambda: build().to(device, dtype), (), self.schedule, device, dtype, *key)
-
-    def noising_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self._table("noising", dtype, t.device), t
-
-    def loss_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self._table("loss", dtype, t.device), t
-
-    def denoise_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self._table("denoise", dtype, t.device), t
-
-    def _table(self, kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A registered table for data of a type: exact for float64."""
-        if dtype == torch.float64:
-            return self._exact[kind].to(device)
-        return getattr(self, f"_{kind}_bits").view(torch.float32)
-
-    def checked_times(self, name: str, x: Tensor, t: Any) -> Tensor:
-        """(B,) int64 levels in 1..T for the data x; uniformly drawn if t is None. ValueError or TypeError as there."""
-        check_floating(name, x)
-        if t is None:
-            return torch.randint(1, self.timesteps + 1, x.shape[:1], device=x.device)
-        levels = as_index("t", t, x)
-        if isinstance(t, int):
-            wrong = not 1 <= t <= self.timesteps
-        else:  # a look at a GPU's tensor would wait for it
-            visible = levels.device.type == "cpu" and not torch.compiler.is_compiling()
-            wrong = visible and bool(((levels < 1) | (levels > self.timesteps)).any())
-        if wrong:
-            raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t}")
-        return levels.expand(len(x))
 
 
 class DDPM(ChainDiffusion):
@@ -197,14 +51,18 @@ class DDPM(ChainDiffusion):
     Raises: ValueError for an unknown name, and for objective "eps" or "score" with alpha_bar_T = 0, where they do not
         determine x_0.
 
-    >>> ddpm = DDPM(UNet(sample_size=32))
+    `schedule`, `objective`, `weighting`, `variance`, `clip`, `process` and `loss_kind` (the loss) may be set later; all
+    else follows.
+
+    >>> blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    >>> ddpm = DDPM(UNet(sample_size=32, block_out_channels=(32, 64), layers_per_block=1, **blocks))
+    >>> images = torch.rand(8, 3, 32, 32) * 2 - 1
     >>> ddpm(images).backward()
     >>> ddpm.sample(16, steps=50, sampler="ddim")
     """
 
     default_sampler = "ddpm"
     losses = (*ops.LOSSES, "hybrid", "vlb")
-    _bound_bits: Tensor
 
     def __init__(
         self,
@@ -219,17 +77,11 @@ class DDPM(ChainDiffusion):
         importance: bool = False,
     ) -> None:
         check_choice("variance", variance, steps.VARIANCES)
-        if loss == "hybrid" and variance != "learned":
-            raise ValueError(f"variance: expected 'learned' with loss 'hybrid', got {variance!r}")
-        if variance == "learned" and loss in ops.LOSSES:
-            raise ValueError(f"loss: expected 'hybrid' or 'vlb', which train a learned variance, got {loss!r}")
         made = make_schedule(schedule, timesteps)
         super().__init__(model, Chain(made), objective, loss, weighting, clip)
-        self.schedule_name = schedule if isinstance(schedule, str) else None
-        self.variance, self.learns_variance = variance, variance == "learned"
-        self.importance = bound.LossSecondMoment(timesteps) if importance else None
-        if loss in ("hybrid", "vlb"):
-            self._register("bound", bound.vlb_rows(made, objective, variance))
+        self._named = (schedule, made) if isinstance(schedule, str) else None
+        self.importance = bound.LossSecondMoment(self.timesteps) if importance else None
+        self.variance = variance  # all options are there: checks them together
         remaining = made.alpha_bar[-1].item()
         if made.vp and remaining > MAX_REMAINING_SIGNAL:
             warnings.warn(
@@ -237,6 +89,22 @@ class DDPM(ChainDiffusion):
                 "starts from pure noise; more timesteps or larger betas bring it near 0",
                 stacklevel=2,
             )
+
+    def apply_options(self) -> None:
+        super().apply_options()
+        if self.loss_kind == "hybrid" and not self.learns_variance:
+            raise ValueError(f"variance: expected 'learned' with loss 'hybrid', got {self.variance!r}")
+        if self.learns_variance and self.loss_kind in ops.LOSSES:
+            raise ValueError(
+                f"loss: expected 'hybrid' or 'vlb', which train a learned variance, got {self.loss_kind!r}"
+            )
+        if self.importance is not None and len(self.importance.seen) != self.timesteps:
+            self.importance = bound.LossSecondMoment(self.timesteps)
+
+    @property
+    def schedule_name(self) -> str | None:
+        """The schedule's name, a key of fastdiff.schedule.SCHEDULES; None if its values were given."""
+        return self._named[0] if self._named is not None and self._named[1] is self.schedule else None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DDPM":
@@ -292,6 +160,8 @@ class DDPM(ChainDiffusion):
         losses are noted for the next draws."""
         if t is not None or self.importance is None or not self.training:
             return super().forward(x0, t=t, reduction=reduction, **options)
+        check_floating("x0", x0)
+        self.importance.to_device(x0.device)
         t, weight = self.importance.sample(len(x0))
         losses = super().forward(x0, t=t, reduction="none", **options)
         self.importance.update(t, losses.detach())
@@ -332,8 +202,7 @@ class DDPM(ChainDiffusion):
         Reference: Ho et al. 2020, algorithm 2, line 4.
         """
         t = self.checked_times("x_t", x_t, t)
-        set_by_hand = self.objective, self.clip, self.variance
-        rows = self._cached("p_sample", lambda: self.step_table("ddpm").rows, x_t, *set_by_hand)
+        rows = self._table("p_sample", x_t.dtype, x_t.device)
         pred, raw, _ = self.call_model(x_t, self.condition(t), model_kwargs)
         return ops.update(
             x_t, pred, rows, self.timesteps - t, seed=seed, noise=noise, raw_variance=raw, clip=self.clip, out=out
@@ -381,8 +250,8 @@ class DDPM(ChainDiffusion):
             return self.sample(tuple(x0.shape), steps=steps, sampler="ddim", x_T=x_T, **model_kwargs)
         if steps is not None:
             raise ValueError("steps: expected None with sampler 'ddpm', which takes every step from level t")
-        t = max(1, self.timesteps // 2) if t is None else t
-        if isinstance(t, bool) or not isinstance(t, int) or not 1 <= t <= self.timesteps:
+        level = max(1, self.timesteps // 2) if t is None else integer(t)
+        if level is None or not 1 <= level <= self.timesteps:
             raise ValueError(f"t: expected a level from 1 to {self.timesteps}, got {t!r}")
         seed = as_seed(seed, x0.device)
         first, second = (
@@ -391,11 +260,17 @@ class DDPM(ChainDiffusion):
         )
         mix = mix.to(first.dtype)
         z = torch.lerp(first, second, mix) / (mix**2 + (1 - mix) ** 2).sqrt()
-        x = self.q_sample(torch.lerp(x0.to(z.dtype), x1.to(z.dtype), mix), t, noise=z).detach()
-        table = self.step_table("ddpm", range(t, -1, -1))
+        x = self.q_sample(torch.lerp(x0.to(z.dtype), x1.to(z.dtype), mix), level, noise=z).detach()
+        table = self.step_table("ddpm", range(level, -1, -1))
         options = StepOptions(self.clip, table.keep, table.noisy, table.learned)
         run = Run(self, table, x, options, seed, model_kwargs=model_kwargs, compiled=self._compiled_step)
         return sampling.walk(Steps(run))
+
+    def _bound_table(self) -> Tensor:
+        return bound.vlb_rows(self.schedule, self.objective, self.variance)
+
+    def _p_sample_table(self) -> Tensor:
+        return self.step_table("ddpm").rows
 
     def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
         if sampler == "ddpm" and eta == 0.0:
@@ -410,7 +285,7 @@ def slerp(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         x, y: (B, ...).
         weight: w, (1 or B, 1, ...), of y.
     """
-    cosine = nn.functional.cosine_similarity(x.flatten(1), y.flatten(1)).clamp(-1, 1)
+    cosine = nn.functional.cosine_similarity(flat(x), flat(y)).clamp(-1, 1)
     angle = cosine.acos().reshape(-1, *[1] * (x.ndim - 1))
     near = angle.sin() < 1e-4  # the same direction: the arc is its chord
     divisor = torch.where(near, 1.0, angle.sin())
