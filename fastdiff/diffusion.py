@@ -375,8 +375,10 @@ def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
 
 
 def kept_noise(x0: Tensor, index: Tensor, seed: Tensor) -> Tensor | None:
-    """The noise of ops.noising(x0, index, seed=seed), where to keep it for the loss costs less than to draw it again:
-    on a CPU, while its memory is recycled (see fastdiff.ops.memory). Else None."""
+    """The noise of ops.noising(x0, index, seed=seed), if keeping it for the loss costs less than drawing it again.
+
+    That is so on a CPU, for tensors whose memory the C library recycles (see fastdiff.ops.memory). None elsewhere.
+    """
     if not x0.is_cpu or 4 * x0.numel() > LARGEST:
         return None
     dtype = work_dtype(x0.dtype)
