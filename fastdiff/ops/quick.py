@@ -200,7 +200,7 @@ class Plan:
             self.inputs = call.op.inputs
             # The work of Function.apply beside this one is for functorch, which is not active.
             function: Any = call.op.function
-            self.apply = super(torch.autograd.Function, function).apply
+            self.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         self.returned: Any = tuple(map(self._place, shown)) if isinstance(shown, tuple) else self._place(shown)
         del self.known
 
