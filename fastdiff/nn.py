@@ -175,8 +175,8 @@ class ResnetBlock(nn.Module):
         else:
             h = self.conv1(h) if ahead is None else F.conv2d(h, self.conv1.weight, padding=1)
             h = norm_silu(self.norm2, h, add=e)
-        out = self._sum(self.resample(x), self.dropout(h), None if ahead is None else ahead.residual)
-        return out if self.scale == 1 else out / self.scale
+        h = self._sum(self.resample(x), self.dropout(h), None if ahead is None else ahead.residual)
+        return h if self.scale == 1 else h / self.scale
 
     def _sum(self, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
         """conv_shortcut(x) + conv2(h); bias: the sum of theirs, or None."""
