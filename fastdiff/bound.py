@@ -19,6 +19,8 @@ from .objective import x0_rows
 from .ops.checks import as_seed, check_floating
 from .progress import bar, evaluating
 from .reference import work_dtype
+from .sampling import flat
+from .scalars import integer
 from .schedule import NoiseSchedule
 from .steps import VARIANCES, check_signal
 
@@ -69,7 +71,7 @@ def prior_kl(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
 
     Returns: (B,) float32, or float64 for float64 data. No model changes it.
     """
-    second_moment = x0.to(work_dtype(x0)).square().reshape(len(x0), -1).mean(1)
+    second_moment = flat(x0.to(work_dtype(x0))).square().mean(1)
     return schedule.prior_kl(0.0) + 0.5 * schedule.alpha_bar[-1].item() / schedule.prior_std() ** 2 * second_moment
 
 
@@ -84,15 +86,50 @@ class LossSecondMoment(nn.Module):
 
     HISTORY = 10
     UNIFORM = 0.001
-    losses: Tensor  # (T, HISTORY), a ring for each level
+    losses: Tensor  # (T, HISTORY) float32, a ring for each level
     seen: Tensor  # (T,) int64, losses that came in
 
     def __init__(self, timesteps: int) -> None:
         super().__init__()
-        if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
+        number = integer(timesteps)
+        if number is None or number < 1:
             raise ValueError(f"timesteps: expected an integer of at least 1, got {timesteps!r}")
-        self.register_buffer("losses", torch.zeros(timesteps, self.HISTORY))
-        self.register_buffer("seen", torch.zeros(timesteps, dtype=torch.int64))
+        # State, but no buffers: an average of weights would average it, and .half() would round it.
+        self.losses = torch.zeros(number, self.HISTORY, device="cpu")
+        self.seen = torch.zeros(number, dtype=torch.int64, device="cpu")
+
+    def to_device(self, device: torch.device) -> None:
+        """Bring the history to a device. On the meta device, which has no values, it stays where it is."""
+        if self.losses.device != device and device.type != "meta":
+            with torch.inference_mode(False), torch.no_grad():
+                self.losses, self.seen = self.losses.to(device), self.seen.to(device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LossSecondMoment":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.to_device(fn(torch.empty(0, device=self.losses.device)).device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}losses"], destination[f"{prefix}seen"] = self.losses, self.seen
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        for name, own in (("losses", self.losses), ("seen", self.seen)):
+            key = prefix + name
+            given = state_dict.get(key)
+            if given is None:
+                missing_keys += [key] if strict else []
+            elif given.shape != own.shape:
+                error_msgs.append(f"{key}: expected shape {tuple(own.shape)}, got {tuple(given.shape)}")
+            elif given.device.type != "meta":
+                own.copy_(given.detach())
+        unexpected_keys += [
+            key for key in state_dict
+            if strict and key.startswith(prefix) and key[len(prefix) :] not in ("losses", "seen")
+        ]  # fmt: skip
 
     def probabilities(self) -> Tensor:
         """p_t for t = 1..T, (T,)."""
@@ -116,6 +153,8 @@ class LossSecondMoment(nn.Module):
 
         Losses that are not finite are left out. Nothing waits for the device.
         """
+        if losses.device.type == "meta":
+            return
         losses = losses.detach().to(self.losses.dtype)
         valid = losses.isfinite()
         same = (t[:, None] == t[None, :]) & valid[None, :]
@@ -165,12 +204,16 @@ def evaluate(
         progress: show a bar (needs tqdm).
         model_kwargs: the model's further arguments.
 
-    Raises: ValueError if the prediction does not determine x_0.
+    Raises: ValueError if the prediction does not determine x_0, and for levels that do not end at 0.
     Reference: Ho et al. 2020, eq. 5.
     """
     check_floating("x0", x0)
-    x0 = x0.detach().to(denoiser.device, denoiser.dtype)
+    if x0.numel() == 0:
+        raise ValueError(f"x0: expected at least one image, got shape {tuple(x0.shape)}")
+    x0 = x0.detach().to(denoiser.device_for(x0), denoiser.dtype)
     grid, levels = denoiser.process.grid(steps)
+    if levels[-1] != 0:
+        raise ValueError(f"steps: expected levels that end at 0 (data), got {levels.tolist()}")
     times = grid.times(levels)[:-1]
     made = denoiser.process.discretize(times.flip(0).double())
     n, dtype = len(times), work_dtype(x0.dtype)
@@ -179,7 +222,7 @@ def evaluate(
     condition = denoiser.condition(times).to(x0.device)
     seed = as_seed(seed, x0.device)
     terms = x0.new_empty(len(x0), n)
-    with evaluating(denoiser), torch.inference_mode():
+    with evaluating(denoiser), torch.no_grad():
         for k in bar(n, progress):
             x_t = ops.noising(x0, n - k, noising, seed=seed)
             pred, raw, _ = denoiser.call_model(x_t, condition[k].expand(len(x0)), model_kwargs)

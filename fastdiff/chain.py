@@ -1,57 +1,78 @@
-"""What DDPM and NCSN share: the levels 1..T of a chain, and a table of the numbers of each."""
+"""A diffusion over the levels of a chain: each number of a level comes from a table."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from . import ops
-from .cache import Tables
+from . import ops, steps, transforms
 from .diffusion import Diffusion
 from .objective import WEIGHTINGS, target_rows, weights
 from .ops.checks import as_index, check_choice, check_floating, check_like
 from .process import Chain
-from .reference import work_dtype
 from .rows import columns, make_rows
-from .steps import check_signal, denoise_rows
+from .scalars import integer
+from .schedule import NoiseSchedule, make_schedule
+from .settable import settable
+
+
+class Tables:
+    """The tables that were made, as attributes. They are derived data: a copy or pickle has none, and makes its own."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tables, ()
 
 
 class ChainDiffusion(Diffusion):
-    """A Diffusion whose times are the levels 1..T of a chain, with a table of each level's numbers."""
+    """A Diffusion whose times are the levels 1..T of a chain, with a table of each level's numbers.
+
+    The tables are no buffers, so nothing averages, rounds, broadcasts or saves them. Each is made when it is first
+    asked for, in float64 on the CPU, cast, and brought to the data's device; and again for data on another device.
+
+    `weighting` and `schedule` (also a name, or betas) may be set later, as the options of Denoiser may.
+    """
 
     process: Chain
+    weighting: str = settable("weighting")
     _starts_at_data = True
-    # float32 tables are stored as int32 bits, so that .half() or .bfloat16() of the module cannot round them.
-    _noising_bits: Tensor
-    _loss_bits: Tensor
-    _denoise_bits: Tensor
+    _named: tuple[str, NoiseSchedule] | None = None
 
     def __init__(
         self, model: nn.Module, process: Chain, objective: str, loss: str, weighting: str, clip: float | None
     ) -> None:
         super().__init__(model, process, objective, loss, clip)
-        check_choice("weighting", weighting, WEIGHTINGS)
-        self.schedule, self.timesteps = process.schedule, process.schedule.timesteps
         self.weighting = weighting
-        self._tables = Tables()
-        self._exact: dict[str, Tensor] = {}  # the same in float64, for data of that type
-        schedule = self.schedule
-        check_signal(schedule, torch.arange(1, self.timesteps + 1, device="cpu"), objective)
-        p, q = target_rows(schedule, objective)
-        w = weights(schedule, objective, weighting)
-        for kind, rows in (
-            ("noising", torch.stack((schedule.alpha, schedule.sigma), 1)),
-            ("loss", torch.stack((p, q, w), 1)),
-            ("denoise", denoise_rows(schedule, objective)),
-        ):
-            self._register(kind, rows)
+        ChainDiffusion.apply_options(self)
 
-    def _register(self, kind: str, rows: Tensor) -> None:
-        self._exact[kind] = rows.contiguous()
-        device = next((p.device for p in self.model.parameters()), None)
-        bits = rows.float().contiguous().view(torch.int32).to(device)
-        self.register_buffer(f"_{kind}_bits", bits, persistent=False)
+    def apply_options(self) -> None:
+        super().apply_options()
+        if not isinstance(self.process, Chain):
+            raise TypeError(f"process: expected a Chain, got {type(self.process).__name__}")
+        check_choice("weighting", self.weighting, WEIGHTINGS)
+        steps.check_signal(self.schedule, self._levels(), self.objective)
+        self._tables = Tables()
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The levels of the chain."""
+        return self.process.schedule
+
+    @schedule.setter
+    def schedule(self, given: str | NoiseSchedule | Tensor) -> None:
+        length = given.timesteps if isinstance(given, NoiseSchedule) else self.timesteps
+        made = make_schedule(given, len(given) if isinstance(given, Tensor) and given.ndim else length)
+        self.process = Chain(made)
+        self._named = (given, made) if isinstance(given, str) else None
+
+    @property
+    def timesteps(self) -> int:
+        """T, the number of levels."""
+        return self.schedule.timesteps
+
+    def _levels(self) -> Tensor:
+        """1..T."""
+        return torch.arange(1, self.timesteps + 1, device="cpu")
 
     def q_sample(
         self,
@@ -71,6 +92,7 @@ class ChainDiffusion(Diffusion):
 
         Reference: Ho et al. 2020, eq. 4.
         """
+        check_floating("x0", x0)
         return ops.noising(x0, t, self._table("noising", x0.dtype, x0.device), seed=seed, noise=noise, out=out)
 
     def q_step(
@@ -92,13 +114,7 @@ class ChainDiffusion(Diffusion):
         Reference: Ho et al. 2020, eq. 2.
         """
         t = self.checked_times("x", x, t)
-
-        def build() -> Tensor:
-            level = torch.arange(1, self.timesteps + 1, device="cpu")
-            alpha, beta = self.schedule.transition(level, level - 1)
-            return torch.stack((alpha, beta.sqrt()), 1)
-
-        rows = self._cached("q_step", build, x)
+        rows = self._table("q_step", x.dtype, x.device)
         return ops.noising(x, t - 1, rows, seed=seed, noise=noise, out=out)
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -112,22 +128,12 @@ class ChainDiffusion(Diffusion):
 
         Reference: Ho et al. 2020, eq. 6 and 7.
         """
+        check_floating("x_t", x_t)
         check_like("x0", x0, x_t)
         t = self.checked_times("x_t", x_t, t)
-
-        def build() -> Tensor:
-            level = torch.arange(1, self.timesteps + 1, device="cpu")
-            on_x0, on_x, variance = self.schedule.posterior(level, level - 1)
-            return make_rows(on_x, from_x=on_x, from_pred=on_x0, noise=variance)
-
-        rows = self._cached("q_posterior", build, x_t)
+        rows = self._table("q_posterior", x_t.dtype, x_t.device)
         variance = columns(rows).noise[t - 1].reshape(-1, *[1] * (x_t.ndim - 1))
         return ops.update(x_t, x0, rows, t - 1, noisy=False), variance
-
-    def _cached(self, name: str, build: Callable[[], Tensor], like: Tensor, *key: Any) -> Tensor:
-        """build() on the data's device and in the type of its state, built again only when the key changes."""
-        device, dtype = like.device, work_dtype(like.dtype)
-        return self._tables.get(name, lambda: build().to(device, dtype), (), self.schedule, device, dtype, *key)
 
     def noising_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self._table("noising", dtype, t.device), t
@@ -139,11 +145,50 @@ class ChainDiffusion(Diffusion):
         return self._table("denoise", dtype, t.device), t
 
     def _table(self, kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A registered table for data of a type: exact for float64."""
-        if dtype == torch.float64:
-            return self._exact[kind].to(device)
-        bits: Tensor = getattr(self, f"_{kind}_bits")
-        return bits.view(torch.float32)
+        """A table for data of a type on a device, float64 for float64 and else float32."""
+        name = f"{kind}_exact" if dtype == torch.float64 else kind
+        if torch.compiler.is_compiling():
+            self._is_made(kind, name, device)
+            made: Tensor = getattr(self._tables, name)  # an input of the graph, and no constant in it
+            return made
+        return self._make(kind, name, device)
+
+    def _make(self, kind: str, name: str, device: torch.device) -> Tensor:
+        """The table, made and kept unless it is there."""
+        made: Tensor | None = getattr(self._tables, name, None)
+        if made is None or made.device != device:
+            with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+                rows: Tensor = getattr(self, f"_{kind}_table")()
+                made = rows.to(device, torch.float64 if name != kind else torch.float32).contiguous()
+            if not transforms.active():  # there, all that is made belongs to the transform
+                setattr(self._tables, name, made)
+        return made
+
+    def _is_made(self, kind: str, name: str, device: torch.device) -> bool:
+        """Make a table. A trace runs this as it is, and does not look inside."""
+        self._make(kind, name, device)
+        return True
+
+    # torch.compiler.assume_constant_result would import the compiler.
+    _is_made._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _noising_table(self) -> Tensor:
+        return torch.stack((self.schedule.alpha, self.schedule.sigma), 1)
+
+    def _loss_table(self) -> Tensor:
+        p, q = target_rows(self.schedule, self.objective)
+        return torch.stack((p, q, weights(self.schedule, self.objective, self.weighting)), 1)
+
+    def _denoise_table(self) -> Tensor:
+        return steps.denoise_rows(self.schedule, self.objective)
+
+    def _q_step_table(self) -> Tensor:
+        alpha, beta = self.schedule.transition(self._levels(), self._levels() - 1)
+        return torch.stack((alpha, beta.sqrt()), 1)
+
+    def _q_posterior_table(self) -> Tensor:
+        on_x0, on_x, variance = self.schedule.posterior(self._levels(), self._levels() - 1)
+        return make_rows(on_x, from_x=on_x, from_pred=on_x0, noise=variance)
 
     def checked_times(self, name: str, x: Tensor, t: Any) -> Tensor:
         """(B,) int64 levels in 1..T for the data x; uniformly drawn if t is None. ValueError or TypeError as there."""
@@ -151,8 +196,9 @@ class ChainDiffusion(Diffusion):
         if t is None:
             return torch.randint(1, self.timesteps + 1, x.shape[:1], device=x.device)
         levels = as_index("t", t, x)
-        if isinstance(t, int):
-            wrong = not 1 <= t <= self.timesteps
+        number = None if isinstance(t, Tensor) else integer(t)
+        if number is not None:
+            wrong = not 1 <= number <= self.timesteps
         else:  # a look at a GPU's tensor would wait for it
             visible = levels.device.type == "cpu" and not torch.compiler.is_compiling()
             wrong = visible and bool(((levels < 1) | (levels > self.timesteps)).any())

@@ -14,7 +14,8 @@ from .interop import pretrained
 from .ops.checks import as_seed, check_choice, check_floating, check_like
 from .process import Chain
 from .reference import work_dtype
-from .sampling import Run, StepOptions, Steps
+from .sampling import Run, StepOptions, Steps, flat
+from .scalars import integer
 from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, make_steps
 from .unet import UNet
@@ -50,14 +51,18 @@ class DDPM(ChainDiffusion):
     Raises: ValueError for an unknown name, and for objective "eps" or "score" with alpha_bar_T = 0, where they do not
         determine x_0.
 
-    >>> ddpm = DDPM(UNet(sample_size=32))
+    `schedule`, `objective`, `weighting`, `variance`, `clip`, `process` and `loss_kind` (the loss) may be set later; all
+    else follows.
+
+    >>> blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    >>> ddpm = DDPM(UNet(sample_size=32, block_out_channels=(32, 64), layers_per_block=1, **blocks))
+    >>> images = torch.rand(8, 3, 32, 32) * 2 - 1
     >>> ddpm(images).backward()
     >>> ddpm.sample(16, steps=50, sampler="ddim")
     """
 
     default_sampler = "ddpm"
     losses = (*ops.LOSSES, "hybrid", "vlb")
-    _bound_bits: Tensor
 
     def __init__(
         self,
@@ -72,17 +77,11 @@ class DDPM(ChainDiffusion):
         importance: bool = False,
     ) -> None:
         check_choice("variance", variance, steps.VARIANCES)
-        if loss == "hybrid" and variance != "learned":
-            raise ValueError(f"variance: expected 'learned' with loss 'hybrid', got {variance!r}")
-        if variance == "learned" and loss in ops.LOSSES:
-            raise ValueError(f"loss: expected 'hybrid' or 'vlb', which train a learned variance, got {loss!r}")
         made = make_schedule(schedule, timesteps)
         super().__init__(model, Chain(made), objective, loss, weighting, clip)
-        self.schedule_name = schedule if isinstance(schedule, str) else None
-        self.variance, self.learns_variance = variance, variance == "learned"
-        self.importance = bound.LossSecondMoment(timesteps) if importance else None
-        if loss in ("hybrid", "vlb"):
-            self._register("bound", bound.vlb_rows(made, objective, variance))
+        self._named = (schedule, made) if isinstance(schedule, str) else None
+        self.importance = bound.LossSecondMoment(self.timesteps) if importance else None
+        self.variance = variance  # all options are there: checks them together
         remaining = made.alpha_bar[-1].item()
         if made.vp and remaining > MAX_REMAINING_SIGNAL:
             warnings.warn(
@@ -90,6 +89,22 @@ class DDPM(ChainDiffusion):
                 "starts from pure noise; more timesteps or larger betas bring it near 0",
                 stacklevel=2,
             )
+
+    def apply_options(self) -> None:
+        super().apply_options()
+        if self.loss_kind == "hybrid" and not self.learns_variance:
+            raise ValueError(f"variance: expected 'learned' with loss 'hybrid', got {self.variance!r}")
+        if self.learns_variance and self.loss_kind in ops.LOSSES:
+            raise ValueError(
+                f"loss: expected 'hybrid' or 'vlb', which train a learned variance, got {self.loss_kind!r}"
+            )
+        if self.importance is not None and len(self.importance.seen) != self.timesteps:
+            self.importance = bound.LossSecondMoment(self.timesteps)
+
+    @property
+    def schedule_name(self) -> str | None:
+        """The schedule's name, a key of fastdiff.schedule.SCHEDULES; None if its values were given."""
+        return self._named[0] if self._named is not None and self._named[1] is self.schedule else None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DDPM":
@@ -151,6 +166,8 @@ class DDPM(ChainDiffusion):
         losses are noted for the next draws."""
         if t is not None or self.importance is None or not self.training:
             return super().forward(x0, t=t, reduction=reduction, **options)
+        check_floating("x0", x0)
+        self.importance.to_device(x0.device)
         t, weight = self.importance.sample(len(x0))
         losses = super().forward(x0, t=t, reduction="none", **options)
         self.importance.update(t, losses.detach())
@@ -191,8 +208,7 @@ class DDPM(ChainDiffusion):
         Reference: Ho et al. 2020, algorithm 2, line 4.
         """
         t = self.checked_times("x_t", x_t, t)
-        set_by_hand = self.objective, self.clip, self.variance
-        rows = self._cached("p_sample", lambda: self.step_table("ddpm").rows, x_t, *set_by_hand)
+        rows = self._table("p_sample", x_t.dtype, x_t.device)
         pred, raw, _ = self.call_model(x_t, self.condition(t), model_kwargs)
         return ops.update(
             x_t, pred, rows, self.timesteps - t, seed=seed, noise=noise, raw_variance=raw, clip=self.clip, out=out
@@ -240,8 +256,8 @@ class DDPM(ChainDiffusion):
             return self.sample(tuple(x0.shape), steps=steps, sampler="ddim", x_T=x_T, **model_kwargs)
         if steps is not None:
             raise ValueError("steps: expected None with sampler 'ddpm', which takes every step from level t")
-        t = max(1, self.timesteps // 2) if t is None else t
-        if isinstance(t, bool) or not isinstance(t, int) or not 1 <= t <= self.timesteps:
+        level = max(1, self.timesteps // 2) if t is None else integer(t)
+        if level is None or not 1 <= level <= self.timesteps:
             raise ValueError(f"t: expected a level from 1 to {self.timesteps}, got {t!r}")
         seed = as_seed(seed, x0.device)
         first, second = (
@@ -250,11 +266,17 @@ class DDPM(ChainDiffusion):
         )
         mix = mix.to(first.dtype)
         z = torch.lerp(first, second, mix) / (mix**2 + (1 - mix) ** 2).sqrt()
-        x = self.q_sample(torch.lerp(x0.to(z.dtype), x1.to(z.dtype), mix), t, noise=z).detach()
-        table = self.step_table("ddpm", range(t, -1, -1))
+        x = self.q_sample(torch.lerp(x0.to(z.dtype), x1.to(z.dtype), mix), level, noise=z).detach()
+        table = self.step_table("ddpm", range(level, -1, -1))
         options = StepOptions(self.clip, table.keep, table.noisy, table.learned)
         run = Run(self, table, x, options, seed, model_kwargs=model_kwargs, compiled=self._compiled_step)
         return sampling.walk(Steps(run))
+
+    def _bound_table(self) -> Tensor:
+        return bound.vlb_rows(self.schedule, self.objective, self.variance)
+
+    def _p_sample_table(self) -> Tensor:
+        return self.step_table("ddpm").rows
 
     def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
         if sampler == "ddpm" and eta == 0.0:
@@ -269,7 +291,7 @@ def slerp(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         x, y: (B, ...).
         weight: w, (1 or B, 1, ...), of y.
     """
-    cosine = nn.functional.cosine_similarity(x.flatten(1), y.flatten(1)).clamp(-1, 1)
+    cosine = nn.functional.cosine_similarity(flat(x), flat(y)).clamp(-1, 1)
     angle = cosine.acos().reshape(-1, *[1] * (x.ndim - 1))
     near = angle.sin() < 1e-4  # the same direction: the arc is its chord
     divisor = torch.where(near, 1.0, angle.sin())

@@ -1,7 +1,7 @@
 """A network that denoises: model, process and objective together give one prediction, in any parametrisation."""
 
 import copy
-import math
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from . import ops
 from .cast import TYPES, Casts
 from .objective import OBJECTIVES, conversion_rows
-from .ops.checks import check_choice, check_floating
+from .ops.checks import FLOATING, as_clip, check_choice, check_floating
 from .process import Process
 from .reference import work_dtype
 from .rows import make_rows
-from .steps import denoise_rows
+from .scalars import as_number
+from .settable import settable
+from .steps import VARIANCES, denoise_rows
 
 
 class Prediction(NamedTuple):
@@ -41,25 +43,37 @@ class Denoiser(nn.Module):
         objective: what the model predicts, a name of fastdiff.objective.OBJECTIVES.
         clip: the estimate of x_0 is kept in [-clip, clip] in sampling and in the bound; None leaves it free.
 
-    Attributes that a formulation may set: `variance`, of the reverse steps, and `learns_variance`. Times t are levels
-    1..T in a chain, and times in (0, 1] of an SDE.
+    `process`, `objective`, `clip` and `variance` (of the reverse steps, "posterior" at first) may be set later; all
+    else follows. Times t are levels 1..T in a chain, and times in (0, 1] of an SDE.
 
     Raises: TypeError or ValueError, naming the argument.
     """
 
-    variance = "posterior"
-    learns_variance = False
+    process: Process = settable("process")
+    objective: str = settable("objective")
+    clip: float | None = settable("clip", as_clip)
+    variance: str = settable("variance")
 
     def __init__(self, model: nn.Module, process: Process, objective: str, clip: float | None = None) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        check_choice("objective", objective, OBJECTIVES)
-        if clip is not None and not clip > 0:
-            raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
         self.model, self.process = model, process
-        self.objective, self.clip = objective, clip
+        self.objective, self.clip, self.variance = objective, clip, "posterior"
         self._casts = Casts()
+        Denoiser.apply_options(self)
+
+    def apply_options(self) -> None:
+        """Check the options together, after one was set. Raises: TypeError or ValueError, naming the option."""
+        if not isinstance(self.process, Process):
+            raise TypeError(f"process: expected a fastdiff.process.Process, got {type(self.process).__name__}")
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("variance", self.variance, VARIANCES)
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the model returns twice the channels, the second half for the variance."""
+        return self.variance == "learned"
 
     # --- what the model says ----------------------------------------------------------------------------------
 
@@ -104,22 +118,26 @@ class Denoiser(nn.Module):
         """One call of the model.
 
         Args:
-            x: (B, ...), the state, in any floating type; it is cast to the model's.
+            x: (B, ...), the state, in any floating type. It is cast to the model's type if all weights have the same.
             condition: (B,), see `condition`.
             model_kwargs: the model's further arguments; if guided, those of both branches stacked along the batch.
             guided: whether to ask for the prediction without the condition too, in the same call.
 
         Raises: TypeError or ValueError if the model returns anything but a prediction of the right shape.
         """
-        dtype = self.parameter_dtype
-        # Under autocast the network casts for itself.
-        x = x if dtype is None or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+        x = self._as_model(x)
         if guided:
             x, condition = torch.cat((x, x)), torch.cat((condition, condition))
-        out = self.model(x, condition, **model_kwargs)
+        try:
+            out = self.model(x, condition, **model_kwargs)
+        except (RuntimeError, IndexError, TypeError) as error:
+            self._explain(error, x, condition, model_kwargs)
+            raise
         pred = out if isinstance(out, Tensor) else getattr(out, "sample", None)
         if not isinstance(pred, Tensor):
             raise TypeError(f"model: expected a tensor or an object with a tensor `sample`, got {type(out).__name__}")
+        if self.learns_variance and x.ndim < 2:
+            raise ValueError(f"x: expected channels, (B, C, ...), with a learned variance, got shape {tuple(x.shape)}")
         expected = (x.shape[0], 2 * x.shape[1], *x.shape[2:]) if self.learns_variance else tuple(x.shape)
         if pred.shape != expected:
             raise ValueError(f"model: expected an output of shape {expected}, got {tuple(pred.shape)}")
@@ -129,6 +147,29 @@ class Denoiser(nn.Module):
         pred, uncond = pred.chunk(2)
         return Prediction(pred, None if raw is None else raw.chunk(2)[0], uncond)
 
+    def _as_model(self, x: Tensor) -> Tensor:
+        """x in the type of the model's weights; as it is if they differ, or where autocast has the network cast."""
+        first = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        if first is None or first == x.dtype or _is_autocast(x.device):
+            return x
+        dtype = self.parameter_dtype
+        return x if dtype is None else x.to(dtype)
+
+    def _explain(self, error: Exception, x: Tensor, condition: Tensor, model_kwargs: dict[str, Any]) -> None:
+        """ValueError if the model failed for a time between the levels of a chain, and takes whole ones."""
+        whole = condition.round().long()
+        if not condition.is_floating_point() or self.process.condition(whole).is_floating_point():
+            return
+        try:
+            self.model(x, whole, **model_kwargs)
+        except Exception:
+            return
+        raise ValueError(
+            "model: expected a network of real times, since sampler 'heun' on Karras' levels, sampler 'ode' and "
+            f"log_likelihood ask between levels; this one takes whole times only ({str(error).splitlines()[0]}). "
+            "sampler='heun' also takes whole levels, as in steps=model.process.grid(20)"
+        ) from error
+
     def time_arguments(self, condition: Tensor) -> dict[str, Tensor]:
         """What the model computes ahead of a loop from the conditions (N,), see fastdiff.sampling; {} if nothing.
 
@@ -137,6 +178,8 @@ class Denoiser(nn.Module):
         declared = getattr(self.__dict__.get("_original", self).model, "time_arguments", None)
         computed: dict[str, Tensor] = {} if declared is None else declared(condition)
         dtype = self.parameter_dtype
+        if dtype is None:
+            return computed
         return {name: rows.to(dtype) if rows.is_floating_point() else rows for name, rows in computed.items()}
 
     def cast(self, dtype: torch.dtype | None) -> "Denoiser":
@@ -174,9 +217,8 @@ class Denoiser(nn.Module):
         if t is None:
             return first + (last - first) * torch.rand(x.shape[:1], dtype=torch.float64, device=x.device)
         if not isinstance(t, Tensor):
-            if isinstance(t, bool) or not isinstance(t, int | float):
-                raise TypeError(f"t: expected a number or a tensor, got {type(t).__name__}")
-            if not 0 < t <= last or not math.isfinite(t):
+            t = as_number("t", t)
+            if not 0 < t <= last:
                 raise ValueError(f"t: expected times in (0, {last:g}], got {t}")
             return torch.full(x.shape[:1], t, dtype=torch.float64, device=x.device)
         if not t.is_floating_point() or t.device != x.device:
@@ -201,19 +243,55 @@ class Denoiser(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        tensors = (*self.model.parameters(), *self.buffers())
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+        """Where the model computes, see `device_for`."""
+        return self.device_for()
+
+    def device_for(self, *given: Tensor | None) -> torch.device:
+        """Where to compute: where the weights lie. Offloaded weights (all on the meta device, with hooks of Accelerate)
+        say where they will be. A model without weights follows the first given tensor, else PyTorch's default device.
+        """
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        found = next(tensors, None)
+        if found is not None and found.device.type == "meta":
+            found = next((t for t in tensors if t.device.type != "meta"), found)
+            hooked = _execution_device(self.model)
+            if hooked is not None:
+                return hooked
+        if found is not None:
+            return found.device
+        return next((t.device for t in given if isinstance(t, Tensor)), torch.get_default_device())
 
     @property
     def parameter_dtype(self) -> torch.dtype | None:
-        """The type of the model's parameters; None if it has none that is floating."""
-        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        """The type of the model's floating parameters; None if there are none, several, or one without arithmetic."""
+        first = None
+        for p in self.model.parameters():
+            if p.is_floating_point():
+                if first is not None and p.dtype != first:
+                    return None
+                first = p.dtype
+        return first if first in FLOATING else None
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the state: float64 for a float64 model, else float32."""
         return work_dtype(self.parameter_dtype or torch.float32)
+
+
+def _is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on; there is none on the meta device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _execution_device(model: nn.Module) -> torch.device | None:
+    """Where Accelerate's hooks bring the inputs of a model or a part of it; None without them."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
 
 
 def own_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

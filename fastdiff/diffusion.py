@@ -12,30 +12,38 @@ from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
 from .objective import uses_noise, uses_x0
-from .ops.checks import as_sample_ids, as_seed, check_choice, check_floating, check_shape, check_state
+from .ops.checks import as_sample_ids, as_seed, as_shape, check_choice, check_floating, check_shape, check_state
 from .ops.memory import LARGEST
 from .process import Grid, Process
 from .reference import work_dtype
 from .sampling import Callback, Noise, Run, StepOptions, Steps
+from .scalars import as_number, integer
+from .settable import settable
 from .steps import Sampler, StepTable, ddim_inversion, make_steps
 
 
 class Diffusion(Denoiser, ABC):
     """A Denoiser that trains and samples: the base of DDPM, NCSN and ScoreSDE.
 
-    `loss_kind` is the loss between prediction and target. Times t are levels 1..T in a chain, and times in (0, 1] of an
-    SDE.
+    `loss_kind` is the loss between prediction and target, and may be set later. Times t are levels 1..T in a chain, and
+    times in (0, 1] of an SDE.
     """
 
     default_sampler: str
     losses: tuple[str, ...] = ops.LOSSES
+    loss_kind: str = settable("loss_kind")
 
     def __init__(self, model: nn.Module, process: Process, objective: str, loss: str, clip: float | None) -> None:
         super().__init__(model, process, objective, clip)
-        check_choice("loss", loss, self.losses)
         self.loss_kind = loss
         self._compiled_step: Callable[..., tuple[Tensor, ...]] | None = None
         self._captures = Captures()
+        Diffusion.apply_options(self)
+
+    def apply_options(self) -> None:
+        super().apply_options()
+        check_choice("loss", self.loss_kind, self.losses)
+        self._captures.kept.clear()
 
     @property
     @abstractmethod
@@ -75,6 +83,7 @@ class Diffusion(Denoiser, ABC):
             2019, arXiv:1907.05600, eq. 5).
         """
         t = self.checked_times("x0", x0, t)
+        check_labels(self.model, model_kwargs)
         table, row = self.noising_rows(t, x0.dtype)
         if noise is None:
             seed = as_seed(seed, x0.device)
@@ -111,12 +120,14 @@ class Diffusion(Denoiser, ABC):
         sampler: str | Sampler | None = None,
         eta: float = 0.0,
         seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
         sample_ids: Tensor | Iterable[int] | None = None,
         x_T: Tensor | None = None,
         noise: Noise = None,
         guidance: float | None = None,
         uncond: dict[str, Any] | None = None,
         dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
         graph: bool | None = None,
         progress: bool = False,
         callback: Callback | None = None,
@@ -135,33 +146,42 @@ class Diffusion(Denoiser, ABC):
                 solver (extra [ode]); steps is then left out.
             eta: the noise of "ddim", 0 to 1.
             seed: an int or int64 tensor; drawn from PyTorch's default generator if None.
+            generator: draw the seed from this one. Equal generators give equal samples, though not those of `randn`.
             sample_ids: (B,), the number of each sample in the seed's noise, 0..B-1 if None. Sample i of a seed is the
                 same in every batch.
             x_T: (B, ...), the start, in place of a draw from the prior.
             noise: (steps, B, ...), or a function from the step's number to (B, ...), in place of generated noise.
             guidance: classifier-free guidance, pred = uncond + guidance (cond - uncond), in one call of the model for
                 both (Ho & Salimans 2022, arXiv:2207.12598).
-            uncond: the model_kwargs of the other branch.
+            uncond: the model_kwargs of the other branch. Tensors of B samples and numbers may differ.
             dtype: torch.bfloat16 or torch.float16 runs a copy of the model in that type, with channels_last
                 convolutions. The copy is kept and follows the weights at every call. The state stays float32.
+            device: where the state lives. None takes the device of the weights, or where hooks of Accelerate bring
+                offloaded weights; for a model without weights that of x_T or out, else PyTorch's default device.
             graph: whether to capture a step as a CUDA graph and replay it, bit for bit the same. None does so on CUDA
                 unless something forbids it; True raises then. A graph runs no Python of the model: after a change of
                 the model that is neither of its weights nor of its modules, use a new one.
             progress: show a bar (needs tqdm).
-            callback: called as callback(k, level, x) after step k, with the state at that level. The next step reuses
-                x; clone it to keep it.
-            return_trajectory: return (steps + 1, B, ...), from x_T to x_0.
-            out: the tensor to draw the samples in, on the model's device, in place of a new one.
+            callback: called as callback(k, level, x) after step k, with the state at that level, without gradients. It
+                may write into x (inpainting), or return the state to go on from. Within torch.enable_grad() it may take
+                gradients of the model (guidance). The next step reuses x; clone it to keep it.
+            return_trajectory: return (steps + 1, B, ...), from x_T to x_0, as the callback leaves them.
+            out: the tensor to draw the samples in, on that device, in place of a new one.
             model_kwargs: the model's further arguments.
 
         Returns: (B, ...) float32, or float64 for a float64 model.
-        Raises: ValueError or TypeError, naming the argument, before anything is drawn.
+        Raises: ValueError or TypeError, naming the argument, before anything is drawn. The model is in eval mode
+            meanwhile, for all threads; see fastdiff.progress.evaluating.
         """
         shape = self._shape(shape)
         sampler = self.default_sampler if sampler is None else sampler
-        ids = None if sample_ids is None else as_sample_ids(sample_ids, shape[0], self.device)
-        self._check_sampling(shape, x_T, callback, return_trajectory, out)
-        kwargs = sampling.stack_branches(guidance, uncond, model_kwargs, shape[0])
+        device = self.device_for(x_T, out) if device is None else torch.empty(0, device=device).device
+        ids = None if sample_ids is None else as_sample_ids(sample_ids, shape[0], device)
+        self._check_sampling(shape, x_T, callback, return_trajectory, out, device)
+        check_generator(seed, generator)
+        check_labels(self.model, model_kwargs)
+        kwargs = sampling.stack_branches(guidance, uncond, model_kwargs, shape[0], device)
+        eta = as_number("eta", eta)
         if sampler == "ode":
             given = (steps, eta, noise, callback, return_trajectory, guidance, dtype, graph or None)
             if given != (None, 0.0, None, None, False, None, None, None):
@@ -170,7 +190,7 @@ class Diffusion(Denoiser, ABC):
                     "guidance, dtype or graph"
                 )
             ode.check(self.process)
-            x = self._start(shape, as_seed(seed, self.device), ids, x_T, self.prior_std(), out)
+            x = self._start(shape, seed_of(seed, generator, device), ids, x_T, self.prior_std(), out, device)
             return x.copy_(ode.sample(self, x, kwargs))
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
         captured = self._is_captured(graph, denoiser, kwargs, shape[0])
@@ -178,8 +198,8 @@ class Diffusion(Denoiser, ABC):
             check_shape("noise", noise, (len(table), *shape))
         if guidance is not None:
             table = sampling.with_guidance(table, guidance)
-        seed = as_seed(seed, self.device)
-        x = self._start(shape, seed, ids, x_T, table.start, out)
+        seed = seed_of(seed, generator, device)
+        x = self._start(shape, seed, ids, x_T, table.start, out, device)
         options = StepOptions(
             self.clip, table.keep, table.noisy or noise is not None, table.learned, guidance is not None
         )
@@ -212,15 +232,17 @@ class Diffusion(Denoiser, ABC):
         schedule, levels = self.process.grid(steps)
         levels = levels.flip(0)
         table = ddim_inversion(schedule, levels if self._starts_at_data else levels[levels > 0], self.objective)
+        device = self.device_for(x0, out)
         if out is not None:
-            check_state(out, tuple(x0.shape), self.dtype, self.device)
-        x = x0.detach().to(self.device, self.dtype, copy=True) if out is None else out.copy_(x0.detach())
+            check_state(out, tuple(x0.shape), self.dtype, device)
+        x = x0.detach().to(device, self.dtype, copy=True) if out is None else out.copy_(x0.detach())
         options = StepOptions(clip=None, keep=table.keep, noisy=False)
         run = Run(self, table, x, options, model_kwargs=model_kwargs, compiled=self._compiled_step)
         return sampling.walk(Steps(run), progress=progress)
 
     def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
         """The table of numbers that `sample` applies with these arguments; ValueError as there."""
+        eta = as_number("eta", eta)
         if sampler == "ddim":
             return make_steps(self.process, sampler, steps, self.objective, self.clip, eta=eta)
         if eta != 0.0:
@@ -269,11 +291,12 @@ class Diffusion(Denoiser, ABC):
         callback: Callback | None,
         return_trajectory: bool,
         out: Tensor | None,
+        device: torch.device,
     ) -> None:
         if x_T is not None:
             check_shape("x_T", x_T, shape)
         if out is not None:
-            check_state(out, shape, self.dtype, self.device)
+            check_state(out, shape, self.dtype, device)
             if return_trajectory:
                 raise ValueError("out: expected None with return_trajectory, whose result is of another shape")
         if callback is not None and not callable(callback):
@@ -287,11 +310,12 @@ class Diffusion(Denoiser, ABC):
         x_T: Tensor | None,
         std: float,
         out: Tensor | None,
+        device: torch.device,
     ) -> Tensor:
         """The state to start from: x_T, or a draw from the prior of that standard deviation; in `out` if given."""
         if x_T is not None:
-            return x_T.detach().to(self.device, self.dtype, copy=True) if out is None else out.copy_(x_T.detach())
-        x = ops.normal(shape, seed, sample_ids=sample_ids, dtype=self.dtype, device=self.device, out=out)
+            return x_T.detach().to(device, self.dtype, copy=True) if out is None else out.copy_(x_T.detach())
+        x = ops.normal(shape, seed, sample_ids=sample_ids, dtype=self.dtype, device=device, out=out)
         return x.mul_(std)
 
     def _is_captured(self, graph: bool | None, denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -> bool:
@@ -308,20 +332,53 @@ class Diffusion(Denoiser, ABC):
     def _shape(self, shape: int | tuple[int, ...]) -> tuple[int, ...]:
         if isinstance(shape, bool):
             raise TypeError("shape: expected a number of samples or (B, ...), got a bool")
-        if isinstance(shape, int):
+        number = integer(shape)
+        if number is not None:
             rest = getattr(self.model, "sample_shape", None)
             if rest is None:
                 raise ValueError("shape: expected (B, ...), since the model has no sample_shape; got a number alone")
-            shape = (shape, *rest)
-        sizes = tuple(shape) if isinstance(shape, Iterable) else ()
-        if not sizes or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in sizes):
+            shape = (number, *rest)
+        sizes = [integer(d) for d in shape] if isinstance(shape, Iterable) else []
+        if not sizes or any(d is None or d < 0 for d in sizes):
             raise ValueError(f"shape: expected a number of samples or (B, ...), got {shape}")
-        return sizes
+        return as_shape(sizes)
+
+
+def check_generator(seed: Any, generator: Any) -> None:
+    """A generator, or none; not together with a seed."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    if seed is not None:
+        raise ValueError("seed: expected None with a generator, from which the seed is drawn")
+
+
+def seed_of(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """The seed (1,) on the device: as given, or drawn from the generator."""
+    if generator is None:
+        return as_seed(seed, device)
+    return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=generator.device).to(device)
+
+
+def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
+    """Class labels on the CPU lie within the classes of the model. On a GPU to look would wait for the device."""
+    labels = model_kwargs.get("class_labels")
+    if not isinstance(labels, Tensor) or not labels.is_cpu or labels.is_floating_point() or not labels.numel():
+        return
+    classes = getattr(getattr(model, "class_embedding", None), "num_embeddings", None)
+    if classes is None or torch.compiler.is_compiling():
+        return
+    low, high = (int(end) for end in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(f"class_labels: expected values from 0 to {classes - 1}, got {low if low < 0 else high}")
 
 
 def kept_noise(x0: Tensor, index: Tensor, seed: Tensor) -> Tensor | None:
-    """The noise of ops.noising(x0, index, seed=seed), where to keep it for the loss costs less than to draw it again:
-    on a CPU, while its memory is recycled (see _pages). Else None."""
+    """The noise of ops.noising(x0, index, seed=seed), if keeping it for the loss costs less than drawing it again.
+
+    That is so on a CPU, for tensors whose memory the C library recycles (see fastdiff.ops.memory). None elsewhere.
+    """
     if not x0.is_cpu or 4 * x0.numel() > LARGEST:
         return None
     dtype = work_dtype(x0.dtype)

@@ -20,6 +20,8 @@ from .objective import conversion_rows
 from .ops.checks import as_seed, check_floating
 from .process import Process
 from .progress import evaluating
+from .sampling import flat
+from .scalars import as_number
 
 METHOD = "dopri5"
 
@@ -66,10 +68,13 @@ def log_likelihood(
     check_floating("x0", x0)
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"trace: expected 'hutchinson' or 'exact', got {trace!r}")
+    tolerance = as_number("tolerance", tolerance)
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a finite number above 0, got {tolerance}")
+    if x0.device.type != "meta" and not bool(x0.isfinite().all()):
+        raise ValueError("x0: expected finite values")
     check(denoiser.process)
-    x = x0.detach().to(denoiser.device, denoiser.dtype)
+    x = x0.detach().to(denoiser.device_for(x0), denoiser.dtype)
     generator = torch.Generator(x.device).manual_seed(int(as_seed(seed, torch.device("cpu"))))
     signs = torch.randint(2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1
     probe = signs if trace == "hutchinson" else None
@@ -77,8 +82,8 @@ def log_likelihood(
     with evaluating(denoiser), torch.no_grad():
         x_T, divergence = _solve(denoiser, state, False, tolerance, model_kwargs, probe)
     std = denoiser.prior_std()
-    n = x[0].numel()
-    squares = (x_T / std).square().flatten(1).sum(1)
+    n = math.prod(x.shape[1:])
+    squares = flat(x_T / std).square().sum(1)
     return divergence - 0.5 * squares - n * (math.log(std) + 0.5 * math.log(2 * math.pi))
 
 
@@ -106,6 +111,8 @@ def _solve(
 ) -> tuple[Tensor, ...]:
     """The state at the other end of the process; its second part, if there is one, sums up the divergence."""
     process = denoiser.process
+    if process.first == process.last or state[0].numel() == 0:
+        return state  # a chain of one level, or no data: nothing flows
 
     def velocity(level: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, level = state[0], level.clamp(levels[0], levels[1])
@@ -146,7 +153,7 @@ def _flow(denoiser: Denoiser, x: Tensor, level: Tensor, kwargs: dict[str, Any]) 
 def _divergence(flow: Tensor, x: Tensor, probe: Tensor | None) -> Tensor:
     """(B,): e' J e for the probe e, or the trace of J."""
     if probe is not None:
-        return (torch.autograd.grad(flow, x, probe)[0] * probe).flatten(1).sum(1)
-    columns = flow.flatten(1).unbind(1)
-    rows = [torch.autograd.grad(c.sum(), x, retain_graph=True)[0].flatten(1)[:, i] for i, c in enumerate(columns)]
+        return flat(torch.autograd.grad(flow, x, probe)[0] * probe).sum(1)
+    columns = flat(flow).unbind(1)
+    rows = [flat(torch.autograd.grad(c.sum(), x, retain_graph=True)[0])[:, i] for i, c in enumerate(columns)]
     return torch.stack(rows).sum(0)

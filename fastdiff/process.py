@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .scalars import as_number, integer
 from .schedule import NoiseSchedule, as_float64
 
 # Noise levels sigma / alpha between which Karras et al. 2022 sample.
@@ -53,6 +54,10 @@ class Process(ABC):
         ends = self.at(torch.tensor([self.first, self.last], dtype=torch.float64, device="cpu"))
         low, high = (-ends.log_snr / 2).exp().tolist()
         return low, high
+
+    def largest_ratio(self) -> float:
+        """The largest finite sigma / alpha of the process; infinity for an SDE, whose formula goes on past `last`."""
+        return math.inf
 
     def discretize(self, times: Tensor) -> NoiseSchedule:
         """Level 0 (data) and a level for each of the increasing times (N,) > 0."""
@@ -104,29 +109,34 @@ class Process(ABC):
             sigma_min, sigma_max: the range of ratios; that of the process within [0.002, 80] if None.
             rho: above 0; larger puts more levels near data.
             churn, churn_min, churn_max: a ratio within [churn_min, churn_max] is first raised by the factor
-                1 + min(churn / n, sqrt(2) - 1).
+                1 + min(churn / n, sqrt(2) - 1), as far as the process is defined: a chain stops it at its last level
+                with signal.
 
-        Raises: ValueError for other values. A process that ends without signal has no largest ratio: give sigma_max.
-        Reference: Karras et al. 2022, eq. 5 and algorithm 2.
+        A range of one ratio is one level, visited once. Raises: ValueError for other values. A process that ends
+        without signal has no largest ratio: give sigma_max.
+        Reference: Karras et al. 2022, eq. 5 and algorithm 2; the end of a chain: its reference code's `round_sigma`.
         """
         n = _count("steps", 18 if steps is None else steps)
         low, high = self.sigma_range()
         if sigma_max is None and not math.isfinite(high):
             raise ValueError("sigma_max: expected a finite number, since sigma / alpha of the process ends at infinity")
-        low = max(low, KARRAS_RANGE[0]) if sigma_min is None else sigma_min
-        high = min(high, KARRAS_RANGE[1]) if sigma_max is None else sigma_max
+        low = max(low, KARRAS_RANGE[0]) if sigma_min is None else as_number("sigma_min", sigma_min)
+        high = min(high, KARRAS_RANGE[1]) if sigma_max is None else as_number("sigma_max", sigma_max)
+        rho, churn = as_number("rho", rho), as_number("churn", churn)
+        churn_min, churn_max = as_number("churn_min", churn_min), as_number("churn_max", churn_max)
         if not 0 < low <= high < math.inf:
             raise ValueError(f"sigma_min, sigma_max: expected 0 < sigma_min <= sigma_max < inf, got {low} and {high}")
         if not (math.isfinite(rho) and rho > 0):
             raise ValueError(f"rho: expected a finite number above 0, got {rho}")
         if not churn >= 0:
             raise ValueError(f"churn: expected a number of at least 0, got {churn}")
-        share = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
+        share = torch.linspace(0, 1, 1 if low == high else n, dtype=torch.float64, device="cpu")
         ratios = (high ** (1 / rho) + share * (low ** (1 / rho) - high ** (1 / rho))) ** rho
         gamma = min(churn / n, math.sqrt(2) - 1)
-        visited = []
+        visited, end = [], self.largest_ratio()
         for ratio in ratios.tolist():
-            visited += [ratio, ratio * (1 + gamma)] if gamma and churn_min <= ratio <= churn_max else [ratio]
+            raised = min(ratio * (1 + gamma), end) if churn_min <= ratio <= churn_max else ratio
+            visited += [ratio, raised] if raised > ratio * (1 + 1e-9) else [ratio]
         levels, where = torch.tensor(visited, dtype=torch.float64, device="cpu").unique(return_inverse=True)
         return self.discretize(self.time_of(levels)), torch.cat((where + 1, where.new_zeros(1)))
 
@@ -136,6 +146,11 @@ class Process(ABC):
 
     def _given(self, steps: Any) -> Tensor:
         """Decreasing times, (n + 1,) float64, between 0 and `last`."""
+        if isinstance(steps, str):
+            raise TypeError(
+                f"steps: expected numbers, got {steps!r}; a grid is made by the process, as in "
+                "steps=model.process.karras(18)"
+            )
         times = as_float64("steps", steps if isinstance(steps, Tensor) else list(steps))
         if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
             raise ValueError(f"steps: expected a number, or two or more decreasing times, got {times.tolist()}")
@@ -155,9 +170,24 @@ class Chain(Process):
     first = 1.0
 
     def __init__(self, schedule: NoiseSchedule) -> None:
-        self.schedule = schedule
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule: expected a NoiseSchedule, got {type(schedule).__name__}")
+        self._schedule = schedule
         self.last = float(schedule.timesteps)
         self.default_steps = schedule.timesteps
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The levels; another schedule is another chain."""
+        return self._schedule
+
+    def largest_ratio(self) -> float:
+        return float((-self.schedule.log_snr / 2).exp()[self._last_with_signal])
+
+    @property
+    def _last_with_signal(self) -> int:
+        made = self.schedule
+        return made.timesteps - int(bool(made.log_alpha[-1] == -math.inf) and made.timesteps > 1)
 
     def at(self, times: Tensor) -> NoiseSchedule:
         # Without the variance kept, log sigma at level 0 is no end to interpolate from.
@@ -194,12 +224,16 @@ class Chain(Process):
             wanted, known = torch.log1p(ratio**2) / 2, -made.log_alpha
         else:
             wanted, known = ratio.log(), -made.log_snr[1:] / 2
+        # No level without signal has a ratio, and none between it and the one before.
+        known = known[: self._last_with_signal + made.vp]
         # Both ends may have come from sigma_range with a rounding.
         inside = wanted.clamp(known[0], known[-1])
         if not bool(torch.isclose(wanted, inside, rtol=1e-9, atol=1e-12).all()):
-            low, high = self.sigma_range()
+            low, high = self.sigma_range()[0], self.largest_ratio()
             raise ValueError(f"sigma: expected levels from {low:.4g} to {high:.4g}, those of the schedule")
         wanted = inside
+        if len(known) == 1:
+            return torch.full_like(wanted, self.last if not made.vp else 0.0)
         upper = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
         share = (wanted - known[upper - 1]) / (known[upper] - known[upper - 1])
         return upper - 1 + share + (0 if made.vp else 1)
@@ -231,9 +265,10 @@ class Ladder(Chain):
     Ermon 2019, section 4.2). The model sees sigma."""
 
     def __init__(self, sigma_max: float = 1.0, sigma_min: float = 0.01, levels: int = 10) -> None:
-        _sigmas(sigma_min, sigma_max)
+        self.sigma_min, self.sigma_max = _sigmas(sigma_min, sigma_max)
         ends = math.log(sigma_min), math.log(sigma_max)
-        if _count("levels", levels) == 1:
+        levels = _count("levels", levels)
+        if levels == 1:
             raise ValueError("levels: expected at least 2, from sigma_min to sigma_max, got 1")
         sigma = torch.linspace(*ends, levels, dtype=torch.float64, device="cpu").exp()
         super().__init__(NoiseSchedule.from_alpha_sigma(torch.ones_like(sigma), sigma))
@@ -254,6 +289,7 @@ class VP(Process):
     first, last, default_steps = 1e-3, 1.0, 1000
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        beta_min, beta_max = as_number("beta_min", beta_min), as_number("beta_max", beta_max)
         if not 0 < beta_min <= beta_max < math.inf:
             raise ValueError(f"beta_min, beta_max: expected 0 < beta_min <= beta_max, got {beta_min} and {beta_max}")
         self.beta_min, self.beta_max = beta_min, beta_max
@@ -299,8 +335,12 @@ class VE(Process):
     first, last, default_steps = 1e-5, 1.0, 1000
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
-        _sigmas(sigma_min, sigma_max)
-        self.sigma_min, self.log_range = sigma_min, math.log(sigma_max / sigma_min)
+        self.sigma_min, self.sigma_max = _sigmas(sigma_min, sigma_max)
+
+    @property
+    def log_range(self) -> float:
+        """log(sigma_max / sigma_min)."""
+        return math.log(self.sigma_max / self.sigma_min)
 
     def at(self, times: Tensor) -> NoiseSchedule:
         times = times.double()
@@ -326,18 +366,21 @@ def grid(timesteps: int, steps: int | None) -> Tensor:
 
     ValueError unless 1 <= steps <= T.
     """
-    steps = timesteps if steps is None else steps
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= timesteps:
+    number = timesteps if steps is None else integer(steps)
+    if number is None or not 1 <= number <= timesteps:
         raise ValueError(f"steps: expected an integer from 1 to {timesteps}, got {steps!r}")
-    return torch.linspace(0, timesteps, steps + 1, dtype=torch.float64, device="cpu").round().long().flip(0)
+    return torch.linspace(0, timesteps, number + 1, dtype=torch.float64, device="cpu").round().long().flip(0)
 
 
 def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    number = integer(value)
+    if number is None or number < 1:
         raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-    return value
+    return number
 
 
-def _sigmas(sigma_min: float, sigma_max: float) -> None:
-    if not 0 < sigma_min < sigma_max < math.inf:
+def _sigmas(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    low, high = as_number("sigma_min", sigma_min), as_number("sigma_max", sigma_max)
+    if not 0 < low < high < math.inf:
         raise ValueError(f"sigma_min, sigma_max: expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    return low, high

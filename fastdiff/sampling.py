@@ -13,6 +13,7 @@ for all steps, with what the model sees of the times, and passes row k, (1, ...)
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,7 +27,7 @@ from .rows import columns, make_rows
 from .steps import StepTable
 
 Noise = Tensor | Callable[[int], Tensor] | None
-Callback = Callable[[int, float, Tensor], None]
+Callback = Callable[[int, float, Tensor], Tensor | None]
 
 
 class StepOptions(NamedTuple):
@@ -138,11 +139,15 @@ def walk(
 ) -> Tensor:
     """Take all steps of a run, in eval mode and without gradients.
 
+    Gradients are off by `no_grad`, not by inference mode: what a model keeps from a call can be trained on later, and a
+    callback may take gradients.
+
     Args:
         steps: of the run; its x is overwritten.
         progress: show a bar (needs tqdm).
-        callback: called as callback(k, level, x) after step k, with the state at that level.
-        return_trajectory: keep every state.
+        callback: called as callback(k, level, x) after step k, with the state at that level. It may overwrite x, or
+            return the state to go on from.
+        return_trajectory: keep every state, as the callback leaves it.
 
     Returns: the run's x, or (n + 1, B, ...) from the start to the end.
     """
@@ -150,16 +155,27 @@ def walk(
     path = torch.empty(n + 1, *run.x.shape, dtype=run.x.dtype, device=run.x.device) if return_trajectory else None
     if path is not None:
         path[0] = run.x
-    with evaluating(run.denoiser), torch.inference_mode():
+    with evaluating(run.denoiser), torch.no_grad():
         steps.start()
         for k in bar(n, progress):
             steps.take(k)
+            if callback is not None:
+                replace_state(steps.x, callback(k, run.table.levels[k + 1].item(), steps.x))
             if path is not None:
                 path[k + 1] = steps.x
-            if callback is not None:
-                callback(k, run.table.levels[k + 1].item(), steps.x)
         x = steps.finish()
     return x if path is None else path
+
+
+def replace_state(x: Tensor, new: Any) -> None:
+    """Overwrite the state with what a callback returned. TypeError or ValueError unless it is None or such a tensor."""
+    if new is None or new is x:
+        return
+    if not isinstance(new, Tensor):
+        raise TypeError(f"callback: expected it to return None or a tensor, got {type(new).__name__}")
+    if new.shape != x.shape:
+        raise ValueError(f"callback: expected a state of shape {tuple(x.shape)}, got {tuple(new.shape)}")
+    x.copy_(new.detach())
 
 
 def conditions(run: Run) -> Tensor:
@@ -264,10 +280,15 @@ def correct(
             dtype=x.dtype,
             device=x.device,
         )
-    z_norm, score_norm = (torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=rows.dtype) for v in (noise, score))
+    z_norm, score_norm = (torch.linalg.vector_norm(flat(v), dim=1, dtype=rows.dtype) for v in (noise, score))
     e = columns(rows[number]).noise * (z_norm / score_norm).square()
     own = make_rows(e, from_x=1.0, from_pred=e, noise=(2 * e).sqrt())
     ops.update(x, score, own, torch.arange(len(x), device=x.device), noise=noise, inplace=True)
+
+
+def flat(x: Tensor) -> Tensor:
+    """(B, n) of (B, ...), also where B is 0 or a sample is one number."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 # --- guidance ---------------------------------------------------------------------------------------------------
@@ -281,7 +302,7 @@ def with_guidance(table: StepTable, guidance: float) -> StepTable:
 
 
 def stack_branches(
-    guidance: float | None, uncond: dict[str, Any] | None, cond: dict[str, Any], batch: int
+    guidance: float | None, uncond: dict[str, Any] | None, cond: dict[str, Any], batch: int, device: torch.device
 ) -> dict[str, Any]:
     """The model's arguments for both branches of guidance, stacked along the batch; `cond` itself without guidance.
 
@@ -289,7 +310,8 @@ def stack_branches(
         guidance: a finite number, or None.
         uncond: the arguments of the branch without the condition, by the names of cond.
         cond: those of the branch with it.
-        batch: B. Tensors of B samples are stacked; all others must be the same for both.
+        batch: B. Tensors of B samples are stacked. Two numbers that differ become one for each sample, (2 B,), on the
+            device. All others must be the same for both.
 
     Raises: ValueError, naming the argument.
     """
@@ -297,7 +319,7 @@ def stack_branches(
         if uncond is not None:
             raise ValueError("uncond: expected None without guidance, got the arguments of a branch")
         return cond
-    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not math.isfinite(guidance):
+    if isinstance(guidance, bool) or not isinstance(guidance, Real) or not math.isfinite(guidance):
         raise ValueError(f"guidance: expected a finite number, got {guidance!r}")
     if not isinstance(uncond, dict) or uncond.keys() != cond.keys() or not cond:
         given = sorted(uncond) if isinstance(uncond, dict) else uncond
@@ -309,8 +331,20 @@ def stack_branches(
             if one.shape != other.shape:
                 raise ValueError(f"uncond: expected {name} of shape {tuple(one.shape)}, got {tuple(other.shape)}")
             stacked[name] = torch.cat((one, other.to(one)))
-        elif one is other or (not isinstance(one, Tensor) and one == other):
+        elif one is other or _equal(one, other):
             stacked[name] = one
+        elif all(isinstance(value, Real) and not isinstance(value, bool) for value in (one, other)):
+            stacked[name] = torch.tensor([one, other], device=device).repeat_interleave(batch)
         else:
             raise ValueError(f"uncond: expected {name} to be tensors of {batch} samples, or the same for both branches")
     return stacked
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two arguments that are no tensors are equal."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return False
+    try:
+        return bool(one == other)
+    except ValueError:  # arrays of several elements
+        return False

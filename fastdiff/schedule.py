@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .scalars import integer
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
@@ -256,14 +258,17 @@ def make_schedule(schedule: "str | NoiseSchedule | Tensor", timesteps: int) -> N
 
     Raises: ValueError for an unknown name, and unless timesteps is the length of what is given.
     """
-    if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
+    length = integer(timesteps)
+    if length is None or length < 1:
         raise ValueError(f"timesteps: expected an integer of at least 1, got {timesteps!r}")
+    timesteps = length
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
         with torch.device("cpu"):
             return SCHEDULES[schedule](timesteps)
-    made = schedule if isinstance(schedule, NoiseSchedule) else NoiseSchedule.from_betas(schedule)
+    with torch.device("cpu"):
+        made = schedule if isinstance(schedule, NoiseSchedule) else NoiseSchedule.from_betas(schedule)
     if made.timesteps != timesteps:
         raise ValueError(f"timesteps: expected {made.timesteps}, the length of the given schedule, got {timesteps}")
     return made

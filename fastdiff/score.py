@@ -18,6 +18,7 @@ from .objective import target_rows, weights
 from .ops.checks import check_choice
 from .process import SDES, Ladder, Process
 from .run_file import RunFile
+from .settable import settable
 from .unet import UNet
 
 
@@ -55,7 +56,21 @@ class NCSN(ChainDiffusion):
         clip: float | None = None,
     ) -> None:
         super().__init__(model, Ladder(sigma_max, sigma_min, levels), objective, loss, weighting, clip)
-        self.sigma_max, self.sigma_min = sigma_max, sigma_min
+
+    def apply_options(self) -> None:
+        super().apply_options()
+        if not isinstance(self.process, Ladder):
+            raise TypeError(f"process: expected a Ladder, got {type(self.process).__name__}")
+
+    @property
+    def sigma_max(self) -> float:
+        """sigma of level T."""
+        return self.process.sigma_max
+
+    @property
+    def sigma_min(self) -> float:
+        """sigma of level 1."""
+        return self.process.sigma_min
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "NCSN":
@@ -108,6 +123,7 @@ class ScoreSDE(Diffusion):
     """
 
     default_sampler = "euler_maruyama"
+    weighting: str = settable("weighting")
 
     def __init__(
         self,
@@ -119,7 +135,6 @@ class ScoreSDE(Diffusion):
         clip: float | None = None,
         **sde_options: float,
     ) -> None:
-        check_choice("weighting", weighting, ("simple", "likelihood", "min_snr"))
         if isinstance(sde, Process):
             if sde_options:
                 raise ValueError(f"{next(iter(sde_options))}: expected no options beside a process, got {sde_options}")
@@ -128,9 +143,23 @@ class ScoreSDE(Diffusion):
             check_choice("sde", sde, SDES)
             process = SDES[sde](**sde_options)
         super().__init__(model, process, objective, loss, clip)
-        self.sde = sde if isinstance(sde, str) else None
-        self.sde_options = sde_options
+        self._named = (sde, sde_options, process) if isinstance(sde, str) else None
         self.weighting = weighting
+        ScoreSDE.apply_options(self)
+
+    def apply_options(self) -> None:
+        super().apply_options()
+        check_choice("weighting", self.weighting, ("simple", "likelihood", "min_snr"))
+
+    @property
+    def sde(self) -> str | None:
+        """The name of the SDE; None if the process was given."""
+        return self._named[0] if self._named is not None and self._named[2] is self.process else None
+
+    @property
+    def sde_options(self) -> dict[str, float]:
+        """The options of the named SDE."""
+        return {} if self._named is None or self.sde is None else self._named[1]
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ScoreSDE":

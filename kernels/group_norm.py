@@ -126,11 +126,13 @@ def plan_of(
         tile = min(max(least, threads * vector // lanes), _power(pixels))
         tiles = max(2, 4 // blocks)
         steps = -(-pixels // (tiles * tile))
-        wanted = max(1 if chunks > 1 else 2, min(limits.parts // chunks, 8 * limits.enough // (slabs * chunks)))
+        bytes_read = width * pixels * size * (2 if backward else 1)
+        piece = min(slabs, max(1, limits.resident // bytes_read))
+        wanted = max(1 if chunks > 1 else 2, min(limits.parts // chunks, 8 * limits.enough // (piece * chunks)))
         span = -(-steps // wanted) * tiles * tile
         spans = -(-pixels // span)
-        bytes_read = width * pixels * size * (2 if backward else 1)
-        piece = min(slabs, max(1, limits.resident // bytes_read, limits.enough // (chunks * spans)))
+        piece = min(slabs, max(piece, limits.enough // (chunks * spans)))
+        piece = -(-slabs // -(-slabs // piece))  # launches of equal size
     else:
         warps, tiles, tile = tiling
     shape = {

@@ -1,9 +1,7 @@
 """Checks of arguments: what cannot be right is a TypeError or ValueError that names the argument, before any work."""
 
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import transforms
+from ..scalars import as_integer, as_number, integer
 from .memory import span
 from .quick import number
 
@@ -199,39 +198,6 @@ def as_clip(clip: float | None) -> float | None:
     if not clip > 0:
         raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
     return clip
-
-
-def as_number(name: str, value: Any) -> float:
-    """A Python number of a number of Python or NumPy."""
-    if type(value) is float:
-        return value
-    if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat | torch.SymInt):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    return value if isinstance(value, torch.SymFloat | torch.SymInt) else float(value)  # type: ignore[return-value]
-
-
-def as_integer(name: str, value: Any, low: int, high: int) -> int:
-    """A Python integer in [low, high] of an integer of Python or NumPy."""
-    number = integer(value)
-    if number is None:
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if not low <= number <= high:
-        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {number}")
-    return number
-
-
-def integer(value: Any) -> int | None:
-    """The integer that a number of Python or NumPy is; None for anything else, and for a bool."""
-    if type(value) is int:
-        return value
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
-    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:  # an array
-        return None
 
 
 def as_shape(shape: Any) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import reference, transforms
+from ..scalars import as_number
 from . import dispatch
-from .checks import as_number, check_channels, check_vector
+from .checks import check_channels, check_vector
 from .quick import Call, quick
 from .registry import Op
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import reference, transforms
+from ..scalars import as_number
 from . import dispatch
 from .checks import (
     REDUCTIONS,
     as_index,
-    as_number,
     as_sample_ids,
     check_choice,
     check_floating,

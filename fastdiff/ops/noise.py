@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, transforms
+from ..scalars import integer
 from . import dispatch
 from .checks import (
     FLOATING,
@@ -15,7 +16,6 @@ from .checks import (
     check_levels,
     check_memory,
     check_range,
-    integer,
     names,
 )
 from .memory import in_huge_pages

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..process import Grid, Process
 from ..rows import LOG_ZERO
+from ..scalars import integer
 from ..schedule import NoiseSchedule
 from .table import MAX_GAIN, StepTable, check_signal, denoise_rows, make_table, score_columns, x0_columns
 from .through_score import (
@@ -67,6 +68,46 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
+# What other libraries call a sampler, and what to use here.
+OTHER_NAMES = {
+    "euler": "'ddim', which is Euler's rule on the probability-flow ODE",
+    "euler_a": "'ddpm', the ancestral sampler",
+    "euler_ancestral": "'ddpm', the ancestral sampler",
+    "ancestral": "'ddpm'",
+    "heun_karras": "'heun', on Karras' levels if steps is a number",
+    "edm": "'heun'",
+    "dpmpp_2m": "'dpm++2m'",
+    "dpm++": "'dpm++2m'",
+    "dpmsolver++": "'dpm++2m'",
+    "dpm_solver": "'dpm++2m'",
+    "dpm_solver_pp_2m": "'dpm++2m'",
+    "pndm": "'dpm++2m', of the same order",
+    "plms": "'dpm++2m', of the same order",
+    "pc": "'predictor_corrector'",
+    "langevin": "'annealed_langevin'",
+    "ald": "'annealed_langevin'",
+    "em": "'euler_maruyama'",
+    "sde": "'euler_maruyama'",
+    "pf_ode": "'probability_flow', or 'ode' for an adaptive solver",
+    "rk45": "'ode', an adaptive solver",
+    "dopri5": "'ode', an adaptive solver",
+}
+
+
+def name_to_use(name: str) -> str:
+    """A hint for an unknown name of a sampler; empty if there is none."""
+    plain = name.lower().replace(" ", "_").replace("-", "_")
+    base = plain.removesuffix("_karras")
+    hint = OTHER_NAMES.get(plain) or OTHER_NAMES.get(base)
+    for known in SAMPLERS:
+        if hint is None and known.replace("_", "") == base.replace("_", ""):
+            hint = f"'{known}'"
+    if hint is None:
+        return ""
+    karras = " with steps=model.process.karras(n)" if plain.endswith("_karras") and "heun" not in plain else ""
+    return f"; use {hint}{karras}"
+
+
 def make_steps(
     process: Process,
     sampler: str | Sampler,
@@ -90,7 +131,9 @@ def make_steps(
     """
     if isinstance(sampler, str):
         if sampler not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)} or a function, got {sampler!r}")
+            raise ValueError(
+                f"sampler: expected one of {', '.join(SAMPLERS)} or a function, got {sampler!r}{name_to_use(sampler)}"
+            )
         sampler = SAMPLERS[sampler]
     elif not callable(sampler):
         raise TypeError(f"sampler: expected a name or a function, got {type(sampler).__name__}")
@@ -104,9 +147,10 @@ def _grid(process: Process, sampler: Sampler, steps: int | Iterable[float] | Gri
         return steps
     while isinstance(sampler, functools.partial):
         sampler = sampler.func
-    if steps is None or isinstance(steps, int):
+    number = integer(steps)
+    if steps is None or number is not None:
         if sampler is heun:
-            return process.karras(steps)
+            return process.karras(number)
         if sampler is annealed_langevin:
-            return process.ladder(steps)
+            return process.ladder(number)
     return process.grid(steps)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..objective import conversion_rows, needs_signal, x0_rows
 from ..rows import LOG_ZERO, columns, make_rows
+from ..scalars import as_number
 from ..schedule import NoiseSchedule
 
 # Beyond this gain an unclipped x_0 from a prediction of the noise has no digit left in float32.
@@ -148,11 +149,13 @@ def check_finite_ratio(sampler: str, schedule: NoiseSchedule, t: Tensor) -> None
 
 def check_at_least_0(name: str, value: float) -> None:
     """ValueError unless value is finite and >= 0."""
+    value = as_number(name, value)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
 
 
 def check_above_0(name: str, value: float) -> None:
     """ValueError unless value is finite and > 0."""
+    value = as_number(name, value)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..rows import make_rows
+from ..scalars import integer
 from ..schedule import NoiseSchedule
 from .table import StepTable, check_above_0, check_finite_ratio, make_table, score_columns, x0_columns
 from .through_x0 import ancestral
@@ -124,7 +125,8 @@ def predictor_corrector(
     """
     if predictor not in PREDICTORS:
         raise ValueError(f"predictor: expected one of {', '.join(PREDICTORS)}, got {predictor!r}")
-    if isinstance(corrections, bool) or not isinstance(corrections, int) or corrections < 1:
+    repeats = integer(corrections)
+    if repeats is None or repeats < 1:
         raise ValueError(f"corrections: expected an integer of at least 1, got {corrections!r}")
     check_above_0("snr", snr)
     steps = PREDICTORS[predictor](schedule, levels, objective, clip).rows
@@ -134,7 +136,7 @@ def predictor_corrector(
     correct = make_rows(size, noise=size, guidance=1.0, **score_columns(schedule, t, s, objective, clip))
     rows, visited, kinds = [], [levels[:1]], []
     for k in range(len(steps)):
-        count = corrections if k < n else 0
+        count = repeats if k < n else 0
         rows += [correct[k : k + 1]] * count + [steps[k : k + 1]]
         visited += [levels[k : k + 1]] * count + [levels[k + 1 : k + 2]]
         kinds += ["correct"] * count + ["predict"]

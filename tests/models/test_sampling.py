@@ -333,7 +333,7 @@ def test_langevin_dynamics_wants_a_ladder():
         ({"guidance": 2.0, "y": 1, "uncond": {"z": 1}}, r"uncond: expected a dict .* \['y'\], got \['z'\]"),
         ({"guidance": 2.0, "uncond": {}}, r"uncond: expected a dict of the model's arguments \[\]"),
         ({"uncond": {"y": 1}, "y": 1}, "uncond: expected None without guidance"),
-        ({"guidance": 2.0, "y": 1, "uncond": {"y": 2}}, "uncond: expected y to be tensors of 2 samples"),
+        ({"guidance": 2.0, "y": "a", "uncond": {"y": "b"}}, "uncond: expected y to be tensors of 2 samples"),
         ({"guidance": 2.0, "y": torch.zeros(2), "uncond": {"y": torch.zeros(2, 1)}}, r"uncond: .* of shape \(2,\)"),
     ],
 )

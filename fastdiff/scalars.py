@@ -1,0 +1,41 @@
+"""Numbers as arguments: those of Python and of NumPy, as Python numbers."""
+
+import operator
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_number(name: str, value: Any) -> float:
+    """A Python number of a number of Python or NumPy."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return value if isinstance(value, torch.SymFloat | torch.SymInt) else float(value)  # type: ignore[return-value]
+
+
+def as_integer(name: str, value: Any, low: int, high: int) -> int:
+    """A Python integer in [low, high] of an integer of Python or NumPy."""
+    number = integer(value)
+    if number is None:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if not low <= number <= high:
+        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {number}")
+    return number
+
+
+def integer(value: Any) -> int | None:
+    """The integer that a number of Python or NumPy is; None for anything else, and for a bool."""
+    if type(value) is int:
+        return value
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # an array
+        return None
