@@ -22,9 +22,12 @@ class CpuTimes:
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
-        self.last = cpu_seconds()
+        self.last = 0.0
         self.seconds: dict[str, float] = defaultdict(float)
         self.slow: set[str] = set()
+
+    def pytest_runtest_logstart(self) -> None:
+        self.last = cpu_seconds()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Iterator[None]:
