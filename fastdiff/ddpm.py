@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bound, ops, sampling, steps
+from . import bound, ops, sampling, steps, transforms
 from .cache import Tables
 from .diffusion import Diffusion
 from .interop import pretrained
@@ -165,8 +165,8 @@ class ChainDiffusion(Diffusion):
         if isinstance(t, int):
             wrong = not 1 <= t <= self.timesteps
         else:  # a look at a GPU's tensor would wait for it
-            visible = levels.device.type == "cpu" and not torch.compiler.is_compiling()
-            wrong = visible and bool(((levels < 1) | (levels > self.timesteps)).any())
+            seen = transforms.bare(levels)
+            wrong = seen is not None and seen.is_cpu and bool(((seen < 1) | (seen > self.timesteps)).any())
         if wrong:
             raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t}")
         return levels.expand(len(x))
