@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, transforms
 from .cast import TYPES, Casts
 from .objective import OBJECTIVES, conversion_rows
 from .ops.checks import FLOATING, as_clip, check_choice, check_floating
@@ -226,8 +226,8 @@ class Denoiser(nn.Module):
         if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
             raise ValueError(f"t: expected shape () or ({len(x)},), got {tuple(t.shape)}")
         # A look at a GPU's tensor would wait for it.
-        visible = t.device.type == "cpu" and not torch.compiler.is_compiling()
-        if visible and not bool(((t > 0) & (t <= last)).all()):
+        seen = transforms.bare(t)
+        if seen is not None and seen.is_cpu and not bool(((seen > 0) & (seen <= last)).all()):
             raise ValueError(f"t: expected times in (0, {last:g}], got {t}")
         return t.double().expand(len(x))
 

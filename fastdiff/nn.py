@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import ops
+from . import ops, transforms
 from .plain import is_plain
 
 
@@ -148,6 +149,14 @@ class ResnetBlock(nn.Module):
         return h if self.scale == 1 else h / self.scale
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v; fused attention has no rule for forward-mode AD."""
+    if not transforms.active():
+        return F.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """(x + W_o softmax(q k^T / sqrt(head_dim)) v) / scale over the H*W positions, channels / head_dim heads.
 
@@ -170,7 +179,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # one copy, or each of the maps makes one
         q, k, v = (f(h).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = attention(q, k, v).transpose(1, 2).flatten(2)
         h = self.to_out[0](h).transpose(1, 2).reshape(x.shape)
         h = x + h  # x first: the sum takes its memory format
         return h if self.scale == 1 else h / self.scale

@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, types
+from numba import types
 from torch import Tensor
 
 from . import cpu_compiled as compiled
 from . import openmp
+from .compiler import cfunc
 from .cpu_compiled import BF16, CHUNK, F16, F32, HUBER, KEEP_NONE, KEEP_X, KEEP_X0, L1, MSE, OUTSIDE, SCRATCH
 from .layout import laid_like, lay_out, sliced_like
+from .uninterrupted import uninterrupted
 
 # A call on fewer elements stays on its thread, as PyTorch's do (at::internal::GRAIN_SIZE).
 PARALLEL_FROM = 32768
@@ -35,7 +37,7 @@ _local = threading.local()
 @functools.cache
 def _entry(kernel: Callable[[int], None]) -> Any:
     """The kernel, compiled, as a function of C."""
-    return cfunc(types.void(types.intp), **compiled.KERNEL)(kernel)
+    return uninterrupted(lambda: cfunc(types.void(types.intp), kernel, **compiled.KERNEL))
 
 
 def _scratch(threads: int) -> int:

@@ -13,16 +13,16 @@ other: a change elsewhere would go unnoticed. (So a change of coefficients.py ta
 """
 
 import ctypes
-import functools
 from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from .coefficients import COS, LOG, SIN
+from .compiler import can_cache, njit
 
 CHUNK = 4096
 # Samples of at most so many elements are generated many at a time.
@@ -56,19 +56,9 @@ CONVERTS_F16 = "f16c" not in _known or "+f16c" in _used
 FUSES = "fma" not in _known or "+fma" in _used
 
 
-@functools.cache
-def _can_cache() -> bool:
-    """Whether numba finds a folder for its cache: it raises if it cannot write to any."""
-    try:
-        njit(cache=True)(lambda: None)
-    except RuntimeError:
-        return False
-    return True
-
-
 # LLVM may relax nothing. With "contract" it fused multiply-adds in the scalar remainder of a loop, and not in all of
 # its vectors (Intel, AVX-512). Then the bits of an element depend on its place. `fused` asks for a multiply-add.
-KERNEL: dict[str, Any] = {"cache": _can_cache()}
+KERNEL: dict[str, Any] = {"cache": can_cache()}
 STAGE = KERNEL | {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
 # For sums only: they run over chunks whose length is given, and so is their order.
 SUM = STAGE | {"fastmath": {"contract", "reassoc", "nsz"}}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import transforms
 from ..scalars import as_integer, as_number, integer
+from .memory import span
 from .quick import number
 
 REDUCTIONS = ("mean", "none")
@@ -107,9 +108,7 @@ def check_state(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: to
 # --- memory that is written ---------------------------------------------------------------------------------------
 
 
-def check_memory(
-    name: str, written: Tensor, elementwise: Mapping[str, Any], others: Mapping[str, Any]
-) -> None:
+def check_memory(name: str, written: Tensor, elementwise: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     """No memory of `written` is read after it was written.
 
     Args:
@@ -141,10 +140,7 @@ def check_memory(
 def _extent(t: Tensor) -> tuple[int, int]:
     """The addresses from the first byte of t to the one after its last."""
     start = t.data_ptr()
-    if t.is_contiguous() or t.numel() == 0:
-        return start, start + t.nbytes
-    span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    return start, start + span * t.element_size()
+    return start, start + (t.nbytes if t.is_contiguous() else span(t))
 
 
 def _is_injective(t: Tensor) -> bool:
@@ -179,12 +175,17 @@ class _Bytes:
 def _share(a: Tensor, b: Tensor) -> bool:
     """Whether an element of a lies where one of b lies; also True if that is too hard to find out."""
     try:
-        return bool(np.shares_memory(np.asarray(_Bytes(a)), np.asarray(_Bytes(b)), max_work=10**6))
+        return bool(np.shares_memory(np.asarray(_Bytes(a)), np.asarray(_Bytes(b)), max_work=10**6))  # type: ignore[arg-type]
     except RuntimeError:  # NumPy's TooHardError, which has moved
         return True
 
 
 # --- options ----------------------------------------------------------------------------------------------------
+
+
+def check_reduction(reduction: Any) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
 
 
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
@@ -208,6 +209,8 @@ def as_shape(shape: Any) -> tuple[int, ...]:
     sizes = tuple(as_integer("shape", n, 0, 2**63 - 1) for n in shape)
     if not sizes:
         raise ValueError("shape: expected a batch dimension, got ()")
+    if torch.compiler.is_compiling():  # sizes may be symbols
+        return sizes
     if not any(isinstance(n, torch.SymInt) for n in sizes) and math.prod(max(1, n) for n in sizes) >= 2**60:
         raise ValueError(f"shape: expected fewer than 2^60 elements, got {sizes}")
     return sizes
@@ -301,7 +304,8 @@ def _numbers(given: Any) -> Tensor:
         raise TypeError(f"sample_ids: expected an int64 tensor or integers, got {type(given).__name__}") from None
     for value, n in zip(values, given, strict=False):
         if value is None:
-            raise TypeError(f"sample_ids: expected int64, got {type(n).__name__}")
+            got = torch.get_default_dtype() if isinstance(n, float) else type(n).__name__
+            raise TypeError(f"sample_ids: expected int64, got {got}")
         if not 0 <= value < 2**32:
             raise ValueError(f"sample_ids: expected values in [0, 2^32), got {value}")
     return torch.tensor(values, dtype=torch.int64, device="cpu")

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from .. import transforms
+from ..versions import warn_if_untested
 from .memory import keep_freed_memory
 
 # Imported from the start, so that it notices a fork.
 importlib.import_module("..kernels.openmp", __package__)
+uninterrupted = importlib.import_module("..kernels.uninterrupted", __package__).uninterrupted
+
+warn_if_untested("torch", torch.__version__)
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -39,9 +43,10 @@ class backend:
     """Force "triton", "cpu" or "reference" for every op of the process, from here on or within a `with` block.
 
     None undoes it. By default CUDA and ROCm tensors run the Triton kernels. CPU tensors run the kernels compiled by
-    numba (extra `[cpu]`), or the reference in plain PyTorch if numba is missing. float64 tensors always run the
-    reference. The environment variable FASTDIFF_BACKEND sets the backend from the start. "triton" on CPU tensors needs
-    Triton's interpreter (TRITON_INTERPRET=1). With that it is the default too; it is for verification only.
+    numba (extra `[cpu]`), or the reference in plain PyTorch if numba is missing. float64 tensors and those of other
+    devices always run the reference. The environment variable FASTDIFF_BACKEND sets the backend from the start.
+    "triton" on CPU tensors needs Triton's interpreter (TRITON_INTERPRET=1). With that it is the default too; it is for
+    verification only.
 
     Raises: ValueError for any other name.
     """
@@ -67,7 +72,8 @@ def launchers(name: str) -> Any:
     """
     if name == "cpu":
         keep_freed_memory()
-        return importlib.import_module("..kernels.cpu", __package__)
+        return uninterrupted(lambda: importlib.import_module("..kernels.cpu", __package__))
+    warn_if_untested("triton", importlib.import_module("triton").__version__)
     noise, noising, loss, vlb, update, group_norm = (
         importlib.import_module(f"..kernels.{file}", __package__)
         for file in ("noise", "noising", "loss", "vlb", "update", "group_norm")
@@ -93,20 +99,27 @@ def interpreting() -> bool:
 @functools.cache
 def has_numba() -> bool:
     """Whether the kernels for CPU tensors can be compiled; warns once if not."""
-    found = importlib.util.find_spec("numba") is not None
-    if not found:
-        warnings.warn(
-            "fastdiff runs CPU tensors in plain PyTorch; pip install 'fastdiff-kernels[cpu]' adds compiled kernels",
-            stacklevel=2,
-        )
-    return found
+    if importlib.util.find_spec("numba") is None:
+        reason = "pip install 'fastdiff-kernels[cpu]' adds compiled kernels"
+    else:
+        try:
+            launchers("cpu")
+            return True
+        except Exception as error:  # a broken installation may raise anything
+            reason = f"numba cannot be imported ({type(error).__name__}: {error})"
+    warnings.warn(f"fastdiff runs CPU tensors in plain PyTorch; {reason}", stacklevel=2)
+    return False
 
 
 def backend_of(x: Tensor) -> str:
     """The backend that x asks for: "triton", "cpu" or "reference"."""
     if x.dtype == torch.float64:
         return "reference"
-    return _forced or ("triton" if x.is_cuda or interpreting() else "cpu")
+    if _forced:
+        return _forced
+    if x.is_cuda or (x.is_cpu and interpreting()):
+        return "triton"
+    return "cpu" if x.is_cpu else "reference"  # MPS, XPU and others: nothing here is compiled for them
 
 
 def kernels_of(x: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Fresh CPU memory at a lower price.
+"""What a tensor spans, and fresh CPU memory at a lower price.
 
 The first touch of every 4 KiB page of a fresh tensor is a page fault. If its memory goes back to the system when it is
 freed, the faults take several times as long as writing it. Linux can hand out 2 MiB at a time (madvise(2),
@@ -28,6 +28,13 @@ def keep_freed_memory() -> None:
     large block, of which nothing is touched.
     """
     torch.empty(LARGEST, dtype=torch.uint8)
+
+
+def span(t: Tensor) -> int:
+    """The bytes from the first of t to its last, gaps included."""
+    if t.numel() == 0:
+        return 0
+    return (1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))) * t.element_size()
 
 
 @functools.cache

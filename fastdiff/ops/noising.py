@@ -56,7 +56,9 @@ def noising(
     ids = as_sample_ids(sample_ids, x0.shape[0], x0.device, strict=True)
     if out is not None:
         check_out(out, x0, x0, noise)
-        check_memory("out", out, {}, {"x0": x0, "t": t, "table": table, "seed": seed, "sample_ids": ids, "noise": noise})
+        check_memory(
+            "out", out, {}, {"x0": x0, "t": t, "table": table, "seed": seed, "sample_ids": ids, "noise": noise}
+        )
     seed = noise_source(x0, seed, noise)
     if transforms.active():
         check_levels("t", t, len(table), ids)

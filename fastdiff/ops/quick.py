@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import dispatch
 from .dispatch import unwatched
+from .memory import span
 
 MAX_KINDS = 4096  # remembered for each function; the next one drops them all
 _OPTIONS = frozenset({type(None), bool, int, float, str, torch.Size, tuple, torch.dtype, torch.device})
@@ -71,9 +72,9 @@ def quick(function: Function) -> Function:
             return function(*args, **options)
         key = tuple(kind)
         plan = plans.get(key)
-        if plan is not None and not (plan.kept and capturing()):
+        if plan is not None and not (plan.kept and capturing()) and plan.apart(addresses):
             return plan.repeat(tensors, addresses)
-        if key in plans or capturing():
+        if key in plans or capturing():  # it is not repeatable, or not with these addresses
             return function(*args, **options)
         if len(plans) >= MAX_KINDS:
             plans.clear()
@@ -180,6 +181,10 @@ class Plan:
         self.make = [self._allocation(t, like) for t, like in made]
         place = {t.data_ptr(): i for i, t in enumerate(self.known)}
         self.launches = [launch.Launch(noted, place) for noted in recorder.launches]
+        # Which of the given tensors are written, and the bytes that each spans: the addresses may come to overlap.
+        marked = [a for a, text in zip(call.args, call.op.arguments, strict=True) if "!" in text]
+        self.written = [i for i, t in enumerate(recorder.tensors) if any(a is t for a in marked)]
+        self.bytes = [span(t) for t in recorder.tensors]
         self.apply: Any = None
         if call.with_gradient:
             if result is not call.first:
@@ -213,6 +218,16 @@ class Plan:
         # empty_like of one element that is shown in every place is the cheapest allocation of a shape.
         pattern = torch.empty((), dtype=made.dtype, device=made.device).expand(made.shape)
         return lambda _: torch.empty_like(pattern, memory_format=torch.contiguous_format), 0
+
+    def apart(self, addresses: list[Any]) -> bool:
+        """Whether what is written lies outside of all else that is given."""
+        for w in self.written:
+            start = addresses[w]
+            end = start + self.bytes[w]
+            for i, address in enumerate(addresses):
+                if i != w and address < end and start < address + self.bytes[i]:
+                    return False
+        return True
 
     def repeat(self, tensors: list[Tensor], addresses: list[int | None]) -> Any:
         """The results for these tensors and their addresses."""

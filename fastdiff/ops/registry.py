@@ -40,6 +40,7 @@ class Op:
         OPS[name] = self
         self.name = name
         self.schema, self.implementation = schema, implementation
+        self.arguments = schema[1 : schema.index(") ->")].split(", ")
         self.function: type[torch.autograd.Function] | None = None
         self.inputs: tuple[int, ...] = ()
         if earlier := _libraries.pop(name, None):
