@@ -200,8 +200,8 @@ class ChainDiffusion(Diffusion):
         if number is not None:
             wrong = not 1 <= number <= self.timesteps
         else:  # a look at a GPU's tensor would wait for it
-            visible = levels.device.type == "cpu" and not torch.compiler.is_compiling()
-            wrong = visible and bool(((levels < 1) | (levels > self.timesteps)).any())
+            seen = transforms.bare(levels)
+            wrong = seen is not None and seen.is_cpu and bool(((seen < 1) | (seen > self.timesteps)).any())
         if wrong:
             raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t}")
         return levels.expand(len(x))

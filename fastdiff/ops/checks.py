@@ -184,6 +184,11 @@ def _share(a: Tensor, b: Tensor) -> bool:
 # --- options ----------------------------------------------------------------------------------------------------
 
 
+def check_reduction(reduction: Any) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+
+
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
     """ValueError if a name is not among the known ones."""
     if not isinstance(value, str) or value not in known:
@@ -207,6 +212,8 @@ def as_shape(shape: Any) -> tuple[int, ...]:
     sizes = tuple(as_integer("shape", n, 0, 2**63 - 1) for n in shape)
     if not sizes:
         raise ValueError("shape: expected a batch dimension, got ()")
+    if torch.compiler.is_compiling():  # sizes may be symbols
+        return sizes
     if not any(isinstance(n, torch.SymInt) for n in sizes) and math.prod(max(1, n) for n in sizes) >= 2**60:
         raise ValueError(f"shape: expected fewer than 2^60 elements, got {sizes}")
     return sizes
@@ -300,7 +307,8 @@ def _numbers(given: Any) -> Tensor:
         raise TypeError(f"sample_ids: expected an int64 tensor or integers, got {type(given).__name__}") from None
     for value, n in zip(values, given, strict=False):
         if value is None:
-            raise TypeError(f"sample_ids: expected int64, got {type(n).__name__}")
+            got = torch.get_default_dtype() if isinstance(n, float) else type(n).__name__
+            raise TypeError(f"sample_ids: expected int64, got {got}")
         if not 0 <= value < 2**32:
             raise ValueError(f"sample_ids: expected values in [0, 2^32), got {value}")
     return torch.tensor(values, dtype=torch.int64, device="cpu")

@@ -9,7 +9,6 @@ from .. import reference, transforms
 from ..scalars import as_number
 from . import dispatch
 from .checks import (
-    REDUCTIONS,
     as_index,
     as_sample_ids,
     check_choice,
@@ -17,6 +16,7 @@ from .checks import (
     check_levels,
     check_like,
     check_range,
+    check_reduction,
     check_table,
     noise_source,
     wants_gradient,
@@ -74,7 +74,7 @@ def loss(
     delta = as_number("delta", delta)
     if not delta > 0:
         raise ValueError(f"delta: expected a number above 0, got {delta}")
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     with_grad = wants_gradient(pred, x0, noise)
     ids = as_sample_ids(sample_ids, pred.shape[0], pred.device, strict=True)
     per_sample = reduction == "none"

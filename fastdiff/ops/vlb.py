@@ -8,14 +8,13 @@ from torch import Tensor
 from .. import reference, transforms
 from . import dispatch
 from .checks import (
-    REDUCTIONS,
     as_clip,
     as_index,
-    check_choice,
     check_floating,
     check_levels,
     check_like,
     check_range,
+    check_reduction,
     check_table,
 )
 from .quick import Call, quick
@@ -69,7 +68,7 @@ def vlb(
     t = as_index("t", t, pred)
     check_table("rows", rows, 6, pred)
     clip = as_clip(clip)
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     pred = pred.detach() if detach_mean else pred
     with_grad = torch.is_grad_enabled()
     if (with_grad and (x_t.requires_grad or x0.requires_grad)) or transforms.active():
