@@ -14,7 +14,6 @@ from .. import transforms
 from .memory import span
 from .quick import number
 
-REDUCTIONS = ("mean", "none")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -187,6 +186,11 @@ def _share(a: Tensor, b: Tensor) -> bool:
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
 
 
 def as_clip(clip: float | None) -> float | None:
