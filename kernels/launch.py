@@ -22,8 +22,6 @@ from triton.compiler import CompiledKernel
 MAX_GRID_Y = 32768
 # The arithmetic is written for fused multiply-adds; Triton 3.10 stops contracting by default.
 FUSED = {"enable_fp_fusion": True}
-# Plans kept for each launcher; the next one drops them all.
-MAX_PLANS = 4096
 # Decorates what is launched. The numbers of samples and rows, and the address of a number, change from step to step
 # and from call to call. A kernel compiled for each of them gains nothing, and would be compiled within a sampling loop
 # or the capture of a CUDA graph.
@@ -34,8 +32,6 @@ kernel = functools.partial(
         f"{name}_ptr" for name in ("t", "step", "table", "rows", "seed", "ids", "incoming")
     ],
 )
-
-
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], **operands: Any) -> None:

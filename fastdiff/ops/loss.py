@@ -137,17 +137,18 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        operands = ctx.saved_tensors
-        pred, _x0, t, table, *_ = operands
-        grad = take(ctx, incoming)
+        grad, targets = take(ctx, incoming), any(ctx.needs_input_grad[1:3])
+        # Unpacked once at most, as a checkpoint demands, and in the common walk not at all.
+        operands = ctx.saved_tensors if targets or grad is None else ()
         if grad is not None:
             grad = scaled(grad, incoming, ctx.factor)
         else:
+            pred = operands[0]
             slope = reference.loss(*operands, *ctx.options)[1] / (pred.numel() // max(1, incoming.numel()))
             grad = (slope * incoming.reshape(-1, *[1] * (pred.ndim - 1))).to(pred.dtype)
         by_x0 = by_noise = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            p, q, _w = reference.coefficients(table, t, grad)
+        if targets:
+            p, q, _w = reference.coefficients(operands[3], operands[2], grad)
             by_x0 = (-p * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
             by_noise = (-q * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return grad, by_x0, by_noise, None

@@ -25,6 +25,7 @@ from .dispatch import unwatched
 from .memory import span
 
 MAX_KINDS = 4096  # remembered for each function; the next one drops them all
+PATIENCE = 64  # kinds in a row that are recorded though none was repeated; from then on, one in so many is
 _OPTIONS = frozenset({type(None), bool, int, float, str, torch.Size, tuple, torch.dtype, torch.device})
 _thread = threading.local()
 _all_plans: list[dict[Any, Any]] = []
@@ -44,6 +45,7 @@ def current_stream(device: int) -> int:
 def quick(function: Function) -> Function:
     """A function that checks its arguments and calls one op, with the quick way."""
     plans: dict[Any, Plan | None] = {}
+    wasted: dict[Any, int] = {}  # kinds since the last repetition, by the types of the arguments
     _all_plans.append(plans)
 
     @functools.wraps(function)
@@ -73,14 +75,22 @@ def quick(function: Function) -> Function:
         key = tuple(kind)
         plan = plans.get(key)
         if plan is not None and not (plan.kept and capturing()) and plan.apart(addresses):
+            if plan.types is not None:
+                wasted[plan.types], plan.types = 0, None
             return plan.repeat(tensors, addresses)
         if key in plans or capturing():  # it is not repeatable, or not with these addresses
+            return function(*args, **options)
+        types = tuple(map(type, (*args, *options.values())))
+        wasted[types] = count = wasted.get(types, -1) + 1
+        if count >= PATIENCE and count % PATIENCE:  # such as a new seed in every call
             return function(*args, **options)
         if len(plans) >= MAX_KINDS:
             plans.clear()
         with Recorder(tensors) as recorder:
             result = function(*args, **options)
-        plans[key] = recorder.plan(result)
+        plan = plans[key] = recorder.plan(result)
+        if plan is not None:
+            plan.types = types
         return result
 
     return call  # type: ignore
@@ -169,6 +179,7 @@ class Plan:
 
     def __init__(self, recorder: Recorder, result: Any) -> None:
         launch = importlib.import_module("..kernels.launch", __package__)
+        self.types: Any = None  # of the arguments, until it is repeated
         self.kept, self.given_count = recorder.kept, len(recorder.tensors)
         self.kept_addresses = [t.data_ptr() for t in self.kept]
         call = recorder.calls[0]
@@ -194,7 +205,7 @@ class Plan:
             self.inputs = call.op.inputs
             # The work of Function.apply beside this one is for functorch, which is not active.
             function: Any = call.op.function
-            self.apply = super(torch.autograd.Function, function).apply
+            self.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         self.returned: Any = tuple(map(self._place, shown)) if isinstance(shown, tuple) else self._place(shown)
         del self.known
 
@@ -259,7 +270,7 @@ class Plan:
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured: it would read a kept number again after we dropped it."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
 
 
 def number(value: int, device: torch.device) -> Tensor:

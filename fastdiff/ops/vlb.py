@@ -127,24 +127,20 @@ class _Vlb(torch.autograd.Function):
         call.rest = tuple(grads)
         ctx.stored = grads
         ctx.save_for_backward(*call.args[:6])
-        ctx.clip = call.args[6]
+        ctx.clip, ctx.dtypes = call.args[6], (pred.dtype, raw if raw is None else raw.dtype)
         return value
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        pred, raw, x_t, x0, t, rows = ctx.saved_tensors
-        grads = take(ctx, incoming)
+        grads, wanted = take(ctx, incoming), ctx.needs_input_grad[:2]
         if grads is not None:
-            needed = zip(grads, ctx.needs_input_grad[:2], strict=True)
-            found = [scaled(grad, incoming, 1.0) if wanted else None for grad, wanted in needed]
+            found = [scaled(grad, incoming, 1.0) if want else None for grad, want in zip(grads, wanted, strict=True)]
         else:
-            _, *slopes = reference.vlb(pred, raw, x_t, x0, t, rows, ctx.clip)
+            pred, raw, x_t, x0, t, rows = ctx.saved_tensors
             by = incoming.reshape(-1, *[1] * (pred.ndim - 1)) / (pred.numel() // max(1, incoming.numel()))
-            found = [slope * by for slope in slopes]
-        by_pred, by_raw = (
-            by.to(x) if wanted else None
-            for by, x, wanted in zip(found, (pred, raw), ctx.needs_input_grad, strict=False)
-        )
+            found = [slope * by for slope in reference.vlb(pred, raw, x_t, x0, t, rows, ctx.clip)[1:]]
+        triples = zip(found, ctx.dtypes, wanted, strict=True)
+        by_pred, by_raw = (grad.to(dtype) if want else None for grad, dtype, want in triples)
         return by_pred, by_raw, None, None, None
 
 

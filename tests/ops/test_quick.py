@@ -262,7 +262,7 @@ keeping = lambda graph, inputs: graphs.append(str(graph.graph)) or graph
 compiled = torch.compile(lambda x: call(x), backend=keeping, fullgraph=True)
 assert noted(lambda: compiled(x))[2] == 0 and "noising" in graphs[0]
 def inside(x):
-    with_times.append(noted(lambda: call(x))[2])
+    with_times.append(noted(call)[2])
     return x.sum()
 with_times = []
 torch.func.grad(inside)(x)
@@ -273,6 +273,16 @@ with fastdiff.backend("reference"):
     assert noted(call)[1:] == ([], 0)
 quick.forget()
 assert noted(call)[2] == 0
+# What never repeats is not recorded forever, and what repeats is found again.
+recorded = []
+plan = quick.Recorder.plan
+quick.Recorder.plan = lambda self, result: recorded.append(1) or plan(self, result)
+for k in range(1000):
+    ops.normal((2, 8), seed, step=k)
+assert 64 <= len(recorded) < 100, len(recorded)
+for _ in range(100):
+    repeats = noted(lambda: ops.normal((2, 8), seed, step=-1))[2]
+assert repeats == 1
 print("ok")
 """
 
