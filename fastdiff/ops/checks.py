@@ -13,7 +13,6 @@ from ..scalars import as_integer, as_number, integer
 from .memory import span
 from .quick import number
 
-REDUCTIONS = ("mean", "none")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -184,15 +183,16 @@ def _share(a: Tensor, b: Tensor) -> bool:
 # --- options ----------------------------------------------------------------------------------------------------
 
 
-def check_reduction(reduction: Any) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
-
-
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
     """ValueError if a name is not among the known ones."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def check_reduction(reduction: Any) -> None:
+    """ValueError unless it is "mean" or "none"."""
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
 
 
 def as_clip(clip: float | None) -> float | None:

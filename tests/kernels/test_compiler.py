@@ -27,6 +27,11 @@ def run(code: str, cache: object, **more: str) -> subprocess.CompletedProcess[st
     return done
 
 
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("numba")
+
+
 def value(done: subprocess.CompletedProcess[str]) -> float:
     return float(done.stdout.split()[-1])
 
@@ -45,26 +50,26 @@ def test_a_damaged_cache_is_one_warning_and_is_mended(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit that Linux has")
-def test_a_full_disk_is_one_warning(tmp_path):
+def test_a_full_disk_is_one_warning(tmp_path, shared_cache):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
     full = run(limit + CALL, tmp_path)
     assert full.stderr.count("numba's cache cannot be used") == 1 and "OSError" in full.stderr
-    assert value(full) == pytest.approx(value(run(RIGHT, tmp_path)), rel=1e-5)
+    assert value(full) == pytest.approx(value(run(RIGHT, shared_cache)), rel=1e-5)
 
 
-def test_numba_that_cannot_be_imported_is_one_warning(tmp_path):
+def test_numba_that_cannot_be_imported_is_one_warning(tmp_path, shared_cache):
     (tmp_path / "numba").mkdir()
     (tmp_path / "numba" / "__init__.py").write_text("raise SystemError('initialization of _internal failed')\n")
     broken = run(
         CALL + "\n" + CALL, tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ".")])
     )
     assert broken.stderr.count("numba cannot be imported (SystemError: initialization of _internal failed)") == 1
-    assert value(broken) == value(run(RIGHT, tmp_path))
+    assert value(broken) == value(run(RIGHT, shared_cache))
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that interrupts")
 @pytest.mark.parametrize("delay", [0.02, 0.1, 0.3])
-def test_an_interrupt_of_the_first_op_leaves_the_process_whole(tmp_path, delay):
+def test_an_interrupt_of_the_first_op_leaves_the_process_whole(shared_cache, delay):
     interrupted = f"""
 import signal, torch
 from fastdiff import ops
@@ -75,7 +80,7 @@ try: ops.normal((2, 8), 0)
 except KeyboardInterrupt: pass
 signal.setitimer(signal.ITIMER_REAL, 0)
 """
-    assert value(run(interrupted + CALL, tmp_path)) == value(run(CALL, tmp_path))
+    assert value(run(interrupted + CALL, shared_cache)) == value(run(CALL, shared_cache))
 
 
 def test_uninterrupted_work_ends():
