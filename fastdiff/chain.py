@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from . import ops, steps, transforms
+from . import ops, steps
 from .diffusion import Diffusion
 from .objective import WEIGHTINGS, target_rows, weights
 from .ops.checks import as_index, check_choice, check_floating, check_like
 from .process import Chain
 from .rows import columns, make_rows
-from .scalars import integer
 from .schedule import NoiseSchedule, make_schedule
-from .settable import settable
+from .support import transforms
+from .support.scalars import integer
+from .support.settable import settable
 
 
 class Tables:

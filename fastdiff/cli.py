@@ -19,8 +19,8 @@ from torch import Tensor
 import fastdiff
 from fastdiff.diffusion import Diffusion
 from fastdiff.files import need, replacing, writable
-from fastdiff.run_file import NAME
 from fastdiff.steps import SAMPLERS
+from fastdiff.support.run_file import NAME
 from fastdiff.training import DIGITS, Options, State, digits, digits_options, resumed_options, save_grid
 from fastdiff.training import train as train_run
 from fastdiff.training.checkpoint import load, load_model

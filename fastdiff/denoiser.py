@@ -7,16 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops, transforms
+from . import ops
 from .cast import TYPES, Casts
 from .objective import OBJECTIVES, conversion_rows
 from .ops.checks import FLOATING, as_clip, check_choice, check_floating
 from .process import Process
 from .reference import work_dtype
 from .rows import make_rows
-from .scalars import as_number
-from .settable import settable
 from .steps import VARIANCES, denoise_rows
+from .support import transforms
+from .support.scalars import as_number
+from .support.settable import settable
 
 
 class Prediction(NamedTuple):

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import ops, transforms
-from .plain import is_plain
+from . import ops
+from .support import transforms
+from .support.plain import is_plain
 
 
 class Ahead(NamedTuple):

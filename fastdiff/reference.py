@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import transforms
 from .rows import Row
+from .support import transforms
 
 MASK = 0xFFFFFFFF
 FAR = 1e30

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from . import ops
 from .denoiser import Denoiser, Prediction, own_rows
-from .progress import bar, evaluating
 from .reference import work_dtype
 from .rows import columns, make_rows
 from .steps import StepTable
+from .support.progress import bar, evaluating
 
 Noise = Tensor | Callable[[int], Tensor] | None
 Callback = Callable[[int, float, Tensor], Tensor | None]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import transforms
-from ..scalars import as_integer, as_number, integer
+from ..support import transforms
+from ..support.scalars import as_integer, as_number, integer
 from .memory import span
 from .quick import number
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import transforms
+from ..support import transforms
 from ..versions import warn_if_untested
 from .memory import keep_freed_memory
 

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference, transforms
-from ..scalars import as_number
+from .. import reference
+from ..support import transforms
+from ..support.scalars import as_number
 from . import dispatch
 from .checks import check_channels, check_vector
 from .quick import Call, quick

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastdiff import DDPM, NCSN, ScoreSDE, UNet, steps
 from fastdiff.diffusion import Diffusion
 from fastdiff.process import VE, VP, Chain, Ladder
-from fastdiff.progress import evaluating
 from fastdiff.schedule import NoiseSchedule, linear, make_schedule
 from fastdiff.steps import SAMPLERS
+from fastdiff.support.progress import evaluating
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. alpha_bar_T")
 SHAPE = (2, 3)
