@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a run needs to go on, in one safetensors file; fastdiff.support.run_file describes it."""
+"""Checkpoints: all that a run needs to go on, in one safetensors file; fastdiff.support.run_file describes it."""
 
 import warnings
 from dataclasses import dataclass
