@@ -17,12 +17,12 @@ from . import ops
 from .denoiser import Denoiser
 from .objective import x0_rows
 from .ops.checks import as_seed, check_floating
-from .progress import bar, evaluating
 from .reference import work_dtype
 from .sampling import flat
-from .scalars import integer
 from .schedule import NoiseSchedule
 from .steps import VARIANCES, check_signal
+from .support.progress import bar, evaluating
+from .support.scalars import integer
 
 
 def vlb_rows(schedule: NoiseSchedule, objective: str, variance: str) -> Tensor:

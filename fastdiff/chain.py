@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from . import ops, steps, transforms
+from . import ops, steps
 from .diffusion import Diffusion
 from .objective import WEIGHTINGS, target_rows, weights
 from .ops.checks import as_index, check_choice, check_floating, check_like
 from .process import Chain
 from .rows import columns, make_rows
-from .scalars import integer
 from .schedule import NoiseSchedule, make_schedule
-from .settable import settable
+from .support import transforms
+from .support.scalars import integer
+from .support.settable import settable
 
 
 class Tables:
@@ -200,8 +201,8 @@ class ChainDiffusion(Diffusion):
         if number is not None:
             wrong = not 1 <= number <= self.timesteps
         else:  # a look at a GPU's tensor would wait for it
-            visible = levels.device.type == "cpu" and not torch.compiler.is_compiling()
-            wrong = visible and bool(((levels < 1) | (levels > self.timesteps)).any())
+            seen = transforms.bare(levels)
+            wrong = seen is not None and seen.is_cpu and bool(((seen < 1) | (seen > self.timesteps)).any())
         if wrong:
             raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t}")
         return levels.expand(len(x))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 import fastdiff
 from fastdiff.diffusion import Diffusion
 from fastdiff.files import need, replacing, writable
-from fastdiff.run_file import NAME
 from fastdiff.steps import SAMPLERS
+from fastdiff.support.run_file import NAME
 from fastdiff.training import DIGITS, Options, State, digits, digits_options, resumed_options, save_grid
 from fastdiff.training import train as train_run
 from fastdiff.training.checkpoint import load, load_model
@@ -68,13 +68,19 @@ def one_line(error: BaseException) -> str:
 
 
 def complain(text: str) -> None:
-    """Write a line to stderr, if anybody still reads it. What stdout could not take is dropped."""
-    try:
-        sys.stdout.flush()
-    except OSError:  # Python flushes it once more when the process ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Write a line to stderr, if anybody still reads it."""
+    settle(sys.stdout)
     with suppress(OSError):
-        print(f"fastdiff: {text}", file=sys.stderr, flush=True)
+        print(f"fastdiff: {text}", file=sys.stderr)
+    settle(sys.stderr)
+
+
+def settle(stream: TextIO) -> None:
+    """Write what is buffered, or drop what cannot be written: Python would try once more when the process ends."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # --- the arguments ----------------------------------------------------------------------------------------------

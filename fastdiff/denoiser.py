@@ -14,9 +14,10 @@ from .ops.checks import FLOATING, as_clip, check_choice, check_floating
 from .process import Process
 from .reference import work_dtype
 from .rows import make_rows
-from .scalars import as_number
-from .settable import settable
 from .steps import VARIANCES, denoise_rows
+from .support import transforms
+from .support.scalars import as_number
+from .support.settable import settable
 
 
 class Prediction(NamedTuple):
@@ -109,8 +110,8 @@ class Denoiser(nn.Module):
         t = self.checked_times("x_t", x_t, t)
         pred = self.call_model(x_t, self.condition(t), model_kwargs).pred
         from_x, from_pred = conversion_rows(self.process.at(t.double()), self.objective, wanted)
-        rows = make_rows(from_x, work_dtype(x_t.dtype), from_x=from_x, from_pred=from_pred)
-        return ops.update(x_t, pred, rows, torch.arange(len(x_t), device=x_t.device), noisy=False, out=out)
+        rows, index = own_rows(make_rows(from_x, from_x=from_x, from_pred=from_pred), x_t.dtype)
+        return ops.update(x_t, pred, rows, index, noisy=False, out=out)
 
     def call_model(
         self, x: Tensor, condition: Tensor, model_kwargs: dict[str, Any], guided: bool = False
@@ -226,8 +227,8 @@ class Denoiser(nn.Module):
         if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
             raise ValueError(f"t: expected shape () or ({len(x)},), got {tuple(t.shape)}")
         # A look at a GPU's tensor would wait for it.
-        visible = t.device.type == "cpu" and not torch.compiler.is_compiling()
-        if visible and not bool(((t > 0) & (t <= last)).all()):
+        seen = transforms.bare(t)
+        if seen is not None and seen.is_cpu and not bool(((seen > 0) & (seen <= last)).all()):
             raise ValueError(f"t: expected times in (0, {last:g}], got {t}")
         return t.double().expand(len(x))
 
@@ -296,4 +297,7 @@ def _execution_device(model: nn.Module) -> torch.device | None:
 
 def own_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(rows, the row of each sample), if each sample has a row of its own; in the type of the state of such data."""
-    return rows.to(work_dtype(dtype)), torch.arange(len(rows), device=rows.device)
+    index = torch.arange(len(rows), device=rows.device)
+    if not len(rows):  # a table has a row, also for no samples
+        rows = rows.new_zeros(1, rows.shape[1])
+    return rows.to(work_dtype(dtype)), index

@@ -17,9 +17,9 @@ from .ops.memory import LARGEST
 from .process import Grid, Process
 from .reference import work_dtype
 from .sampling import Callback, Noise, Run, StepOptions, Steps
-from .scalars import as_number, integer
-from .settable import settable
 from .steps import Sampler, StepTable, ddim_inversion, make_steps
+from .support.scalars import as_number, integer
+from .support.settable import settable
 
 
 class Diffusion(Denoiser, ABC):
@@ -171,7 +171,7 @@ class Diffusion(Denoiser, ABC):
 
         Returns: (B, ...) float32, or float64 for a float64 model.
         Raises: ValueError or TypeError, naming the argument, before anything is drawn. The model is in eval mode
-            meanwhile, for all threads; see fastdiff.progress.evaluating.
+            meanwhile, for all threads; see fastdiff.support.progress.evaluating.
         """
         shape = self._shape(shape)
         sampler = self.default_sampler if sampler is None else sampler

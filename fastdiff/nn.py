@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import ops
-from .plain import is_plain
+from .support import transforms
+from .support.plain import is_plain
 
 
 class Ahead(NamedTuple):
@@ -231,6 +233,14 @@ def _biases(layers: Sequence[Any]) -> Tensor:
     return torch.cat([layer.bias for layer in layers])
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v; fused attention has no rule for forward-mode AD."""
+    if not transforms.active():
+        return F.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """(x + W_o softmax(q k^T / sqrt(head_dim)) v) / scale over the H*W positions, channels / head_dim heads.
 
@@ -283,7 +293,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # one copy, or each of the maps makes one
         q, k, v = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in self._qkv(h))
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = attention(q, k, v).transpose(1, 2).flatten(2)
         h = self.to_out[0](h).transpose(1, 2).reshape(x.shape)
         out: Tensor = x + h  # x first: the sum takes its memory format
         return out if self.scale == 1 else out / self.scale

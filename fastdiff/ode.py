@@ -19,9 +19,9 @@ from .denoiser import Denoiser
 from .objective import conversion_rows
 from .ops.checks import as_seed, check_floating
 from .process import Process
-from .progress import evaluating
 from .sampling import flat
-from .scalars import as_number
+from .support.progress import evaluating
+from .support.scalars import as_number
 
 METHOD = "dopri5"
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scalars import as_number, integer
 from .schedule import NoiseSchedule, as_float64
+from .support.scalars import as_number, integer
 
 # Noise levels sigma / alpha between which Karras et al. 2022 sample.
 KARRAS_RANGE = (0.002, 80.0)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import transforms
 from .rows import Row
+from .support import transforms
 
 MASK = 0xFFFFFFFF
 FAR = 1e30
@@ -222,7 +222,7 @@ def discretized_gaussian(x0: Tensor, mean: Tensor, log_var: Tensor) -> tuple[Ten
     # Phi(upper) - Phi(lower) = Phi(-lower) - Phi(-upper): left of the mean neither is near 1.
     flip = data > m
     upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
-    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    log_upper, log_lower = log_ndtr(upper), log_ndtr(lower)
     share = (log_lower - log_upper).exp()
     log_p = log_upper + torch.log1p(-share)
 
@@ -238,6 +238,13 @@ def discretized_gaussian(x0: Tensor, mean: Tensor, log_var: Tensor) -> tuple[Ten
 def in_float64(t: Tensor) -> Tensor:
     """t in float64, on the CPU if its own device has no float64."""
     return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
+
+
+def log_ndtr(z: Tensor) -> Tensor:
+    """log Phi(z), as torch.special.log_ndtr, whose derivatives cancel far to the left."""
+    left, right = z.clamp(max=-1), z.clamp(min=-1)
+    below = (torch.special.erfcx(-left / math.sqrt(2)) / 2).log() - left * left / 2
+    return torch.where(z < -1, below, torch.log1p(-torch.special.erfc(right / math.sqrt(2)) / 2))
 
 
 def density_ratio(z: Tensor) -> Tensor:

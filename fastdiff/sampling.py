@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .denoiser import Denoiser, Prediction
-from .progress import bar, evaluating
+from .denoiser import Denoiser, Prediction, own_rows
 from .reference import work_dtype
 from .rows import columns, make_rows
 from .steps import StepTable
+from .support.progress import bar, evaluating
 
 Noise = Tensor | Callable[[int], Tensor] | None
 Callback = Callable[[int, float, Tensor], Tensor | None]
@@ -282,8 +282,8 @@ def correct(
         )
     z_norm, score_norm = (torch.linalg.vector_norm(flat(v), dim=1, dtype=rows.dtype) for v in (noise, score))
     e = columns(rows[number]).noise * (z_norm / score_norm).square()
-    own = make_rows(e, from_x=1.0, from_pred=e, noise=(2 * e).sqrt())
-    ops.update(x, score, own, torch.arange(len(x), device=x.device), noise=noise, inplace=True)
+    own, index = own_rows(make_rows(e, from_x=1.0, from_pred=e, noise=(2 * e).sqrt()), x.dtype)
+    ops.update(x, score, own, index, noise=noise, inplace=True)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scalars import integer
+from .support.scalars import integer
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, run_file
+from . import ops
 from .chain import ChainDiffusion
 from .denoiser import own_rows
 from .diffusion import Diffusion
 from .objective import target_rows, weights
 from .ops.checks import check_choice
 from .process import SDES, Ladder, Process
-from .run_file import RunFile
-from .settable import settable
+from .support import run_file
+from .support.run_file import RunFile
+from .support.settable import settable
 from .unet import UNet
 
 

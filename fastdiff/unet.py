@@ -30,7 +30,7 @@ from fastdiff.nn import (
 )
 
 from .interop import pretrained
-from .weights import check_shapes, shapes_of
+from .support.weights import check_shapes, shapes_of
 
 
 class UNet(nn.Module):

@@ -94,6 +94,13 @@ def measure(kernels: Sequence[tuple[Any, int]]) -> list[dict[str, Any]]:
     ]
 
 
+def plan_for(target: GPUTarget) -> None:
+    """Let the norm plan for the target's warps, not for those of the PyTorch at hand."""
+    from fastdiff.kernels import group_norm
+
+    group_norm.LIMITS = group_norm.LIMITS._replace(warp=target.warp_size)
+
+
 def elements(arguments: dict[str, Any]) -> int:
     """The elements that a program works on at a time, by the arguments of its launch."""
     if "BLOCK" in arguments:

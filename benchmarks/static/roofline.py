@@ -64,7 +64,7 @@ def predicted(bytes_per_element: float, instructions_per_element: float) -> dict
 BATCH, SHAPE, LEVELS, STREAM = 64, (3, 128, 128), 1001, 1
 # Activations inside a U-Net: enough groups to fill a GPU, or one image, whose groups are cut into parts.
 GROUPS, INNER = 32, (BATCH, 128, 32, 32)
-SHAPES = {"concat": (BATCH, 384, 32, 32), "64x64": (BATCH, 128, 64, 64), "128x128": (BATCH, 128, 128, 128)}
+SHAPES = {"concat": (64, 384, 32, 32), "64x64": (64, 128, 64, 64), "128x128": (64, 128, 128, 128)}
 SHAPES["parts"] = (1, 128, 256, 256)
 NORMS = ("moments", "norm", "norm_sums", "norm_grad")
 
@@ -249,12 +249,13 @@ def compile_cases(cases: Sequence[Case], dump: Path | None) -> list[dict[str, An
     from . import machine_code
 
     target = machine_code.target_of(cases[0][1])
+    machine_code.plan_for(target)
     kernels, names = [], []
     for v, target_name, polynomials in cases:
         with machine_code.compile_only(target, fast=target.backend == "cuda" and not polynomials) as compiled:
             launch(v)
-        launched = (k for k in compiled if k[0].metadata.name == f"{v.kernel}_kernel")
-        kernels += [(k, machine_code.elements(args)) for k, args in itertools.islice(launched, 1)]
+        kernel, args = next(c for c in compiled if c[0].metadata.name == f"{v.kernel}_kernel")
+        kernels.append((kernel, machine_code.elements(args)))
         names.append(
             {
                 "source": "fastdiff polynomials" if polynomials else "fastdiff",

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..plain import is_plain
+from ..support.plain import is_plain
 
 # Attributes that a fused scheduler has beside those of its stock class.
 OWN = ("_tables", "_last_run", "fused_noise", "__module__")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..files import replacing
 from ..schedule import NoiseSchedule, linear, make_schedule, scaled_linear
-from ..weights import TensorFile, check_length, read_pickled, save_tensors
+from ..support.weights import TensorFile, check_length, read_pickled, save_tensors
 
 # The version of diffusers that the files are written for.
 VERSION = "0.42.1"

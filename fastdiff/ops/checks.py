@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import transforms
-from ..scalars import as_integer, as_number, integer
+from ..support import transforms
+from ..support.scalars import as_integer, as_number, integer
 from .memory import span
 from .quick import number
 
-REDUCTIONS = ("mean", "none")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -190,6 +189,12 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
+def check_reduction(reduction: Any) -> None:
+    """ValueError unless it is "mean" or "none"."""
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+
+
 def as_clip(clip: float | None) -> float | None:
     """clip as a float. ValueError if it is not above 0."""
     if clip is None:
@@ -207,6 +212,8 @@ def as_shape(shape: Any) -> tuple[int, ...]:
     sizes = tuple(as_integer("shape", n, 0, 2**63 - 1) for n in shape)
     if not sizes:
         raise ValueError("shape: expected a batch dimension, got ()")
+    if torch.compiler.is_compiling():  # sizes may be symbols
+        return sizes
     if not any(isinstance(n, torch.SymInt) for n in sizes) and math.prod(max(1, n) for n in sizes) >= 2**60:
         raise ValueError(f"shape: expected fewer than 2^60 elements, got {sizes}")
     return sizes
@@ -300,7 +307,8 @@ def _numbers(given: Any) -> Tensor:
         raise TypeError(f"sample_ids: expected an int64 tensor or integers, got {type(given).__name__}") from None
     for value, n in zip(values, given, strict=False):
         if value is None:
-            raise TypeError(f"sample_ids: expected int64, got {type(n).__name__}")
+            got = torch.get_default_dtype() if isinstance(n, float) else type(n).__name__
+            raise TypeError(f"sample_ids: expected int64, got {got}")
         if not 0 <= value < 2**32:
             raise ValueError(f"sample_ids: expected values in [0, 2^32), got {value}")
     return torch.tensor(values, dtype=torch.int64, device="cpu")

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import transforms
+from ..support import transforms
+from ..versions import warn_if_untested
 from .memory import keep_freed_memory
 
 # Imported from the start, so that it notices a fork.
 importlib.import_module("..kernels.openmp", __package__)
 uninterrupted = importlib.import_module("..kernels.uninterrupted", __package__).uninterrupted
+
+warn_if_untested("torch", torch.__version__)
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -70,6 +73,7 @@ def launchers(name: str) -> Any:
     if name == "cpu":
         keep_freed_memory()
         return uninterrupted(lambda: importlib.import_module("..kernels.cpu", __package__))
+    warn_if_untested("triton", importlib.import_module("triton").__version__)
     noise, noising, loss, vlb, update, group_norm = (
         importlib.import_module(f"..kernels.{file}", __package__)
         for file in ("noise", "noising", "loss", "vlb", "update", "group_norm")

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference, transforms
-from ..scalars import as_number
+from .. import reference
+from ..support import transforms
+from ..support.scalars import as_number
 from . import dispatch
 from .checks import check_channels, check_vector
 from .quick import Call, quick
@@ -29,7 +30,7 @@ def group_norm_silu(
         GroupNorm(x) = weight (x - mean) / sqrt(var + eps) + bias
 
     mean and var are those of each group of neighbouring channels of a sample. Everything is computed in float32,
-    whatever the types. Differentiable by every tensor; second derivatives need `backend("reference")`.
+    whatever the types. Differentiable by every tensor, any number of times.
 
     Args:
         x: (B, C, ...).
@@ -129,6 +130,17 @@ def _gradients(*args: Any) -> tuple[Tensor, ...]:
     return _GRAD(*args)
 
 
+def _differentiable_gradients(ctx: Any, grad: Tensor, *operands: Any) -> list[Tensor | None]:
+    """The gradients that are wanted of x, weight, bias, scale, shift and add, through the reference."""
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x, weight, bias, scale, shift, add = operands
+        y = reference.group_norm_silu(x, ctx.groups, weight, bias, scale, shift, add, ctx.eps)
+    wanted = [t for t, want in zip(operands, ctx.needs_input_grad, strict=False) if want]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=graph))
+    return [next(found) if want else None for want in ctx.needs_input_grad[: len(operands)]]
+
+
 class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,19 +149,16 @@ class _GroupNormSiLU(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         y, mean, rstd = call.run(*call.args)
         call.rest = mean, rstd
-        ctx.groups = call.args[1]
+        ctx.groups, ctx.eps = call.args[1], call.args[-1]
         ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, add)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fastdiff.ops.group_norm_silu is differentiable once: backward with create_graph=True is not "
-                'supported; use fastdiff.backend("reference") for second derivatives'
-            )
         x, mean, rstd, *operands = ctx.saved_tensors
         wanted = ctx.needs_input_grad
+        if torch.is_grad_enabled() or transforms.has_rules(grad):
+            return *_differentiable_gradients(ctx, grad, x, *operands), None
         gradients = _gradients(grad, x, mean, rstd, ctx.groups, *operands, any(wanted[1:6]))
         return *[by if want else None for by, want in zip(gradients, wanted[:6], strict=True)], None
 

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference, transforms
-from ..scalars import as_number
+from .. import reference
+from ..support import transforms
+from ..support.scalars import as_number
 from . import dispatch
 from .checks import (
-    REDUCTIONS,
     as_index,
     as_sample_ids,
     check_choice,
@@ -17,6 +17,7 @@ from .checks import (
     check_levels,
     check_like,
     check_range,
+    check_reduction,
     check_table,
     noise_source,
     wants_gradient,
@@ -25,7 +26,7 @@ from .memory import in_huge_pages
 from .noise import FORWARD
 from .quick import Call, quick
 from .registry import NOISE, Op
-from .stored import scaled, stored_scale, take_once
+from .stored import scaled, stored_scale, take
 
 LOSSES = ("mse", "l1", "huber")
 
@@ -46,8 +47,8 @@ def loss(
 ) -> Tensor:
     """L = w_t mean(rho(pred - y)) with y = p_t x_0 + q_t z.
 
-    With the seed of `noising` the noise is drawn again, not read. The gradient by pred is computed in the same pass, so
-    backward works once. Differentiable by pred, x0 and noise.
+    With the seed of `noising` the noise is drawn again, not read. The gradient by pred is computed in the same pass. A
+    second backward, or one with create_graph, computes it again. Differentiable by pred, x0 and noise.
 
     Args:
         pred: (B, ...) output of the model.
@@ -74,7 +75,7 @@ def loss(
     delta = as_number("delta", delta)
     if not delta > 0:
         raise ValueError(f"delta: expected a number above 0, got {delta}")
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     with_grad = wants_gradient(pred, x0, noise)
     ids = as_sample_ids(sample_ids, pred.shape[0], pred.device, strict=True)
     per_sample = reduction == "none"
@@ -128,21 +129,27 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, pred: Tensor, x0: Tensor | None, noise: Tensor | None, call: Call) -> Tensor:
         value, grad = call.run(*call.args[:-1], True)
         call.rest = (grad,)
-        ctx.save_for_backward(grad, *(call.args[2:4] if any(ctx.needs_input_grad[1:3]) else ()))
+        ctx.stored = grad
+        ctx.save_for_backward(*call.args[:7])
+        ctx.options = call.args[7:10]
         ctx.dtypes = x0 if x0 is None else x0.dtype, noise if noise is None else noise.dtype
         ctx.factor = 1.0 / stored_scale(pred.dtype, _elements(pred, call.args[-2]))
-        ctx.used = False
         return value
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        take_once(ctx, "loss")
-        grad, *row = ctx.saved_tensors
-        grad = scaled(grad, incoming, ctx.factor)
+        grad, targets = take(ctx, incoming), any(ctx.needs_input_grad[1:3])
+        # Unpacked once at most, as a checkpoint demands, and in the common walk not at all.
+        operands: tuple[Any, ...] = ctx.saved_tensors if targets or grad is None else ()
+        if grad is not None:
+            grad = scaled(grad, incoming, ctx.factor)
+        else:
+            pred = operands[0]
+            slope = reference.loss(*operands, *ctx.options)[1] / (pred.numel() // max(1, incoming.numel()))
+            grad = (slope * incoming.reshape(-1, *[1] * (pred.ndim - 1))).to(pred.dtype)
         by_x0 = by_noise = None
-        if row:
-            t, table = row
-            p, q, _w = reference.coefficients(table, t, grad)
+        if targets:
+            p, q, _w = reference.coefficients(operands[3], operands[2], grad)
             by_x0 = (-p * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
             by_noise = (-q * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return grad, by_x0, by_noise, None

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import reference, transforms
-from ..scalars import integer
+from .. import reference
+from ..support import transforms
+from ..support.scalars import integer
 from . import dispatch
 from .checks import (
     FLOATING,

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference, transforms
+from .. import reference
+from ..support import transforms
 from . import dispatch
 from .checks import (
     as_index,

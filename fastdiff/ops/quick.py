@@ -245,9 +245,9 @@ class Plan:
         """The results for these tensors and their addresses."""
         if self.apply is None:
             return self._launch(tensors, addresses)
-        args = self.args.copy()
+        args, known = self.args.copy(), [*tensors, *self.kept]
         for i, at in self.given:
-            args[i] = tensors[at]
+            args[i] = known[at]
         call = Call(lambda *_: self._launch(tensors, addresses), args)
         return self.apply(*[args[i] for i in self.inputs], call)
 

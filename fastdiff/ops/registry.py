@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import transforms
+from ..support import transforms
 from .dispatch import plain
 from .quick import Call, Recorded, Recorder, recording
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..support import transforms
 from . import dispatch
 from .quick import quick
 from .registry import Op
@@ -16,16 +17,16 @@ def stored_scale(dtype: torch.dtype, count: int) -> float:
     return 2.0 ** (count.bit_length() - 1) if dtype == torch.float16 else 1.0
 
 
-def take_once(ctx: Any, name: str) -> None:
-    """RuntimeError if the stored gradient was used before, or should itself be differentiated."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"fastdiff.ops.{name} is differentiable once: backward with create_graph=True is not supported; "
-            f"use fastdiff.reference.{name} for second derivatives"
-        )
-    if ctx.used:
-        raise RuntimeError(f"the gradient of fastdiff.ops.{name} was already taken; compute the loss again")
-    ctx.used = True
+def take(ctx: Any, incoming: Tensor) -> Any:
+    """What the forward pass stored in ctx.stored, once: it is overwritten, and has no graph of its own.
+
+    None if this walk is a second one, records a graph, or belongs to a transform. Then the gradient is computed again,
+    by the differentiable reference. It is not among ctx.saved_tensors, which must not change in place.
+    """
+    if torch.is_grad_enabled() or transforms.has_rules(incoming):
+        return None
+    stored, ctx.stored = ctx.stored, None
+    return stored
 
 
 def scaled(grad: Tensor, incoming: Tensor, factor: float) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference, transforms
+from .. import reference
 from ..rows import WIDTH
+from ..support import transforms
 from . import dispatch
 from .checks import (
     as_clip,

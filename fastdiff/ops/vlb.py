@@ -5,22 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference, transforms
+from .. import reference
+from ..support import transforms
 from . import dispatch
 from .checks import (
-    REDUCTIONS,
     as_clip,
     as_index,
-    check_choice,
     check_floating,
     check_levels,
     check_like,
     check_range,
+    check_reduction,
     check_table,
 )
 from .quick import Call, quick
 from .registry import Op
-from .stored import scaled, take_once
+from .stored import scaled, take
 
 
 @quick
@@ -45,8 +45,8 @@ def vlb(
     If the row says decoder, it is -log p(x_0 | x_t) of images in 256 steps over [-1, 1] instead: the probability of
     x_0's bin under N(x0hat, exp(delta)). A bin reaches 1/255 to each side; the first and the last are open.
 
-    The gradients by pred and raw_variance are computed in the same pass, so backward works once. If a gradient by x_t
-    or x0 is wanted too, the differentiable reference runs instead.
+    The gradients by pred and raw_variance are computed in the same pass. A second backward, or one with create_graph,
+    computes them again. If a gradient by x_t or x0 is wanted too, the differentiable reference runs instead.
 
     Args:
         pred, x_t, x0: (B, ...).
@@ -69,7 +69,7 @@ def vlb(
     t = as_index("t", t, pred)
     check_table("rows", rows, 6, pred)
     clip = as_clip(clip)
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     pred = pred.detach() if detach_mean else pred
     with_grad = torch.is_grad_enabled()
     if (with_grad and (x_t.requires_grad or x0.requires_grad)) or transforms.active():
@@ -126,16 +126,22 @@ class _Vlb(torch.autograd.Function):
     def forward(ctx: Any, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, call: Call) -> Tensor:
         value, *grads = call.run(*call.args[:8], *ctx.needs_input_grad[:2])
         call.rest = tuple(grads)
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = pred.dtype, raw if raw is None else raw.dtype
-        ctx.used = False
+        ctx.stored = grads
+        ctx.save_for_backward(*call.args[:6])
+        ctx.clip, ctx.dtypes = call.args[6], (pred.dtype, raw if raw is None else raw.dtype)
         return value
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        take_once(ctx, "vlb")
-        given = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        by_pred, by_raw = (scaled(g, incoming, 1.0).to(dtype) if wanted else None for g, dtype, wanted in given)
+        grads, wanted = take(ctx, incoming), ctx.needs_input_grad[:2]
+        if grads is not None:
+            found = [scaled(grad, incoming, 1.0) if want else None for grad, want in zip(grads, wanted, strict=True)]
+        else:
+            pred, raw, x_t, x0, t, rows = ctx.saved_tensors
+            by = incoming.reshape(-1, *[1] * (pred.ndim - 1)) / (pred.numel() // max(1, incoming.numel()))
+            found = [slope * by for slope in reference.vlb(pred, raw, x_t, x0, t, rows, ctx.clip)[1:]]
+        triples = zip(found, ctx.dtypes, wanted, strict=True)
+        by_pred, by_raw = (grad.to(dtype) if want and grad is not None else None for grad, dtype, want in triples)
         return by_pred, by_raw, None, None, None
 
 

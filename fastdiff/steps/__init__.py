@@ -15,8 +15,8 @@ from typing import Any
 
 from ..process import Grid, Process
 from ..rows import LOG_ZERO
-from ..scalars import integer
 from ..schedule import NoiseSchedule
+from ..support.scalars import integer
 from .table import MAX_GAIN, StepTable, check_signal, denoise_rows, make_table, score_columns, x0_columns
 from .through_score import (
     PREDICTORS,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..objective import conversion_rows, needs_signal, x0_rows
 from ..rows import LOG_ZERO, columns, make_rows
-from ..scalars import as_number
 from ..schedule import NoiseSchedule
+from ..support.scalars import as_number
 
 # Beyond this gain an unclipped x_0 from a prediction of the noise has no digit left in float32.
 MAX_GAIN = 1e5

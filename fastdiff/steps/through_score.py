@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..rows import make_rows
-from ..scalars import integer
 from ..schedule import NoiseSchedule
+from ..support.scalars import integer
 from .table import StepTable, check_above_0, check_finite_ratio, make_table, score_columns, x0_columns
 from .through_x0 import ancestral
 

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a run needs to go on, in one safetensors file (fastdiff.run_file says what is in it)."""
+"""Checkpoints: all that a run needs to go on, in one safetensors file; fastdiff.support.run_file describes it."""
 
 import warnings
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import run_file
 from fastdiff.ddpm import DDPM
 from fastdiff.diffusion import Diffusion
-from fastdiff.run_file import RunFile
 from fastdiff.score import NCSN, ScoreSDE
+from fastdiff.support import run_file
+from fastdiff.support.run_file import RunFile
 from fastdiff.unet import UNet
 
 MODELS: dict[str, type[Diffusion]] = {"DDPM": DDPM, "NCSN": NCSN, "ScoreSDE": ScoreSDE}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.files import locked, sweep, writable
-from fastdiff.run_file import NAME, RunFile
+from fastdiff.support.run_file import NAME, RunFile
 from fastdiff.training.checkpoint import State, rng_state, save, set_rng_state
 from fastdiff.training.data import training_images
 from fastdiff.training.logs import EVERY, Progress

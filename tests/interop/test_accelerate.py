@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize, prune
 import fastdiff
 from benchmarks.torchvision_standin import stock
 from fastdiff.interop import diffusers as ours
-from fastdiff.plain import is_plain
+from fastdiff.support.plain import is_plain
 
 # NumPy, in the interpreter, on exp(-u) beyond the range of float32.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

@@ -88,7 +88,7 @@ BUDGETS = {
     ("norm", "concat+channels_last", "none"): (24, 17),
     ("norm", "64x64", "none"): (21, 14),
     ("norm", "64x64+channels_last", "none"): (21, 15),
-    ("norm", "128x128", "none"): (23, 14),
+    ("norm", "128x128", "none"): (26, 14),
     ("norm", "128x128+channels_last", "none"): (28, 16),
     ("norm", "scale+add+channels_last", "none"): (22, 16),
     ("norm_grad", "plain", "none"): (32, 21),
@@ -308,7 +308,7 @@ def test_addresses_are_exact_beyond_32_bits(rows, dump, kernel, target):
     ttir = (dump / (re.sub(r"\W+", "-", "-".join(names)) + ".ttir")).read_text()
     n, block, sample, stride = 2**30 - 16, 200_001, 70_000, 2**31 - 16
     program = (block, sample % 32768, sample // 32768)
-    accesses = Addresses(ttir, program, n=n, batch=sample + 1, pred_stride=stride).accesses
+    accesses = Addresses(ttir, program, size=n, batch=sample + 1, pred_stride=stride).accesses
     assert len(accesses) >= {"noising": 2, "scale": 2, "update": 3, "vlb": 3}.get(kernel, 1)
     for name, start, lanes in accesses:
         size = len(lanes)
@@ -325,7 +325,7 @@ def test_rows_have_the_promised_keys(all_rows):
     for r in all_rows:
         assert set(keys.split()) | {"store_bits", "barriers", "predicted_roofline"} <= r.keys()
         assert list(r["predicted_roofline"]) == ["A100", "H100", "B200"]
-        assert 0 < r["registers"] <= 255 and 0 < r["occupancy"] <= 1
+        assert 0 < r["registers"] <= (512 if r["target"] == "gfx942" else 255) and 0 < r["occupancy"] <= 1
 
 
 def test_the_table_is_printed(run, all_rows):

@@ -276,17 +276,21 @@ def test_gradients_that_are_not_wanted_and_a_batch_of_none():
         assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], torch.zeros(4, device=DEVICE))
 
 
-def test_second_derivatives_by_the_reference_alone():
-    given = operands((1, 2, 3), torch.float32, torch.float32, "contiguous", 0.0, False, 1)
-    x = given["x"].detach().requires_grad_()
+@pytest.mark.parametrize("add", [False, True])
+def test_second_derivatives(add):
+    given = operands((2, 4, 3), torch.float32, torch.float32, "contiguous", 0.0, False, 1)
+    x, weight, bias = (given[name].detach().requires_grad_() for name in ("x", "weight", "bias"))
+    more = {"add": given["bias"].detach().clone().requires_grad_()} if add else {}
+    found = []
     for backend in ("reference", "triton"):
         with fastdiff.backend(backend):
-            y = ops.group_norm_silu(x, 1, given["weight"], given["bias"], EPS)
-            if backend == "reference":
-                assert torch.autograd.grad(y.sum(), x, create_graph=True)[0].requires_grad
-            else:
-                with pytest.raises(RuntimeError, match="group_norm_silu is differentiable once"):
-                    torch.autograd.grad(y.sum(), x, create_graph=True)
+            y = ops.group_norm_silu(x, 1, weight, bias, EPS, **more)
+            inputs = (x, weight, bias, *more.values())
+            first = torch.autograd.grad(y.sum(), inputs, create_graph=True)
+            second = torch.autograd.grad(sum((g**2).sum() for g in first), inputs, retain_graph=True)
+            found.append((*first, *second, *torch.autograd.grad(y.sum(), inputs)))
+    for right, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])

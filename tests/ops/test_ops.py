@@ -14,6 +14,7 @@ from tolerance import ARITHMETIC, assert_close, assert_same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import fastdiff
 from fastdiff import ops, reference
@@ -313,17 +314,48 @@ def test_gradient_of_update_is_that_of_the_reference(backend, shape, dtype, salt
         assert_close(leaf.grad, slope.expand(shape), 10 * ARITHMETIC)
 
 
-def test_loss_is_differentiable_once():
-    pred = data(2, 5).requires_grad_()
-    value = ops.loss(pred, 1, rows(3), seed=1)
-    with pytest.raises(RuntimeError, match="differentiable once: backward with create_graph=True is not supported"):
-        torch.autograd.grad(value, pred, create_graph=True)
-    value = ops.loss(pred, 1, rows(3), seed=1)
-    value.backward(retain_graph=True)
-    first = pred.grad.clone()
-    with pytest.raises(RuntimeError, match="was already taken; compute the loss again"):
-        value.backward()
-    assert torch.equal(pred.grad, first)
+@pytest.mark.parametrize("kind", ops.LOSSES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_gradient_of_a_loss_is_taken_twice(kind, reduction):
+    pred, x0 = data(2, 5).requires_grad_(), data(2, 5, salt=1).requires_grad_()
+    table = rows(3)
+    value = ops.loss(pred, 1, table, x0=x0, seed=1, kind=kind, delta=0.7, reduction=reduction).sum()
+    t, key = torch.tensor([1]), torch.tensor([1])
+    terms = reference.loss(pred, x0, t, table, key, None, None, ops.FORWARD, kind, 0.7)[0]
+    right = (terms.mean(1) if reduction == "none" else terms.mean()).sum()
+    exact = torch.autograd.grad(right, (pred, x0), create_graph=True)
+    for create_graph in (False, True, False, True):  # the first walk takes what is stored
+        got = torch.autograd.grad(value, (pred, x0), retain_graph=True, create_graph=create_graph)
+        for g, e in zip(got, exact, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-6)
+            assert g.requires_grad == create_graph
+        if create_graph:
+            penalties = (sum((g**3).sum() for g in gs) for gs in (got, exact))
+            second = [torch.autograd.grad(p, (pred, x0), retain_graph=True) for p in penalties]
+            torch.testing.assert_close(second[0], second[1], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_of_a_batch_of_losses_at_once():
+    pred = data(3, 5).requires_grad_()
+    losses = ops.loss(pred, 1, rows(3), seed=1, reduction="none")
+    got = torch.autograd.grad(losses, pred, torch.eye(3), is_grads_batched=True, retain_graph=True)[0]
+    right = torch.stack([torch.autograd.grad(losses[i], pred, retain_graph=True)[0] for i in range(3)])
+    torch.testing.assert_close(got, right)
+
+
+@pytest.mark.parametrize("by", ["pred", "x0", "noise"])
+def test_checkpointing_around_a_loss(by):
+    """A checkpoint counts how often each saved tensor is read."""
+    given = {name: data(2, 5, salt=k) for k, name in enumerate(("pred", "x0", "noise"))}
+    given[by].requires_grad_()
+
+    def f(pred, x0, noise):
+        x_t = ops.noising(x0, 1, rows(2), noise=noise)
+        return ops.loss(pred * x_t, 1, rows(3), x0=x0, noise=noise)
+
+    right = torch.autograd.grad(f(**given), given[by])[0]
+    got = torch.autograd.grad(checkpoint(f, *given.values(), use_reentrant=False), given[by])[0]
+    assert torch.equal(got, right)
 
 
 @pytest.mark.parametrize("op", ["loss", "vlb"])

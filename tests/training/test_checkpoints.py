@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import TINY, assert_same_files, metadata_of, rewrite, run
 
-from fastdiff import DDPM, NCSN, ScoreSDE, UNet, files, run_file, training, weights
+from fastdiff import DDPM, NCSN, ScoreSDE, UNet, files, training
+from fastdiff.support import run_file, weights
 from fastdiff.training import Options, State, checkpoint
 
 

@@ -19,7 +19,8 @@ from fastdiff.cli import main
 from fastdiff.training import checkpoint
 
 TINY = ["--channels", "8", "--batch-size", "8", "--timesteps", "20", "--device", "cpu"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# Outputs are buffered, as they are by default.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
 
 
 def start(*args: object, **options) -> subprocess.Popen:

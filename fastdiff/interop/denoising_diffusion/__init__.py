@@ -36,7 +36,7 @@ except ImportError as error:
     )
     raise ImportError(f"{message} ({error})") from error
 
-from .diffusion import GaussianDiffusion, ModelPrediction
+from .diffusion import GaussianDiffusion
 from .images import identity, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
 from .schedules import SCHEDULES, cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
 from .tables import OBJECTIVES

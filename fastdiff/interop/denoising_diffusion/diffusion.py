@@ -3,7 +3,7 @@
 import functools
 import random
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ... import ops
-from ...cache import Tables
 from ...ops.checks import check_choice
+from ...support.cache import Tables
 from ..stock import broadcast, combine, noising, overridden, values
 from . import tables
 from .images import identity, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
 from .schedules import make_buffers
-from .tables import OBJECTIVES, START
+from .tables import OBJECTIVES, START, ModelPrediction
 
 # Devices where DDIM takes the operations of stock one by one, to the bit. Elsewhere a step is one pass, to rounding.
 STOCK_ORDER = ("cpu",)
@@ -26,13 +26,6 @@ PREDICTION = ("model_predictions", "predict_start_from_noise", "predict_start_fr
 STEP = ("p_mean_variance", "q_posterior", *PREDICTION)
 
 LOOP = "sampling loop time step"  # what the progress bar says
-
-
-class ModelPrediction(NamedTuple):
-    """What the original's model_predictions returns: eps and x_0."""
-
-    pred_noise: Tensor
-    pred_x_start: Tensor
 
 
 class GaussianDiffusion(nn.Module):

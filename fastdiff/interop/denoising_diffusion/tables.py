@@ -3,7 +3,7 @@
 `start` is (a, b) of x_0 = a x - b output, or () if the output is x_0 itself.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,13 @@ START: dict[str, tuple[str, ...]] = {
     "pred_v": ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
 }
 OBJECTIVES = tuple(START)
+
+
+class ModelPrediction(NamedTuple):
+    """What the original's model_predictions returns: eps and x_0."""
+
+    pred_noise: Tensor
+    pred_x_start: Tensor
 
 
 def index(t: Any) -> Any:

@@ -14,10 +14,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ... import ops
-from ...cache import Tables
 from ...ops.checks import FLOATING
 from ...reference import work_dtype
 from ...rows import make_rows
+from ...support.cache import Tables
 from ..stock import noising, overridden, reached, values
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")

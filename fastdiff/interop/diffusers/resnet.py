@@ -6,7 +6,7 @@ import diffusers.models.resnet
 from torch import Tensor, nn
 
 from ...nn import norm_silu
-from ...plain import is_plain
+from ...support.plain import is_plain
 
 STOCK_FORWARD = diffusers.models.resnet.ResnetBlock2D.forward
 

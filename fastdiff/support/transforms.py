@@ -19,6 +19,12 @@ def active() -> bool:
 active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def has_rules(grad: Tensor) -> bool:
+    """Whether a gradient that comes in belongs to a transform; that of is_grads_batched is a batch of another kind."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad) or active()
+
+
 def bare(index: Tensor | None) -> Tensor | None:
     """The values of an index below all transforms, with the batch of vmap as one more dimension.
 

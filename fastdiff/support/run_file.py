@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fastdiff.weights import (
+from fastdiff.support.weights import (
     Network,
     TensorFile,
     blaming,

@@ -26,7 +26,6 @@ def settable(name: str, convert: Callable[[Any], Any] | None = None) -> Any:
             self.apply_options()
         except BaseException:
             self.__dict__[key] = before
-            self.apply_options()
             raise
 
     return property(read, write)
