@@ -46,6 +46,7 @@ def test_signatures() -> None:
     assert got == want
 
 
+@pytest.mark.slow
 @given(configs())
 def test_state_dict(config: dict[str, Any]) -> None:
     """The same buffers to the bit, which load strictly both ways; what is loaded is what is computed with."""
@@ -86,6 +87,7 @@ def test_losses(config: dict[str, Any], self_condition: bool, seed: int, strengt
     same_losses(pair, lambda d: d.p_losses(images, t, z.clone(), strength, "none"))
 
 
+@pytest.mark.slow
 @given(configs(), st.booleans(), st.integers(0, 9))
 def test_parts_of_a_step(config: dict[str, Any], self_condition: bool, seed: int) -> None:
     """To the bit, of one level for each sample."""
@@ -106,6 +108,7 @@ def test_parts_of_a_step(config: dict[str, Any], self_condition: bool, seed: int
         same_calls(pair, lambda d, level=level: d.p_sample(x, level, cond))
 
 
+@pytest.mark.slow
 @given(configs(), st.booleans(), st.sampled_from((1, 2, 7, 20)), st.sampled_from((0.0, 0.5, 1.0)))
 def test_sampling(config: dict[str, Any], self_condition: bool, steps: int, eta: float) -> None:
     """The whole walks, to the bit; DDIM in one pass, as on a GPU, to rounding."""
@@ -215,6 +218,7 @@ def test_gradients_of_a_step() -> None:
                 assert float((got - want).abs().max()) <= PARITY * float(want.abs().max())
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
     """The loss and a step are one graph each, and give what they give uncompiled."""
     pair, x = both(), data(1)[0]
@@ -229,6 +233,7 @@ def test_compiled() -> None:
 # --- kernels, trainer, installation -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 def test_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +249,7 @@ def test_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         same_calls(pair, lambda d: d.ddim_sample(SHAPE), exact)
 
 
+@pytest.mark.slow
 def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example, and the script that a user had before: one import apart, the same weights and images."""
     monkeypatch.setattr(stock, "cpu_count", lambda: 0)  # no worker processes

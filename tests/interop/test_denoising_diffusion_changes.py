@@ -255,6 +255,7 @@ def test_shapes_that_broadcast(objective: str) -> None:
     same_calls(pair, lambda d: d.ddim_sample(SHAPE), exact=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", ["data", "numpy"])
 def test_buffers_changed_through_data_and_numpy(edit: str) -> None:
     """Of every buffer that stock reads."""

@@ -184,6 +184,7 @@ def test_training_recipe(prediction: str, tmp_path: Any) -> None:
     assert (images[0] == images[1]).all()
 
 
+@pytest.mark.slow
 def test_examples(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The examples, and the scripts that a diffusers user had before: one import apart, the same losses and images.
 

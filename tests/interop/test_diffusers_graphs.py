@@ -58,6 +58,7 @@ def test_quantile(q: float, n: int, dtype: torch.dtype) -> None:
     assert torch.equal(ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0)), (ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused_noise", [False, True])
 @pytest.mark.parametrize(("name", "config"), CASES)
 def test_no_graph_break(name: str, config: dict[str, Any], fused_noise: bool) -> None:

@@ -134,6 +134,7 @@ def test_float16_without_a_processor_that_converts_it(monkeypatch):
             assert_same_bits(step, ops.update(x, half, steps, 2, noise=noise, noisy=noise is not None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 4, 7, cpu_compiled.SHORT, cpu_compiled.SHORT + 1])
 @pytest.mark.parametrize("count", [1, 3])
 def test_short_samples_have_the_noise_of_samples_alone(n, count, threads):
@@ -202,6 +203,7 @@ def test_small_tensors_stay_on_one_thread(threads, team):
     assert team(cpu.PARALLEL_FROM - 1) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_the_team_is_that_of_pytorch():
     """Its threads, none beside them: a kernel leaves the process with as many as PyTorch's loops did."""
@@ -292,6 +294,7 @@ def run(script: str, folder: Path = ROOT, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_runs_on_its_one_thread():
     """The parent's threads do not exist in it: waiting for them would never end."""
@@ -310,6 +313,7 @@ def test_a_forked_child_runs_on_its_one_thread():
     assert done.split() == ["0", "True"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_workers_of_a_data_loader():
     done = run(
@@ -330,6 +334,7 @@ def test_workers_of_a_data_loader():
 ELSEWHERE = {"generic": [], "skylake-avx512": ["fma", *(f"avx512{part}" for part in ("f", "bw", "cd", "dq", "vl"))]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86")
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_elements_do_not_depend_on_the_size_elsewhere(name, tmp_path):
@@ -370,6 +375,7 @@ def cached(folder: Path) -> bool:
     return any("normal_chunks" in path.name for path in folder.rglob("*.nbi"))
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_to(installed, tmp_path):
     want = str(ops.normal((1, 4), 1)[0].tolist())
     nowhere = installed / "file"
@@ -408,6 +414,7 @@ def test_large_results_come_in_huge_pages():
     assert in_huge_pages(ops.normal(x.shape, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the GNU C library")
 def test_freed_memory_is_kept_for_the_next_tensors():
     """They fault in the first rounds, not in every one."""

@@ -69,6 +69,7 @@ def at_all_sizes(test):
 shaped = given(shape=shapes(), dtype=dtypes, layout=layouts, guard=guards, generated=st.booleans())
 
 
+@pytest.mark.slow
 @every
 @at_all_sizes
 @shaped
@@ -79,6 +80,7 @@ def test_normal(backend, shape, dtype, layout, guard, generated):
     out.check()
 
 
+@pytest.mark.slow
 @every
 @at_all_sizes
 @shaped
@@ -90,6 +92,7 @@ def test_noising(backend, shape, dtype, layout, guard, generated):
     out.check()
 
 
+@pytest.mark.slow
 @every
 @at_all_sizes
 @shaped
@@ -118,6 +121,7 @@ def test_scale(backend, shape, dtype, layout, guard, generated):
     assert torch.equal(grad.tensor, before * (by / 2).to(dtype).reshape(-1, *[1] * (len(shape) - 1)))
 
 
+@pytest.mark.slow
 @every
 @at_all_sizes
 @shaped

@@ -49,6 +49,7 @@ print(len(launch._compiled), len({id(k) for k in launch._compiled.values()}))
 """
 
 
+@pytest.mark.slow
 def test_the_remembered_kernel_is_the_one_that_triton_chooses(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])

@@ -20,6 +20,7 @@ CPU, SHAPE = torch.device("cpu"), (3, 3, 8, 8)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_agree_with_the_reference(operation, dtype):

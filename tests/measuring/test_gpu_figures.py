@@ -103,6 +103,7 @@ def test_without_the_sanitizer(monkeypatch):
         checks.sanitizer("memcheck", "loss", CPU)
 
 
+@pytest.mark.slow
 def test_what_the_sanitizer_is_given_launches_every_kernel():
     script = "import triton.runtime.interpreter as i\nrun, seen = i.GridExecutor.__call__, set()\n" + (
         "def call(self, *args, **kwargs):\n    seen.add(self.fn.__name__)\n    run(self, *args, **kwargs)\n"
@@ -155,6 +156,7 @@ def test_the_rehearsal(stage, short):
     assert sum("figures" in row for row in outcomes.values()) >= expected[stage.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_the_rows_of_a_gpu(stage):
     """They can be named without a GPU, no two are alike, and each fits into a run of ten minutes."""
@@ -163,6 +165,7 @@ def test_the_rows_of_a_gpu(stage):
     assert all(row.seconds <= min(300, stage.seconds) for row in rows)
 
 
+@pytest.mark.slow
 def test_all_methods_do_the_same_steps(short):
     """The images of diffusers in bfloat16 are those of fastdiff in float32, but for rounding."""
     rows = next(stage for stage in STAGES if stage.name == "sampling").rows(CPU)
@@ -195,6 +198,7 @@ def test_a_training_step_trains(short):
         assert moved[0] > 0
 
 
+@pytest.mark.slow
 def test_a_result_that_is_not_the_reference_is_not_timed(short, monkeypatch):
     monkeypatch.setitem(workloads.BOUND, torch.float32, 0.0)
     rows = [row for row in operations.rows(CPU) if "float32" in row.name]

@@ -42,12 +42,14 @@ def outcomes(tmp_path_factory):
     return {key.split(" / ")[1]: row for key, row in rows.items()}, int((folder / "child").read_text())
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_recorded_and_the_next_goes_on(outcomes):
     rows, _ = outcomes
     assert rows["fails"]["error"] == "RuntimeError: 3 is not 4"
     assert rows["second"]["figures"] == rows["first"]["figures"]  # in the same process
 
 
+@pytest.mark.slow
 def test_a_row_that_hangs_is_killed_with_its_children(outcomes):
     rows, child = outcomes
     assert rows["hangs"]["error"] == "killed after 2 s"
@@ -56,12 +58,14 @@ def test_a_row_that_hangs_is_killed_with_its_children(outcomes):
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+@pytest.mark.slow
 def test_a_row_that_dies_is_recorded_with_its_signal(outcomes):
     rows, _ = outcomes
     assert rows["dies"]["error"] == "the process ended with SIGSEGV"
     assert rows["last"]["figures"]["process"] != rows["third"]["figures"]["process"]
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_not_an_error(outcomes):
     rows, _ = outcomes
     assert rows["lacks"]["not_available"] == "no such tool"

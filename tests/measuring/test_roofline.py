@@ -22,6 +22,7 @@ from PIL import Image
 from benchmarks import pictures
 from benchmarks.static import roofline
 
+pytestmark = pytest.mark.slow  # all wait for one compilation of everything
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "static_roofline.py"
 SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 

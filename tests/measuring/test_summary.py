@@ -107,6 +107,7 @@ def suite(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_suite_ends_with_the_table_and_bounds_compiling(suite):
     """The first row of torch.compile spends the budget of 0 s, so that the second one does not run."""
     done = run_pytest(suite)
@@ -118,6 +119,7 @@ def test_the_suite_ends_with_the_table_and_bounds_compiling(suite):
     assert "OPS" not in done.stdout and "warnings summary" not in done.stdout  # pytest-benchmark's own table
 
 
+@pytest.mark.slow
 def test_full_runs_everything(suite):
     done = run_pytest(suite, "--full")
     assert "4 passed" in done.stdout and "deselected" not in done.stdout, done.stdout
@@ -130,6 +132,7 @@ def test_the_suite_does_not_time_the_interpreter(monkeypatch, pytestconfig):
         conftest.pytest_configure(pytestconfig)
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_suite():
     """By default each operation has all of its peers, ddpm and ddim stand apart, and nothing runs twice."""
     done = run_pytest(ROOT / "benchmarks", "--collect-only", "-q")

@@ -300,6 +300,7 @@ def test_training_reads_no_scalar_and_copies_nothing(meta, objective, loss):
         _ = x0.sum().item()
 
 
+@pytest.mark.slow
 @ON_CHAINS
 def test_sampling_reads_no_scalar_and_copies_nothing_in_a_step(meta, model, options):
     ddpm = DDPM(model().to("meta"), "cosine", 20)
@@ -341,6 +342,7 @@ def fifty_steps(step, x: Tensor, seed: int) -> Tensor:
     return x
 
 
+@pytest.mark.slow
 def test_an_exported_step_samples_as_the_module_does(exported, documented, tmp_path):
     net, program = exported
     assert [str(n.target) for n in program.graph.nodes if "fastdiff" in str(n.target)] == ["fastdiff.update.default"]
@@ -366,6 +368,7 @@ assert ("fastdiff" in sys.modules) == {with_fastdiff}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_fastdiff", [True, False])
 def test_a_packaged_step_runs_in_another_process(exported, documented, tmp_path, with_fastdiff):
     """AOTInductor's package, with the operator and with PyTorch's own in its place."""

@@ -193,6 +193,7 @@ def go_on(out: Path, state: State, steps: int) -> int:
     return training.train(Options(**{**state.options, "steps": steps}), str(out), "cpu", state)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:schedule")
 def test_importance_sampling_resumes_exactly(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -67,6 +67,7 @@ def test_train_on_a_folder_of_images(tmp_path, capsys):
     assert "expected a model of the 8x8 digits, it draws (3, 8, 8)" in line
 
 
+@pytest.mark.slow
 def test_sample_writes_grid_and_array(model, tmp_path):
     prefix = tmp_path / "new" / "v1.5"
     how = ["--sampler", "ddim", "--steps", 4, "--eta", 0.5, "--seed", 3]
@@ -95,6 +96,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(model, tmp_path):
     assert np.abs(one[0] - one[2]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_eval_reports_and_writes_json(model, tmp_path):
     done = call("eval", model, "--n", 12, "--steps", 2, "--json", tmp_path / "eval.json", "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -114,6 +116,7 @@ def test_an_unknown_command_names_the_others_and_where_measuring_is(name, capsys
     assert "python -m benchmarks" in line
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_a_checkpoint_and_tells_how_to_resume(tmp_path):
     out = tmp_path / "a run"
     args = ["train", "--data", "digits", "--out", out, "--steps", 10**6, *TINY]
@@ -134,6 +137,7 @@ def test_interrupt_keeps_a_checkpoint_and_tells_how_to_resume(tmp_path):
     assert f"--out '{out}'" in last and last.endswith("--resume")
 
 
+@pytest.mark.slow
 def test_a_traceback_is_never_shown(model, tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(model.read_bytes()[:-1])
@@ -183,6 +187,7 @@ def test_a_run_is_not_overwritten(model, capsys):
     assert "exists: go on with --resume" in line and model.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kind", "sampler"),
     [

@@ -163,6 +163,7 @@ def test_a_folder_in_use_is_one_line(tmp_path, capsys):
     assert line == f"fastdiff: error: {tmp_path}: another training runs in this folder"
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_one_line(tmp_path):
     def little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a checkpoint takes 700 kB
