@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import itertools, random, torch, triton
 import fastdiff.kernels.launch as launch

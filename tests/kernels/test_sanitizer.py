@@ -120,6 +120,7 @@ def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     assert len(launches) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "half"])
 @pytest.mark.parametrize("scaled", [True, False])
