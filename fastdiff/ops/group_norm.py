@@ -126,7 +126,7 @@ def _gradients(*args: Any) -> tuple[Tensor, ...]:
     return _GRAD(*args)
 
 
-def _differentiable_gradients(ctx: Any, grad: Tensor, *operands: Tensor | None) -> list[Tensor | None]:
+def _differentiable_gradients(ctx: Any, grad: Tensor, *operands: Any) -> list[Tensor | None]:
     """The gradients that are wanted of x, weight, bias, scale, shift and add, through the reference."""
     graph = torch.is_grad_enabled()
     with torch.enable_grad():

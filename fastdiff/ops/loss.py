@@ -139,7 +139,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         grad, targets = take(ctx, incoming), any(ctx.needs_input_grad[1:3])
         # Unpacked once at most, as a checkpoint demands, and in the common walk not at all.
-        operands = ctx.saved_tensors if targets or grad is None else ()
+        operands: Any = ctx.saved_tensors if targets or grad is None else ()
         if grad is not None:
             grad = scaled(grad, incoming, ctx.factor)
         else:

@@ -139,7 +139,7 @@ class _Vlb(torch.autograd.Function):
             pred, raw, x_t, x0, t, rows = ctx.saved_tensors
             by = incoming.reshape(-1, *[1] * (pred.ndim - 1)) / (pred.numel() // max(1, incoming.numel()))
             found = [slope * by for slope in reference.vlb(pred, raw, x_t, x0, t, rows, ctx.clip)[1:]]
-        triples = zip(found, ctx.dtypes, wanted, strict=True)
+        triples: Any = zip(found, ctx.dtypes, wanted, strict=True)
         by_pred, by_raw = (grad.to(dtype) if want else None for grad, dtype, want in triples)
         return by_pred, by_raw, None, None, None
 
