@@ -131,7 +131,7 @@ def _differentiable_gradients(ctx: Any, grad: Tensor, *operands: Any) -> list[Te
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         x, *rest = operands
-        y = reference.group_norm_silu(x, ctx.groups, *rest, ctx.eps)
+        y = reference.group_norm_silu(x, ctx.groups, *rest, ctx.eps)  # type: ignore[call-arg]
     wanted = [t for t, want in zip(operands, ctx.needs_input_grad, strict=False) if want]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=graph))
     return [next(found) if want else None for want in ctx.needs_input_grad[: len(operands)]]
