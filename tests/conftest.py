@@ -21,6 +21,10 @@ if not torch.cuda.is_available():
 
     sanitizer.install()
 
+# A pytest that a test starts is no worker of pytest-xdist.
+for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.pop(name, None)
+
 torch.set_num_threads(1)
 settings.register_profile("default", max_examples=20, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,7 +1,5 @@
-"""What happens around a walk along a process: the mode of the model, gradients, what the user's code may do; and the
-arguments that callers really give: NumPy numbers, generators, names of other libraries."""
+"""What happens around a walk along a process: the mode of the model, gradients, what the user's code may do."""
 
-import functools
 import math
 import threading
 
@@ -10,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff import DDPM, NCSN, ScoreSDE, UNet, steps
+from fastdiff import DDPM, NCSN, ScoreSDE
 from fastdiff.diffusion import Diffusion
 from fastdiff.process import VE, VP, Chain, Ladder
 from fastdiff.schedule import NoiseSchedule, linear, make_schedule
@@ -63,6 +61,8 @@ def walks(kind: str) -> dict[str, object]:
     return {name: walk for name, walk in WALKS.items() if name not in left_out}
 
 
+# --- tables of the network ----------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize(("kind", "walk"), [(k, w) for k in MAKERS for w in walks(k)])
 def test_what_a_model_keeps_from_a_walk_is_trained_on(kind, walk):
     net, x = Net(), torch.rand(SHAPE) * 2 - 1
@@ -73,8 +73,7 @@ def test_what_a_model_keeps_from_a_walk_is_trained_on(kind, walk):
     assert net.linear.weight.grad.isfinite().all() and net.modes[-1]
 
 
-# --- modes and threads ------------------------------------------------------------------------------------------------
-
+# --- modes and threads --------------------------------------------------------------------------------------------
 
 def test_the_last_walk_gives_the_mode_back():
     """Two walks that overlap, in either order of leaving, over nested modules that share a part."""
@@ -129,8 +128,7 @@ def test_threads_that_share_a_model_draw_what_one_draws():
     assert len(within) == 4 and all(torch.equal(one, want) for one in within)
 
 
-# --- callbacks --------------------------------------------------------------------------------------------------------
-
+# --- callbacks ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m", "heun", "predictor_corrector"])
 def test_a_callback_may_take_gradients_and_return_a_state(sampler):
@@ -185,8 +183,7 @@ def test_a_callback_that_returns_something_else(new, error, said):
         DDPM(Pointwise(), timesteps=12).sample(SHAPE, callback=lambda k, level, x: new)
 
 
-# --- types and devices ------------------------------------------------------------------------------------------------
-
+# --- types and devices --------------------------------------------------------------------------------------------
 
 class Mixed(nn.Module):
     """A frozen part of another type before the network."""
@@ -239,111 +236,7 @@ def test_offloaded_weights(offload, tmp_path):
     assert torch.equal(model.sample(SHAPE, steps=4, seed=1), want) and torch.equal(model(x, t=3, seed=1), loss)
 
 
-# --- arguments --------------------------------------------------------------------------------------------------------
-
-
-def numbers(cast: type, real: type) -> list[object]:
-    """Results of calls with every kind of number."""
-    torch.manual_seed(0)
-    ddpm, sde = DDPM(Pointwise(), timesteps=cast(12), clip=real(1.5)), ScoreSDE(Pointwise(), beta_min=real(0.25))
-    ncsn, x = NCSN(Pointwise(), real(2.0), real(0.125), cast(4)), torch.rand(SHAPE)
-    out = [
-        ddpm.sample((cast(2), cast(3)), steps=cast(4), seed=cast(7)),
-        ddpm.sample(SHAPE, sampler="ddim", steps=cast(4), eta=real(0.5), seed=cast(7)),
-        ddpm.sample(SHAPE, sampler="heun", steps=cast(4), seed=cast(7)),
-        ddpm.sample(SHAPE, steps=[cast(12), cast(5), cast(0)], seed=cast(7)),
-        ddpm(x, t=cast(3), seed=cast(7)), ddpm.q_sample(x, cast(3), seed=cast(7)),
-        ddpm.p_sample(x, cast(3), seed=cast(7)),
-        ddpm.q_step(x, cast(3), seed=cast(7)), *ddpm.q_posterior(x, x, cast(3)), ddpm.predict_x0(x, cast(3)),
-        ddpm.predict(x, cast(3), "v"), ddpm.interpolate(x, x, real(0.5), t=cast(6), seed=cast(7)),
-        ddpm.bits_per_dim(x, steps=cast(4), seed=cast(7)).terms, ddpm.encode(x, steps=cast(4)),
-        sde(x, t=real(0.5), seed=cast(7)), sde.q_sample(x, real(0.5), seed=cast(7)), sde.predict_x0(x, real(0.5)),
-        sde.sample(SHAPE, steps=cast(4), seed=cast(7)),
-        sde.sample(SHAPE, steps=[real(1.0), real(0.5), real(0.0)], seed=1),
-        sde.sample(SHAPE, steps=sde.process.karras(cast(4), sigma_min=real(0.5), rho=real(7), churn=real(1)), seed=1,
-                   sampler=functools.partial(steps.heun, noise_scale=real(1.0))),
-        sde.sample(SHAPE, sampler=functools.partial(steps.predictor_corrector, corrections=cast(2), snr=real(0.125)),
-                   steps=cast(3), seed=cast(1)),
-        ncsn.sample(SHAPE, steps=cast(2), seed=cast(7)),
-        ncsn.sample(SHAPE, sampler=functools.partial(steps.annealed_langevin, eps=real(2**-10)), steps=1, seed=1),
-    ]  # fmt: skip
-    assert type(ddpm.config["clip"]) is float and type(ddpm.config["timesteps"]) is int
-    assert all(type(v) in (float, int, str, type(None)) for v in ncsn.config.values())
-    return out
-
-
-@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
-@pytest.mark.parametrize("real", [np.float32, np.float64, np.float16])
-def test_numbers_of_numpy_are_numbers(integer, real):
-    for a, b in zip(numbers(integer, real), numbers(int, float), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_guidance_of_numpy_and_branches_that_differ_in_a_number():
-    class Labelled(nn.Module):
-        def forward(self, x: Tensor, t: Tensor, y: object) -> Tensor:
-            return 0.1 * x + 0.1 * torch.as_tensor(y).reshape(-1, *[1] * (x.ndim - 1))
-
-    model = DDPM(Labelled(), timesteps=12)
-    tensors = {"y": torch.tensor([1, 1]), "uncond": {"y": torch.tensor([2, 2])}}
-    want = model.sample(SHAPE, seed=1, guidance=2.0, **tensors)
-    for guidance in (np.float32(2), np.int64(2), 2):
-        assert torch.equal(model.sample(SHAPE, seed=1, guidance=guidance, **tensors), want)
-        assert torch.equal(model.sample(SHAPE, seed=1, guidance=guidance, y=1, uncond={"y": np.int64(2)}), want)
-
-
-def test_a_generator_gives_the_seed():
-    model, made = DDPM(Pointwise(), timesteps=12), torch.Generator()
-    state = torch.get_rng_state()
-    first, second = (model.sample(SHAPE, generator=made.manual_seed(5)) for _ in range(2))
-    assert torch.equal(first, second) and torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(model.sample(SHAPE, generator=made), first)
-    with pytest.raises(ValueError, match="seed: expected None with a generator"):
-        model.sample(SHAPE, seed=1, generator=made)
-    with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator, got int"):
-        model.sample(SHAPE, generator=1)
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ("euler", "use 'ddim'"), ("euler_a", "use 'ddpm'"), ("Euler a", "use 'ddpm'"),
-        ("DPM++2M", r"use 'dpm\+\+2m'"),
-        ("dpm++2m_karras", r"use 'dpm\+\+2m' with steps=model\.process\.karras\(n\)"),
-        ("dpmpp_2m_karras", r"use 'dpm\+\+2m' with steps"), ("heun_karras", "use 'heun'"),
-        ("pc", "use 'predictor_corrector'"),
-        ("Predictor-Corrector", "use 'predictor_corrector'"), ("rk45", "use 'ode'"),
-    ],
-)  # fmt: skip
-def test_names_of_other_libraries_are_answered(given, said):
-    with pytest.raises(ValueError, match=f"sampler: expected one of .*; {said}"):
-        DDPM(Pointwise(), timesteps=12).sample(SHAPE, sampler=given)
-    assert set(steps.OTHER_NAMES) & (set(SAMPLERS) | {"ode"}) == set()
-
-
-def test_other_arguments_that_newcomers_give():
-    with pytest.raises(TypeError, match=r"steps: expected numbers, got 'karras'; .*process\.karras\(18\)"):
-        DDPM(Pointwise(), timesteps=12).sample(SHAPE, steps="karras")
-    with pytest.raises(TypeError, match="clip: expected a number, got str"):
-        DDPM(Pointwise(), clip="dynamic")
-    net = UNet(
-        sample_size=8, block_out_channels=(8, 8), down_block_types=["DownBlock2D"] * 2,
-        up_block_types=["UpBlock2D"] * 2,
-        layers_per_block=1, norm_num_groups=4, num_class_embeds=3,
-    )  # fmt: skip
-    model = DDPM(net, timesteps=12)
-    for wrong in (3, -1):
-        labels = torch.tensor([0, wrong])
-        said = f"class_labels: expected values from 0 to 2, got {wrong}"
-        with pytest.raises(ValueError, match=said):
-            model(torch.zeros(2, 3, 8, 8), class_labels=labels)
-        with pytest.raises(ValueError, match=said):
-            model.sample(2, class_labels=labels)
-    model(torch.zeros(2, 3, 8, 8), class_labels=torch.tensor([0, 2]))
-
-
-# --- networks that look levels up -------------------------------------------------------------------------------------
-
+# --- networks that look levels up ---------------------------------------------------------------------------------
 
 class Embeds(nn.Module):
     def __init__(self) -> None:
@@ -375,8 +268,7 @@ def test_a_network_of_whole_times_is_not_asked_between_levels():
         model.sample(SHAPE, wrong=True)
 
 
-# --- corners ----------------------------------------------------------------------------------------------------------
-
+# --- corners ------------------------------------------------------------------------------------------------------
 
 def test_a_bound_of_levels_that_do_not_reach_data_is_refused():
     x = torch.zeros(SHAPE)

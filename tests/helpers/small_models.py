@@ -1,0 +1,44 @@
+"""Networks of one layer or none, for tests of what surrounds them."""
+
+import torch
+from torch import Tensor, nn
+
+SHAPE = (4, 2, 4, 4)
+
+
+class Net(nn.Module):
+    """A convolution with a bias per timestep; what it was called with stays in `calls`."""
+
+    def __init__(self, channels: int = 2, dropout: float = 0.0):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bias = nn.Embedding(1000, channels)
+        self.dropout = nn.Dropout(dropout)
+        self.calls: list[tuple[Tensor, Tensor, bool]] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.calls.append((x.clone(), t, self.training))
+        return self.dropout(self.conv(x) + self.bias(t)[:, :, None, None])
+
+
+class Pointwise(nn.Module):
+    """Each output depends on its own input alone, in the same arithmetic whatever the batch."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return 0.3 * x - 0.01 * t.view(-1, *[1] * (x.ndim - 1))
+
+
+class Fixed(nn.Module):
+    """Predicts one given tensor, whatever the input."""
+
+    def __init__(self, out: object):
+        super().__init__()
+        self.out = out
+
+    def forward(self, x: Tensor, t: Tensor) -> object:
+        return self.out
+
+
+def data(*shape: int) -> Tensor:
+    return torch.rand(*(shape or SHAPE)) * 2 - 1

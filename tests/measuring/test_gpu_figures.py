@@ -1,0 +1,209 @@
+"""The kit for a GPU: its figures, and a rehearsal without one."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from benchmarks import workloads
+from benchmarks.gpu import checks, measure, operations, training
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.rows import STAGES, NotAvailable, Setup
+from benchmarks.gpu.worker import measure as outcome_of
+from benchmarks.static import roofline
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = Setup(torch.device("cpu"), toy=True)
+MACHINE = {"device": "cuda:0 (A GPU)", "torch": "2.11.0"}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return Results(tmp_path / "a-gpu.json", "run", MACHINE)
+
+
+# --- the figures --------------------------------------------------------------------------------------------------
+
+def test_the_figures_of_a_job(monkeypatch):
+    """The host returns after 1 s of a run that takes 4 s; the first run takes 10 s."""
+    now = [0.0]
+    calls = []
+
+    def run():
+        calls.append(len(calls))
+        now[0] += 1.0
+
+    def clock(device):
+        if len(calls) == 1 and now[0] < 10:
+            now[0] = 10.0
+        elif calls and now[0] % 4:
+            now[0] += 4 - now[0] % 4
+        return now[0]
+
+    monkeypatch.setattr(measure, "clock", clock)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measure, "profiled", lambda run, device: (600, 0.2))
+    figures = measure.job(run, CPU.device, steps=2, units=8)
+    assert figures["first_call_s"] == 10 and figures["per_s"] == 2.0 and figures["ms_per_step"] == 2000
+    assert figures["host_ms_per_step"] == 500
+    assert figures["gpu_ms_per_step"] == 100 and figures["kernels_per_step"] == 300 and figures["peak_mb"] > 0
+    assert len(calls) == 2 + measure.REPEATS
+
+
+def test_kernels_are_counted():
+    x = torch.ones(10)
+    once, seconds = measure.profiled(x.neg, CPU.device)
+    thrice, _ = measure.profiled(lambda: (x.neg(), x.neg(), x.neg()), CPU.device)
+    assert once > 0 and thrice == 3 * once and 0 < seconds < 1
+
+
+def test_times_on_a_gpu(monkeypatch):
+    """What is asked of Triton there, and the time that a call holds up the program."""
+    asked = []
+    monkeypatch.setattr(
+        triton.testing, "do_bench_cudagraph", lambda f, rep, return_mode: asked.append((rep, return_mode)) or f()
+    )
+    assert measure.milliseconds([lambda: 3.0] * 4, torch.device("cuda"), 1.0) == [3.0] * 4
+    assert asked == [(25, "median")] * 4
+    now = [0.0]
+    monkeypatch.setattr(measure, "clock", lambda device: now[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    call = functools.partial(lambda: now.__setitem__(0, now[0] + 2e-6))
+    assert measure.host_microseconds(call, torch.device("cuda")) == pytest.approx(2.0)
+
+
+TOOL = """#!/bin/sh
+echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" >> "$0.log"
+[ "$2" = memcheck ] && echo "==== ERROR SUMMARY: 0 errors" && exit
+echo "==== RACECHECK SUMMARY: 2 hazards displayed"
+exit 9
+"""
+
+def test_the_sanitizer_is_heard(monkeypatch, tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert checks.sanitizer("memcheck", "loss", CPU) == {"summary": "ERROR SUMMARY: 0 errors"}
+    with pytest.raises(RuntimeError, match="RACECHECK SUMMARY: 2 hazards displayed"):
+        checks.sanitizer("racecheck", "loss", CPU)
+    first = (tmp_path / "compute-sanitizer.log").read_text().splitlines()[0]
+    assert first.startswith(f"1 --tool memcheck --error-exitcode 9 {sys.executable} -m") and first.endswith("loss cpu")
+
+
+def test_without_the_sanitizer(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(NotAvailable, match="compute-sanitizer is not installed"):
+        checks.sanitizer("memcheck", "loss", CPU)
+
+
+def test_what_the_sanitizer_is_given_launches_every_kernel():
+    script = "import triton.runtime.interpreter as i\nrun, seen = i.GridExecutor.__call__, set()\n" + (
+        "def call(self, *args, **kwargs):\n    seen.add(self.fn.__name__)\n    run(self, *args, **kwargs)\n"
+        "i.GridExecutor.__call__ = call\n"
+        "import torch\nfrom benchmarks.gpu import launches\n"
+        "launches.SHAPES = (*launches.SHAPES[:1], (2, 3, 8, 32))\n"
+        "for name in launches.LAUNCHES: launches.launch(name, torch.device('cpu'))\n"
+        "print(*sorted(seen))\n"
+    )
+    environment = {"TRITON_INTERPRET": "1", "FASTDIFF_BACKEND": "triton", "PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    known = {f"{kernel}_kernel" for kernel, _, _ in roofline.COMMON + roofline.RARE}
+    assert done.stdout.split() == sorted(known), done.stderr
+
+
+def test_the_outcome_of_the_tests_is_read(tmp_path):
+    good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
+    good.write_text("def test_a(): pass\n")
+    bad.write_text("def test_b(): assert False\n")
+    assert checks.tests([str(good)]) == {"passed": 1}
+    with pytest.raises(RuntimeError, match=r"1 failed, 1 passed(.|\n)*test_bad\.py::test_b"):
+        checks.tests([str(good), str(bad)])
+
+
+def test_the_tests_that_are_asked_for_exist():
+    asked = [row.run.args[0] for row in checks.rows(Setup(CPU.device, toy=False)) if row.run.func is checks.tests]
+    files = [word.split("::")[0] for arguments in asked for word in arguments if word.startswith("tests")]
+    assert len(files) == 4 and all((ROOT / file).exists() for file in files)
+
+
+# --- the rehearsal ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def short(monkeypatch):
+    """No time for the clock, and no compiler, which takes minutes and is tested elsewhere."""
+    monkeypatch.setattr(measure, "SECONDS", 0)
+    monkeypatch.setattr(measure, "REPEATS", 1)
+    monkeypatch.setattr(operations, "SECONDS", 0.01)
+    with torch._dynamo.config.patch(disable=True):
+        yield
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_the_rehearsal(stage, short):
+    """Every row of every stage, at toy size: it has its figures, or what it needs is not there."""
+    outcomes = {row.name: outcome_of(row) for row in stage.rows(CPU)}
+    assert not {name: row["error"] for name, row in outcomes.items() if "error" in row}
+    json.dumps(outcomes)
+    expected = {"smoke": 10, "sampling": 5, "training": 4, "operations": 16, "host": 24, "checks": 4}
+    assert sum("figures" in row for row in outcomes.values()) >= expected[stage.name]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_the_rows_of_a_gpu(stage):
+    """They can be named without a GPU, no two are alike, and each fits into a run of ten minutes."""
+    rows = stage.rows(Setup(torch.device("cuda"), toy=False))
+    assert len({row.name for row in rows}) == len(rows)
+    assert all(row.seconds <= min(300, stage.seconds) for row in rows)
+
+
+def test_all_methods_do_the_same_steps(short):
+    """The images of diffusers in bfloat16 are those of fastdiff in float32, but for rounding."""
+    rows = next(stage for stage in STAGES if stage.name == "sampling").rows(CPU)
+    figures = next(row for row in rows if row.name == "cifar10 U-Net, batch 2 / diffusers eager").run()
+    assert 0 < figures["off_float32"] < 0.05
+    accelerated = next(row for row in rows if row.name == "SD 1.5 U-Net, batch 1 / accelerate eager").run()
+    assert accelerated["off_eager"] < 0.1
+
+
+def test_what_compiles_longest_comes_last():
+    rows = next(stage for stage in STAGES if stage.name == "sampling").rows(Setup(torch.device("cuda"), toy=False))
+    limits = [row.seconds for row in rows]
+    assert limits == sorted(limits) and "max-autotune" in rows[-1].name and len(rows) == 6 * 3 + 6 * 2
+
+
+def test_a_training_step_trains(short):
+    """The weights move and their average follows, by diffusers' recipe and by fastdiff's."""
+    for method in ("diffusers eager", "fastdiff eager"):
+        moved = []
+        real = training.training_step
+
+        def watched(setup, parameters, loss, average, real=real, moved=moved, **options):
+            before = [p.detach().clone() for p in parameters]
+            step = real(setup, parameters, loss, average, **options)
+            return lambda: (step(), moved.append(sum((p - b).norm() for p, b in zip(parameters, before, strict=True))))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "training_step", watched)
+            training.METHODS[method](2 * torch.rand(2, 3, 8, 8) - 1, CPU)()
+        assert moved[0] > 0
+
+
+def test_a_result_that_is_not_the_reference_is_not_timed(short, monkeypatch):
+    monkeypatch.setitem(workloads.BOUND, torch.float32, 0.0)
+    rows = [row for row in operations.rows(CPU) if "float32" in row.name]
+    outcomes = [outcome_of(row) for row in rows]
+    assert len(rows) == 12 and all("off the float64 reference" in outcome["error"] for outcome in outcomes)
+
+
+def test_the_packaged_step_of_stock_pytorch_has_nothing_of_ours():
+    """Nothing but PyTorch and the standard library, in both of its processes."""
+    script = (ROOT / "benchmarks" / "gpu" / "packaged_step.py").read_text()
+    names = re.findall(r"^ *(?:import|from) +(.+?)(?: import .*)?$", script, re.MULTILINE)
+    assert set(names) == {"subprocess", "sys", "tempfile", "pathlib", "torch", "sys, torch"}
