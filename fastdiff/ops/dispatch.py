@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..support import transforms
-from ..versions import warn_if_untested
+from ..support.versions import warn_if_untested
 from .memory import keep_freed_memory
 
 # Imported from the start, so that it notices a fork.

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import ops, versions
+from fastdiff import ops
 from fastdiff.ops import dispatch
 from fastdiff.ops.dispatch import uninterrupted
+from fastdiff.support import versions
 
 CALL = "import torch\nfrom fastdiff import ops\nprint(ops.normal((2, 8), 0).sum().item())"
 RIGHT = "import fastdiff; fastdiff.backend('reference')\n" + CALL

@@ -1,7 +1,7 @@
 """The versions of PyTorch and Triton that the tests ran on.
 
-Some of what makes calls cheap is private there: `ops/dispatch.py`, `ops/quick.py`, `ops/registry.py`, `transforms.py`
-and `kernels/launch.py` use it. A later version may change it.
+Some of what makes calls cheap is private there: `ops/dispatch.py`, `ops/quick.py`, `ops/registry.py`,
+`support/transforms.py` and `kernels/launch.py` use it. A later version may change it.
 """
 
 import re
