@@ -30,7 +30,6 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 @dataclass(frozen=True)
 class Chip:
     """What limits a kernel on a GPU."""
-
     target: str
     bandwidth: float  # bytes per second
     processors: int
