@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from .reference import work_dtype
 from .rows import make_rows
 from .steps import VARIANCES, denoise_rows
 from .support import transforms
-from .support.scalars import as_number
 from .support.settable import settable
 
 
@@ -218,7 +218,9 @@ class Denoiser(nn.Module):
         if t is None:
             return first + (last - first) * torch.rand(x.shape[:1], dtype=torch.float64, device=x.device)
         if not isinstance(t, Tensor):
-            t = as_number("t", t)
+            if isinstance(t, bool) or not isinstance(t, Real):
+                raise TypeError(f"t: expected a number or a tensor, got {type(t).__name__}")
+            t = float(t)
             if not 0 < t <= last:
                 raise ValueError(f"t: expected times in (0, {last:g}], got {t}")
             return torch.full(x.shape[:1], t, dtype=torch.float64, device=x.device)

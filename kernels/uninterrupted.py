@@ -27,7 +27,8 @@ def uninterrupted(function: Callable[[], Any]) -> Any:
         thread.start()
     except RuntimeError:  # the interpreter ends, and starts no more threads
         return function()
-    thread.join()
+    while thread.is_alive():
+        thread.join(0.1)  # an interrupt just before an endless wait would be seen only after it
     if failed:
         raise failed[0]
     return result[0]
