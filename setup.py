@@ -58,7 +58,6 @@ setup(
     },
     entry_points={"console_scripts": ["fastdiff=fastdiff_command:main"]},
     classifiers=[
-        "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3",
         *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

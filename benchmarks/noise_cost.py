@@ -15,7 +15,7 @@ from fastdiff.kernels.tile import load_float32, owner, table_row, tile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.static import machine_code, roofline
+from benchmarks.static import machine_code, roofline, variants
 from benchmarks.workloads import refuse_interpreter
 
 BLOCK = 2048  # 16 elements a thread, as in the library
@@ -46,9 +46,9 @@ def trial_kernel(
 
 def rows(dtype: torch.dtype) -> list[dict[str, Any]]:
     """tl.randn, tl.randn4x, and the library's noising by the polynomials and by the approximations."""
-    noising = roofline.Variant("noising", dtype, "generated", "")
+    noising = variants.Variant("noising", dtype, "generated", "")
     target, x0 = machine_code.target_of("sm_90"), noising.data()
-    t, table, seed = roofline.integers(len(x0)), roofline.floats(roofline.LEVELS, 2), roofline.integers(1)
+    t, table, seed = roofline.integers(len(x0)), roofline.floats(variants.LEVELS, 2), roofline.integers(1)
     with machine_code.compile_only(target) as compiled:
         for four in (False, True):
             sizes = len(x0), x0[0].numel(), len(table)

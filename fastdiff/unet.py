@@ -5,6 +5,7 @@ Constructor keywords, state_dict keys and arithmetic are those of diffusers' UNe
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fastdiff.nn import (
 )
 
 from .interop import pretrained
+from .support.scalars import plain_number
 from .support.weights import check_shapes, shapes_of
 
 
@@ -91,7 +93,7 @@ class UNet(nn.Module):
         num_class_embeds: int | None = None,
         num_train_timesteps: None = None,
     ) -> None:
-        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        config = {k: plain_number(v) for k, v in locals().items() if k not in ("self", "__class__")}
         _check_config(config)
         super().__init__()
         self.config = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in config.items()}
@@ -272,9 +274,9 @@ def _timesteps(t: Tensor | float | None, x: Tensor) -> Tensor:
         if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, x.shape[0])):
             raise ValueError(f"t: expected shape ({x.shape[0]},), (1,) or (), got {_describe(t)}")
         return t.to(x.device).reshape(-1)
-    if not isinstance(t, (int, float)):
+    if not isinstance(t, Real):
         raise ValueError(f"t: expected a tensor or a number, got {t!r}")
-    return torch.full((1,), t, dtype=torch.float32, device=x.device)  # a fill, not a copy from the host
+    return torch.full((1,), float(t), dtype=torch.float32, device=x.device)  # a fill, not a copy from the host
 
 
 def _describe(value: object) -> str:

@@ -39,3 +39,13 @@ def integer(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:  # an array
         return None
+
+
+def plain_number(value: Any) -> Any:
+    """The value with NumPy's numbers as Python's, also those in a list or tuple."""
+    if isinstance(value, list | tuple):
+        return type(value)(plain_number(v) for v in value)
+    if type(value) in (bool, int, float) or not isinstance(value, Real):
+        return value
+    number = integer(value)
+    return float(value) if number is None else number

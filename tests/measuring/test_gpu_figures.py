@@ -16,7 +16,7 @@ from benchmarks.gpu import checks, measure, operations, training
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.rows import STAGES, NotAvailable, Setup
 from benchmarks.gpu.worker import measure as outcome_of
-from benchmarks.static import roofline
+from benchmarks.static import variants
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Setup(torch.device("cpu"), toy=True)
@@ -115,7 +115,7 @@ def test_what_the_sanitizer_is_given_launches_every_kernel():
     )
     environment = {"TRITON_INTERPRET": "1", "FASTDIFF_BACKEND": "triton", "PYTHONPATH": str(ROOT), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    known = {f"{kernel}_kernel" for kernel, _, _ in roofline.COMMON + roofline.RARE}
+    known = {f"{kernel}_kernel" for kernel, _, _ in variants.COMMON + variants.RARE}
     assert done.stdout.split() == sorted(known), done.stderr
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -447,3 +448,15 @@ def test_fourier_needs_t_beside_emb():
 def test_time_embedding_rejects_a_matrix():
     with pytest.raises(ValueError, match=r"^t: expected "):
         small().time_embedding(T[:, None])
+
+
+def test_numbers_of_numpy():
+    """NumPy's numbers are Python's in the configuration, which JSON can hold."""
+    whole, real = np.int64, np.float32
+    options = {**SMALL, "sample_size": whole(8), "norm_num_groups": whole(4), "norm_eps": real(1e-5)}
+    options["block_out_channels"] = tuple(map(whole, (8, 16)))
+    model = UNet(**options)
+    assert json.loads(json.dumps(model.config)) == model.config
+    assert type(model.config["sample_size"]) is int and type(model.config["block_out_channels"][0]) is int
+    x = torch.zeros(1, model.conv_in.in_channels, 8, 8)
+    assert torch.equal(model(x, whole(3)), model(x, 3))
