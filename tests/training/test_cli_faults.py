@@ -190,7 +190,7 @@ def test_a_hangup_saves_and_says_how_to_go_on(tmp_path):
     process = start("train", "--data", "digits", "--out", tmp_path, "--steps", 10**6, *TINY)
     read_until(process.stderr, b"loss")
     process.send_signal(signal.SIGHUP)
-    said = process.communicate()[1].decode()
+    said = process.communicate(timeout=300)[1].decode()
     step = checkpoint.load(tmp_path / "model.safetensors").step
     assert process.returncode == 130 and "Traceback" not in said and step >= 10
     assert said.splitlines()[-1].startswith(f"fastdiff: interrupted at step {step} of 1000000; go on with:")
