@@ -116,7 +116,7 @@ def as_on_a_gpu() -> Iterator[None]:
     with (
         mock.patch.object(F, "scaled_dot_product_attention", attention),
         mock.patch.object(F, "group_norm", cast_group_norm),
-        mock.patch("fastdiff.ops.dispatch.backend_of", return_value="triton"),
+        mock.patch("fastdiff.ops.group_norm.backend_of", return_value="triton"),
     ):
         yield
 
@@ -206,7 +206,7 @@ def inductor_kernels(fused: bool, channels_last: bool) -> tuple[int, int]:
         return torch.channels_last if nhwc else torch.contiguous_format
 
     with (
-        mock.patch("fastdiff.ops.dispatch.backend_of", return_value="triton" if fused else "reference"),
+        mock.patch("fastdiff.ops.group_norm.backend_of", return_value="triton" if fused else "reference"),
         mock.patch.object(CacheBase, "get_system", staticmethod(lambda: h100)),
         mock.patch.object(torch._C, "_conv_determine_backend_memory_format", convolution_format),
         torch.no_grad(),

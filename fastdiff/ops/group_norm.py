@@ -8,8 +8,8 @@ from torch import Tensor
 from .. import reference
 from ..support import transforms
 from ..support.scalars import as_number
-from . import dispatch
 from .checks import check_channels, check_vector
+from .dispatch import backend_of, launcher
 from .quick import Call, quick
 from .registry import Op
 
@@ -57,7 +57,7 @@ def group_norm_silu(
         check_vector("shift", shift, x.shape[:2], x)
     if add is not None:
         check_vector("add", add, x.shape[1:2] if isinstance(add, Tensor) and add.ndim == 1 else x.shape[:2], x)
-    if dispatch.backend_of(x) != "triton" or transforms.active():
+    if backend_of(x) != "triton" or transforms.active():
         # PyTorch's own operations are differentiable any number of times, and torch.compile fuses them.
         return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, add, eps)
     return _OP(x, num_groups, weight, bias, scale, shift, add, eps)[0]
@@ -76,7 +76,7 @@ def _group_norm_silu(
     out, mean, rstd = _empty(x, groups)
     if x.numel() == 0:
         return out, mean, rstd
-    if launch := dispatch.launcher("norm", x):
+    if launch := launcher("norm", x):
         launch(
             out=out, mean=mean, rstd=rstd,
             x=x, groups=groups, weight=weight, bias=bias, scale=scale, shift=shift, add=add, eps=eps,
@@ -110,7 +110,7 @@ def _group_norm_silu_grad(
     wanted = [g if parameters and p is not None else None for g, p in zip(grads, operands, strict=True)]
     if x.numel() == 0:
         return by_x, *(g.zero_() for g in grads)
-    if launch := dispatch.launcher("norm_grad", x):
+    if launch := launcher("norm_grad", x):
         by_weight, by_bias, by_scale, by_shift, by_add = wanted
         launch(
             x_grad=by_x, weight_grad=by_weight, bias_grad=by_bias, scale_grad=by_scale, shift_grad=by_shift,

@@ -8,7 +8,6 @@ from torch import Tensor
 from .. import reference
 from ..support import transforms
 from ..support.scalars import as_number
-from . import dispatch
 from .checks import (
     as_index,
     as_sample_ids,
@@ -22,6 +21,7 @@ from .checks import (
     noise_source,
     wants_gradient,
 )
+from .dispatch import launcher
 from .memory import in_huge_pages
 from .noise import FORWARD
 from .quick import Call, quick
@@ -105,7 +105,7 @@ def _loss(
     check_range("sample_ids", ids, 2**32)
     count = _elements(pred, per_sample)
     loss_scale, grad_scale = 1.0 / count, stored_scale(pred.dtype, count) / count
-    if launch := dispatch.launcher("loss", in_huge_pages(grad) if with_grad else pred):
+    if launch := launcher("loss", in_huge_pages(grad) if with_grad else pred):
         launch(
             out=value, grad=grad if with_grad else None, pred=pred, x0=x0, t=t, table=table,
             seed=seed, ids=ids, noise=noise, stream=stream, rho=kind, delta=delta,

@@ -6,7 +6,6 @@ from torch import Tensor
 from .. import reference
 from ..support import transforms
 from ..support.scalars import integer
-from . import dispatch
 from .checks import (
     FLOATING,
     as_index,
@@ -19,6 +18,7 @@ from .checks import (
     check_range,
     names,
 )
+from .dispatch import launcher
 from .memory import in_huge_pages
 from .quick import quick
 from .registry import Op
@@ -85,7 +85,7 @@ def _normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream
     check_range("sample_ids", ids, 2**32)
     if out.numel() == 0:
         return
-    if launch := dispatch.launcher("normal_", in_huge_pages(out)):
+    if launch := launcher("normal_", in_huge_pages(out)):
         launch(out=out, seed=seed, ids=ids, step=step, stream=stream)
     else:
         out.copy_(reference.normal(out.shape, seed, ids, step, stream, reference.work_dtype(out)))

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .. import reference
 from ..support import transforms
-from . import dispatch
 from .checks import (
     as_index,
     as_sample_ids,
@@ -19,6 +18,7 @@ from .checks import (
     check_table,
     noise_source,
 )
+from .dispatch import launcher
 from .memory import in_huge_pages
 from .noise import FORWARD
 from .quick import Call, quick
@@ -85,7 +85,7 @@ def _noising_out(
         return
     check_range("t", t, table.shape[0])
     check_range("sample_ids", ids, 2**32)
-    if launch := dispatch.launcher("noising", x0):
+    if launch := launcher("noising", x0):
         launch(out=out, x0=x0, t=t, table=table, seed=seed, ids=ids, noise=noise, stream=stream)
     else:
         out.copy_(reference.noising(x0, t, table, seed, ids, noise, stream))

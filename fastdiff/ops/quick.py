@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import dispatch
-from .dispatch import unwatched
+from .dispatch import forced, unwatched
 from .memory import span
 
 MAX_KINDS = 4096  # remembered for each function; the next one drops them all
@@ -54,7 +53,7 @@ def quick(function: Function) -> Function:
             return function(*args, **options)
         tensors: list[Tensor] = []
         addresses: list[int | None] = []
-        kind: list[Any] = [dispatch.forced(), torch.is_grad_enabled(), *options]
+        kind: list[Any] = [forced(), torch.is_grad_enabled(), *options]
         for a in (*args, *options.values()):
             type_ = a.__class__
             if type_ is Tensor or type_ is torch.nn.Parameter:

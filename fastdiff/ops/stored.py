@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..support import transforms
-from . import dispatch
+from .dispatch import launcher
 from .quick import quick
 from .registry import Op
 
@@ -49,7 +49,7 @@ def _scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
     if grad.numel() == 0:
         return
     whole = incoming.numel() == 1 or grad.stride(0) == grad[0].numel()
-    launch = dispatch.launcher("scale_", grad)
+    launch = launcher("scale_", grad)
     if launch and whole:
         launch(grad=grad, incoming=incoming, factor=factor)
     else:

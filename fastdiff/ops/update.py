@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import reference
 from ..rows import WIDTH
 from ..support import transforms
-from . import dispatch
 from .checks import (
     as_clip,
     as_index,
@@ -29,6 +28,7 @@ from .checks import (
     noise_source,
     wants_gradient,
 )
+from .dispatch import launcher
 from .memory import in_huge_pages
 from .noise import REVERSE
 from .quick import quick
@@ -215,7 +215,7 @@ def _run(out: Tensor, x: Tensor, **operands: Any) -> None:
         return
     check_range("step", operands["step"], operands["rows"].shape[0])
     check_range("sample_ids", operands["ids"], 2**32)
-    if launch := dispatch.launcher("update", x):
+    if launch := launcher("update", x):
         launch(out=out, x=x, **operands)
         return
     result, kept = reference.update(x, **operands)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .. import reference
 from ..support import transforms
-from . import dispatch
 from .checks import (
     as_clip,
     as_index,
@@ -18,6 +17,7 @@ from .checks import (
     check_reduction,
     check_table,
 )
+from .dispatch import launcher
 from .quick import Call, quick
 from .registry import Op
 from .stored import scaled, take
@@ -107,7 +107,7 @@ def _vlb(
     check_range("t", t, len(rows))
     scale = 1.0 / (pred.numel() // len(pred) if per_sample else pred.numel())
     pred_grad, raw_grad = grads[0] if by_pred else None, grads[1] if by_raw else None
-    if launch := dispatch.launcher("vlb", pred):
+    if launch := launcher("vlb", pred):
         launch(
             out=value.reshape(-1), pred_grad=pred_grad, raw_grad=raw_grad,
             pred=pred, raw=raw, x_t=x_t, x0=x0, t=t, rows=rows, clip=clip, scale=scale,
