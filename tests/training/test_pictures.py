@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pictures")
-    training.train(training.Options(**{**training.DIGITS, "data": "digits", "channels": 8, "steps": 1}), out, CPU)
+    few = {"channels": 8, "steps": 1, "timesteps": 100}
+    training.train(training.Options(**{**training.DIGITS, "data": "digits", **few}), out, CPU)
     return out / "model.safetensors"
 
 
