@@ -74,3 +74,15 @@ class Tape:
                         old.copy_(new)
 
         return replay
+
+
+class Recorders(list):
+    """Makes Tapes and keeps them."""
+
+    def __call__(self, device: torch.device) -> Tape:
+        self.append(Tape(device))
+        return self[-1]
+
+    @property
+    def recorded(self) -> int:
+        return sum(tape.recorded for tape in self)

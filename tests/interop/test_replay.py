@@ -1,0 +1,569 @@
+"""accelerate(graph=True) and accelerate(compile=True): the results of the plain network, whatever happens to it.
+
+On a CPU a tape stands for a CUDA graph; the tests marked `gpu` use CUDA's own.
+"""
+
+import copy
+import functools
+import inspect
+import io
+import threading
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.models.attention_processor import AttnProcessor2_0
+from tape import Recorders
+from torch import Tensor, nn
+
+import fastdiff
+from fastdiff.graphs import MOST_CAPTURES, WARM_UP
+from fastdiff.interop.replay import MOST_CHANGES, replay_of
+
+SMALL = {"sample_size": 4, "block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
+
+
+def unet() -> nn.Module:
+    kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return diffusers.UNet2DModel(**SMALL, **kinds, attention_head_dim=4)
+
+
+def conditional() -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        **SMALL,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=4,
+        attention_head_dim=2,
+    )
+
+
+def transformer() -> nn.Module:
+    return diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, norm_num_groups=2,
+        sample_size=4, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+
+
+def made(make) -> nn.Module:
+    torch.manual_seed(0)
+    return make().eval()
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(net: nn.Module, seed: int = 0, batch: int = 2) -> dict[str, Any]:
+    given: dict[str, Any] = {"timestep": torch.tensor(10 * seed + 3)}
+    if isinstance(net, diffusers.DiTTransformer2DModel):
+        given["timestep"] = given["timestep"].expand(batch)
+        return given | {"hidden_states": draw(seed, batch, 4, 4, 4), "class_labels": torch.arange(batch)}
+    given["sample"] = draw(seed, batch, net.config.in_channels, 4, 4)
+    if isinstance(net, diffusers.UNet2DConditionModel):
+        given["encoder_hidden_states"] = draw(9 + seed, batch, 3, 4)
+    return given
+
+
+@pytest.fixture
+def taped(monkeypatch) -> Recorders:
+    """Networks are captured on the CPU, on tapes."""
+    recorders = Recorders()
+    monkeypatch.setattr("fastdiff.interop.replay.CudaGraphs", recorders)
+    monkeypatch.setattr("fastdiff.interop.replay.what_forbids_here", lambda device: None)
+    with fastdiff.backend("reference"), torch.no_grad():
+        yield recorders
+
+
+def both(make) -> tuple[nn.Module, nn.Module]:
+    """A network with graphs, and an equal one without."""
+    net, plain = made(make), made(make)
+    fastdiff.accelerate(plain)
+    assert "forward" in fastdiff.accelerate(net, graph=True)
+    return net, plain
+
+
+def same(net: nn.Module, plain: nn.Module, calls: int = WARM_UP + 2, **changes: Any) -> None:
+    """Equal bits at several calls, with other values each time."""
+    for seed in range(calls):
+        given = inputs(plain, seed) | changes
+        assert torch.equal(net(**given)[0], plain(**given)[0]), seed
+
+
+@pytest.mark.parametrize("make", [unet, conditional, transformer])
+def test_a_replay_gives_the_bits_of_the_network(taped, make):
+    net, plain = both(make)
+    same(net, plain)
+    assert len(taped) == taped.recorded == 1 and taped[0].replayed == 2
+    assert type(net(**inputs(net))) is type(plain(**inputs(net)))
+    assert type(net(**inputs(net), return_dict=False)) is tuple
+
+
+def guided(unet: nn.Module, scheduler: Any, callback: Any = None, residuals: bool = False) -> Tensor:
+    """The loop of StableDiffusionPipeline and its ControlNet variant."""
+    scheduler.set_timesteps(6)
+    x, text, more = draw(0, 1, 4, 4, 4), draw(1, 2, 3, 4), {}
+    for k, t in enumerate(scheduler.timesteps):
+        if residuals:
+            shapes = ((2, 4, 4, 4), (2, 4, 4, 4), (2, 4, 2, 2), (2, 8, 2, 2))
+            more["down_block_additional_residuals"] = [draw(10 * k + i, *shape) for i, shape in enumerate(shapes)]
+            more["mid_block_additional_residual"] = draw(k, 2, 8, 2, 2)
+        pair = scheduler.scale_model_input(torch.cat([x, x]), t)
+        pred = unet(pair, t, encoder_hidden_states=text, return_dict=False, cross_attention_kwargs=None, **more)[0]
+        without, prompted = pred.chunk(2)
+        x = scheduler.step(without + 7.5 * (prompted - without), t, x, return_dict=False)[0]
+        if callback is not None:
+            x = callback(k, x)
+    return x
+
+
+class Parts:
+    """As a pipeline is, with these components."""
+
+    def __init__(self, **components: Any) -> None:
+        self.__dict__.update(components)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return vars(self)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("residuals", [False, True])
+def test_guidance_residuals_and_callbacks(taped, name, residuals):
+    pipeline = Parts(unet=made(conditional), scheduler=getattr(diffusers, name)(), text_encoder=nn.Linear(2, 2))
+    changes = [None, lambda k, x: x * 0.5 if k == 3 else x]
+    fastdiff.accelerate(pipeline)
+    want = [guided(pipeline.unet, pipeline.scheduler, change, residuals) for change in changes]
+    assert fastdiff.accelerate(pipeline, graph=True) == ["unet.forward"]
+    for change, wanted in zip(changes, want, strict=True):
+        assert torch.equal(guided(pipeline.unet, pipeline.scheduler, change, residuals), wanted)
+    assert taped.recorded == 1 and taped[0].replayed == 12 - WARM_UP
+    assert "unet.forward" in fastdiff.restore(pipeline) and "forward" not in vars(pipeline.unet)
+
+
+def test_a_whole_pipeline(taped):
+    pipeline = diffusers.DiTPipeline(made(transformer), made(diffusers.AutoencoderKL), diffusers.DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+
+    def images() -> Any:
+        random = torch.Generator().manual_seed(0)
+        return pipeline([1, 2], num_inference_steps=5, generator=random, output_type="np").images
+
+    fastdiff.accelerate(pipeline)
+    want = images()
+    assert fastdiff.accelerate(pipeline, graph=True) == ["transformer.forward"]
+    assert (images() == want).all() and (images() == want).all()
+    assert taped.recorded == 1
+
+
+def test_times_are_inputs_in_every_form(taped):
+    """Integers and tensors of the host, by position and by name."""
+    net, plain = both(conditional)
+    text, x = draw(1, 2, 3, 4), draw(2, 2, 4, 4, 4)
+    for time in (5, 900, torch.tensor(7), torch.tensor(950), 20, torch.tensor(30), 40, 50):
+        assert torch.equal(net(x, time, text)[0], plain(x, time, text)[0])
+        assert torch.equal(net(x, encoder_hidden_states=text, timestep=time)[0], plain(x, time, text)[0])
+    assert taped.recorded == 2  # two structures of arguments
+
+
+def test_results_are_the_callers_own(taped):
+    net, _ = both(unet)
+    results = [net(**inputs(net, seed), return_dict=False)[0] for seed in range(6)]
+    copies = [result.clone() for result in results]
+    net(**inputs(net, 7))
+    assert all(map(torch.equal, results, copies)) and len({r.sum().item() for r in results}) == 6
+
+
+def test_each_kind_of_arguments_is_captured(taped):
+    net, plain = both(unet)
+    for batch in range(1, MOST_CAPTURES + 2):
+        for seed in range(WARM_UP + 2):
+            given = inputs(net, seed, batch)
+            assert torch.equal(net(**given)[0], plain(**given)[0])
+    assert taped.recorded == MOST_CAPTURES + 1 and len(taped) == 1
+    same(net, plain)
+    assert taped.recorded == MOST_CAPTURES + 1
+    same(net, plain, sample=draw(0, 2, 3, 4, 4).double().float().to(memory_format=torch.channels_last))
+    assert taped.recorded == MOST_CAPTURES + 2
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter, as LoRA makes it."""
+
+    def __init__(self, layer: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.layer, self.scaling = layer, {"default": scale}
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.layer(*args) * (1 + self.scaling["default"])
+
+
+def adapt(net: nn.Module) -> None:
+    net.mid_block.attentions[0].proj_in = Adapted(net.mid_block.attentions[0].proj_in, 0.5)
+
+
+def set_scale(net: nn.Module) -> None:
+    net.mid_block.attentions[0].proj_in.scaling["default"] = -0.25
+
+
+def unload(net: nn.Module) -> None:
+    net.mid_block.attentions[0].proj_in = net.mid_block.attentions[0].proj_in.layer
+
+
+class Louder(AttnProcessor2_0):
+    scale = 2.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.scale * super().__call__(*args, **kwargs)
+
+
+def replace_processors(net: nn.Module) -> None:
+    net.set_attn_processor(Louder())
+
+
+def turn_processors(net: nn.Module) -> None:
+    next(iter(net.attn_processors.values())).scale = 3.0
+
+
+def free_u(net: nn.Module) -> None:
+    net.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+def move(net: nn.Module) -> None:
+    for p in net.parameters():
+        p.data = p.data.clone()
+
+
+def replace_parameter(net: nn.Module) -> None:
+    net.conv_out.bias = nn.Parameter(net.conv_out.bias + 1)
+
+
+CHANGES = {
+    "LoRA": [adapt, set_scale, unload],
+    "attention processors": [replace_processors, turn_processors],
+    "FreeU": [free_u, lambda net: net.disable_freeu()],
+    "weights": [move, replace_parameter],
+    "a factor": [lambda net: setattr(net.mid_block.resnets[0], "output_scale_factor", 2.0)],
+    "restored blocks": [fastdiff.restore],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_is_captured_anew(taped, name):
+    net, plain = both(conditional)
+    same(net, plain, calls=WARM_UP + 1)
+    before = plain(**inputs(plain))[0]
+    for n, change in enumerate(CHANGES[name]):
+        change(net)
+        change(plain)
+        same(net, plain, calls=WARM_UP + 1)
+        if name != "restored blocks":
+            assert taped.recorded == n + 2
+    unchanged = name in ("LoRA", "FreeU", "restored blocks")
+    assert torch.allclose(before, plain(**inputs(plain))[0], rtol=1e-3, atol=1e-5) == unchanged
+
+
+def test_weights_that_are_changed_in_place_are_followed(taped):
+    net, plain = both(conditional)
+    same(net, plain)
+    for one in (net, plain):
+        for p in one.parameters():
+            p.add_(0.01)
+        one.conv_in.weight.data.mul_(2)
+    same(net, plain)
+    assert taped.recorded == 1
+
+
+def test_a_patched_class_is_followed(taped, monkeypatch):
+    net, plain = both(conditional)
+    same(net, plain)
+    block = type(net.mid_block.attentions[0])
+    forward = block.forward
+    patched = functools.wraps(forward)(lambda self, *args, **kwargs: (2 * forward(self, *args, **kwargs)[0],))
+    monkeypatch.setattr(block, "forward", patched)
+    same(net, plain)
+    assert taped.recorded == 2
+
+
+class Counting(nn.Module):
+    """Its forward depends on how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.layer = 0, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x) * self.calls
+
+
+class Looking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum().item() > 0 else -self.layer(x)
+
+
+class Writing(Looking):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.mul_(2))
+
+
+class Taking(Looking):
+    """Takes its arguments out of a list, as T2I-Adapters' are."""
+
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        return {"y": self.layer(x.pop()) + x.pop()}
+
+
+class Counted(ModelHook):
+    calls = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return args, kwargs
+
+
+def hooked(layer: nn.Module) -> None:
+    layer.layer.register_forward_hook(lambda m, x, y: 2 * y)
+
+
+def wrapped(layer: nn.Module) -> None:
+    add_hook_to_module(layer.layer, Counted())
+
+
+REASONS = {
+    "a network that does not change at every call": (Counting, None),
+    "a network that can be captured (aten._local_scalar_dense.default reads a number)": (Looking, None),
+    "a network that can be captured (it writes into its arguments)": (Writing, None),
+    "a model without forward hooks, which a replay would not call": (Taking, hooked),
+    "layers whose forward is not wrapped, as offloading does": (Taking, wrapped),
+    "a network in eval mode": (Taking, lambda net: net.train()),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_what_cannot_be_replayed_runs_as_it_is(taped, reason):
+    make, change = REASONS[reason]
+    net, plain = made(make), made(make)
+    done = fastdiff.accelerate(net, graph=True)
+    assert done == ["forward"] and done.left == {}
+    if change:
+        change(net)
+        change(plain)
+    with pytest.warns(UserWarning, match="accelerate: forward runs without: a graph needs "):
+        for seed in range(MOST_CHANGES + 2):
+            x, y = draw(seed, 2, 4), draw(seed, 2, 4)
+            if make is Taking:
+                assert torch.equal(net([x, y])["y"], plain([x, y])["y"])
+            else:
+                assert torch.equal(net(x), plain(y)) and torch.equal(x, y)
+    assert done.left == {"forward": f"a graph needs {reason}"} and not sum(tape.replayed for tape in taped)
+
+
+def test_a_list_of_arguments_is_left_alone(taped):
+    net = made(Taking)
+    fastdiff.accelerate(net, graph=True)
+    for seed in range(5):
+        pair = [draw(seed, 2, 4), draw(seed + 1, 2, 4)]
+        want = net.layer(pair[1]) + pair[0]
+        assert torch.equal(net(pair)["y"], want)
+    assert taped.recorded == 1
+
+
+def test_the_reason_of_a_call_goes_away(taped):
+    net, plain = made(unet), made(unet)
+    done = fastdiff.accelerate(net, graph=True)
+    fastdiff.accelerate(plain)
+    with torch.enable_grad(), pytest.warns(UserWarning, match="a call without gradients"):
+        x = inputs(net)["sample"].requires_grad_()
+        grads = [torch.autograd.grad(one(x, 3)[0].square().sum(), x)[0] for one in (net, plain)]
+    assert torch.equal(*grads) and done.left == {"forward": "a graph needs a call without gradients"}
+    same(net, plain)
+    assert done.left == {} and taped.recorded == 1
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="no hooks on all modules"):
+        same(net, plain, 1)
+    handle.remove()
+    same(net, plain)
+    assert taped.recorded == 1
+
+
+def test_arguments_of_other_kinds_run_as_they_are(taped):
+    net = made(Taking)
+    fastdiff.accelerate(net, graph=True)
+    pair = [draw(0, 2, 4), draw(1, 2, 4)]
+    want = net([*pair])["y"]
+    for extra, said in ((1j, "plain values as arguments, got complex"), (torch.empty(1, device="meta"), "one on meta")):
+        with pytest.warns(UserWarning, match=said):
+            assert torch.equal(net([extra, *pair])["y"], want)
+
+
+def test_on_a_cpu_nothing_is_captured():
+    net, plain = made(unet), made(unet)
+    with pytest.warns(UserWarning, match="accelerate left 1 parts"):
+        done = fastdiff.accelerate(net, graph=True)
+    fastdiff.accelerate(plain)
+    assert done.left == {"forward": "a graph needs a model on CUDA, got one on cpu"} and "forward" in done
+    with torch.no_grad(), fastdiff.backend("reference"):
+        same(net, plain)
+
+
+def test_a_hook_around_the_network_runs(taped):
+    """As the one of enable_model_cpu_offload, which comes and goes."""
+    net, plain = both(unet)
+    hook = Counted()
+    add_hook_to_module(net, hook)
+    same(net, plain, 5)
+    assert hook.calls == 5 and taped.recorded == 1
+    remove_hook_from_module(net)
+    same(net, plain)
+    add_hook_to_module(net, hook)
+    assert "forward" in fastdiff.restore(net)
+    same(net, made(unet), 2)
+    assert hook.calls == 7
+    remove_hook_from_module(net)
+    same(net, made(unet), 1)
+    assert replay_of(net) is None
+
+
+def test_a_wrapped_or_compiled_network_is_left():
+    net = made(Looking)
+    net.forward = functools.partial(Looking.forward, net)
+    compiled = made(Looking)
+    compiled.compile(backend="eager")
+    for one, reason in ((net, "it is wrapped, as offloading does"), (compiled, "it is compiled already")):
+        with pytest.warns(UserWarning, match=reason):
+            assert fastdiff.accelerate(one, graph=True).left == {"forward": reason}
+    with pytest.warns(UserWarning, match="the pipeline has no unet or transformer"):
+        assert fastdiff.accelerate(Parts(prior=made(Looking)), compile=True).left.keys() == {"forward"}
+
+
+def test_copies_and_pickles_are_of_their_own_network(taped):
+    net, plain = both(unet)
+    same(net, plain)
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    twins = copy.deepcopy(net), torch.load(buffer, weights_only=False)
+    for p in net.parameters():
+        p.zero_()
+    for twin in twins:
+        assert replay_of(twin).network is twin
+        same(twin, plain)
+        assert "forward" in fastdiff.restore(twin)
+    assert taped.recorded == 3
+    assert inspect.signature(net.forward) == inspect.signature(plain.forward)
+
+
+def test_threads_take_turns(taped):
+    net, plain = both(unet)
+    given = [inputs(net, seed) for seed in range(8)]
+    want, got = [plain(**one)[0] for one in given], [None] * 8
+
+    def run(k: int) -> None:
+        with torch.no_grad():
+            got[k] = net(**given[k])[0]
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(torch.equal, got, want))
+
+
+def test_inference_mode(taped):
+    net, plain = both(unet)
+    with torch.inference_mode():
+        same(net, plain)
+    same(net, plain)
+    with torch.inference_mode():
+        same(net, plain)
+    assert taped.recorded == 1
+
+
+class Timed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, timestep: Tensor | int) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.layer(x) + timestep + 1
+        return self.layer(x) + timestep
+
+
+def test_compiled_and_captured(taped, monkeypatch):
+    """Each option may come later. Code runs uncompiled while the stand-in for a graph records it."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    net, x = made(Timed), draw(0, 2, 4)
+    plain = net.layer(x)
+    assert fastdiff.accelerate(net, compile=True) == ["forward"] and fastdiff.accelerate(net, compile=True) == []
+    assert torch.equal(net(x, 3), plain + 4)
+    twin = copy.deepcopy(net)
+    net.layer = nn.Linear(4, 4)
+    assert torch.equal(net(x, 3), net.layer(x) + 4) and torch.equal(twin(x, 2), plain + 3)
+    assert fastdiff.accelerate(net, graph=True) == ["forward"] and fastdiff.accelerate(net, graph=True) == []
+    assert torch.equal(net(x, 3), net.layer(x) + 4) and replay_of(net).compile
+    for time in range(WARM_UP + 1):
+        net(x, time)
+    assert taped.recorded == 1
+    assert fastdiff.restore(net) == ["forward"] and torch.equal(net(x, 3), net.layer(x) + 3)
+
+
+def test_a_program_that_is_compiled_as_a_whole_passes_by(taped):
+    net, x = made(Timed), draw(0, 2, 4)
+    fastdiff.accelerate(net, graph=True)
+    torch.compiler.reset()
+    whole = torch.compile(lambda x, t: net(x, t), backend="eager", fullgraph=True)
+    assert torch.equal(whole(x, torch.tensor(3)), net.layer(x) + 4) and not taped
+
+
+def test_channels_last_comes_and_goes():
+    net, plain = made(unet), made(unet)
+    fastdiff.accelerate(net, channels_last=True)
+    weight = net.conv_out.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    with torch.no_grad(), fastdiff.backend("reference"):
+        torch.testing.assert_close(net(**inputs(net))[0], plain(**inputs(net))[0], rtol=1e-4, atol=1e-5)
+    fastdiff.restore(net)
+    assert all(p.is_contiguous() for p in net.parameters()) and vars(net).keys() == vars(plain).keys()
+    fastdiff.accelerate(net)
+    assert all(p.is_contiguous() for p in net.parameters())
+
+
+@pytest.mark.parametrize("option", ["graph", "compile", "channels_last"])
+def test_options_are_bools(option):
+    with pytest.raises(TypeError, match=f"^{option}: expected True or False, got 'yes'$"):
+        fastdiff.accelerate(made(Looking), **{option: "yes"})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [unet, conditional, transformer])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs_give_the_bits_of_the_network(make, dtype):
+    net, plain = (made(make).cuda().to(dtype) for _ in range(2))
+    fastdiff.accelerate(plain)
+    fastdiff.accelerate(net, graph=True)
+
+    def on_gpu(seed: int) -> dict[str, Any]:
+        return {
+            name: value.to("cuda", dtype if value.is_floating_point() else value.dtype)
+            for name, value in inputs(net, seed).items()
+        }
+
+    with torch.no_grad():
+        for round_ in range(2):
+            for seed in range(5):
+                assert torch.equal(net(**on_gpu(seed))[0], plain(**on_gpu(seed))[0])
+            for one in (net, plain):
+                for p in one.parameters():
+                    p.mul_(1.1) if round_ == 0 else setattr(p, "data", p.data.clone())
+    assert len(replay_of(net).calls.kept) == 1
