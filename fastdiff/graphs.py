@@ -2,6 +2,7 @@
 
     Captured        a function of nothing: it runs, is recorded, and is replayed from then on
     CapturedCalls   a function of tensors, captured for each kind of arguments that it gets
+    WatchedCalls    the same, captured anew whenever an object changes that the function reads
 
 A Recorder makes the graphs. Whatever cannot be captured runs as it is, and the reason is told.
 """
@@ -11,15 +12,19 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .ops.dispatch import forced
+from .support.footprint import Footprint
 
 # Captures are kept for this many kinds of call; each holds the memory of one call.
 MOST_CAPTURES = 4
 # Calls of each kind that run before one is captured: kernels are compiled, libraries set up.
 WARM_UP = 2
+# A function is not captured any more if what it reads changes between this many calls in a row.
+MOST_CHANGES = 8
 # What an argument may be beside a tensor; a graph has its value as a constant.
 PLAIN = (bool, int, float, str, type(None))
 
@@ -157,6 +162,61 @@ class CapturedCalls:
         while len(self.kept) > MOST_CAPTURES:
             self.kept.popitem(last=False)
         return self.kept[kind](values)
+
+
+class WatchedCalls:
+    """A function captured as long as the objects that it reads stay what they are, see `Footprint`.
+
+    Args:
+        function: what to capture, as in CapturedCalls.
+        reads: those objects.
+        networks: the modules among them that it calls.
+        recorder: makes a recorder for a device.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        reads: object,
+        networks: list[nn.Module],
+        recorder: Callable[[torch.device], Recorder],
+    ) -> None:
+        self.function, self.reads, self.networks, self.recorder = function, reads, networks, recorder
+        self.footprint: Footprint | None = None
+        self.calls: CapturedCalls | None = None
+        self.forbidden: str | None = None
+        self.changes = 0
+
+    def what_forbids(self, arguments: Any, device: torch.device) -> str | None:
+        """What a call would need to be captured, and lacks; None if nothing forbids it. Captures that are wrong go."""
+        if torch_module._has_any_global_hook():
+            return "no hooks on all modules"
+        reason = what_forbids_here(device) or what_forbids_arguments(arguments, device)
+        if reason is None and self.changes < MOST_CHANGES:
+            if self.footprint is None or not self.footprint.holds():
+                self._look(device)
+            else:
+                self.changes = 0
+        return reason or self.forbidden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's result, if nothing forbids the call. `forbidden` says afterwards what forbids the next."""
+        assert self.calls is not None
+        return self.calls(*args, **kwargs)
+
+    def _look(self, device: torch.device) -> None:
+        self.changes += 1
+        self.footprint = Footprint(self.reads)
+        self.calls = CapturedCalls(self.function, self.recorder(device), self._refuse)
+        reasons = [what_forbids_model(network, device) for network in self.networks]
+        self.forbidden = next((reason for reason in reasons if reason), None)
+        if any("forward" in vars(part) for network in self.networks for part in list(network.modules())[1:]):
+            self.forbidden = "layers whose forward is not wrapped, as offloading does"
+        if self.changes == MOST_CHANGES:
+            self.forbidden = "a network that does not change at every call"
+
+    def _refuse(self, error: RuntimeError) -> None:
+        self.forbidden = f"a network that can be captured ({str(error).splitlines()[0]})"
 
 
 def kind_of_value(value: Any) -> Any:

@@ -7,14 +7,9 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
-from ..graphs import CapturedCalls, CudaGraphs, what_forbids_arguments, what_forbids_here, what_forbids_model
-from ..support.footprint import Footprint
-
-# A network that changes between this many calls in a row is not looked at again.
-MOST_CHANGES = 8
+from ..graphs import CudaGraphs, WatchedCalls, what_forbids_here
 
 
 class Replay:
@@ -38,10 +33,7 @@ class Replay:
         self.graph, self.compile = graph, compile
         self.run = torch.compile(self.stock) if compile else self.stock
         self.lock = threading.RLock()
-        self.footprint: Footprint | None = None
-        self.calls: CapturedCalls | None = None
-        self.forbidden: str | None = None
-        self.changes = 0
+        self.calls = WatchedCalls(self.run, self.network, [self.network], CudaGraphs)
         names = list(self.__signature__.parameters)
         self.time_at = names.index("timestep") if "timestep" in names else None
 
@@ -66,46 +58,22 @@ class Replay:
             with self.lock:
                 args_on_device, kwargs_on_device = self._time_on_device(args, kwargs)
                 reason = self._reason((args_on_device, kwargs_on_device))
-                self._say(reason)
-                if reason is None and self.calls is not None:
+                if reason is None:
                     # Tensors that were made in inference mode could not be written at a later call outside of it.
                     with torch.inference_mode(False), torch.no_grad():
-                        return self.calls(*args_on_device, **kwargs_on_device)
+                        out = self.calls(*args_on_device, **kwargs_on_device)
+                self._say(reason or self.calls.forbidden)
+                if reason is None:
+                    return out
         return self.run(*args, **kwargs)
-
-    # --- whether a graph is right -----------------------------------------------------------------------------
 
     def _reason(self, arguments: Any) -> str | None:
         """What this call would need to be a replay, and lacks; None if nothing forbids it."""
-        device = self.device
         if torch.is_grad_enabled():
             return "a call without gradients"
         if self.network.training:
             return "a network in eval mode"
-        if torch_module._has_any_global_hook():
-            return "no hooks on all modules"
-        reason = what_forbids_here(device) or what_forbids_arguments(arguments, device)
-        if reason is None and self.changes < MOST_CHANGES:
-            if self.footprint is None or not self.footprint.holds():
-                self._look(device)
-            else:
-                self.changes = 0
-        return reason or self.forbidden
-
-    def _look(self, device: torch.device) -> None:
-        """Look at the network anew, and drop the graphs of what it was."""
-        self.changes += 1
-        self.footprint = Footprint(self.network)
-        self.calls = CapturedCalls(self.run, CudaGraphs(device), self._refuse)
-        self.forbidden = what_forbids_model(self.network, device)
-        if any("forward" in vars(part) for part in self.network.modules() if part is not self.network):
-            self.forbidden = "layers whose forward is not wrapped, as offloading does"
-        if self.changes == MOST_CHANGES:
-            self.forbidden = "a network that does not change at every call"
-
-    def _refuse(self, error: RuntimeError) -> None:
-        self.forbidden = f"a network that can be captured ({str(error).splitlines()[0]})"
-        self._say(self.forbidden)
+        return self.calls.what_forbids(arguments, self.device)
 
     def _say(self, reason: str | None) -> None:
         """Keep `left` up to date, and warn of each new reason."""

@@ -1,4 +1,4 @@
-"""Whether a network is still what it was when a graph of it was captured."""
+"""Whether objects are still what they were when a graph that reads them was captured."""
 
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -30,17 +30,17 @@ class Same:
 class Footprint:
     """Everything that the forward of a network may read: modules, where tensors lie, and attributes.
 
-    Attributes are followed through modules, dictionaries, lists, tuples and plain objects such as attention processors.
+    Attributes are followed through modules, dictionaries, lists, tuples and plain objects: attention processors.
     A change of the values of a tensor in place is not one of these: a graph reads tensors where they lie.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, root: object) -> None:
         self.kinds: list[tuple[object, type]] = []
         self.empty: list[dict[Any, Any] | list[Any]] = []
         self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self.lists: list[tuple[list[Any], list[Any]]] = []
         self.tensors: list[Tensor] = []
-        todo: list[object] = [network]
+        todo: list[object] = [root]
         known: dict[int, object] = {}
         while todo:
             one = todo.pop()

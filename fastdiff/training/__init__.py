@@ -5,6 +5,7 @@ from fastdiff.training.data import Images, digits, folder, save_grid
 from fastdiff.training.evaluate import Report, frechet_distance
 from fastdiff.training.loop import train
 from fastdiff.training.options import DIGITS, Options, build, digits_options, resumed_options
+from fastdiff.training.step import TrainingStep
 
 __all__ = [
     "DIGITS",
@@ -12,6 +13,7 @@ __all__ = [
     "Options",
     "Report",
     "State",
+    "TrainingStep",
     "build",
     "digits",
     "digits_options",

@@ -60,12 +60,16 @@ class Tape:
             function()
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        random = torch.get_rng_state()
         with _Watch() as watch:
             function()
-        for tensor, values in watch.given.values():  # a capture runs nothing
-            tensor.copy_(values)
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            for tensor, values in watch.given.values():  # a capture runs nothing
+                tensor.copy_(values)
         self.recorded += 1
 
+        @torch.no_grad()
         def replay() -> None:
             self.replayed += 1
             for func, args, kwargs, made in watch.operators:
