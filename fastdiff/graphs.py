@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .ops.dispatch import forced
 from .support.footprint import Footprint
+from .support.plain import is_wrapped
 
 # Captures are kept for this many kinds of call; each holds the memory of one call.
 MOST_CAPTURES = 4
@@ -210,7 +211,7 @@ class WatchedCalls:
         self.calls = CapturedCalls(self.function, self.recorder(device), self._refuse)
         reasons = [what_forbids_model(network, device) for network in self.networks]
         self.forbidden = next((reason for reason in reasons if reason), None)
-        if any("forward" in vars(part) for network in self.networks for part in list(network.modules())[1:]):
+        if any(is_wrapped(part) for network in self.networks for part in list(network.modules())[1:]):
             self.forbidden = "layers whose forward is not wrapped, as offloading does"
         if self.changes == MOST_CHANGES:
             self.forbidden = "a network that does not change at every call"

@@ -66,15 +66,15 @@ def network(setup: Setup) -> Figures:
 
 def training_step(setup: Setup) -> Figures:
     """Weights after captured steps are those after plain ones."""
-    ddpm = DDPM(cifar10(setup).train()).to(setup.device)
+    unet = cifar10(setup).train()
+    ddpm, size = DDPM(unet).to(setup.device), unet.config["sample_size"]
     models = [copy.deepcopy(ddpm) for _ in range(2)]
-    shape = (2, 3, ddpm.model.config["sample_size"], ddpm.model.config["sample_size"])
     for model, graph in zip(models, (True, False), strict=True):
         torch.manual_seed(SEED)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         step = TrainingStep(model, optimizer, clip_grad=1.0, autocast=torch.bfloat16, graph=graph)
         for _ in range(CALLS):
-            step(torch.rand(shape, device=setup.device))
+            step(torch.rand(2, 3, size, size, device=setup.device))
     start, captured, plain = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (ddpm, *models))
     off = ((captured - plain).norm() / (plain - start).norm()).item()
     if not off < LARGEST_DISTANCE:

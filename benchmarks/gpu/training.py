@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import DDPM
-from fastdiff.training import TrainingStep
-from fastdiff.training.loop import gpu_settings, update_ema
+from fastdiff.training import TrainingStep, update_ema
+from fastdiff.training.loop import gpu_settings
 
 from .measure import job
 from .networks import cifar10, diffusers, stock_cifar10

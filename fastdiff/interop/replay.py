@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..graphs import CudaGraphs, WatchedCalls, what_forbids_here
+from ..support.footprint import REPLAY
+from ..support.plain import is_wrapped
 
 
 class Replay:
@@ -35,7 +37,8 @@ class Replay:
         self.lock = threading.RLock()
         self.calls = WatchedCalls(self.run, self.network, [self.network], CudaGraphs)
         names = list(self.__signature__.parameters)
-        self.time_at = names.index("timestep") if "timestep" in names else None
+        stock = any(base.__module__.startswith("diffusers.") for base in type(self.network).__mro__)
+        self.time_at = names.index("timestep") if stock and "timestep" in names else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("network", "name", "left", "graph", "compile")}
@@ -123,9 +126,9 @@ def stock_forward(network: nn.Module) -> Any:
 
 
 def replay_of(network: nn.Module) -> Replay | None:
-    """The Replay in a network, also where a hook of Accelerate was put around it."""
-    found = [vars(network).get(name) for name in ("forward", "_old_forward")]
-    return next((one for one in found if isinstance(one, Replay)), None)
+    """The Replay in a network, also where something was wrapped around it."""
+    replay: Replay | None = vars(network).get(REPLAY)
+    return replay
 
 
 def put_in(network: nn.Module, name: str, left: dict[str, str], graph: bool, compile: bool) -> bool:
@@ -134,14 +137,16 @@ def put_in(network: nn.Module, name: str, left: dict[str, str], graph: bool, com
     Returns: whether that is new.
     """
     replay = replay_of(network)
-    if replay is None and "forward" in vars(network):
+    if replay is None and is_wrapped(network):
         left[name] = "it is wrapped, as offloading does"
         return False
     if replay is None and network._compiled_call_impl is not None:
         left[name] = "it is compiled already"
         return False
     if replay is None:
-        network.forward = replay = Replay(network, name, left)
+        replay = Replay(network, name, left)
+        network.forward = replay
+        setattr(network, REPLAY, replay)
     if (graph or replay.graph, compile or replay.compile) == (replay.graph, replay.compile):
         return False
     replay.left = left
@@ -157,9 +162,10 @@ def take_out(network: nn.Module) -> bool:
     replay = replay_of(network)
     if replay is None:
         return False
+    delattr(network, REPLAY)
     replay.set(graph=False, compile=False)  # whoever wrapped it keeps it
     if vars(network).get("forward") is replay:
         del network.forward
-    else:
+    elif vars(network).get("_old_forward") is replay:  # what Accelerate puts back
         network._old_forward = stock_forward(network)
     return True

@@ -1,5 +1,6 @@
 """Whether objects are still what they were when a graph that reads them was captured."""
 
+from logging import Logger
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 # Values that are compared; all others are the same only if they are the same object.
 VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # What has attributes that no forward reads.
-LEAVES = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
+LEAVES = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType, Logger)
+# Where a network keeps what `accelerate` made of its forward.
+REPLAY = "_replay"
 # Attributes of a module that are not followed: they do not matter to its forward, or belong to who wrapped it.
 FOLLOWED = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
-SKIPPED = {*vars(nn.Module()), "forward", "_hf_hook", "_old_forward"} - FOLLOWED
+SKIPPED = {*vars(nn.Module()), REPLAY, "forward", "_old_forward", "_hf_hook", "_diffusers_hook"} - FOLLOWED
 
 
 class Same:

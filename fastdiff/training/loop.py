@@ -141,7 +141,8 @@ class Run:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
     """In place, for each parameter: ema <- decay ema + (1 - decay) model. A tensor () of decay stays on its device."""
-    averages, weights = list(ema.parameters()), list(model.parameters())
+    averages: list[Tensor] = [*ema.parameters()]
+    weights: list[Tensor] = [*model.parameters()]
     if isinstance(decay, Tensor):  # of which lerp has no form for many tensors at once
         change = torch._foreach_sub(weights, averages)
         torch._foreach_mul_(change, 1 - decay)

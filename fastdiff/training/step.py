@@ -55,6 +55,8 @@ class TrainingStep:
         self.reason = "graph=False" if graph is False else self._prepare()
         if graph and self.reason is not None:
             raise ValueError(f"graph: expected {self.reason}")
+        if graph is None and self.device.type == "cuda" and self.reason is not None:
+            warnings.warn(f"graph: the step runs without, which needs {self.reason}", stacklevel=2)
 
     def __call__(self, *batch: Any, decay: float = 0.0, **model_kwargs: Any) -> Tensor:
         """Take one step.
@@ -82,6 +84,9 @@ class TrainingStep:
         """Make the optimizer one that can be captured. Returns what forbids it."""
         reason = what_forbids_here(self.device)
         groups = self.optimizer.param_groups
+        parts = self.loss.modules() if isinstance(self.loss, nn.Module) else ()
+        if reason is None and any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
+            reason = "one process; DistributedDataParallel exchanges gradients while they are computed"
         if reason is None and any("capturable" not in group for group in groups):
             reason = f"an optimizer with the option capturable, got {type(self.optimizer).__name__}"
         if reason is None:

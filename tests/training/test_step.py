@@ -179,6 +179,13 @@ def test_what_forbids_a_capture(monkeypatch):
         TrainingStep(layer, torch.optim.SGD(layer.parameters()), graph=True)
 
 
+def test_one_process_after_another(monkeypatch):
+    monkeypatch.setattr("fastdiff.training.step.what_forbids_here", lambda device: None)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Net)
+    with pytest.raises(ValueError, match="graph: expected one process; DistributedDataParallel"):
+        Trained(True)
+
+
 def test_the_average_with_a_tensor_of_decay():
     pairs = [(nn.Linear(3, 2), nn.Linear(3, 2)) for _ in range(2)]
     for one, other in zip(*pairs, strict=True):
