@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .ops.dispatch import forced
 from .support.footprint import Footprint
@@ -136,6 +136,9 @@ class CapturedCall:
             self.refuse(RuntimeError("it writes into its arguments"))
             for own, value in pairs:
                 value.copy_(own)
+        others = {type(value).__name__ for value in tree_leaves(self.out) if not isinstance(value, (Tensor, *PLAIN))}
+        if others:  # whose tensors would be those of the next call too
+            self.refuse(RuntimeError(f"its result is of {', '.join(sorted(others))}"))
         return tree_map_only(Tensor, torch.clone, self.out)
 
     def _run(self) -> None:

@@ -66,8 +66,7 @@ def network(setup: Setup) -> Figures:
 
 def training_step(setup: Setup) -> Figures:
     """Weights after captured steps are those after plain ones."""
-    unet = cifar10(setup).train()
-    ddpm, size = DDPM(unet).to(setup.device), unet.config["sample_size"]
+    ddpm, size = DDPM(cifar10(setup).train()).to(setup.device), setup.size(32, 8)
     models = [copy.deepcopy(ddpm) for _ in range(2)]
     for model, graph in zip(models, (True, False), strict=True):
         torch.manual_seed(SEED)

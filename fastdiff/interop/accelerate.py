@@ -63,7 +63,8 @@ def accelerate(
             the memory of a call. Needs a network on CUDA in eval mode, without gradients.
         compile: compile the network with torch.compile, with the fused operations inside. Compiling takes minutes for
             a large network. With `graph` the compiled code is captured.
-        channels_last: lay out the weights of 2d convolutions channels last. None does so for networks on CUDA.
+        channels_last: lay out the weights of 2d convolutions channels last. None does so for networks on CUDA in eval
+            mode: an optimizer may keep its state in the layout of the weights.
 
     Returns: a list of the dotted names of what was replaced; that of a replayed or compiled forward is "unet.forward".
         Its attribute `left` says by name what was left as it is and why: a scheduler without a fused one, a block with
@@ -96,7 +97,8 @@ def accelerate(
             done.append("scheduler")
     for network in networks.values():
         parameter = next(network.parameters(), None)
-        if channels_last or (channels_last is None and parameter is not None and parameter.is_cuda):
+        on_gpu = parameter is not None and parameter.is_cuda and not network.training
+        if on_gpu if channels_last is None else channels_last:
             changed = vars(network).setdefault(LAID_OUT, [])
             changed += channels_last_convolutions(network)
     if graph or compile:

@@ -93,6 +93,7 @@ class TrainingStep:
             self.rates = [torch.empty((), device=self.device).fill_(group["lr"]) for group in groups]
             for group in groups:
                 group["capturable"] = True
+            vars(self.optimizer)["_warned_capturable_if_run_uncaptured"] = True  # its first steps are not captured
         return reason
 
     def _say(self, reason: str | None) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.hooks import add_hook_to_module
 from diffusers.models.attention_processor import AttnProcessor2_0
-from replayed import Counted, Looking, Taking, both, conditional, draw, inputs, made, same, unet
+from replayed import Counted, Giving, Looking, Taking, both, conditional, draw, inputs, made, same, unet
 from torch import Tensor, nn
 
 import fastdiff
@@ -164,6 +164,14 @@ def test_what_cannot_be_replayed_runs_as_it_is(taped, reason):
             else:
                 assert torch.equal(net(x), plain(y)) and torch.equal(x, y)
     assert done.left == {"forward": f"a graph needs {reason}"} and not sum(tape.replayed for tape in taped)
+
+
+def test_results_that_cannot_be_copied_are_not_replayed(taped):
+    net = made(Giving)
+    fastdiff.accelerate(net, graph=True)
+    with pytest.warns(UserWarning, match="its result is of Result"):
+        results = [net(draw(seed, 2, 4)).y for seed in range(4)]
+    assert all(torch.equal(y, net.layer(draw(seed, 2, 4))) for seed, y in enumerate(results)) and not taped.recorded
 
 
 def test_a_list_of_arguments_is_left_alone(taped):
