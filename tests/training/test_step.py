@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from tape import Recorders
+from tiny_run import assert_same_files, run
 from torch import Tensor, nn
 
 import fastdiff
 from fastdiff import DDPM, ops
-from fastdiff.graphs import WARM_UP
+from fastdiff.graphs import WARM_UP, WatchedCalls
 from fastdiff.training import TrainingStep
 from fastdiff.training.loop import gpu_settings, update_ema
 
@@ -166,6 +167,17 @@ def test_what_cannot_be_captured_runs_as_it_is(taped, change, said):
     with pytest.raises(ValueError, match=f"graph: expected .*{said}"):
         for seed in range(CAPTURED_AT + 2):
             required.take(seed)
+
+
+@pytest.mark.slow
+def test_the_loop_takes_captured_steps(taped, tmp_path, monkeypatch):
+    steps = CAPTURED_AT + 1
+    assert run(tmp_path / "captured", steps=steps) == steps and taped.recorded == 1
+    monkeypatch.setattr(WatchedCalls, "what_forbids", lambda *_: "a GPU")
+    with pytest.warns(UserWarning, match="graph: the step runs without, which needs a GPU"):
+        run(tmp_path / "plain", steps=steps)
+    assert taped.recorded == 1
+    assert_same_files(*(tmp_path / name / "model.safetensors" for name in ("captured", "plain")))
 
 
 def test_what_forbids_a_capture(monkeypatch):
