@@ -52,10 +52,10 @@ def accelerate(
     second call replaces what is new. The Unet of denoising-diffusion-pytorch 2 has RMSNorm in its blocks, so nothing in
     it is replaced.
 
-    A graph reads its arguments and the weights where they lie. It is captured anew for arguments of other shapes or
-    other plain values, and after any change of the network: moved weights, LoRA, other modules, processors or
-    attributes. What a replay could not do right runs without: gradients, autocast, hooks within the network, offloaded
-    layers, and a forward that reads numbers of the GPU or changes the network itself.
+    A graph reads the weights where they lie. Each shape, type and plain value of the arguments has a graph of its own.
+    All are dropped after a change of the network: moved weights, LoRA, other modules, processors or attributes. Calls
+    run without a graph under gradients or autocast, and with hooks or offloading within the network. So does a network
+    that reads numbers of the GPU, or changes itself at every call.
 
     Args:
         target: the pipeline or network.
