@@ -147,13 +147,13 @@ def put_in(network: nn.Module, name: str, left: dict[str, str], graph: bool, com
         replay = Replay(network, name, left)
         network.forward = replay
         setattr(network, REPLAY, replay)
+    replay.name, replay.left = name, left  # the latest list is kept up to date
+    reason = what_forbids_here(replay.device) or replay.calls.forbidden
+    if reason is not None and (graph or replay.graph):
+        left[name] = needs(reason)
     if (graph or replay.graph, compile or replay.compile) == (replay.graph, replay.compile):
         return False
-    replay.left = left
     replay.set(graph or replay.graph, compile or replay.compile)
-    reason = what_forbids_here(replay.device) if replay.graph else None
-    if reason is not None:
-        left[name] = needs(reason)
     return True
 
 

@@ -218,5 +218,8 @@ def test_on_a_cpu_nothing_is_captured():
         done = fastdiff.accelerate(net, graph=True)
     fastdiff.accelerate(plain)
     assert done.left == {"forward": "a graph needs a model on CUDA, got one on cpu"} and "forward" in done
+    with pytest.warns(UserWarning, match="accelerate left 1 parts"):
+        again = fastdiff.accelerate(net, graph=True)
+    assert again == [] and again.left == done.left
     with torch.no_grad(), fastdiff.backend("reference"):
         same(net, plain)
