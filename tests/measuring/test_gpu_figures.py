@@ -188,9 +188,9 @@ def test_a_training_step_trains(short):
         moved = []
         real = training.training_step
 
-        def watched(setup, parameters, loss, average, real=real, moved=moved, **options):
+        def watched(parameters, loss, average, real=real, moved=moved, **options):
             before = [p.detach().clone() for p in parameters]
-            step = real(setup, parameters, loss, average, **options)
+            step = real(parameters, loss, average, **options)
             return lambda: (step(), moved.append(sum((p - b).norm() for p, b in zip(parameters, before, strict=True))))
 
         with pytest.MonkeyPatch.context() as patch:

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from tape import Tape
+from tape import Recorders, Tape
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiff
 from fastdiff import DDPM, NCSN, ScoreSDE, UNet, ops, steps
-from fastdiff.capture import MOST_CAPTURES, WARM_UP, Captures, what_forbids
+from fastdiff.capture import Captures, what_forbids
 from fastdiff.diffusion import Diffusion
+from fastdiff.graphs import MOST_CAPTURES, WARM_UP
 
 SHAPE = (2, 3, 4, 4)
 SAMPLERS: list[Any] = [
@@ -52,18 +53,6 @@ def unet() -> UNet:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"), layers_per_block=1, norm_num_groups=2,
         attention_head_dim=4,
     )  # fmt: skip
-
-
-class Recorders(list):
-    """Makes Tapes and keeps them."""
-
-    def __call__(self, device: torch.device) -> Tape:
-        self.append(Tape(device))
-        return self[-1]
-
-    @property
-    def recorded(self) -> int:
-        return sum(tape.recorded for tape in self)
 
 
 @pytest.fixture
