@@ -45,7 +45,7 @@ class StepOptions(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The tensors of one step beside the state, as in ops.update: the rows (n, WIDTH) of all steps, the number (1,) of
+    """The tensors of one step beside the state, as in ops.update: the rows of all steps, the number (1,) of
     this one, and seed, sample_ids, noise and hist, each of them or None."""
 
     rows: Tensor
@@ -91,7 +91,7 @@ class Steps:
         n, device = len(run.table), run.x.device
         self.rows = run.table.rows.to(device, work_dtype(run.x.dtype))
         self.index = torch.arange(n, device=device)[:, None]
-        self.hist = None if run.options.keep == "none" else torch.zeros_like(run.x)
+        self.hist = no_history(run)
         self.condition = conditions(run)
         self.time_arguments: dict[str, Tensor] = {}
 
@@ -176,6 +176,14 @@ def replace_state(x: Tensor, new: Any) -> None:
     if new.shape != x.shape:
         raise ValueError(f"callback: expected a state of shape {tuple(x.shape)}, got {tuple(new.shape)}")
     x.copy_(new.detach())
+
+
+def no_history(run: Run) -> Tensor | None:
+    """What the first step of a run remembers: zeros like x, or (slots, B, ...) that lie in memory as x does."""
+    x, slots = run.x, run.table.slots
+    if run.options.keep == "none":
+        return None
+    return torch.zeros_like(x) if slots == 1 else torch.cat([x] * slots).zero_().view(slots, *x.shape)
 
 
 def conditions(run: Run) -> Tensor:
