@@ -5,7 +5,11 @@
 
 One loop, fastdiff.sampling, runs every table. All samplers take every objective, and chains as well as SDEs:
 
-    through_x0      ancestral, ddim, dpm_solver_pp_2m, heun; ddim_inversion from data to noise
+    through_x0      ancestral, ddim, heun; ddim_inversion from data to noise
+    multistep       dpm_solver_pp_2m, dpm_solver_pp_2m_sde, dpm_solver_pp_3m_sde, unipc
+    adams           deis, lms, plms
+    singlestep      dpm2, dpm_solver_pp_2s, dpm_solver_pp_sde
+    consistency     consistency, lcm, tcd
     through_score   euler_maruyama, reverse_diffusion, probability_flow, predictor_corrector, annealed_langevin
 """
 
@@ -13,11 +17,25 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..grids import with_middles
 from ..process import Grid, Process
 from ..rows import LOG_ZERO
 from ..schedule import NoiseSchedule
 from ..support.scalars import integer
-from .table import MAX_GAIN, StepTable, check_signal, denoise_rows, make_table, score_columns, x0_columns
+from .adams import deis, lms, plms
+from .consistency import consistency, lcm, tcd
+from .multistep import dpm_solver_pp_2m, dpm_solver_pp_2m_sde, dpm_solver_pp_3m_sde, unipc
+from .singlestep import dpm2, dpm_solver_pp_2s, dpm_solver_pp_sde, middles
+from .table import (
+    MAX_GAIN,
+    StepTable,
+    check_finite_ratio,
+    check_signal,
+    denoise_rows,
+    make_table,
+    score_columns,
+    x0_columns,
+)
 from .through_score import (
     PREDICTORS,
     annealed_langevin,
@@ -26,7 +44,7 @@ from .through_score import (
     probability_flow,
     reverse_diffusion,
 )
-from .through_x0 import VARIANCES, ancestral, ddim, ddim_inversion, dpm_solver_pp_2m, heun
+from .through_x0 import VARIANCES, ancestral, ddim, ddim_inversion, heun
 
 __all__ = [
     "LOG_ZERO",
@@ -39,18 +57,30 @@ __all__ = [
     "ancestral",
     "annealed_langevin",
     "check_signal",
+    "consistency",
     "ddim",
     "ddim_inversion",
+    "deis",
     "denoise_rows",
+    "dpm2",
     "dpm_solver_pp_2m",
+    "dpm_solver_pp_2m_sde",
+    "dpm_solver_pp_2s",
+    "dpm_solver_pp_3m_sde",
+    "dpm_solver_pp_sde",
     "euler_maruyama",
     "heun",
+    "lcm",
+    "lms",
     "make_steps",
     "make_table",
+    "plms",
     "predictor_corrector",
     "probability_flow",
     "reverse_diffusion",
     "score_columns",
+    "tcd",
+    "unipc",
     "x0_columns",
 ]
 
@@ -58,31 +88,56 @@ Sampler = Callable[..., StepTable]
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": ancestral,
     "ddim": ddim,
+    "euler_ancestral": functools.partial(ddim, eta=1.0),
     "dpm++2m": dpm_solver_pp_2m,
+    "dpm++2m_sde": dpm_solver_pp_2m_sde,
+    "dpm++3m_sde": dpm_solver_pp_3m_sde,
+    "unipc": unipc,
+    "deis": deis,
+    "lms": lms,
+    "plms": plms,
     "heun": heun,
+    "dpm2": dpm2,
+    "dpm2_ancestral": functools.partial(dpm2, eta=1.0),
+    "dpm++2s": dpm_solver_pp_2s,
+    "dpm++2s_ancestral": functools.partial(dpm_solver_pp_2s, eta=1.0),
+    "dpm++sde": dpm_solver_pp_sde,
+    "consistency": consistency,
+    "lcm": lcm,
+    "tcd": tcd,
     "euler_maruyama": euler_maruyama,
     "reverse_diffusion": reverse_diffusion,
     "probability_flow": probability_flow,
     "predictor_corrector": predictor_corrector,
     "annealed_langevin": annealed_langevin,
 }
-
+# Those that look between levels, and whether eta changes where.
+LOOKS_BETWEEN: dict[Any, bool] = {dpm2: True, dpm_solver_pp_2s: True, dpm_solver_pp_sde: False}
 
 # What other libraries call a sampler, and what to use here.
 OTHER_NAMES = {
     "euler": "'ddim', which is Euler's rule on the probability-flow ODE",
-    "euler_a": "'ddpm', the ancestral sampler",
-    "euler_ancestral": "'ddpm', the ancestral sampler",
+    "euler_a": "'euler_ancestral'",
     "ancestral": "'ddpm'",
     "heun_karras": "'heun', on Karras' levels if steps is a number",
     "edm": "'heun'",
     "dpmpp_2m": "'dpm++2m'",
+    "dpmpp_2m_sde": "'dpm++2m_sde'",
+    "dpmpp_3m_sde": "'dpm++3m_sde'",
+    "dpmpp_sde": "'dpm++sde'",
+    "dpmpp_2s_ancestral": "'dpm++2s_ancestral'",
+    "sde_dpmsolver++": "'dpm++2m_sde'",
+    "dpm_2": "'dpm2'",
+    "dpm_2_ancestral": "'dpm2_ancestral'",
+    "k_dpm_2": "'dpm2'",
+    "uni_pc": "'unipc'",
+    "unipc_bh2": "'unipc'",
+    "ipndm": "'lms', whose steps may differ in size",
     "dpm++": "'dpm++2m'",
     "dpmsolver++": "'dpm++2m'",
     "dpm_solver": "'dpm++2m'",
     "dpm_solver_pp_2m": "'dpm++2m'",
-    "pndm": "'dpm++2m', of the same order",
-    "plms": "'dpm++2m', of the same order",
+    "pndm": "'plms'",
     "pc": "'predictor_corrector'",
     "langevin": "'annealed_langevin'",
     "ald": "'annealed_langevin'",
@@ -137,7 +192,14 @@ def make_steps(
         sampler = SAMPLERS[sampler]
     elif not callable(sampler):
         raise TypeError(f"sampler: expected a name or a function, got {type(sampler).__name__}")
-    schedule, levels = _grid(process, sampler, steps)
+    function, given = sampler, options
+    while isinstance(function, functools.partial):
+        function, given = function.func, {**function.keywords, **given}
+    schedule, levels = _grid(process, function, steps)
+    if function in LOOKS_BETWEEN:
+        check_finite_ratio(function.__name__, schedule, levels[:-1])
+        between = middles(schedule, levels, given.get("eta", 0.0) if LOOKS_BETWEEN[function] else 0.0)
+        schedule, levels = with_middles(process, (schedule, levels), between)
     return sampler(schedule, levels, objective, clip, **options)
 
 
@@ -145,8 +207,6 @@ def _grid(process: Process, sampler: Sampler, steps: int | Iterable[float] | Gri
     """The levels to visit: given as a grid, or counted as the sampler counts its steps."""
     if isinstance(steps, tuple) and len(steps) == 2 and isinstance(steps[0], NoiseSchedule):
         return steps
-    while isinstance(sampler, functools.partial):
-        sampler = sampler.func
     number = integer(steps)
     if steps is None or number is not None:
         if sampler is heun:

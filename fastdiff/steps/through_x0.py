@@ -118,31 +118,6 @@ def ddim_inversion(schedule: NoiseSchedule, levels: Tensor, objective: str) -> S
     return make_table(schedule, levels, from_x=from_x, from_pred=from_pred)
 
 
-def dpm_solver_pp_2m(schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None) -> StepTable:
-    """DPM-Solver++(2M): an exponential integrator over lambda = log(alpha / sigma), with the last two estimates of x_0.
-
-        x0  = denoise(x_t),    h = lambda_s - lambda_t,    w = h / (2 h_before)
-        x   = (1 + w) x0 - w x0_before
-        x_s = sigma_s / sigma_t x_t + alpha_s (1 - exp(-h)) x
-
-    Row: with k = alpha_s (1 - exp(-h)): from_x0 = k (1 + w); from_x = sigma_s / sigma_t; from_hist = -k w, hist holds
-    x0_before.
-
-    Returns: one row and one call of the model per step; second order. The first step and the one to data are of first
-        order, w = 0.
-    Reference: Lu et al. 2022, arXiv:2211.01095, algorithm 2.
-    """
-    t, s = levels[:-1], levels[1:]
-    denoised = x0_columns(schedule, t, s, objective, clip)
-    half_log_snr = schedule.log_snr / 2
-    h = half_log_snr[s] - half_log_snr[t]
-    k = schedule.alpha[s] * -torch.expm1(-h)
-    w = torch.zeros_like(h)
-    w[1:] = torch.where(s[1:] == 0, 0.0, h[1:] / (2 * h[:-1]))
-    from_x = schedule.sigma[s] / schedule.sigma[t]
-    return make_table(schedule, levels, keep="x0hat", **denoised, from_x0=k * (1 + w), from_x=from_x, from_hist=-k * w)
-
-
 def heun(
     schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None, noise_scale: float = 1.0
 ) -> StepTable:
