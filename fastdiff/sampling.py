@@ -183,7 +183,7 @@ def no_history(run: Run) -> Tensor | None:
     x, slots = run.x, run.table.slots
     if run.options.keep == "none":
         return None
-    return torch.zeros_like(x) if slots == 1 else torch.cat([x] * slots).zero_().view(slots, *x.shape)
+    return torch.zeros_like(x if slots == 1 else x[None].expand(slots, *x.shape))
 
 
 def conditions(run: Run) -> Tensor:

@@ -5,10 +5,10 @@
 
 One loop, fastdiff.sampling, runs every table. All samplers take every objective, and chains as well as SDEs:
 
-    through_x0      ancestral, ddim, heun; ddim_inversion from data to noise
+    through_x0      ancestral, ddim, euler_ancestral, heun; ddim_inversion from data to noise
     multistep       dpm_solver_pp_2m, dpm_solver_pp_2m_sde, dpm_solver_pp_3m_sde, unipc
     adams           deis, lms, plms
-    singlestep      dpm2, dpm_solver_pp_2s, dpm_solver_pp_sde
+    singlestep      dpm2, dpm2_ancestral, dpm_solver_pp_2s, dpm_solver_pp_2s_ancestral, dpm_solver_pp_sde
     consistency     consistency, lcm, tcd
     through_score   euler_maruyama, reverse_diffusion, probability_flow, predictor_corrector, annealed_langevin
 """
@@ -25,7 +25,14 @@ from ..support.scalars import integer
 from .adams import deis, lms, plms
 from .consistency import consistency, lcm, tcd
 from .multistep import dpm_solver_pp_2m, dpm_solver_pp_2m_sde, dpm_solver_pp_3m_sde, unipc
-from .singlestep import dpm2, dpm_solver_pp_2s, dpm_solver_pp_sde, middles
+from .singlestep import (
+    dpm2,
+    dpm2_ancestral,
+    dpm_solver_pp_2s,
+    dpm_solver_pp_2s_ancestral,
+    dpm_solver_pp_sde,
+    middles,
+)
 from .table import (
     MAX_GAIN,
     StepTable,
@@ -44,7 +51,7 @@ from .through_score import (
     probability_flow,
     reverse_diffusion,
 )
-from .through_x0 import VARIANCES, ancestral, ddim, ddim_inversion, heun
+from .through_x0 import VARIANCES, ancestral, ddim, ddim_inversion, euler_ancestral, heun
 
 __all__ = [
     "LOG_ZERO",
@@ -63,11 +70,14 @@ __all__ = [
     "deis",
     "denoise_rows",
     "dpm2",
+    "dpm2_ancestral",
     "dpm_solver_pp_2m",
     "dpm_solver_pp_2m_sde",
     "dpm_solver_pp_2s",
+    "dpm_solver_pp_2s_ancestral",
     "dpm_solver_pp_3m_sde",
     "dpm_solver_pp_sde",
+    "euler_ancestral",
     "euler_maruyama",
     "heun",
     "lcm",
@@ -88,7 +98,7 @@ Sampler = Callable[..., StepTable]
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": ancestral,
     "ddim": ddim,
-    "euler_ancestral": functools.partial(ddim, eta=1.0),
+    "euler_ancestral": euler_ancestral,
     "dpm++2m": dpm_solver_pp_2m,
     "dpm++2m_sde": dpm_solver_pp_2m_sde,
     "dpm++3m_sde": dpm_solver_pp_3m_sde,
@@ -98,9 +108,9 @@ SAMPLERS: dict[str, Sampler] = {
     "plms": plms,
     "heun": heun,
     "dpm2": dpm2,
-    "dpm2_ancestral": functools.partial(dpm2, eta=1.0),
+    "dpm2_ancestral": dpm2_ancestral,
     "dpm++2s": dpm_solver_pp_2s,
-    "dpm++2s_ancestral": functools.partial(dpm_solver_pp_2s, eta=1.0),
+    "dpm++2s_ancestral": dpm_solver_pp_2s_ancestral,
     "dpm++sde": dpm_solver_pp_sde,
     "consistency": consistency,
     "lcm": lcm,
@@ -111,13 +121,19 @@ SAMPLERS: dict[str, Sampler] = {
     "predictor_corrector": predictor_corrector,
     "annealed_langevin": annealed_langevin,
 }
-# Those that look between levels, and whether eta changes where.
-LOOKS_BETWEEN: dict[Any, bool] = {dpm2: True, dpm_solver_pp_2s: True, dpm_solver_pp_sde: False}
+# Those that look between levels: the eta by which they choose where, unless it is given; None if they go by none.
+LOOKS_BETWEEN: dict[Any, float | None] = {
+    dpm2: 0.0,
+    dpm2_ancestral: 1.0,
+    dpm_solver_pp_2s: 0.0,
+    dpm_solver_pp_2s_ancestral: 1.0,
+    dpm_solver_pp_sde: None,
+}
 
 # What other libraries call a sampler, and what to use here.
 OTHER_NAMES = {
     "euler": "'ddim', which is Euler's rule on the probability-flow ODE",
-    "euler_a": "'euler_ancestral'",
+    "euler_a": "'ddpm', which is 'euler_ancestral'",
     "ancestral": "'ddpm'",
     "heun_karras": "'heun', on Karras' levels if steps is a number",
     "edm": "'heun'",
@@ -197,8 +213,10 @@ def make_steps(
         function, given = function.func, {**function.keywords, **given}
     schedule, levels = _grid(process, function, steps)
     if function in LOOKS_BETWEEN:
+        check_signal(schedule, levels[:-1], objective)
         check_finite_ratio(function.__name__, schedule, levels[:-1])
-        between = middles(schedule, levels, given.get("eta", 0.0) if LOOKS_BETWEEN[function] else 0.0)
+        eta = LOOKS_BETWEEN[function]
+        between = middles(schedule, levels, 0.0 if eta is None else given.get("eta", eta))
         schedule, levels = with_middles(process, (schedule, levels), between)
     return sampler(schedule, levels, objective, clip, **options)
 

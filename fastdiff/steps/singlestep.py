@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..rows import make_rows
 from ..schedule import NoiseSchedule
-from .table import StepTable, check_at_least_0, check_finite_ratio, make_table, x0_columns
+from .table import StepTable, check_at_least_0, check_finite_ratio, check_signal, make_table, x0_columns
 from .through_x0 import ddim
 
 
@@ -35,10 +35,20 @@ class Way(NamedTuple):
     rho: tuple[Tensor, Tensor, Tensor]
 
 
-def dpm2(
-    schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None, eta: float = 0.0
+def dpm2(schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None) -> StepTable:
+    """DPM-Solver-2 as in k-diffusion, the midpoint rule for dy / d rho = eps: `dpm2_ancestral` with eta = 0.
+
+    Returns: two rows and two calls of the model per step, and Euler's alone to data; second order.
+    Reference: k-diffusion's sample_dpm_2; after Karras et al. 2022, arXiv:2206.00364, algorithm 2, and Lu et al. 2022,
+        arXiv:2206.00927.
+    """
+    return dpm2_ancestral(schedule, levels, objective, clip, eta=0.0)
+
+
+def dpm2_ancestral(
+    schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None, eta: float = 1.0
 ) -> StepTable:
-    """DPM-Solver-2 in the coordinates of k-diffusion: the midpoint rule for dy / d rho = eps, rho_m^2 = rho_t rho_d.
+    """DPM2 with noise: the midpoint rule for dy / d rho = eps down to rho_d, where rho_m^2 = rho_t rho_d.
 
         eps = (x_t - alpha_t denoise(x_t)) / sigma_t
         y_m = y_t + (rho_m - rho_t) eps
@@ -47,26 +57,34 @@ def dpm2(
     Rows: the first is that of `ddim`, and keeps x_t in hist. The second: with g = alpha_s (rho_d - rho_t): from_x0 =
     -g / rho_m; from_x = g / sigma_m; from_hist = alpha_s / alpha_t; noise = alpha_s rho_u.
 
-    Returns: two rows and two calls of the model per step, and Euler's alone to data; second order for eta = 0.
-    Reference: k-diffusion's sample_dpm_2 and sample_dpm_2_ancestral; after Karras et al. 2022, arXiv:2206.00364,
-        algorithm 2, and Lu et al. 2022, arXiv:2206.00927.
+    Returns: two rows and two calls of the model per step, and Euler's alone to data; first order, second for eta = 0.
+    Reference: k-diffusion's sample_dpm_2_ancestral.
     """
     way = _way("dpm2", schedule, levels, objective, eta)
     (alpha_t, alpha_m, alpha_s), (rho_t, rho_m, rho_s) = way.alpha, way.rho
     down, up = ancestral_step(rho_t, rho_s, eta)
     _check_middles(way, down)
     g = alpha_s * (down - rho_t)
-    values = {"from_x0": -g / rho_m, "from_x": g / (alpha_m * rho_m), "from_hist": alpha_s / alpha_t}
     second = make_rows(
-        rho_t, guidance=1.0, **x0_columns(schedule, way.m, way.s, objective, clip), **values, noise=alpha_s * up
-    )
+        rho_t, guidance=1.0, **x0_columns(schedule, way.m, way.s, objective, clip),
+        from_x0=-g / rho_m, from_x=g / (alpha_m * rho_m), from_hist=alpha_s / alpha_t, noise=alpha_s * up,
+    )  # fmt: skip
     return _twice(schedule, levels, objective, clip, _euler(schedule, way, objective, clip), second, "x")
 
 
-def dpm_solver_pp_2s(
-    schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None, eta: float = 0.0
+def dpm_solver_pp_2s(schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None) -> StepTable:
+    """DPM-Solver++(2S), an exponential integrator: `dpm_solver_pp_2s_ancestral` with eta = 0.
+
+    Returns: two rows and two calls of the model per step, and the first alone to data; second order.
+    Reference: Lu et al. 2022, arXiv:2211.01095, algorithm 1 with r = 1/2.
+    """
+    return dpm_solver_pp_2s_ancestral(schedule, levels, objective, clip, eta=0.0)
+
+
+def dpm_solver_pp_2s_ancestral(
+    schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None, eta: float = 1.0
 ) -> StepTable:
-    """DPM-Solver++(2S): an exponential integrator whose estimate of x_0 is that of the middle, rho_m^2 = rho_t rho_d.
+    """DPM-Solver++(2S) with noise: an exponential integrator down to rho_d, where rho_m^2 = rho_t rho_d.
 
         y_m = rho_m / rho_t y_t + (1 - rho_m / rho_t) denoise(x_t)
         y_s = rho_d / rho_t y_t + (1 - rho_d / rho_t) denoise(x_m) + rho_u z
@@ -74,16 +92,18 @@ def dpm_solver_pp_2s(
     Rows: the first is that of `ddim`, and keeps x_t in hist. The second: from_x0 = alpha_s (1 - rho_d / rho_t);
     from_hist = alpha_s rho_d / (alpha_t rho_t); noise = alpha_s rho_u.
 
-    Returns: two rows and two calls of the model per step, and the first alone to data; second order for eta = 0.
-    Reference: Lu et al. 2022, arXiv:2211.01095, algorithm 1 with r = 1/2; k-diffusion's sample_dpmpp_2s_ancestral.
+    Returns: two rows and two calls of the model per step, and the first alone to data; first order, second for eta = 0.
+    Reference: k-diffusion's sample_dpmpp_2s_ancestral.
     """
     way = _way("dpm++2s", schedule, levels, objective, eta)
     (alpha_t, _, alpha_s), (rho_t, _, rho_s) = way.alpha, way.rho
     down, up = ancestral_step(rho_t, rho_s, eta)
     _check_middles(way, down)
     left = down / rho_t
-    values = {"from_x0": alpha_s * (1 - left), "from_hist": alpha_s / alpha_t * left, "noise": alpha_s * up}
-    second = make_rows(rho_t, guidance=1.0, **x0_columns(schedule, way.m, way.s, objective, clip), **values)
+    second = make_rows(
+        rho_t, guidance=1.0, **x0_columns(schedule, way.m, way.s, objective, clip),
+        from_x0=alpha_s * (1 - left), from_hist=alpha_s / alpha_t * left, noise=alpha_s * up,
+    )  # fmt: skip
     return _twice(schedule, levels, objective, clip, _euler(schedule, way, objective, clip), second, "x")
 
 
@@ -142,6 +162,7 @@ def _way(name: str, schedule: NoiseSchedule, levels: Tensor, objective: str, eta
     check_at_least_0("eta", eta)
     if eta > 1:
         raise ValueError(f"eta: {eta} asks for more noise than a level holds; expected at most 1")
+    check_signal(schedule, levels[:-1], objective)
     check_finite_ratio(name, schedule, levels[:-1])
     steps = (len(levels) - 1) // 2
     visited = torch.cat((levels[:-1:2], levels[-1:]))

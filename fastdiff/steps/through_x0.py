@@ -89,6 +89,24 @@ def ddim(
     return make_table(schedule, levels, **denoised, from_x0=from_x0, from_x=q / sigma_t, noise=sd)
 
 
+def euler_ancestral(
+    schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None, eta: float = 1.0
+) -> StepTable:
+    """Euler's rule for d(x/alpha) / d(sigma/alpha) = eps down to less noise than s has, then noise: `ddim` with eta.
+
+        r    = sigma / alpha,    up = eta r_s sqrt(1 - r_s^2 / r_t^2),    down^2 = r_s^2 - up^2
+        eps  = (x_t - alpha_t denoise(x_t)) / sigma_t
+        x_s  = alpha_s (x_t / alpha_t + (down - r_t) eps + up z)
+
+    Row: that of `ddim`; with eta = 1 also that of `ancestral`.
+
+    Returns: one row and one call of the model per step; first order.
+    Raises: ValueError as `ddim`.
+    Reference: k-diffusion's sample_euler_ancestral.
+    """
+    return ddim(schedule, levels, objective, clip, eta)
+
+
 def ddim_inversion(schedule: NoiseSchedule, levels: Tensor, objective: str) -> StepTable:
     """DDIM from data to noise: the same ODE walked backwards, for increasing levels t < s.
 

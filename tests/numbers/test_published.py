@@ -215,11 +215,11 @@ RUNS = {
     "euler_ancestral": (euler_ancestral, "euler_ancestral"),
     "dpm2": (dpm2, "dpm2"),
     "dpm2_ancestral": (functools.partial(dpm2, eta=1), "dpm2_ancestral"),
-    "dpm2, eta 0.5": (functools.partial(dpm2, eta=mpf(0.5)), functools.partial(steps.dpm2, eta=0.5)),
+    "dpm2, eta 0.5": (functools.partial(dpm2, eta=mpf(0.5)), functools.partial(steps.dpm2_ancestral, eta=0.5)),
     "dpm++2s": (dpmpp_2s, "dpm++2s"),
     "dpm++2s_ancestral": (functools.partial(dpmpp_2s, eta=1), "dpm++2s_ancestral"),
     "dpm++2s, eta 0.5": (
-        functools.partial(dpmpp_2s, eta=mpf(0.5)), functools.partial(steps.dpm_solver_pp_2s, eta=0.5)
+        functools.partial(dpmpp_2s, eta=mpf(0.5)), functools.partial(steps.dpm_solver_pp_2s_ancestral, eta=0.5)
     ),
     "dpm++sde": (dpmpp_sde, "dpm++sde"),
     "dpm++sde, eta 0.5": (
