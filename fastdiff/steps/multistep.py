@@ -54,7 +54,7 @@ def dpm_solver_pp_2m_sde(
     Args:
         eta: 1 is the reverse SDE, 0 the ODE.
 
-    Returns: one row and one call of the model per step. Second order in the mean, first in the variance.
+    Returns: one row and one call of the model per step; second order in mean and variance.
     Raises: ValueError if eta < 0.
     Reference: SDE-DPM-Solver++(2M) of Lu et al. 2022, arXiv:2211.01095; k-diffusion's sample_dpmpp_2m_sde ("midpoint").
     """
@@ -89,7 +89,7 @@ def dpm_solver_pp_3m_sde(
     Args:
         eta: 1 is the reverse SDE, 0 the ODE.
 
-    Returns: one row and one call of the model per step. Second order in the mean, first in the variance.
+    Returns: one row and one call of the model per step; second order in mean and variance.
     Raises: ValueError if eta < 0.
     Reference: k-diffusion's sample_dpmpp_3m_sde; the functions phi are those of Lu et al. 2022, arXiv:2206.00927.
     """
@@ -156,7 +156,7 @@ def unipc(
         order: points of Q, 1 to 3. The first steps, and the last ones before data, have fewer.
         variant: "bh1" or "bh2".
 
-    Returns: one row and one call of the model per step; of order `order`, and one more once all points are there.
+    Returns: one row and one call of the model per step; of order `order` + 1 once all points are there.
     Raises: ValueError for another order or variant.
     Reference: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2, in the form that predicts data.
     """

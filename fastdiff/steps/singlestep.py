@@ -122,7 +122,7 @@ def dpm_solver_pp_sde(
     Rows: the first is the first line, and keeps the mix alpha_s ((q - k p) y_t - k (1 - p) denoise(x_t)). The second:
     from_x0 = alpha_s (1 - q); from_x = alpha_s k / alpha_m; from_hist = 1; noise = alpha_s v sqrt(1 - c^2).
 
-    Returns: two rows and two calls of the model per step, and Euler's alone to data. First order in the variance.
+    Returns: two rows and two calls of the model per step, and Euler's alone to data; second order in mean and variance.
     Reference: k-diffusion's sample_dpmpp_sde with its Brownian tree; Lu et al. 2022, arXiv:2211.01095.
     """
     way = _way("dpm++sde", schedule, levels, objective, eta)
