@@ -18,12 +18,14 @@ from .checks import (
     as_index,
     as_sample_ids,
     check_choice,
+    check_device,
     check_floating,
     check_levels,
     check_like,
     check_memory,
     check_out,
     check_range,
+    check_shape,
     check_table,
     noise_source,
     wants_gradient,
@@ -104,8 +106,9 @@ def update(
     if (hist is None) != (keep == "none"):
         raise ValueError(f"hist: expected exactly where keep is not 'none', got keep = {keep!r}")
     if hist is not None:
-        slots = len(hist) if several else 1
-        check_like("hist", hist[0] if several and 2 <= slots <= MAX_SLOTS else hist, x)
+        slots = (len(hist),) if several and 2 <= len(hist) <= MAX_SLOTS else ()
+        check_shape("hist", hist, (*slots, *x.shape))
+        check_device("hist", hist, x.device)
         if hist.dtype != x.dtype:
             raise TypeError(f"hist: expected the dtype of x, {x.dtype}, got {hist.dtype}")
     clip = as_clip(clip)

@@ -27,6 +27,9 @@ SAMPLERS: list[Any] = [
     "heun",
     "euler_maruyama",
     "predictor_corrector",
+    "unipc",
+    "plms",
+    "dpm++sde",
     functools.partial(steps.heun, noise_scale=1.01),
 ]
 # No address stands in a test's name: the workers of pytest-xdist must collect the same names.

@@ -129,7 +129,7 @@ REFUSED = [
         update,
         {"rows": rows(14), "keep": "x", "hist": X[None, :, :2].expand(3, 2, 2)},
         ValueError,
-        "hist: expected shape (2, 3), got (2, 2)",
+        "hist: expected shape (3, 2, 3), got (3, 2, 2)",
     ),
     (
         update,
