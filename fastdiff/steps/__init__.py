@@ -208,9 +208,11 @@ def make_steps(
         sampler = SAMPLERS[sampler]
     elif not callable(sampler):
         raise TypeError(f"sampler: expected a name or a function, got {type(sampler).__name__}")
-    function, given = sampler, options
+    function: Any = sampler
+    given = options
     while isinstance(function, functools.partial):
-        function, given = function.func, {**function.keywords, **given}
+        given = {**function.keywords, **given}
+        function = function.func
     schedule, levels = _grid(process, function, steps)
     if function in LOOKS_BETWEEN:
         check_signal(schedule, levels[:-1], objective)

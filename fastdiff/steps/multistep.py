@@ -65,8 +65,8 @@ def dpm_solver_pp_2m_sde(
     k = schedule.alpha[s] * -torch.expm1(-(1 + eta) * h)
     w = torch.zeros_like(h)
     w[1:] = torch.where(s[1:] == 0, 0.0, h[1:] / (2 * h[:-1]))
-    values = {"from_x0": k * (1 + w), "from_x": from_x, "noise": noise, "from_hist": -k * w}
-    return make_table(schedule, levels, keep="x0hat", **denoised, **values)
+    denoised |= {"from_x0": k * (1 + w), "from_x": from_x, "noise": noise, "from_hist": -k * w}
+    return make_table(schedule, levels, keep="x0hat", **denoised)
 
 
 def dpm_solver_pp_3m_sde(
