@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
+from .guidance import Pair
 from .ops.dispatch import forced
 from .sampling import Operands, Run, Steps, advance, conditions, given_noise
 
@@ -253,5 +254,5 @@ def weights_of(model: nn.Module) -> tuple[Any, ...]:
     tensors = (*model.parameters(), *model.buffers())
     return (
         tuple((t.data_ptr(), t.dtype, t.stride()) for t in tensors),
-        tuple((id(m), type(m)) for m in model.modules()),
+        tuple((id(m), type(m)) for m in model.modules() if not isinstance(m, Pair)),
     )
