@@ -18,11 +18,11 @@ from .denoiser import Denoiser
 from .objective import x0_rows
 from .ops.checks import as_seed, check_floating
 from .reference import work_dtype
-from .sampling import flat
 from .schedule import NoiseSchedule
 from .steps import VARIANCES, check_signal
 from .support.progress import bar, evaluating
 from .support.scalars import integer
+from .support.shapes import flat
 
 
 def vlb_rows(schedule: NoiseSchedule, objective: str, variance: str) -> Tensor:

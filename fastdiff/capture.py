@@ -29,6 +29,7 @@ from .graphs import (
     what_forbids_here,
     what_forbids_model,
 )
+from .guidance import Pair
 from .sampling import Operands, Run, Steps, advance, conditions, given_noise
 
 
@@ -158,7 +159,8 @@ def kind_of(run: Run) -> Any:
         run.x.stride(),
         run.x.dtype,
         run.x.device,
-        len(run.table),
+        tuple(run.table.rows.shape),
+        run.table.slots,
         run.options,
         run.denoiser.model.__class__,
         run.denoiser.parameter_dtype,
@@ -175,5 +177,5 @@ def weights_of(model: nn.Module) -> tuple[Any, ...]:
     tensors = (*model.parameters(), *model.buffers())
     return (
         tuple((t.data_ptr(), t.dtype, t.stride()) for t in tensors),
-        tuple((id(m), type(m)) for m in model.modules()),
+        tuple((id(m), type(m)) for m in model.modules() if not isinstance(m, Pair)),
     )

@@ -14,11 +14,12 @@ from .interop import pretrained
 from .ops.checks import as_seed, check_choice, check_floating, check_like
 from .process import Chain
 from .reference import work_dtype
-from .sampling import Run, StepOptions, Steps, flat
+from .sampling import Run, StepOptions, Steps
 from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, make_steps
 from .support import run_file
 from .support.scalars import integer
+from .support.shapes import flat
 from .unet import UNet
 
 # With more alpha_bar at the last level, the prior is visibly not where the chain ends.

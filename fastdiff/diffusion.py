@@ -11,6 +11,7 @@ from . import bound, ode, ops, sampling
 from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
+from .guidance import Guidance, Rule, beside, stack_branches, with_guidance
 from .objective import uses_noise, uses_x0
 from .ops.checks import as_sample_ids, as_seed, as_shape, check_choice, check_floating, check_shape, check_state
 from .ops.memory import LARGEST
@@ -124,8 +125,9 @@ class Diffusion(Denoiser, ABC):
         sample_ids: Tensor | Iterable[int] | None = None,
         x_T: Tensor | None = None,
         noise: Noise = None,
-        guidance: float | None = None,
-        uncond: dict[str, Any] | None = None,
+        guidance: Guidance | None = None,
+        guidance_rule: Rule | None = None,
+        uncond: dict[str, Any] | nn.Module | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         graph: bool | None = None,
@@ -152,8 +154,10 @@ class Diffusion(Denoiser, ABC):
             x_T: (B, ...), the start, in place of a draw from the prior.
             noise: (steps, B, ...), or a function from the step's number to (B, ...), in place of generated noise.
             guidance: classifier-free guidance, pred = uncond + guidance (cond - uncond), in one call of the model for
-                both (Ho & Salimans 2022, arXiv:2207.12598).
-            uncond: the model_kwargs of the other branch. Tensors of B samples and numbers may differ.
+                both (Ho & Salimans 2022, arXiv:2207.12598): a number, one for each row of the table, or a function of
+                the row's number and level. guidance_rule: another rule of fastdiff.guidance.
+            uncond: the model_kwargs of the other branch. Tensors of B samples and numbers may differ. Or another
+                network, asked with the same arguments (autoguidance).
             dtype: torch.bfloat16 or torch.float16 runs a copy of the model in that type, with channels_last
                 convolutions. The copy is kept and follows the weights at every call. The state stays float32.
             device: where the state lives. None takes the device of the weights, or where hooks of Accelerate bring
@@ -180,7 +184,11 @@ class Diffusion(Denoiser, ABC):
         self._check_sampling(shape, x_T, callback, return_trajectory, out, device)
         check_generator(seed, generator)
         check_labels(self.model, model_kwargs)
-        kwargs = sampling.stack_branches(guidance, uncond, model_kwargs, shape[0], device)
+        kwargs = stack_branches(guidance, uncond, model_kwargs, shape[0], device)
+        if guidance is None and guidance_rule is not None:
+            raise ValueError("guidance_rule: expected None without guidance")
+        if isinstance(uncond, nn.Module) and dtype is not None:
+            raise ValueError("dtype: expected None with another network as uncond")
         eta = as_number("eta", eta)
         if sampler == "ode":
             given = (steps, eta, noise, callback, return_trajectory, guidance, dtype, graph or None)
@@ -193,15 +201,17 @@ class Diffusion(Denoiser, ABC):
             x = self._start(shape, seed_of(seed, generator, device), ids, x_T, self.prior_std(), out, device)
             return x.copy_(ode.sample(self, x, kwargs))
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
+        if isinstance(uncond, nn.Module):
+            denoiser = beside(denoiser, uncond)
         captured = self._is_captured(graph, denoiser, kwargs, shape[0])
         if noise is not None and not callable(noise):
             check_shape("noise", noise, (len(table), *shape))
         if guidance is not None:
-            table = sampling.with_guidance(table, guidance)
+            table = with_guidance(table, guidance)
         seed = seed_of(seed, generator, device)
         x = self._start(shape, seed, ids, x_T, table.start, out, device)
         options = StepOptions(
-            self.clip, table.keep, table.noisy or noise is not None, table.learned, guidance is not None
+            self.clip, table.keep, table.noisy or noise is not None, table.learned, guidance is not None, guidance_rule
         )
         run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step)
         walker = self._captures.steps(run, required=graph is True) if captured else Steps(run)

@@ -19,9 +19,9 @@ from .denoiser import Denoiser
 from .objective import conversion_rows
 from .ops.checks import as_seed, check_floating
 from .process import Process
-from .sampling import flat
 from .support.progress import evaluating
 from .support.scalars import as_number
+from .support.shapes import flat
 
 METHOD = "dopri5"
 

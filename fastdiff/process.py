@@ -59,6 +59,20 @@ class Process(ABC):
         """The largest finite sigma / alpha of the process; infinity for an SDE, whose formula goes on past `last`."""
         return math.inf
 
+    def ratio_range(self, sigma_min: float | None = None, sigma_max: float | None = None) -> tuple[float, float]:
+        """A range of sigma / alpha to sample in; that of the process within [0.002, 80] where None.
+
+        Raises: ValueError unless 0 < sigma_min <= sigma_max < inf; a process without a largest ratio needs sigma_max.
+        """
+        low, high = self.sigma_range()
+        if sigma_max is None and not math.isfinite(high):
+            raise ValueError("sigma_max: expected a finite number, since sigma / alpha of the process ends at infinity")
+        low = max(low, KARRAS_RANGE[0]) if sigma_min is None else as_number("sigma_min", sigma_min)
+        high = min(high, KARRAS_RANGE[1]) if sigma_max is None else as_number("sigma_max", sigma_max)
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"sigma_min, sigma_max: expected 0 < sigma_min <= sigma_max < inf, got {low} and {high}")
+        return low, high
+
     def discretize(self, times: Tensor) -> NoiseSchedule:
         """Level 0 (data) and a level for each of the increasing times (N,) > 0."""
         levels = self.at(times)
@@ -117,15 +131,9 @@ class Process(ABC):
         Reference: Karras et al. 2022, eq. 5 and algorithm 2; the end of a chain: its reference code's `round_sigma`.
         """
         n = _count("steps", 18 if steps is None else steps)
-        low, high = self.sigma_range()
-        if sigma_max is None and not math.isfinite(high):
-            raise ValueError("sigma_max: expected a finite number, since sigma / alpha of the process ends at infinity")
-        low = max(low, KARRAS_RANGE[0]) if sigma_min is None else as_number("sigma_min", sigma_min)
-        high = min(high, KARRAS_RANGE[1]) if sigma_max is None else as_number("sigma_max", sigma_max)
+        low, high = self.ratio_range(sigma_min, sigma_max)
         rho, churn = as_number("rho", rho), as_number("churn", churn)
         churn_min, churn_max = as_number("churn_min", churn_min), as_number("churn_max", churn_max)
-        if not 0 < low <= high < math.inf:
-            raise ValueError(f"sigma_min, sigma_max: expected 0 < sigma_min <= sigma_max < inf, got {low} and {high}")
         if not (math.isfinite(rho) and rho > 0):
             raise ValueError(f"rho: expected a finite number above 0, got {rho}")
         if not churn >= 0:

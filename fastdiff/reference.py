@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import Row
+from .rows import WIDTH, History, Row
 from .support import transforms
 
 MASK = 0xFFFFFFFF
@@ -139,17 +139,18 @@ def update(
     keep: str,
     stream: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """(x', what to keep).
+    """(x', what hist becomes).
 
         x0hat = clip(x0_from_x x + x0_from_pred pred)
         x'    = from_x0 x0hat + from_x x + from_pred pred + noise z + from_hist hist
 
-    rows (steps, 9) holds these columns, see `fastdiff.rows`. Guidance (Ho & Salimans 2022, arXiv:2207.12598, eq. 6 with
-    guidance = 1 + their weight): pred = uncond + guidance (pred - uncond). Learned variance (Nichol & Dhariwal 2021,
-    eq. 15): exp(noise + r (noise_high - noise)) for noise, with r = (raw + 1) / 2. Then noise is log(beta~) / 2 and
-    noise_high log(beta) / 2.
+    rows (steps, WIDTH or WIDE) holds these columns, and those for hist (K, ...), see `fastdiff.rows`. Guidance (Ho &
+    Salimans 2022, arXiv:2207.12598, eq. 6 with guidance = 1 + their weight): pred = uncond + guidance (pred - uncond).
+    Learned variance (Nichol & Dhariwal 2021, eq. 15): exp(noise + r (noise_high - noise)) for noise, with
+    r = (raw + 1) / 2. Then noise is log(beta~) / 2 and noise_high log(beta) / 2.
     """
-    row = Row(*coefficients(rows, step, x))
+    numbers = coefficients(rows, step, x)
+    row, history = Row(*numbers[:WIDTH]), History(*numbers[WIDTH:]) if len(numbers) > WIDTH else None
     work = work_dtype(x)
     state = x.to(work)
     pred = pred.to(work)
@@ -166,10 +167,18 @@ def update(
         if raw is not None:
             std = torch.exp(std + (raw.to(work) + 1) / 2 * (row.noise_high - std))
         out = out + std * noise
-    if hist is not None:
-        out = out + row.from_hist * hist
-    kept = {"none": None, "x0hat": x0, "x": state}[keep]
-    return out.to(x.dtype), None if kept is None else kept.to(x.dtype)
+    if hist is None:
+        return out.to(x.dtype), None
+    kept = x0 if keep == "x0hat" else state
+    if history is not None and keep == "mix":
+        kept = history.kept_from_x0 * x0 + history.kept_from_x * state
+    kept = kept.to(x.dtype)
+    if history is None or hist.ndim == x.ndim:
+        return (out + row.from_hist * hist).to(x.dtype), kept
+    shares = (row.from_hist, history.from_hist2, history.from_hist3)
+    for share, slot in zip(shares, hist, strict=False):
+        out = out + share * slot
+    return out.to(x.dtype), torch.stack([torch.where(history.slot == j, kept, old) for j, old in enumerate(hist)])
 
 
 def vlb(

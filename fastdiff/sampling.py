@@ -10,10 +10,8 @@ It returns keyword arguments of its forward that follow from t (N,) alone, such 
 for all steps, with what the model sees of the times, and passes row k, (1, ...), at step k.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from numbers import Real
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,10 +19,12 @@ from torch import Tensor
 
 from . import ops
 from .denoiser import Denoiser, Prediction, own_rows
+from .guidance import Rule, guided
 from .reference import work_dtype
 from .rows import columns, make_rows
 from .steps import StepTable
 from .support.progress import bar, evaluating
+from .support.shapes import flat
 
 Noise = Tensor | Callable[[int], Tensor] | None
 Callback = Callable[[int, float, Tensor], Tensor | None]
@@ -34,7 +34,7 @@ class StepOptions(NamedTuple):
     """What all steps of a run have in common; constants of a compiled step.
 
     clip, keep, noisy: as in ops.update. learned: whether the model says how much noise. guided: whether the model is
-    asked without the condition too.
+    asked without the condition too. rule: how both predictions become one, None for ops.update's way.
     """
 
     clip: float | None
@@ -42,10 +42,11 @@ class StepOptions(NamedTuple):
     noisy: bool
     learned: bool = False
     guided: bool = False
+    rule: Rule | None = None
 
 
 class Operands(NamedTuple):
-    """The tensors of one step beside the state, as in ops.update: the rows (n, WIDTH) of all steps, the number (1,) of
+    """The tensors of one step beside the state, as in ops.update: the rows of all steps, the number (1,) of
     this one, and seed, sample_ids, noise and hist, each of them or None."""
 
     rows: Tensor
@@ -91,7 +92,7 @@ class Steps:
         n, device = len(run.table), run.x.device
         self.rows = run.table.rows.to(device, work_dtype(run.x.dtype))
         self.index = torch.arange(n, device=device)[:, None]
-        self.hist = None if run.options.keep == "none" else torch.zeros_like(run.x)
+        self.hist = no_history(run)
         self.condition = conditions(run)
         self.time_arguments: dict[str, Tensor] = {}
 
@@ -178,6 +179,14 @@ def replace_state(x: Tensor, new: Any) -> None:
     x.copy_(new.detach())
 
 
+def no_history(run: Run) -> Tensor | None:
+    """What the first step of a run remembers: zeros like x, or (slots, B, ...) that lie in memory as x does."""
+    x, slots = run.x, run.table.slots
+    if run.options.keep == "none":
+        return None
+    return torch.zeros_like(x if slots == 1 else x[None].expand(slots, *x.shape))
+
+
 def conditions(run: Run) -> Tensor:
     """(n, B): what the model sees of the time at every step."""
     condition = run.denoiser.condition(run.table.levels[:-1]).to(run.x.device)
@@ -233,15 +242,18 @@ def step(
 
 def update(x: Tensor, predicted: Prediction, operands: Operands, options: StepOptions, inplace: bool = False) -> Tensor:
     """ops.update with the operands and options of a run; hist is overwritten."""
+    pred, uncond = predicted.pred, predicted.uncond
+    if options.rule is not None and uncond is not None:
+        pred, uncond = guided(options.rule, x, pred, uncond, operands.rows, operands.step), None
     return ops.update(
         x,
-        predicted.pred,
+        pred,
         operands.rows,
         operands.step,
         seed=operands.seed,
         sample_ids=operands.sample_ids,
         noise=operands.noise,
-        uncond=predicted.uncond,
+        uncond=uncond,
         raw_variance=predicted.raw_variance if options.learned else None,
         hist=operands.hist,
         clip=options.clip,
@@ -269,6 +281,8 @@ def correct(
     """
     rows, number, noise = operands.rows, operands.step, operands.noise
     pred, _, uncond = denoiser.call_model(x, condition, model_kwargs, options.guided)
+    if options.rule is not None and uncond is not None:
+        pred, uncond = guided(options.rule, x, pred, uncond, rows, number), None
     score = ops.update(x, pred, rows, number, uncond=uncond, clip=options.clip, noisy=False)
     if noise is None:
         noise = ops.normal(
@@ -284,67 +298,3 @@ def correct(
     e = columns(rows[number]).noise * (z_norm / score_norm).square()
     own, index = own_rows(make_rows(e, from_x=1.0, from_pred=e, noise=(2 * e).sqrt()), x.dtype)
     ops.update(x, score, own, index, noise=noise, inplace=True)
-
-
-def flat(x: Tensor) -> Tensor:
-    """(B, n) of (B, ...), also where B is 0 or a sample is one number."""
-    return x.reshape(len(x), math.prod(x.shape[1:]))
-
-
-# --- guidance ---------------------------------------------------------------------------------------------------
-
-
-def with_guidance(table: StepTable, guidance: float) -> StepTable:
-    """A copy of the table with pred = uncond + guidance (cond - uncond) at every step."""
-    rows = table.rows.clone()
-    columns(rows).guidance.fill_(guidance)
-    return replace(table, rows=rows)
-
-
-def stack_branches(
-    guidance: float | None, uncond: dict[str, Any] | None, cond: dict[str, Any], batch: int, device: torch.device
-) -> dict[str, Any]:
-    """The model's arguments for both branches of guidance, stacked along the batch; `cond` itself without guidance.
-
-    Args:
-        guidance: a finite number, or None.
-        uncond: the arguments of the branch without the condition, by the names of cond.
-        cond: those of the branch with it.
-        batch: B. Tensors of B samples are stacked. Two numbers that differ become one for each sample, (2 B,), on the
-            device. All others must be the same for both.
-
-    Raises: ValueError, naming the argument.
-    """
-    if guidance is None:
-        if uncond is not None:
-            raise ValueError("uncond: expected None without guidance, got the arguments of a branch")
-        return cond
-    if isinstance(guidance, bool) or not isinstance(guidance, Real) or not math.isfinite(guidance):
-        raise ValueError(f"guidance: expected a finite number, got {guidance!r}")
-    if not isinstance(uncond, dict) or uncond.keys() != cond.keys() or not cond:
-        given = sorted(uncond) if isinstance(uncond, dict) else uncond
-        raise ValueError(f"uncond: expected a dict of the model's arguments {sorted(cond)}, got {given}")
-    stacked = {}
-    for name, one in cond.items():
-        other = uncond[name]
-        if isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim and one.shape[0] == batch:
-            if one.shape != other.shape:
-                raise ValueError(f"uncond: expected {name} of shape {tuple(one.shape)}, got {tuple(other.shape)}")
-            stacked[name] = torch.cat((one, other.to(one)))
-        elif one is other or _equal(one, other):
-            stacked[name] = one
-        elif all(isinstance(value, Real) and not isinstance(value, bool) for value in (one, other)):
-            stacked[name] = torch.tensor([one, other], device=device).repeat_interleave(batch)
-        else:
-            raise ValueError(f"uncond: expected {name} to be tensors of {batch} samples, or the same for both branches")
-    return stacked
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two arguments that are no tensors are equal."""
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return False
-    try:
-        return bool(one == other)
-    except ValueError:  # arrays of several elements
-        return False

@@ -19,8 +19,8 @@ from torch import Tensor
 from . import cpu_compiled as compiled
 from . import openmp
 from .compiler import cfunc
-from .cpu_compiled import BF16, CHUNK, F16, F32, HUBER, KEEP_NONE, KEEP_X, KEEP_X0, L1, MSE, OUTSIDE, SCRATCH
-from .layout import laid_like, lay_out, sliced_like
+from .cpu_compiled import BF16, CHUNK, F16, F32, HUBER, KEEP_MIX, KEEP_NONE, KEEP_X, KEEP_X0, L1, MSE, OUTSIDE, SCRATCH
+from .layout import laid_like, lay_out, sliced_like, slots_like
 from .uninterrupted import uninterrupted
 
 # A call on fewer elements stays on its thread, as PyTorch's do (at::internal::GRAIN_SIZE).
@@ -29,7 +29,7 @@ PARALLEL_FROM = 32768
 CLAIMS = 8
 CODES = {torch.float32: F32, torch.bfloat16: BF16} | ({torch.float16: F16} if compiled.CONVERTS_F16 else {})
 RHOS = {"mse": MSE, "l1": L1, "huber": HUBER}
-KEEPS = {"none": KEEP_NONE, "x0hat": KEEP_X0, "x": KEEP_X}
+KEEPS = {"none": KEEP_NONE, "x0hat": KEEP_X0, "x": KEEP_X, "mix": KEEP_MIX}
 
 _local = threading.local()
 
@@ -164,20 +164,22 @@ def update(
     uncond: Tensor | None, raw: Tensor | None, noise: Tensor | None, hist: Tensor | None,
     clip: float | None, keep: str, stream: int,
 ) -> None:  # fmt: skip
-    """Write x' into out (B, ...), which may be x; hist, if given, is overwritten with what `keep` names."""
+    """Write x' into out (B, ...), which may be x; hist, if given, or one of its slots, becomes what `keep` names."""
     generated = noise is None and seed is not None
-    channels, (written, x, noise, past) = lay_out(out, x, _storable(noise), hist, generated=generated)
+    channels, (written, x, noise) = lay_out(out, x, _storable(noise), generated=generated)
+    slots, past = slots_like(written, hist)
     slices: list[Any] = [_storable(t) for t in (pred, uncond, raw)]
     if any(t is not None and not sliced_like(written, t, slices[0].stride(0)) for t in slices):
         slices = [None if t is None else laid_like(written, t) for t in slices]
     pred, uncond, raw = slices
     _launch(
         compiled.update_chunks, compiled.Update, written, channels,
-        **_noise_key(seed, ids, step, stream), rows=rows.data_ptr(), steps=len(rows), pred_stride=pred.stride(0),
+        **_noise_key(seed, ids, step, stream), rows=rows.data_ptr(), steps=len(rows), columns=rows.shape[1],
+        pred_stride=pred.stride(0),
         **_tensors(x=x, pred=pred, uncond=uncond, variance=raw, noise=noise, hist=past, out=written),
-        keep=KEEPS[keep], clip=math.inf if clip is None else clip,
+        keep=KEEPS[keep], slots=slots, clip=math.inf if clip is None else clip,
     )  # fmt: skip
-    if hist is not None and past is not hist:
+    if hist is not None and past is not None and past is not hist:
         hist.copy_(past)
     if written is not out:
         out.copy_(written)

@@ -29,11 +29,13 @@ CHUNK = 4096
 SHORT = 256
 F32, BF16, F16 = 0, 1, 2
 MSE, L1, HUBER = 0, 1, 2
-KEEP_NONE, KEEP_X0, KEEP_X = 0, 1, 2
+KEEP_NONE, KEEP_X0, KEEP_X, KEEP_MIX = 0, 1, 2, 3
 # The place of each column in a row of `update`, and their number.
 (
     X0_FROM_X, X0_FROM_PRED, FROM_X0, FROM_X, FROM_PRED, NOISE, FROM_HIST, NOISE_HIGH, GUIDANCE, WIDTH
 ) = range(10)  # fmt: skip
+# With several slots of history, or a mix that is kept, there are more.
+FROM_HIST2, FROM_HIST3, SLOT, KEPT_FROM_X0, KEPT_FROM_X, WIDE = range(9, 15)
 # Where things lie in a thread's scratch memory, in bytes. Its owner fills NOTHING with 0 and OUTSIDE with NaN.
 WORDS, Z, X, PRED, OTHER, GUIDED, X0, RESULT, RAW, NOTHING, OUTSIDE, SCRATCH = (4 * CHUNK * i for i in range(12))
 
@@ -423,7 +425,7 @@ Loss = _operands(
 Scale = _operands("grad grad_code incoming incoming_stride", "factor")
 Update = _operands(
     f"{_KEY} rows steps x x_code pred pred_code pred_stride uncond uncond_code variance variance_code "
-    "noise noise_code hist hist_code out out_code keep",
+    "noise noise_code hist hist_code out out_code keep slots columns",
     "clip",
 )
 NORMAL, NOISING, LOSS, SCALE, UPDATE = (np.dtype(operands) for operands in (Normal, Noising, Loss, Scale, Update))
@@ -648,7 +650,7 @@ def update_chunks(operands):
         for k in range(low, high):
             sample, first = k // a.chunks, (k % a.chunks) * CHUNK
             m, at, plane = min(CHUNK, a.n - first), sample * a.n, a.n // a.channels
-            row = table_row(a.index, a.index_stride, sample, a.rows, a.steps, WIDTH, scratch)
+            row = table_row(a.index, a.index_stride, sample, a.rows, a.steps, a.columns, scratch)
             x0 = floats(scratch + X0, m)
             result = destination(a.out, a.out_code, at, first, m, a.channels, a.out == a.x, scratch, RESULT)
             state = read(a.x, a.x_code, at, first, m, a.channels, plane, scratch, X)
@@ -674,7 +676,16 @@ def update_chunks(operands):
             else:
                 advance(row, clip, state, p, row[NOISE] if noisy else NO_NOISE, eps, x0, result)
             if a.hist != 0:
-                add(row[FROM_HIST], read(a.hist, a.hist_code, at, first, m, a.channels, plane, scratch, OTHER), result)
-                store(x0 if a.keep == KEEP_X0 else state, a.hist, a.hist_code, at, first, a.channels, plane, scratch)
+                kept = x0 if a.keep == KEEP_X0 else state
+                if a.keep == KEEP_MIX:
+                    kept = floats(scratch + GUIDED, m)
+                    mix(row[KEPT_FROM_X0], x0, row[KEPT_FROM_X], state, kept)
+                for slot in range(a.slots):
+                    there = at + slot * a.n * (a.count // a.chunks)
+                    share = row[FROM_HIST] if slot == 0 else row[FROM_HIST2 + slot - 1]
+                    past = read(a.hist, a.hist_code, there, first, m, a.channels, plane, scratch, OTHER)
+                    add(share, past, result)
+                    if a.slots == 1 or row[SLOT] == slot:
+                        store(kept, a.hist, a.hist_code, there, first, a.channels, plane, scratch)
             store(result, a.out, a.out_code, at, first, a.channels, plane, scratch)
         low = claim(operands, a.block)

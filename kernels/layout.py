@@ -64,6 +64,16 @@ def laid_like(x: Tensor, t: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 
+def slots_like(x: Tensor, hist: Tensor | None) -> tuple[int, Tensor | None]:
+    """(slots, hist) of hist, shaped like x or (slots, ...): itself if it lies as x does, slot by slot; else a copy."""
+    if hist is None or hist.ndim == x.ndim:
+        return 1, None if hist is None else laid_like(x, hist)
+    if hist.stride(0) != x.numel() or not sliced_like(x, hist[0], x.stride(0)):
+        strides = (x.numel(), *x.stride())
+        hist = torch.empty_strided(hist.shape, strides, dtype=hist.dtype, device=hist.device).copy_(hist)
+    return len(hist), hist
+
+
 def sliced_like(x: Tensor, t: Tensor, stride: int) -> bool:
     """Whether every sample of t lies in memory as those of x do, `stride` elements after the one before."""
     given, own = t.stride(), x.stride()

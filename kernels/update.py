@@ -8,8 +8,14 @@ One row of the step table holds the numbers. Its columns, with the names that th
     g           from_hist
     w           guidance: pred becomes uncond + w (pred - uncond)
 
-Moves, per element: reads x and pred (and uncond, raw, noise and hist if they are given); writes x', and hist if it is
-given.
+With several slots of history, or KEEP = "mix", a row has more of them:
+
+    g2, g3      from_hist2, from_hist3: of the slots hist[1] and hist[2]
+    s           slot: the one that is overwritten
+    p, q        kept_from_x0, kept_from_x: the mix that is kept, p x0hat + q x
+
+Moves, per element: reads x and pred (and uncond, raw, noise and all slots of hist if they are given); writes x', and
+one slot of hist if it is given.
 """
 
 from typing import Any
@@ -19,12 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import block_of, grid_of, kernel, launch, on_nvidia, sizes_of, stride_of
-from .layout import laid_like, lay_out, sliced_like
+from .layout import laid_like, lay_out, sliced_like, slots_like
 from .noise import tile_normals
 from .tile import load_float32, owner, table_row, tile
 
 # The place of each column in a row, and their number.
 A, B, C, D, E, F, G, H, W, WIDTH = (tl.constexpr(i) for i in range(10))
+G2, G3, S, P, Q = (tl.constexpr(i) for i in range(9, 14))
 
 
 @triton.jit
@@ -46,21 +53,21 @@ def update_kernel(
     uncond_ptr,  # (batch, size) or None  like pred; None: no guidance
     raw_ptr,  # (batch, size) or None     like pred; None: the variance is in the row
     noise_ptr,  # (batch, size) or None   any floating type
-    hist_ptr,  # (batch, size) or None    the type of x, read and then written: what KEEP names
+    hist_ptr,  # (batch, size) or None    the type of x, read and then written: what KEEP names; or (SLOTS, batch, size)
     out_ptr,  # (batch, size)             the type of x, written: x'; may be x
-    rows_ptr,  # (steps, 9)               float32
+    rows_ptr,  # (steps, COLUMNS)         float32
     step_ptr,  # (1,) or (batch,)         int64
     seed_ptr,  # (1,) or None             int64; None: noise is given, or there is none
     ids_ptr,  # (batch,) or None          int64: the number of each sample; None: sample i is number i
     batch, size, steps, pred_stride, step_stride, clip,
-    CLIP: tl.constexpr, KEEP: tl.constexpr,
+    CLIP: tl.constexpr, KEEP: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
     STREAM: tl.constexpr, FAST: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     sample, block = owner()
     if sample >= batch:
         return
     step, index, poison = table_row(step_ptr, step_stride, sample, steps)
-    row = rows_ptr + index * WIDTH
+    row = rows_ptr + index * COLUMNS
     a, b, c = tl.load(row + A) + poison, tl.load(row + B), tl.load(row + C)
     d, e = tl.load(row + D), tl.load(row + E)
 
@@ -74,7 +81,7 @@ def update_kernel(
         uncond = load_float32(uncond_ptr + at + offsets, mask)
         pred = uncond + w * (pred - uncond)
 
-    if KEEP != "x0hat":  # Only c x0hat is needed: c goes into a, b and the bound, once per program.
+    if KEEP == "none" or KEEP == "x":  # Only c x0hat is needed: c goes into a, b and the bound, once per program.
         a, b, clip, c = c * a, c * b, tl.abs(c) * clip, 1.0
     x0 = a * x + b * pred
     if CLIP:
@@ -98,7 +105,17 @@ def update_kernel(
         g = tl.load(row + G)
         hist = hist_ptr + start + offsets
         out += g * load_float32(hist, mask)
-        tl.store(hist, x0 if KEEP == "x0hat" else x, mask=mask)
+        kept = x0 if KEEP == "x0hat" else x
+        if KEEP == "mix":
+            kept = tl.load(row + P) * x0 + tl.load(row + Q) * x
+        if SLOTS == 1:
+            tl.store(hist, kept, mask=mask)
+        else:
+            slot, apart = tl.load(row + S) + poison, batch.to(tl.int64) * size
+            for other in tl.static_range(1, SLOTS):
+                out += tl.load(row + G2 + (other - 1)) * load_float32(hist + other * apart, mask)
+            place = tl.where((slot >= 0) & (slot < SLOTS), slot, -1.0).to(tl.int32)
+            tl.store(hist + place * apart, kept, mask=mask & (place + 0 * offsets >= 0))
     tl.store(out_ptr + start + offsets, out, mask=mask)
 
 
@@ -107,9 +124,10 @@ def update(
     uncond: Tensor | None, raw: Tensor | None, noise: Tensor | None, hist: Tensor | None,
     clip: float | None, keep: str, stream: int,
 ) -> None:  # fmt: skip
-    """Write x' into out (B, ...), which may be x; hist, if given, is overwritten with what `keep` names."""
+    """Write x' into out (B, ...), which may be x; hist, if given, or one of its slots, becomes what `keep` names."""
     generated = noise is None and seed is not None
-    channels, (written, x, noise, past) = lay_out(out, x, noise, hist, generated=generated)
+    channels, (written, x, noise) = lay_out(out, x, noise, generated=generated)
+    slots, past = slots_like(written, hist)
     slices: list[Any] = [pred, uncond, raw]
     if any(t is not None and not sliced_like(written, t, pred.stride(0)) for t in slices):
         slices = [None if t is None else laid_like(written, t) for t in slices]
@@ -122,9 +140,10 @@ def update(
         rows_ptr=rows, step_ptr=step, seed_ptr=seed, ids_ptr=ids,
         batch=batch, size=size, steps=rows.shape[0], pred_stride=pred.stride(0), step_stride=stride_of(step),
         clip=0.0 if clip is None else clip,
-        CLIP=clip is not None, KEEP=keep, STREAM=stream, FAST=on_nvidia(written), **constants,
+        CLIP=clip is not None, KEEP=keep, SLOTS=slots, COLUMNS=rows.shape[1],
+        STREAM=stream, FAST=on_nvidia(written), **constants,
     )  # fmt: skip
-    if hist is not None and past is not hist:
+    if hist is not None and past is not None and past is not hist:
         hist.copy_(past)
     if written is not out:
         out.copy_(written)

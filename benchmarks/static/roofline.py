@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.files import replacing, writable
+from fastdiff.rows import WIDE, WIDTH
 
 from .variants import BATCH, GROUPS, LEVELS, NORMS, STREAM, Variant, variants
 
@@ -32,6 +33,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 @dataclass(frozen=True)
 class Chip:
     """What limits a kernel on a GPU."""
+
     target: str
     bandwidth: float  # bytes per second
     processors: int
@@ -123,9 +125,9 @@ def launch(v: Variant) -> None:
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None
-        clip, keep = 1.0 if v.has("clip") else None, v.one_of("x0hat", "x", "none")
-        hist = None if keep == "none" else v.data()
-        rows, step = floats(LEVELS, 9), integers(1)
+        clip, keep = 1.0 if v.has("clip") else None, v.one_of("x0hat", "x", "mix", "none")
+        hist = None if keep == "none" else torch.stack([v.data()] * 3) if v.has("slots") else v.data()
+        rows, step = floats(LEVELS, WIDE if v.has("slots") else WIDTH), integers(1)
         update(v.data(), v.data(), pred, rows, step, seed, ids, uncond, raw, noise, hist, clip, keep, STREAM)
 
 

@@ -73,6 +73,7 @@ RARE = [
     ("vlb", ("none",), [*VLB, "raw+by_raw+mixed"]),
     ("update", DRAWN, subsets("clip", "uncond", "raw", "x0hat")),
     ("update", ("none",), subsets("clip", "uncond", "x0hat")),
+    ("update", ("none", "generated"), ["clip+x0hat+slots", "clip+mix+slots"]),
     ("update", ("generated",), ["clip+x", "clip+ids", "clip+channels_last", "clip+mixed"]),
     ("norm", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed"]),
     ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed"]),

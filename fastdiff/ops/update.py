@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..rows import WIDTH
+from ..rows import MAX_SLOTS, WIDE, WIDTH
 from ..support import transforms
 from .checks import (
     as_clip,
     as_index,
     as_sample_ids,
     check_choice,
+    check_device,
     check_floating,
     check_levels,
     check_like,
     check_memory,
     check_out,
     check_range,
+    check_shape,
     check_table,
     noise_source,
     wants_gradient,
@@ -34,7 +36,7 @@ from .noise import REVERSE
 from .quick import quick
 from .registry import NOISE, Op, names_of
 
-KEEPS = ("none", "x0hat", "x")
+KEEPS = ("none", "x0hat", "x", "mix")
 # What follows x in the schema of every form of the op.
 _OPERANDS = (
     f"Tensor pred, Tensor rows, Tensor step, {NOISE}, Tensor? uncond, Tensor? raw, Tensor? noise, "
@@ -74,14 +76,15 @@ def update(
 
     Args:
         x, pred: (B, ...), the state and the output of the model.
-        rows: (steps, WIDTH) float32 rows, see `fastdiff.rows`.
+        rows: (steps, WIDTH) float32 rows, see `fastdiff.rows`; (steps, WIDE) with several slots or keep = "mix".
         step: the row, an int or an int64 tensor () or (B,); outside of `rows` as a level for `noising`.
         seed, sample_ids, noise, out: see `fastdiff.ops`.
         uncond: the output without condition; pred becomes uncond + guidance (pred - uncond).
         raw_variance: `noise` of the row becomes exp(noise + (raw + 1)/2 (noise_high - noise)).
-        hist: read, then overwritten with what `keep` names.
+        hist: read, then overwritten with what `keep` names. Or (K, B, ...), 2 or 3 slots: all are read, and the one
+            that the row names is overwritten.
         clip: x0hat is kept in [-clip, clip].
-        keep: "x0hat" or "x" with hist, else "none".
+        keep: "x0hat", "x" or "mix" (kept_from_x0 x0hat + kept_from_x x) with hist, else "none".
         noisy: False leaves noise z out.
         inplace: x becomes x', and nothing is allocated.
 
@@ -92,7 +95,9 @@ def update(
     """
     check_floating("x", x)
     check_like("pred", pred, x)
-    check_table("rows", rows, WIDTH, x)
+    several = hist is not None and isinstance(hist, Tensor) and hist.ndim > x.ndim
+    wide = several or keep == "mix" or (isinstance(rows, Tensor) and rows.shape[-1:] == (WIDE,))
+    check_table("rows", rows, WIDE if wide else WIDTH, x)
     step = as_index("step", step, x)
     for name, given in (("uncond", uncond), ("raw_variance", raw_variance)):
         if given is not None:
@@ -101,7 +106,9 @@ def update(
     if (hist is None) != (keep == "none"):
         raise ValueError(f"hist: expected exactly where keep is not 'none', got keep = {keep!r}")
     if hist is not None:
-        check_like("hist", hist, x)
+        slots = (len(hist),) if several and 2 <= len(hist) <= MAX_SLOTS else ()
+        check_shape("hist", hist, (*slots, *x.shape))
+        check_device("hist", hist, x.device)
         if hist.dtype != x.dtype:
             raise TypeError(f"hist: expected the dtype of x, {x.dtype}, got {hist.dtype}")
     clip = as_clip(clip)

@@ -5,7 +5,11 @@
 
 One loop, fastdiff.sampling, runs every table. All samplers take every objective, and chains as well as SDEs:
 
-    through_x0      ancestral, ddim, dpm_solver_pp_2m, heun; ddim_inversion from data to noise
+    through_x0      ancestral, ddim, euler_ancestral, heun; ddim_inversion from data to noise
+    multistep       dpm_solver_pp_2m, dpm_solver_pp_2m_sde, dpm_solver_pp_3m_sde, unipc
+    adams           deis, lms, plms
+    singlestep      dpm2, dpm2_ancestral, dpm_solver_pp_2s, dpm_solver_pp_2s_ancestral, dpm_solver_pp_sde
+    consistency     consistency, lcm, tcd
     through_score   euler_maruyama, reverse_diffusion, probability_flow, predictor_corrector, annealed_langevin
 """
 
@@ -13,11 +17,32 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..grids import with_middles
 from ..process import Grid, Process
 from ..rows import LOG_ZERO
 from ..schedule import NoiseSchedule
 from ..support.scalars import integer
-from .table import MAX_GAIN, StepTable, check_signal, denoise_rows, make_table, score_columns, x0_columns
+from .adams import deis, lms, plms
+from .consistency import consistency, lcm, tcd
+from .multistep import dpm_solver_pp_2m, dpm_solver_pp_2m_sde, dpm_solver_pp_3m_sde, unipc
+from .singlestep import (
+    dpm2,
+    dpm2_ancestral,
+    dpm_solver_pp_2s,
+    dpm_solver_pp_2s_ancestral,
+    dpm_solver_pp_sde,
+    middles,
+)
+from .table import (
+    MAX_GAIN,
+    StepTable,
+    check_finite_ratio,
+    check_signal,
+    denoise_rows,
+    make_table,
+    score_columns,
+    x0_columns,
+)
 from .through_score import (
     PREDICTORS,
     annealed_langevin,
@@ -26,7 +51,7 @@ from .through_score import (
     probability_flow,
     reverse_diffusion,
 )
-from .through_x0 import VARIANCES, ancestral, ddim, ddim_inversion, dpm_solver_pp_2m, heun
+from .through_x0 import VARIANCES, ancestral, ddim, ddim_inversion, euler_ancestral, heun
 
 __all__ = [
     "LOG_ZERO",
@@ -39,18 +64,33 @@ __all__ = [
     "ancestral",
     "annealed_langevin",
     "check_signal",
+    "consistency",
     "ddim",
     "ddim_inversion",
+    "deis",
     "denoise_rows",
+    "dpm2",
+    "dpm2_ancestral",
     "dpm_solver_pp_2m",
+    "dpm_solver_pp_2m_sde",
+    "dpm_solver_pp_2s",
+    "dpm_solver_pp_2s_ancestral",
+    "dpm_solver_pp_3m_sde",
+    "dpm_solver_pp_sde",
+    "euler_ancestral",
     "euler_maruyama",
     "heun",
+    "lcm",
+    "lms",
     "make_steps",
     "make_table",
+    "plms",
     "predictor_corrector",
     "probability_flow",
     "reverse_diffusion",
     "score_columns",
+    "tcd",
+    "unipc",
     "x0_columns",
 ]
 
@@ -58,31 +98,62 @@ Sampler = Callable[..., StepTable]
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": ancestral,
     "ddim": ddim,
+    "euler_ancestral": euler_ancestral,
     "dpm++2m": dpm_solver_pp_2m,
+    "dpm++2m_sde": dpm_solver_pp_2m_sde,
+    "dpm++3m_sde": dpm_solver_pp_3m_sde,
+    "unipc": unipc,
+    "deis": deis,
+    "lms": lms,
+    "plms": plms,
     "heun": heun,
+    "dpm2": dpm2,
+    "dpm2_ancestral": dpm2_ancestral,
+    "dpm++2s": dpm_solver_pp_2s,
+    "dpm++2s_ancestral": dpm_solver_pp_2s_ancestral,
+    "dpm++sde": dpm_solver_pp_sde,
+    "consistency": consistency,
+    "lcm": lcm,
+    "tcd": tcd,
     "euler_maruyama": euler_maruyama,
     "reverse_diffusion": reverse_diffusion,
     "probability_flow": probability_flow,
     "predictor_corrector": predictor_corrector,
     "annealed_langevin": annealed_langevin,
 }
-
+# Those that look between levels: the eta by which they choose where, unless it is given; None if they go by none.
+LOOKS_BETWEEN: dict[Any, float | None] = {
+    dpm2: 0.0,
+    dpm2_ancestral: 1.0,
+    dpm_solver_pp_2s: 0.0,
+    dpm_solver_pp_2s_ancestral: 1.0,
+    dpm_solver_pp_sde: None,
+}
 
 # What other libraries call a sampler, and what to use here.
 OTHER_NAMES = {
     "euler": "'ddim', which is Euler's rule on the probability-flow ODE",
-    "euler_a": "'ddpm', the ancestral sampler",
-    "euler_ancestral": "'ddpm', the ancestral sampler",
+    "euler_a": "'ddpm', which is 'euler_ancestral'",
     "ancestral": "'ddpm'",
     "heun_karras": "'heun', on Karras' levels if steps is a number",
     "edm": "'heun'",
     "dpmpp_2m": "'dpm++2m'",
+    "dpmpp_2m_sde": "'dpm++2m_sde'",
+    "dpmpp_3m_sde": "'dpm++3m_sde'",
+    "dpmpp_sde": "'dpm++sde'",
+    "dpmpp_2s_ancestral": "'dpm++2s_ancestral'",
+    "sde_dpmsolver++": "'dpm++2m_sde'",
+    "dpm_2": "'dpm2'",
+    "dpm_2_ancestral": "'dpm2_ancestral'",
+    "k_dpm_2": "'dpm2'",
+    "uni_pc": "'unipc'",
+    "unipc_bh2": "'unipc'",
+    "ipndm": "'lms', whose steps may differ in size",
     "dpm++": "'dpm++2m'",
     "dpmsolver++": "'dpm++2m'",
     "dpm_solver": "'dpm++2m'",
     "dpm_solver_pp_2m": "'dpm++2m'",
-    "pndm": "'dpm++2m', of the same order",
-    "plms": "'dpm++2m', of the same order",
+    "pndm": "'plms'",
     "pc": "'predictor_corrector'",
     "langevin": "'annealed_langevin'",
     "ald": "'annealed_langevin'",
@@ -137,7 +208,18 @@ def make_steps(
         sampler = SAMPLERS[sampler]
     elif not callable(sampler):
         raise TypeError(f"sampler: expected a name or a function, got {type(sampler).__name__}")
-    schedule, levels = _grid(process, sampler, steps)
+    function: Any = sampler
+    given = options
+    while isinstance(function, functools.partial):
+        given = {**function.keywords, **given}
+        function = function.func
+    schedule, levels = _grid(process, function, steps)
+    if function in LOOKS_BETWEEN:
+        check_signal(schedule, levels[:-1], objective)
+        check_finite_ratio(function.__name__, schedule, levels[:-1])
+        eta = LOOKS_BETWEEN[function]
+        between = middles(schedule, levels, 0.0 if eta is None else given.get("eta", eta))
+        schedule, levels = with_middles(process, (schedule, levels), between)
     return sampler(schedule, levels, objective, clip, **options)
 
 
@@ -145,8 +227,6 @@ def _grid(process: Process, sampler: Sampler, steps: int | Iterable[float] | Gri
     """The levels to visit: given as a grid, or counted as the sampler counts its steps."""
     if isinstance(steps, tuple) and len(steps) == 2 and isinstance(steps[0], NoiseSchedule):
         return steps
-    while isinstance(sampler, functools.partial):
-        sampler = sampler.func
     number = integer(steps)
     if steps is None or number is not None:
         if sampler is heun:

@@ -26,9 +26,10 @@ class StepTable:
 
     Args:
         levels: (n + 1,) int64, or times of an SDE, float64.
-        rows: (n, WIDTH) float64, see fastdiff.rows.
+        rows: (n, WIDTH or WIDE) float64, see fastdiff.rows.
         noisy: whether any step adds noise.
-        keep: what a step leaves in hist for the next one: "none", "x0hat" or "x".
+        keep: what a step leaves in hist for later ones: "none", "x0hat", "x" or "mix".
+        slots: how many of them hist holds, 1 to 3.
         start: standard deviation of the state to start from.
         kinds: of each step. "predict" is one call of the model and one update. "add" scales the state and adds noise,
             without the model. "correct" is a Langevin step sized by norms (Song et al. 2021b, algorithms 4 and 5): its
@@ -45,6 +46,7 @@ class StepTable:
     start: float = 1.0
     kinds: Sequence[str] = ()
     learned: bool = False
+    slots: int = 1
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,6 +67,7 @@ def make_table(
     rows: Tensor | None = None,
     *,
     keep: str = "none",
+    slots: int = 1,
     kinds: Sequence[str] = (),
     learned: bool = False,
     **values: Tensor | float,
@@ -72,14 +75,14 @@ def make_table(
     """A StepTable that visits the levels (n + 1,) of a schedule in turn.
 
     Args:
-        rows: (n, WIDTH); or None, to make them of `values`, columns by name (n,), with guidance 1.
-        keep, kinds, learned: as in StepTable.
+        rows: (n, WIDTH or WIDE); or None, to make them of `values`, columns by name (n,), with guidance 1.
+        keep, slots, kinds, learned: as in StepTable.
     """
     if rows is None:
         rows = make_rows(levels[:-1], torch.float64, guidance=1.0, **values)
     noisy = bool((columns(rows).noise > (LOG_ZERO if learned else 0.0)).any())
     start = schedule.prior_std(int(levels[0]))
-    return StepTable(schedule.times(levels), rows, noisy, keep, start, kinds, learned)
+    return StepTable(schedule.times(levels), rows, noisy, keep, start, kinds, learned, slots)
 
 
 def x0_columns(schedule: NoiseSchedule, t: Tensor, s: Tensor, objective: str, clip: float | None) -> dict[str, Any]:

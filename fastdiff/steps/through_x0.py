@@ -89,6 +89,24 @@ def ddim(
     return make_table(schedule, levels, **denoised, from_x0=from_x0, from_x=q / sigma_t, noise=sd)
 
 
+def euler_ancestral(
+    schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None, eta: float = 1.0
+) -> StepTable:
+    """Euler's rule for d(x/alpha) / d(sigma/alpha) = eps down to less noise than s has, then noise: `ddim` with eta.
+
+        r    = sigma / alpha,    up = eta r_s sqrt(1 - r_s^2 / r_t^2),    down^2 = r_s^2 - up^2
+        eps  = (x_t - alpha_t denoise(x_t)) / sigma_t
+        x_s  = alpha_s (x_t / alpha_t + (down - r_t) eps + up z)
+
+    Row: that of `ddim`; with eta = 1 also that of `ancestral`.
+
+    Returns: one row and one call of the model per step; first order.
+    Raises: ValueError as `ddim`.
+    Reference: k-diffusion's sample_euler_ancestral.
+    """
+    return ddim(schedule, levels, objective, clip, eta)
+
+
 def ddim_inversion(schedule: NoiseSchedule, levels: Tensor, objective: str) -> StepTable:
     """DDIM from data to noise: the same ODE walked backwards, for increasing levels t < s.
 
@@ -116,31 +134,6 @@ def ddim_inversion(schedule: NoiseSchedule, levels: Tensor, objective: str) -> S
     x0, eps = x0_rows(schedule, objective), conversion_rows(schedule, objective, "eps")
     from_x, from_pred = (schedule.alpha[s] * x0[i][t] + schedule.sigma[s] * eps[i][t] for i in (0, 1))
     return make_table(schedule, levels, from_x=from_x, from_pred=from_pred)
-
-
-def dpm_solver_pp_2m(schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None) -> StepTable:
-    """DPM-Solver++(2M): an exponential integrator over lambda = log(alpha / sigma), with the last two estimates of x_0.
-
-        x0  = denoise(x_t),    h = lambda_s - lambda_t,    w = h / (2 h_before)
-        x   = (1 + w) x0 - w x0_before
-        x_s = sigma_s / sigma_t x_t + alpha_s (1 - exp(-h)) x
-
-    Row: with k = alpha_s (1 - exp(-h)): from_x0 = k (1 + w); from_x = sigma_s / sigma_t; from_hist = -k w, hist holds
-    x0_before.
-
-    Returns: one row and one call of the model per step; second order. The first step and the one to data are of first
-        order, w = 0.
-    Reference: Lu et al. 2022, arXiv:2211.01095, algorithm 2.
-    """
-    t, s = levels[:-1], levels[1:]
-    denoised = x0_columns(schedule, t, s, objective, clip)
-    half_log_snr = schedule.log_snr / 2
-    h = half_log_snr[s] - half_log_snr[t]
-    k = schedule.alpha[s] * -torch.expm1(-h)
-    w = torch.zeros_like(h)
-    w[1:] = torch.where(s[1:] == 0, 0.0, h[1:] / (2 * h[:-1]))
-    from_x = schedule.sigma[s] / schedule.sigma[t]
-    return make_table(schedule, levels, keep="x0hat", **denoised, from_x0=k * (1 + w), from_x=from_x, from_hist=-k * w)
 
 
 def heun(

@@ -214,6 +214,10 @@ def test_the_kernels_read_the_columns_that_rows_names():
     )  # fmt: skip
     assert rows.Row._fields == order
     assert [getattr(cpu_compiled, name.upper()) for name in (*order, "width")] == list(range(10))
+    more = [getattr(update, name).value for name in ("G2", "G3", "S", "P", "Q")]
+    assert more == [getattr(cpu_compiled, name.upper()) for name in rows.History._fields] == list(range(9, 14))
+    assert rows.History._fields == ("from_hist2", "from_hist3", "slot", "kept_from_x0", "kept_from_x")
+    assert cpu_compiled.WIDE == rows.WIDE == 14
 
 
 @pytest.mark.parametrize(

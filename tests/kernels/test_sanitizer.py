@@ -14,6 +14,7 @@ from strategies import laid, table, tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.kernels import group_norm
+from fastdiff.rows import WIDE
 
 pytestmark = [
     pytest.mark.interpret,
@@ -99,8 +100,9 @@ def test_vlb_and_its_gradients(launches, shape, dtype, layout, reduction):
 def test_update(launches, shape, dtype, layout, generated, keep, inplace):
     x, pred, uncond, raw, hist = (tensor(shape, dtype, layout, salt=i) for i in range(5))
     hist = None if keep == "none" else hist
+    rows = table(ROWS, WIDE if keep == "mix" else 9, salt=0)
     ops.update(
-        x, pred, table(ROWS, 9, salt=0), 3, uncond=uncond, raw_variance=raw, hist=hist, clip=1.0, keep=keep,
+        x, pred, rows, 3, uncond=uncond, raw_variance=raw, hist=hist, clip=1.0, keep=keep,
         inplace=inplace, **noise_of(x, generated),
     )  # fmt: skip
     assert len(launches) == 1

@@ -19,6 +19,7 @@ from fastdiff import DDPM, NCSN, ScoreSDE, UNet, ops, steps
 from fastdiff.capture import Captures, what_forbids
 from fastdiff.diffusion import Diffusion
 from fastdiff.graphs import MOST_CAPTURES, WARM_UP
+from fastdiff.guidance import Projected, Rescaled
 
 SHAPE = (2, 3, 4, 4)
 SAMPLERS: list[Any] = [
@@ -28,6 +29,9 @@ SAMPLERS: list[Any] = [
     "heun",
     "euler_maruyama",
     "predictor_corrector",
+    "unipc",
+    "plms",
+    "dpm++sde",
     functools.partial(steps.heun, noise_scale=1.01),
 ]
 # No address stands in a test's name: the workers of pytest-xdist must collect the same names.
@@ -105,6 +109,26 @@ def test_inputs_of_a_run_are_copied_into_its_capture(taped, make):
     assert len(taped) == taped.recorded == 4  # a tensor and a function of noise are one kind of run
     assert len({t.sum().item() for t in seen}) == len(seen) - 2
     assert all(torch.equal(a, b) for a, b in zip(seen, [t.clone() for t in seen], strict=True))
+
+
+def test_guidance_of_every_kind_is_captured(taped):
+    """A rule is a kind of its own; the weights of the steps, and who the other network is beside, are not."""
+    model, weak = DDPM(Net(), "cosine", 6), Net()
+    y = ops.normal((2,), 1)
+    branches = {"y": y, "uncond": {"y": 0 * y}}
+    runs: list[dict[str, Any]] = [
+        {"guidance": [1.0, 2.0, 3.0, 0.0, -1.0, 1.5], **branches},
+        {"guidance": lambda k, level: 0.5 * k, **branches},
+        {"guidance": 2.0, "guidance_rule": Rescaled(0.5), **branches},
+        {"guidance": 2.0, "guidance_rule": Projected(radius=1.0), **branches},
+        {"guidance": 2.0, "y": y, "uncond": weak},
+        {"guidance": 3.0, "y": y, "uncond": weak},
+    ]
+    for seed in range(2):
+        for run in runs:
+            want = model.sample(SHAPE, seed=seed, graph=False, **run)
+            assert torch.equal(model.sample(SHAPE, seed=seed, **run), want), run
+    assert len(taped) == taped.recorded == 4
 
 
 def test_a_replay_runs_no_python_of_the_model(taped):

@@ -259,5 +259,8 @@ def test_every_sampler_is_here_or_in_a_test_of_its_own():
     assert set(SAMPLERS) == {
         "ddpm", "ddim", "dpm++2m", "heun", "euler_maruyama", "probability_flow", "annealed_langevin",
         "reverse_diffusion", "predictor_corrector",  # test_solvers
+        "euler_ancestral", "dpm++2m_sde", "dpm++3m_sde", "unipc", "deis", "lms", "plms", "dpm2", "dpm2_ancestral",
+        "dpm++2s", "dpm++2s_ancestral", "dpm++sde", "consistency",  # test_published
+        "lcm", "tcd",  # test_consistency
     }  # fmt: skip
     assert steps.SAMPLERS is SAMPLERS

@@ -1,0 +1,249 @@
+"""Guidance: two predictions of a step, with and without the condition, become one.
+
+    pred = uncond + w (cond - uncond)        w = 1 is the condition alone, 0 none, below 0 leads away from it
+
+`sample(guidance=)` takes w: a number, one for each step, or a function of the step. This sum is a part of the update.
+A rule, `sample(guidance_rule=)`, makes the prediction in another way, with a few operations of PyTorch and no wait for
+the device:
+
+    Rescaled        keeps the spread of cond
+    ZeroStar        scales uncond to fit cond
+    Projected       leaves out what only makes the estimate larger
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .denoiser import Denoiser
+from .reference import work_dtype
+from .rows import Row, columns
+from .steps import StepTable
+from .support.scalars import as_number
+from .support.shapes import flat
+
+Guidance = float | Sequence[float] | Callable[[int, float], float]
+
+
+class Rule(Protocol):
+    """How two predictions become one. Equal rules are one rule, and a rule can be hashed, as frozen dataclasses can."""
+
+    def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
+        """The prediction (B, ...) from the state, both predictions and the step's row, numbers (1, ...) each."""
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """Guidance whose result has the spread of cond, in part.
+
+        p    = uncond + w (cond - uncond)
+        pred = share std(cond) / std(p) p + (1 - share) p        std of each sample
+
+    Args:
+        share: 0 is plain guidance, 1 rescales in full; 0.7 is published.
+
+    Raises: ValueError for a share outside of [0, 1].
+    Reference: Lin et al. 2023, arXiv:2305.08891, eq. 15 and 16.
+    """
+
+    share: float = 0.7
+
+    def __post_init__(self) -> None:
+        _check_share("share", self.share)
+
+    def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
+        p = uncond + row.guidance * (cond - uncond)
+        wanted, found = (_spread(flat(v)) for v in (cond, p))
+        factor = torch.where(found > 0, wanted / found, 1.0)
+        return p * _for_each(self.share * factor + (1 - self.share), p)
+
+
+@dataclass(frozen=True)
+class ZeroStar:
+    """CFG-Zero*, without its zero start: uncond is scaled to be nearest to cond.
+
+        s    = <cond, uncond> / |uncond|^2        of each sample
+        pred = s uncond + w (cond - s uncond)
+
+    Reference: Fan et al. 2025, arXiv:2503.18886, eq. 9 and algorithm 1.
+    """
+
+    def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
+        scaled = uncond * _for_each(_share_of(cond, uncond), uncond)
+        return scaled + row.guidance * (cond - scaled)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Adaptive projected guidance, without momentum: of the change, what is parallel to the estimate counts less.
+
+        x0   = x0_from_x x + x0_from_pred cond
+        d    = x0_from_pred (cond - uncond),    shortened to the norm `radius`
+        x0'  = x0 + (w - 1) (d - (1 - parallel) <d, x0> / |x0|^2 x0)
+        pred = that of x0'
+
+    Args:
+        parallel: the weight of the parallel part; 1 is plain guidance, 0 is published.
+        radius: the largest norm of d, of each sample; None for none.
+
+    Works in samplers through x0hat. Where a row has none, the parallel part is 0.
+    Raises: ValueError for parallel outside of [0, 1], and for a radius that is not above 0.
+    Reference: Sadat et al. 2024, arXiv:2410.02416, eq. 4 to 8.
+    """
+
+    parallel: float = 0.0
+    radius: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_share("parallel", self.parallel)
+        if self.radius is not None and not as_number("radius", self.radius) > 0:
+            raise ValueError(f"radius: expected a number above 0 or None, got {self.radius}")
+
+    def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
+        x0, d = row.x0_from_x * x + row.x0_from_pred * cond, cond - uncond
+        if self.radius is not None:
+            norm = row.x0_from_pred.abs().flatten() * torch.linalg.vector_norm(flat(d), dim=1)
+            d = d * _for_each((self.radius / norm).clamp(max=1.0), d)
+        along = x0 * _for_each(_share_of(d, x0), x0)
+        return cond + (row.guidance - 1) * (d - (1 - self.parallel) * along)
+
+
+def guided(rule: Rule, x: Tensor, cond: Tensor, uncond: Tensor, rows: Tensor, step: Tensor) -> Tensor:
+    """The prediction of a rule in step `step` (1,) of the rows, in the type of the state's arithmetic."""
+    work = work_dtype(x.dtype)
+    row = Row(*(c.reshape(1, *[1] * (x.ndim - 1)) for c in columns(rows.index_select(0, step).to(work))))
+    return rule(x.to(work), cond.to(work), uncond.to(work), row)
+
+
+def with_guidance(table: StepTable, guidance: Guidance) -> StepTable:
+    """A copy of the table with the weight w of each step.
+
+    Args:
+        guidance: a finite number, a list or tuple with one for each row, or a function of the row's number and of the
+            level at which the model is asked, to one.
+
+    Raises: ValueError for anything else.
+    """
+    levels = table.levels[:-1].tolist()
+    numbers: list[Any]
+    if callable(guidance):
+        numbers = [guidance(k, level) for k, level in enumerate(levels)]
+    elif isinstance(guidance, list | tuple):
+        numbers = list(guidance)
+        if len(numbers) != len(levels):
+            raise ValueError(f"guidance: expected a number for each of {len(levels)} steps, got {len(numbers)} of them")
+    else:
+        numbers = [guidance] * len(levels)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+            raise ValueError(f"guidance: expected a finite number, got {number!r}")
+    rows = table.rows.clone()
+    columns(rows).guidance.copy_(torch.tensor([float(number) for number in numbers], dtype=rows.dtype))
+    return replace(table, rows=rows)
+
+
+class Pair(nn.Module):
+    """Two networks as one, for autoguidance: the first half of the batch goes to one, the second half to the other."""
+
+    def __init__(self, model: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.model, self.other = model, other
+
+    def forward(self, x: Tensor, condition: Tensor, **model_kwargs: Any) -> Tensor:
+        outputs = []
+        for half, network in enumerate((self.model, self.other)):
+
+            def part(value: Any, half: int = half) -> Any:
+                split = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(x)
+                return value.chunk(2)[half] if split else value
+
+            out = network(part(x), part(condition), **{name: part(value) for name, value in model_kwargs.items()})
+            outputs.append(out if isinstance(out, Tensor) else out.sample)
+        return torch.cat(outputs)
+
+
+def beside(denoiser: Denoiser, other: nn.Module) -> Denoiser:
+    """The denoiser with a network beside its own, whose predictions are those without the condition.
+
+    Reference: Karras et al. 2024, arXiv:2406.02507 (autoguidance).
+    """
+    made = copy.copy(denoiser)
+    made.__dict__["_modules"] = {**denoiser._modules, "model": Pair(denoiser.model, other)}
+    return made
+
+
+def stack_branches(
+    guidance: Any, uncond: dict[str, Any] | nn.Module | None, cond: dict[str, Any], batch: int, device: torch.device
+) -> dict[str, Any]:
+    """The model's arguments for both branches of guidance, stacked along the batch; `cond` itself without guidance.
+
+    Args:
+        guidance: None, or anything else.
+        uncond: the arguments of the branch without the condition, by the names of cond; or a network, asked with cond.
+        cond: those of the branch with it.
+        batch: B. Tensors of B samples are stacked. Two numbers that differ become one for each sample, (2 B,), on the
+            device. All others must be the same for both.
+
+    Raises: ValueError, naming the argument.
+    """
+    if guidance is None:
+        if uncond is not None:
+            raise ValueError("uncond: expected None without guidance, got the arguments of a branch")
+        return cond
+    if isinstance(uncond, nn.Module):
+        uncond = dict(cond)
+    elif not isinstance(uncond, dict) or uncond.keys() != cond.keys() or not cond:
+        given = sorted(uncond) if isinstance(uncond, dict) else uncond
+        raise ValueError(f"uncond: expected a dict of the model's arguments {sorted(cond)}, got {given}")
+    stacked = {}
+    for name, one in cond.items():
+        other = uncond[name]
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim and one.shape[0] == batch:
+            if one.shape != other.shape:
+                raise ValueError(f"uncond: expected {name} of shape {tuple(one.shape)}, got {tuple(other.shape)}")
+            stacked[name] = torch.cat((one, other.to(one)))
+        elif one is other or _equal(one, other):
+            stacked[name] = one
+        elif all(isinstance(value, Real) and not isinstance(value, bool) for value in (one, other)):
+            stacked[name] = torch.tensor([one, other], device=device).repeat_interleave(batch)
+        else:
+            raise ValueError(f"uncond: expected {name} to be tensors of {batch} samples, or the same for both branches")
+    return stacked
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two arguments that are no tensors are equal."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return False
+    try:
+        return bool(one == other)
+    except ValueError:  # arrays of several elements
+        return False
+
+
+def _share_of(v: Tensor, along: Tensor) -> Tensor:
+    """<v, along> / |along|^2 of each sample, (B,); 0 where along is 0."""
+    v, along = flat(v), flat(along)
+    size = along.square().sum(1)
+    return torch.where(size > 0, (v * along).sum(1) / size, 0.0)
+
+
+def _spread(v: Tensor) -> Tensor:
+    """The standard deviation of each sample, (B,)."""
+    return (v - v.mean(1, keepdim=True)).square().mean(1).sqrt()
+
+
+def _for_each(numbers: Tensor, like: Tensor) -> Tensor:
+    """(B,) numbers, shaped to multiply samples."""
+    return numbers.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= as_number(name, value) <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")

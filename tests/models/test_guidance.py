@@ -1,0 +1,204 @@
+"""Guidance beyond one number: a weight of each step, rules, and another network."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdiff import DDPM, ScoreSDE, guidance
+from fastdiff.guidance import Projected, Rescaled, ZeroStar
+
+SHAPE = (3, 2, 5)
+pytestmark = pytest.mark.filterwarnings("ignore:schedule. alpha_bar_T")
+
+
+class Curved(nn.Module):
+    """Float64; not affine in x."""
+
+    def __init__(self, gain: float = 0.8):
+        super().__init__()
+        self.gain, self.calls = nn.Parameter(torch.tensor(gain, dtype=torch.float64)), 0
+
+    def forward(self, x: Tensor, c: Tensor, y: Tensor | float = 0.0) -> Tensor:
+        self.calls += 1
+        y = y.view(-1, 1, 1) if isinstance(y, Tensor) else y
+        return self.gain * torch.tanh(x + 0.3 + y) + 0.01 * c.to(x.dtype).view(-1, 1, 1)
+
+
+class Combined(nn.Module):
+    """Both predictions, made one by a plain function of x, cond, uncond and the level."""
+
+    def __init__(self, model: nn.Module, combine, cond: Tensor, uncond: Tensor):
+        super().__init__()
+        self.model, self.combine, self.cond, self.uncond = model, combine, cond, uncond
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        cond, uncond = self.model(x, c, y=self.cond), self.model(x, c, y=self.uncond)
+        return torch.stack([self.combine(*one) for one in zip(x, cond, uncond, c, strict=True)])
+
+
+COND, UNCOND = torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3)
+BRANCHES = {"y": COND, "uncond": {"y": UNCOND}}
+
+
+def chain(model: nn.Module) -> DDPM:
+    return DDPM(model, "linear", 20, "v", clip=None)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "unipc", "heun", "dpm++sde"])
+def test_a_weight_of_each_step(sampler):
+    """As many numbers as rows, or a function of the row and the level: outside of an interval the condition alone."""
+    diffusion = chain(Curved())
+    how = {"sampler": sampler, "steps": 5, "seed": 1}
+    levels = diffusion.step_table(sampler, 5).levels[:-1].tolist()
+    numbers = [3.0 if 5 < level < 18 else 1.0 for level in levels]
+    assert {1.0, 3.0} == set(numbers)
+    asked = []
+
+    def weight(k: int, level: float) -> float:
+        asked.append((k, level))
+        return numbers[k]
+
+    want = diffusion.sample(SHAPE, guidance=numbers, **BRANCHES, **how)
+    assert torch.equal(diffusion.sample(SHAPE, guidance=weight, **BRANCHES, **how), want)
+    assert asked == list(enumerate(levels))
+    same = diffusion.sample(SHAPE, guidance=[3.0] * len(levels), **BRANCHES, **how)
+    assert torch.equal(same, diffusion.sample(SHAPE, guidance=3.0, **BRANCHES, **how))
+    assert not torch.allclose(same, want)
+
+
+def test_a_step_of_the_list_is_guided_by_its_number():
+    diffusion = chain(Curved())
+    path = diffusion.sample(
+        SHAPE, guidance=[2.0, -1.0, 0.0], steps=3, sampler="ddim", seed=1, return_trajectory=True, **BRANCHES
+    )
+    levels = diffusion.step_table("ddim", 3).levels.tolist()
+    for k, w in enumerate((2.0, -1.0, 0.0)):
+        alone = diffusion.sample(SHAPE, x_T=path[k], steps=levels[k : k + 2], sampler="ddim", guidance=w, **BRANCHES)
+        torch.testing.assert_close(alone, path[k + 1], rtol=1e-12, atol=1e-12)
+
+
+def rescaled(w: float, share: float):
+    def combine(x: Tensor, cond: Tensor, uncond: Tensor, c: Tensor) -> Tensor:
+        p = uncond + w * (cond - uncond)
+        return share * p * (cond.std() / p.std()) + (1 - share) * p
+
+    return combine
+
+
+def zero_star(w: float):
+    def combine(x: Tensor, cond: Tensor, uncond: Tensor, c: Tensor) -> Tensor:
+        s = (cond * uncond).sum() / (uncond**2).sum()
+        return (1 - w) * s * uncond + w * cond
+
+    return combine
+
+
+def projected(w: float, parallel: float, radius: float):
+    """In estimates of x_0, as published: x_0 = alpha x - sigma v."""
+    made = chain(nn.Identity()).schedule
+
+    def combine(x: Tensor, cond: Tensor, uncond: Tensor, c: Tensor) -> Tensor:
+        alpha, sigma = made.alpha[int(c) + 1], made.sigma[int(c) + 1]
+        x0, other = alpha * x - sigma * cond, alpha * x - sigma * uncond
+        d = x0 - other
+        d = d * min(1.0, radius / float(d.norm()))
+        unit = x0 / x0.norm()
+        along = (d * unit).sum() * unit
+        x0 = x0 + (w - 1) * (d - along + parallel * along)
+        return (alpha * x - x0) / sigma
+
+    return combine
+
+
+@pytest.mark.parametrize("w", [4.0, 1.0, 0.0, -1.5])
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m", "unipc"])
+@pytest.mark.parametrize(
+    ("rule", "combine"),
+    [
+        (Rescaled(0.7), lambda w: rescaled(w, 0.7)),
+        (Rescaled(0.0), lambda w: rescaled(w, 0.0)),
+        (ZeroStar(), zero_star),
+        (Projected(), lambda w: projected(w, 0.0, math.inf)),
+        (Projected(0.3, 0.05), lambda w: projected(w, 0.3, 0.05)),
+    ],
+    ids=str,
+)
+def test_a_rule_is_its_formula(rule, combine, sampler, w):
+    model = Curved()
+    how = {"sampler": sampler, "steps": 5, "seed": 3}
+    want = chain(Combined(model, combine(w), COND, UNCOND)).sample(SHAPE, **how)
+    got = chain(model).sample(SHAPE, guidance=w, guidance_rule=rule, **BRANCHES, **how)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+
+
+def test_rules_of_nothing_are_finite():
+    """Predictions of 0; samples of one element, of no dimension, and none."""
+
+    class Nothing(nn.Module):
+        def forward(self, x: Tensor, c: Tensor, y: float) -> Tensor:
+            return 0 * x
+
+    model = DDPM(Nothing(), "linear", 5, "eps")
+    for rule in (Rescaled(), ZeroStar(), Projected(radius=1.0)):
+        for shape in ((2, 1, 1), (2,), (0,), (0, 3)):
+            got = model.sample(shape, guidance=2.0, guidance_rule=rule, y=1.0, uncond={"y": 1.0})
+            assert got.shape == shape and got.isfinite().all()
+
+
+@pytest.mark.parametrize("rule", [None, ZeroStar()])
+@pytest.mark.parametrize("y", [None, COND])
+def test_another_network_is_the_other_branch(rule, y):
+    model, weak = Curved(), Curved(0.3)
+    given = {} if y is None else {"y": y}
+    combine = zero_star(2.5) if rule else (lambda x, cond, uncond, c: uncond + 2.5 * (cond - uncond))
+
+    class Both(nn.Module):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            one, other = model(x, c, **given), weak(x, c, **given)
+            return torch.stack([combine(*parts) for parts in zip(x, one, other, c, strict=True)])
+
+    want = ScoreSDE(Both(), "vp", "eps").double().sample(SHAPE, steps=4, seed=2, device="cpu", dtype=None)
+    diffusion = ScoreSDE(model, "vp", "eps")
+    model.calls = weak.calls = 0
+    weak.train()
+    got = diffusion.sample(SHAPE, guidance=2.5, guidance_rule=rule, uncond=weak, steps=4, seed=2, **given)
+    torch.testing.assert_close(got, want.to(got), rtol=1e-5, atol=1e-5)
+    rows = len(diffusion.step_table(diffusion.default_sampler, 4))
+    assert model.calls == weak.calls == rows and weak.training
+    assert [name for name, _ in diffusion.named_modules()] == ["", "model"]  # it is not a part of the model
+
+
+def test_equal_rules_are_one_kind():
+    assert Rescaled(0.5) == Rescaled(0.5) != Rescaled(0.6) and len({Projected(), Projected(), ZeroStar()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"guidance": [1.0, 2.0]}, "guidance: expected a number for each of 3 steps, got 2 of them"),
+        ({"guidance": [1.0, math.nan, 1.0]}, "guidance: expected a finite number, got nan"),
+        ({"guidance": lambda k, level: "2"}, "guidance: expected a finite number, got '2'"),
+        ({"guidance": "two"}, "guidance: expected a finite number, got 'two'"),
+        (
+            {"guidance": 2.0, "uncond": nn.Identity(), "dtype": torch.bfloat16},
+            "dtype: expected None with another network",
+        ),
+    ],
+)
+def test_wrong_guidance(given, said):
+    with pytest.raises(ValueError, match=said):
+        chain(Curved()).sample(SHAPE, steps=3, **{**BRANCHES, **given})
+
+
+def test_wrong_rules():
+    with pytest.raises(ValueError, match="guidance_rule: expected None without guidance"):
+        chain(Curved()).sample(SHAPE, steps=3, guidance_rule=ZeroStar())
+    with pytest.raises(ValueError, match=r"share: expected a number from 0 to 1, got 1\.5"):
+        Rescaled(1.5)
+    with pytest.raises(ValueError, match="parallel: expected a number from 0 to 1, got -1"):
+        Projected(-1)
+    with pytest.raises(ValueError, match=r"radius: expected a number above 0 or None, got 0\.0"):
+        Projected(radius=0.0)
+    assert guidance.Projected is Projected

@@ -1,0 +1,115 @@
+"""Updates that remember several tensors: slots of hist that are read together and overwritten one at a time."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import BACKENDS, DEVICE, dtypes, index, layouts, salts, shapes, table, tensor
+from tolerance import ARITHMETIC, assert_close, assert_same_bits
+from torch import Tensor
+from update_errors import update_errors
+
+import fastdiff
+from fastdiff import ops, reference
+from fastdiff.ops import dispatch
+from fastdiff.rows import WIDE, WIDTH, History, columns, history_columns, make_rows
+
+# NumPy, in the interpreter, on what NaN and infinity go through.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+ROWS = 6
+every = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def wide_table(salt: int) -> Tensor:
+    """Rows whose slots are those of hist, and others, which keep nothing."""
+    rows = table(ROWS, WIDE, salt)
+    history_columns(rows).slot.copy_(torch.tensor([0.0, 1, 2, -1, 1, 3]).roll(salt))
+    return rows
+
+
+def past(slots: int, shape: tuple[int, ...], dtype: torch.dtype, layout: str, salt: int) -> Tensor:
+    """(slots, B, ...) that lies in memory as a run's does where the layout is dense; else with gaps."""
+    return torch.cat([tensor(shape, dtype, layout, salt + i) for i in range(slots)]).view(slots, *shape)
+
+
+@pytest.mark.slow
+@every
+@given(
+    shape=shapes(),
+    dtype=dtypes,
+    layout=st.tuples(layouts, layouts),
+    slots=st.integers(1, 3),
+    keep=st.sampled_from(["x0hat", "x", "mix"]),
+    clip=st.sampled_from([None, 0.5]),
+    guided=st.booleans(),
+    inplace=st.booleans(),
+    per_sample=st.booleans(),
+    salt=salts,
+)
+@example((3, 3, 4, 6), torch.float16, ("channels_last",) * 2, 3, "mix", 0.5, True, True, True, 1)
+@example((3, 3, 4, 6), torch.bfloat16, ("channels_last", "contiguous"), 2, "x0hat", None, False, False, True, 2)
+@example((3, 2049), torch.float32, ("contiguous", "contiguous"), 3, "mix", 0.5, False, True, False, 3)
+@example((2, 3, 5), torch.float32, ("contiguous", "contiguous"), 1, "mix", None, True, False, True, 4)
+def test_slots(backend, shape, dtype, layout, slots, keep, clip, guided, inplace, per_sample, salt):
+    x, pred, uncond = (tensor(shape, dtype, layout[0], salt + 10 * i) for i in range(3))
+    hist = past(slots, shape, dtype, layout[1], salt + 40)
+    hist = hist[0] if slots == 1 else hist
+    rows, step = wide_table(salt), index(ROWS, shape[0], per_sample, salt)
+    uncond = uncond if guided else None
+    state, at, other, old = (None if i is None else i.double() for i in (x, pred, uncond, hist))
+    with fastdiff.backend(backend):
+        out = ops.update(
+            x, pred, rows, step, uncond=uncond, hist=hist, clip=clip, keep=keep, noisy=False, inplace=inplace
+        )
+    want, kept = reference.update(
+        state, at, rows.double(), step, None, None, other, None, None, old, clip, keep, ops.REVERSE
+    )
+    error, x0_error = update_errors(state, at, rows[:, :WIDTH], step, None, 0.0, other, None, None, clip)
+    numbers = reference.coefficients(rows.double(), step, state)
+    shares = [numbers[6], *numbers[WIDTH : WIDTH + 2]]
+    for share, slot in zip(shares, old[None] if slots == 1 else old, strict=False):
+        error = error + ARITHMETIC * (share * slot).abs()
+    p, q = (numbers[WIDTH + History._fields.index(name)] for name in ("kept_from_x0", "kept_from_x"))
+    x0 = numbers[0] * state + numbers[1] * (at if other is None else other + numbers[8] * (at - other))
+    mixed = p.abs() * x0_error + ARITHMETIC * ((p * x0).abs() + (q * state).abs())
+    assert_close(out, want, error, backend=backend)
+    assert_close(hist, kept, {"x0hat": x0_error, "x": 0.0, "mix": mixed}[keep], backend=backend)
+
+
+@every
+def test_the_row_says_which_slot_is_overwritten(backend):
+    x, pred = tensor((2, 7)), tensor((2, 7), salt=1)
+    before = past(3, (2, 7), torch.float32, "contiguous", 5)
+    rows = make_rows(torch.zeros(5, device=DEVICE), from_x=1.0, slot=torch.tensor([0.0, 1, 2, -1, 3], device=DEVICE))
+    for step in range(5):
+        hist = before.clone()
+        with fastdiff.backend(backend):
+            ops.update(x, pred, rows, step, hist=hist, keep="x", noisy=False)
+        for slot in range(3):
+            assert_same_bits(hist[slot], x if slot == step else before[slot])
+
+
+@every
+def test_a_row_outside_the_table_keeps_nothing(backend):
+    x = tensor((2, 7))
+    before = past(2, (2, 7), torch.float32, "contiguous", 5)
+    step, hist = torch.tensor([1, ROWS], device=DEVICE), before.clone()
+    rows = make_rows(torch.zeros(ROWS, device=DEVICE), from_x=1.0, slot=1.0)
+    if backend == "reference":
+        out, hist = reference.update(x, x, rows, step, None, None, None, None, None, hist, None, "x", 2)
+    else:
+        out = torch.empty_like(x)
+        dispatch.launchers(backend).update(out, x, x, rows, step, None, None, None, None, None, hist, None, "x", 2)
+    assert_same_bits(hist[:, 1], before[:, 1])
+    assert_same_bits(hist[1, 0], x[0])
+    assert out[1].isnan().all() and not out[0].isnan().any()
+
+
+def test_rows_are_as_wide_as_their_columns():
+    like = torch.zeros(3)
+    assert make_rows(like, from_hist=1.0).shape == (3, WIDTH)
+    rows = make_rows(like, from_hist=1.0, from_hist3=2.0, slot=1.0)
+    assert rows.shape == (3, WIDE)
+    assert columns(rows).from_hist.tolist() == [1.0] * 3 and history_columns(rows).from_hist3.tolist() == [2.0] * 3
+    history_columns(rows).slot.fill_(2.0)
+    assert rows[:, WIDTH + 2].tolist() == [2.0] * 3  # a view
