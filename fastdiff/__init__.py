@@ -2,6 +2,7 @@
 
 from . import ops, reference
 from .ddpm import DDPM
+from .flow import FlowMatching
 from .interop.accelerate import accelerate, restore
 from .ops.dispatch import backend
 from .schedule import NoiseSchedule
@@ -12,6 +13,7 @@ __version__ = "0.2.0"
 __all__ = [
     "DDPM",
     "NCSN",
+    "FlowMatching",
     "NoiseSchedule",
     "ScoreSDE",
     "UNet",

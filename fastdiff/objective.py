@@ -28,6 +28,7 @@ OBJECTIVES: dict[str, Callable[[Any, Any], tuple[Any, Any, Any]]] = {
     "x0": lambda alpha, sigma: (1.0, 0.0, 1.0),  # the data
     "v": lambda alpha, sigma: (-sigma, alpha, 1.0),  # velocity (Salimans & Ho 2022, arXiv:2202.00512)
     "score": lambda alpha, sigma: (0.0, -1.0, sigma),  # grad log p(x_t) (Song et al. 2021, arXiv:2011.13456)
+    "flow": lambda alpha, sigma: (-1.0, 1.0, 1.0),  # eps - x_0, dx/dt of straight paths (Liu et al. 2023)
 }
 WEIGHTINGS = ("simple", "min_snr", "vlb")
 MIN_SNR_GAMMA = 5.0
@@ -61,7 +62,9 @@ def target_rows(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor
         objective: a name of OBJECTIVES.
 
     Returns: eps: (0, 1). x0: (1, 0). v: (-sigma, alpha). score: (0, -1 / sigma), the score of q(x_t | x_0).
-    Reference: Ho et al. 2020, eq. 14; Salimans & Ho 2022, app. D; Song & Ermon 2019, arXiv:1907.05600, eq. 5.
+        flow: (-1, 1).
+    Reference: Ho et al. 2020, eq. 14; Salimans & Ho 2022, app. D; Song & Ermon 2019, arXiv:1907.05600, eq. 5; Liu et
+        al. 2023, arXiv:2209.03003, eq. 1.
     """
     p, q, scale = _row(schedule, objective)
     return torch.where(p == 0, p, p / scale), q / scale  # 0, also where scale is

@@ -31,11 +31,13 @@ class Process(ABC):
     """x_t = alpha(t) x_0 + sigma(t) eps for t from `first`, the least noise that a model is trained on, to `last`.
 
     default_steps: the number of steps if a sampler is given none.
+    straight: whether alpha = 1 - t and sigma = t, so that dx/dt is what objective "flow" predicts.
     """
 
     first: float
     last: float
     default_steps: int
+    straight = False
 
     @abstractmethod
     def at(self, times: Tensor) -> NoiseSchedule:

@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .chain import ChainDiffusion
-from .denoiser import own_rows
-from .diffusion import Diffusion
-from .objective import target_rows, weights
+from .continuous import ContinuousDiffusion
 from .ops.checks import check_choice
 from .process import SDES, Ladder, Process
 from .support import run_file
 from .support.run_file import RunFile
-from .support.settable import settable
 from .unet import UNet
 
 
@@ -104,7 +100,7 @@ class NCSN(ChainDiffusion):
         return self.noising_rows(times, torch.float32)[0][times.clamp(min=1), 1]
 
 
-class ScoreSDE(Diffusion):
+class ScoreSDE(ContinuousDiffusion):
     """A score model of an SDE in continuous time (Song et al. 2021, arXiv:2011.13456).
 
     Args:
@@ -124,7 +120,7 @@ class ScoreSDE(Diffusion):
     """
 
     default_sampler = "euler_maruyama"
-    weighting: str = settable("weighting")
+    weightings = ("simple", "likelihood", "min_snr")
 
     def __init__(
         self,
@@ -143,14 +139,8 @@ class ScoreSDE(Diffusion):
         else:
             check_choice("sde", sde, SDES)
             process = SDES[sde](**sde_options)
-        super().__init__(model, process, objective, loss, clip)
+        super().__init__(model, process, objective, loss, weighting, clip)
         self._named = (sde, sde_options, process) if isinstance(sde, str) else None
-        self.weighting = weighting
-        ScoreSDE.apply_options(self)
-
-    def apply_options(self) -> None:
-        super().apply_options()
-        check_choice("weighting", self.weighting, ("simple", "likelihood", "min_snr"))
 
     @property
     def sde(self) -> str | None:
@@ -161,17 +151,6 @@ class ScoreSDE(Diffusion):
     def sde_options(self) -> dict[str, float]:
         """The options of the named SDE."""
         return {} if self._named is None or self.sde is None else self._named[1]
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> "ScoreSDE":
-        """The model of a run of `fastdiff train`, with its averaged weights, in eval mode on the CPU.
-
-        Args:
-            path: the run's folder, or its model.safetensors.
-
-        Raises: OSError if it cannot be read; ValueError naming the file if it is not the run of a ScoreSDE.
-        """
-        return RunFile.open(run_file.find(path) or path).formulation(cls, UNet)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -186,33 +165,3 @@ class ScoreSDE(Diffusion):
             "clip": self.clip,
             **self.sde_options,
         }
-
-    def q_sample(
-        self,
-        x0: Tensor,
-        t: float | Tensor,
-        *,
-        seed: int | Tensor | None = None,
-        noise: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """x_t = alpha(t) x_0 + sigma(t) z, z ~ N(0, I).
-
-        Args:
-            x0: (B, ...), data.
-            t: times, a number, () or (B,).
-            seed, noise, out: as in fastdiff.ops.
-
-        Reference: Song et al. 2021, eq. 29.
-        """
-        rows, row = self.noising_rows(self.checked_times("x0", x0, t), x0.dtype)
-        return ops.noising(x0, row, rows, seed=seed, noise=noise, out=out)
-
-    def noising_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        made = self.process.at(t.double())
-        return own_rows(torch.stack((made.alpha, made.sigma), 1), dtype)
-
-    def loss_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        made = self.process.at(t.double())
-        p, q = target_rows(made, self.objective)
-        return own_rows(torch.stack((p, q, weights(made, self.objective, self.weighting)), 1), dtype)
