@@ -2,6 +2,7 @@
 
 from . import ops, reference
 from .ddpm import DDPM
+from .edm import Edm
 from .flow import FlowMatching
 from .interop.accelerate import accelerate, restore
 from .ops.dispatch import backend
@@ -13,6 +14,7 @@ __version__ = "0.2.0"
 __all__ = [
     "DDPM",
     "NCSN",
+    "Edm",
     "FlowMatching",
     "NoiseSchedule",
     "ScoreSDE",

@@ -45,7 +45,7 @@ class Denoiser(nn.Module):
         clip: the estimate of x_0 is kept in [-clip, clip] in sampling and in the bound; None leaves it free.
 
     `process`, `objective`, `clip` and `variance` (of the reverse steps, "posterior" at first) may be set later; all
-    else follows. Times t are levels 1..T in a chain, and times in (0, 1] of an SDE.
+    else follows. Times t are levels 1..T in a chain, and else in (0, process.last].
 
     Raises: TypeError or ValueError, naming the argument.
     """

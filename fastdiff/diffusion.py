@@ -23,10 +23,10 @@ from .support.settable import settable
 
 
 class Diffusion(Denoiser, ABC):
-    """A Denoiser that trains and samples: the base of DDPM, NCSN and ScoreSDE.
+    """A Denoiser that trains and samples: the base of all formulations.
 
     `loss_kind` is the loss between prediction and target, and may be set later. Times t are levels 1..T in a chain, and
-    times in (0, 1] of an SDE.
+    else in (0, process.last].
     """
 
     default_sampler: str

@@ -71,7 +71,7 @@ class Process(ABC):
 
         log_alpha, sigma = (torch.cat((zero, values)) for values in (levels.log_alpha, levels.sigma))
         time, drift, g2 = (from_zero(values) for values in (levels.time, levels.drift, levels.g2))
-        return NoiseSchedule(log_alpha, sigma, levels.vp, time, drift, g2)
+        return NoiseSchedule(log_alpha, sigma, levels.vp, time, drift, g2, levels.sigma_data)
 
     def grid(self, steps: int | Iterable[float] | None) -> Grid:
         """(levels, those to visit in turn).

@@ -7,6 +7,7 @@ from objectives import targets
 from torch import Tensor, nn
 
 from fastdiff.diffusion import Diffusion
+from fastdiff.edm import Preconditioned
 from fastdiff.flow import Flow
 from fastdiff.process import VE, VP, Ladder, Process
 from fastdiff.rows import columns
@@ -15,10 +16,13 @@ MEAN, STD = (0.3, -0.5, 0.0, 0.2), (0.5, 0.1, 1.0, 0.02)
 
 
 def alpha_sigma(process: Process, condition: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma), (B, 1) float64, from what the model sees: sigma, 1000 t, 999 t, or t - 1."""
+    """(alpha, sigma), (B, 1) float64, from what the model sees: sigma, ln(sigma) / 4, 1000 t, 999 t, or t - 1."""
     c = condition.double()
     if isinstance(process, Flow):
         return (1 - c / 1000)[:, None], (c / 1000)[:, None]
+    if isinstance(process, Preconditioned):
+        scale = ((8 * c).exp() + process.sigma_data**2).rsqrt()
+        return scale[:, None], (scale * (4 * c).exp())[:, None]
     if isinstance(process, VE | Ladder):
         return torch.ones_like(c)[:, None], c[:, None]
     made = process.at(c / 999 if isinstance(process, VP) else c + 1)

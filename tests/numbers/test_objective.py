@@ -60,8 +60,8 @@ def test_score_is_minus_eps_over_sigma():
 
 def test_what_follows_from_the_row_of_an_objective():
     """Those that hold data and noise determine both at both ends."""
-    assert [o for o in OBJECTIVES if uses_x0(o)] == ["x0", "v", "flow"]
-    assert [o for o in OBJECTIVES if uses_noise(o)] == ["eps", "v", "score", "flow"]
+    assert [o for o in OBJECTIVES if uses_x0(o)] == ["x0", "v", "flow", "edm"]
+    assert [o for o in OBJECTIVES if uses_noise(o)] == ["eps", "v", "score", "flow", "edm"]
     assert [o for o in OBJECTIVES if needs_signal(o)] == ["eps", "score"]
     assert [o for o in OBJECTIVES if needs_noise(o)] == ["x0", "score"]
 
@@ -82,6 +82,14 @@ KNOWN = {
     (DATA, "flow", "x0"): (1, 0),
     (DATA, "flow", "eps"): (1, 1),
     (DATA, "flow", "v"): (1, 1),
+    (DATA, "edm", "x0"): (1, 0),
+    (DATA, "edm", "eps"): (0, -1),
+    (DATA, "edm", "v"): (0, -1),
+    (DATA, "edm", "flow"): (-1, -1),
+    (DATA, "eps", "edm"): (0, -1),
+    (DATA, "v", "edm"): (0, -1),
+    (DATA, "score", "edm"): (0, 0),
+    (DATA, "flow", "edm"): (-1, -1),
     (NOISE, "eps", "score"): (0, -0.5),
     (NOISE, "score", "eps"): (0, -2),
     (NOISE, "x0", "eps"): (0.5, 0),
@@ -96,6 +104,14 @@ KNOWN = {
     (NOISE, "flow", "eps"): (0.5, 0),
     (NOISE, "flow", "v"): (-1, 2),
     (NOISE, "flow", "score"): (-0.25, 0),
+    (NOISE, "edm", "x0"): (0, 0.5),
+    (NOISE, "edm", "eps"): (0.5, 0),
+    (NOISE, "edm", "v"): (0, -1),
+    (NOISE, "edm", "flow"): (0.5, -0.5),
+    (NOISE, "edm", "score"): (-0.25, 0),
+    (NOISE, "x0", "edm"): (0, 2),
+    (NOISE, "v", "edm"): (0, -1),
+    (NOISE, "flow", "edm"): (1, -2),
 }
 
 
@@ -159,7 +175,7 @@ def test_predict(name, objective, dtype):
 def test_predict_refuses():
     model = ScoreSDE(Given(torch.zeros(2, 3)))
     x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="wanted: expected one of eps, x0, v, score, flow, got 'noise'"):
+    with pytest.raises(ValueError, match="wanted: expected one of eps, x0, v, score, flow, edm, got 'noise'"):
         model.predict(x, 0.5, "noise")
     for t in (0.0, 1.5, -1, float("nan")):
         with pytest.raises(ValueError, match=r"t: expected times in \(0, 1\]"):
