@@ -236,6 +236,8 @@ class Diffusion(Denoiser, ABC):
         if out is not None:
             check_state(out, tuple(x0.shape), self.dtype, device)
         x = x0.detach().to(device, self.dtype, copy=True) if out is None else out.copy_(x0.detach())
+        if not self._starts_at_data:
+            x.mul_(self.process.first_scale)
         options = StepOptions(clip=None, keep=table.keep, noisy=False)
         run = Run(self, table, x, options, model_kwargs=model_kwargs, compiled=self._compiled_step)
         return sampling.walk(Steps(run), progress=progress)

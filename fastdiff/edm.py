@@ -38,6 +38,11 @@ class Preconditioned(Process):
         if not (self.sigma_data > 0 and math.isfinite(self.sigma_data)):
             raise ValueError(f"sigma_data: expected a finite number above 0, got {sigma_data}")
 
+    @property
+    def first_scale(self) -> float:  # type: ignore[override]
+        """c_in at `first`."""
+        return 1 / math.hypot(self.first, self.sigma_data)
+
     def at(self, times: Tensor) -> NoiseSchedule:
         r = times.double()
         n = r**2 + self.sigma_data**2

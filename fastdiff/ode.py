@@ -27,7 +27,7 @@ METHOD = "dopri5"
 
 
 def sample(denoiser: Denoiser, x: Tensor, model_kwargs: dict[str, Any], tolerance: float = 1e-5) -> Tensor:
-    """The solution from x at the process's last time down to its first, without gradients and in eval mode.
+    """Data from x at the process's last time, by the solution at its first; without gradients and in eval mode.
 
     Args:
         denoiser: what predicts.
@@ -36,7 +36,8 @@ def sample(denoiser: Denoiser, x: Tensor, model_kwargs: dict[str, Any], toleranc
         tolerance: relative and absolute, of the solver.
     """
     with evaluating(denoiser), torch.no_grad():
-        return _solve(denoiser, (x,), backwards=True, tolerance=tolerance, kwargs=model_kwargs)[0]
+        end = _solve(denoiser, (x,), backwards=True, tolerance=tolerance, kwargs=model_kwargs)[0]
+    return end / denoiser.process.first_scale
 
 
 def log_likelihood(
@@ -74,7 +75,8 @@ def log_likelihood(
     if x0.device.type != "meta" and not bool(x0.isfinite().all()):
         raise ValueError("x0: expected finite values")
     check(denoiser.process)
-    x = x0.detach().to(denoiser.device_for(x0), denoiser.dtype)
+    scale = denoiser.process.first_scale
+    x = scale * x0.detach().to(denoiser.device_for(x0), denoiser.dtype)
     generator = torch.Generator(x.device).manual_seed(int(as_seed(seed, torch.device("cpu"))))
     signs = torch.randint(2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1
     probe = signs if trace == "hutchinson" else None
@@ -84,7 +86,7 @@ def log_likelihood(
     std = denoiser.prior_std()
     n = math.prod(x.shape[1:])
     squares = flat(x_T / std).square().sum(1)
-    return divergence - 0.5 * squares - n * (math.log(std) + 0.5 * math.log(2 * math.pi))
+    return divergence - 0.5 * squares - n * (math.log(std / scale) + 0.5 * math.log(2 * math.pi))
 
 
 def check(process: Process) -> None:

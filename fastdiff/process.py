@@ -32,12 +32,14 @@ class Process(ABC):
 
     default_steps: the number of steps if a sampler is given none.
     straight: whether alpha = 1 - t and sigma = t, so that dx/dt is what objective "flow" predicts.
+    first_scale: what makes data a state at `first`, where alpha is near 1 unless states are scaled.
     """
 
     first: float
     last: float
     default_steps: int
     straight = False
+    first_scale = 1.0
 
     @abstractmethod
     def at(self, times: Tensor) -> NoiseSchedule:

@@ -201,6 +201,24 @@ def test_edm_is_v_of_scaled_data():
         torch.testing.assert_close(F, -(0.7 * alpha * z - sigma * x0 / 0.7), rtol=1e-9, atol=1e-9)
 
 
+def test_the_ode_and_the_inversion_start_and_end_at_data():
+    """Of data with the noise of the first level, 0.002: all is in units of data, not of the scaled state."""
+    edm = exact(Edm)
+    mean, var = edm.model.mean, edm.model.var + 0.002**2
+    last = edm.process.at(torch.tensor([80.0]))
+    last_std = (last.alpha**2 * edm.model.var + last.sigma**2).sqrt()
+    x = mean + var.sqrt() * torch.randn(3, 4, dtype=torch.float64)
+    x_T = last.alpha * mean + last_std * (x - mean) / var.sqrt()
+    torch.testing.assert_close(edm.sample((3, 4), sampler="ode", x_T=x_T), x, rtol=1e-4, atol=1e-4)
+    # The prior stands for the distribution at the last level.
+    normals = (mean, var.sqrt(), x), (0 * mean, last.sigma.expand(4), x_T), (last.alpha * mean, last_std, x_T)
+    density, prior, at_last = (torch.distributions.Normal(m, s).log_prob(v).sum(1) for m, s, v in normals)
+    got = edm.log_likelihood(x, trace="exact", tolerance=1e-7)
+    torch.testing.assert_close(got, density + prior - at_last, rtol=0, atol=1e-5)
+    torch.testing.assert_close(edm.encode(x, steps=200), x_T, rtol=0, atol=5e-2)
+    torch.testing.assert_close(edm.sample((3, 4), sampler="ddim", steps=200, x_T=x_T), x, rtol=0, atol=5e-2)
+
+
 def test_samplers_run_or_say_why_not():
     edm = Edm(Net())
     for name in steps.SAMPLERS:

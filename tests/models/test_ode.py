@@ -8,7 +8,7 @@ import torch
 from gaussian import MEAN, STD, exact
 from torch import Tensor, nn
 
-from fastdiff import DDPM, NCSN, Edm, FlowMatching, ScoreSDE, ops
+from fastdiff import DDPM, NCSN, FlowMatching, ScoreSDE, ops
 from fastdiff.diffusion import Diffusion
 from fastdiff.process import VE, VP
 
@@ -21,7 +21,6 @@ MODELS = {
     "ddpm": lambda **o: exact(DDPM, "linear", 1000, "eps", **o),
     "flow": lambda **o: exact(FlowMatching, **o),
     "flow, x0": lambda **o: exact(FlowMatching, objective="x0", last=0.99, **o),
-    "edm": lambda **o: exact(Edm, 0.7, **o),
     "short ddpm": lambda **o: exact(DDPM, "linear", 20, "v", **o),
 }
 EACH = pytest.mark.parametrize("name", MODELS)
