@@ -225,9 +225,9 @@ class Chain(Process):
     def time_of(self, ratio: Tensor) -> Tensor:
         made = self.schedule
         if made.vp:  # log alpha = -log(1 + ratio^2) / 2, and time is linear in it
-            wanted, known = torch.log1p(ratio**2) / 2, -made.log_alpha
+            wanted, known = torch.log1p(ratio**2) / 2, -made.log_alpha.to(ratio.device)
         else:
-            wanted, known = ratio.log(), -made.log_snr[1:] / 2
+            wanted, known = ratio.log(), -made.log_snr[1:].to(ratio.device) / 2
         # No level without signal has a ratio, and none between it and the one before.
         known = known[: self._last_with_signal + made.vp]
         # Both ends may have come from sigma_range with a rounding.

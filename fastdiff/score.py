@@ -4,6 +4,7 @@ All learn the score s(x, t) = grad log p_t(x) by denoising. Its best estimate is
 networks are score models too, and samplers of one formulation run the models of another.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .chain import ChainDiffusion
 from .continuous import ContinuousDiffusion
 from .ops.checks import check_choice
-from .process import SDES, Ladder, Process
+from .process import KARRAS_RANGE, SDES, VE, Ladder, Process
 from .support import run_file
 from .support.run_file import RunFile
 from .unet import UNet
@@ -142,6 +143,25 @@ class ScoreSDE(ContinuousDiffusion):
         super().__init__(model, process, objective, loss, weighting, clip)
         self._named = (sde, sde_options, process) if isinstance(sde, str) else None
 
+    @classmethod
+    def from_edm(
+        cls, denoiser: Callable[..., Tensor], sigma_min: float = KARRAS_RANGE[0], sigma_max: float = KARRAS_RANGE[1]
+    ) -> "ScoreSDE":
+        """A denoiser D(x, sigma) of EDM or k-diffusion, x = x_0 + sigma eps, for every sampler of this library.
+
+        Args:
+            denoiser: called as denoiser(x, sigma, **model_kwargs) with sigma (B,); a module or a function. It returns
+                the estimate of x_0.
+            sigma_min, sigma_max: the range of sigma.
+
+        Raises: TypeError or ValueError, naming the argument.
+        Reference: Karras et al. 2022, arXiv:2206.00364, eq. 3.
+        """
+        if not callable(denoiser):
+            raise TypeError(f"denoiser: expected a module or a function, got {type(denoiser).__name__}")
+        model = denoiser if isinstance(denoiser, nn.Module) else _Function(denoiser)
+        return cls(model, VE(sigma_min, sigma_max), objective="x0")
+
     @property
     def sde(self) -> str | None:
         """The name of the SDE; None if the process was given."""
@@ -165,3 +185,14 @@ class ScoreSDE(ContinuousDiffusion):
             "clip": self.clip,
             **self.sde_options,
         }
+
+
+class _Function(nn.Module):
+    """A function as a module without weights."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(*args, **kwargs)
