@@ -353,3 +353,39 @@ def test_samplers_of_other_formulations_take_the_objective():
     mean, std = moments(ddpm, "dpm++2m", 25)
     torch.testing.assert_close(mean, ddpm.model.mean, rtol=0, atol=0.02)
     torch.testing.assert_close(std, ddpm.model.var.sqrt(), rtol=0.1, atol=0.02)
+
+
+class TwoModes(nn.Module):
+    """The velocity of 0.4 N(-1, 0.3^2) + 0.6 N(1, 0.4^2)."""
+
+    share, mean, var = (torch.tensor(v, dtype=torch.float64) for v in ((0.4, 0.6), (-1.0, 1.0), (0.09, 0.16)))
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def log_density(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """log of each share times its normal density of x_t, (N, 2)."""
+        spread = alpha**2 * self.var + sigma**2
+        return self.share.log() - 0.5 * ((x - alpha * self.mean) ** 2 / spread + (2 * math.pi * spread).log())
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        sigma = c[:, None] / 1000
+        alpha = 1 - sigma
+        of_each = alpha * self.var * (x - alpha * self.mean) / (alpha**2 * self.var + sigma**2) + self.mean
+        x0 = (self.log_density(x, alpha, sigma).softmax(1) * of_each).sum(1, keepdim=True)
+        return self.scale * ((x - alpha * x0) / sigma - x0)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m"])
+def test_two_modes_in_50_steps(sampler):
+    """KL(samples, data) by quadrature over the start: the samples are a growing function of it."""
+    flow = FlowMatching(TwoModes())
+    z = torch.linspace(-6, 6, 6001, dtype=torch.float64)
+    x = flow.sample((6001, 1), sampler=sampler, steps=50, x_T=z[:, None])
+    slope = torch.gradient(x[:, 0], spacing=(z,))[0]
+    assert (slope > 0).all()
+    start = torch.distributions.Normal(0.0, 1.0).log_prob(z)
+    data = flow.model.log_density(x, torch.ones(1), torch.zeros(1)).logsumexp(1)
+    kl = torch.trapezoid(start.exp() * (start - slope.log() - data), z).item()
+    assert -1e-4 < kl < 1e-2, kl  # the slope is one of differences
