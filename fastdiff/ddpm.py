@@ -36,7 +36,8 @@ class DDPM(ChainDiffusion):
             prediction, shaped like x_t, as a tensor or as the attribute `sample` of an object.
         schedule: a name of fastdiff.schedule.SCHEDULES, a NoiseSchedule, or betas (T,).
         timesteps: T, the number of noise levels; level 0 is data and the chain runs over t = 1..T.
-        objective: what the model predicts: "eps", "x0", "v" = alpha eps - sigma x_0, or "score" = -eps / sigma.
+        objective: what the model predicts: "eps", "x0", "v" = alpha eps - sigma x_0, or another of
+            fastdiff.objective.OBJECTIVES.
         weighting: "simple" (1; sigma^2 for score), "min_snr" (Hang et al. 2023) or "vlb" (the bound's own weights).
         loss: "mse", "l1" or "huber" (with delta 1).
             "hybrid" adds 1e-3 of the variational bound to "mse", with its gradient by the variance alone, and "vlb" is
@@ -129,8 +130,8 @@ class DDPM(ChainDiffusion):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a directory that DDPMPipeline.from_pretrained of diffusers reads, with weights as safetensors.
 
-        Raises: ValueError, before anything is written, if the model is no UNet, the objective is "score", or the
-            schedule does not keep the variance.
+        Raises: ValueError, before anything is written, if the model is no UNet, diffusers lacks the objective,
+            or the schedule does not keep the variance.
         """
         if not isinstance(self.model, UNet):
             raise ValueError(f"model: expected a UNet, got {type(self.model).__name__}")
