@@ -45,7 +45,7 @@ class Denoiser(nn.Module):
         clip: the estimate of x_0 is kept in [-clip, clip] in sampling and in the bound; None leaves it free.
 
     `process`, `objective`, `clip` and `variance` (of the reverse steps, "posterior" at first) may be set later; all
-    else follows. Times t are levels 1..T in a chain, and times in (0, 1] of an SDE.
+    else follows. Times t are levels 1..T in a chain, and else in (0, process.last].
 
     Raises: TypeError or ValueError, naming the argument.
     """
@@ -209,14 +209,14 @@ class Denoiser(nn.Module):
         return condition.to(self.dtype) if condition.is_floating_point() else condition
 
     def checked_times(self, name: str, x: Tensor, t: Any) -> Tensor:
-        """(B,) float64 times for the data x; uniformly drawn from [first, last] if t is None.
+        """(B,) float64 times for the data x, drawn as training does if t is None.
 
         Raises: ValueError or TypeError, naming x or t.
         """
         check_floating(name, x)
-        first, last = self.process.first, self.process.last
+        last = self.process.last
         if t is None:
-            return first + (last - first) * torch.rand(x.shape[:1], dtype=torch.float64, device=x.device)
+            return self.draw_times(x)
         if not isinstance(t, Tensor):
             if isinstance(t, bool) or not isinstance(t, Real):
                 raise TypeError(f"t: expected a number or a tensor, got {type(t).__name__}")
@@ -233,6 +233,11 @@ class Denoiser(nn.Module):
         if seen is not None and seen.is_cpu and not bool(((seen > 0) & (seen <= last)).all()):
             raise ValueError(f"t: expected times in (0, {last:g}], got {t}")
         return t.double().expand(len(x))
+
+    def draw_times(self, x: Tensor) -> Tensor:
+        """(B,) float64 times to train on the data x at: uniform over [first, last] of the process."""
+        first, last = self.process.first, self.process.last
+        return first + (last - first) * torch.rand(x.shape[:1], dtype=torch.float64, device=x.device)
 
     def denoise_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(rows, the row of each sample) that make x0hat of x_t and pred, for the times t (B,) and data of a type."""

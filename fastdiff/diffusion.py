@@ -24,10 +24,10 @@ from .support.settable import settable
 
 
 class Diffusion(Denoiser, ABC):
-    """A Denoiser that trains and samples: the base of DDPM, NCSN and ScoreSDE.
+    """A Denoiser that trains and samples: the base of all formulations.
 
     `loss_kind` is the loss between prediction and target, and may be set later. Times t are levels 1..T in a chain, and
-    times in (0, 1] of an SDE.
+    else in (0, process.last].
     """
 
     default_sampler: str
@@ -246,6 +246,8 @@ class Diffusion(Denoiser, ABC):
         if out is not None:
             check_state(out, tuple(x0.shape), self.dtype, device)
         x = x0.detach().to(device, self.dtype, copy=True) if out is None else out.copy_(x0.detach())
+        if not self._starts_at_data:
+            x.mul_(self.process.first_scale)
         options = StepOptions(clip=None, keep=table.keep, noisy=False)
         run = Run(self, table, x, options, model_kwargs=model_kwargs, compiled=self._compiled_step)
         return sampling.walk(Steps(run), progress=progress)

@@ -31,11 +31,15 @@ class Process(ABC):
     """x_t = alpha(t) x_0 + sigma(t) eps for t from `first`, the least noise that a model is trained on, to `last`.
 
     default_steps: the number of steps if a sampler is given none.
+    straight: whether alpha = 1 - t and sigma = t, so that dx/dt is what objective "flow" predicts.
+    first_scale: what makes data a state at `first`, where alpha is near 1 unless states are scaled.
     """
 
     first: float
     last: float
     default_steps: int
+    straight = False
+    first_scale = 1.0
 
     @abstractmethod
     def at(self, times: Tensor) -> NoiseSchedule:
@@ -83,7 +87,7 @@ class Process(ABC):
 
         log_alpha, sigma = (torch.cat((zero, values)) for values in (levels.log_alpha, levels.sigma))
         time, drift, g2 = (from_zero(values) for values in (levels.time, levels.drift, levels.g2))
-        return NoiseSchedule(log_alpha, sigma, levels.vp, time, drift, g2)
+        return NoiseSchedule(log_alpha, sigma, levels.vp, time, drift, g2, levels.sigma_data)
 
     def grid(self, steps: int | Iterable[float] | None) -> Grid:
         """(levels, those to visit in turn).
@@ -229,9 +233,9 @@ class Chain(Process):
     def time_of(self, ratio: Tensor) -> Tensor:
         made = self.schedule
         if made.vp:  # log alpha = -log(1 + ratio^2) / 2, and time is linear in it
-            wanted, known = torch.log1p(ratio**2) / 2, -made.log_alpha
+            wanted, known = torch.log1p(ratio**2) / 2, -made.log_alpha.to(ratio.device)
         else:
-            wanted, known = ratio.log(), -made.log_snr[1:] / 2
+            wanted, known = ratio.log(), -made.log_snr[1:].to(ratio.device) / 2
         # No level without signal has a ratio, and none between it and the one before.
         known = known[: self._last_with_signal + made.vp]
         # Both ends may have come from sigma_range with a rounding.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff import DDPM, NCSN, ScoreSDE
+from fastdiff import DDPM, NCSN, Edm, FlowMatching, ScoreSDE
 from fastdiff.diffusion import Diffusion
 from fastdiff.process import VE, VP, Chain, Ladder
 from fastdiff.schedule import NoiseSchedule, linear, make_schedule
@@ -45,6 +45,8 @@ MAKERS = {
     "ddpm": lambda net: DDPM(net, timesteps=12),
     "ncsn": lambda net: NCSN(net, levels=4),
     "sde": lambda net: ScoreSDE(net),
+    "flow": lambda net: FlowMatching(net),
+    "edm": lambda net: Edm(net),
 }
 WALKS = {
     "sample": lambda m, x: m.sample(tuple(x.shape), steps=2),
@@ -57,8 +59,8 @@ WALKS = {
 
 
 def walks(kind: str) -> dict[str, object]:
-    left_out = {"ddpm": (), "ncsn": ("encode", "interpolate"), "sde": ("interpolate",)}[kind]
-    return {name: walk for name, walk in WALKS.items() if name not in left_out}
+    left_out = {"ncsn": ("encode", "interpolate"), "sde": ("interpolate",), "edm": ("interpolate",)}
+    return {name: walk for name, walk in WALKS.items() if name not in left_out.get(kind, ())}
 
 
 # --- tables of the network ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
-from fastdiff import DDPM, NCSN, ScoreSDE, ops
+from fastdiff import DDPM, NCSN, Edm, FlowMatching, ScoreSDE, ops
 
 SHAPE = (2, 3, 4, 6)
 T = torch.tensor([1, 3])
@@ -91,6 +91,8 @@ MODELS = {
     "ddpm": (lambda: DDPM(Net(), "cosine", 8, "v"), 5),
     "ncsn": (lambda: NCSN(Net(), levels=8), 5),
     "vp": (lambda: ScoreSDE(Net(), "vp", "v"), 0.5),
+    "flow": (lambda: FlowMatching(Net()), 0.5),
+    "edm": (lambda: Edm(Net()), 0.5),
 }
 CALLS = {
     "q_sample": lambda m, t, **out: m.q_sample(data(0).cpu(), t, seed=1, **out),
