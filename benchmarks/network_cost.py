@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.networks import cifar10
 from fastdiff.cast import Casts
-from fastdiff.nn import Ahead, ResnetBlock
+from fastdiff.fused import Ahead
+from fastdiff.nn import ResnetBlock
 from fastdiff.unet import UNet
 
 CPU = torch.device("cpu")

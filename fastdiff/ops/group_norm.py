@@ -68,10 +68,15 @@ def group_norm_silu(
         check_vector("shift", shift, rows, x)
     if add is not None:
         check_vector("add", add, rows[1:] if isinstance(add, Tensor) and add.ndim == 1 else rows, x)
-    if backend_of(x) != "triton" or transforms.active():
+    if not is_fused(x):
         # PyTorch's own operations are differentiable any number of times, and torch.compile fuses them.
         return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, add, eps, skip, silu)
     return _OP(x, num_groups, weight, bias, scale, shift, add, eps, skip, silu)[0]
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether the norm of tensors like x is a kernel of its own."""
+    return backend_of(x) == "triton" and not transforms.active()
 
 
 def _empty(x: Tensor, groups: int, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:

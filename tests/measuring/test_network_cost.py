@@ -39,12 +39,13 @@ def test_a_network_of_known_cost():
 
 
 def test_what_the_network_costs_as_it_is_sampled():
-    """Kernels of the 35.7M U-Net in bfloat16: 333 before its layers were merged, 536 in diffusers."""
+    """Of the 35.7M U-Net in bfloat16: 333 kernels and 75 MB before its layers were merged, 536 and 106 in diffusers."""
     sampled = count("fastdiff", lambda: cifar10(CPU), 256, sampled=True)
     plain = count("fastdiff", lambda: cifar10(CPU), 256, half=True)
-    assert sampled.kernels <= 220 and sampled.megabytes_per_image <= 58
+    assert sampled.kernels <= 170 and sampled.megabytes_per_image <= 48
     assert sampled.kernels < plain.kernels and sampled.megabytes_per_image < plain.megabytes_per_image
-    assert sampled.by_operator["group_norm_silu"] == 45 and "clone" not in sampled.by_operator
+    assert sampled.by_operator["group_norm_silu"] == 51
+    assert not sampled.by_operator.keys() & {"native_group_norm", "cat", "clone"}
 
 
 def test_rows_compare_with_diffusers():
