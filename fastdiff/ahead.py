@@ -59,9 +59,8 @@ def owed(net: Any) -> Tensor | None:
     None if no map is to owe anything: with a gradient, if the norm of its tensors is not one kernel, and if a module
     has hooks or is of another class, so that it must be called, and what it returns may be read.
     """
-    if torch.is_grad_enabled() or not is_fused(net.conv_in.weight):
-        return None
-    if not all(type(m) in KINDS and is_plain(m, type(m)) for m in net.modules() if m is not net):
+    plain = (type(m) in KINDS and is_plain(m, type(m)) for m in net.modules() if m is not net)
+    if torch.is_grad_enabled() or not all(plain) or not is_fused(net.conv_in.weight):
         return None
     now: Tensor = net.conv_in.bias
     skips, found = [now], []
@@ -95,14 +94,14 @@ def aheads(net: Any, rows: Tensor) -> tuple[Ahead, ...]:
     """
     readers = net.readers()
     widths = [r.time_emb_proj.out_features for r in readers if isinstance(r, ResnetBlock)]
-    inputs = [*map(_channels, readers), net.conv_norm_out.num_channels]
-    if rows.shape[1] not in (sum(widths), sum(widths) + sum(inputs)):
-        raise ValueError(f"shifts: expected {sum(widths)} columns, or {sum(inputs)} more, got {rows.shape[1]}")
-    owing = rows.shape[1] > sum(widths)
-    parts = rows.split(widths + (inputs if owing else []), dim=1)
-    shifts = iter(parts[: len(widths)])
-    debts = [part[0] for part in parts[len(widths) :]] if owing else [None] * len(inputs)
-    taken = [next(shifts) if isinstance(r, ResnetBlock) else None for r in readers]
+    debts: list[Tensor | None] = [None] * (len(readers) + 1)
+    if rows.shape[1] != sum(widths):
+        inputs = [*map(_channels, readers), net.conv_norm_out.num_channels]
+        if rows.shape[1] != sum(widths) + sum(inputs):
+            raise ValueError(f"shifts: expected {sum(widths)} columns, or {sum(inputs)} more, got {rows.shape[1]}")
+        debts = [part[0] for part in rows[:, sum(widths) :].split(inputs, dim=1)]
+    shifts = iter(rows[:, : sum(widths)].split(widths, dim=1))
+    taken = [next(shifts) if isinstance(reader, ResnetBlock) else None for reader in readers]
     return tuple(Ahead(shift, debt) for shift, debt in zip((*taken, None), debts, strict=True))
 
 

@@ -260,11 +260,11 @@ class Attention(nn.Module):
         h = self._normed(x, owed).flatten(2).transpose(1, 2).contiguous()  # one copy, or each of the maps makes one
         q, k, v = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in self._qkv(h))
         h = attention(q, k, v).transpose(1, 2).flatten(2)
-        weight: Tensor = self.to_out[0].weight  # type: ignore[assignment]
+        last: Any = self.to_out[0]
         if owed is not None and channels_last(x):
-            out = add_product(x, h.flatten(0, 1), weight)
+            out = add_product(x, h.flatten(0, 1), last.weight)
         else:
-            h = self.to_out[0](h) if owed is None else F.linear(h, weight)
+            h = last(h) if owed is None else F.linear(h, last.weight)
             out = x + h.transpose(1, 2).reshape(x.shape)  # x first: the sum takes its memory format
         return out if self.scale == 1 else out / self.scale
 
