@@ -68,10 +68,11 @@ def channels_last(*maps: Tensor | None) -> bool:
 def add_product(out: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """out + the product of rows (B H W, n) and weight (C, n), in the memory of out, which is channels last.
 
-    PyTorch's product adds to a matrix only in place, else it copies the matrix first. Where memory must not change, or
-    a compiler fuses the sum, it is a sum.
+    PyTorch's product adds to a matrix only in place, else it copies the matrix first. Where memory must not change, a
+    compiler fuses the sum, or types differ (autocast), it is a sum.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms.active():
+    apart = torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms.active()
+    if apart or not out.dtype == rows.dtype == weight.dtype:
         batch, _, height, width = out.shape
         return out + F.linear(rows, weight).view(batch, height, width, -1).permute(0, 3, 1, 2)
     by_pixel(out).addmm_(rows, weight.t())

@@ -110,7 +110,7 @@ def _paid(sampler: Downsample | Upsample, x: Tensor, emb: Embedding) -> tuple[Te
     owed = ahead_of(sampler, emb).owed
     if owed is None:
         return x, sampler.conv
-    return x + owed[:, None, None], partial(without_bias, sampler.conv)
+    return x + owed[:, None, None].to(x.dtype), partial(without_bias, sampler.conv)
 
 
 class ResnetBlock(nn.Module):
@@ -150,7 +150,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Embedding, skip: Tensor | None = None) -> Tensor:
         shift, owed = ahead_of(self, emb)
-        if skip is not None and (owed is None or not channels_last(x, skip)):
+        if skip is not None and (owed is None or not channels_last(x, skip) or skip.dtype != x.dtype):
             x, skip = torch.cat((x, skip), 1), None
         e = self.time_emb_proj(emb) if shift is None else shift
         h = self.resample(norm_silu(self.norm1, x, add=owed, skip=skip))

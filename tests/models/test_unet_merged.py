@@ -107,6 +107,15 @@ def test_biases_are_owed_where_the_norm_is_one_kernel(changes, layout):
     got.sum().backward()
 
 
+def test_biases_are_owed_under_autocast():
+    net, t = small().to(memory_format=torch.channels_last), torch.tensor([700])
+    x = torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last)
+    with torch.no_grad(), fastdiff.backend("triton"):
+        ahead, want = net.time_arguments(t), net(x, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(net(x, None, **ahead).float(), want, rtol=0.1, atol=0.05)
+
+
 class Operators(TorchDispatchMode):
     """The names of the operators that run, and how many convolutions have a bias."""
 
