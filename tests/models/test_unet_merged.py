@@ -1,4 +1,4 @@
-"""What the U-Net merges at run time: the projections of all blocks, q, k and v, and biases, which wait for the next norm."""
+"""What the U-Net merges at run time: projections of all blocks, q, k and v, and biases, which the next norm adds."""
 
 import copy
 
