@@ -71,15 +71,23 @@ def check_out(out: Tensor, like: Tensor, *operands: Any) -> None:
         raise ValueError("out: expected no gradient to be wanted, which needs a result of its own")
 
 
-def check_channels(x: Tensor, groups: int) -> int:
-    """The number of groups, which divides the channels of x (B, C, ...)."""
+def check_channels(x: Tensor, skip: Tensor | None, groups: int) -> tuple[int, int]:
+    """(channels of x (B, C, ...) and skip together, the number of groups, which divides them)."""
     check_floating("x", x)
     if x.ndim < 2:
         raise ValueError(f"x: expected shape (B, C, ...), got {tuple(x.shape)}")
     channels, number = x.shape[1], integer(groups)
+    if skip is not None:
+        check_floating("skip", skip)
+        check_device("skip", skip, x.device)
+        if skip.dtype != x.dtype:
+            raise ValueError(f"skip: expected the type of x, {x.dtype}, got {skip.dtype}")
+        if skip.ndim != x.ndim or (skip.shape[0], *skip.shape[2:]) != (x.shape[0], *x.shape[2:]):
+            raise ValueError(f"skip: expected the shape of x, {tuple(x.shape)}, but for C, got {tuple(skip.shape)}")
+        channels += skip.shape[1]
     if number is None or number < 1 or channels % number:
         raise ValueError(f"num_groups: expected a divisor of {channels} channels, got {groups!r}")
-    return number
+    return channels, number
 
 
 def check_vector(name: str, given: Tensor, shape: Sequence[int], x: Tensor) -> None:

@@ -152,7 +152,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if name in ("empty", "new_empty"):
+        if name in ("empty", "new_empty", "new_empty_strided"):
             self.made.append((result, None))
         elif name == "empty_like":
             self.made.append((result, args[0]))

@@ -1,11 +1,13 @@
-"""What the U-Net merges at run time: the projections of all blocks, q, k and v, and the sums of biases."""
+"""What the U-Net merges at run time: projections of all blocks, q, k and v, and biases, which the next norm adds."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastdiff
 from fastdiff.nn import Attention
 from fastdiff.unet import UNet
 
@@ -77,6 +79,63 @@ def test_gradients_of_merged_layers(changes):
         each(x, torch.tensor([3, 700])).square().sum().backward()
     for (name, got), want in zip(net.named_parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+OWED = [*MERGED[:3], {"mid_block_scale_factor": 2.0, "downsample_padding": 0}]
+
+
+@pytest.mark.parametrize("changes", OWED, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_biases_are_owed_where_the_norm_is_one_kernel(changes, layout):
+    """And nothing is concatenated, if channels come last."""
+    net, t = small(**changes).to(memory_format=layout), torch.tensor([700])
+    for parameter in net.parameters():  # biases that matter, as those of a trained network
+        parameter.data.add_(torch.rand_like(parameter), alpha=0.1)
+    x = torch.randn(1, 3, 4, 4).to(memory_format=layout)
+    with torch.no_grad():
+        with fastdiff.backend("reference"):
+            want, free = net(x, t), net.time_arguments(t)["shifts"]
+        with fastdiff.backend("triton"):
+            shifts = net.time_arguments(t)["shifts"]
+            with Operators() as seen:
+                torch.testing.assert_close(net(x, None, shifts=shifts), want, rtol=1e-4, atol=1e-5)
+    assert shifts.shape[1] > free.shape[1] and torch.equal(shifts[:, : free.shape[1]], free)
+    assert seen.biased == 1  # of conv_out
+    assert ("cat" in seen.names) == (layout == torch.contiguous_format)
+    got = net(x, None, shifts=shifts)  # with gradients no memory is used twice
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    got.sum().backward()
+
+
+def test_biases_are_owed_under_autocast():
+    net, t = small().to(memory_format=torch.channels_last), torch.tensor([700])
+    x = torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last)
+    with torch.no_grad(), fastdiff.backend("triton"):
+        ahead, want = net.time_arguments(t), net(x, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(net(x, None, **ahead).float(), want, rtol=0.1, atol=0.05)
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run, and how many convolutions have a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.biased = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(name := function.overloadpacket.__name__)
+        self.biased += name == "convolution" and args[2] is not None
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_owed_where_a_map_may_be_read():
+    net, t = small(), torch.tensor([5])
+    plain = net.time_arguments(t)["shifts"].shape[1]  # with gradients
+    with torch.no_grad(), fastdiff.backend("triton"):
+        assert net.time_arguments(t)["shifts"].shape[1] > plain
+        net.mid_block.attentions[0].register_forward_hook(lambda *_: None)
+        assert net.time_arguments(t)["shifts"].shape[1] == plain
 
 
 def test_layers_that_have_to_be_called_are_called():

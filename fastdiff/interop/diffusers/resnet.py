@@ -5,7 +5,7 @@ from typing import Any
 import diffusers.models.resnet
 from torch import Tensor, nn
 
-from ...nn import norm_silu
+from ...fused import norm_silu
 from ...support.plain import is_plain
 
 STOCK_FORWARD = diffusers.models.resnet.ResnetBlock2D.forward
