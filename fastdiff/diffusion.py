@@ -170,8 +170,10 @@ class Diffusion(Denoiser, ABC):
             model_kwargs: the model's further arguments.
 
         Returns: (B, ...) float32, or float64 for a float64 model.
-        Raises: ValueError or TypeError, naming the argument, before anything is drawn. The model is in eval mode
-            meanwhile, for all threads; see fastdiff.support.progress.evaluating.
+        Raises: ValueError or TypeError, naming the argument, before anything is drawn.
+
+        Threads may share the model. Its mode is as it was between the steps. During a step and its callback it is in
+        eval mode, and losses and predictions that other threads ask of it wait. Those that are compiled do not wait.
         """
         shape = self._shape(shape)
         sampler = self.default_sampler if sampler is None else sampler

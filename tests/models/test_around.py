@@ -13,7 +13,7 @@ from fastdiff.diffusion import Diffusion
 from fastdiff.process import VE, VP, Chain, Ladder
 from fastdiff.schedule import NoiseSchedule, linear, make_schedule
 from fastdiff.steps import SAMPLERS
-from fastdiff.support.progress import evaluating
+from fastdiff.support.modes import evaluating
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. alpha_bar_T")
 SHAPE = (2, 3)
