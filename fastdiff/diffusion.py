@@ -12,7 +12,16 @@ from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
 from .objective import uses_noise, uses_x0
-from .ops.checks import as_sample_ids, as_seed, as_shape, check_choice, check_floating, check_shape, check_state
+from .ops.checks import (
+    as_sample_ids,
+    as_seed,
+    as_shape,
+    check_choice,
+    check_floating,
+    check_memory,
+    check_shape,
+    check_state,
+)
 from .ops.memory import LARGEST
 from .process import Grid, Process
 from .reference import work_dtype
@@ -166,7 +175,8 @@ class Diffusion(Denoiser, ABC):
                 may write into x (inpainting), or return the state to go on from. Within torch.enable_grad() it may take
                 gradients of the model (guidance). The next step reuses x; clone it to keep it.
             return_trajectory: return (steps + 1, B, ...), from x_T to x_0, as the callback leaves them.
-            out: the tensor to draw the samples in, on that device, in place of a new one.
+            out: the tensor to draw the samples in, on that device, in place of a new one. It may be x_T, and shares no
+                memory with other arguments.
             model_kwargs: the model's further arguments.
 
         Returns: (B, ...) float32, or float64 for a float64 model.
@@ -183,6 +193,9 @@ class Diffusion(Denoiser, ABC):
         check_generator(seed, generator)
         check_labels(self.model, model_kwargs)
         kwargs = sampling.stack_branches(guidance, uncond, model_kwargs, shape[0], device)
+        if out is not None:
+            read = {"noise": noise, "seed": seed, "sample_ids": sample_ids, **(uncond or {}), **model_kwargs}
+            check_memory("out", out, {"x_T": x_T}, read)
         eta = as_number("eta", eta)
         if sampler == "ode":
             given = (steps, eta, noise, callback, return_trajectory, guidance, dtype, graph or None)
@@ -237,6 +250,7 @@ class Diffusion(Denoiser, ABC):
         device = self.device_for(x0, out)
         if out is not None:
             check_state(out, tuple(x0.shape), self.dtype, device)
+            check_memory("out", out, {"x0": x0}, model_kwargs)
         x = x0.detach().to(device, self.dtype, copy=True) if out is None else out.copy_(x0.detach())
         options = StepOptions(clip=None, keep=table.keep, noisy=False)
         run = Run(self, table, x, options, model_kwargs=model_kwargs, compiled=self._compiled_step)
