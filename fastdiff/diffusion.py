@@ -194,8 +194,9 @@ class Diffusion(Denoiser, ABC):
         check_labels(self.model, model_kwargs)
         kwargs = sampling.stack_branches(guidance, uncond, model_kwargs, shape[0], device)
         if out is not None:
-            read = {"noise": noise, "seed": seed, "sample_ids": sample_ids, **(uncond or {}), **model_kwargs}
-            check_memory("out", out, {"x_T": x_T}, read)
+            others = {f"uncond's {name}": value for name, value in (uncond or {}).items()}
+            others |= {"noise": noise, "seed": seed, "sample_ids": sample_ids, **model_kwargs}
+            check_memory("out", out, {"x_T": x_T}, others)
         eta = as_number("eta", eta)
         if sampler == "ode":
             given = (steps, eta, noise, callback, return_trajectory, guidance, dtype, graph or None)
