@@ -121,7 +121,7 @@ def norm_silu(
     add: Tensor | None = None,
 ) -> Tensor:
     """silu(norm(x + add) (1 + scale) + shift); scale and shift (B, C), add (B or 1, C)."""
-    if not is_plain(norm, nn.GroupNorm) or norm.weight is None:
+    if not is_plain(norm, nn.GroupNorm) or norm.weight is None or norm.bias is None:
         u = norm(x if add is None else x + add.to(x.dtype).reshape(*add.shape, *[1] * (x.ndim - 2)))
         if scale is not None and shift is not None:
             scale, shift = (t.reshape(*t.shape, *[1] * (u.ndim - 2)) for t in (scale, shift))
@@ -166,6 +166,7 @@ class ResnetBlock(nn.Module):
         self.resample = resample or nn.Identity()
         self.scale_shift = scale_shift
         self.scale = scale
+        self.widths = (1 + scale_shift) * out_channels, out_channels  # of time_emb_proj, and of the output
 
     def forward(self, x: Tensor, emb: Embedding) -> Tensor:
         ahead = emb[self.index] if isinstance(emb, tuple) else None
@@ -198,14 +199,14 @@ def project(blocks: Sequence[ResnetBlock], emb: Tensor) -> Tensor | None:
     """
     layers = [block.time_emb_proj for block in blocks]
     convolutions = [block.conv1 for block in blocks if not block.scale_shift]
-    if not (all(is_plain(c, nn.Conv2d) for c in convolutions) and all(is_plain(p, nn.Linear) for p in layers)):
+    if not (all(_adds_bias(c, 3) for c in convolutions) and all(map(_is_linear, layers))):
         return None
     bias = _biases(layers)
     if convolutions:
         bias = bias + _biases(convolutions)
     shifts = F.linear(emb, torch.cat([layer.weight for layer in layers]), bias)
     summed = _with_shortcut(blocks)
-    plain = all(is_plain(conv, nn.Conv2d) for block in summed for conv in (block.conv2, block.conv_shortcut))
+    plain = all(_adds_bias(b.conv2, 3) and _adds_bias(b.conv_shortcut, 1) for b in summed)
     if torch.is_grad_enabled() or not summed or not plain or not len(emb):
         return shifts
     residuals = _biases([b.conv2 for b in summed]) + _biases([b.conv_shortcut for b in summed])
@@ -214,9 +215,9 @@ def project(blocks: Sequence[ResnetBlock], emb: Tensor) -> Tensor | None:
 
 def ahead_of_blocks(blocks: Sequence[ResnetBlock], projected: Tensor) -> tuple[Ahead, ...]:
     """The parts of what `project` returns, for each block. ValueError for another width."""
-    widths = [block.time_emb_proj.out_features for block in blocks]
+    widths = [block.widths[0] for block in blocks]
     summed = _with_shortcut(blocks)
-    further = [block.conv2.out_channels for block in summed]
+    further = [block.widths[1] for block in summed]
     if projected.shape[1] not in (sum(widths), sum(widths) + sum(further)):
         raise ValueError(f"shifts: expected {sum(widths)} columns, or {sum(further)} more, got {projected.shape[1]}")
     whole = projected.shape[1] > sum(widths)
@@ -227,6 +228,27 @@ def ahead_of_blocks(blocks: Sequence[ResnetBlock], projected: Tensor) -> tuple[A
 
 def _with_shortcut(blocks: Sequence[ResnetBlock]) -> list[ResnetBlock]:
     return [block for block in blocks if not isinstance(block.conv_shortcut, nn.Identity)]
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether it may be computed from its weight and bias."""
+    return is_plain(layer, nn.Linear) and layer.bias is not None
+
+
+def _adds_bias(conv: nn.Module, size: int) -> bool:
+    """Whether it may be computed from its weight and bias, as the convolution of that size that this file makes.
+
+    Others set attributes of a layer that is there: circular padding makes textures that tile.
+    """
+    return (
+        is_plain(conv, nn.Conv2d)
+        and conv.bias is not None
+        and conv.padding_mode == "zeros"
+        and conv.kernel_size == (size, size)
+        and conv.padding == (size // 2, size // 2)
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+    )
 
 
 def _biases(layers: Sequence[Any]) -> Tensor:
@@ -274,7 +296,10 @@ class Attention(nn.Module):
     def _arrange_weights(self) -> None:
         """Put the weights of q, k and v one behind the other in memory, and their biases."""
         layers = (self.to_q, self.to_k, self.to_v)
-        if not all(is_plain(layer, nn.Linear) for layer in layers):
+        if (
+            not all(map(_is_linear, layers))
+            or len({(p.weight.dtype, p.weight.device, p.weight.shape) for p in layers}) > 1
+        ):
             return
         for name in ("weight", "bias"):
             parts = [getattr(layer, name) for layer in layers]
@@ -285,7 +310,7 @@ class Attention(nn.Module):
     def _qkv(self, h: Tensor) -> tuple[Tensor, ...]:
         """The maps of h (B, N, channels), each (B, N, channels): in one product where no gradient is wanted."""
         layers = (self.to_q, self.to_k, self.to_v)
-        if not torch.is_grad_enabled() and all(is_plain(layer, nn.Linear) for layer in layers):
+        if not torch.is_grad_enabled() and all(map(_is_linear, layers)):
             weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
             return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
         return tuple(layer(h) for layer in layers)
