@@ -296,10 +296,8 @@ class Attention(nn.Module):
     def _arrange_weights(self) -> None:
         """Put the weights of q, k and v one behind the other in memory, and their biases."""
         layers = (self.to_q, self.to_k, self.to_v)
-        if (
-            not all(map(_is_linear, layers))
-            or len({(p.weight.dtype, p.weight.device, p.weight.shape) for p in layers}) > 1
-        ):
+        alike = {(p.weight.dtype, p.weight.device, p.weight.shape) for p in layers if _is_linear(p)}
+        if len(alike) != 1 or not all(map(_is_linear, layers)):
             return
         for name in ("weight", "bias"):
             parts = [getattr(layer, name) for layer in layers]
