@@ -194,12 +194,10 @@ class Denoiser(nn.Module):
 
         Raises: TypeError for a type other than bfloat16 and float16.
         """
-        if dtype is None:
+        if dtype is None or dtype == self.parameter_dtype:
             return self
         if dtype not in TYPES:
             raise TypeError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}")
-        if dtype == self.parameter_dtype:
-            return self
         made = copy.copy(self)
         made.__dict__["_modules"] = {**self._modules, "model": self._casts.get(self.model, dtype)}
         made.__dict__["_original"] = self

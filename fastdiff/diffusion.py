@@ -13,14 +13,17 @@ from .cast import channels_last_convolutions
 from .denoiser import Denoiser
 from .objective import uses_noise, uses_x0
 from .ops.checks import (
+    as_device,
     as_sample_ids,
     as_seed,
     as_shape,
     check_choice,
     check_floating,
+    check_generator,
     check_memory,
     check_shape,
     check_state,
+    seed_of,
 )
 from .ops.memory import LARGEST
 from .process import Grid, Process
@@ -187,7 +190,7 @@ class Diffusion(Denoiser, ABC):
         """
         shape = self._shape(shape)
         sampler = self.default_sampler if sampler is None else sampler
-        device = self.device_for(x_T, out) if device is None else torch.empty(0, device=device).device
+        device = self.device_for(x_T, out) if device is None else as_device(device)
         ids = None if sample_ids is None else as_sample_ids(sample_ids, shape[0], device)
         self._check_sampling(shape, x_T, callback, return_trajectory, out, device)
         check_generator(seed, generator)
@@ -359,23 +362,6 @@ class Diffusion(Denoiser, ABC):
         if not sizes or any(d is None or d < 0 for d in sizes):
             raise ValueError(f"shape: expected a number of samples or (B, ...), got {shape}")
         return as_shape(sizes)
-
-
-def check_generator(seed: Any, generator: Any) -> None:
-    """A generator, or none; not together with a seed."""
-    if generator is None:
-        return
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-    if seed is not None:
-        raise ValueError("seed: expected None with a generator, from which the seed is drawn")
-
-
-def seed_of(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """The seed (1,) on the device: as given, or drawn from the generator."""
-    if generator is None:
-        return as_seed(seed, device)
-    return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=generator.device).to(device)
 
 
 def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:

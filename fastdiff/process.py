@@ -80,7 +80,7 @@ class Process(ABC):
 
         Raises: ValueError for anything else.
         """
-        if isinstance(steps, Iterable):
+        if isinstance(steps, Iterable) and integer(steps) is None:
             times = self._given(steps)
             times = times[:-1] if times[-1] == 0 else times
         else:
@@ -247,7 +247,7 @@ class Chain(Process):
 
         Raises: ValueError for anything else.
         """
-        if isinstance(steps, Iterable):
+        if isinstance(steps, Iterable) and integer(steps) is None:
             levels = self._given(steps)
             if bool((levels != levels.round()).any()):
                 raise ValueError(f"steps: expected whole levels, got {levels.tolist()}")

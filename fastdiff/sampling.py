@@ -189,7 +189,12 @@ def conditions(run: Run) -> Tensor:
 
 def given_noise(run: Run, k: int) -> Tensor | None:
     """The noise that was given for step k; None to draw it from the seed."""
-    return run.noise[k] if isinstance(run.noise, Tensor) else None if run.noise is None else run.noise(k)
+    if run.noise is None or isinstance(run.noise, Tensor):
+        return None if run.noise is None else run.noise[k]
+    given = run.noise(k)
+    if not isinstance(given, Tensor):
+        raise TypeError(f"noise: expected the function to return a tensor, got {type(given).__name__}")
+    return given
 
 
 # --- one step ---------------------------------------------------------------------------------------------------

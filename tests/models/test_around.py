@@ -63,6 +63,7 @@ def walks(kind: str) -> dict[str, object]:
 
 # --- tables of the network ----------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize(("kind", "walk"), [(k, w) for k in MAKERS for w in walks(k)])
 def test_what_a_model_keeps_from_a_walk_is_trained_on(kind, walk):
     net, x = Net(), torch.rand(SHAPE) * 2 - 1
@@ -74,6 +75,7 @@ def test_what_a_model_keeps_from_a_walk_is_trained_on(kind, walk):
 
 
 # --- modes and threads --------------------------------------------------------------------------------------------
+
 
 def test_the_last_walk_gives_the_mode_back():
     """Two walks that overlap, in either order of leaving, over nested modules that share a part."""
@@ -130,6 +132,7 @@ def test_threads_that_share_a_model_draw_what_one_draws():
 
 # --- callbacks ----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m", "heun", "predictor_corrector"])
 def test_a_callback_may_take_gradients_and_return_a_state(sampler):
     model = DDPM(Net(), timesteps=12)
@@ -185,6 +188,7 @@ def test_a_callback_that_returns_something_else(new, error, said):
 
 # --- types and devices --------------------------------------------------------------------------------------------
 
+
 class Mixed(nn.Module):
     """A frozen part of another type before the network."""
 
@@ -238,6 +242,7 @@ def test_offloaded_weights(offload, tmp_path):
 
 # --- networks that look levels up ---------------------------------------------------------------------------------
 
+
 class Embeds(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -269,6 +274,7 @@ def test_a_network_of_whole_times_is_not_asked_between_levels():
 
 
 # --- corners ------------------------------------------------------------------------------------------------------
+
 
 def test_a_bound_of_levels_that_do_not_reach_data_is_refused():
     x = torch.zeros(SHAPE)
@@ -398,6 +404,8 @@ BAD = {
     "interpolate": lambda m, x: m.interpolate(x, x, t="3"),
     "encode": lambda m, x: m.encode([1.0]),
     "guidance": lambda m, x: m.sample(SHAPE, guidance="2", y=1, uncond={"y": 2}),
+    "device": lambda m, x: m.sample(SHAPE, device="gpu"),
+    "noise": lambda m, x: m.sample(SHAPE, noise=lambda k: None),
     "uncond": lambda m, x: m.sample(SHAPE, guidance=2, y=np.ones(3), uncond={"y": np.zeros(3)}),
 }
 

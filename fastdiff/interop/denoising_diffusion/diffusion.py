@@ -69,7 +69,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"model: expected out_dim = channels = {model.channels}, got {model.out_dim}")
         if getattr(model, "random_or_learned_sinusoidal_cond", False):
             raise ValueError("model: expected no random or learned sinusoidal conditioning: it is for continuous time")
-        image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        image_size = (int(image_size),) * 2 if hasattr(image_size, "__index__") else image_size  # type: ignore[arg-type]
         if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
             raise ValueError(f"image_size: expected an int or two, got {image_size!r}")
         check_choice("objective", objective, OBJECTIVES)
