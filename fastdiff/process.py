@@ -187,7 +187,7 @@ class Chain(Process):
     @property
     def _last_with_signal(self) -> int:
         made = self.schedule
-        return made.timesteps - int(bool(made.log_alpha[-1] == -math.inf) and made.timesteps > 1)
+        return made.timesteps - int(bool(made.log_alpha[-1] == -math.inf))
 
     def at(self, times: Tensor) -> NoiseSchedule:
         # Without the variance kept, log sigma at level 0 is no end to interpolate from.
@@ -226,6 +226,8 @@ class Chain(Process):
             wanted, known = ratio.log(), -made.log_snr[1:] / 2
         # No level without signal has a ratio, and none between it and the one before.
         known = known[: self._last_with_signal + made.vp]
+        if self._last_with_signal == 0:
+            raise ValueError("sigma: expected a schedule with signal at one level at least, got one of noise alone")
         # Both ends may have come from sigma_range with a rounding.
         inside = wanted.clamp(known[0], known[-1])
         if not bool(torch.isclose(wanted, inside, rtol=1e-9, atol=1e-12).all()):

@@ -360,6 +360,13 @@ def test_no_ratio_beyond_the_last_level_with_signal_is_a_level(timesteps):
     assert ratio[0].item() == pytest.approx(top, rel=1e-9) and (ratio.diff() < 0).all()
 
 
+def test_a_chain_of_noise_alone_has_no_ratio():
+    process = Chain(make_schedule("raised_cosine", 1))
+    for options in ({}, {"sigma_max": 5.0}, {"sigma_min": 1e-6, "sigma_max": 1e6}):
+        with pytest.raises(ValueError, match="^sigma"):
+            process.karras(6, **options)
+
+
 @pytest.mark.parametrize("churn", [0.5, 40.0, math.inf])
 def test_churn_stays_within_a_chain(churn):
     """README's recipe on chains whose noise ends below 80: raised levels reach the last one at most."""
