@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .schedule import NoiseSchedule, as_float64
 from .support.scalars import as_number, integer
+from .support.settable import fixed
 
 # Noise levels sigma / alpha between which Karras et al. 2022 sample.
 KARRAS_RANGE = (0.002, 80.0)
@@ -266,6 +267,9 @@ class Ladder(Chain):
     """The noise levels of NCSN, sigma_i geometric from sigma_min (level 1) to sigma_max (level n), alpha = 1 (Song &
     Ermon 2019, section 4.2). The model sees sigma."""
 
+    sigma_min: float = fixed()
+    sigma_max: float = fixed()
+
     def __init__(self, sigma_max: float = 1.0, sigma_min: float = 0.01, levels: int = 10) -> None:
         self.sigma_min, self.sigma_max = _sigmas(sigma_min, sigma_max)
         ends = math.log(sigma_min), math.log(sigma_max)
@@ -289,6 +293,8 @@ class VP(Process):
     """
 
     first, last, default_steps = 1e-3, 1.0, 1000
+    beta_min: float = fixed()
+    beta_max: float = fixed()
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         beta_min, beta_max = as_number("beta_min", beta_min), as_number("beta_max", beta_max)
@@ -335,6 +341,8 @@ class VE(Process):
     """
 
     first, last, default_steps = 1e-5, 1.0, 1000
+    sigma_min: float = fixed()
+    sigma_max: float = fixed()
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
         self.sigma_min, self.sigma_max = _sigmas(sigma_min, sigma_max)

@@ -363,7 +363,7 @@ def test_no_ratio_beyond_the_last_level_with_signal_is_a_level(timesteps):
 def test_a_chain_of_noise_alone_has_no_ratio():
     process = Chain(make_schedule("raised_cosine", 1))
     for options in ({}, {"sigma_max": 5.0}, {"sigma_min": 1e-6, "sigma_max": 1e6}):
-        with pytest.raises(ValueError, match="^sigma"):
+        with pytest.raises(ValueError, match=r"^sigma"):
             process.karras(6, **options)
 
 
