@@ -241,7 +241,8 @@ def _adds_bias(conv: nn.Module, size: int) -> bool:
     Others set attributes of a layer that is there: circular padding makes textures that tile.
     """
     return (
-        is_plain(conv, nn.Conv2d)
+        isinstance(conv, nn.Conv2d)
+        and is_plain(conv, nn.Conv2d)
         and conv.bias is not None
         and conv.padding_mode == "zeros"
         and conv.kernel_size == (size, size)

@@ -255,7 +255,7 @@ class Chain(Process):
             if bool((levels != levels.round()).any()):
                 raise ValueError(f"steps: expected whole levels, got {levels.tolist()}")
             return self.schedule, levels.long()
-        return self.schedule, grid(self.schedule.timesteps, steps)
+        return self.schedule, grid(self.schedule.timesteps, steps)  # type: ignore[arg-type]
 
     def ladder(self, steps: int | None) -> Grid:
         n = _count("steps", 100 if steps is None else steps)

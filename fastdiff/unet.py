@@ -203,8 +203,7 @@ class UNet(nn.Module):
     @property
     def _in_channels(self) -> int:
         """Those of conv_in, which may be another layer now, also one that does not say."""
-        channels: int = getattr(self.conv_in, "in_channels", self.config["in_channels"])
-        return channels
+        return int(getattr(self.conv_in, "in_channels", self.config["in_channels"]))  # type: ignore[arg-type]
 
     def forward(
         self,

@@ -97,7 +97,7 @@ class GaussianDiffusion(nn.Module):
         self._make_buffers = make
         for name, value in buffers.items():
             self.register_buffer(name, value.to(torch.empty(0).device))
-        self.register_load_state_dict_post_hook(functools.partial(fill_buffers, make))
+        self.register_load_state_dict_post_hook(functools.partial(fill_buffers, make))  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GaussianDiffusion":
         """nn.Module's; buffers that come from the meta device, where they had no values, are made again."""
