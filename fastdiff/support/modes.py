@@ -21,27 +21,36 @@ class _Turns:
         self.calls = self.evaluating = self.waiting = 0
 
 
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.mine: list[_Turns] = []  # those that this thread has
+
+
 _changed = threading.Condition()  # guards what follows
-_held: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # modules kept in eval mode, and by how many blocks
+_held: dict[int, int] = {}  # modules kept in eval mode, by id, and by how many blocks; the blocks keep them alive
 _turns: WeakKeyDictionary[nn.Module, _Turns] = WeakKeyDictionary()
-_thread = threading.local()
-
-
-def _mine() -> list[nn.Module]:
-    """The networks whose turn this thread has."""
-    networks: list[nn.Module] = _thread.__dict__.setdefault("networks", [])
-    return networks
-
-
-def _has_turn(network: nn.Module) -> bool:
-    return any(one is network for one in _mine())
+_thread = _Thread()
 
 
 def _turns_of(network: nn.Module) -> _Turns:
     found = _turns.get(network)
     if found is None:
-        found = _turns[network] = _Turns()
+        with _changed:
+            found = _turns.setdefault(network, _Turns())
     return found
+
+
+class _Attributes:
+    """The attributes of a scripted module, which are not in its __dict__."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self.module, name, value)
 
 
 class evaluating:
@@ -58,51 +67,59 @@ class evaluating:
     """
 
     def __init__(self, network: nn.Module, around: nn.Module | None = None) -> None:
-        self.network = network
+        self.turns = _turns_of(network)
         self.modules = [*(network if around is None else around).modules()]
-        self.parts: list[nn.Module] = []
+        # nn.Module's __setattr__ looks at every parameter and costs more than all else here.
+        own = [vars(m) if "training" in vars(m) else _Attributes(m) for m in self.modules]
+        self.own: list[tuple[int, Any]] = [*zip(map(id, self.modules), own, strict=True)]
+        self.parts: list[tuple[int, Any]] = []
 
     def __enter__(self) -> None:
+        turns, mine = self.turns, _thread.mine
         with _changed:
-            turns = _turns_of(self.network)
-            if not _has_turn(self.network):  # those that wait go first: walks may follow each other without end
+            if (turns.calls or turns.waiting) and turns not in mine:
+                # Those that wait go first: walks may follow each other without end.
                 _changed.wait_for(lambda: not (turns.calls or turns.waiting))
             turns.evaluating += 1
-            self.parts = [part for part in self.modules if part.training or (_held and part in _held)]
-            for part in self.parts:
-                _held[part] = _held.get(part, 0) + 1
-                part.training = False
-        _mine().append(self.network)
+            self.parts = [part for part in self.own if part[1]["training"] or part[0] in _held]
+            for key, attributes in self.parts:
+                _held[key] = _held.get(key, 0) + 1
+                attributes["training"] = False
+        mine.append(turns)
 
     def __exit__(self, *error: object) -> None:
-        _mine().remove(self.network)
+        _thread.mine.remove(self.turns)
         with _changed:
-            for part in self.parts:
-                _held[part] -= 1
-                if not _held[part]:
-                    del _held[part]
-                    part.training = True
-            _turns_of(self.network).evaluating -= 1
+            for key, attributes in self.parts:
+                count = _held.pop(key) - 1
+                if count:
+                    _held[key] = count
+                else:
+                    attributes["training"] = True
+            self.turns.evaluating -= 1
             _changed.notify_all()
 
 
 def call(network: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """network(*args, **kwargs), while no other thread is evaluating it. A call that is compiled does not wait."""
-    if torch.compiler.is_compiling() or _has_turn(network):
+    if torch.compiler.is_compiling():
+        return network(*args, **kwargs)
+    turns, mine = _turns_of(network), _thread.mine
+    if turns in mine:
         return network(*args, **kwargs)
     with _changed:
-        turns = _turns_of(network)
-        turns.waiting += 1
-        try:
-            _changed.wait_for(lambda: not turns.evaluating)
-        finally:
-            turns.waiting -= 1
+        if turns.evaluating:
+            turns.waiting += 1
+            try:
+                _changed.wait_for(lambda: not turns.evaluating)
+            finally:
+                turns.waiting -= 1
         turns.calls += 1
-    _mine().append(network)
+    mine.append(turns)
     try:
         return network(*args, **kwargs)
     finally:
-        _mine().remove(network)
+        mine.remove(turns)
         with _changed:
             turns.calls -= 1
             _changed.notify_all()

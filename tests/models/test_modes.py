@@ -1,6 +1,7 @@
 """Threads that share a model: what walks is in eval mode, what trains is in training mode, and they take turns."""
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -158,3 +159,17 @@ def test_a_walk_within_a_call_and_a_walk():
     outer = DDPM(Samples(), timesteps=8)
     outer(x)
     assert outer.model.training and outer.model.depth == 3
+
+
+def test_scripted_modules():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        part = torch.jit.script(nn.Dropout(0.5))
+    net = nn.Sequential(nn.Linear(2, 2), part)
+    one, two = modes.evaluating(net), modes.evaluating(net)
+    with one:
+        two.__enter__()
+        assert not part.training and torch.equal(part(torch.ones(9)), torch.ones(9))
+        two.__exit__()
+        assert not part.training
+    assert part.training and net.training
