@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import Ahead
+from .fused import Ahead, adds_bias, is_linear, maps_pixels
 from .nn import (
     Attention,
     DownBlock,
@@ -45,7 +45,7 @@ def project(net: Any, emb: Tensor) -> Tensor | None:
     blocks = [reader for reader in net.readers() if isinstance(reader, ResnetBlock)]
     layers = [block.time_emb_proj for block in blocks]
     convolutions = [block.conv1 for block in blocks if not block.scale_shift]
-    if not (all(is_plain(c, nn.Conv2d) for c in convolutions) and all(is_plain(p, nn.Linear) for p in layers)):
+    if not (all(map(adds_bias, convolutions)) and all(map(is_linear, layers))):
         return None
     bias = torch.cat([layer.bias for layer in layers])
     if convolutions:
@@ -57,9 +57,10 @@ def owed(net: Any) -> Tensor | None:
     """(total,), what the inputs of all readers of a UNet owe, one behind the other, and at last that of its last norm.
 
     None if no map is to owe anything: with a gradient, if the norm of its tensors is not one kernel, and if a module
-    has hooks or is of another class, so that it must be called, and what it returns may be read.
+    must be called, and what it returns may be read, as it has hooks, is of another class, or was given other
+    attributes.
     """
-    plain = (type(m) in KINDS and is_plain(m, type(m)) for m in net.modules() if m is not net)
+    plain = (_computes_from_weights(module) for module in net.modules() if module is not net)
     if torch.is_grad_enabled() or not all(plain) or not is_fused(net.conv_in.weight):
         return None
     now: Tensor = net.conv_in.bias
@@ -93,7 +94,7 @@ def aheads(net: Any, rows: Tensor) -> tuple[Ahead, ...]:
     Raises: ValueError for another width.
     """
     readers = net.readers()
-    widths = [r.time_emb_proj.out_features for r in readers if isinstance(r, ResnetBlock)]
+    widths = [reader.width for reader in readers if isinstance(reader, ResnetBlock)]
     debts: list[Tensor | None] = [None] * (len(readers) + 1)
     if rows.shape[1] != sum(widths):
         inputs = [*map(_channels, readers), net.conv_norm_out.num_channels]
@@ -103,6 +104,19 @@ def aheads(net: Any, rows: Tensor) -> tuple[Ahead, ...]:
     shifts = iter(rows[:, : sum(widths)].split(widths, dim=1))
     taken = [next(shifts) if isinstance(reader, ResnetBlock) else None for reader in readers]
     return tuple(Ahead(shift, debt) for shift, debt in zip((*taken, None), debts, strict=True))
+
+
+def _computes_from_weights(module: nn.Module) -> bool:
+    """Whether calling it does what this package made it for."""
+    if type(module) not in KINDS or not is_plain(module, type(module)):
+        return False
+    if isinstance(module, ResnetBlock) and not isinstance(module.conv_shortcut, nn.Identity):
+        return maps_pixels(module.conv_shortcut)
+    if isinstance(module, nn.GroupNorm):
+        return module.weight is not None and module.bias is not None
+    if isinstance(module, nn.Conv2d):
+        return adds_bias(module)
+    return is_linear(module) if isinstance(module, nn.Linear) else True
 
 
 def _channels(reader: Any) -> int:

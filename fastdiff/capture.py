@@ -9,6 +9,7 @@ launch: it runs no Python of the model and copies no inputs. It does what the pl
 """
 
 import functools
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -38,6 +39,7 @@ class CapturedSteps:
 
     def __init__(self, run: Run, recorder: Recorder) -> None:
         self.recorder, self.required = recorder, False
+        self.busy = False  # a run goes on, or was broken off
         self.weights = weights_of(run.denoiser.model)
         self.graphs: dict[str, Captured] = {}
         self.run = run
@@ -91,6 +93,7 @@ class CapturedSteps:
     def finish(self) -> Tensor:
         x = self.run.x.copy_(self.x)
         self.run = replace(self.run, x=self.x, noise=None, model_kwargs={})  # not to keep what the caller owns
+        self.busy = False
         return x
 
     def _refuse(self, error: RuntimeError) -> None:
@@ -117,6 +120,7 @@ class Captures:
     def __init__(self, recorder: Callable[[torch.device], Recorder] = CudaGraphs) -> None:
         self.recorder = recorder
         self.kept: OrderedDict[Any, CapturedSteps] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Captures, ()
@@ -126,14 +130,17 @@ class Captures:
 
         required: raise RuntimeError if a step cannot be captured; else it runs without, with a warning.
         """
-        kind = kind_of(run)
-        steps = self.kept.get(kind)
-        if steps is None or steps.weights != weights_of(run.denoiser.model):
-            steps = CapturedSteps(run, self.recorder(run.x.device))
-        self.kept[kind] = steps
-        self.kept.move_to_end(kind)
-        while len(self.kept) > MOST_CAPTURES:
-            self.kept.popitem(last=False)
+        kind, weights = kind_of(run), weights_of(run.denoiser.model)
+        with self._lock:
+            steps = self.kept.get(kind)
+            # A run of another thread, or around this one, goes on in its tensors.
+            if steps is None or steps.busy or steps.weights != weights:
+                steps = CapturedSteps(run, self.recorder(run.x.device))
+            steps.busy = True
+            self.kept[kind] = steps
+            self.kept.move_to_end(kind)
+            while len(self.kept) > MOST_CAPTURES:
+                self.kept.popitem(last=False)
         return steps.begin(run, required)
 
 

@@ -20,7 +20,6 @@ from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, make_steps
 from .support import run_file
 from .support.scalars import integer
-from .support.shapes import flat
 from .unet import UNet
 
 # With more alpha_bar at the last level, the prior is visibly not where the chain ends.

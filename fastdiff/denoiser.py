@@ -16,7 +16,7 @@ from .process import Process
 from .reference import work_dtype
 from .rows import make_rows
 from .steps import VARIANCES, denoise_rows
-from .support import transforms
+from .support import modes, transforms
 from .support.settable import settable
 
 
@@ -130,7 +130,7 @@ class Denoiser(nn.Module):
         if guided:
             x, condition = torch.cat((x, x)), torch.cat((condition, condition))
         try:
-            out = self.model(x, condition, **model_kwargs)
+            out = modes.call(self.model, x, condition, **model_kwargs)
         except (RuntimeError, IndexError, TypeError) as error:
             self._explain(error, x, condition, model_kwargs)
             raise
@@ -148,6 +148,10 @@ class Denoiser(nn.Module):
         pred, uncond = pred.chunk(2)
         return Prediction(pred, None if raw is None else raw.chunk(2)[0], uncond)
 
+    def evaluating(self) -> modes.evaluating:
+        """A block in eval mode, for a step of a walk. Calls of the model by other threads wait for its end."""
+        return modes.evaluating(self.model, self)
+
     def _as_model(self, x: Tensor) -> Tensor:
         """x in the type of the model's weights; as it is if they differ, or where autocast has the network cast."""
         first = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
@@ -162,7 +166,7 @@ class Denoiser(nn.Module):
         if not condition.is_floating_point() or self.process.condition(whole).is_floating_point():
             return
         try:
-            self.model(x, whole, **model_kwargs)
+            modes.call(self.model, x, whole, **model_kwargs)
         except Exception:
             return
         raise ValueError(
@@ -190,12 +194,10 @@ class Denoiser(nn.Module):
 
         Raises: TypeError for a type other than bfloat16 and float16.
         """
-        if dtype is None:
+        if dtype is None or dtype == self.parameter_dtype:
             return self
         if dtype not in TYPES:
             raise TypeError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}")
-        if dtype == self.parameter_dtype:
-            return self
         made = copy.copy(self)
         made.__dict__["_modules"] = {**self._modules, "model": self._casts.get(self.model, dtype)}
         made.__dict__["_original"] = self

@@ -44,7 +44,7 @@ def norm_silu(
 ) -> Tensor:
     """silu(norm(x + add) (1 + scale) + shift); scale and shift (B, C), add (B or 1, C) or (C,). skip: further channels
     of x; silu: False leaves SiLU out."""
-    if not is_plain(norm, nn.GroupNorm) or norm.weight is None:
+    if not is_plain(norm, nn.GroupNorm) or norm.weight is None or norm.bias is None:
         x = x if skip is None else torch.cat((x, skip), 1)
         u = norm(x if add is None else x + add.to(x.dtype).reshape(*add.shape, *[1] * (x.ndim - 2)))
         if scale is not None and shift is not None:
@@ -80,5 +80,34 @@ def add_product(out: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(x) - bias, of a plain layer."""
-    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+    """conv(x) - bias, of a layer that adds its bias."""
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def adds_bias(conv: nn.Module) -> bool:
+    """Whether a convolution may be computed from its weight and bias, with zeros around the image.
+
+    Others set attributes of a layer that is there: circular padding makes textures that tile.
+    """
+    return (
+        isinstance(conv, nn.Conv2d)
+        and is_plain(conv, nn.Conv2d)
+        and conv.bias is not None
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
+
+
+def maps_pixels(conv: nn.Module) -> bool:
+    """Whether a convolution is a linear map of the channels of each pixel, with a bias."""
+    return (
+        adds_bias(conv)
+        and conv.kernel_size == conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.groups == 1
+    )
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it may be computed from its weight and bias."""
+    return is_plain(layer, nn.Linear) and layer.bias is not None

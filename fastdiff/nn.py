@@ -15,10 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .fused import Embedding, add_product, ahead_of, by_pixel, channels_last, norm_silu, without_bias
+from .fused import (
+    Embedding,
+    add_product,
+    adds_bias,
+    ahead_of,
+    by_pixel,
+    channels_last,
+    is_linear,
+    maps_pixels,
+    norm_silu,
+    without_bias,
+)
 from .ops.group_norm import is_fused
 from .support import transforms
-from .support.plain import is_plain
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to_cos: bool = True) -> Tensor:
@@ -147,6 +157,7 @@ class ResnetBlock(nn.Module):
         self.resample = resample or nn.Identity()
         self.scale_shift = scale_shift
         self.scale = scale
+        self.width = (1 + scale_shift) * out_channels  # of time_emb_proj
 
     def forward(self, x: Tensor, emb: Embedding, skip: Tensor | None = None) -> Tensor:
         shift, owed = ahead_of(self, emb)
@@ -167,7 +178,8 @@ class ResnetBlock(nn.Module):
     def _sum(self, x: Tensor, h: Tensor) -> Tensor:
         """conv_shortcut(x) + conv2(h)."""
         layers: tuple[Any, ...] = self.conv_shortcut, self.conv2
-        merged = channels_last(x) and not torch.is_grad_enabled() and all(is_plain(m, nn.Conv2d) for m in layers)
+        plain = maps_pixels(self.conv_shortcut) and adds_bias(self.conv2)
+        merged = channels_last(x) and not torch.is_grad_enabled() and plain
         if not merged:
             out: Tensor = self.conv_shortcut(x) + self.conv2(h)
             return out
@@ -239,7 +251,8 @@ class Attention(nn.Module):
     def _arrange_weights(self) -> None:
         """Put the weights of q, k and v one behind the other in memory, and their biases."""
         layers = (self.to_q, self.to_k, self.to_v)
-        if not all(is_plain(layer, nn.Linear) for layer in layers):
+        alike = {(p.weight.dtype, p.weight.device, p.weight.shape) for p in layers if is_linear(p)}
+        if len(alike) != 1 or not all(map(is_linear, layers)):
             return
         for name in ("weight", "bias"):
             parts = [getattr(layer, name) for layer in layers]
@@ -250,7 +263,7 @@ class Attention(nn.Module):
     def _qkv(self, h: Tensor) -> tuple[Tensor, ...]:
         """The maps of h (B, N, channels), each (B, N, channels): in one product where no gradient is wanted."""
         layers = (self.to_q, self.to_k, self.to_v)
-        if not torch.is_grad_enabled() and all(is_plain(layer, nn.Linear) for layer in layers):
+        if not torch.is_grad_enabled() and all(map(is_linear, layers)):
             weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
             return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
         return tuple(layer(h) for layer in layers)

@@ -19,7 +19,6 @@ from .denoiser import Denoiser
 from .objective import conversion_rows
 from .ops.checks import as_seed, check_floating
 from .process import Process
-from .support.progress import evaluating
 from .support.scalars import as_number
 from .support.shapes import flat
 
@@ -35,7 +34,7 @@ def sample(denoiser: Denoiser, x: Tensor, model_kwargs: dict[str, Any], toleranc
         model_kwargs: the model's further arguments.
         tolerance: relative and absolute, of the solver.
     """
-    with evaluating(denoiser), torch.no_grad():
+    with torch.no_grad():
         end = _solve(denoiser, (x,), backwards=True, tolerance=tolerance, kwargs=model_kwargs)[0]
     return end / denoiser.process.first_scale
 
@@ -81,7 +80,7 @@ def log_likelihood(
     signs = torch.randint(2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1
     probe = signs if trace == "hutchinson" else None
     state = (x, x.new_zeros(len(x)))
-    with evaluating(denoiser), torch.no_grad():
+    with torch.no_grad():
         x_T, divergence = _solve(denoiser, state, False, tolerance, model_kwargs, probe)
     std = denoiser.prior_std()
     n = math.prod(x.shape[1:])
@@ -116,11 +115,14 @@ def _solve(
     if process.first == process.last or state[0].numel() == 0:
         return state  # a chain of one level, or no data: nothing flows
 
+    eval_mode = denoiser.evaluating()
+
     def velocity(level: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, level = state[0], level.clamp(levels[0], levels[1])
         if len(state) == 1:
-            return (_flow(denoiser, x, level, kwargs),)
-        with torch.enable_grad():
+            with eval_mode:
+                return (_flow(denoiser, x, level, kwargs),)
+        with eval_mode, torch.enable_grad():
             x = x.detach().requires_grad_()
             flow = _flow(denoiser, x, level, kwargs)
             divergence = _divergence(flow, x, probe)

@@ -197,7 +197,12 @@ class UNet(nn.Module):
         """(in_channels, H, W) of one sample, or None if sample_size is None."""
         size = self.config["sample_size"]
         h, w = size if isinstance(size, list) else (size, size)
-        return None if size is None else (self.conv_in.in_channels, h, w)
+        return None if size is None else (self._in_channels, h, w)
+
+    @property
+    def _in_channels(self) -> int:
+        """Those of conv_in, which may be another layer now, also one that does not say."""
+        return int(getattr(self.conv_in, "in_channels", self.config["in_channels"]))  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -248,7 +253,7 @@ class UNet(nn.Module):
         return out if sigma is None else (out / sigma).to(out.dtype)
 
     def _check_inputs(self, x: Tensor, class_labels: Tensor | None, emb: Tensor | None, shifts: Tensor | None) -> None:
-        channels, factor = self.conv_in.in_channels, 2 ** (len(self.down_blocks) - 1)
+        channels, factor = self._in_channels, 2 ** (len(self.down_blocks) - 1)
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
             raise ValueError(f"x: expected a floating tensor (B, C, H, W), got {_describe(x)}")
         batch, c, h, w = x.shape

@@ -188,6 +188,16 @@ def _share(a: Tensor, b: Tensor) -> bool:
         return True
 
 
+def as_device(device: torch.device | str) -> torch.device:
+    """The device with its number, as tensors name it. ValueError for one that is not there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"device: expected one of this machine, got {device!r} ({str(error).splitlines()[0]})"
+        ) from None
+
+
 # --- options ----------------------------------------------------------------------------------------------------
 
 
@@ -348,3 +358,20 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed: expected 64 bits, got {number}")
     return torch.full((1,), number - 2**64 if number >= 2**63 else number, dtype=torch.int64, device=device)
+
+
+def check_generator(seed: Any, generator: Any) -> None:
+    """A generator, or none; not together with a seed."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    if seed is not None:
+        raise ValueError("seed: expected None with a generator, from which the seed is drawn")
+
+
+def seed_of(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """The seed (1,) on the device: as given, or drawn from the generator."""
+    if generator is None:
+        return as_seed(seed, device)
+    return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=generator.device).to(device)

@@ -14,7 +14,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     a subclass (LoRA, quantized layers, parametrizations, FSDP2), one with a forward of its own (offloading), with hooks
     (pruning, weight norm, ZeRO), or with parameters of another class (DTensor, quantized tensors).
     """
-    if type(module) is not kind or "forward" in module.__dict__:
+    if type(module) is not kind or "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
         return False
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return False

@@ -297,6 +297,20 @@ def test_a_setting_that_cannot_be_changes_nothing(name, value, said):
     assert same(answers(model), want) and model.config == DDPM(Net(), timesteps=40).config
 
 
+@pytest.mark.parametrize("name", ["ddpm", "beta", "learned", "ncsn"])
+def test_a_change_of_the_schedule_in_place_is_seen(name):
+    """Everything follows, as if it had been given: no table is kept from before."""
+    torch.manual_seed(0)
+    model = FORMULATIONS[name]()
+    other = copy.deepcopy(model)
+    before = answers(model)
+    for each in (model, other):  # the second has no tables yet
+        each.schedule.log_alpha[1:].mul_(0.9)
+        sigma = torch.expm1(2 * each.schedule.log_alpha).abs().sqrt() if each.schedule.vp else each.schedule.sigma * 0.9
+        each.schedule.sigma.copy_(sigma)
+    assert same(answers(model), answers(other)) and not torch.equal(answers(model)[1], before[1])
+
+
 def test_what_follows_from_options_is_not_set():
     for model, name in (
         (DDPM(Net()), "timesteps"), (DDPM(Net()), "learns_variance"), (DDPM(Net()), "schedule_name"),
@@ -306,6 +320,16 @@ def test_what_follows_from_options_is_not_set():
             setattr(model, name, 1)
     with pytest.raises(AttributeError, match="schedule"):
         DDPM(Net()).process.schedule = linear(10)
+    for process, name in (
+        (VP(), "beta_max"),
+        (VE(), "sigma_min"),
+        (Ladder(), "sigma_max"),
+        (NCSN(Net()).process, "sigma_min"),
+    ):
+        before = getattr(process, name)
+        with pytest.raises(AttributeError, match=f"{name}: expected to stay as it was made; make another"):
+            setattr(process, name, 2.0)
+        assert getattr(copy.deepcopy(process), name) == getattr(pickle.loads(pickle.dumps(process)), name) == before
     with pytest.raises(TypeError, match="process: expected a Ladder"):
         NCSN(Net()).schedule = linear(10)
     model = DDPM(Net(), timesteps=20, importance=True)

@@ -15,7 +15,7 @@ from ...ops.checks import check_choice
 from ...support.cache import Tables
 from ..stock import broadcast, combine, noising, overridden, values
 from .images import identity, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
-from .schedules import make_buffers
+from .schedules import fill_buffers, make_buffers
 from .tables import (
     OBJECTIVES,
     START,
@@ -82,8 +82,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"model: expected out_dim = channels = {model.channels}, got {model.out_dim}")
         if getattr(model, "random_or_learned_sinusoidal_cond", False):
             raise ValueError("model: expected no random or learned sinusoidal conditioning: it is for continuous time")
-        if isinstance(image_size, int):
-            image_size = (image_size, image_size)
+        image_size = (int(image_size),) * 2 if hasattr(image_size, "__index__") else image_size  # type: ignore[arg-type]
         if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
             raise ValueError(f"image_size: expected an int or two, got {image_size!r}")
         check_choice("objective", objective, OBJECTIVES)
@@ -111,6 +110,7 @@ class GaussianDiffusion(nn.Module):
         self._make_buffers = make
         for name, value in buffers.items():
             self.register_buffer(name, value.to(torch.empty(0).device))
+        self.register_load_state_dict_post_hook(functools.partial(fill_buffers, make))  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GaussianDiffusion":
         """nn.Module's; buffers that come from the meta device, where they had no values, are made again."""
