@@ -6,6 +6,7 @@ Triton needs longer to look up the compiled kernel than a small kernel runs. So 
 (`noted`) and repeated with other tensors (`Launch.repeat`), as long as nothing but their addresses is different.
 """
 
+import copy
 import functools
 import threading
 from collections.abc import Iterator
@@ -75,18 +76,38 @@ class Launch:
         # Pointers are a kernel's first parameters. None stands for a tensor that is not there.
         pointers = max(2, 1 + max(i for i, p in enumerate(made.parameters) if isinstance(p, Tensor)))
         self.take = itemgetter(*[-1 if p is None else place[p.data_ptr()] for p in made.parameters[:pointers]])
-        self.numbers = made.parameters[pointers:]
-        self.fixed = made.compiled.function, made.compiled.packed_metadata, None, None, None
-        self.run = made.compiled.run
+        self.numbers = tuple(made.parameters[pointers:])
+        fixed = made.compiled.function, made.compiled.packed_metadata, None, None, None  # without hooks
+        self.run, self.before, self.between, self.packed = _direct(made.compiled.run, made.grid, fixed)
 
     def repeat(self, addresses: list[int | None], stream: int) -> None:
         """Launch on the current device. The last of the addresses is None. A profiler's hooks are called."""
-        arguments = (*self.take(addresses), *self.numbers)
+        arguments = self.take(addresses) + self.numbers
         enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             self.compiled[self.grid](*arguments, stream=stream)
-        else:  # what the line above does, without hooks
-            self.run(*self.grid, stream, *self.fixed, *arguments)
+        elif self.packed:
+            self.run(*self.before, stream, *self.between, arguments)
+        else:
+            self.run(*self.before, stream, *self.between, *arguments)
+
+
+def _direct(run: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...]) -> tuple[Any, ...]:
+    """(function, what it takes before the stream, what between that and the kernel's arguments, whether it takes these
+    as one tuple): what run(*grid, stream, *fixed, *arguments) comes to.
+
+    That is Triton's launcher, which adds what is the same in every launch and calls a function in C. Versions of Triton
+    differ in what they add, so it is looked at here.
+    """
+    if not hasattr(run, "launch") or getattr(run, "global_scratch_size", 0) or getattr(run, "profile_scratch_size", 0):
+        return run, grid, fixed, False  # not as we know it, or it allocates in every launch
+    seen: list[Any] = []
+    watched, stream, arguments = copy.copy(run), object(), (object(), object())
+    watched.launch = lambda *given: seen.extend(given)
+    watched(*grid, stream, *fixed, *arguments)
+    at = seen.index(stream)
+    packed = seen[-1] == arguments
+    return run.launch, seen[:at], seen[at + 1 : -1 if packed else -2], packed
 
 
 _thread = threading.local()

@@ -12,22 +12,27 @@ excludes.
 
 import functools
 import importlib
+import operator
 import threading
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .dispatch import forced, unwatched
 from .memory import span
 
-MAX_KINDS = 4096  # remembered for each function; the next one drops them all
+MAX_KEYS = 4096  # remembered for each form of call; the next one drops them all
+MAX_ALIKE = 16  # kinds of one key; the same
 PATIENCE = 64  # kinds in a row that are recorded though none was repeated; from then on, one in so many is
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _OPTIONS = frozenset({type(None), bool, int, float, str, torch.Size, tuple, torch.dtype, torch.device})
 _thread = threading.local()
-_all_plans: list[dict[Any, Any]] = []
+_all_forms: list[dict[Any, Any]] = []
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -43,62 +48,83 @@ def current_stream(device: int) -> int:
 
 def quick(function: Function) -> Function:
     """A function that checks its arguments and calls one op, with the quick way."""
-    plans: dict[Any, Plan | None] = {}
-    wasted: dict[Any, int] = {}  # kinds since the last repetition, by the types of the arguments
-    _all_plans.append(plans)
+    forms: dict[tuple[Any, ...], Form] = {}
+    _all_forms.append(forms)
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
         if not unwatched():
             return function(*args, **options)
-        tensors: list[Tensor] = []
-        addresses: list[int | None] = []
-        kind: list[Any] = [forced(), torch.is_grad_enabled(), *options]
-        for a in (*args, *options.values()):
-            type_ = a.__class__
-            if type_ is Tensor or type_ is torch.nn.Parameter:
-                if not tensors:
-                    if not on_gpu(a):
-                        return function(*args, **options)
-                    kind.append(current_stream(a.get_device()))
-                address = a.data_ptr()
-                tensors.append(a)
-                addresses.append(address)
-                kind += a.shape, a.stride(), a.dtype, a.get_device(), address & 15, a.is_neg(), a.requires_grad
-            elif type_ in _OPTIONS:
-                kind += type_, a
-            else:
+        values = (*args, *options.values())
+        types = (*map(type, values), *options)
+        form = forms.get(types)
+        if form is None:
+            if _TENSORS.isdisjoint(types) or not (_TENSORS | _OPTIONS).issuperset(types[: len(values)]):
                 return function(*args, **options)
-        if not tensors or len({*addresses}) < len(addresses):  # a plan tells tensors apart by their addresses
+            form = forms[types] = Form(types[: len(values)])
+        tensors = [*compress(values, form.tensors)]
+        first = tensors[0]
+        if not on_gpu(first):
             return function(*args, **options)
-        key = tuple(kind)
-        plan = plans.get(key)
-        if plan is not None and not (plan.kept and capturing()) and plan.apart(addresses):
-            if plan.types is not None:
-                wasted[plan.types], plan.types = 0, None
-            return plan.repeat(tensors, addresses)
-        if key in plans or capturing():  # it is not repeatable, or not with these addresses
+        addresses: list[int | None] = [t.data_ptr() for t in tensors]
+        unaligned = functools.reduce(operator.or_, addresses) & 15  # type: ignore
+        stream = current_stream(first.get_device())
+        key = (
+            forced(), torch.is_grad_enabled(), stream, first.shape,
+            unaligned and tuple([a & 15 for a in addresses]), *compress(values, form.options),  # type: ignore
+        )  # fmt: skip
+        for same, plan in form.kinds.get(key, ()):
+            if same(*tensors):
+                if plan is None or (plan.numbers and capturing()) or (plan.written and not plan.apart(addresses)):
+                    return function(*args, **options)
+                if plan.fresh:
+                    form.wasted, plan.fresh = 0, False
+                return plan.repeat(tensors, addresses, stream)
+        # To record a call, tensors are told apart by their addresses.
+        if len({*addresses}) < len(addresses) or capturing() or not form.worth_recording():
             return function(*args, **options)
-        types = tuple(map(type, (*args, *options.values())))
-        wasted[types] = count = wasted.get(types, -1) + 1
-        if count >= PATIENCE and count % PATIENCE:  # such as a new seed in every call
-            return function(*args, **options)
-        if len(plans) >= MAX_KINDS:
-            plans.clear()
         with Recorder(tensors) as recorder:
             result = function(*args, **options)
-        plan = plans[key] = recorder.plan(result)
-        if plan is not None:
-            plan.types = types
+        form.remember(key, tensors, recorder.plan(result))
         return result
 
     return call  # type: ignore
 
 
+class Form:
+    """The calls of a function whose arguments have the same names and types, and their kinds.
+
+    A kind is a key, and what the tensors of a call have to be like: type, shape, strides, device, whether a gradient is
+    wanted, and the state of PyTorch's dispatcher. PyTorch's own guards compare these, faster than a key of them would.
+    """
+
+    def __init__(self, types: tuple[Any, ...]) -> None:
+        self.tensors = [t in _TENSORS for t in types]  # which of the arguments are
+        self.options = [not is_tensor for is_tensor in self.tensors]
+        self.kinds: dict[Any, list[tuple[Callable[..., bool], Plan | None]]] = {}
+        self.wasted = -1  # kinds since a plan was repeated for the first time
+
+    def worth_recording(self) -> bool:
+        """Whether to record one more kind. There may be a new one in every call, such as a seed."""
+        self.wasted += 1
+        return self.wasted < PATIENCE or self.wasted % PATIENCE == 0
+
+    def remember(self, key: Any, tensors: list[Tensor], plan: "Plan | None") -> None:
+        """Keep the plan of a kind; None: it is not repeatable."""
+        if len(self.kinds) >= MAX_KEYS:
+            self.kinds.clear()
+        alike = self.kinds.setdefault(key, [])
+        if len(alike) >= MAX_ALIKE:
+            alike.clear()
+        sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        alike.append((guards.check, plan))
+
+
 def forget() -> None:
     """Forget every plan: for tests that change what a plan depends on."""
-    for plans in _all_plans:
-        plans.clear()
+    for forms in _all_forms:
+        forms.clear()
 
 
 def recording() -> "Recorder | None":
@@ -132,7 +158,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tensors = tensors
-        self.made: list[tuple[Tensor, Tensor | None]] = []  # what was allocated, and like what
+        self.made: list[Tensor] = []  # what was allocated
         self.kept: list[Tensor] = []  # numbers, see `number`
         self.calls: list[Recorded] = []
         self.repeatable, self.paused = True, False
@@ -152,10 +178,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if name in ("empty", "new_empty"):
-            self.made.append((result, None))
-        elif name == "empty_like":
-            self.made.append((result, args[0]))
+        if name in ("empty", "new_empty", "empty_like"):
+            self.made.append(result)
         elif name not in ("detach", "view", "alias", "select") and not self.paused:
             self.repeatable = False
         return result
@@ -173,23 +197,26 @@ class Recorder(TorchDispatchMode):
 class Plan:
     """What a call allocates, launches and returns.
 
-    Tensors are known by their place: the given, then kept numbers, then the made. While recording, all of them live, so
-    that their addresses tell them apart.
+    Tensors are known by their place: the given, then the kept, then the made. While recording, all of them live, so that
+    their addresses tell them apart.
     """
 
     def __init__(self, recorder: Recorder, result: Any) -> None:
         launch = importlib.import_module("..kernels.launch", __package__)
-        self.types: Any = None  # of the arguments, until it is repeated
-        self.kept, self.given_count = recorder.kept, len(recorder.tensors)
-        self.kept_addresses = [t.data_ptr() for t in self.kept]
+        self.fresh = True  # until it is repeated
+        self.given_count = len(recorder.tensors)
         call = recorder.calls[0]
         shown = call.results if call.with_gradient else result
         needed = [*shown] if isinstance(shown, tuple) else [shown]
         needed += [p for noted in recorder.launches for p in noted.parameters if isinstance(p, Tensor)]
         addresses = {t.data_ptr() for t in needed}
-        made = [(t, like) for t, like in recorder.made if t.data_ptr() in addresses]
-        self.known = [*recorder.tensors, *self.kept, *[t for t, _ in made]]
-        self.make = [self._allocation(t, like) for t, like in made]
+        made = [t for t in recorder.made if t.data_ptr() in addresses]
+        self.numbers = bool(recorder.kept)
+        self.kept = recorder.kept + [t for t in made if t.numel() == 0]  # there is nothing to write into an empty one
+        self.kept_addresses = [t.data_ptr() for t in self.kept]
+        made = [t for t in made if t.numel()]
+        self.patterns = [_pattern(t) for t in made]
+        self.known = [*recorder.tensors, *self.kept, *made]
         place = {t.data_ptr(): i for i, t in enumerate(self.known)}
         self.launches = [launch.Launch(noted, place) for noted in recorder.launches]
         # Which of the given tensors are written, and the bytes that each spans: the addresses may come to overlap.
@@ -200,8 +227,9 @@ class Plan:
         if call.with_gradient:
             if result is not call.first:
                 raise KeyError("the result is not that of the op")
-            self.args = [None if isinstance(a, Tensor) else a for a in call.args]
-            self.given = [(i, self._place(a)) for i, a in enumerate(call.args) if isinstance(a, Tensor)]
+            self.others = [a for a in call.args if not isinstance(a, Tensor)]
+            behind = iter(range(len(recorder.tensors) + len(self.kept), len(self.known) + len(call.args)))
+            self.args = [self._place(a) if isinstance(a, Tensor) else next(behind) for a in call.args]
             self.inputs = call.op.inputs
             # The work of Function.apply beside this one is for functorch, which is not active.
             function: Any = call.op.function
@@ -219,17 +247,6 @@ class Plan:
                 return i
         raise KeyError("a tensor is neither given nor made")
 
-    def _allocation(self, made: Tensor, like: Tensor | None) -> tuple[Callable[[Tensor], Tensor], int]:
-        """A function that allocates a tensor like the one that was made, and the place of its argument."""
-        if like is not None and like.dtype == made.dtype and like.stride() == made.stride():
-            return torch.empty_like, self._place(like)
-        if not made.is_contiguous():
-            size, stride, dtype, device = made.shape, made.stride(), made.dtype, made.device
-            return lambda _: torch.empty_strided(size, stride, dtype=dtype, device=device), 0
-        # empty_like of one element that is shown in every place is the cheapest allocation of a shape.
-        pattern = torch.empty((), dtype=made.dtype, device=made.device).expand(made.shape)
-        return lambda _: torch.empty_like(pattern, memory_format=torch.contiguous_format), 0
-
     def apart(self, addresses: list[Any]) -> bool:
         """Whether what is written lies outside of all else that is given."""
         for w in self.written:
@@ -240,29 +257,33 @@ class Plan:
                     return False
         return True
 
-    def repeat(self, tensors: list[Tensor], addresses: list[int | None]) -> Any:
+    def repeat(self, tensors: list[Tensor], addresses: list[int | None], stream: int) -> Any:
         """The results for these tensors and their addresses."""
+        known = tensors + self.kept
         if self.apply is None:
-            return self._launch(tensors, addresses)
-        args, known = self.args.copy(), [*tensors, *self.kept]
-        for i, at in self.given:
-            args[i] = known[at]
-        call = Call(lambda *_: self._launch(tensors, addresses), args)
+            return self._launch(known, addresses, stream)
+        args = tuple(map((known + self.others).__getitem__, self.args))
+        call = Call(lambda *_: self._launch(known, addresses, stream), args)
         return self.apply(*[args[i] for i in self.inputs], call)
 
-    def _launch(self, tensors: list[Tensor], addresses: list[int | None]) -> Any:
-        known = [*tensors, *self.kept]
+    def _launch(self, known: list[Tensor], addresses: list[int | None], stream: int) -> Any:
         addresses += self.kept_addresses
-        for make, like in self.make:
-            made = make(known[like])
+        for pattern in self.patterns:
+            made = torch.empty_like(pattern)
             known.append(made)
             addresses.append(made.data_ptr())
         addresses.append(None)
-        stream = current_stream(tensors[0].get_device())
         for launch in self.launches:
             launch.repeat(addresses, stream)
         returned = self.returned
         return known[returned] if type(returned) is int else tuple([known[i] for i in returned])
+
+
+def _pattern(made: Tensor) -> Tensor:
+    """A tensor without memory. empty_like of it allocates one like the given."""
+    pattern = torch.empty_like(made)
+    pattern.untyped_storage().resize_(0)
+    return pattern
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------

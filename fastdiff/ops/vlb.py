@@ -135,7 +135,7 @@ class _Vlb(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         grads, wanted = take(ctx, incoming), ctx.needs_input_grad[:2]
         if grads is not None:
-            found = [scaled(grad, incoming, 1.0) if want else None for grad, want in zip(grads, wanted, strict=True)]
+            found = [scaled(grad, incoming) if want else None for grad, want in zip(grads, wanted, strict=True)]
         else:
             pred, raw, x_t, x0, t, rows = ctx.saved_tensors
             by = incoming.reshape(-1, *[1] * (pred.ndim - 1)) / (pred.numel() // max(1, incoming.numel()))
