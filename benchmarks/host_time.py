@@ -71,8 +71,15 @@ def without_gpu(folder: Path) -> None:
         kernels: Any = importlib.import_module(f"fastdiff.kernels.{name}")
         kernels.on_nvidia = lambda x: True
     quick: Any = importlib.import_module("fastdiff.ops.quick")
-    quick.on_gpu = lambda x: x.is_cpu and torch.version.hip is None and x.get_device() == -1
-    quick.current_stream = lambda device: 0
+    get_device, get_stream = lambda: -1, lambda device: 0
+
+    def stream_of(x: Tensor) -> int | None:
+        if not (x.is_cpu and quick._NVIDIA):
+            return None
+        device = x.get_device()
+        return get_stream(device) if device == get_device() else None
+
+    quick.stream_of = stream_of
     for name in ("noise", "noising", "loss", "vlb", "update"):
         op: Any = importlib.import_module(f"fastdiff.ops.{name}")
         op.check_range = lambda name, index, end: index is not None and index.is_cuda

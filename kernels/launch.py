@@ -62,34 +62,25 @@ def noted() -> Iterator[list[Noted]]:
 
 
 class Launch:
-    """A launch to be repeated.
+    """A launch to be repeated, with the kernel's arguments in a tuple, addresses for tensors:
 
-    Args:
-        made: the launch that was made.
-        place: where each address of that launch stands in the list of addresses that `repeat` gets.
-
-    Raises: KeyError if an address has no place.
+    run(*before, stream, *between, arguments), if packed; else run(*before, stream, *between, *arguments).
     """
 
-    def __init__(self, made: Noted, place: dict[int, int]) -> None:
+    def __init__(self, made: Noted) -> None:
         self.compiled, self.grid = made.compiled, made.grid
-        # Pointers are a kernel's first parameters. None stands for a tensor that is not there.
-        pointers = max(2, 1 + max(i for i, p in enumerate(made.parameters) if isinstance(p, Tensor)))
-        self.take = itemgetter(*[-1 if p is None else place[p.data_ptr()] for p in made.parameters[:pointers]])
-        self.numbers = tuple(made.parameters[pointers:])
-        fixed = made.compiled.function, made.compiled.packed_metadata, None, None, None  # without hooks
+        fixed = made.compiled.function, made.compiled.packed_metadata, None, None, None
         self.run, self.before, self.between, self.packed = _direct(made.compiled.run, made.grid, fixed)
 
-    def repeat(self, addresses: list[int | None], stream: int) -> None:
-        """Launch on the current device. The last of the addresses is None. A profiler's hooks are called."""
-        arguments = self.take(addresses) + self.numbers
-        enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-            self.compiled[self.grid](*arguments, stream=stream)
-        elif self.packed:
-            self.run(*self.before, stream, *self.between, arguments)
-        else:
-            self.run(*self.before, stream, *self.between, *arguments)
+    def with_hooks(self, arguments: tuple[Any, ...], stream: int) -> None:
+        """Launch, and call the profiler's hooks."""
+        self.compiled[self.grid](*arguments, stream=stream)
+
+
+def hooked() -> Any:
+    """What a profiler wants to be called at launches, if anything."""
+    enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+    return getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
 
 
 def _direct(run: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -10,7 +10,8 @@ from ..support import transforms
 from ..support.scalars import as_number
 from .checks import check_channels, check_vector
 from .dispatch import backend_of, launcher
-from .quick import Call, quick
+from .plan import Call
+from .quick import quick
 from .registry import Op
 
 

@@ -24,7 +24,8 @@ from .checks import (
 from .dispatch import launcher
 from .memory import in_huge_pages
 from .noise import FORWARD
-from .quick import Call, quick
+from .plan import Call
+from .quick import quick
 from .registry import NOISE, Op
 from .stored import scaled, stored_scale, take
 

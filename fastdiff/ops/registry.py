@@ -12,7 +12,7 @@ import torch
 
 from ..support import transforms
 from .dispatch import plain
-from .quick import Call, Recorded, Recorder, recording
+from .plan import Call, Recorded, Recorder, recording
 
 NOISE = "Tensor? seed, Tensor? ids"  # in the schema of every op that may generate noise
 OPS: dict[str, "Op"] = {}

@@ -18,7 +18,8 @@ from .checks import (
     check_table,
 )
 from .dispatch import launcher
-from .quick import Call, quick
+from .plan import Call
+from .quick import quick
 from .registry import Op
 from .stored import scaled, take
 

@@ -6,13 +6,14 @@ PyTorch operations have all rules.
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 
 def active() -> bool:
     """Whether a transform of torch.func or a level of dual tensors is active on this thread."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # torch.compile asks once, while it traces, and guards the answer itself: it compiles anew within another transform.
