@@ -10,7 +10,6 @@ from ..support import transforms
 from ..support.scalars import as_number
 from .checks import check_channels, check_vector
 from .dispatch import backend_of, launcher
-from .plan import Call
 from .quick import quick
 from .registry import Op
 
@@ -146,11 +145,10 @@ class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-        add: Tensor | None, call: Call,
+        add: Tensor | None, run: Any, args: Any,
     ) -> Tensor:  # fmt: skip
-        y, mean, rstd = call.run(*call.args)
-        call.rest = mean, rstd
-        ctx.groups, ctx.eps = call.args[1], call.args[-1]
+        y, mean, rstd = run(*args)
+        ctx.groups, ctx.eps = args[1], args[-1]
         ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, add)
         return y
 
@@ -159,9 +157,9 @@ class _GroupNormSiLU(torch.autograd.Function):
         x, mean, rstd, *operands = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         if torch.is_grad_enabled() or transforms.has_rules(grad):
-            return *_differentiable_gradients(ctx, grad, x, *operands), None
+            return *_differentiable_gradients(ctx, grad, x, *operands), None, None
         gradients = _gradients(grad, x, mean, rstd, ctx.groups, *operands, any(wanted[1:6]))
-        return *[by if want else None for by, want in zip(gradients, wanted[:6], strict=True)], None
+        return *[by if want else None for by, want in zip(gradients, wanted[:6], strict=True)], None, None
 
 
 _OP = Op(

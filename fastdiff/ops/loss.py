@@ -24,7 +24,6 @@ from .checks import (
 from .dispatch import launcher
 from .memory import in_huge_pages
 from .noise import FORWARD
-from .plan import Call
 from .quick import quick
 from .registry import NOISE, Op
 from .stored import scaled, stored_scale, take
@@ -127,18 +126,17 @@ def _elements(pred: Tensor, per_sample: bool) -> int:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, x0: Tensor | None, noise: Tensor | None, call: Call) -> Tensor:
-        value, grad = call.run(*call.args[:-1], True)
-        call.rest = (grad,)
-        ctx.stored, ctx.options = grad, call.args[7:10]
-        ctx.save_for_backward(*call.args[:7])
+    def forward(ctx: Any, pred: Tensor, x0: Tensor | None, noise: Tensor | None, run: Any, args: Any) -> Tensor:
+        value, ctx.stored = run(*args[:-1], True)
+        ctx.save_for_backward(*args[:7])
+        ctx.options = args[7:10]
         return value
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        grad, (_, by_x0, by_noise, _) = take(ctx, incoming), ctx.needs_input_grad
+        grad, (_, by_x0, by_noise, _, _) = take(ctx, incoming), ctx.needs_input_grad
         if grad is not None and not (by_x0 or by_noise):  # the common walk: what was saved is not unpacked
-            return scaled(grad, incoming), None, None, None
+            return scaled(grad, incoming), None, None, None, None
         operands: tuple[Any, ...] = ctx.saved_tensors  # once at most, as a checkpoint demands
         pred, x0, t, table, _, _, noise = operands
         if grad is not None:
@@ -147,7 +145,9 @@ class _Loss(torch.autograd.Function):
             slope = reference.loss(*operands, *ctx.options)[1] / (pred.numel() // max(1, incoming.numel()))
             grad = (slope * incoming.reshape(-1, *[1] * (pred.ndim - 1))).to(pred.dtype)
         p, q, _w = reference.coefficients(table, t, grad)
-        return grad, (-p * grad).to(x0.dtype) if by_x0 else None, (-q * grad).to(noise.dtype) if by_noise else None, None
+        to_x0 = (-p * grad).to(x0.dtype) if by_x0 else None
+        to_noise = (-q * grad).to(noise.dtype) if by_noise else None
+        return grad, to_x0, to_noise, None, None
 
 
 _OP = Op(

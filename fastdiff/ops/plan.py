@@ -19,7 +19,7 @@ A call is recorded, and the plan is a function that is written for it, in Python
 
 import importlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,16 +53,6 @@ def number(value: int, device: torch.device) -> Tensor:
         recorder.numbers.append(torch.full((1,), value, dtype=torch.int64, device=device))
     recorder.paused = False
     return recorder.numbers[-1]
-
-
-class Call:
-    """A call of an op, on its way through an autograd.Function."""
-
-    __slots__ = ("args", "rest", "run")
-
-    def __init__(self, run: Callable[..., Any], args: Sequence[Any]) -> None:
-        self.run, self.args = run, args
-        self.rest: tuple[Tensor, ...] | None = None  # results after the first: no gradient passes through them
 
 
 class Recorded(NamedTuple):
@@ -131,7 +121,7 @@ class Plan:
         self.repeatable = False
         self.given = tensors
         self.lines: list[str] = []
-        self.names: dict[str, Any] = {"FULL": FULL, "empty_like": torch.empty_like, "Call": Call, "capturing": capturing}
+        self.names: dict[str, Any] = {"FULL": FULL, "empty_like": torch.empty_like, "capturing": capturing}
         self.known: list[tuple[Tensor, str, str]] = []  # tensors with their names and those of their addresses
         self.repeat: Callable[..., Any]
 
@@ -203,7 +193,7 @@ class Plan:
             args = [self._name(a) if isinstance(a, Tensor) else self._constant(a) for a in call.args]
             self.lines += [" def run(*_):", *[f"  {line}" for line in body]]
             inputs = "".join(f"{args[i]}, " for i in call.op.inputs)
-            self.lines.append(f" return {apply}({inputs}Call(run, ({', '.join(args)},)))")
+            self.lines.append(f" return {apply}({inputs}run, ({', '.join(args)},))")
         else:
             self.lines += [f" {line}" for line in body]
         self.repeatable = True

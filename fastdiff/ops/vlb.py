@@ -18,7 +18,6 @@ from .checks import (
     check_table,
 )
 from .dispatch import launcher
-from .plan import Call
 from .quick import quick
 from .registry import Op
 from .stored import scaled, take
@@ -124,12 +123,11 @@ def _vlb(
 
 class _Vlb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, call: Call) -> Tensor:
-        value, *grads = call.run(*call.args[:8], *ctx.needs_input_grad[:2])
-        call.rest = tuple(grads)
+    def forward(ctx: Any, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, run: Any, args: Any) -> Tensor:
+        value, *grads = run(*args[:8], *ctx.needs_input_grad[:2])
         ctx.stored = grads
-        ctx.save_for_backward(*call.args[:6])
-        ctx.clip, ctx.dtypes = call.args[6], (pred.dtype, raw if raw is None else raw.dtype)
+        ctx.save_for_backward(*args[:6])
+        ctx.clip, ctx.dtypes = args[6], (pred.dtype, raw if raw is None else raw.dtype)
         return value
 
     @staticmethod
@@ -143,7 +141,7 @@ class _Vlb(torch.autograd.Function):
             found = [slope * by for slope in reference.vlb(pred, raw, x_t, x0, t, rows, ctx.clip)[1:]]
         triples = zip(found, ctx.dtypes, wanted, strict=True)
         by_pred, by_raw = (grad.to(dtype) if want and grad is not None else None for grad, dtype, want in triples)
-        return by_pred, by_raw, None, None, None
+        return by_pred, by_raw, None, None, None, None
 
 
 _OP = Op(

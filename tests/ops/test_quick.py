@@ -93,7 +93,7 @@ def test_a_view_that_negates_takes_the_full_way(backend):
 
 SCRIPT = """
 import random, torch, triton
-from contextlib import nullcontext
+from functools import partial
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops import checks, dispatch, quick
@@ -120,10 +120,18 @@ for module in (noise, noising, loss, update):
 for name in ("noise", "noising", "loss", "vlb", "update"):
     __import__("sys").modules["fastdiff.ops." + name].check_range = lambda *args: None
 dispatch.interpreting = lambda: True
-quick.on_gpu = lambda x: type(x) in (torch.Tensor, torch.nn.Parameter)
-quick.current_stream = lambda device: stream
-repeat = quick.Plan.repeat
-quick.Plan.repeat = lambda self, *args: repeated.append(1) or repeat(self, *args)
+quick.stream_of = lambda x: stream
+
+def counted(plan, *args):
+    result = plan(*args)
+    repeated.extend([1] * (result is not NotImplemented and result is not quick.FULL))
+    return result
+
+compile = quick.Plan.compile
+def compiled(self):
+    compile(self)
+    self.repeat = partial(counted, self.repeat)
+quick.Plan.compile = compiled
 fastdiff.backend("triton")
 
 def noted(call):
