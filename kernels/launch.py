@@ -11,7 +11,6 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch

@@ -1,25 +1,28 @@
 """A plan: what one kind of call allocates, launches and returns.
 
-A call is recorded, and the plan is a function that is written for it, in Python. That of `ops.noising`:
+A call is recorded, and a function is written for it that repeats it with other tensors. That of `normal(out=...)`:
 
-    def repeat(stream, t0, t1, t2, t3):
-        if not same(t0, t1, t2, t3):         # shapes, strides, types, device, gradients: another kind of call
-            return NotImplemented
-        a0, a1, a2, a3 = t0.data_ptr(), t1.data_ptr(), t2.data_ptr(), t3.data_ptr()
-        if (a0 & 15, a1 & 15, a2 & 15, a3 & 15) != c0:
-            return NotImplemented
-        m0 = empty_like(c1)
-        x0 = (m0.data_ptr(), a0, None, a1, ...)
-        if hooked():
-            c2(x0, stream)
-        else:
-            c3(1, 4, 1, stream, ..., x0)
-        return m0
+    def repeat(stream, t0, t1):                        # seed, out
+     if not same(t0, t1): return NotImplemented        # another shape, stride, type or device: another kind of call
+     a0 = t0.data_ptr()
+     a1 = t1.data_ptr()
+     if (a0 | a1) & 15: return NotImplemented          # a kernel may need addresses that are multiples of 16
+     if capturing(): return FULL                       # the step, an int, became a tensor that the plan keeps
+     if a1 < a0 + 8 and a0 < a1 + 3072: return FULL
+     x0 = (a1, a0, None, 93939058879360, ...)
+     if hooked():
+      c5(x0, stream)
+     else:
+      c9(1, 4, 1, stream, 93939058745728, ..., x0)
+     return t1
+
+Loops over tensors, launches and arguments would take twice as long as what this does.
 """
 
 import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -99,118 +102,118 @@ class Recorder(TorchDispatchMode):
 
     def plan(self, result: Any) -> "Plan":
         """The plan of the call, which had this result."""
-        plan = Plan(self.tensors)
-        if self.repeatable and len(self.calls) == 1 and all(n.compiled is not None for n in self.launches):
-            try:
-                plan.write(self, result)
-            except KeyError:  # a tensor is neither given nor allocated
-                plan.lines = []
-        plan.compile()
-        return plan
+        return Plan(self, result)
 
 
 class Plan:
-    """The plan of a kind of call. Every call of the kind takes the full way if nothing is written.
+    """The plan of a kind of call.
 
-    Tensors are known by their names: those given are t0, t1, ... at addresses a0, a1, ..., those made m0, m1, ... at b0,
-    b1, ..., and constants c0, c1, ... While recording, all of them live, so that their addresses tell them apart.
+    repeat: a function of the stream and the tensors. It returns NotImplemented if the call is of another kind, and FULL
+    if it has to go the full way, as all calls of a kind do that cannot be repeated.
     """
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, recorder: Recorder, result: Any) -> None:
         self.fresh = True  # until it is repeated
-        self.repeatable = False
-        self.given = tensors
-        self.lines: list[str] = []
         self.names: dict[str, Any] = {"FULL": FULL, "empty_like": torch.empty_like, "capturing": capturing}
-        self.known: list[tuple[Tensor, str, str]] = []  # tensors with their names and those of their addresses
-        self.repeat: Callable[..., Any]
+        # Tensors, their names and those of their addresses: t0, a0, ... are given, m0, b0, ... are made, c0, ... are
+        # constants. While recording, all of them live, so that their addresses tell them apart.
+        self.known = [(t, f"t{i}", f"a{i}") for i, t in enumerate(recorder.tensors)]
+        self.known += [(t, self._constant(t), repr(t.data_ptr())) for t in recorder.numbers]
+        lines = ["return FULL"]
+        if recorder.repeatable and len(recorder.calls) == 1 and all(n.compiled for n in recorder.launches):
+            with suppress(KeyError):  # a tensor is neither given nor allocated
+                lines = self._refusals(recorder) + self._body(recorder, result)
+        del self.known
+        exec("\n ".join(self._head(recorder.tensors) + lines), self.names)
+        self.repeat: Callable[..., Any] = self.names["repeat"]
 
-    def compile(self) -> None:
-        """Make `repeat` of the lines: a function of the stream and the tensors.
-
-        It returns NotImplemented if the tensors are of another kind, and FULL if the call has to go the full way.
-        """
-        tensors = self.given
+    def _head(self, tensors: list[Tensor]) -> list[str]:
+        """The lines that find out whether a call is of this kind."""
         sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
-        # PyTorch's own guards compare faster than Python could.
-        self.names["same"] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        # PyTorch's own guards compare in C. They look at the state of the dispatcher too.
+        guards: Any = TensorGuards
+        self.names["same"] = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         given, numbers = ", ".join(f"t{i}" for i in range(len(tensors))), range(len(tensors))
         aligned = tuple([t.data_ptr() & 15 for t in tensors])
-        lines = [
+        if any(aligned):
+            unlike = f"({''.join(f'a{i} & 15, ' for i in numbers)}) != {aligned}"
+        else:
+            unlike = f"({' | '.join(f'a{i}' for i in numbers)}) & 15"
+        return [
             f"def repeat(stream, {given}):",
-            f" if not same({given}): return NotImplemented",
-            *[f" a{i} = t{i}.data_ptr()" for i in numbers],
-            f" if ({' | '.join(f'a{i}' for i in numbers)}) & 15: return NotImplemented"
-            if not any(aligned)
-            else f" if ({''.join(f'a{i} & 15, ' for i in numbers)}) != {aligned}: return NotImplemented",
-            *(self.lines or [" return FULL"]),
+            f"if not same({given}): return NotImplemented",
+            *[f"a{i} = t{i}.data_ptr()" for i in numbers],
+            f"if {unlike}: return NotImplemented",
         ]
-        exec("\n".join(lines), self.names)
-        self.repeat = self.names["repeat"]
-        del self.given, self.known
 
-    def write(self, recorder: Recorder, result: Any) -> None:
-        """Write the lines that allocate, launch and return.
+    def _refusals(self, recorder: Recorder) -> list[str]:
+        """The lines for what goes the full way, though it is of this kind."""
+        lines = ["if capturing(): return FULL"] if recorder.numbers else []
+        # Which of the given tensors are written, and the bytes that each spans: the addresses may come to overlap.
+        call = recorder.calls[0]
+        marked = [a for a, text in zip(call.args, call.op.arguments, strict=True) if "!" in text]
+        for i, written in enumerate(recorder.tensors):
+            if any(a is written for a in marked):
+                for j, other in enumerate(recorder.tensors):
+                    if j != i:
+                        lines.append(f"if a{i} < a{j} + {span(other)} and a{j} < a{i} + {span(written)}: return FULL")
+        return lines
+
+    def _body(self, recorder: Recorder, result: Any) -> list[str]:
+        """The lines that allocate, launch and return.
 
         Raises: KeyError if a tensor is neither given nor made.
         """
-        launching = importlib.import_module("..kernels.launch", __package__)
         call = recorder.calls[0]
         shown = call.results if call.with_gradient else result
-        needed = [*shown] if isinstance(shown, tuple) else [shown]
-        needed += [p for noted in recorder.launches for p in noted.parameters if isinstance(p, Tensor)]
-        addresses = {t.data_ptr() for t in needed}
-        self.known += [(t, f"t{i}", f"a{i}") for i, t in enumerate(recorder.tensors)]
-        self.known += [(t, self._constant(t), str(t.data_ptr())) for t in recorder.numbers]
-        body = []
-        for i, t in enumerate(t for t in recorder.made if t.data_ptr() in addresses):
-            if t.numel() == 0:  # nothing is ever written into it
-                self.known.append((t, self._constant(t), "0"))
-            else:
-                self.known.append((t, f"m{i}", f"b{i}"))
-                body += [f"m{i} = empty_like({self._constant(_pattern(t))})", f"b{i} = m{i}.data_ptr()"]
-        addresses_by_value = {t.data_ptr(): address for t, _, address in self.known}
-        launches = [launching.Launch(noted) for noted in recorder.launches]
-        for i, noted in enumerate(recorder.launches):
-            named = [addresses_by_value[p.data_ptr()] if isinstance(p, Tensor) else self._constant(p) for p in noted.parameters]
-            body.append(f"x{i} = ({', '.join(named)},)")
-        self.names["hooked"] = launching.hooked
-        body.append("if hooked():")
-        body += [f" {self._constant(launch.with_hooks)}(x{i}, stream)" for i, launch in enumerate(launches)] + [" pass"]
-        body.append("else:")
-        for i, launch in enumerate(launches):
-            before, between = (", ".join(map(self._constant, part)) for part in (launch.before, launch.between))
-            body.append(f" {self._constant(launch.run)}({before}, stream, {between}, {'' if launch.packed else '*'}x{i})")
-        body.append(" pass")
-        body.append(f"return {', '.join(map(self._name, shown)) + ',' if isinstance(shown, tuple) else self._name(shown)}")
-        self.lines = self._refusals(call, recorder)
-        if call.with_gradient:
-            if result is not call.first:
-                raise KeyError("the result is not that of the op")
-            # The work of Function.apply beside this one is for functorch, which is not active.
-            function: Any = call.op.function
-            apply = self._constant(super(torch.autograd.Function, function).apply)  # type: ignore[misc]
-            args = [self._name(a) if isinstance(a, Tensor) else self._constant(a) for a in call.args]
-            self.lines += [" def run(*_):", *[f"  {line}" for line in body]]
-            inputs = "".join(f"{args[i]}, " for i in call.op.inputs)
-            self.lines.append(f" return {apply}({inputs}run, ({', '.join(args)},))")
-        else:
-            self.lines += [f" {line}" for line in body]
-        self.repeatable = True
+        results = shown if isinstance(shown, tuple) else (shown,)
+        lines = self._allocations(recorder, results) + self._launches(recorder)
+        names = [self._name(t) for t in results]
+        lines.append(f"return ({', '.join(names)},)" if isinstance(shown, tuple) else f"return {names[0]}")
+        if not call.with_gradient:
+            return lines
+        if result is not call.first:
+            raise KeyError("the result is not that of the op")
+        # The work of Function.apply beside this one is for functorch, which is not active.
+        function: Any = call.op.function
+        apply = self._constant(super(torch.autograd.Function, function).apply)  # type: ignore[misc]
+        args = [self._name(a) if isinstance(a, Tensor) else self._constant(a) for a in call.args]
+        inputs = [args[i] for i in call.op.inputs]
+        return [
+            "def run(*_):",
+            *[f" {line}" for line in lines],
+            f"return {apply}({', '.join(inputs)}, run, ({', '.join(args)},))",
+        ]
 
-    def _refusals(self, call: Recorded, recorder: Recorder) -> list[str]:
-        """Lines for what goes the full way, though it is of this kind."""
-        lines = [" if capturing(): return FULL"] if recorder.numbers else []
-        # Which of the given tensors are written, and the bytes that each spans: the addresses may come to overlap.
-        marked = [a for a, text in zip(call.args, call.op.arguments, strict=True) if "!" in text]
-        for i, t in enumerate(recorder.tensors):
-            if any(a is t for a in marked):
-                lines += [
-                    f" if a{j} < a{i} + {span(t)} and a{i} < a{j} + {span(other)}: return FULL"
-                    for j, other in enumerate(recorder.tensors)
-                    if j != i
-                ]
+    def _allocations(self, recorder: Recorder, results: Sequence[Tensor]) -> list[str]:
+        """The lines that make what is returned, or what a kernel gets."""
+        needed = {p.data_ptr() for n in recorder.launches for p in n.parameters if isinstance(p, Tensor)}
+        needed |= {t.data_ptr() for t in results}
+        lines = []
+        for i, t in enumerate(t for t in recorder.made if t.data_ptr() in needed):
+            if t.numel():
+                self.known.append((t, f"m{i}", f"b{i}"))
+                lines += [f"m{i} = empty_like({self._constant(_pattern(t))})", f"b{i} = m{i}.data_ptr()"]
+            else:  # nobody can write into it, so one is enough
+                self.known.append((t, self._constant(t), "0"))
         return lines
+
+    def _launches(self, recorder: Recorder) -> list[str]:
+        """The lines that launch."""
+        launching = importlib.import_module("..kernels.launch", __package__)
+        addresses = {t.data_ptr(): address for t, _, address in self.known}
+        if not recorder.launches:
+            return []
+        lines, with_hooks, direct = [], ["if hooked():"], ["else:"]
+        self.names["hooked"] = launching.hooked
+        for i, noted in enumerate(recorder.launches):
+            launch = launching.Launch(noted)
+            named = [addresses[p.data_ptr()] if isinstance(p, Tensor) else self._constant(p) for p in noted.parameters]
+            lines.append(f"x{i} = ({', '.join(named)},)")
+            with_hooks.append(f" {self._constant(launch.with_hooks)}(x{i}, stream)")
+            fixed = [*map(self._constant, launch.before), "stream", *map(self._constant, launch.between)]
+            direct.append(f" {self._constant(launch.run)}({', '.join(fixed)}, {'' if launch.packed else '*'}x{i})")
+        return lines + with_hooks + direct
 
     def _constant(self, value: Any) -> str:
         """The name of a constant."""

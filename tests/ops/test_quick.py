@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from strategies import BACKENDS, DEVICE, DTYPES, dtypes, index, laid, layouts, salts, shapes, table, tensor
-from tolerance import assert_same_bits
+from tolerance import INTERPRETED, assert_same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,14 +60,16 @@ def calls(shape, dtype, layout, salt):
 
 
 @every
-@given(shape=shapes(), dtype=dtypes, layout=layouts, salt=salts)
+@given(shape=shapes((60,)), dtype=dtypes, layout=layouts, salt=salts)
 def test_equal_bits_by_the_dispatcher(backend, shape, dtype, layout, salt):
+    times = 2 if DEVICE.type == "cuda" else 1  # on a GPU the second call repeats the first
+    parts = 3 if INTERPRETED and backend == "triton" else 1  # so slow that each example has a third of the ops
     with fastdiff.backend(backend):
-        for name, call in calls(shape, dtype, layout, salt).items():
-            first, second = call(), call()  # on a GPU the second repeats the first
+        for name, call in [*calls(shape, dtype, layout, salt).items()][salt % parts :: parts]:
+            results = [call() for _ in range(times)]
             with Watched():
                 want = call()
-            for got in (first, second):
+            for got in results:
                 for a, b in zip(got, want, strict=True):
                     assert a.dtype == b.dtype and a.stride() == b.stride(), name
                     assert_same_bits(a, b)
@@ -96,7 +98,7 @@ import random, torch, triton
 from functools import partial
 import fastdiff
 from fastdiff import ops
-from fastdiff.ops import checks, dispatch, quick
+from fastdiff.ops import checks, dispatch, plan, quick
 from fastdiff.kernels import noise, noising, loss, update, vlb
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -122,16 +124,16 @@ for name in ("noise", "noising", "loss", "vlb", "update"):
 dispatch.interpreting = lambda: True
 quick.stream_of = lambda x: stream
 
-def counted(plan, *args):
-    result = plan(*args)
+def counted(repeat, *args):
+    result = repeat(*args)
     repeated.extend([1] * (result is not NotImplemented and result is not quick.FULL))
     return result
 
-compile = quick.Plan.compile
-def compiled(self):
-    compile(self)
-    self.repeat = partial(counted, self.repeat)
-quick.Plan.compile = compiled
+class Plan(quick.Plan):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.repeat = partial(counted, self.repeat)
+plan.Plan = Plan
 fastdiff.backend("triton")
 
 def noted(call):
