@@ -69,7 +69,7 @@ class Launch:
     def __init__(self, made: Noted) -> None:
         self.compiled, self.grid = made.compiled, made.grid
         fixed = made.compiled.function, made.compiled.packed_metadata, None, None, None
-        self.run, self.before, self.between, self.packed = _direct(made.compiled.run, made.grid, fixed)
+        self.run, self.before, self.between, self.packed = direct(made.compiled.run, made.grid, fixed)
 
     def with_hooks(self, arguments: tuple[Any, ...], stream: int) -> None:
         """Launch, and call the profiler's hooks."""
@@ -82,21 +82,24 @@ def hooked() -> Any:
     return getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
 
 
-def _direct(run: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...]) -> tuple[Any, ...]:
+def direct(run: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...]) -> tuple[Any, ...]:
     """(function, what it takes before the stream, what between that and the kernel's arguments, whether it takes these
     as one tuple): what run(*grid, stream, *fixed, *arguments) comes to.
 
     That is Triton's launcher, which adds what is the same in every launch and calls a function in C. Versions of Triton
-    differ in what they add, so it is looked at here.
+    differ in what they add, so it is looked at here. If it does more, it is not gone around.
     """
+    unknown = run, grid, fixed, False
     if not hasattr(run, "launch") or getattr(run, "global_scratch_size", 0) or getattr(run, "profile_scratch_size", 0):
-        return run, grid, fixed, False  # not as we know it, or it allocates in every launch
+        return unknown
     seen: list[Any] = []
     watched, stream, arguments = copy.copy(run), object(), (object(), object())
     watched.launch = lambda *given: seen.extend(given)
     watched(*grid, stream, *fixed, *arguments)
+    packed = seen[-1:] == [arguments]
+    if stream not in seen or not (packed or seen[-2:] == [*arguments]):
+        return unknown
     at = seen.index(stream)
-    packed = seen[-1] == arguments
     return run.launch, seen[:at], seen[at + 1 : -1 if packed else -2], packed
 
 

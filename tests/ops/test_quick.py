@@ -240,6 +240,24 @@ for wrong in (True, 1.0):  # equal to 1
         pass
     else:
         raise AssertionError
+# So is memory that overlaps, though its kind was repeated before.
+both = torch.zeros(64)
+write = lambda x, out: ops.noising(x, torch.zeros(1, dtype=torch.int64), table, seed=seed, out=out)
+for at in (16, 32):
+    _, launches, times = noted(lambda: write(both[:16].view(2, 8), both[at : at + 16].view(2, 8)))
+assert times == 1 and launches[0][3][2] == both.data_ptr() + 128
+try:
+    noted(lambda: write(both[:16].view(2, 8), both[12:28].view(2, 8)))
+except ValueError as error:
+    assert "overlaps" in str(error) and not repeated
+else:
+    raise AssertionError
+# Kinds that differ in one tensor alone, after the first of them, are told apart; each is then repeated.
+grad = torch.zeros(2, 8)
+scaled = lambda incoming: fastdiff.ops.stored.scaled(grad, incoming)
+kinds = [torch.ones(()), torch.ones(2), torch.ones(2, 2)[:, 0], torch.ones(()).requires_grad_(), torch.ones(9)[1:3]]
+assert [noted(lambda: scaled(k))[2] for k in kinds] == [0] * 5
+assert [noted(lambda: scaled(k))[2] for k in kinds] == [1, 1, 0, 1, 1]
 # A copy into another layout, or a number that is drawn, is not repeated.
 odd = torch.zeros(2, 16)[:, ::2]
 call(odd)
