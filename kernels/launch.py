@@ -90,7 +90,7 @@ def direct(run: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...]) -> tupl
     differ in what they add, so it is looked at here. If it does more, it is not gone around.
     """
     unknown = run, grid, fixed, False
-    if not hasattr(run, "launch") or getattr(run, "global_scratch_size", 0) or getattr(run, "profile_scratch_size", 0):
+    if not hasattr(run, "launch") or any(getattr(run, f"{kind}_scratch_size", 0) for kind in ("global", "profile")):
         return unknown
     seen: list[Any] = []
     watched, stream, arguments = copy.copy(run), object(), (object(), object())
