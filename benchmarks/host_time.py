@@ -71,15 +71,8 @@ def without_gpu(folder: Path) -> None:
         kernels: Any = importlib.import_module(f"fastdiff.kernels.{name}")
         kernels.on_nvidia = lambda x: True
     quick: Any = importlib.import_module("fastdiff.ops.quick")
-    get_device, get_stream = lambda: -1, lambda device: 0
-
-    def stream_of(x: Tensor) -> int | None:
-        if not (x.is_cpu and quick._NVIDIA):
-            return None
-        device = x.get_device()
-        return get_stream(device) if device == get_device() else None
-
-    quick.stream_of = stream_of
+    here, stream = (lambda: -1), (lambda device: 0)
+    quick.stream_of = lambda x: stream(device) if x.is_cpu and (device := x.get_device()) == here() else None
     for name in ("noise", "noising", "loss", "vlb", "update"):
         op: Any = importlib.import_module(f"fastdiff.ops.{name}")
         op.check_range = lambda name, index, end: index is not None and index.is_cuda
