@@ -145,9 +145,9 @@ class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-        add: Tensor | None, run: Any, args: Any,
+        add: Tensor | None, results: Any, args: Any,
     ) -> Tensor:  # fmt: skip
-        y, mean, rstd = run(*args)
+        y, mean, rstd = results
         ctx.groups, ctx.eps = args[1], args[-1]
         ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, add)
         return y

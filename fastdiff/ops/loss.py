@@ -126,8 +126,9 @@ def _elements(pred: Tensor, per_sample: bool) -> int:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, x0: Tensor | None, noise: Tensor | None, run: Any, args: Any) -> Tensor:
-        value, ctx.stored = run(*args[:-1], True)
+    def forward(ctx: Any, pred: Tensor, x0: Tensor | None, noise: Tensor | None, results: Any, args: Any) -> Tensor:
+        value, grad = results
+        ctx.stored = grad if args[-1] else None
         ctx.save_for_backward(*args[:7])
         ctx.options = args[7:10]
         return value

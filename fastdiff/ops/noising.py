@@ -95,10 +95,10 @@ class _Noising(torch.autograd.Function):
     """d x_t / d x_0 = alpha_t, d x_t / d z = sigma_t."""
 
     @staticmethod
-    def forward(ctx: Any, x0: Tensor, noise: Tensor | None, run: Any, args: Any) -> Tensor:
+    def forward(ctx: Any, x0: Tensor, noise: Tensor | None, results: Any, args: Any) -> Tensor:
         ctx.save_for_backward(*args[1:3])
         ctx.dtypes = x0.dtype, None if noise is None else noise.dtype
-        return run(*args)
+        return results
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -169,9 +169,9 @@ class Plan:
         results = shown if isinstance(shown, tuple) else (shown,)
         lines = self._allocations(recorder, results) + self._launches(recorder)
         names = [self._name(t) for t in results]
-        lines.append(f"return ({', '.join(names)},)" if isinstance(shown, tuple) else f"return {names[0]}")
+        text = f"({', '.join(names)},)" if isinstance(shown, tuple) else names[0]
         if not call.with_gradient:
-            return lines
+            return [*lines, f"return {text}"]
         if result is not call.first:
             raise KeyError("the result is not that of the op")
         # The work of Function.apply beside this one is for functorch, which is not active.
@@ -179,11 +179,7 @@ class Plan:
         apply = self._constant(super(torch.autograd.Function, function).apply)  # type: ignore[misc]
         args = [self._name(a) if isinstance(a, Tensor) else self._constant(a) for a in call.args]
         inputs = [args[i] for i in call.op.inputs]
-        return [
-            "def run(*_):",
-            *[f" {line}" for line in lines],
-            f"return {apply}({', '.join(inputs)}, run, ({', '.join(args)},))",
-        ]
+        return [*lines, f"return {apply}({', '.join(inputs)}, {text}, ({', '.join(args)},))"]
 
     def _allocations(self, recorder: Recorder, results: Sequence[Tensor]) -> list[str]:
         """The lines that make what is returned, or what a kernel gets."""

@@ -58,8 +58,8 @@ class Op:
     def differentiate(self, function: type[torch.autograd.Function], *inputs: int) -> None:
         """Give the op a gradient by the arguments with these numbers.
 
-        function: its forward takes these arguments, a function to run and all arguments, runs the one on the other, and
-        returns the first result. Its backward returns the gradients, and None twice.
+        function: its forward takes these arguments, the results and all arguments, and returns the first result. Its
+        backward returns the gradients, and None twice.
         """
         self.function, self.inputs = function, inputs
         _libraries[self.name].impl(self.name, self._autograd, "Autograd")
@@ -77,15 +77,11 @@ class Op:
         if not self._wants_gradient(args):
             return run(*args)
         assert self.function is not None
-        results: list[Any] = []
-
-        def kept(*args: Any) -> Any:
-            results.append(run(*args))
-            return results[0]
-
-        first = self.function.apply(*[args[i] for i in self.inputs], kept, args)
+        with torch.no_grad():
+            results = run(*args)
+        first = self.function.apply(*[args[i] for i in self.inputs], results, args)
         # No gradient passes through the results after the first.
-        return (first, *results[0][1:]) if isinstance(results[0], tuple) else first
+        return (first, *results[1:]) if isinstance(results, tuple) else first
 
     def _recorded(self, recorder: Recorder, args: tuple[Any, ...]) -> Any:
         seen: list[Any] = []

@@ -123,9 +123,9 @@ def _vlb(
 
 class _Vlb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, run: Any, args: Any) -> Tensor:
-        value, *grads = run(*args[:8], *ctx.needs_input_grad[:2])
-        ctx.stored = grads
+    def forward(ctx: Any, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, results: Any, args: Any) -> Tensor:
+        value, *grads = results
+        ctx.stored = grads if args[8:] == ctx.needs_input_grad[:2] else None
         ctx.save_for_backward(*args[:6])
         ctx.clip, ctx.dtypes = args[6], (pred.dtype, raw if raw is None else raw.dtype)
         return value
