@@ -8,6 +8,8 @@ current stream. Checks, layouts, grids and PyTorch's dispatcher cost them nothin
 A call is not repeatable if it does anything else: copies an operand into another layout, draws a seed, moves a number
 to the device, or runs the reference. Then every call of its kind goes the full way, as does all that `unwatched`
 excludes.
+
+plan.py: how a call is recorded, and what repeats it. Here: which plan serves a call.
 """
 
 import functools
