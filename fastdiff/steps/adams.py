@@ -16,7 +16,7 @@ from torch import Tensor
 from ..rows import make_rows
 from ..schedule import NoiseSchedule
 from ..support.scalars import integer
-from .table import StepTable, check_finite_ratio, check_signal, make_table, x0_columns
+from .table import StepTable, check_decreasing, check_finite_ratio, check_signal, make_table, x0_columns
 from .weights import exponential_moments, ring, weights_of
 
 # Adams-Bashforth for equal steps, newest first.
@@ -119,6 +119,7 @@ def _adams(
 
 def _ratios(name: str, schedule: NoiseSchedule, levels: Tensor, objective: str) -> list[float]:
     """rho at the levels."""
+    check_decreasing(name, levels)
     check_signal(schedule, levels[:-1], objective)
     check_finite_ratio(name, schedule, levels[:-1])
     found: list[float] = (-schedule.log_snr / 2).exp()[levels].tolist()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..schedule import NoiseSchedule
 from ..support.scalars import integer
-from .table import StepTable, check_at_least_0, make_table, x0_columns
+from .table import StepTable, check_at_least_0, check_decreasing, make_table, x0_columns
 from .weights import exponential_moments, phi, ring, weights_of
 
 VARIANTS = ("bh1", "bh2")
@@ -84,7 +84,7 @@ def dpm_solver_pp_3m_sde(
     The integral of the parabola through the estimates has 2 H phi_3 dd. The published rule has half of it, and so do
     the third-order rules of DPM-Solver: it is of second order, with a smaller error than 2M.
 
-    Row: from_x0 and the three slots' shares are what the last line takes from the estimates; two slots in a ring.
+    Row: from_x0 and hist are what the last line takes from the estimates; two slots in a ring.
 
     Args:
         eta: 1 is the reverse SDE, 0 the ODE.
@@ -94,6 +94,7 @@ def dpm_solver_pp_3m_sde(
     Reference: k-diffusion's sample_dpmpp_3m_sde; the functions phi are those of Lu et al. 2022, arXiv:2206.00927.
     """
     check_at_least_0("eta", eta)
+    check_decreasing("dpm++3m_sde", levels)
     t, s = levels[:-1], levels[1:]
     denoised = x0_columns(schedule, t, s, objective, clip)
     steps, from_x, noise = _drift(schedule, t, s, eta)
@@ -165,6 +166,7 @@ def unipc(
         raise ValueError(f"order: expected 1, 2 or 3, got {order!r}")
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+    check_decreasing("unipc", levels)
     t, s = levels[:-1], levels[1:]
     denoised = x0_columns(schedule, t, s, objective, clip)
     place, alpha = (values[levels].tolist() for values in (schedule.log_snr / 2, schedule.alpha))
