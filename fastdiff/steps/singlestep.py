@@ -152,7 +152,7 @@ def ancestral_step(rho_t: Tensor, rho_s: Tensor, eta: float) -> tuple[Tensor, Te
 
 
 def middles(schedule: NoiseSchedule, levels: Tensor, eta: float = 0.0) -> Tensor:
-    """rho_m = sqrt(rho_t rho_d) of each step between levels (n + 1,), but of none to data. Raises: ValueError for eta."""
+    """rho_m = sqrt(rho_t rho_d) of each step between levels (n + 1,), but of none to data; ValueError for eta."""
     _check_eta(eta)
     rho = (-schedule.log_snr / 2).exp()[levels]
     before, after = rho[:-1][rho[1:] > 0], rho[1:][rho[1:] > 0]
