@@ -58,6 +58,7 @@ def sample_inputs() -> list[tuple[str, tuple]]:
         ("update", (x, last, nine, one, None, None, other.detach(), last, x, None, 2)),
         ("update_", (x.clone(), last, nine, t, seed, None, None, None, None, None, 1.0, "none", 2)),
         ("update_", (last.clone(), x, nine, one, None, None, x, x, x, last.clone(), None, "x", 2)),
+        ("update_", (x.clone(), x, rows(14), t, None, None, None, None, None, torch.stack((x, x)), None, "mix", 2)),
         ("noising_out", (x.clone(), last, t, rows(2), seed, ids, None, 1)),
         ("update_out", (last.clone(), x, last, nine, t, seed, None, None, None, None, x.clone(), 1.0, "x0hat", 2)),
     ]
