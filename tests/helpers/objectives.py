@@ -39,5 +39,6 @@ def _edm(alpha: Any, sigma: Any, x0: Any, eps: Any) -> Any:
 
     With r = sigma / alpha = sigma_data tan(angle), so that both ends, 0 and infinity, are angles as any other.
     """
-    angle = torch.atan2(torch.as_tensor(sigma), SIGMA_DATA * torch.as_tensor(alpha))
+    alpha, sigma = (torch.as_tensor(value, dtype=torch.float64) for value in (alpha, sigma))
+    angle = torch.atan2(sigma, SIGMA_DATA * alpha)
     return angle.sin() / SIGMA_DATA * x0 - angle.cos() * eps
