@@ -44,7 +44,7 @@ def project(net: Any, emb: Tensor) -> Tensor | None:
     """
     blocks = [reader for reader in net.readers() if isinstance(reader, ResnetBlock)]
     layers = [block.time_emb_proj for block in blocks]
-    convolutions = [block.conv1 for block in blocks if not block.scale_shift]
+    convolutions: list[Any] = [block.conv1 for block in blocks if not block.scale_shift]
     if not (all(map(adds_bias, convolutions)) and all(map(is_linear, layers))):
         return None
     bias = torch.cat([layer.bias for layer in layers])
@@ -68,7 +68,8 @@ def owed(net: Any) -> Tensor | None:
 
     def through(reader: Any) -> Tensor:
         found.append(now)
-        after: Tensor = reader.conv.bias if isinstance(reader, Downsample | Upsample) else reader.owes(now)
+        after: Tensor
+        after = reader.conv.bias if type(reader) in (Downsample, Upsample) else reader.owes(now)
         return after
 
     for level in net.levels():

@@ -205,7 +205,7 @@ class ResnetBlock(nn.Module):
         shortcut = self.conv_shortcut
         if not isinstance(shortcut, nn.Identity):
             owed = F.linear(owed, shortcut.weight.flatten(1), shortcut.bias)
-        return (owed + self.conv2.bias) / self.scale
+        return (owed + self.conv2.bias) / self.scale  # type: ignore[operator]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ def norm_grad(
         )  # fmt: skip
     if same is not x_grad:
         x_grad.copy_(same)
-    if skip_grad is not None and same_skip is not skip_grad:
+    if skip_grad is not None and same_skip is not None and same_skip is not skip_grad:
         skip_grad.copy_(same_skip)
     if weight_grad is not None:
         launch(

@@ -28,6 +28,7 @@ def group_norm_silu(
     shift: Tensor | None = None,
     add: Tensor | None = None,
     skip: Tensor | None = None,
+    *,
     silu: bool = True,
 ) -> Tensor:
     """silu(GroupNorm(x + add) (1 + scale) + shift).
