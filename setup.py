@@ -30,6 +30,7 @@ setup(
         "cpu": ["numba"],
         "train": ["scikit-learn", "pillow", "tqdm", "safetensors"],
         "ode": ["torchdiffeq"],
+        "coupling": ["scipy"],
         # The schedulers and the diffusion repeat the arithmetic of these versions.
         "diffusers": ["diffusers>=0.42.1,<0.43"],
         "denoising-diffusion": ["denoising-diffusion-pytorch>=2.3.4,<2.4"],

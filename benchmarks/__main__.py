@@ -18,8 +18,8 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     device_argument(root)
     root.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures as a PNG")
-    text = "instead: images per second and Frechet distance of a DDPM of the digits, sampler by sampler"
-    root.add_argument("--quality", type=Path, metavar="CHECKPOINT", help=text)
+    text = "instead: images per second and Frechet distance of models of the digits, sampler by sampler"
+    root.add_argument("--quality", type=Path, nargs="+", metavar="CHECKPOINT", help=text)
     return root
 
 

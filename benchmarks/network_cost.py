@@ -2,7 +2,7 @@
 
 Two tables. The first runs the 35.7M network of google/ddpm-cifar10-32, and diffusers' own of the same configuration, on
 tensors without values, and counts the GPU kernels that PyTorch launches for it and the bytes that they read and write.
-The second counts what Inductor writes for two resnet blocks on an H100.
+The second counts what Inductor writes for two resnet blocks on an H100, and how often that reads or writes a whole map.
 
 The count is an estimate by rules, see `cost`: a kernel for each operator that is no view, two for a convolution with a
 bias (cuDNN convolves, PyTorch adds), three for GroupNorm. Bytes are those of all operands, once each; caches hold some.
@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.networks import cifar10
 from fastdiff.cast import Casts
-from fastdiff.nn import Ahead, ResnetBlock
+from fastdiff.fused import Ahead
+from fastdiff.nn import ResnetBlock
 from fastdiff.unet import UNet
 
 CPU = torch.device("cpu")
@@ -171,8 +172,38 @@ def rows(batches: Sequence[int] = (1, 256)) -> list[Row]:
     return made
 
 
-def inductor_kernels(fused: bool, channels_last: bool) -> tuple[int, int]:
-    """(Triton kernels, calls of libraries and of our ops) of two resnet blocks of 128 channels at 32x32, compiled.
+class Compiled(NamedTuple):
+    """What Inductor makes of a network: its Triton kernels, calls of libraries and of our ops, and how often a whole
+    map is read or written, by all but convolutions."""
+
+    triton: int
+    calls: int
+    passes: int
+
+
+def passes(source: str, shape: Sequence[int]) -> int:
+    """Reads and writes of maps of that shape in the module that Inductor wrote, but for those of convolutions."""
+    size = re.escape(str(tuple(shape)))
+    maps = set(re.findall(rf"(?:assert_size_stride\((\w+), |(\w+) = empty_strided_cuda\(){size}", source))
+    names = {name for found in maps for name in found}
+    kernels = dict(re.findall(r"^def (triton_\w+)(\(.*?)(?=^\'\'\')", source, re.MULTILINE | re.DOTALL))
+    count = 0
+    for line in source[source.index("def call(") :].splitlines():
+        if reused := re.match(r"\s+(\w+) = (\w+); del \w+ +# reuse", line):
+            names |= {reused[1]} if reused[2] in names else set()
+        elif launched := re.match(r"\s+(triton_\w+)\.run\((.*), stream", line):
+            body = kernels[launched[1]]
+            parameters = re.match(r"\((.*?)\)", body)[1].split(", ")  # type: ignore[index]
+            for parameter, argument in zip(parameters, launched[2].split(", "), strict=False):
+                accesses = len(re.findall(rf"tl\.(?:load|store)\({parameter} ", body))
+                count += accesses if argument in names else 0
+        elif "fastdiff.group_norm_silu" in line and " = " in line:
+            count += 2
+    return count
+
+
+def inductor_kernels(fused: bool, channels_last: bool) -> Compiled:
+    """Of two resnet blocks of 128 channels at 32x32.
 
     Args:
         fused: as fastdiff samples, with its norm, and the projections of the embedding made ahead. Else with PyTorch's
@@ -214,7 +245,7 @@ def inductor_kernels(fused: bool, channels_last: bool) -> tuple[int, int]:
         source = inductor.source(forward, *(laid_out(t) for t in inputs))
     call = source[source.index("def call(") :]
     calls = re.findall(r"(?:extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", call)
-    return len(re.findall(r"\w+\.run\(", call)), len(calls)
+    return Compiled(len(re.findall(r"\w+\.run\(", call)), len(calls), passes(source, images.shape))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,13 +258,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in counted:
         print(f"| {row.network} | {row.batch} | {row.kernels} | {row.megabytes_per_image:.1f} |")
     blocks = []
-    print("\n| two resnet blocks, compiled | layout | Triton kernels | calls |\n|---|---|---:|---:|")
+    print("\n| two resnet blocks, compiled | layout | Triton kernels | calls | passes |\n|---|---|---:|---:|---:|")
     for fused in (True, False):
         for channels_last in (True, False):
-            kernels, calls = inductor_kernels(fused, channels_last)
+            made = inductor_kernels(fused, channels_last)
             name, layout = "fastdiff" if fused else "PyTorch", "channels_last" if channels_last else "NCHW"
-            blocks.append({"norm": name, "layout": layout, "triton": kernels, "calls": calls})
-            print(f"| {name}'s norm | {layout} | {kernels} | {calls} |")
+            blocks.append({"norm": name, "layout": layout} | made._asdict())
+            print(f"| {name}'s norm | {layout} | {made.triton} | {made.calls} | {made.passes} |")
     if args.json:
         content = {"forward": [row._asdict() for row in counted], "compiled": blocks}
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -69,31 +69,29 @@ def _time(row: str, line: Mapping[str, Any]) -> str:
     return f"{line['ns_per_element'][row]:.2f}" + ("" if ratio is None else f" ({ratio:.2g}x)")
 
 
-def quality(rows: Sequence[Mapping[str, Any]], real: float, colours: Mapping[str, str]) -> Figure:
-    """Frechet distance over images per second, one curve for each sampler; each point names its steps.
+def quality(rows: Sequence[Mapping[str, Any]], real: float) -> Figure:
+    """Frechet distance over images per second: a panel for each model, a curve for each sampler.
 
     Args:
-        rows: as `quality.measure` returns them.
+        rows: as `quality.main` makes them. The points of a curve are in the order of their numbers of model calls.
         real: the distance between two halves of the real images, which no sampler has to beat.
-        colours: the colour of each sampler.
     """
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for sampler, colour in colours.items():
-        own = [row for row in rows if row["sampler"] == sampler]
-        points = [(row["images_per_s"], row["frechet_distance"]) for row in own]
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1, label=sampler)
-        offset = (0, -12 if sampler == "dpm++2m" else 6)  # two samplers lie close together
-        for row, point in zip(own, points, strict=True):
-            where: Any = {"xytext": offset, "textcoords": "offset points", "ha": "center"}
-            axes.annotate(str(row["steps"]), point, color=colour, fontsize=8, **where)
-    axes.axhline(real, color=NEUTRAL, linewidth=0.8, linestyle="--", label="two halves of the real digits")
-    axes.set(
-        xscale="log", xlabel="images per second (right is better)", ylim=(0, None),
-        ylabel="Frechet distance to held-out digits (down is better)", title="Each point names its number of steps",
-    )  # fmt: skip
-    axes.legend(loc="lower left", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    models, samplers = ({row[key]: None for row in rows} for key in ("model", "sampler"))
+    figure = Figure(figsize=(PAGE[0], 3.6), layout="constrained")
+    calls = ", ".join(str(row) for row in sorted({row["calls"] for row in rows}))
+    figure.suptitle(f"From right to left: {calls} model calls", fontsize=9)
+    panels = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
+    for panel, model in zip(panels, models, strict=True):
+        for k, sampler in enumerate(samplers):
+            own = [row for row in rows if (row["model"], row["sampler"]) == (model, sampler)]
+            points = [(row["images_per_s"], row["frechet_distance"]) for row in own]
+            style: Any = {"color": f"C{k % 10}", "marker": "osD^v"[k // 10 % 5], "markersize": 4, "linewidth": 1}
+            panel.plot(*zip(*points, strict=True) if points else ([], []), label=sampler, **style)
+        panel.axhline(real, color=NEUTRAL, linewidth=0.8, linestyle="--", label="two halves of the real digits")
+        panel.set(xscale="log", yscale="log", xlabel="images per second (right is better)", title=model)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("Frechet distance to held-out digits (down is better)", fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
 

@@ -1,4 +1,5 @@
-"""`python -m benchmarks --quality CHECKPOINT`: images per second and Frechet distance of a model of the digits."""
+"""`python -m benchmarks --quality CHECKPOINT ...`: images per second and Frechet distance of models of the digits, for
+every sampler at equal numbers of model calls."""
 
 import argparse
 import json
@@ -9,12 +10,24 @@ import torch
 
 from fastdiff import files
 from fastdiff.diffusion import Diffusion
+from fastdiff.steps import SAMPLERS
 from fastdiff.training import checkpoint, data
 from fastdiff.training.evaluate import frechet_distance
 
-RUNS = [("ddpm", 1000), *((sampler, steps) for sampler in ("ddim", "dpm++2m") for steps in (100, 50, 20, 10))]
+CALLS = (5, 10, 20, 50)
 BATCH = 256
-COLOURS = {"ddpm": "#888888", "ddim": "#cc7722", "dpm++2m": "#3465a4"}
+
+
+def steps_of(model: Diffusion, sampler: str, calls: int) -> int | None:
+    """The most steps of the sampler that take at most so many calls of the model; None if it cannot run like that."""
+    for steps in range(calls, 0, -1):
+        try:
+            table = model.step_table(sampler, steps)
+        except ValueError:  # it cannot start where the model does, or needs another process
+            return None
+        if sum(kind != "add" for kind in table.kinds) <= calls:
+            return steps
+    return None
 
 
 def measure(model: Diffusion, sampler: str, steps: int, n: int, held_out: torch.Tensor) -> dict[str, Any]:
@@ -33,29 +46,35 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     """Print the table, and write the files that are asked for.
 
     Args:
-        args: quality (the checkpoint), json and plot (a path or None).
+        args: quality (the checkpoints), json and plot (a path or None).
 
-    Raises: ValueError if the model is not a DDPM of the digits.
+    Raises: ValueError if a model is not of the digits.
     """
-    model = checkpoint.load_model(args.quality).to(device)
-    if model.model.sample_shape != (1, 8, 8) or getattr(model, "timesteps", 0) < RUNS[0][1]:
-        raise ValueError(f"{args.quality}: expected a DDPM of the 8x8 digits with 1,000 timesteps")
+    models = [checkpoint.load_model(path).to(device) for path in args.quality]
+    for path, model in zip(args.quality, models, strict=True):
+        if model.model.sample_shape != (1, 8, 8):
+            raise ValueError(f"{path}: expected a model of the 8x8 digits, it draws {model.model.sample_shape}")
     train, _, held_out, _ = data.digits()
     n = len(train)
     real = frechet_distance(train[:], held_out[:])
-    print(f"{n} images of {args.quality}; two halves of the real digits are {real:.4f} apart\n")
-    print(f"{'sampler':10}{'steps':>7}{'images/s':>11}{'to ddpm':>10}{'Frechet distance':>19}{'to ddpm':>10}")
+    print(f"{n} images of each model; two halves of the real digits are {real:.4f} apart\n")
+    print(f"{'model':14}{'sampler':22}{'calls':>6}{'steps':>7}{'images/s':>11}{'Frechet distance':>19}")
     rows: list[dict[str, Any]] = []
-    for sampler, steps in RUNS:
-        rows.append(measure(model, sampler, steps, n, held_out[:]))
-        rate, distance = (rows[-1][key] / rows[0][key] for key in ("images_per_s", "frechet_distance"))
-        print(f"{sampler:10}{steps:7}{rows[-1]['images_per_s']:11.2f}{rate:9.1f}x", end="")
-        print(f"{rows[-1]['frechet_distance']:19.4f}{distance:9.2f}x", flush=True)
+    for model in models:
+        name = type(model).__name__
+        for sampler in SAMPLERS:
+            for calls in CALLS:
+                steps = steps_of(model, sampler, calls)
+                if steps is None:
+                    continue
+                rows.append({"model": name, "calls": calls, **measure(model, sampler, steps, n, held_out[:])})
+                rate, distance = rows[-1]["images_per_s"], rows[-1]["frechet_distance"]
+                print(f"{name:14}{sampler:22}{calls:6}{steps:7}{rate:11.2f}{distance:19.4f}", flush=True)
     if args.json:
         with files.replacing(args.json) as temporary:
             temporary.write_text(json.dumps({"real": real, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     if args.plot:
         from . import pictures
 
-        pictures.save(pictures.quality(rows, real, COLOURS), args.plot)
+        pictures.save(pictures.quality(rows, real), args.plot)
     return 0

@@ -2,6 +2,8 @@
 
 from . import ops, reference
 from .ddpm import DDPM
+from .edm import Edm
+from .flow import FlowMatching
 from .interop.accelerate import accelerate, restore
 from .ops.dispatch import backend
 from .schedule import NoiseSchedule
@@ -12,6 +14,8 @@ __version__ = "0.2.0"
 __all__ = [
     "DDPM",
     "NCSN",
+    "Edm",
+    "FlowMatching",
     "NoiseSchedule",
     "ScoreSDE",
     "UNet",

@@ -20,7 +20,7 @@ from .ops.checks import as_seed, check_floating
 from .reference import work_dtype
 from .schedule import NoiseSchedule
 from .steps import VARIANCES, check_signal
-from .support.progress import bar, evaluating
+from .support.progress import bar
 from .support.scalars import integer
 from .support.shapes import flat
 
@@ -222,10 +222,12 @@ def evaluate(
     condition = denoiser.condition(times).to(x0.device)
     seed = as_seed(seed, x0.device)
     terms = x0.new_empty(len(x0), n)
-    with evaluating(denoiser), torch.no_grad():
+    eval_mode = denoiser.evaluating()
+    with torch.no_grad():
         for k in bar(n, progress):
             x_t = ops.noising(x0, n - k, noising, seed=seed)
-            pred, raw, _ = denoiser.call_model(x_t, condition[k].expand(len(x0)), model_kwargs)
+            with eval_mode:
+                pred, raw, _ = denoiser.call_model(x_t, condition[k].expand(len(x0)), model_kwargs)
             terms[:, k] = ops.vlb(pred, x_t, x0, n - k, rows, raw_variance=raw, clip=denoiser.clip)
         prior = prior_kl(made, x0)
     return Bound(prior / math.log(2), terms / math.log(2))

@@ -8,74 +8,30 @@ launch: it runs no Python of the model and copies no inputs. It does what the pl
     what_forbids(...)       why a step cannot be captured
 """
 
+import functools
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
+from .graphs import (
+    MOST_CAPTURES,
+    PLAIN,
+    Captured,
+    CudaGraphs,
+    Recorder,
+    settings,
+    what_forbids_here,
+    what_forbids_model,
+)
 from .guidance import Pair
-from .ops.dispatch import forced
 from .sampling import Operands, Run, Steps, advance, conditions, given_noise
-
-# Captures are kept for this many kinds of call; each holds the memory of one step.
-MOST_CAPTURES = 4
-# Steps of each kind that run before one is captured: kernels are compiled, libraries set up.
-WARM_UP = 2
-
-Function = Callable[[], None]
-
-
-class Recorder(Protocol):
-    """Records what a function does on the device, so that it can be done again without Python."""
-
-    def warm_up(self, function: Function, strict: bool = False) -> None:
-        """Run it as it will be recorded. strict: raise RuntimeError if it waits for the device."""
-
-    def record(self, function: Function) -> Function:
-        """Record it, without running it, and return what replays it."""
-
-
-class CudaGraphs:
-    """A Recorder that makes CUDA graphs, which share their memory: one runs at a time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, function: Function, strict: bool = False) -> None:
-        current, mode = torch.cuda.current_stream(self.device), torch.cuda.get_sync_debug_mode()
-        self.stream.wait_stream(current)
-        try:
-            if strict:
-                torch.cuda.set_sync_debug_mode("error")
-            with torch.cuda.stream(self.stream):
-                function()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-            current.wait_stream(self.stream)
-
-    def record(self, function: Function) -> Function:
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        # cuBLAS takes its workspace from the graph's own memory: PyTorch may free the one outside.
-        torch._C._cuda_clearCublasWorkspaces()
-        try:
-            # Other threads, such as those that pin memory for a DataLoader, go on meanwhile.
-            with (
-                torch.cuda.device(self.device),
-                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
-            ):
-                function()
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
-            torch.cuda.set_stream(current)  # a failed capture leaves its own
-        replay: Function = graph.replay
-        return replay
 
 
 class CapturedSteps:
@@ -83,9 +39,9 @@ class CapturedSteps:
 
     def __init__(self, run: Run, recorder: Recorder) -> None:
         self.recorder, self.required = recorder, False
+        self.busy = False  # a run goes on, or was broken off
         self.weights = weights_of(run.denoiser.model)
-        self.graphs: dict[str, Function] = {}
-        self.warm_ups: dict[str, int] = {}
+        self.graphs: dict[str, Captured] = {}
         self.run = run
         self.x = torch.empty_like(run.x)
         first = Steps(run)
@@ -129,43 +85,23 @@ class CapturedSteps:
         kind, given = self.run.table.kinds[k], given_noise(self.run, k)
         if self.noise is not None and given is not None:
             self.noise.copy_(given)
-        if kind not in self.graphs and not self._warm_up(kind):
-            self.graphs[kind] = self._record(kind)
-        if kind in self.graphs:
-            self.graphs[kind]()
+        if kind not in self.graphs:
+            self.graphs[kind] = Captured(self.recorder)
+        # A step that fails may be run again: it writes at its end.
+        self.graphs[kind](functools.partial(self._advance, kind), self._refuse)
 
     def finish(self) -> Tensor:
         x = self.run.x.copy_(self.x)
         self.run = replace(self.run, x=self.x, noise=None, model_kwargs={})  # not to keep what the caller owns
+        self.busy = False
         return x
 
-    def _warm_up(self, kind: str) -> bool:
-        """Take the step without a graph, if it is one of the first of its kind; else False."""
-        count = self.warm_ups[kind] = self.warm_ups.get(kind, 0) + 1
-        if count > WARM_UP:
-            return False
-        try:
-            self.recorder.warm_up(lambda: self._advance(kind), strict=count == WARM_UP)
-        except RuntimeError as error:
-            if count < WARM_UP:
-                raise
-            self.graphs[kind] = self._without(kind, error)  # nothing has changed: a step writes at its end
-        return True
-
-    def _record(self, kind: str) -> Function:
-        """What replays a step of that kind."""
-        try:
-            return self.recorder.record(lambda: self._advance(kind))
-        except RuntimeError as error:
-            return self._without(kind, error)
-
-    def _without(self, kind: str, error: RuntimeError) -> Function:
-        """What takes a step that cannot be captured; the error itself if a graph is required."""
+    def _refuse(self, error: RuntimeError) -> None:
+        """A step cannot be captured: say so, or raise the error if a graph is required."""
         if self.required:
             raise error
         reason = str(error).splitlines()[0]
         warnings.warn(f"graph: the step cannot be captured and runs without ({reason})", stacklevel=2)
-        return lambda: self.recorder.warm_up(lambda: self._advance(kind))
 
     def _advance(self, kind: str) -> None:
         """The step that the counter names, with nothing that depends on the run but by these tensors."""
@@ -184,6 +120,7 @@ class Captures:
     def __init__(self, recorder: Callable[[torch.device], Recorder] = CudaGraphs) -> None:
         self.recorder = recorder
         self.kept: OrderedDict[Any, CapturedSteps] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Captures, ()
@@ -193,35 +130,29 @@ class Captures:
 
         required: raise RuntimeError if a step cannot be captured; else it runs without, with a warning.
         """
-        kind = kind_of(run)
-        steps = self.kept.get(kind)
-        if steps is None or steps.weights != weights_of(run.denoiser.model):
-            steps = CapturedSteps(run, self.recorder(run.x.device))
-        self.kept[kind] = steps
-        self.kept.move_to_end(kind)
-        while len(self.kept) > MOST_CAPTURES:
-            self.kept.popitem(last=False)
+        kind, weights = kind_of(run), weights_of(run.denoiser.model)
+        with self._lock:
+            steps = self.kept.get(kind)
+            # A run of another thread, or around this one, goes on in its tensors.
+            if steps is None or steps.busy or steps.weights != weights:
+                steps = CapturedSteps(run, self.recorder(run.x.device))
+            steps.busy = True
+            self.kept[kind] = steps
+            self.kept.move_to_end(kind)
+            while len(self.kept) > MOST_CAPTURES:
+                self.kept.popitem(last=False)
         return steps.begin(run, required)
 
 
 def what_forbids(denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -> str | None:
     """What a step would need to be captured, and lacks; None if nothing forbids it."""
-    device, model = denoiser.device, denoiser.model
-    if device.type != "cuda":
-        return f"a model on CUDA, got one on {device.type}"
-    if not batch:
+    wrong = [name for name, value in model_kwargs.items() if not isinstance(value, (Tensor, *PLAIN))]
+    reason = what_forbids_here(denoiser.device) or what_forbids_model(denoiser.model, denoiser.device)
+    if reason is None and not batch:
         return "at least one sample, got none"
-    if torch.is_autocast_enabled(device.type):
-        return "no autocast, whose copies of the weights do not outlive it; use dtype"
-    if any(p.device != device for p in model.parameters()):
-        return "all weights on one device, got several"
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        return "a model without forward hooks, which a replay would not call"
-    plain = (Tensor, bool, int, float, str, type(None))
-    wrong = [name for name, value in model_kwargs.items() if not isinstance(value, plain)]
-    if wrong:
+    if reason is None and wrong:
         return f"tensors and plain values as arguments of the model, got {wrong[0]}"
-    return None
+    return reason
 
 
 def kind_of(run: Run) -> Any:
@@ -244,8 +175,7 @@ def kind_of(run: Run) -> Any:
         run.seed is None,
         run.sample_ids is None,
         arguments,
-        forced(),
-        torch.get_float32_matmul_precision(),
+        settings(),
     )
 
 

@@ -9,15 +9,20 @@ from torch import Tensor, nn
 TYPES = (torch.bfloat16, torch.float16)
 
 
-def channels_last_convolutions(model: nn.Module) -> None:
+def channels_last_convolutions(model: nn.Module) -> list[nn.Conv2d]:
     """Lay out the weights of 2d convolutions channels last, in place.
 
     It is the layout that fast convolutions read, on GPUs and CPUs alike; they convert any other at every call. Their
     outputs follow it, so that a whole network runs channels last.
+
+    Returns: the convolutions whose weights had another layout.
     """
+    changed = []
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_contiguous(memory_format=torch.channels_last):
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
+            changed.append(module)
+    return changed
 
 
 class Casts:

@@ -19,7 +19,13 @@ from .support.settable import settable
 
 
 class Tables:
-    """The tables that were made, as attributes. They are derived data: a copy or pickle has none, and makes its own."""
+    """The tables that were made, as attributes. They are derived data: a copy or pickle has none, and makes its own.
+
+    versions: of the tensors that they were made of.
+    """
+
+    def __init__(self, versions: tuple[int, ...] | None = None) -> None:
+        self.versions = versions
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tables, ()
@@ -29,7 +35,8 @@ class ChainDiffusion(Diffusion):
     """A Diffusion whose times are the levels 1..T of a chain, with a table of each level's numbers.
 
     The tables are no buffers, so nothing averages, rounds, broadcasts or saves them. Each is made when it is first
-    asked for, in float64 on the CPU, cast, and brought to the data's device; and again for data on another device.
+    asked for, in float64 on the CPU, cast, and brought to the data's device; and again for data on another device, and
+    after a change of the schedule's tensors in place. One through `.data` or NumPy is not seen: set `schedule` instead.
 
     `weighting` and `schedule` (also a name, or betas) may be set later, as the options of Denoiser may.
     """
@@ -156,6 +163,10 @@ class ChainDiffusion(Diffusion):
 
     def _make(self, kind: str, name: str, device: torch.device) -> Tensor:
         """The table, made and kept unless it is there."""
+        schedule = self.process.schedule
+        versions = tuple([t._version for t in (schedule.log_alpha, schedule.sigma) if not t.is_inference()])
+        if self._tables.versions != versions:
+            self._tables = Tables(versions)
         made: Tensor | None = getattr(self._tables, name, None)
         if made is None or made.device != device:
             with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):

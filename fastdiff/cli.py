@@ -34,6 +34,8 @@ SUITED: dict[str, tuple[str, int]] = {
     "DDPM": ("ddim", 50),
     "NCSN": ("annealed_langevin", 10),
     "ScoreSDE": ("heun", 18),
+    "FlowMatching": ("ddim", 50),
+    "Edm": ("heun", 18),
 }
 # What can go wrong without a fault in this program.
 FAILURES = (OSError, ValueError, ImportError, MemoryError, RuntimeError, ArithmeticError)
@@ -135,8 +137,8 @@ TRAIN_HELP = {
     "ema": "decay of the moving average of the weights, in [0, 1)",
     "clip_grad": "largest norm of the gradient",
     "channels": "channels of the U-Net at full resolution, a multiple of 8",
-    "formulation": "ddpm, ncsn (score-based), or a score SDE: vp, subvp or ve",
-    "objective": "what the network predicts: eps, x0, v or score",
+    "formulation": "ddpm, ncsn (score-based), a score SDE (vp, subvp or ve), flow (flow matching) or edm",
+    "objective": "what the network predicts: eps, x0, v, score, flow or edm",
     "schedule": "noise schedule of ddpm: linear, scaled_linear, cosine, sigmoid, proportional or raised_cosine",
     "variance": "of ddpm's steps: posterior, beta or learned (with loss hybrid or vlb)",
     "timesteps": "length of ddpm's chain, or of ncsn's ladder",

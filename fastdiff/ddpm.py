@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from . import bound, ops, sampling, steps
 from .chain import ChainDiffusion
 from .interop import pretrained
-from .ops.checks import as_seed, check_choice, check_floating, check_like
+from .interpolation import along_the_circle, mixing_weight
+from .ops.checks import as_seed, check_choice, check_floating
 from .process import Chain
 from .reference import work_dtype
 from .sampling import Run, StepOptions, Steps
@@ -19,7 +20,6 @@ from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, make_steps
 from .support import run_file
 from .support.scalars import integer
-from .support.shapes import flat
 from .unet import UNet
 
 # With more alpha_bar at the last level, the prior is visibly not where the chain ends.
@@ -36,7 +36,8 @@ class DDPM(ChainDiffusion):
             prediction, shaped like x_t, as a tensor or as the attribute `sample` of an object.
         schedule: a name of fastdiff.schedule.SCHEDULES, a NoiseSchedule, or betas (T,).
         timesteps: T, the number of noise levels; level 0 is data and the chain runs over t = 1..T.
-        objective: what the model predicts: "eps", "x0", "v" = alpha eps - sigma x_0, or "score" = -eps / sigma.
+        objective: what the model predicts: "eps", "x0", "v" = alpha eps - sigma x_0, or another of
+            fastdiff.objective.OBJECTIVES.
         weighting: "simple" (1; sigma^2 for score), "min_snr" (Hang et al. 2023) or "vlb" (the bound's own weights).
         loss: "mse", "l1" or "huber" (with delta 1).
             "hybrid" adds 1e-3 of the variational bound to "mse", with its gradient by the variance alone, and "vlb" is
@@ -129,8 +130,8 @@ class DDPM(ChainDiffusion):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a directory that DDPMPipeline.from_pretrained of diffusers reads, with weights as safetensors.
 
-        Raises: ValueError, before anything is written, if the model is no UNet, the objective is "score", or the
-            schedule does not keep the variance.
+        Raises: ValueError, before anything is written, if the model is no UNet, diffusers lacks the objective,
+            or the schedule does not keep the variance.
         """
         if not isinstance(self.model, UNet):
             raise ValueError(f"model: expected a UNet, got {type(self.model).__name__}")
@@ -244,18 +245,12 @@ class DDPM(ChainDiffusion):
         Raises: ValueError or TypeError, naming the argument.
         Reference: Ho et al. 2020, section 4.4; Song et al. 2021, arXiv:2010.02502, section 5.3.
         """
-        check_floating("x0", x0)
-        check_like("x1", x1, x0)
         check_choice("sampler", sampler, ("ddpm", "ddim"))
-        mix = torch.as_tensor(weight, dtype=torch.float32, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1))
-        if len(mix) not in (1, len(x0)) or not bool(((mix >= 0) & (mix <= 1)).all()):
-            raise ValueError(f"weight: expected one or {len(x0)} numbers in [0, 1], got {weight}")
         if sampler == "ddim":
             if t is not None or seed is not None:
                 raise ValueError("t, seed: expected None with sampler 'ddim', which goes all the way and draws nothing")
-            z0, z1 = (self.encode(x, steps=steps, **model_kwargs) for x in (x0, x1))
-            x_T = slerp(z0, z1, mix.to(z0))
-            return self.sample(tuple(x0.shape), steps=steps, sampler="ddim", x_T=x_T, **model_kwargs)
+            return along_the_circle(self, x0, x1, weight, steps=steps, **model_kwargs)
+        mix = mixing_weight(x0, x1, weight)
         if steps is not None:
             raise ValueError("steps: expected None with sampler 'ddpm', which takes every step from level t")
         level = max(1, self.timesteps // 2) if t is None else integer(t)
@@ -284,19 +279,3 @@ class DDPM(ChainDiffusion):
         if sampler == "ddpm" and eta == 0.0:
             return make_steps(self.process, sampler, steps, self.objective, self.clip, variance=self.variance)
         return super().step_table(sampler, steps, eta)
-
-
-def slerp(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """sin((1 - w) h) / sin h x + sin(w h) / sin h y, with h the angle between each pair of samples.
-
-    Args:
-        x, y: (B, ...).
-        weight: w, (1 or B, 1, ...), of y.
-    """
-    cosine = nn.functional.cosine_similarity(flat(x), flat(y)).clamp(-1, 1)
-    angle = cosine.acos().reshape(-1, *[1] * (x.ndim - 1))
-    near = angle.sin() < 1e-4  # the same direction: the arc is its chord
-    divisor = torch.where(near, 1.0, angle.sin())
-    first = torch.where(near, 1 - weight, ((1 - weight) * angle).sin() / divisor)
-    second = torch.where(near, weight, (weight * angle).sin() / divisor)
-    return first * x + second * y

@@ -16,7 +16,7 @@ from .process import Process
 from .reference import work_dtype
 from .rows import make_rows
 from .steps import VARIANCES, denoise_rows
-from .support import transforms
+from .support import modes, transforms
 from .support.settable import settable
 
 
@@ -45,7 +45,7 @@ class Denoiser(nn.Module):
         clip: the estimate of x_0 is kept in [-clip, clip] in sampling and in the bound; None leaves it free.
 
     `process`, `objective`, `clip` and `variance` (of the reverse steps, "posterior" at first) may be set later; all
-    else follows. Times t are levels 1..T in a chain, and times in (0, 1] of an SDE.
+    else follows. Times t are levels 1..T in a chain, and else in (0, process.last].
 
     Raises: TypeError or ValueError, naming the argument.
     """
@@ -130,7 +130,7 @@ class Denoiser(nn.Module):
         if guided:
             x, condition = torch.cat((x, x)), torch.cat((condition, condition))
         try:
-            out = self.model(x, condition, **model_kwargs)
+            out = modes.call(self.model, x, condition, **model_kwargs)
         except (RuntimeError, IndexError, TypeError) as error:
             self._explain(error, x, condition, model_kwargs)
             raise
@@ -148,6 +148,10 @@ class Denoiser(nn.Module):
         pred, uncond = pred.chunk(2)
         return Prediction(pred, None if raw is None else raw.chunk(2)[0], uncond)
 
+    def evaluating(self) -> modes.evaluating:
+        """A block in eval mode, for a step of a walk. Calls of the model by other threads wait for its end."""
+        return modes.evaluating(self.model, self)
+
     def _as_model(self, x: Tensor) -> Tensor:
         """x in the type of the model's weights; as it is if they differ, or where autocast has the network cast."""
         first = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
@@ -162,7 +166,7 @@ class Denoiser(nn.Module):
         if not condition.is_floating_point() or self.process.condition(whole).is_floating_point():
             return
         try:
-            self.model(x, whole, **model_kwargs)
+            modes.call(self.model, x, whole, **model_kwargs)
         except Exception:
             return
         raise ValueError(
@@ -190,12 +194,10 @@ class Denoiser(nn.Module):
 
         Raises: TypeError for a type other than bfloat16 and float16.
         """
-        if dtype is None:
+        if dtype is None or dtype == self.parameter_dtype:
             return self
         if dtype not in TYPES:
             raise TypeError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}")
-        if dtype == self.parameter_dtype:
-            return self
         made = copy.copy(self)
         made.__dict__["_modules"] = {**self._modules, "model": self._casts.get(self.model, dtype)}
         made.__dict__["_original"] = self
@@ -209,14 +211,14 @@ class Denoiser(nn.Module):
         return condition.to(self.dtype) if condition.is_floating_point() else condition
 
     def checked_times(self, name: str, x: Tensor, t: Any) -> Tensor:
-        """(B,) float64 times for the data x; uniformly drawn from [first, last] if t is None.
+        """(B,) float64 times for the data x, drawn as training does if t is None.
 
         Raises: ValueError or TypeError, naming x or t.
         """
         check_floating(name, x)
-        first, last = self.process.first, self.process.last
+        last = self.process.last
         if t is None:
-            return first + (last - first) * torch.rand(x.shape[:1], dtype=torch.float64, device=x.device)
+            return self.draw_times(x)
         if not isinstance(t, Tensor):
             if isinstance(t, bool) or not isinstance(t, Real):
                 raise TypeError(f"t: expected a number or a tensor, got {type(t).__name__}")
@@ -233,6 +235,11 @@ class Denoiser(nn.Module):
         if seen is not None and seen.is_cpu and not bool(((seen > 0) & (seen <= last)).all()):
             raise ValueError(f"t: expected times in (0, {last:g}], got {t}")
         return t.double().expand(len(x))
+
+    def draw_times(self, x: Tensor) -> Tensor:
+        """(B,) float64 times to train on the data x at: uniform over [first, last] of the process."""
+        first, last = self.process.first, self.process.last
+        return first + (last - first) * torch.rand(x.shape[:1], dtype=torch.float64, device=x.device)
 
     def denoise_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(rows, the row of each sample) that make x0hat of x_t and pred, for the times t (B,) and data of a type."""

@@ -13,7 +13,19 @@ from .cast import channels_last_convolutions
 from .denoiser import Denoiser
 from .guidance import Guidance, Rule, beside, stack_branches, with_guidance
 from .objective import uses_noise, uses_x0
-from .ops.checks import as_sample_ids, as_seed, as_shape, check_choice, check_floating, check_shape, check_state
+from .ops.checks import (
+    as_device,
+    as_sample_ids,
+    as_seed,
+    as_shape,
+    check_choice,
+    check_floating,
+    check_generator,
+    check_memory,
+    check_shape,
+    check_state,
+    seed_of,
+)
 from .ops.memory import LARGEST
 from .process import Grid, Process
 from .reference import work_dtype
@@ -24,10 +36,10 @@ from .support.settable import settable
 
 
 class Diffusion(Denoiser, ABC):
-    """A Denoiser that trains and samples: the base of DDPM, NCSN and ScoreSDE.
+    """A Denoiser that trains and samples: the base of all formulations.
 
     `loss_kind` is the loss between prediction and target, and may be set later. Times t are levels 1..T in a chain, and
-    times in (0, 1] of an SDE.
+    else in (0, process.last].
     """
 
     default_sampler: str
@@ -170,16 +182,19 @@ class Diffusion(Denoiser, ABC):
                 may write into x (inpainting), or return the state to go on from. Within torch.enable_grad() it may take
                 gradients of the model (guidance). The next step reuses x; clone it to keep it.
             return_trajectory: return (steps + 1, B, ...), from x_T to x_0, as the callback leaves them.
-            out: the tensor to draw the samples in, on that device, in place of a new one.
+            out: the tensor to draw the samples in, on that device, in place of a new one. It may be x_T, and shares no
+                memory with other arguments.
             model_kwargs: the model's further arguments.
 
         Returns: (B, ...) float32, or float64 for a float64 model.
-        Raises: ValueError or TypeError, naming the argument, before anything is drawn. The model is in eval mode
-            meanwhile, for all threads; see fastdiff.support.progress.evaluating.
+        Raises: ValueError or TypeError, naming the argument, before anything is drawn.
+
+        Threads may share the model. Its mode is as it was between the steps. During a step and its callback it is in
+        eval mode, and losses and predictions that other threads ask of it wait. Those that are compiled do not wait.
         """
         shape = self._shape(shape)
         sampler = self.default_sampler if sampler is None else sampler
-        device = self.device_for(x_T, out) if device is None else torch.empty(0, device=device).device
+        device = self.device_for(x_T, out) if device is None else as_device(device)
         ids = None if sample_ids is None else as_sample_ids(sample_ids, shape[0], device)
         self._check_sampling(shape, x_T, callback, return_trajectory, out, device)
         check_generator(seed, generator)
@@ -189,6 +204,11 @@ class Diffusion(Denoiser, ABC):
             raise ValueError("guidance_rule: expected None without guidance")
         if isinstance(uncond, nn.Module) and dtype is not None:
             raise ValueError("dtype: expected None with another network as uncond")
+        if out is not None:
+            branch = uncond if isinstance(uncond, dict) else {}
+            others = {f"uncond's {name}": value for name, value in branch.items()}
+            others |= {"noise": noise, "seed": seed, "sample_ids": sample_ids, **model_kwargs}
+            check_memory("out", out, {"x_T": x_T}, others)
         eta = as_number("eta", eta)
         if sampler == "ode":
             given = (steps, eta, noise, callback, return_trajectory, guidance, dtype, graph or None)
@@ -245,7 +265,10 @@ class Diffusion(Denoiser, ABC):
         device = self.device_for(x0, out)
         if out is not None:
             check_state(out, tuple(x0.shape), self.dtype, device)
+            check_memory("out", out, {"x0": x0}, model_kwargs)
         x = x0.detach().to(device, self.dtype, copy=True) if out is None else out.copy_(x0.detach())
+        if not self._starts_at_data:
+            x.mul_(self.process.first_scale)
         options = StepOptions(clip=None, keep=table.keep, noisy=False)
         run = Run(self, table, x, options, model_kwargs=model_kwargs, compiled=self._compiled_step)
         return sampling.walk(Steps(run), progress=progress)
@@ -352,23 +375,6 @@ class Diffusion(Denoiser, ABC):
         if not sizes or any(d is None or d < 0 for d in sizes):
             raise ValueError(f"shape: expected a number of samples or (B, ...), got {shape}")
         return as_shape(sizes)
-
-
-def check_generator(seed: Any, generator: Any) -> None:
-    """A generator, or none; not together with a seed."""
-    if generator is None:
-        return
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-    if seed is not None:
-        raise ValueError("seed: expected None with a generator, from which the seed is drawn")
-
-
-def seed_of(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """The seed (1,) on the device: as given, or drawn from the generator."""
-    if generator is None:
-        return as_seed(seed, device)
-    return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=generator.device).to(device)
 
 
 def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:

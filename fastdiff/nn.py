@@ -1,36 +1,34 @@
 """Blocks of the DDPM U-Net (Ho et al. 2020, arXiv:2006.11239, appendix B).
 
 Images are (B, C, H, W). `emb` is the conditioning embedding (B or 1, D) with SiLU already applied, once for all blocks;
-or what all blocks take from it, a tuple in the order of ResnetBlock.index, see `project`. Attribute names make up the
-state_dict keys of published checkpoints; keep them.
+or what every module takes that is ready before the image, by the module's `index`, see fastdiff.ahead. Attribute names
+make up the state_dict keys of published checkpoints; keep them.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import ops
+from .fused import (
+    Embedding,
+    add_product,
+    adds_bias,
+    ahead_of,
+    by_pixel,
+    channels_last,
+    is_linear,
+    maps_pixels,
+    norm_silu,
+    without_bias,
+)
+from .ops.group_norm import is_fused
 from .support import transforms
-from .support.plain import is_plain
-
-
-class Ahead(NamedTuple):
-    """What a resnet block adds that does not depend on the image.
-
-    shift: (B or 1, width), the projection of emb; without scale_shift with the bias of conv1, added at the same place.
-    residual: (C,), the sum of the biases of conv2 and conv_shortcut; None to take them one by one.
-    """
-
-    shift: Tensor
-    residual: Tensor | None
-
-
-Embedding = Tensor | tuple[Ahead, ...]
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to_cos: bool = True) -> Tensor:
@@ -91,52 +89,45 @@ class TimeEmbedding(nn.Module):
 class Downsample(nn.Module):
     """3x3 convolution of stride 2: (B, C, H, W) -> (B, C, H/2, W/2). padding 0 pads right and bottom only."""
 
+    index = 0
+
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
         self.pad = padding == 0
 
     def forward(self, x: Tensor, emb: Embedding) -> Tensor:
-        half: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad else x)
-        return half
+        x, convolve = _paid(self, x, emb)
+        return convolve(F.pad(x, (0, 1, 0, 1)) if self.pad else x)
 
 
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    index = 0
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Embedding) -> Tensor:
-        double: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return double
+        x, convolve = _paid(self, x, emb)
+        return convolve(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def norm_silu(
-    norm: nn.GroupNorm,
-    x: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    add: Tensor | None = None,
-) -> Tensor:
-    """silu(norm(x + add) (1 + scale) + shift); scale and shift (B, C), add (B or 1, C)."""
-    if not is_plain(norm, nn.GroupNorm) or norm.weight is None:
-        u = norm(x if add is None else x + add.to(x.dtype).reshape(*add.shape, *[1] * (x.ndim - 2)))
-        if scale is not None and shift is not None:
-            scale, shift = (t.reshape(*t.shape, *[1] * (u.ndim - 2)) for t in (scale, shift))
-            u = u * (1 + scale) + shift
-        return F.silu(u)
-    add = add[0] if add is not None and len(add) == 1 else add
-    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, shift, add)
+def _paid(sampler: Downsample | Upsample, x: Tensor, emb: Embedding) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(x with what it owes, how to convolve it): the zeros around it owe nothing."""
+    owed = ahead_of(sampler, emb).owed
+    if owed is None:
+        return x, sampler.conv
+    return x + owed[:, None, None].to(x.dtype), partial(without_bias, sampler.conv)
 
 
 class ResnetBlock(nn.Module):
     """(shortcut(x) + conv2(dropout(silu(norm2(h))))) / scale, where h = conv1(silu(norm1(x))) + proj(emb).
 
     With scale_shift, proj(emb) = (s, b) enters after the norm instead: norm2(h) (1 + s) + b (Dhariwal & Nichol 2021,
-    section 3). resample, if given, changes the image size, of x and before conv1. index: the block's place in `emb`, if
-    that is a tuple.
+    section 3). resample, if given, changes the image size, of x and before conv1. skip: further channels of x.
     """
 
     index = 0
@@ -166,71 +157,55 @@ class ResnetBlock(nn.Module):
         self.resample = resample or nn.Identity()
         self.scale_shift = scale_shift
         self.scale = scale
+        self.width = (1 + scale_shift) * out_channels  # of time_emb_proj
 
-    def forward(self, x: Tensor, emb: Embedding) -> Tensor:
-        ahead = emb[self.index] if isinstance(emb, tuple) else None
-        e = self.time_emb_proj(emb) if ahead is None else ahead.shift
-        h = self.resample(norm_silu(self.norm1, x))
+    def forward(self, x: Tensor, emb: Embedding, skip: Tensor | None = None) -> Tensor:
+        shift, owed = ahead_of(self, emb)
+        if skip is not None and (owed is None or not channels_last(x, skip) or skip.dtype != x.dtype):
+            x, skip = torch.cat((x, skip), 1), None
+        e = self.time_emb_proj(emb) if shift is None else shift
+        h = self.resample(norm_silu(self.norm1, x, add=owed, skip=skip))
+        s, b, add = None, None, e
         if self.scale_shift:
             s, b = e.expand(len(x), -1).chunk(2, dim=1)
-            h = norm_silu(self.norm2, self.conv1(h), s, b)
-        else:
-            h = self.conv1(h) if ahead is None else F.conv2d(h, self.conv1.weight, padding=1)
-            h = norm_silu(self.norm2, h, add=e)
-        h = self._sum(self.resample(x), self.dropout(h), None if ahead is None else ahead.residual)
+            add = None if owed is None else self.conv1.bias
+        h = self.conv1(h) if shift is None or add is None else without_bias(self.conv1, h)
+        h = norm_silu(self.norm2, h, s, b, add)
+        x, h = self.resample(x), self.dropout(h)
+        h = self._sum(x, h) if owed is None else self._sum_without_biases(x, skip, h)
         return h if self.scale == 1 else h / self.scale
 
-    def _sum(self, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
-        """conv_shortcut(x) + conv2(h); bias: the sum of theirs, or None."""
-        if bias is None or not x.is_contiguous(memory_format=torch.channels_last):
+    def _sum(self, x: Tensor, h: Tensor) -> Tensor:
+        """conv_shortcut(x) + conv2(h)."""
+        layers: tuple[Any, ...] = self.conv_shortcut, self.conv2
+        plain = maps_pixels(self.conv_shortcut) and adds_bias(self.conv2)
+        merged = channels_last(x) and not torch.is_grad_enabled() and plain
+        if not merged:
             out: Tensor = self.conv_shortcut(x) + self.conv2(h)
             return out
-        # With channels last the shortcut is a matrix product, which adds the biases in the same pass.
-        weight: Tensor = self.conv_shortcut.weight  # type: ignore[assignment]
-        by_pixel = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias)
-        return by_pixel.permute(0, 3, 1, 2) + F.conv2d(h, self.conv2.weight, padding=1)
+        # With channels last the shortcut is a matrix product, which adds both biases in the same pass.
+        weight, bias = layers[0].weight.flatten(1), layers[0].bias + layers[1].bias
+        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2) + without_bias(self.conv2, h)
 
+    def _sum_without_biases(self, x: Tensor, skip: Tensor | None, h: Tensor) -> Tensor:
+        """conv_shortcut(cat((x, skip))) + conv2(h) but for the biases."""
+        h = without_bias(self.conv2, h)
+        if isinstance(self.conv_shortcut, nn.Identity):
+            return x + h
+        if not channels_last(x, skip, h):
+            return without_bias(self.conv_shortcut, x) + h
+        parts = [x] if skip is None else [x, skip]
+        weights = self.conv_shortcut.weight.flatten(1).split([part.shape[1] for part in parts], dim=1)
+        for part, weight in zip(parts, weights, strict=True):
+            h = add_product(h, by_pixel(part), weight)
+        return h
 
-def project(blocks: Sequence[ResnetBlock], emb: Tensor) -> Tensor | None:
-    """What all blocks take from emb, in one product: (B or 1, total width), for `ahead_of_blocks`.
-
-    None if a block has layers that are not plain, and must be called.
-    """
-    layers = [block.time_emb_proj for block in blocks]
-    convolutions = [block.conv1 for block in blocks if not block.scale_shift]
-    if not (all(is_plain(c, nn.Conv2d) for c in convolutions) and all(is_plain(p, nn.Linear) for p in layers)):
-        return None
-    bias = _biases(layers)
-    if convolutions:
-        bias = bias + _biases(convolutions)
-    shifts = F.linear(emb, torch.cat([layer.weight for layer in layers]), bias)
-    summed = _with_shortcut(blocks)
-    plain = all(is_plain(conv, nn.Conv2d) for block in summed for conv in (block.conv2, block.conv_shortcut))
-    if torch.is_grad_enabled() or not summed or not plain or not len(emb):
-        return shifts
-    residuals = _biases([b.conv2 for b in summed]) + _biases([b.conv_shortcut for b in summed])
-    return torch.cat((shifts, residuals.to(shifts.dtype).expand(len(shifts), -1)), 1)
-
-
-def ahead_of_blocks(blocks: Sequence[ResnetBlock], projected: Tensor) -> tuple[Ahead, ...]:
-    """The parts of what `project` returns, for each block. ValueError for another width."""
-    widths = [block.time_emb_proj.out_features for block in blocks]
-    summed = _with_shortcut(blocks)
-    further = [block.conv2.out_channels for block in summed]
-    if projected.shape[1] not in (sum(widths), sum(widths) + sum(further)):
-        raise ValueError(f"shifts: expected {sum(widths)} columns, or {sum(further)} more, got {projected.shape[1]}")
-    whole = projected.shape[1] > sum(widths)
-    parts = projected.split(widths + (further if whole else []), dim=1)
-    residuals = {block.index: part[0] for block, part in zip(summed, parts[len(blocks) :], strict=False)}
-    return tuple(Ahead(part, residuals.get(block.index)) for block, part in zip(blocks, parts, strict=False))
-
-
-def _with_shortcut(blocks: Sequence[ResnetBlock]) -> list[ResnetBlock]:
-    return [block for block in blocks if not isinstance(block.conv_shortcut, nn.Identity)]
-
-
-def _biases(layers: Sequence[Any]) -> Tensor:
-    return torch.cat([layer.bias for layer in layers])
+    def owes(self, owed: Tensor) -> Tensor:
+        """What the output owes, (C',), for an input that owes (C,)."""
+        shortcut = self.conv_shortcut
+        if not isinstance(shortcut, nn.Identity):
+            owed = F.linear(owed, shortcut.weight.flatten(1), shortcut.bias)
+        return (owed + self.conv2.bias) / self.scale
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -246,8 +221,10 @@ class Attention(nn.Module):
 
     q, k, v are linear maps of the group-normalised x (of x itself if groups is None). Their weights lie one behind the
     other in memory, as those of torch.nn.LSTM do, so that inference takes them in one product. head_dim None is one
-    head; ValueError if it does not divide channels.
+    head; ValueError if it does not divide channels. If x owes something, it may be overwritten.
     """
+
+    index = 0
 
     def __init__(self, channels: int, head_dim: int | None, groups: int | None, eps: float, scale: float = 1.0) -> None:
         super().__init__()
@@ -274,7 +251,8 @@ class Attention(nn.Module):
     def _arrange_weights(self) -> None:
         """Put the weights of q, k and v one behind the other in memory, and their biases."""
         layers = (self.to_q, self.to_k, self.to_v)
-        if not all(is_plain(layer, nn.Linear) for layer in layers):
+        alike = {(p.weight.dtype, p.weight.device, p.weight.shape) for p in layers if is_linear(p)}
+        if len(alike) != 1 or not all(map(is_linear, layers)):
             return
         for name in ("weight", "bias"):
             parts = [getattr(layer, name) for layer in layers]
@@ -285,18 +263,34 @@ class Attention(nn.Module):
     def _qkv(self, h: Tensor) -> tuple[Tensor, ...]:
         """The maps of h (B, N, channels), each (B, N, channels): in one product where no gradient is wanted."""
         layers = (self.to_q, self.to_k, self.to_v)
-        if not torch.is_grad_enabled() and all(is_plain(layer, nn.Linear) for layer in layers):
+        if not torch.is_grad_enabled() and all(map(is_linear, layers)):
             weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
             return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
         return tuple(layer(h) for layer in layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # one copy, or each of the maps makes one
+    def forward(self, x: Tensor, emb: Embedding | None = None) -> Tensor:
+        owed = ahead_of(self, emb).owed
+        h = self._normed(x, owed).flatten(2).transpose(1, 2).contiguous()  # one copy, or each of the maps makes one
         q, k, v = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in self._qkv(h))
         h = attention(q, k, v).transpose(1, 2).flatten(2)
-        h = self.to_out[0](h).transpose(1, 2).reshape(x.shape)
-        out: Tensor = x + h  # x first: the sum takes its memory format
+        last: Any = self.to_out[0]
+        if owed is not None and channels_last(x):
+            out = add_product(x, h.flatten(0, 1), last.weight)
+        else:
+            h = last(h) if owed is None else F.linear(h, last.weight)
+            out = x + h.transpose(1, 2).reshape(x.shape)  # x first: the sum takes its memory format
         return out if self.scale == 1 else out / self.scale
+
+    def _normed(self, x: Tensor, owed: Tensor | None) -> Tensor:
+        """group_norm(x + owed)."""
+        if isinstance(self.group_norm, nn.GroupNorm) and is_fused(x):
+            return norm_silu(self.group_norm, x, add=owed, silu=False)
+        normed: Tensor = self.group_norm(x if owed is None else x + owed[:, None, None])
+        return normed
+
+    def owes(self, owed: Tensor) -> Tensor:
+        """What the output owes, (C,), for an input that owes (C,)."""
+        return (owed + self.to_out[0].bias) / self.scale  # type: ignore[operator]
 
 
 def _adjacent(parts: Sequence[Tensor]) -> bool:
@@ -327,9 +321,17 @@ class _Level(nn.Module):
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
         self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
 
-    def layer(self, i: int, h: Tensor, emb: Embedding) -> Tensor:
-        h = self.resnets[i](h, emb)
-        return self.attentions[i](h) if i < len(self.attentions) else h
+    def layer(self, i: int, h: Tensor, emb: Embedding, skip: Tensor | None = None) -> Tensor:
+        h = self.resnets[i](h, emb, skip)
+        return self.attentions[i](h, emb) if i < len(self.attentions) else h
+
+    def readers(self) -> Iterator[nn.Module]:
+        """The modules that take `emb`, in the order in which they run."""
+        for i, resnet in enumerate(self.resnets):
+            yield resnet
+            if i < len(self.attentions):
+                yield self.attentions[i]
+        yield from (*self.downsamplers, *self.upsamplers)
 
 
 class MidBlock(_Level):
@@ -359,7 +361,7 @@ class UpBlock(_Level):
 
     def forward(self, h: Tensor, emb: Embedding, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            h = self.layer(i, torch.cat((h, skips.pop()), dim=1), emb)
+            h = self.layer(i, h, emb, skips.pop())
         for upsample in self.upsamplers:
             h = upsample(h, emb)
         return h

@@ -10,7 +10,7 @@ sigma eps. Two mixtures give both unknowns:
 An error of pred is an error of x_0 times sigma scale / D, and one of eps times alpha scale / D. Where D = 0, x_t and
 pred are the same mixture, and nothing else follows from them.
 
-A schedule here is anything with alpha, sigma, snr and log_snr, one per level.
+A schedule here is anything with alpha, sigma, snr and log_snr, one per level, and sigma_data.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,26 @@ from torch import Tensor
 
 from .schedule import NoiseSchedule
 
+
+def edm(alpha: Any, sigma: Any, sigma_data: float = 0.5) -> tuple[Any, Any, Any]:
+    """F of D(x; r) = c_skip x + c_out F(c_in x), r = sigma / alpha (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+    With s = sigma_data and n = sqrt(sigma^2 + s^2 alpha^2): F = sigma / (s n) x_0 - s alpha / n eps. For data of
+    variance s^2 its variance is 1.
+    """
+    n = (sigma**2 + (sigma_data * alpha) ** 2) ** 0.5
+    return sigma / (sigma_data * n), -sigma_data * alpha / n, 1.0
+
+
 # (p, q, scale) at a level (alpha, sigma). Everything else about an objective follows from its row.
 # scale is 1 but for the score, which is infinite on data: sigma score = -eps stays finite.
-OBJECTIVES: dict[str, Callable[[Any, Any], tuple[Any, Any, Any]]] = {
+OBJECTIVES: dict[str, Callable[..., tuple[Any, Any, Any]]] = {
     "eps": lambda alpha, sigma: (0.0, 1.0, 1.0),  # the noise (Ho et al. 2020, arXiv:2006.11239)
     "x0": lambda alpha, sigma: (1.0, 0.0, 1.0),  # the data
     "v": lambda alpha, sigma: (-sigma, alpha, 1.0),  # velocity (Salimans & Ho 2022, arXiv:2202.00512)
     "score": lambda alpha, sigma: (0.0, -1.0, sigma),  # grad log p(x_t) (Song et al. 2021, arXiv:2011.13456)
+    "flow": lambda alpha, sigma: (-1.0, 1.0, 1.0),  # eps - x_0, dx/dt of straight paths (Liu et al. 2023)
+    "edm": edm,
 }
 WEIGHTINGS = ("simple", "min_snr", "vlb")
 MIN_SNR_GAMMA = 5.0
@@ -61,7 +74,9 @@ def target_rows(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor
         objective: a name of OBJECTIVES.
 
     Returns: eps: (0, 1). x0: (1, 0). v: (-sigma, alpha). score: (0, -1 / sigma), the score of q(x_t | x_0).
-    Reference: Ho et al. 2020, eq. 14; Salimans & Ho 2022, app. D; Song & Ermon 2019, arXiv:1907.05600, eq. 5.
+        flow: (-1, 1). edm: see `edm`.
+    Reference: Ho et al. 2020, eq. 14; Salimans & Ho 2022, app. D; Song & Ermon 2019, arXiv:1907.05600, eq. 5; Liu et
+        al. 2023, arXiv:2209.03003, eq. 1.
     """
     p, q, scale = _row(schedule, objective)
     return torch.where(p == 0, p, p / scale), q / scale  # 0, also where scale is
@@ -148,11 +163,9 @@ def _bound_weights(schedule: NoiseSchedule, objective: str, x0_error: Tensor, ep
 
 def _row(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor, Tensor]:
     """(p, q, scale), one per level each."""
-    sigma = schedule.sigma
-    p, q, scale = (
-        part if isinstance(part, Tensor) else torch.full_like(sigma, part)
-        for part in OBJECTIVES[objective](schedule.alpha, sigma)
-    )
+    row, sigma = OBJECTIVES[objective], schedule.sigma
+    parts = row(schedule.alpha, sigma, schedule.sigma_data) if row is edm else row(schedule.alpha, sigma)
+    p, q, scale = (part if isinstance(part, Tensor) else torch.full_like(sigma, part) for part in parts)
     return p, q, scale
 
 

@@ -3,9 +3,9 @@
 dx/dt = f(t) x - g(t)^2 / 2 s(x, t) has the marginals of the process (Song et al. 2021, arXiv:2011.13456, eq. 13), and
 d log p(x_t) / dt = -div of its right side (eq. 39).
 
-It is solved over log(sigma / alpha) in place of t: the flow of a chain then has no kinks at its levels. The solver is
-torchdiffeq (extra `[ode]`). It chooses one step for the whole batch, so a sample's last digits may depend on its
-neighbours.
+It is solved over log(sigma / alpha) in place of t: the flow of a chain then has no kinks at its levels. A straight
+process is solved over t, up to t = 1, where that logarithm is infinite. The solver is torchdiffeq (extra `[ode]`). It
+chooses one step for the whole batch, so a sample's last digits may depend on its neighbours.
 """
 
 import importlib
@@ -19,7 +19,6 @@ from .denoiser import Denoiser
 from .objective import conversion_rows
 from .ops.checks import as_seed, check_floating
 from .process import Process
-from .support.progress import evaluating
 from .support.scalars import as_number
 from .support.shapes import flat
 
@@ -27,7 +26,7 @@ METHOD = "dopri5"
 
 
 def sample(denoiser: Denoiser, x: Tensor, model_kwargs: dict[str, Any], tolerance: float = 1e-5) -> Tensor:
-    """The solution from x at the process's last time down to its first, without gradients and in eval mode.
+    """Data from x at the process's last time, by the solution at its first; without gradients and in eval mode.
 
     Args:
         denoiser: what predicts.
@@ -35,8 +34,9 @@ def sample(denoiser: Denoiser, x: Tensor, model_kwargs: dict[str, Any], toleranc
         model_kwargs: the model's further arguments.
         tolerance: relative and absolute, of the solver.
     """
-    with evaluating(denoiser), torch.no_grad():
-        return _solve(denoiser, (x,), backwards=True, tolerance=tolerance, kwargs=model_kwargs)[0]
+    with torch.no_grad():
+        end = _solve(denoiser, (x,), backwards=True, tolerance=tolerance, kwargs=model_kwargs)[0]
+    return end / denoiser.process.first_scale
 
 
 def log_likelihood(
@@ -74,23 +74,24 @@ def log_likelihood(
     if x0.device.type != "meta" and not bool(x0.isfinite().all()):
         raise ValueError("x0: expected finite values")
     check(denoiser.process)
-    x = x0.detach().to(denoiser.device_for(x0), denoiser.dtype)
+    scale = denoiser.process.first_scale
+    x = scale * x0.detach().to(denoiser.device_for(x0), denoiser.dtype)
     generator = torch.Generator(x.device).manual_seed(int(as_seed(seed, torch.device("cpu"))))
     signs = torch.randint(2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1
     probe = signs if trace == "hutchinson" else None
     state = (x, x.new_zeros(len(x)))
-    with evaluating(denoiser), torch.no_grad():
+    with torch.no_grad():
         x_T, divergence = _solve(denoiser, state, False, tolerance, model_kwargs, probe)
     std = denoiser.prior_std()
     n = math.prod(x.shape[1:])
     squares = flat(x_T / std).square().sum(1)
-    return divergence - 0.5 * squares - n * (math.log(std) + 0.5 * math.log(2 * math.pi))
+    return divergence - 0.5 * squares - n * (math.log(std / scale) + 0.5 * math.log(2 * math.pi))
 
 
 def check(process: Process) -> None:
     """ImportError without the solver; ValueError if the process ends without signal, at an infinite rate."""
     _solver()
-    if not math.isfinite(process.sigma_range()[1]):
+    if not process.straight and not math.isfinite(process.sigma_range()[1]):
         raise ValueError("process: the ODE expected a finite sigma / alpha at the end, got alpha = 0")
 
 
@@ -114,18 +115,21 @@ def _solve(
     if process.first == process.last or state[0].numel() == 0:
         return state  # a chain of one level, or no data: nothing flows
 
+    eval_mode = denoiser.evaluating()
+
     def velocity(level: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, level = state[0], level.clamp(levels[0], levels[1])
         if len(state) == 1:
-            return (_flow(denoiser, x, level, kwargs),)
-        with torch.enable_grad():
+            with eval_mode:
+                return (_flow(denoiser, x, level, kwargs),)
+        with eval_mode, torch.enable_grad():
             x = x.detach().requires_grad_()
             flow = _flow(denoiser, x, level, kwargs)
             divergence = _divergence(flow, x, probe)
         return flow.detach(), divergence
 
-    ends = process.at(torch.tensor([process.first, process.last], dtype=torch.float64, device=state[0].device))
-    levels = -ends.log_snr / 2
+    ends = torch.tensor([process.first, process.last], dtype=torch.float64, device=state[0].device)
+    levels = ends if process.straight else -process.at(ends).log_snr / 2
     path = _solver().odeint(
         velocity,
         state,
@@ -139,15 +143,20 @@ def _solve(
 
 
 def _flow(denoiser: Denoiser, x: Tensor, level: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """dx / d level = (f x - g^2 / 2 s(x, t)) 2 sigma^2 / g^2, differentiable by x, at level = log(sigma / alpha)."""
-    process = denoiser.process
-    times = process.time_of(level.detach().double().reshape(1).exp()).clamp(process.first, process.last)
+    """dx / d level, differentiable by x: (f x - g^2 / 2 s(x, t)) 2 sigma^2 / g^2 at level = log(sigma / alpha), or the
+    velocity eps - x_0 at level = t."""
+    process, level = denoiser.process, level.detach().double().reshape(1)
+    times = (level if process.straight else process.time_of(level.exp())).clamp(process.first, process.last)
     made = process.at(times)
-    u, v = conversion_rows(made, denoiser.objective, "score")
-    drift, g2 = made.rates
-    var = made.sigma**2
+    if process.straight:
+        on_x, on_pred = conversion_rows(made, denoiser.objective, "flow")
+    else:
+        u, v = conversion_rows(made, denoiser.objective, "score")
+        drift, g2 = made.rates
+        var = made.sigma**2
+        on_x, on_pred = 2 * var * drift / g2 - var * u, -var * v
     pred = denoiser.call_model(x, denoiser.condition(times).expand(len(x)), kwargs).pred
-    return (2 * var * drift / g2 - var * u).to(x.dtype) * x - (var * v).to(x.dtype) * pred
+    return on_x.to(x.dtype) * x + on_pred.to(x.dtype) * pred
 
 
 def _divergence(flow: Tensor, x: Tensor, probe: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .schedule import NoiseSchedule, as_float64
 from .support.scalars import as_number, integer
+from .support.settable import fixed
 
 # Noise levels sigma / alpha between which Karras et al. 2022 sample.
 KARRAS_RANGE = (0.002, 80.0)
@@ -31,11 +32,15 @@ class Process(ABC):
     """x_t = alpha(t) x_0 + sigma(t) eps for t from `first`, the least noise that a model is trained on, to `last`.
 
     default_steps: the number of steps if a sampler is given none.
+    straight: whether alpha = 1 - t and sigma = t, so that dx/dt is what objective "flow" predicts.
+    first_scale: what makes data a state at `first`, where alpha is near 1 unless states are scaled.
     """
 
     first: float
     last: float
     default_steps: int
+    straight = False
+    first_scale = 1.0
 
     @abstractmethod
     def at(self, times: Tensor) -> NoiseSchedule:
@@ -83,7 +88,7 @@ class Process(ABC):
 
         log_alpha, sigma = (torch.cat((zero, values)) for values in (levels.log_alpha, levels.sigma))
         time, drift, g2 = (from_zero(values) for values in (levels.time, levels.drift, levels.g2))
-        return NoiseSchedule(log_alpha, sigma, levels.vp, time, drift, g2)
+        return NoiseSchedule(log_alpha, sigma, levels.vp, time, drift, g2, levels.sigma_data)
 
     def grid(self, steps: int | Iterable[float] | None) -> Grid:
         """(levels, those to visit in turn).
@@ -94,7 +99,7 @@ class Process(ABC):
 
         Raises: ValueError for anything else.
         """
-        if isinstance(steps, Iterable):
+        if isinstance(steps, Iterable) and integer(steps) is None:
             times = self._given(steps)
             times = times[:-1] if times[-1] == 0 else times
         else:
@@ -195,7 +200,7 @@ class Chain(Process):
     @property
     def _last_with_signal(self) -> int:
         made = self.schedule
-        return made.timesteps - int(bool(made.log_alpha[-1] == -math.inf) and made.timesteps > 1)
+        return made.timesteps - int(bool(made.log_alpha[-1] == -math.inf))
 
     def at(self, times: Tensor) -> NoiseSchedule:
         # Without the variance kept, log sigma at level 0 is no end to interpolate from.
@@ -229,11 +234,13 @@ class Chain(Process):
     def time_of(self, ratio: Tensor) -> Tensor:
         made = self.schedule
         if made.vp:  # log alpha = -log(1 + ratio^2) / 2, and time is linear in it
-            wanted, known = torch.log1p(ratio**2) / 2, -made.log_alpha
+            wanted, known = torch.log1p(ratio**2) / 2, -made.log_alpha.to(ratio.device)
         else:
-            wanted, known = ratio.log(), -made.log_snr[1:] / 2
+            wanted, known = ratio.log(), -made.log_snr[1:].to(ratio.device) / 2
         # No level without signal has a ratio, and none between it and the one before.
         known = known[: self._last_with_signal + made.vp]
+        if self._last_with_signal == 0:
+            raise ValueError("sigma: expected a schedule with signal at one level at least, got one of noise alone")
         # Both ends may have come from sigma_range with a rounding.
         inside = wanted.clamp(known[0], known[-1])
         if not bool(torch.isclose(wanted, inside, rtol=1e-9, atol=1e-12).all()):
@@ -255,12 +262,12 @@ class Chain(Process):
 
         Raises: ValueError for anything else.
         """
-        if isinstance(steps, Iterable):
+        if isinstance(steps, Iterable) and integer(steps) is None:
             levels = self._given(steps)
             if bool((levels != levels.round()).any()):
                 raise ValueError(f"steps: expected whole levels, got {levels.tolist()}")
             return self.schedule, levels.long()
-        return self.schedule, grid(self.schedule.timesteps, steps)
+        return self.schedule, grid(self.schedule.timesteps, steps)  # type: ignore[arg-type]
 
     def ladder(self, steps: int | None) -> Grid:
         n = _count("steps", 100 if steps is None else steps)
@@ -271,6 +278,9 @@ class Chain(Process):
 class Ladder(Chain):
     """The noise levels of NCSN, sigma_i geometric from sigma_min (level 1) to sigma_max (level n), alpha = 1 (Song &
     Ermon 2019, section 4.2). The model sees sigma."""
+
+    sigma_min: float = fixed()
+    sigma_max: float = fixed()
 
     def __init__(self, sigma_max: float = 1.0, sigma_min: float = 0.01, levels: int = 10) -> None:
         self.sigma_min, self.sigma_max = _sigmas(sigma_min, sigma_max)
@@ -295,6 +305,8 @@ class VP(Process):
     """
 
     first, last, default_steps = 1e-3, 1.0, 1000
+    beta_min: float = fixed()
+    beta_max: float = fixed()
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         beta_min, beta_max = as_number("beta_min", beta_min), as_number("beta_max", beta_max)
@@ -341,6 +353,8 @@ class VE(Process):
     """
 
     first, last, default_steps = 1e-5, 1.0, 1000
+    sigma_min: float = fixed()
+    sigma_max: float = fixed()
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
         self.sigma_min, self.sigma_max = _sigmas(sigma_min, sigma_max)

@@ -266,27 +266,28 @@ def density_ratio(z: Tensor) -> Tensor:
 
 def group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-    add: Tensor | None, eps: float,
+    add: Tensor | None, eps: float, skip: Tensor | None, silu: bool,
 ) -> Tensor:  # fmt: skip
     """silu(GroupNorm(x + add) (1 + scale) + shift), scale and shift (B, C), add (B, C) or (C,) (Wu & He 2018,
-    arXiv:1803.08494, eq. 7; Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.3)."""
-    work = work_dtype(x)
+    arXiv:1803.08494, eq. 7; Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.3). skip: further channels of x."""
+    work, x = work_dtype(x), x if skip is None else torch.cat((x, skip), 1)
     u = torch.group_norm(with_channels(x, add), groups, weight.to(work), bias.to(work), eps)
     if scale is not None and shift is not None:
         u = u * (1 + _per_channel(scale.to(work), u)) + _per_channel(shift.to(work), u)
-    return F.silu(u).to(x.dtype)
+    return (F.silu(u) if silu else u).to(x.dtype)
 
 
 def group_norm_silu_grad(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int,
     weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
+    skip: Tensor | None, silu: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients by x, weight, bias, scale, shift and add; mean and rstd (B, groups) are those of the groups.
+    """The gradients by x, weight, bias, scale, shift, add and skip; mean and rstd (B, groups) are those of the groups.
 
     With u = f xhat + o in each channel, u what SiLU is taken of, and slope = dL/du,
     dL/dx = rstd (f slope - m_1 - xhat m_2), m_1 and m_2 the means over the group of f slope and of f slope xhat.
     """
-    work = work_dtype(x)
+    work, first, x = work_dtype(x), x.shape[1], x if skip is None else torch.cat((x, skip), 1)
     by = 1 if scale is None else 1 + scale.to(work)
     factor, offset = weight.to(work).expand(x.shape[:2]) * by, bias.to(work).expand(x.shape[:2]) * by
     if shift is not None:
@@ -300,9 +301,11 @@ def group_norm_silu_grad(
         return t.reshape(*x.shape[:2], -1).sum(2)
 
     xhat = ((grouped(with_channels(x, add)) - mean[..., None]) * rstd[..., None]).reshape(x.shape)
-    u = f * xhat + o
-    s = u.sigmoid()
-    slope = grad.to(work) * (s + u * s * (1 - s))
+    slope = grad.to(work)
+    if silu:
+        u = f * xhat + o
+        s = u.sigmoid()
+        slope = slope * (s + u * s * (1 - s))
     m_1, m_2 = (grouped(t).mean(2, keepdim=True) for t in (f * slope, f * slope * xhat))
     by_x = ((grouped(f * slope) - m_1 - grouped(xhat) * m_2) * rstd[..., None]).reshape(x.shape)
     by_offset, by_factor = over_pixels(slope), over_pixels(slope * xhat)
@@ -311,7 +314,9 @@ def group_norm_silu_grad(
         by_scale, by_shift = weight * by_factor + bias * by_offset, by_offset
     if add is not None:
         by_add = over_pixels(by_x) if add.ndim == 2 else over_pixels(by_x).sum(0)
-    return by_x.to(x.dtype), (by_factor * by).sum(0), (by_offset * by).sum(0), by_scale, by_shift, by_add
+    by_x = by_x.to(x.dtype)
+    by_skip = None if skip is None else by_x[:, first:]
+    return by_x[:, :first], (by_factor * by).sum(0), (by_offset * by).sum(0), by_scale, by_shift, by_add, by_skip
 
 
 def with_channels(x: Tensor, add: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from .guidance import Rule, guided
 from .reference import work_dtype
 from .rows import columns, make_rows
 from .steps import StepTable
-from .support.progress import bar, evaluating
+from .support.progress import bar
 from .support.shapes import flat
 
 Noise = Tensor | Callable[[int], Tensor] | None
@@ -138,7 +138,7 @@ class Walker(Protocol):
 def walk(
     steps: Walker, *, progress: bool = False, callback: Callback | None = None, return_trajectory: bool = False
 ) -> Tensor:
-    """Take all steps of a run, in eval mode and without gradients.
+    """Take all steps of a run, each in eval mode and without gradients.
 
     Gradients are off by `no_grad`, not by inference mode: what a model keeps from a call can be trained on later, and a
     callback may take gradients.
@@ -156,12 +156,15 @@ def walk(
     path = torch.empty(n + 1, *run.x.shape, dtype=run.x.dtype, device=run.x.device) if return_trajectory else None
     if path is not None:
         path[0] = run.x
-    with evaluating(run.denoiser), torch.no_grad():
-        steps.start()
+    eval_mode = run.denoiser.evaluating()
+    with torch.no_grad():
+        with eval_mode:
+            steps.start()
         for k in bar(n, progress):
-            steps.take(k)
-            if callback is not None:
-                replace_state(steps.x, callback(k, run.table.levels[k + 1].item(), steps.x))
+            with eval_mode:
+                steps.take(k)
+                if callback is not None:
+                    replace_state(steps.x, callback(k, run.table.levels[k + 1].item(), steps.x))
             if path is not None:
                 path[k + 1] = steps.x
         x = steps.finish()
@@ -195,7 +198,12 @@ def conditions(run: Run) -> Tensor:
 
 def given_noise(run: Run, k: int) -> Tensor | None:
     """The noise that was given for step k; None to draw it from the seed."""
-    return run.noise[k] if isinstance(run.noise, Tensor) else None if run.noise is None else run.noise(k)
+    if run.noise is None or isinstance(run.noise, Tensor):
+        return None if run.noise is None else run.noise[k]
+    given = run.noise(k)
+    if not isinstance(given, Tensor):
+        raise TypeError(f"noise: expected the function to return a tensor, got {type(given).__name__}")
+    return given
 
 
 # --- one step ---------------------------------------------------------------------------------------------------

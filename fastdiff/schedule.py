@@ -26,6 +26,7 @@ class NoiseSchedule:
         vp: whether alpha^2 + sigma^2 = 1 throughout, so that small differences follow from log_alpha exactly.
         time: (T + 1,), the time of each level; its number if None.
         drift, g2: (T + 1,) float64, f and g^2 of dx = f x dt + g dw at each level; None if the levels are of no SDE.
+        sigma_data: the standard deviation of the data, for objective "edm" alone.
     """
 
     log_alpha: Tensor
@@ -34,6 +35,7 @@ class NoiseSchedule:
     time: Tensor | None = None
     drift: Tensor | None = None
     g2: Tensor | None = None
+    sigma_data: float = 0.5
 
     @classmethod
     def from_log_alpha_bar(cls, log_alpha_bar: Tensor) -> "NoiseSchedule":

@@ -4,22 +4,19 @@ All learn the score s(x, t) = grad log p_t(x) by denoising. Its best estimate is
 networks are score models too, and samplers of one formulation run the models of another.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .chain import ChainDiffusion
-from .denoiser import own_rows
-from .diffusion import Diffusion
-from .objective import target_rows, weights
+from .continuous import ContinuousDiffusion
 from .ops.checks import check_choice
-from .process import SDES, Ladder, Process
+from .process import KARRAS_RANGE, SDES, VE, Ladder, Process
 from .support import run_file
 from .support.run_file import RunFile
-from .support.settable import settable
 from .unet import UNet
 
 
@@ -104,7 +101,7 @@ class NCSN(ChainDiffusion):
         return self.noising_rows(times, torch.float32)[0][times.clamp(min=1), 1]
 
 
-class ScoreSDE(Diffusion):
+class ScoreSDE(ContinuousDiffusion):
     """A score model of an SDE in continuous time (Song et al. 2021, arXiv:2011.13456).
 
     Args:
@@ -124,7 +121,7 @@ class ScoreSDE(Diffusion):
     """
 
     default_sampler = "euler_maruyama"
-    weighting: str = settable("weighting")
+    weightings = ("simple", "likelihood", "min_snr")
 
     def __init__(
         self,
@@ -143,14 +140,27 @@ class ScoreSDE(Diffusion):
         else:
             check_choice("sde", sde, SDES)
             process = SDES[sde](**sde_options)
-        super().__init__(model, process, objective, loss, clip)
+        super().__init__(model, process, objective, loss, weighting, clip)
         self._named = (sde, sde_options, process) if isinstance(sde, str) else None
-        self.weighting = weighting
-        ScoreSDE.apply_options(self)
 
-    def apply_options(self) -> None:
-        super().apply_options()
-        check_choice("weighting", self.weighting, ("simple", "likelihood", "min_snr"))
+    @classmethod
+    def from_edm(
+        cls, denoiser: Callable[..., Tensor], sigma_min: float = KARRAS_RANGE[0], sigma_max: float = KARRAS_RANGE[1]
+    ) -> "ScoreSDE":
+        """A denoiser D(x, sigma) of EDM or k-diffusion, x = x_0 + sigma eps, for every sampler of this library.
+
+        Args:
+            denoiser: called as denoiser(x, sigma, **model_kwargs) with sigma (B,); a module or a function. It returns
+                the estimate of x_0.
+            sigma_min, sigma_max: the range of sigma.
+
+        Raises: TypeError or ValueError, naming the argument.
+        Reference: Karras et al. 2022, arXiv:2206.00364, eq. 3.
+        """
+        if not callable(denoiser):
+            raise TypeError(f"denoiser: expected a module or a function, got {type(denoiser).__name__}")
+        model = denoiser if isinstance(denoiser, nn.Module) else _Function(denoiser)
+        return cls(model, VE(sigma_min, sigma_max), objective="x0")
 
     @property
     def sde(self) -> str | None:
@@ -161,17 +171,6 @@ class ScoreSDE(Diffusion):
     def sde_options(self) -> dict[str, float]:
         """The options of the named SDE."""
         return {} if self._named is None or self.sde is None else self._named[1]
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> "ScoreSDE":
-        """The model of a run of `fastdiff train`, with its averaged weights, in eval mode on the CPU.
-
-        Args:
-            path: the run's folder, or its model.safetensors.
-
-        Raises: OSError if it cannot be read; ValueError naming the file if it is not the run of a ScoreSDE.
-        """
-        return RunFile.open(run_file.find(path) or path).formulation(cls, UNet)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -187,32 +186,13 @@ class ScoreSDE(Diffusion):
             **self.sde_options,
         }
 
-    def q_sample(
-        self,
-        x0: Tensor,
-        t: float | Tensor,
-        *,
-        seed: int | Tensor | None = None,
-        noise: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """x_t = alpha(t) x_0 + sigma(t) z, z ~ N(0, I).
 
-        Args:
-            x0: (B, ...), data.
-            t: times, a number, () or (B,).
-            seed, noise, out: as in fastdiff.ops.
+class _Function(nn.Module):
+    """A function as a module without weights."""
 
-        Reference: Song et al. 2021, eq. 29.
-        """
-        rows, row = self.noising_rows(self.checked_times("x0", x0, t), x0.dtype)
-        return ops.noising(x0, row, rows, seed=seed, noise=noise, out=out)
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
 
-    def noising_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        made = self.process.at(t.double())
-        return own_rows(torch.stack((made.alpha, made.sigma), 1), dtype)
-
-    def loss_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        made = self.process.at(t.double())
-        p, q = target_rows(made, self.objective)
-        return own_rows(torch.stack((p, q, weights(made, self.objective, self.weighting)), 1), dtype)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(*args, **kwargs)

@@ -13,24 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.nn import (
+from .ahead import aheads, owed, project
+from .fused import Embedding, norm_silu, without_bias
+from .interop import pretrained
+from .nn import (
     Attention,
     DownBlock,
     Downsample,
-    Embedding,
     FourierProjection,
     MidBlock,
     ResnetBlock,
     TimeEmbedding,
     UpBlock,
     Upsample,
-    ahead_of_blocks,
-    norm_silu,
-    project,
     sinusoidal_embedding,
 )
-
-from .interop import pretrained
 from .support.scalars import plain_number
 from .support.weights import check_shapes, shapes_of
 
@@ -154,8 +151,8 @@ class UNet(nn.Module):
             channels = width
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
-        for index, block in enumerate(self._blocks()):
-            block.index = index
+        for index, reader in enumerate(self.readers()):
+            reader.index = index
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "UNet":
@@ -181,24 +178,31 @@ class UNet(nn.Module):
     def time_arguments(self, t: Tensor) -> dict[str, Tensor]:
         """What `forward` takes that follows from the timesteps t (N,) alone; see fastdiff.sampling."""
         emb = self.time_embedding(t)
-        shifts = None if self.class_embedding is not None else project(self._blocks(), F.silu(emb))
-        return {"emb": emb} if shifts is None else {"shifts": shifts}
+        shifts = None if self.class_embedding is not None else project(self, F.silu(emb))
+        if shifts is None:
+            return {"emb": emb}
+        debts = owed(self) if len(shifts) else None
+        return {"shifts": shifts if debts is None else torch.cat((shifts, debts.expand(len(shifts), -1)), 1)}
 
-    def _blocks(self) -> list[ResnetBlock]:
-        """The resnet blocks, in the order in which they run."""
-        blocks: list[ResnetBlock] = []
-        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            for block in (*level.resnets, *level.downsamplers, *level.upsamplers):
-                if isinstance(block, ResnetBlock):
-                    blocks.append(block)
-        return blocks
+    def levels(self) -> list[Any]:
+        """The levels, in the order in which they run."""
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
+    def readers(self) -> list[Any]:
+        """The modules that take something which is ready before the image, in the order in which they run."""
+        return [reader for level in self.levels() for reader in level.readers()]
 
     @property
     def sample_shape(self) -> tuple[int, int, int] | None:
         """(in_channels, H, W) of one sample, or None if sample_size is None."""
         size = self.config["sample_size"]
         h, w = size if isinstance(size, list) else (size, size)
-        return None if size is None else (self.conv_in.in_channels, h, w)
+        return None if size is None else (self._in_channels, h, w)
+
+    @property
+    def _in_channels(self) -> int:
+        """Those of conv_in, which may be another layer now, also one that does not say."""
+        return int(getattr(self.conv_in, "in_channels", self.config["in_channels"]))  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -225,29 +229,31 @@ class UNet(nn.Module):
         if self.time_proj is not None or (emb is None and shifts is None):
             t = _timesteps(t, x)
             sigma = None if self.time_proj is None else t.reshape(-1, 1, 1, 1)
-        blocks = self._blocks()
         of_blocks: Embedding
         if shifts is None:
             emb = self.time_embedding(t) if emb is None else emb
             if self.class_embedding is not None:
                 emb = emb + self.class_embedding(class_labels)
             of_blocks = F.silu(emb)  # every resnet block starts with it
-            shifts = project(blocks, of_blocks)
+            shifts = project(self, of_blocks)
+        debt = None
         if shifts is not None:
-            of_blocks = ahead_of_blocks(blocks, shifts)
+            of_blocks = aheads(self, shifts)
+            debt = of_blocks[-1].owed
 
-        h = self.conv_in(2 * x - 1 if self.config["center_input_sample"] else x)
+        x = 2 * x - 1 if self.config["center_input_sample"] else x
+        h = self.conv_in(x) if debt is None else without_bias(self.conv_in, x)
         skips = [h]
         for block in self.down_blocks:
             h = block(h, of_blocks, skips)
         h = self.mid_block(h, of_blocks)
         for block in self.up_blocks:
             h = block(h, of_blocks, skips)
-        out: Tensor = self.conv_out(norm_silu(self.conv_norm_out, h))
+        out: Tensor = self.conv_out(norm_silu(self.conv_norm_out, h, add=debt))
         return out if sigma is None else (out / sigma).to(out.dtype)
 
     def _check_inputs(self, x: Tensor, class_labels: Tensor | None, emb: Tensor | None, shifts: Tensor | None) -> None:
-        channels, factor = self.conv_in.in_channels, 2 ** (len(self.down_blocks) - 1)
+        channels, factor = self._in_channels, 2 ** (len(self.down_blocks) - 1)
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
             raise ValueError(f"x: expected a floating tensor (B, C, H, W), got {_describe(x)}")
         batch, c, h, w = x.shape

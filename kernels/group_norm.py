@@ -1,5 +1,7 @@
 """silu(GroupNorm(x + add)), with a scale and shift of each channel where given, and its gradients: the launchers.
 
+The channels of x may lie in two tensors, x and skip; the SiLU may be left out.
+
 A group that fits a program's registers is read once. Contiguous images give a program one group, or several small ones;
 channels last give it a slab of whole groups wide enough for whole sectors of memory. A larger group is cut into parts:
 a launch before leaves what each part contributes in `partial`, and every program merges that of its groups. Such pairs
@@ -16,7 +18,7 @@ import triton
 from torch import Tensor
 
 from .launch import FUSED, launch, on_nvidia
-from .layout import channels_of, is_dense, laid_like
+from .layout import channels_of, is_dense, laid_like, strides_of
 from .norm_backward import norm_grad_kernel, norm_sums_kernel, parameters_kernel
 from .norm_forward import moments_kernel, norm_kernel
 
@@ -86,9 +88,11 @@ def _tiles(
 
 @functools.lru_cache(maxsize=1024)
 def plan_of(
-    batch: int, channels: int, pixels: int, groups: int, last: bool, size: int, backward: bool, limits: Limits
-) -> Plan:
-    """The plan for images (batch, channels, pixels) of elements of `size` bytes; last: channels last."""
+    batch: int, channels: int, pixels: int, groups: int, last: bool, size: int, backward: bool, added: bool,
+    limits: Limits,
+) -> Plan:  # fmt: skip
+    """The plan for images (batch, channels, pixels) of elements of `size` bytes; last: channels last; added: there is
+    an add, whose gradient takes registers too."""
     depth, vector = channels // groups, 16 // size
     most, held = limits.backward if backward else limits.forward, limits.held
     if backward and size == 4:  # half as many elements to a thread of twice as many: x itself takes a register each
@@ -102,10 +106,13 @@ def plan_of(
         blocks, lanes = _blocks(width, vector if last and width >= vector else 1, limits)
         enough = slabs >= limits.enough
         fit = functools.partial(_tiles, blocks, lanes, pixels, vector, least, warp=limits.warp, most=most)
-        tiling = (None if enough else fit(held=limits.few)) or fit(held=held)
+        # A thread of a backward kernel that has all channels of its pixels sums them without others, and may hold more.
+        alone = backward and last and lanes == vector and 1 < blocks <= 3
+        tiling = (None if enough else fit(held=limits.few)) or fit(held=held * 3 // 2 if alone and not added else held)
         worth = (
             not last or width % vector == 0,
             tiling is not None,
+            alone or blocks == 1 or not backward or tiling is None,
             not last or width * size % limits.sector == 0,
             tiling is not None and 2 * tiling[0] <= most,  # two programs to a multiprocessor
             enough,
@@ -143,12 +150,23 @@ def plan_of(
     return Plan(slabs, chunks * spans, spans, piece, shape)
 
 
-def _prepared(x: Tensor, groups: int, backward: bool) -> tuple[Tensor, Plan]:
-    """(x contiguous or channels last and gapless, its plan)."""
+def _prepared(
+    x: Tensor, skip: Tensor | None, groups: int, backward: bool, added: bool
+) -> tuple[Tensor, Tensor | None, Plan]:
+    """(x contiguous or channels last and gapless, skip laid out so too, the plan of both together)."""
     x = x if channels_of(x) and is_dense(x) else x.contiguous()
-    batch, channels = x.shape[:2]
-    pixels, last = x.numel() // (batch * channels), not x.is_contiguous()
-    return x, plan_of(batch, channels, pixels, groups, last, x.element_size(), backward, LIMITS)
+    skip = None if skip is None else _laid(x, skip)
+    (batch, first), last = x.shape[:2], not x.is_contiguous()
+    pixels, channels = x.numel() // (batch * first), first + (0 if skip is None else skip.shape[1])
+    return x, skip, plan_of(batch, channels, pixels, groups, last, x.element_size(), backward, added, LIMITS)
+
+
+def _laid(x: Tensor, t: Tensor) -> Tensor:
+    """t, which may have other channels than x, laid out as x is: itself or a copy."""
+    if t.shape[1] == x.shape[1]:
+        return laid_like(x, t)
+    strides = strides_of(x, t.shape[1])
+    return t if t.stride() == strides else t.new_empty_strided(t.shape, strides).copy_(t)
 
 
 def _row(t: Tensor | None) -> Tensor | None:
@@ -164,15 +182,16 @@ def _stride(t: Tensor | None) -> int:
 def norm(
     *, out: Tensor, mean: Tensor, rstd: Tensor,
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-    add: Tensor | None, eps: float,
+    add: Tensor | None, eps: float, skip: Tensor | None, silu: bool,
 ) -> None:  # fmt: skip
-    """Write silu(GroupNorm(x + add) (1 + scale) + shift) into out, shaped like x (B, C, ...), and the statistics of the
-    groups of x + add into mean and rstd, (B, groups) float32."""
-    x, plan = _prepared(x, groups, backward=False)
-    same = laid_like(x, out)
+    """Write silu(GroupNorm(x + add) (1 + scale) + shift) into out (B, C, ...), and the statistics of the groups of
+    x + add into mean and rstd, (B, groups) float32. skip: further channels of x; silu: False leaves SiLU out."""
+    x, skip, plan = _prepared(x, skip, groups, backward=False, added=add is not None)
+    same = _laid(x, out)
     add, scale, shift = _row(add), _row(scale), _row(shift)
     partial = _partial(plan, mean)
-    reads: dict[str, Any] = {"x_ptr": x, "add_ptr": add, "add_stride": _stride(add)} | plan.shape
+    reads: dict[str, Any] = {"x_ptr": x, "skip_ptr": skip, "add_ptr": add, "add_stride": _stride(add)}
+    reads |= {"FIRST": x.shape[1]} | plan.shape
     rows: dict[str, Any] = {"weight_ptr": weight.contiguous(), "bias_ptr": bias.contiguous()}
     rows |= {"scale_ptr": scale, "shift_ptr": shift}
     rows |= {"scale_stride": _stride(scale), "shift_stride": _stride(shift)}
@@ -181,7 +200,7 @@ def norm(
             launch(moments_kernel, grid, partial_ptr=partial, first=first, **reads)
         launch(
             norm_kernel, grid, out_ptr=same, mean_ptr=mean, rstd_ptr=rstd, partial_ptr=partial, first=first, eps=eps,
-            PARTS=_power(plan.parts), FAST=on_nvidia(x), **reads, **rows,
+            PARTS=_power(plan.parts), SILU=silu, FAST=on_nvidia(x), **reads, **rows,
         )  # fmt: skip
     if same is not out:
         out.copy_(same)
@@ -189,31 +208,39 @@ def norm(
 
 def norm_grad(
     *, x_grad: Tensor, weight_grad: Tensor | None, bias_grad: Tensor | None, scale_grad: Tensor | None,
-    shift_grad: Tensor | None, add_grad: Tensor | None,
+    shift_grad: Tensor | None, add_grad: Tensor | None, skip_grad: Tensor | None,
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int,
     weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
+    skip: Tensor | None, silu: bool,
 ) -> None:  # fmt: skip
-    """Write the gradient by x into x_grad, and those by the other operands into tensors shaped like them, contiguous;
-    None for an operand that is not there, or for all of them if none is wanted."""
-    x, plan = _prepared(x, groups, backward=True)
-    same, grad = laid_like(x, x_grad), laid_like(x, grad)
+    """Write the gradients by x and skip into x_grad and skip_grad, and those by the other operands into tensors shaped
+    like them, contiguous; None for an operand that is not there, or for all of these if none is wanted."""
+    x, skip, plan = _prepared(x, skip, groups, backward=True, added=add is not None)
+    same, grad = laid_like(x, x_grad), _laid(x, grad)
+    same_skip = None if skip is None or skip_grad is None else laid_like(skip, skip_grad)
     add, scale, shift = _row(add), _row(scale), _row(shift)
     weight, bias = weight.contiguous(), bias.contiguous()
-    batch, channels = x.shape[:2]
+    batch, channels = grad.shape[:2]
     sums = torch.empty(plan.spans, 2 if add is None else 3, batch, channels, dtype=torch.float32, device=x.device)
     partial = _partial(plan, mean)
     operands = {
-        "sums_ptr": sums, "partial_ptr": partial, "grad_ptr": grad, "x_ptr": x, "add_ptr": add, "weight_ptr": weight,
-        "bias_ptr": bias, "scale_ptr": scale, "shift_ptr": shift, "mean_ptr": mean, "rstd_ptr": rstd, "batch": batch,
+        "sums_ptr": sums, "partial_ptr": partial, "grad_ptr": grad, "x_ptr": x, "skip_ptr": skip, "add_ptr": add,
+        "weight_ptr": weight, "bias_ptr": bias, "scale_ptr": scale, "shift_ptr": shift, "mean_ptr": mean,
+        "rstd_ptr": rstd, "batch": batch,
         "add_stride": _stride(add), "scale_stride": _stride(scale), "shift_stride": _stride(shift),
-        "FAST": on_nvidia(x),
+        "FIRST": x.shape[1], "SILU": silu, "FAST": on_nvidia(x),
     } | plan.shape  # fmt: skip
     for first, grid in plan.grids():
         if partial is not None:
             launch(norm_sums_kernel, grid, first=first, **operands)
-        launch(norm_grad_kernel, grid, x_grad_ptr=same, first=first, PARTS=_power(plan.parts), **operands)
+        launch(
+            norm_grad_kernel, grid, x_grad_ptr=same, skip_grad_ptr=same_skip, first=first, PARTS=_power(plan.parts),
+            **operands,
+        )  # fmt: skip
     if same is not x_grad:
         x_grad.copy_(same)
+    if skip_grad is not None and same_skip is not skip_grad:
+        skip_grad.copy_(same_skip)
     if weight_grad is not None:
         launch(
             parameters_kernel, (-(-channels // COLUMNS), 1, 1),

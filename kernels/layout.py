@@ -1,5 +1,6 @@
 """How the operands of a launch lie in memory. All tensors of a launch have the shape (batch, ...)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,3 +81,20 @@ def sliced_like(x: Tensor, t: Tensor, stride: int) -> bool:
     if given[0] != stride:
         return False
     return given[1:] == own[1:] or (t[0].is_contiguous() and x[0].is_contiguous())
+
+
+def strides_of(x: Tensor, channels: int) -> tuple[int, ...]:
+    """The strides of a gapless tensor like x (B, C, ...), but of so many channels: channels last if x is, else
+    contiguous."""
+
+    def strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+        found, step = [0] * len(shape), 1
+        for dim in order:  # from the innermost
+            found[dim], step = step, step * shape[dim]
+        return tuple(found)
+
+    inner = list(range(x.ndim - 1, 1, -1))
+    expected = strides(x.shape, [1, *inner, 0])
+    strided = zip(x.shape, x.stride(), expected, strict=True)
+    last = not x.is_contiguous() and all(n == 1 or stride == own for n, stride, own in strided)
+    return strides((x.shape[0], channels, *x.shape[2:]), [1, *inner, 0] if last else [*inner, 1, 0])

@@ -1,4 +1,5 @@
-"""The backward kernels of the group norm. With u = f xhat + o in each channel (norm_forward.py) and slope = dL/du:
+"""The backward kernels of the group norm. With u = f xhat + o in each channel (norm_forward.py) and slope = dL/du,
+which is the gradient by y itself if there is no SiLU:
 
     dL/dx = rstd (f slope - m_1 - xhat m_2),   m_1 = mean(f slope), m_2 = mean(f slope xhat) over the group
 
@@ -24,7 +25,7 @@ from .norm_tile import (
     sigmoid,
     store_row,
     tile_masks,
-    tile_offsets,
+    tile_pointers,
 )
 from .tile import to_float32
 
@@ -67,8 +68,26 @@ def lines_of(
 
 
 @triton.jit
+def load_both(
+    x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel,
+    CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """The slab's tiles of x, or of x and skip, and those of the gradient by y, from `pixel` on."""
+    at = tile_pointers(
+        x_ptr, skip_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+    )
+    x = load_tiles(at, masks, BLOCKS * TILES)
+    at = tile_pointers(
+        grad_ptr, None, sample, channel, pixel, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+    )
+    return x, load_tiles(at, masks, BLOCKS * TILES)
+
+
+@triton.jit
 def sums_of(
-    grads, tiles, center, slant, offset, QUICK: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr
+    grads, tiles, center, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr, BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """(slopes of the tiles, rows of the sums of slope and of slope (x - center) over their pixels). A slope is 0 where
     the gradient is, so beyond the slab."""
@@ -78,9 +97,11 @@ def sums_of(
         other = one
         for t in tl.static_range(TILES):
             x = to_float32(tiles[k * TILES + t]) - center[k][:, None]
-            u = x * slant[k][:, None] + offset[k][:, None]
-            s = sigmoid(u, QUICK)
-            slope = to_float32(grads[k * TILES + t]) * (s * (u * (1.0 - s) + 1.0))
+            slope = to_float32(grads[k * TILES + t])
+            if SILU:
+                u = x * slant[k][:, None] + offset[k][:, None]
+                s = sigmoid(u, QUICK)
+                slope *= s * (u * (1.0 - s) + 1.0)
             one = slope if t == 0 else one + slope
             other = slope * x if t == 0 else other + slope * x
             slopes = slopes + (slope,)
@@ -105,24 +126,22 @@ def weighed(
 def norm_sums_kernel(
     sums_ptr,  # (SPANS, 2 or, with add, 3, B, C) float32; written: sums of slope and of slope xhat of a span
     partial_ptr,  # (B, groups, CHUNKS SPANS, 2) float32, written: sums of f slope and of f slope xhat of a part
-    grad_ptr, x_ptr,  # (B, C, pixels), any floating type
+    grad_ptr,  # (B, C, pixels), any floating type
+    x_ptr, skip_ptr,  # (B, FIRST, pixels) and (B, C - FIRST, pixels), any floating type; or (B, C, pixels) and None
     add_ptr,  # (B, C) or (C,), any floating type; or None
     weight_ptr, bias_ptr,  # (C,), any floating type
     scale_ptr, shift_ptr,  # (B, C), any floating type, channels adjacent; or None
     mean_ptr, rstd_ptr,  # (B, groups) float32
     batch, first, add_stride, scale_stride, shift_stride,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
-    CHUNKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
+    CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr, CHUNKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
     BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
-    FAST: tl.constexpr,
+    SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
-    ACROSS: tl.constexpr = LANES if LAST else LANES * PIXELS
-    ALONG: tl.constexpr = TILE * CHANNELS if LAST else TILE
     QUICK: tl.constexpr = FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
     ROWS: tl.constexpr = 2 if add_ptr is None else 3
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
-    offsets = tile_offsets(sample, channel, CHANNELS, PIXELS, LANES, TILE, LAST)
     groups = sample * (CHANNELS // DEPTH) + group
     center, slant, offset, rstd = lines_of(
         mean_ptr, rstd_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, groups, sample, channel, channels,
@@ -131,11 +150,12 @@ def norm_sums_kernel(
     ones = zero_row(BLOCKS, LANES)
     others = zero_row(BLOCKS, LANES)
     for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
-        at = offsets + tl.cast(pixel, tl.int64) * (CHANNELS if LAST else 1)
         masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
-        x = load_tiles(x_ptr + at, masks, ACROSS, ALONG, BLOCKS, TILES)
-        grad = load_tiles(grad_ptr + at, masks, ACROSS, ALONG, BLOCKS, TILES)
-        _, one, other = sums_of(grad, x, center, slant, offset, QUICK, BLOCKS, TILES)
+        x, grad = load_both(
+            x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES,
+            TILE, LAST,
+        )  # fmt: skip
+        _, one, other = sums_of(grad, x, center, slant, offset, SILU, QUICK, BLOCKS, TILES)
         ones, others = added(ones, one, BLOCKS), added(others, other, BLOCKS)
     row = sums_ptr + (tl.cast(span, tl.int64) * ROWS * batch + sample) * CHANNELS + channel
     store_row(row, ones, channels, BLOCKS, LANES)
@@ -187,8 +207,7 @@ def merged_sums(
 
 @triton.jit
 def store_gradient(
-    pointers, slopes, tiles, masks, slant, by_x, constant, ADD: tl.constexpr,
-    ACROSS: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
+    pointers, slopes, tiles, masks, slant, by_x, constant, ADD: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
     """Stores slant slope + by_x x + constant of the tiles; returns the row of its sums over the pixels if ADD."""
     row = ()
@@ -197,7 +216,7 @@ def store_gradient(
         for t in tl.static_range(TILES):
             rest = to_float32(tiles[k * TILES + t]) * by_x[k][:, None] + constant[k][:, None]
             gradient = slopes[k * TILES + t] * slant[k][:, None] + rest
-            tl.store(pointers + (k * ACROSS + t * ALONG), gradient, mask=masks[k * TILES + t])
+            tl.store(pointers[k * TILES + t], gradient, mask=masks[k * TILES + t])
             if ADD:
                 total += tl.where(masks[k * TILES + t], gradient, 0.0)
         row = row + (tl.sum(total, 1) if ADD else 0.0,)
@@ -206,36 +225,35 @@ def store_gradient(
 
 @kernel
 def norm_grad_kernel(
-    x_grad_ptr,  # (B, C, pixels), the type of x, written
+    x_grad_ptr, skip_grad_ptr,  # like x_ptr and skip_ptr, written
     sums_ptr,  # as in norm_sums_kernel; written, but for what that left there; the third row: sums of dL/dx
     partial_ptr,  # of norm_sums_kernel; or None: the slab is whole groups
-    grad_ptr, x_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,  # as in norm_sums_kernel
+    grad_ptr, x_ptr, skip_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,  # as there
     batch, first, add_stride, scale_stride, shift_stride,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
-    CHUNKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
+    CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr, CHUNKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
     BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
-    FAST: tl.constexpr,
+    SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
-    ACROSS: tl.constexpr = LANES if LAST else LANES * PIXELS
-    ALONG: tl.constexpr = TILE * CHANNELS if LAST else TILE
     QUICK: tl.constexpr = FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
     ADD: tl.constexpr = add_ptr is not None
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
-    offsets = tile_offsets(sample, channel, CHANNELS, PIXELS, LANES, TILE, LAST)
     groups = sample * (CHANNELS // DEPTH) + group
     row = sums_ptr + (tl.cast(span, tl.int64) * (3 if ADD else 2) * batch + sample) * CHANNELS + channel
     stride = tl.cast(batch, tl.int64) * CHANNELS
     if partial_ptr is None:
         masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
-        x = load_tiles(x_ptr + offsets, masks, ACROSS, ALONG, BLOCKS, TILES)
-        grad = load_tiles(grad_ptr + offsets, masks, ACROSS, ALONG, BLOCKS, TILES)
+        x, grad = load_both(
+            x_ptr, skip_ptr, grad_ptr, masks, sample, channel, 0, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE,
+            LAST,
+        )  # fmt: skip
     center, slant, offset, rstd = lines_of(
         mean_ptr, rstd_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, groups, sample, channel, channels,
         add_stride, scale_stride, shift_stride, DEPTH, GROUPS, BLOCKS, LANES,
     )  # fmt: skip
     if partial_ptr is None:
-        slopes, ones, others = sums_of(grad, x, center, slant, offset, QUICK, BLOCKS, TILES)
+        slopes, ones, others = sums_of(grad, x, center, slant, offset, SILU, QUICK, BLOCKS, TILES)
         store_row(row, ones, channels, BLOCKS, LANES)
         store_row(row + stride, product(rstd, others, BLOCKS), channels, BLOCKS, LANES)
         one = weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
@@ -250,20 +268,24 @@ def norm_grad_kernel(
         by_x = by_x + (-m_2[k] * rstd[k] * rstd[k],)
         constant = constant + (m_2[k] * rstd[k] * rstd[k] * center[k] - m_1[k],)
     if partial_ptr is None:
-        total = store_gradient(
-            x_grad_ptr + offsets, slopes, x, masks, slant, by_x, constant, ADD, ACROSS, ALONG, BLOCKS, TILES
+        pointers = tile_pointers(
+            x_grad_ptr, skip_grad_ptr, sample, channel, 0, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
         )
+        total = store_gradient(pointers, slopes, x, masks, slant, by_x, constant, ADD, BLOCKS, TILES)
     else:
         total = zero_row(BLOCKS, LANES)
         for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
-            at = offsets + tl.cast(pixel, tl.int64) * (CHANNELS if LAST else 1)
             masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
-            x = load_tiles(x_ptr + at, masks, ACROSS, ALONG, BLOCKS, TILES)
-            grad = load_tiles(grad_ptr + at, masks, ACROSS, ALONG, BLOCKS, TILES)
-            slopes, _, _ = sums_of(grad, x, center, slant, offset, QUICK, BLOCKS, TILES)
-            more = store_gradient(
-                x_grad_ptr + at, slopes, x, masks, slant, by_x, constant, ADD, ACROSS, ALONG, BLOCKS, TILES
-            )
+            x, grad = load_both(
+                x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES,
+                TILES, TILE, LAST,
+            )  # fmt: skip
+            slopes, _, _ = sums_of(grad, x, center, slant, offset, SILU, QUICK, BLOCKS, TILES)
+            pointers = tile_pointers(
+                x_grad_ptr, skip_grad_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE,
+                LAST,
+            )  # fmt: skip
+            more = store_gradient(pointers, slopes, x, masks, slant, by_x, constant, ADD, BLOCKS, TILES)
             total = added(total, more, BLOCKS)
     if ADD:
         store_row(row + 2 * stride, total, channels, BLOCKS, LANES)

@@ -1,9 +1,9 @@
 """The forward kernels of the group norm, for each group of a sample:
 
-    y = silu(u),   u = (xhat w + b) (1 + scale) + shift,   xhat = (x + add - mean) / sqrt(var + eps)
+    y = silu(u) or u,   u = (xhat w + b) (1 + scale) + shift,   xhat = (x + add - mean) / sqrt(var + eps)
 
 mean and var are those of x + add over the group; var is the mean of squared deviations from the mean, so that nothing
-cancels however far the mean is from 0.
+cancels however far the mean is from 0. The channels of x may lie in two tensors, x and skip.
 
 Moves, per element: norm_kernel reads x and writes y. Groups that do not fit a program are read twice, once before that
 by moments_kernel. In norm_tile.py: what a program owns.
@@ -23,7 +23,7 @@ from .norm_tile import (
     owned,
     sigmoid,
     tile_masks,
-    tile_offsets,
+    tile_pointers,
 )
 from .tile import to_float32
 
@@ -68,19 +68,16 @@ def moments(
 
 @kernel
 def moments_kernel(
-    x_ptr,  # (B, C, pixels), any floating type
+    x_ptr, skip_ptr,  # (B, FIRST, pixels) and (B, C - FIRST, pixels), any floating type; or (B, C, pixels) and None
     add_ptr,  # (B, C) or (C,), any floating type; or None
     partial_ptr,  # (B, groups, CHUNKS SPANS, 2) float32, written: mean and sum of squared deviations of a part
     first, add_stride,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
-    CHUNKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
+    CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr, CHUNKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
     BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
-    ACROSS: tl.constexpr = LANES if LAST else LANES * PIXELS
-    ALONG: tl.constexpr = TILE * CHANNELS if LAST else TILE
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
-    offsets = tile_offsets(sample, channel, CHANNELS, PIXELS, LANES, TILE, LAST)
     add = None
     if add_ptr is not None:
         add = load_row(add_ptr, sample * add_stride + channel, channels, BLOCKS, LANES)
@@ -89,9 +86,11 @@ def moments_kernel(
     mean = tl.zeros([SLOTS], tl.float32)
     square = tl.zeros([SLOTS], tl.float32)
     for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
-        at = x_ptr + offsets + tl.cast(pixel, tl.int64) * (CHANNELS if LAST else 1)
+        pointers = tile_pointers(
+            x_ptr, skip_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+        )
         masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
-        tiles = load_tiles(at, masks, ACROSS, ALONG, BLOCKS, TILES)
+        tiles = load_tiles(pointers, masks, BLOCKS * TILES)
         n, m, s = moments(tiles, masks, add, channels, pixel, PIXELS, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILES, TILE)
         share = n / (count + n)
         square += s + (m - mean) * (m - mean) * (count * share)
@@ -123,45 +122,46 @@ def merged(
 
 
 @triton.jit
-def store_silu(
-    pointers, tiles, masks, factor, offset, QUICK: tl.constexpr,
-    ACROSS: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
+def store_normed(
+    pointers, tiles, masks, factor, offset, SILU: tl.constexpr, QUICK: tl.constexpr,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Stores silu(x factor + offset) of the tiles."""
+    """Stores u = x factor + offset of the tiles, or, if SILU, silu(u)."""
     for k in tl.static_range(BLOCKS):
         for t in tl.static_range(TILES):
             u = to_float32(tiles[k * TILES + t]) * factor[k][:, None] + offset[k][:, None]
-            tl.store(pointers + (k * ACROSS + t * ALONG), u * sigmoid(u, QUICK), mask=masks[k * TILES + t])
+            y = u * sigmoid(u, QUICK) if SILU else u
+            tl.store(pointers[k * TILES + t], y, mask=masks[k * TILES + t])
 
 
 @kernel
 def norm_kernel(
     out_ptr,  # (B, C, pixels), the type of x, written: y
     mean_ptr, rstd_ptr,  # (B, groups) float32, written: mean and 1 / sqrt(var + eps)
-    x_ptr,  # (B, C, pixels), any floating type, laid out as out
+    x_ptr, skip_ptr,  # as in moments_kernel, laid out as out
     add_ptr,  # (B, C) or (C,), any floating type; or None
     weight_ptr, bias_ptr,  # (C,), any floating type
     scale_ptr, shift_ptr,  # (B, C), any floating type, channels adjacent; or None
     partial_ptr,  # of moments_kernel; or None: the slab is whole groups
     first, add_stride, scale_stride, shift_stride, eps,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr,
-    CHUNKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
+    CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr, CHUNKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
     BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
-    FAST: tl.constexpr,
+    SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
-    ACROSS: tl.constexpr = LANES if LAST else LANES * PIXELS
-    ALONG: tl.constexpr = TILE * CHANNELS if LAST else TILE
     QUICK: tl.constexpr = FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
-    offsets = tile_offsets(sample, channel, CHANNELS, PIXELS, LANES, TILE, LAST)
     groups = sample * (CHANNELS // DEPTH) + group
     add = None
     if add_ptr is not None:
         add = load_row(add_ptr, sample * add_stride + channel, channels, BLOCKS, LANES)
     if partial_ptr is None:
         masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
-        tiles = load_tiles(x_ptr + offsets, masks, ACROSS, ALONG, BLOCKS, TILES)
+        pointers = tile_pointers(
+            x_ptr, skip_ptr, sample, channel, 0, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+        )
+        tiles = load_tiles(pointers, masks, BLOCKS * TILES)
         _, mean, square = moments(
             tiles, masks, add, channels, 0, PIXELS, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILES, TILE
         )
@@ -188,10 +188,18 @@ def norm_kernel(
         factor = factor + (weight[k] * rstds[k],)
         offset = offset + (bias[k] - center * (weight[k] * rstds[k]),)
     if partial_ptr is None:
-        store_silu(out_ptr + offsets, tiles, masks, factor, offset, QUICK, ACROSS, ALONG, BLOCKS, TILES)
+        pointers = tile_pointers(
+            out_ptr, None, sample, channel, 0, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+        )
+        store_normed(pointers, tiles, masks, factor, offset, SILU, QUICK, BLOCKS, TILES)
     else:
         for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
-            at = offsets + tl.cast(pixel, tl.int64) * (CHANNELS if LAST else 1)
+            pointers = tile_pointers(
+                x_ptr, skip_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+            )
             masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
-            tiles = load_tiles(x_ptr + at, masks, ACROSS, ALONG, BLOCKS, TILES)
-            store_silu(out_ptr + at, tiles, masks, factor, offset, QUICK, ACROSS, ALONG, BLOCKS, TILES)
+            tiles = load_tiles(pointers, masks, BLOCKS * TILES)
+            pointers = tile_pointers(
+                out_ptr, None, sample, channel, pixel, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+            )
+            store_normed(pointers, tiles, masks, factor, offset, SILU, QUICK, BLOCKS, TILES)

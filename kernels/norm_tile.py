@@ -38,15 +38,36 @@ def owned(
 
 
 @triton.jit
-def tile_offsets(
-    sample, channel, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
-    LAST: tl.constexpr,
+def tile_pointers(
+    ptr, skip_ptr, sample, channel, pixel,
+    CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """int64 [LANES, TILE]: where the elements of the slab's first tile lie, at pixel 0."""
+    """Pointers [LANES, TILE] of the slab's tiles from `pixel` on. With skip_ptr the first FIRST channels lie at ptr,
+    the others at skip_ptr, as tensors of their own."""
     lane = channel + tl.arange(0, LANES).to(tl.int64)[:, None]
-    pixel = tl.arange(0, TILE).to(tl.int64)[None, :]
-    start = sample * (CHANNELS * PIXELS)
-    return start + (lane + pixel * CHANNELS if LAST else lane * PIXELS + pixel)
+    column = tl.arange(0, TILE).to(tl.int64)[None, :]
+    pointers = ()
+    if skip_ptr is None:
+        start = sample * (CHANNELS * PIXELS)
+        offsets = start + (lane + column * CHANNELS if LAST else lane * PIXELS + column)
+        at = ptr + offsets + tl.cast(pixel, tl.int64) * (CHANNELS if LAST else 1)
+        ACROSS: tl.constexpr = LANES if LAST else LANES * PIXELS
+        ALONG: tl.constexpr = TILE * CHANNELS if LAST else TILE
+        for k in tl.static_range(BLOCKS):
+            for t in tl.static_range(TILES):
+                pointers = pointers + (at + (k * ACROSS + t * ALONG),)
+    else:
+        REST: tl.constexpr = CHANNELS - FIRST
+        for k in tl.static_range(BLOCKS):
+            first = lane + k * LANES < FIRST
+            for t in tl.static_range(TILES):
+                c, p = lane + k * LANES, column + (tl.cast(pixel, tl.int64) + t * TILE)
+                here = ptr + (sample * (FIRST * PIXELS) + (c + p * FIRST if LAST else c * PIXELS + p))
+                c -= FIRST
+                there = skip_ptr + (sample * (REST * PIXELS) + (c + p * REST if LAST else c * PIXELS + p))
+                pointers = pointers + (tl.where(first, here, there),)
+    return pointers
 
 
 @triton.jit
@@ -68,13 +89,11 @@ def tile_masks(
 
 
 @triton.jit
-def load_tiles(pointers, masks, ACROSS: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr):
-    """The slab's tiles as they are stored, 0 beyond it. pointers: of the first; ACROSS, ALONG: steps to the others."""
+def load_tiles(pointers, masks, COUNT: tl.constexpr):
+    """The slab's COUNT tiles as they are stored, 0 beyond it."""
     tiles = ()
-    for k in tl.static_range(BLOCKS):
-        for t in tl.static_range(TILES):
-            x = tl.load(pointers + (k * ACROSS + t * ALONG), mask=masks[k * TILES + t], other=0.0)
-            tiles = tiles + (x,)
+    for i in tl.static_range(COUNT):
+        tiles = tiles + (tl.load(pointers[i], mask=masks[i], other=0.0),)
     return tiles
 
 

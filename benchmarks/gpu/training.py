@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import DDPM
-from fastdiff.training.loop import update_ema
+from fastdiff.training import TrainingStep, update_ema
+from fastdiff.training.loop import gpu_settings
 
 from .measure import job
 from .networks import cifar10, diffusers, stock_cifar10
-from .rows import Figures, NotAvailable, Row, Setup
+from .rows import Figures, Row, Setup
 
 RATE, DECAY, LARGEST_NORM = 2e-4, 0.9999, 1.0
 # Steps in a row before the clock is read.
@@ -25,21 +26,19 @@ Step = Callable[[], object]
 
 
 def training_step(
-    setup: Setup, parameters: list[nn.Parameter], loss: Callable[[], Tensor], average: Step, **options: Any
+    parameters: list[nn.Parameter],
+    loss: Callable[..., Tensor],
+    average: Callable[[Any], object],
+    batch: tuple[Tensor, ...] = (),
+    graph: bool = False,
 ) -> Step:
-    """One step of a network, of which only the loss and the moving average differ between libraries."""
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True, **options)
+    """One step of a network, of which only the loss and the moving average differ between libraries.
 
-    def step() -> None:
-        with torch.autocast(setup.device.type, torch.bfloat16):
-            value = loss()
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        average()
-
-    return step
+    graph: the whole step as one CUDA graph, captured at its fourth call.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
+    step = TrainingStep(loss, optimizer, average=average, clip_grad=LARGEST_NORM, autocast=torch.bfloat16, graph=graph)
+    return lambda: step(*batch, decay=DECAY)
 
 
 def stock_step(data: Tensor, setup: Setup, compiled: bool) -> Step:
@@ -56,47 +55,25 @@ def stock_step(data: Tensor, setup: Setup, compiled: bool) -> Step:
         return F.mse_loss(unet(scheduler.add_noise(data, noise, t), t).sample.float(), noise.float())
 
     parameters = list(unet.parameters())
-    return training_step(setup, parameters, loss, lambda: ema.step(parameters))
+    return training_step(parameters, loss, lambda decay: ema.step(parameters))
 
 
-def own_step(data: Tensor, setup: Setup, compiled: bool = False, **options: Any) -> Step:
+def own_step(data: Tensor, setup: Setup, compiled: bool = False, graph: bool = False) -> Step:
     ddpm = DDPM(cifar10(setup).train()).to(setup.device)
     ema = copy.deepcopy(ddpm.model)
     if compiled:
         ddpm.compile()
-    average = functools.partial(update_ema, ema, ddpm.model, DECAY)
-    return training_step(setup, list(ddpm.parameters()), lambda: ddpm(data), average, **options)
-
-
-def captured_step(data: Tensor, setup: Setup) -> Step:
-    """The whole step as one CUDA graph, captured at the first call."""
-    if setup.device.type != "cuda":
-        raise NotAvailable("a CUDA graph needs a CUDA device")
-    step = own_step(data, setup, capturable=True)
-    graph = functools.cache(lambda: capture(step, setup.device))
-    return lambda: graph().replay()
-
-
-def capture(step: Step, device: torch.device) -> torch.cuda.CUDAGraph:
-    """A graph of a step, after three steps: what they compile, tune and allocate at first must not be captured."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
+    average = functools.partial(update_ema, ema, ddpm.model)
+    return training_step(list(ddpm.parameters()), ddpm, average, batch=(data,), graph=graph)
 
 
 METHODS: dict[str, Callable[[Tensor, Setup], Step]] = {
     "diffusers eager": lambda data, setup: stock_step(data, setup, compiled=False),
     "fastdiff eager": own_step,
-    "fastdiff graph": captured_step,
+    "fastdiff graph": lambda data, setup: own_step(data, setup, graph=True),
     "diffusers compiled": lambda data, setup: stock_step(data, setup, compiled=True),
     "fastdiff compiled": lambda data, setup: own_step(data, setup, compiled=True),
+    "fastdiff graph compiled": lambda data, setup: own_step(data, setup, graph=True, compiled=True),
 }
 
 
@@ -110,7 +87,8 @@ def train(batch: int, method: str, setup: Setup) -> Figures:
         for _ in range(steps):
             step()
 
-    return job(run, setup.device, steps=steps, units=steps * batch)
+    with gpu_settings(setup.device):  # for every method alike
+        return job(run, setup.device, steps=steps, units=steps * batch)
 
 
 def rows(setup: Setup) -> list[Row]:

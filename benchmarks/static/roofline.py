@@ -109,19 +109,20 @@ def launch(v: Variant) -> None:
         t, table, clip = integers(BATCH), floats(LEVELS, 6), 1.0 if v.has("clip") else None
         vlb(floats(1), *grads, pred, raw, v.data(), v.data(), t, table, clip, 0.5)
     elif v.kernel in NORMS:
-        x, wide = v.data(), torch.float32 if v.has("mixed") else v.dtype
-        batch, channels = x.shape[:2]
+        y, wide = v.data(), torch.float32 if v.has("mixed") else v.dtype
+        batch, channels = y.shape[:2]
+        x, skip = (v.data(channels=n) for n in (256, channels - 256)) if v.has("skip") else (y, None)
         weight, statistics = torch.empty(channels, dtype=wide, device="meta"), floats(batch, GROUPS)
         both = torch.empty(batch, 2 * channels, dtype=v.dtype, device="meta").chunk(2, 1)
         scale, shift = both if v.has("scale") else (None, None)
         add = torch.empty(batch, channels, dtype=v.dtype, device="meta") if v.has("add") else None
         operands = {"x": x, "groups": GROUPS, "weight": weight, "bias": weight, "scale": scale, "shift": shift}
-        operands |= {"add": add, "mean": statistics, "rstd": statistics}
+        operands |= {"add": add, "mean": statistics, "rstd": statistics, "skip": skip, "silu": not v.has("linear")}
         if v.kernel in ("moments", "norm"):
-            norm(out=v.data(), **operands, eps=1e-5)
+            norm(out=y, **operands, eps=1e-5)
         else:
             by_rows = {"weight_grad": weight, "bias_grad": weight, "scale_grad": scale, "shift_grad": shift}
-            norm_grad(x_grad=v.data(), **by_rows, add_grad=add, grad=v.data(), **operands)
+            norm_grad(x_grad=x, **by_rows, add_grad=add, skip_grad=skip, grad=y, **operands)
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None

@@ -30,15 +30,15 @@ class Variant:
         """The first of them that is set, or the last."""
         return next((o for o in options if self.has(o)), options[-1])
 
-    def data(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(B, ...) without storage, which Triton takes for aligned."""
+    def data(self, dtype: torch.dtype | None = None, channels: int | None = None) -> Tensor:
+        """(B, ...) without storage, which Triton takes for aligned. channels: others than the variant's."""
         odd = int(self.has("unaligned"))
         layout = torch.channels_last if self.has("channels_last") else torch.contiguous_format
         if self.kernel in NORMS:
-            batch, channels, height, width = next((SHAPES[o] for o in SHAPES if self.has(o)), INNER)
+            batch, own, height, width = next((SHAPES[o] for o in SHAPES if self.has(o)), INNER)
         else:
-            batch, (channels, height, width) = BATCH, SHAPE
-        shape = (batch, channels, height - odd, width - odd)
+            batch, (own, height, width) = BATCH, SHAPE
+        shape = (batch, channels or own, height - odd, width - odd)
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta", memory_format=layout)
 
 
@@ -49,8 +49,9 @@ def subsets(*options: str) -> list[str]:
 
 DRAWN = ("generated", "given")
 VLB = [o for o in subsets("clip", "raw", "by_pred", "by_raw") if "by_raw" not in o or "+raw" in f"+{o}"]
-# Of a norm: the concatenations of a U-Net, whose groups are of 12 channels, and larger images, in both layouts.
-MAPS = [m + c for m in ("concat", "64x64", "128x128") for c in ("", "+channels_last")]
+# Of a norm: the concatenations of a U-Net, whose groups are of 12 channels, as one tensor and as two, and larger
+# images, in both layouts.
+MAPS = [m + c for m in ("concat", "concat+skip", "64x64", "128x128") for c in ("", "+channels_last")]
 # Kernel, sources of noise, options: what training and sampling loops launch every day, and what else can be launched.
 COMMON = [
     ("normal", ("generated",), [""]),
@@ -75,8 +76,8 @@ RARE = [
     ("update", ("none",), subsets("clip", "uncond", "x0hat")),
     ("update", ("none", "generated"), ["clip+x0hat+slots", "clip+mix+slots"]),
     ("update", ("generated",), ["clip+x", "clip+ids", "clip+channels_last", "clip+mixed"]),
-    ("norm", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed"]),
-    ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed"]),
+    ("norm", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed", "linear"]),
+    ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed", "linear"]),
     ("moments", ("none",), [*subsets("parts", "channels_last", "add")[4:], "128x128"]),
     ("norm_sums", ("none",), subsets("parts", "scale", "channels_last", "add")[8:]),
 ]

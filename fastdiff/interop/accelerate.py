@@ -9,8 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from ..cast import channels_last_convolutions
 from ..support.plain import is_plain
+from .replay import put_in, take_out
 
+# The components of a pipeline that it calls at every step.
+DENOISERS = ("unet", "transformer")
+# Where a network keeps the convolutions whose layout was changed.
+LAID_OUT = "_channels_last_by_accelerate"
 # Attributes that a fused scheduler has beside those of its stock class.
 OWN = ("_tables", "_last_run", "fused_noise", "__module__")
 
@@ -25,8 +31,10 @@ class Accelerated(list[str]):
         self.left = {}
 
 
-def accelerate(target: Any) -> Accelerated:
-    """Put the fused operations into a pipeline of diffusers, or into a network, in place.
+def accelerate(
+    target: Any, *, graph: bool = False, compile: bool = False, channels_last: bool | None = None
+) -> Accelerated:
+    """Put the fused operations into a pipeline of diffusers, or into a network, in place; `restore` undoes it.
 
     - In every ResnetBlock2D, GroupNorm, the scale and shift of the time embedding, and SiLU become one operation
       (`ops.group_norm_silu`). UNet2DModel, UNet2DConditionModel and AutoencoderKL are made of such blocks. Parameters,
@@ -36,16 +44,38 @@ def accelerate(target: Any) -> Accelerated:
       `pipe.scheduler = X.from_config(pipe.scheduler.config)`, is what X is: take X from fastdiff.interop.diffusers, or
       call `accelerate` again.
 
+    - With `graph` or `compile` the forward of the network becomes a replay of CUDA graphs, or compiled code. In a
+      pipeline that is the component "unet" or "transformer".
+
     What is done to a block later still counts. If its norms or its activation get hooks, another class or other tensors
     (offloading, LoRA, quantization, pruning), or ResnetBlock2D.forward is patched, the block runs stock's forward. A
     second call replaces what is new. The Unet of denoising-diffusion-pytorch 2 has RMSNorm in its blocks, so nothing in
     it is replaced.
 
-    Returns: a list of the dotted names of what was replaced. Its attribute `left` says by name what was left as it is
-        and why: a scheduler without a fused one, a block with another activation or with hooks on its norms. A warning
-        says it too.
-    Raises: TypeError for anything but a pipeline or an nn.Module.
+    A graph reads the weights where they lie. Each shape, type and plain value of the arguments has a graph of its own.
+    All are dropped after a change of the network: moved weights, LoRA, other modules, processors or attributes. Calls
+    run without a graph under gradients or autocast, and with hooks or offloading within the network. So does a network
+    that reads numbers of the GPU, or changes itself at every call.
+
+    Args:
+        target: the pipeline or network.
+        graph: replay a call of the network as one CUDA graph, kept for the most recent kinds of arguments. Each holds
+            the memory of a call. Needs a network on CUDA in eval mode, without gradients.
+        compile: compile the network with torch.compile, with the fused operations inside. Compiling takes minutes for
+            a large network. With `graph` the compiled code is captured.
+        channels_last: lay out the weights of 2d convolutions channels last. None does so for networks on CUDA in eval
+            mode: an optimizer may keep its state in the layout of the weights.
+
+    Returns: a list of the dotted names of what was replaced; that of a replayed or compiled forward is "unet.forward".
+        Its attribute `left` says by name what was left as it is and why: a scheduler without a fused one, a block with
+        another activation or with hooks on its norms, a forward that runs without a graph. Later calls of the network
+        keep that last entry up to date. A warning says it too.
+    Raises: TypeError for anything but a pipeline or an nn.Module, and for options that are no bools.
     """
+    for option, value in (("graph", graph), ("compile", compile), ("channels_last", channels_last)):
+        if not isinstance(value, bool) and (option, value) != ("channels_last", None):
+            raise TypeError(f"{option}: expected True or False, got {value!r}")
+    networks = _networks(target)
     done = Accelerated()
     for name, block in _blocks(target):
         reason = _misfit(block)
@@ -65,6 +95,20 @@ def accelerate(target: Any) -> Accelerated:
         else:
             target.scheduler = _become(ours, scheduler)
             done.append("scheduler")
+    for network in networks.values():
+        parameter = next(network.parameters(), None)
+        on_gpu = parameter is not None and parameter.is_cuda and not network.training
+        if on_gpu if channels_last is None else channels_last:
+            changed = vars(network).setdefault(LAID_OUT, [])
+            changed += channels_last_convolutions(network)
+    if graph or compile:
+        called = {name: network for name, network in networks.items() if name in ("", *DENOISERS)}
+        if not called:
+            done.left["forward"] = f"the pipeline has no {' or '.join(DENOISERS)}"
+        for name, network in called.items():
+            forward = ".".join(filter(None, (name, "forward")))
+            if put_in(network, forward, done.left, graph, compile):
+                done.append(forward)
     if done.left:
         reasons = "; ".join(f"{reason} ({n})" for reason, n in Counter(done.left.values()).items())
         warnings.warn(f"accelerate left {len(done.left)} parts as they are: {reasons}", stacklevel=2)
@@ -72,7 +116,7 @@ def accelerate(target: Any) -> Accelerated:
 
 
 def restore(target: Any) -> list[str]:
-    """Undo `accelerate`: blocks and scheduler get their classes of diffusers again.
+    """Undo `accelerate`: blocks and scheduler get their classes of diffusers again, networks their forward and layout.
 
     Returns: the dotted names of what was put back.
     Raises: TypeError for anything but a pipeline or an nn.Module.
@@ -82,6 +126,11 @@ def restore(target: Any) -> list[str]:
         if type(block) is _fused().ResnetBlock2D:
             block.__class__ = _diffusers_resnet().ResnetBlock2D
             done.append(name)
+    for name, network in _networks(target).items():
+        for convolution in vars(network).pop(LAID_OUT, []):
+            convolution.weight.data = convolution.weight.data.contiguous()
+        if take_out(network):
+            done.append(".".join(filter(None, (name, "forward"))))
     scheduler = _scheduler(target)
     if type(scheduler) in _fused_schedulers().values():
         target.scheduler = _become(type(scheduler).stock, scheduler)
@@ -89,14 +138,18 @@ def restore(target: Any) -> list[str]:
     return done
 
 
+def _networks(target: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline by their names, or a network itself by the name ""."""
+    if isinstance(target, nn.Module):
+        return {"": target}
+    if isinstance(getattr(target, "components", None), dict):
+        return {name: part for name, part in target.components.items() if isinstance(part, nn.Module)}
+    raise TypeError(f"target: expected a pipeline of diffusers or an nn.Module, got {type(target).__name__}")
+
+
 def _blocks(target: Any) -> Iterator[tuple[str, Any]]:
     """Every ResnetBlock2D, stock or fused, of a network or of a pipeline's networks, with its dotted name."""
-    if isinstance(target, nn.Module):
-        networks = {"": target}
-    elif isinstance(getattr(target, "components", None), dict):
-        networks = {name: part for name, part in target.components.items() if isinstance(part, nn.Module)}
-    else:
-        raise TypeError(f"target: expected a pipeline of diffusers or an nn.Module, got {type(target).__name__}")
+    networks = _networks(target)
     resnet = _diffusers_resnet()
     if resnet is None:  # then no network has its blocks
         return

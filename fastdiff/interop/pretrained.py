@@ -189,7 +189,7 @@ def write_ddpm(
         config, weights: of the UNet.
         schedule, schedule_name, objective, variance, clip: of the DDPM.
 
-    Raises: ValueError, before anything is written, if diffusers lacks the objective ("score"), or if the schedule does
+    Raises: ValueError, before anything is written, if diffusers lacks the objective, or if the schedule does
         not keep the variance.
     """
     if not schedule.vp:

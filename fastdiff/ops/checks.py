@@ -11,7 +11,7 @@ from torch import Tensor
 from ..support import transforms
 from ..support.scalars import as_integer, as_number, integer
 from .memory import span
-from .quick import number
+from .plan import number
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -71,15 +71,23 @@ def check_out(out: Tensor, like: Tensor, *operands: Any) -> None:
         raise ValueError("out: expected no gradient to be wanted, which needs a result of its own")
 
 
-def check_channels(x: Tensor, groups: int) -> int:
-    """The number of groups, which divides the channels of x (B, C, ...)."""
+def check_channels(x: Tensor, skip: Tensor | None, groups: int) -> tuple[int, int]:
+    """(channels of x (B, C, ...) and skip together, the number of groups, which divides them)."""
     check_floating("x", x)
     if x.ndim < 2:
         raise ValueError(f"x: expected shape (B, C, ...), got {tuple(x.shape)}")
     channels, number = x.shape[1], integer(groups)
+    if skip is not None:
+        check_floating("skip", skip)
+        check_device("skip", skip, x.device)
+        if skip.dtype != x.dtype:
+            raise ValueError(f"skip: expected the type of x, {x.dtype}, got {skip.dtype}")
+        if skip.ndim != x.ndim or (skip.shape[0], *skip.shape[2:]) != (x.shape[0], *x.shape[2:]):
+            raise ValueError(f"skip: expected the shape of x, {tuple(x.shape)}, but for C, got {tuple(skip.shape)}")
+        channels += skip.shape[1]
     if number is None or number < 1 or channels % number:
         raise ValueError(f"num_groups: expected a divisor of {channels} channels, got {groups!r}")
-    return number
+    return channels, number
 
 
 def check_vector(name: str, given: Tensor, shape: Sequence[int], x: Tensor) -> None:
@@ -178,6 +186,16 @@ def _share(a: Tensor, b: Tensor) -> bool:
         return bool(np.shares_memory(np.asarray(_Bytes(a)), np.asarray(_Bytes(b)), max_work=10**6))  # type: ignore[arg-type]
     except RuntimeError:  # NumPy's TooHardError, which has moved
         return True
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """The device with its number, as tensors name it. ValueError for one that is not there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"device: expected one of this machine, got {device!r} ({str(error).splitlines()[0]})"
+        ) from None
 
 
 # --- options ----------------------------------------------------------------------------------------------------
@@ -340,3 +358,20 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed: expected 64 bits, got {number}")
     return torch.full((1,), number - 2**64 if number >= 2**63 else number, dtype=torch.int64, device=device)
+
+
+def check_generator(seed: Any, generator: Any) -> None:
+    """A generator, or none; not together with a seed."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    if seed is not None:
+        raise ValueError("seed: expected None with a generator, from which the seed is drawn")
+
+
+def seed_of(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """The seed (1,) on the device: as given, or drawn from the generator."""
+    if generator is None:
+        return as_seed(seed, device)
+    return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=generator.device).to(device)

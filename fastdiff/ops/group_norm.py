@@ -1,5 +1,6 @@
 """Group normalisation, scale and shift, and SiLU in one pass."""
 
+import importlib
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from ..support import transforms
 from ..support.scalars import as_number
 from .checks import check_channels, check_vector
 from .dispatch import backend_of, launcher
-from .quick import Call, quick
+from .quick import quick
 from .registry import Op
+
+strides_of = importlib.import_module("..kernels.layout", __package__).strides_of
 
 
 @quick
@@ -24,6 +27,8 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     add: Tensor | None = None,
+    skip: Tensor | None = None,
+    silu: bool = True,
 ) -> Tensor:
     """silu(GroupNorm(x + add) (1 + scale) + shift).
 
@@ -39,50 +44,68 @@ def group_norm_silu(
         eps: at least 0.
         scale, shift: (B, C), both or neither.
         add: (B, C), or (C,) for all samples: the bias of the convolution that made x, a time embedding, or their sum.
+        skip: (B, C', ...), further channels, of the type of x: the norm is that of torch.cat((x, skip), 1), which is
+            not made. C above is then C + C'.
+        silu: whether SiLU is taken.
 
-    Returns: a tensor shaped and typed like x.
+    Returns: a tensor shaped and typed like x, with the channels of skip behind its own.
     Raises: TypeError or ValueError that names the argument.
     Reference: Wu & He 2018, arXiv:1803.08494, eq. 7; scale and shift: Dhariwal & Nichol 2021, arXiv:2105.05233,
         section 4.3.
     """
-    num_groups, eps = check_channels(x, num_groups), as_number("eps", eps)
+    (channels, num_groups), eps = check_channels(x, skip, num_groups), as_number("eps", eps)
+    if not isinstance(silu, bool):
+        raise TypeError(f"silu: expected a bool, got {type(silu).__name__}")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
     if (scale is None) != (shift is None):
         raise ValueError(f"{'scale' if scale is None else 'shift'}: expected both scale and shift, or neither")
-    check_vector("weight", weight, x.shape[1:2], x)
-    check_vector("bias", bias, x.shape[1:2], x)
+    rows = x.shape[0], channels
+    check_vector("weight", weight, rows[1:], x)
+    check_vector("bias", bias, rows[1:], x)
     if scale is not None and shift is not None:
-        check_vector("scale", scale, x.shape[:2], x)
-        check_vector("shift", shift, x.shape[:2], x)
+        check_vector("scale", scale, rows, x)
+        check_vector("shift", shift, rows, x)
     if add is not None:
-        check_vector("add", add, x.shape[1:2] if isinstance(add, Tensor) and add.ndim == 1 else x.shape[:2], x)
-    if backend_of(x) != "triton" or transforms.active():
+        check_vector("add", add, rows[1:] if isinstance(add, Tensor) and add.ndim == 1 else rows, x)
+    if not is_fused(x):
         # PyTorch's own operations are differentiable any number of times, and torch.compile fuses them.
-        return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, add, eps)
-    return _OP(x, num_groups, weight, bias, scale, shift, add, eps)[0]
+        return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, add, eps, skip, silu)
+    return _OP(x, num_groups, weight, bias, scale, shift, add, eps, skip, silu)[0]
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether the norm of tensors like x is a kernel of its own."""
+    return backend_of(x) == "triton" and not transforms.active()
 
 
 def _empty(x: Tensor, groups: int, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean of each group, reciprocal standard deviation), none of them written."""
+    *_, skip, _ = operands
     mean, rstd = (x.new_empty((x.shape[0], groups), dtype=reference.work_dtype(x)) for _ in range(2))
-    return torch.empty_like(x), mean, rstd
+    if skip is None:
+        return torch.empty_like(x), mean, rstd
+    channels = x.shape[1] + skip.shape[1]
+    out = x.new_empty_strided((x.shape[0], channels, *x.shape[2:]), strides_of(x, channels))
+    return out, mean, rstd
 
 
 def _group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-    add: Tensor | None, eps: float,
+    add: Tensor | None, eps: float, skip: Tensor | None, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out, mean, rstd = _empty(x, groups)
+    out, mean, rstd = _empty(x, groups, skip, silu)
     if x.numel() == 0:
         return out, mean, rstd
     if launch := launcher("norm", x):
         launch(
             out=out, mean=mean, rstd=rstd,
             x=x, groups=groups, weight=weight, bias=bias, scale=scale, shift=shift, add=add, eps=eps,
+            skip=skip, silu=silu,
         )  # fmt: skip
     else:
-        out.copy_(reference.group_norm_silu(x, groups, weight, bias, scale, shift, add, eps))
+        out.copy_(reference.group_norm_silu(x, groups, weight, bias, scale, shift, add, eps, skip, silu))
+        x = x if skip is None else torch.cat((x, skip), 1)
         grouped = reference.with_channels(x, add).to(mean.dtype).reshape(len(x), groups, -1)
         mean.copy_(grouped.mean(2))
         rstd.copy_((grouped.var(2, correction=0) + eps).rsqrt())
@@ -92,37 +115,39 @@ def _group_norm_silu(
 def _empty_grads(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int, *operands: Any
 ) -> tuple[Tensor, ...]:
-    """Gradients by x and by the parameters, not written; those that are not there or not wanted have no element."""
-    *parameters, wanted = operands
+    """Gradients by x, by the parameters and by skip, not written; those that are not there or not wanted have no
+    element."""
+    *parameters, skip, _, wanted = operands
     grads = (
         torch.empty_like(p, memory_format=torch.contiguous_format) if wanted and p is not None else x.new_empty(0)
         for p in parameters
     )
-    return torch.empty_like(x), *grads
+    return torch.empty_like(x), *grads, x.new_empty(0) if skip is None else torch.empty_like(skip)
 
 
 def _group_norm_silu_grad(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int,
-    weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None, parameters: bool,
+    weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
+    skip: Tensor | None, silu: bool, parameters: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     operands = (weight, bias, scale, shift, add)
-    by_x, *grads = _empty_grads(grad, x, mean, rstd, groups, *operands, parameters)
+    by_x, *grads, by_skip = _empty_grads(grad, x, mean, rstd, groups, *operands, skip, silu, parameters)
     wanted = [g if parameters and p is not None else None for g, p in zip(grads, operands, strict=True)]
     if x.numel() == 0:
-        return by_x, *(g.zero_() for g in grads)
+        return by_x, *(g.zero_() for g in grads), by_skip
     if launch := launcher("norm_grad", x):
         by_weight, by_bias, by_scale, by_shift, by_add = wanted
         launch(
             x_grad=by_x, weight_grad=by_weight, bias_grad=by_bias, scale_grad=by_scale, shift_grad=by_shift,
-            add_grad=by_add, grad=grad, x=x, mean=mean, rstd=rstd, groups=groups,
-            weight=weight, bias=bias, scale=scale, shift=shift, add=add,
+            add_grad=by_add, skip_grad=None if skip is None else by_skip, grad=grad, x=x, mean=mean, rstd=rstd,
+            groups=groups, weight=weight, bias=bias, scale=scale, shift=shift, add=add, skip=skip, silu=silu,
         )  # fmt: skip
-        return by_x, *grads
-    exact = reference.group_norm_silu_grad(grad, x, mean, rstd, groups, *operands)
-    for result, value in zip((by_x, *wanted), exact, strict=True):
+        return by_x, *grads, by_skip
+    exact = reference.group_norm_silu_grad(grad, x, mean, rstd, groups, *operands, skip, silu)
+    for result, value in zip((by_x, *wanted, by_skip), exact, strict=True):
         if result is not None and value is not None:
             result.copy_(value)
-    return by_x, *grads
+    return by_x, *grads, by_skip
 
 
 @quick
@@ -131,11 +156,11 @@ def _gradients(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor, *operands: Any) -> list[Tensor | None]:
-    """The gradients that are wanted of x, weight, bias, scale, shift and add, through the reference."""
+    """The gradients that are wanted of x, weight, bias, scale, shift, add and skip, through the reference."""
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        x, weight, bias, scale, shift, add = operands
-        y = reference.group_norm_silu(x, ctx.groups, weight, bias, scale, shift, add, ctx.eps)
+        x, weight, bias, scale, shift, add, skip = operands
+        y = reference.group_norm_silu(x, ctx.groups, weight, bias, scale, shift, add, ctx.eps, skip, ctx.silu)
     wanted = [t for t, want in zip(operands, ctx.needs_input_grad, strict=False) if want]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=graph))
     return [next(found) if want else None for want in ctx.needs_input_grad[: len(operands)]]
@@ -145,12 +170,11 @@ class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-        add: Tensor | None, call: Call,
+        add: Tensor | None, skip: Tensor | None, results: Any, args: Any,
     ) -> Tensor:  # fmt: skip
-        y, mean, rstd = call.run(*call.args)
-        call.rest = mean, rstd
-        ctx.groups, ctx.eps = call.args[1], call.args[-1]
-        ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, add)
+        y, mean, rstd = results
+        ctx.groups, ctx.eps, ctx.silu = args[1], args[7], args[9]
+        ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, add, skip)
         return y
 
     @staticmethod
@@ -158,23 +182,24 @@ class _GroupNormSiLU(torch.autograd.Function):
         x, mean, rstd, *operands = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         if torch.is_grad_enabled() or transforms.has_rules(grad):
-            return *_differentiable_gradients(ctx, grad, x, *operands), None
-        gradients = _gradients(grad, x, mean, rstd, ctx.groups, *operands, any(wanted[1:6]))
-        return *[by if want else None for by, want in zip(gradients, wanted[:6], strict=True)], None
+            return *_differentiable_gradients(ctx, grad, x, *operands), None, None
+        gradients = _gradients(grad, x, mean, rstd, ctx.groups, *operands, ctx.silu, any(wanted[1:6]))
+        return *[by if want else None for by, want in zip(gradients, wanted[:7], strict=True)], None, None
 
 
 _OP = Op(
     "group_norm_silu",
-    "(Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, float eps) -> "
-    "(Tensor, Tensor, Tensor)",
+    "(Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, float eps, "
+    "Tensor? skip, bool silu) -> (Tensor, Tensor, Tensor)",
     _group_norm_silu,
     _empty,
 )
-_OP.differentiate(_GroupNormSiLU, 0, 2, 3, 4, 5, 6)
+_OP.differentiate(_GroupNormSiLU, 0, 2, 3, 4, 5, 6, 8)
 _GRAD = Op(
     "group_norm_silu_grad",
     "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, int groups, Tensor weight, Tensor bias, Tensor? scale, "
-    "Tensor? shift, Tensor? add, bool parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? shift, Tensor? add, Tensor? skip, bool silu, bool parameters) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _group_norm_silu_grad,
     _empty_grads,
 )

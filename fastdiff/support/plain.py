@@ -1,4 +1,6 @@
-"""Whether the parameters of a child module may be read without calling it."""
+"""Whether the parameters of a child module may be read without calling it, and whether it is wrapped."""
+
+from types import MethodType
 
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     a subclass (LoRA, quantized layers, parametrizations, FSDP2), one with a forward of its own (offloading), with hooks
     (pruning, weight norm, ZeRO), or with parameters of another class (DTensor, quantized tensors).
     """
-    if type(module) is not kind or "forward" in module.__dict__:
+    if type(module) is not kind or "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
         return False
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return False
@@ -22,3 +24,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         p is None or type(p) is nn.Parameter or type(p) is Tensor or isinstance(p, FakeTensor)
         for p in module._parameters.values()
     )
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether the module has a forward of its own. A wrapper that is taken off leaves that of its class."""
+    return "forward" in vars(module) and vars(module)["forward"] != MethodType(type(module).forward, module)

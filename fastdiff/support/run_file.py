@@ -36,6 +36,8 @@ REQUIRED = {
     "DDPM": ("schedule", "timesteps", "objective", "variance"),
     "NCSN": ("sigma_max", "sigma_min", "levels", "objective"),
     "ScoreSDE": ("sde", "objective"),
+    "FlowMatching": ("objective", "shift", "last"),
+    "Edm": ("sigma_data", "objective"),
 }
 Formulation = TypeVar("Formulation", bound=nn.Module)
 
@@ -67,7 +69,7 @@ class RunFile:
 
     Args:
         file: its tensors' names, shapes and types.
-        model: the formulation, "DDPM", "NCSN" or "ScoreSDE"; config: the arguments of its constructor but the network.
+        model: the formulation, a name of REQUIRED; config: the arguments of its constructor but the network.
         unet: the arguments of the network's constructor.
         options, step: the options of the run, and the step at whose end it was written.
     """

@@ -1,4 +1,4 @@
-"""Options of a constructor that may be set later."""
+"""Options of a constructor: those that may be set later, and those that stay."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,3 +29,26 @@ def settable(name: str, convert: Callable[[Any], Any] | None = None) -> Any:
             raise
 
     return property(read, write)
+
+
+def fixed() -> Any:
+    """An attribute that the constructor sets, once: what was made of it would not follow."""
+    return _Fixed()
+
+
+class _Fixed:
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        if self.name not in instance.__dict__:
+            raise AttributeError(self.name)
+        return instance.__dict__[self.name]
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        if self.name in instance.__dict__:
+            kind = type(instance).__name__
+            raise AttributeError(f"{self.name}: expected to stay as it was made; make another {kind}")
+        instance.__dict__[self.name] = value

@@ -3,8 +3,9 @@
 from fastdiff.training.checkpoint import State, load_model
 from fastdiff.training.data import Images, digits, folder, save_grid
 from fastdiff.training.evaluate import Report, frechet_distance
-from fastdiff.training.loop import train
+from fastdiff.training.loop import train, update_ema
 from fastdiff.training.options import DIGITS, Options, build, digits_options, resumed_options
+from fastdiff.training.step import TrainingStep
 
 __all__ = [
     "DIGITS",
@@ -12,6 +13,7 @@ __all__ = [
     "Options",
     "Report",
     "State",
+    "TrainingStep",
     "build",
     "digits",
     "digits_options",
@@ -21,4 +23,5 @@ __all__ = [
     "resumed_options",
     "save_grid",
     "train",
+    "update_ema",
 ]

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from fastdiff.ddpm import DDPM
 from fastdiff.diffusion import Diffusion
+from fastdiff.edm import Edm
+from fastdiff.flow import FlowMatching
 from fastdiff.score import NCSN, ScoreSDE
 from fastdiff.support import run_file
 from fastdiff.support.run_file import RunFile
 from fastdiff.unet import UNet
 
-MODELS: dict[str, type[Diffusion]] = {"DDPM": DDPM, "NCSN": NCSN, "ScoreSDE": ScoreSDE}
+MODELS: dict[str, type[Diffusion]] = {c.__name__: c for c in (DDPM, NCSN, ScoreSDE, FlowMatching, Edm)}
 OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -24,7 +26,7 @@ class State:
     """Everything a run needs to go on as if it had never stopped, at the end of step `step`.
 
     Args:
-        diffusion: the DDPM, NCSN or ScoreSDE with the trained weights, and what its importance sampling remembers.
+        diffusion: the model with the trained weights, and what its importance sampling remembers.
         ema: the UNet whose weights are the moving average, the one to sample from.
         optimizer: tensors of torch.optim.AdamW, optimizer[i][key] for parameter i.
         rng: states of PyTorch's default generators, by device type.
@@ -97,7 +99,7 @@ def load(path: str | Path) -> State:
 
 
 def load_model(path: str | Path) -> Diffusion:
-    """The DDPM, NCSN or ScoreSDE of a run with the averaged weights, in eval mode on the CPU.
+    """The model of a run, of its formulation, with the averaged weights, in eval mode on the CPU.
 
     Args:
         path: model.safetensors of a run, or the run's folder.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.files import need, replacing
+from fastdiff.support.scalars import as_integer
 
 # White in the image modes of PIL that have more than 8 bits.
 DEEP = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
@@ -72,9 +73,9 @@ def folder(path: str | Path, size: int, gray: bool = False) -> Images:
         gray: one channel instead of RGB.
 
     Returns: images (N, 1 or 3, size, size), in the order of their names.
-    Raises: OSError if `path` is no folder that can be read; ValueError if no image is left.
+    Raises: OSError if `path` is no folder that can be read; ValueError if no image is left, or for a size below 1.
     """
-    path = Path(path)
+    size, path = as_integer("size", size, 1, 2**15), Path(path)
     next(path.iterdir(), None)  # a missing folder is reported in the system's own words
     files, skipped = _files(path)
     found, count = len(files) + len(skipped), 0
@@ -161,10 +162,14 @@ def save_grid(path: str | Path, images: Tensor, columns: int | None = None) -> N
         images: (N, C, H, W) in [-1, 1], C 1 or 3.
         columns: how many beside each other; None makes the picture nearly square.
 
-    Raises: ValueError for another shape.
+    Raises: TypeError or ValueError for anything else.
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"images: expected (N, 1 or 3, H, W) with N of at least 1, got {tuple(images.shape)}")
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
+    if columns is not None:
+        columns = as_integer("columns", columns, 1, 2**15)
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
+        raise ValueError(f"images: expected (N, 1 or 3, H, W) with N, H and W of at least 1, got {tuple(images.shape)}")
     count, channels, height, width = images.shape
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     zoom = max(1, 48 // max(height, width))

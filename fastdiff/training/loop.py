@@ -20,6 +20,7 @@ from fastdiff.training.checkpoint import State, rng_state, save, set_rng_state
 from fastdiff.training.data import training_images
 from fastdiff.training.logs import EVERY, Progress
 from fastdiff.training.options import Options, build
+from fastdiff.training.step import TrainingStep
 from fastdiff.unet import UNet
 
 
@@ -27,7 +28,8 @@ def train(options: Options, out: str | Path, device: str | torch.device, resume:
     """Train until step `options.steps`.
 
     Writes out/model.safetensors every `save_every` steps, at the end, and on SIGINT, SIGTERM or SIGHUP. A run that is
-    interrupted and resumed ends with the same bits as one that is not.
+    interrupted and resumed ends with the same bits as one that is not. That holds on a CPU: on a GPU the sums of some
+    gradients are of no fixed order, and convolutions are tried out. There a step is a captured graph, see TrainingStep.
 
     Args:
         options: what to train, and for how long.
@@ -41,7 +43,7 @@ def train(options: Options, out: str | Path, device: str | torch.device, resume:
         by then are saved.
     """
     path, device = writable(Path(out) / NAME), torch.device(device)
-    with locked(path.parent) as alone:
+    with gpu_settings(device), locked(path.parent) as alone:
         if alone:
             sweep(path)
         check_free(path, resume)
@@ -92,6 +94,13 @@ class Run:
         if resume:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": resume.optimizer})
             set_rng_state(resume.rng, device)
+        self.take = TrainingStep(
+            self.diffusion,
+            self.optimizer,
+            average=lambda decay: update_ema(self.ema, self.diffusion.model, decay),
+            clip_grad=options.clip_grad,
+            autocast=torch.bfloat16 if self.bf16 else None,
+        )
 
     def advance(self) -> None:
         """One step of the optimizer and of the moving average."""
@@ -99,15 +108,9 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * min(1.0, (step + 1) / (options.warmup + 1))
         x0 = self.images[torch.randint(len(self.images), (options.batch_size,))].to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss: Tensor = self.diffusion(x0)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.diffusion.parameters(), options.clip_grad)
-        self.optimizer.step()
         # The decay grows from 0.1, so that the random weights of the start are soon forgotten.
-        update_ema(self.ema, self.diffusion.model, min(options.ema, (1 + step) / (10 + step)))
-        self.loss = self.loss.lerp(loss.detach(), 1 / min(step - self.start + 1, 50))
+        loss = self.take(x0, decay=min(options.ema, (1 + step) / (10 + step)))
+        self.loss = self.loss.lerp(loss, 1 / min(step - self.start + 1, 50))
         self.step += 1
 
     def summary(self) -> str:
@@ -136,9 +139,32 @@ class Run:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """In place, for each parameter: ema <- decay ema + (1 - decay) model."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
+    """In place, for each parameter: ema <- decay ema + (1 - decay) model. A tensor () of decay stays on its device."""
+    averages: list[Tensor] = [*ema.parameters()]
+    weights: list[Tensor] = [*model.parameters()]
+    if isinstance(decay, Tensor):  # of which lerp has no form for many tensors at once
+        change = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(change, 1 - decay)
+        torch._foreach_add_(averages, change)
+    else:
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+@contextmanager
+def gpu_settings(device: torch.device) -> Iterator[None]:
+    """Settings of the process that training on a GPU wants: TF32 products, and convolutions that are tried out."""
+    if device.type != "cuda":
+        yield
+        return
+    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 @contextmanager

@@ -10,12 +10,14 @@ from typing import Any
 
 from fastdiff.ddpm import DDPM
 from fastdiff.diffusion import Diffusion
+from fastdiff.edm import Edm
+from fastdiff.flow import FlowMatching
 from fastdiff.score import NCSN, ScoreSDE
 from fastdiff.training.checkpoint import State
 from fastdiff.unet import UNet
 
 # What the network of each formulation predicts by default.
-OBJECTIVES = {"ddpm": "v", "ncsn": "score", "vp": "v", "subvp": "v", "ve": "score"}
+OBJECTIVES = {"ddpm": "v", "ncsn": "score", "vp": "v", "subvp": "v", "ve": "score", "flow": "flow", "edm": "edm"}
 # The formulations that have an option; all have those that are not here.
 OWNERS = {
     "schedule": ("ddpm",),
@@ -41,7 +43,7 @@ class Options:
         ema: decay of the moving average of the weights, in [0, 1).
         clip_grad: largest norm of the gradient.
         channels: of the U-Net at full resolution, a multiple of 8.
-        formulation: "ddpm", "ncsn", or an SDE: "vp", "subvp", "ve".
+        formulation: "ddpm", "ncsn", an SDE ("vp", "subvp", "ve"), "flow" (flow matching), or "edm".
         objective, loss, weighting: as in fastdiff.DDPM; objective "" is the one that suits the formulation.
         schedule, variance: of ddpm; variance "learned" doubles the network's output channels.
         timesteps: length of ddpm's chain, or of ncsn's ladder.
@@ -220,4 +222,6 @@ def build(options: Options) -> Diffusion:
         return DDPM(unet, schedule=options.schedule, timesteps=options.timesteps, variance=options.variance, **same)
     if options.formulation == "ncsn":
         return NCSN(unet, levels=options.timesteps, **sigmas, **same)
+    if options.formulation in ("flow", "edm"):
+        return (FlowMatching if options.formulation == "flow" else Edm)(unet, **same)
     return ScoreSDE(unet, options.formulation, **same, **(sigmas if options.formulation == "ve" else {}))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff import DDPM, ScoreSDE, schedule, steps
+from fastdiff import DDPM, FlowMatching, ScoreSDE, schedule, steps
 
 T = 1000
 SHAPE = (2, 1, 4, 4)
@@ -169,3 +169,17 @@ def test_schedules_of_lucidrains(name, atol):
 
     theirs = interop.GaussianDiffusion(Stand(), image_size=4, timesteps=T, beta_schedule=name).betas
     torch.testing.assert_close(theirs.double(), schedule.SCHEDULES[name](T).betas, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_euler_of_flow_matching(diffusers, shift):
+    """On the levels that the pipelines of Stable Diffusion 3 and FLUX give."""
+    n, network = 10, Network()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - k / n for k in range(n)])
+    x = x_T = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t.expand(len(x))), t, x).prev_sample
+    got = FlowMatching(network, shift=shift).sample(SHAPE, steps=n, x_T=x_T)
+    torch.testing.assert_close(got, x, **FLOAT32)

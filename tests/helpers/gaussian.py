@@ -3,9 +3,12 @@
 from typing import Any
 
 import torch
+from objectives import targets
 from torch import Tensor, nn
 
 from fastdiff.diffusion import Diffusion
+from fastdiff.edm import Preconditioned
+from fastdiff.flow import Flow
 from fastdiff.process import VE, VP, Ladder, Process
 from fastdiff.rows import columns
 
@@ -13,8 +16,13 @@ MEAN, STD = (0.3, -0.5, 0.0, 0.2), (0.5, 0.1, 1.0, 0.02)
 
 
 def alpha_sigma(process: Process, condition: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma), (B, 1) float64, from what the model sees: sigma, 999 t, or t - 1."""
+    """(alpha, sigma), (B, 1) float64, from what the model sees: sigma, ln(sigma) / 4, 1000 t, 999 t, or t - 1."""
     c = condition.double()
+    if isinstance(process, Flow):
+        return (1 - c / 1000)[:, None], (c / 1000)[:, None]
+    if isinstance(process, Preconditioned):
+        scale = ((8 * c).exp() + process.sigma_data**2).rsqrt()
+        return scale[:, None], (scale * (4 * c).exp())[:, None]
     if isinstance(process, VE | Ladder):
         return torch.ones_like(c)[:, None], c[:, None]
     made = process.at(c / 999 if isinstance(process, VP) else c + 1)
@@ -23,7 +31,7 @@ def alpha_sigma(process: Process, condition: Tensor) -> tuple[Tensor, Tensor]:
 
 class Exact(nn.Module):
     """The best prediction for the data: with r = (x_t - alpha MEAN) / (alpha^2 STD^2 + sigma^2), E[x_0 | x_t] = MEAN +
-    alpha STD^2 r, E[eps | x_t] = sigma r, v = alpha E[eps | x_t] - sigma E[x_0 | x_t] and score = -r."""
+    alpha STD^2 r, E[eps | x_t] = sigma r, and the others follow."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -34,7 +42,7 @@ class Exact(nn.Module):
         alpha, sigma = alpha_sigma(self.process, c)
         r = (x.double() - alpha * self.mean) / (alpha**2 * self.var + sigma**2)
         x0, eps = self.mean + alpha * self.var * r, sigma * r
-        return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "score": -r}[self.objective].to(x.dtype)
+        return targets(alpha, sigma, x0, eps)[self.objective].to(x.dtype)
 
 
 def exact(made: type[Diffusion], *args: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Diffusion:

@@ -30,16 +30,16 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.operators: list[tuple[Any, Any, Any, list[Tensor | None]]] = []
         self.own: set[int] = set()
-        self.given: dict[int, tuple[Tensor, Tensor]] = {}
+        self.given: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if waits(func, args):
             raise RuntimeError(f"{func} reads a number")
         for t in tensors(args, kwargs):
-            place = t.untyped_storage().data_ptr()
-            if place not in self.own and place not in self.given:
-                self.given[place] = t, t.clone()
+            storage = t.untyped_storage()  # whole: weights may be parts of one
+            if storage.data_ptr() not in self.own and storage.data_ptr() not in self.given:
+                self.given[storage.data_ptr()] = storage, storage.clone()
         before = {t.untyped_storage().data_ptr() for t in tensors(args, kwargs)}
         out = func(*args, **kwargs)
         made = [None if t.untyped_storage().data_ptr() in before else t for t in tensors(out)]
@@ -60,12 +60,15 @@ class Tape:
             function()
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        random = torch.get_rng_state()
         with _Watch() as watch:
             function()
-        for tensor, values in watch.given.values():  # a capture runs nothing
-            tensor.copy_(values)
+        torch.set_rng_state(random)
+        for storage, values in watch.given.values():  # a capture runs nothing
+            storage.copy_(values)
         self.recorded += 1
 
+        @torch.no_grad()
         def replay() -> None:
             self.replayed += 1
             for func, args, kwargs, made in watch.operators:
@@ -74,3 +77,15 @@ class Tape:
                         old.copy_(new)
 
         return replay
+
+
+class Recorders(list):
+    """Makes Tapes and keeps them."""
+
+    def __call__(self, device: torch.device) -> Tape:
+        self.append(Tape(device))
+        return self[-1]
+
+    @property
+    def recorded(self) -> int:
+        return sum(tape.recorded for tape in self)

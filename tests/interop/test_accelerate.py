@@ -249,6 +249,12 @@ def foreign(norm):
     norm.weight = nn.Parameter(norm.weight.detach().as_subclass(Logged))
 
 
+def without_bias(norm):
+    made = nn.GroupNorm(1, norm.num_channels)
+    made.register_parameter("bias", None)
+    return made
+
+
 # What people do to the norms of a network, each with an effect that is seen only if the norm is called.
 TREATMENTS = {
     "a forward hook": lambda block: block.norm1.register_forward_hook(lambda m, x, y: 2 * y),
@@ -266,6 +272,7 @@ TREATMENTS = {
     "a norm without weights": lambda block: setattr(
         block, "norm1", nn.GroupNorm(2, block.norm1.num_channels, affine=False)
     ),
+    "a norm without a bias": lambda block: setattr(block, "norm1", without_bias(block.norm1)),
     "offloading": lambda block: cpu_offload(block, execution_device=torch.device("cpu")),
 }
 

@@ -1,5 +1,7 @@
 """What GaussianDiffusion does otherwise than stock, and what subclasses, objects and other inputs change."""
 
+import copy
+import pickle
 import types
 from typing import Any
 
@@ -314,6 +316,16 @@ def test_built_on_the_meta_device(way: str, inside: bool) -> None:
     for (name, got), want in zip(empty.named_buffers(), whole.buffers(), strict=True):
         assert torch.equal(got, want), name
     assert torch.equal(losses_of(empty), losses_of(whole))
+
+
+def test_a_checkpoint_without_buffers_is_loaded_from_the_meta_device() -> None:
+    whole = GaussianDiffusion(Net(), **CONFIG)
+    weights = {name: value for name, value in whole.state_dict().items() if name.startswith("model.")}
+    with torch.device("meta"):
+        empty = GaussianDiffusion(Net(), **CONFIG)
+    empty.load_state_dict(weights, assign=True, strict=False)
+    assert empty.device.type == "cpu" and torch.equal(losses_of(empty), losses_of(whole))
+    assert torch.equal(losses_of(copy.deepcopy(pickle.loads(pickle.dumps(empty)))), losses_of(whole))
 
 
 def test_init_empty_weights_and_dispatch(tmp_path: Any) -> None:

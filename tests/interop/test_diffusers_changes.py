@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from schedulers import NAMES, PARITY, both, draw, few, same_steps
 from tolerance import assert_same_bits
+from torch import Tensor
 
 from fastdiff.interop.diffusers import common, ddpm
 from fastdiff.rows import make_rows
@@ -32,6 +33,24 @@ def test_add_noise(name: str, dtype: torch.dtype) -> None:
         for timesteps in (t, t[1]):
             assert_same_bits(ours.get_velocity(x, noise, timesteps), stock.get_velocity(x, noise, timesteps))
         assert_same_bits(ours.add_noise(x[:1], noise, t), stock.add_noise(x[:1], noise, t))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4), (2, 3, 4, 4), (2, 1, 3, 4, 4), (1, 2, 3, 4, 4)])
+@pytest.mark.parametrize("name", NAMES)
+def test_add_noise_to_data_of_any_shape(name: str, shape: tuple[int, ...]) -> None:
+    """What stock takes is taken, and gives the shape that it gives there."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    for t in (torch.tensor([3, 5]), torch.tensor([5])):
+        results = []
+        for scheduler in both(name, 20):
+            try:
+                at = t if name == "ScoreSdeVeScheduler" else scheduler.timesteps[t].long()
+                results.append(scheduler.add_noise(x, noise, at))
+            except (RuntimeError, IndexError) as error:
+                results.append(error)
+        if isinstance(results[0], Tensor):
+            torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
 
 
 @given(t=st.lists(st.integers(0, 999), min_size=1, max_size=4), seed=st.integers(0, 99))

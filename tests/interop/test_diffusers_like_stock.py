@@ -74,7 +74,7 @@ def changed(original: Callable[..., Any], calls: Counter[str]) -> Callable[..., 
     return method
 
 
-@pytest.mark.parametrize("how", ["subclass", "object", "patched class"])
+@pytest.mark.parametrize("how", ["subclass", "object", "patched class", "patched stock"])
 @pytest.mark.parametrize(("name", "method"), USED)
 def test_overrides(name: str, method: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever stock's methods call is called as often, and what it returns counts."""
@@ -82,12 +82,13 @@ def test_overrides(name: str, method: str, how: str, monkeypatch: pytest.MonkeyP
     for library in (diffusers, fused):
         calls: Counter[str] = Counter()
         kind = getattr(library, name)
-        replacement = changed(getattr(kind, method), calls)
+        patched = getattr(diffusers, name) if how == "patched stock" else kind
+        replacement = changed(getattr(patched, method), calls)
         if how == "subclass":
             kind = type(name, (kind,), {method: replacement})
         with monkeypatch.context() as patch:
-            if how == "patched class":
-                patch.setattr(kind, method, replacement)
+            if how in ("patched class", "patched stock"):
+                patch.setattr(patched, method, replacement)
             scheduler = ready(kind(**CONFIGS[name]))
             if how == "object":
                 setattr(scheduler, method, types.MethodType(replacement, scheduler))

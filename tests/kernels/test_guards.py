@@ -162,23 +162,27 @@ TINY = group_norm.Limits(warp=1, forward=1, backward=1, held=16, few=16, enough=
 normed = given(
     shape=st.sampled_from([(2, 6), (1, 6, 5), (2, 6, 5, 3), (1, 12, 4, 7)]), dtype=dtypes, layout=layouts, guard=guards,
     scaled=st.booleans(), added=st.sampled_from([None, 1, 2]), held=st.sampled_from([4, 16, 64]),
+    first=st.sampled_from([0, 1, 4]),
 )  # fmt: skip
 
 
-def norm_operands(shape, dtype, layout, guard, scaled, added):
-    """The operands of the norm and their number of groups; `added` is the rank of add, or None."""
+def norm_operands(shape, dtype, layout, guard, scaled, added, first):
+    """The operands of the norm and their number of groups; `added` is the rank of add, or None. first: channels of x if
+    the others are skip, or 0."""
     weight, bias = (source(shape[1:2], dtype, layout, guard, i) for i in (1, 2))
     scale, shift = (source(shape[:2], dtype, layout, guard, i) for i in (3, 4)) if scaled else (None, None)
     add = None if added is None else source(shape[2 - added : 2], dtype, layout, guard, 5)
-    x = source(shape, dtype, layout, guard, 0)
-    return {"x": x, "groups": 3, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "add": add}
+    x = source((shape[0], first or shape[1], *shape[2:]), dtype, layout, guard, 0)
+    skip = source((shape[0], shape[1] - first, *shape[2:]), dtype, layout, guard, 9) if first else None
+    rows = {"weight": weight, "bias": bias, "scale": scale, "shift": shift, "add": add}
+    return {"x": x, "skip": skip, "groups": 3, "silu": True} | rows
 
 
 @normed
-def test_norm(shape, dtype, layout, guard, scaled, added, held):
+def test_norm(shape, dtype, layout, guard, scaled, added, held, first):
     out = Guarded(shape, dtype, layout, guard)
     mean, rstd = (Guarded((shape[0], 3), torch.float32, "contiguous", guard) for _ in range(2))
-    operands = norm_operands(shape, dtype, layout, guard, scaled, added)
+    operands = norm_operands(shape, dtype, layout, guard, scaled, added, first)
     with mock.patch.object(group_norm, "LIMITS", TINY._replace(held=held)):
         group_norm.norm(out=out.tensor, mean=mean.tensor, rstd=rstd.tensor, **operands, eps=1e-5)
     for written in (out, mean, rstd):
@@ -187,14 +191,17 @@ def test_norm(shape, dtype, layout, guard, scaled, added, held):
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's exp: the statistics are not x's
 @normed
-def test_norm_gradient(shape, dtype, layout, guard, scaled, added, held):
-    operands = norm_operands(shape, dtype, layout, guard, scaled, added)
-    by_x, grad = Guarded(shape, dtype, layout, guard), source(shape, dtype, layout, guard, 6)
+def test_norm_gradient(shape, dtype, layout, guard, scaled, added, held, first):
+    operands = norm_operands(shape, dtype, layout, guard, scaled, added, first)
+    grad = source(shape, dtype, layout, guard, 6)
+    by_x = Guarded(operands["x"].shape, dtype, layout, guard)
+    by_skip = Guarded(operands["skip"].shape, dtype, layout, guard) if first else None
     mean, rstd = (source((shape[0], 3), torch.float32, "contiguous", guard, i) for i in (7, 8))
     by = {
         f"{name}_grad": None if operands[name] is None else Guarded(operands[name].shape, dtype, "contiguous", guard)
         for name in ("weight", "bias", "scale", "shift", "add")
     }
+    by["skip_grad"] = by_skip
     tensors = {name: None if guarded is None else guarded.tensor for name, guarded in by.items()}
     with mock.patch.object(group_norm, "LIMITS", TINY._replace(held=held)):
         group_norm.norm_grad(x_grad=by_x.tensor, **tensors, grad=grad, mean=mean, rstd=rstd, **operands)

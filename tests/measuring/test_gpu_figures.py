@@ -119,7 +119,8 @@ def test_what_the_sanitizer_is_given_launches_every_kernel():
     assert done.stdout.split() == sorted(known), done.stderr
 
 
-def test_the_outcome_of_the_tests_is_read(tmp_path):
+def test_the_outcome_of_the_tests_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)  # in one process, which is quicker for two tests
     good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
     good.write_text("def test_a(): pass\n")
     bad.write_text("def test_b(): assert False\n")
@@ -187,9 +188,9 @@ def test_a_training_step_trains(short):
         moved = []
         real = training.training_step
 
-        def watched(setup, parameters, loss, average, real=real, moved=moved, **options):
+        def watched(parameters, loss, average, real=real, moved=moved, **options):
             before = [p.detach().clone() for p in parameters]
-            step = real(setup, parameters, loss, average, **options)
+            step = real(parameters, loss, average, **options)
             return lambda: (step(), moved.append(sum((p - b).norm() for p, b in zip(parameters, before, strict=True))))
 
         with pytest.MonkeyPatch.context() as patch:

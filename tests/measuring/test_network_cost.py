@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.network_cost import CPU, Cost, cost, count, rows
+from benchmarks.network_cost import CPU, Cost, cost, count, passes, rows
 from benchmarks.networks import cifar10
 
 
@@ -16,6 +16,34 @@ def test_rules():
     assert cost("convolution", [x, x, x], [y], True) == Cost(2, 64 * (2 + 2 + 2 + 3 * 4))
     assert cost("native_group_norm", [x], [x, y, y], False) == Cost(3, 64 * (2 + 2 + 2))
     assert cost("group_norm_silu", [x], [x, y, y], False) == Cost(1, 64 * (2 + 2))
+
+
+WRITTEN = """
+def triton_red_0(in_ptr0, in_ptr1, out_ptr0, xnumel):
+    tl.load(in_ptr0 + (x), mask)
+    tl.load(in_ptr1 + (x), mask)
+    tl.load(in_ptr0 + (x), mask)
+    tl.store(out_ptr0 + (x), y)
+''', device_str='cuda')
+def triton_poi_1(in_out_ptr0, in_ptr0, xnumel):
+    tl.store(in_out_ptr0 + (x), tl.load(in_out_ptr0 + (x), None) + tl.load(in_ptr0 + (x), None))
+''', device_str='cuda')
+    def call(self, args):
+        assert_size_stride(arg0, (2, 4, 8), (32, 8, 1))
+        buf0 = empty_strided_cuda((2, 4), (4, 1), torch.float32)
+        triton_red_0.run(arg0, arg1, buf0, 8, stream=raw_stream0)
+        buf1 = torch.ops.fastdiff.group_norm_silu.default(arg0, 2)
+        buf2 = extern_kernels.convolution(buf1, arg1, bias=None)
+        assert_size_stride(buf2, (2, 4, 8), (32, 8, 1), 'torch.ops.aten.convolution.default')
+        buf3 = buf2; del buf2  # reuse
+        triton_poi_1.run(buf3, arg0, 64, stream=raw_stream0)
+"""
+
+
+def test_passes_over_whole_maps():
+    """Two reads of arg0 by the first kernel; the norm's two; a read, a write and a read of another map by the last."""
+    assert passes(WRITTEN, (2, 4, 8)) == 2 + 2 + 3
+    assert passes(WRITTEN, (2, 4)) == 1 + 2  # the norm's are always counted
 
 
 class Two(nn.Module):
@@ -39,12 +67,13 @@ def test_a_network_of_known_cost():
 
 
 def test_what_the_network_costs_as_it_is_sampled():
-    """Kernels of the 35.7M U-Net in bfloat16: 333 before its layers were merged, 536 in diffusers."""
+    """Of the 35.7M U-Net in bfloat16: 333 kernels and 75 MB before its layers were merged, 536 and 106 in diffusers."""
     sampled = count("fastdiff", lambda: cifar10(CPU), 256, sampled=True)
     plain = count("fastdiff", lambda: cifar10(CPU), 256, half=True)
-    assert sampled.kernels <= 220 and sampled.megabytes_per_image <= 58
+    assert sampled.kernels <= 170 and sampled.megabytes_per_image <= 48
     assert sampled.kernels < plain.kernels and sampled.megabytes_per_image < plain.megabytes_per_image
-    assert sampled.by_operator["group_norm_silu"] == 45 and "clone" not in sampled.by_operator
+    assert sampled.by_operator["group_norm_silu"] == 51
+    assert not sampled.by_operator.keys() & {"native_group_norm", "cat", "clone"}
 
 
 def test_rows_compare_with_diffusers():

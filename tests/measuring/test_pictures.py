@@ -39,15 +39,18 @@ def test_operations():
 
 
 def test_quality():
-    rows = [{"sampler": "ddpm", "steps": 1000, "images_per_s": 10.0, "frechet_distance": 0.5}]
-    rows += [{"sampler": "ddim", "steps": n, "images_per_s": 5000 / n, "frechet_distance": 4 / n} for n in (50, 10)]
-    figure = pictures.quality(rows, 0.3, {"ddpm": "#888888", "ddim": "#cc7722"})
-    ddpm, ddim, real = figure.axes[0].lines
-    assert ddpm.get_xydata().tolist() == [[10.0, 0.5]]
-    assert ddim.get_xydata().tolist() == [[100.0, 0.08], [500.0, 0.4]]
-    assert set(real.get_ydata()) == {0.3}
+    rows = [{"model": "DDPM", "sampler": "ddpm", "calls": 10, "images_per_s": 10.0, "frechet_distance": 0.5}]
+    for model in ("DDPM", "Edm"):
+        for n in (10, 50):
+            point = {"images_per_s": 5000 / n, "frechet_distance": 4 / n}
+            rows.append({"model": model, "sampler": "ddim", "calls": n, **point})
+    figure = pictures.quality(rows, 0.3)
+    (ddpm, ddim, real), (none, other, _) = (axes.lines for axes in figure.axes)
+    assert ddpm.get_xydata().tolist() == [[10.0, 0.5]] and len(none.get_xydata()) == 0
+    assert ddim.get_xydata().tolist() == other.get_xydata().tolist() == [[500.0, 0.4], [100.0, 0.08]]
+    assert set(real.get_ydata()) == {0.3} and ddpm.get_color() != ddim.get_color() == other.get_color()
     said = words(figure)
-    for text in ("right is better", "down is better", "1000", "50", "ddim", "two halves of the real digits"):
+    for text in ("right is better", "down is better", "10, 50 model calls", "Edm", "two halves of the real digits"):
         assert text in said
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff import DDPM, NCSN, ScoreSDE
+from fastdiff import DDPM, NCSN, Edm, FlowMatching, ScoreSDE
 from fastdiff.diffusion import Diffusion
 from fastdiff.process import VE, VP, Chain, Ladder
 from fastdiff.schedule import NoiseSchedule, linear, make_schedule
 from fastdiff.steps import SAMPLERS
-from fastdiff.support.progress import evaluating
+from fastdiff.support.modes import evaluating
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. alpha_bar_T")
 SHAPE = (2, 3)
@@ -45,6 +45,8 @@ MAKERS = {
     "ddpm": lambda net: DDPM(net, timesteps=12),
     "ncsn": lambda net: NCSN(net, levels=4),
     "sde": lambda net: ScoreSDE(net),
+    "flow": lambda net: FlowMatching(net),
+    "edm": lambda net: Edm(net),
 }
 WALKS = {
     "sample": lambda m, x: m.sample(tuple(x.shape), steps=2),
@@ -57,11 +59,12 @@ WALKS = {
 
 
 def walks(kind: str) -> dict[str, object]:
-    left_out = {"ddpm": (), "ncsn": ("encode", "interpolate"), "sde": ("interpolate",)}[kind]
-    return {name: walk for name, walk in WALKS.items() if name not in left_out}
+    left_out = {"ncsn": ("encode", "interpolate"), "sde": ("interpolate",), "edm": ("interpolate",)}
+    return {name: walk for name, walk in WALKS.items() if name not in left_out.get(kind, ())}
 
 
 # --- tables of the network ----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(("kind", "walk"), [(k, w) for k in MAKERS for w in walks(k)])
 def test_what_a_model_keeps_from_a_walk_is_trained_on(kind, walk):
@@ -74,6 +77,7 @@ def test_what_a_model_keeps_from_a_walk_is_trained_on(kind, walk):
 
 
 # --- modes and threads --------------------------------------------------------------------------------------------
+
 
 def test_the_last_walk_gives_the_mode_back():
     """Two walks that overlap, in either order of leaving, over nested modules that share a part."""
@@ -130,6 +134,7 @@ def test_threads_that_share_a_model_draw_what_one_draws():
 
 # --- callbacks ----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m", "heun", "predictor_corrector"])
 def test_a_callback_may_take_gradients_and_return_a_state(sampler):
     model = DDPM(Net(), timesteps=12)
@@ -185,6 +190,7 @@ def test_a_callback_that_returns_something_else(new, error, said):
 
 # --- types and devices --------------------------------------------------------------------------------------------
 
+
 class Mixed(nn.Module):
     """A frozen part of another type before the network."""
 
@@ -238,6 +244,7 @@ def test_offloaded_weights(offload, tmp_path):
 
 # --- networks that look levels up ---------------------------------------------------------------------------------
 
+
 class Embeds(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -269,6 +276,7 @@ def test_a_network_of_whole_times_is_not_asked_between_levels():
 
 
 # --- corners ------------------------------------------------------------------------------------------------------
+
 
 def test_a_bound_of_levels_that_do_not_reach_data_is_refused():
     x = torch.zeros(SHAPE)
@@ -354,6 +362,13 @@ def test_no_ratio_beyond_the_last_level_with_signal_is_a_level(timesteps):
     assert ratio[0].item() == pytest.approx(top, rel=1e-9) and (ratio.diff() < 0).all()
 
 
+def test_a_chain_of_noise_alone_has_no_ratio():
+    process = Chain(make_schedule("raised_cosine", 1))
+    for options in ({}, {"sigma_max": 5.0}, {"sigma_min": 1e-6, "sigma_max": 1e6}):
+        with pytest.raises(ValueError, match=r"^sigma"):
+            process.karras(6, **options)
+
+
 @pytest.mark.parametrize("churn", [0.5, 40.0, math.inf])
 def test_churn_stays_within_a_chain(churn):
     """README's recipe on chains whose noise ends below 80: raised levels reach the last one at most."""
@@ -398,6 +413,8 @@ BAD = {
     "interpolate": lambda m, x: m.interpolate(x, x, t="3"),
     "encode": lambda m, x: m.encode([1.0]),
     "guidance": lambda m, x: m.sample(SHAPE, guidance="2", y=1, uncond={"y": 2}),
+    "device": lambda m, x: m.sample(SHAPE, device="gpu"),
+    "noise": lambda m, x: m.sample(SHAPE, noise=lambda k: None),
     "uncond": lambda m, x: m.sample(SHAPE, guidance=2, y=np.ones(3), uncond={"y": np.zeros(3)}),
 }
 

@@ -6,6 +6,7 @@ import mpmath
 import pytest
 import torch
 from bound_inputs import nats_of
+from objectives import targets
 from strategies import tensor
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def test_a_perfect_prediction_leaves_no_term(objective):
     t = torch.arange(2, 101)
     alpha, sigma = schedule.alpha[t][:, None], schedule.sigma[t][:, None]
     x0, eps = torch.rand(2, len(t), 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
-    pred = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "score": -eps / sigma}[objective]
+    pred = targets(alpha, sigma, x0, eps)[objective]
     nats = ops.vlb(pred, alpha * x0 + sigma * eps, x0, t, vlb_rows(schedule, objective, "posterior"))
     assert nats.abs().max() < 1e-20
     beta = ops.vlb(pred, alpha * x0 + sigma * eps, x0, t, vlb_rows(schedule, objective, "beta"))

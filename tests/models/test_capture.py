@@ -6,18 +6,20 @@ On a CPU a tape stands for a CUDA graph; the tests marked `gpu` use CUDA's own.
 import copy
 import functools
 import pickle
+import threading
 from typing import Any
 
 import pytest
 import torch
-from tape import Tape
+from tape import Recorders, Tape
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiff
 from fastdiff import DDPM, NCSN, ScoreSDE, UNet, ops, steps
-from fastdiff.capture import MOST_CAPTURES, WARM_UP, Captures, what_forbids
+from fastdiff.capture import Captures, what_forbids
 from fastdiff.diffusion import Diffusion
+from fastdiff.graphs import MOST_CAPTURES, WARM_UP
 from fastdiff.guidance import Projected, Rescaled
 
 SHAPE = (2, 3, 4, 4)
@@ -56,18 +58,6 @@ def unet() -> UNet:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"), layers_per_block=1, norm_num_groups=2,
         attention_head_dim=4,
     )  # fmt: skip
-
-
-class Recorders(list):
-    """Makes Tapes and keeps them."""
-
-    def __call__(self, device: torch.device) -> Tape:
-        self.append(Tape(device))
-        return self[-1]
-
-    @property
-    def recorded(self) -> int:
-        return sum(tape.recorded for tape in self)
 
 
 @pytest.fixture
@@ -194,6 +184,37 @@ def test_the_most_recent_captures_are_kept(taped):
     assert len(taped) == MOST_CAPTURES + 2
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert not other._captures.kept and torch.equal(other.sample(SHAPE, seed=1), model.sample(SHAPE, seed=1))
+
+
+def test_runs_of_one_kind_at_a_time_have_captures_of_their_own(taped):
+    """A run in the callback of another, in this thread and another one; and one after a run that broke off."""
+    model = DDPM(Net(), "cosine", 9)
+    want = [model.sample(SHAPE, seed=seed, graph=False) for seed in range(2)]
+    model.sample(SHAPE, seed=2)  # captured
+    within: list[Tensor] = []
+
+    def sample() -> None:
+        within.append(model.sample(SHAPE, seed=1))
+
+    def here(k: int, level: float, x: Tensor) -> None:
+        sample()
+
+    def there(k: int, level: float, x: Tensor) -> None:
+        other = threading.Thread(target=sample)
+        other.start()
+        other.join()
+
+    for callback in (here, there):
+        assert torch.equal(model.sample(SHAPE, seed=0, callback=callback), want[0])
+    assert len(within) == 18 and all(torch.equal(one, want[1]) for one in within)
+    assert len(taped) == 3  # the runs within share one, at most
+
+    def breaks(k: int, level: float, x: Tensor) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        model.sample(SHAPE, seed=0, callback=breaks)
+    assert torch.equal(model.sample(SHAPE, seed=1), want[1])
 
 
 class Looks(Net):

@@ -51,7 +51,7 @@ def test_wrong_denoisers():
     net, process = nn.Linear(2, 2), VP()
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got function"):
         Denoiser(lambda x, t: x, process, "eps")
-    with pytest.raises(ValueError, match="objective: expected one of eps, x0, v, score, got 'noise'"):
+    with pytest.raises(ValueError, match="objective: expected one of eps, x0, v, score, flow, edm, got 'noise'"):
         Denoiser(net, process, "noise")
     with pytest.raises(ValueError, match="clip: expected a number above 0 or None, got 0"):
         Denoiser(net, process, "eps", 0)

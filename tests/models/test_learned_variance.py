@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from objectives import targets
 from torch import Tensor, nn
 
 from fastdiff import DDPM, NCSN, ScoreSDE, ops
@@ -66,8 +67,7 @@ def test_the_best_model_reaches_entropy_plus_the_prior(name, objective):
     r = (x_t - alpha[:, None, None] * mean) / spread[:, None]
     x0hat = mean + alpha[:, None, None] * var * r
     eps = sigma[:, None, None] * r
-    v = alpha[:, None, None] * eps - sigma[:, None, None] * x0hat
-    pred = {"eps": eps, "x0": x0hat, "v": v, "score": -r}[objective]
+    pred = targets(alpha[:, None, None], sigma[:, None, None], x0hat, eps)[objective]
 
     total = made.prior_kl(0.0) * 4 + 0.5 * made.alpha_bar[-1] * (mean**2 + var).sum()
     for node in range(4):

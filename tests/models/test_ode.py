@@ -8,7 +8,7 @@ import torch
 from gaussian import MEAN, STD, exact
 from torch import Tensor, nn
 
-from fastdiff import DDPM, NCSN, ScoreSDE, ops
+from fastdiff import DDPM, NCSN, FlowMatching, ScoreSDE, ops
 from fastdiff.diffusion import Diffusion
 from fastdiff.process import VE, VP
 
@@ -19,6 +19,8 @@ MODELS = {
     "ve": lambda **o: exact(ScoreSDE, VE(0.01, 50.0), objective="x0", **o),
     "ncsn": lambda **o: exact(NCSN, 50.0, 0.01, 10, objective="score", **o),
     "ddpm": lambda **o: exact(DDPM, "linear", 1000, "eps", **o),
+    "flow": lambda **o: exact(FlowMatching, **o),
+    "flow, x0": lambda **o: exact(FlowMatching, objective="x0", last=0.99, **o),
     "short ddpm": lambda **o: exact(DDPM, "linear", 20, "v", **o),
 }
 EACH = pytest.mark.parametrize("name", MODELS)
@@ -74,8 +76,9 @@ def test_log_likelihood_is_the_density(name):
     got = model.log_likelihood(x, trace="exact", tolerance=1e-6)
     assert got.shape == (6,) and got.dtype == torch.float64 and not got.requires_grad
     torch.testing.assert_close(got, log_normal(x, mean, std) + left_out, rtol=0, atol=1e-4)
-    if name in ("vp", "subvp"):  # at the end of which the prior is what the data became
-        torch.testing.assert_close(got, log_normal(x, mean, std), rtol=0, atol=0.05)
+    if name in ("vp", "subvp", "flow"):  # at the end of which the prior is what the data became
+        exactly = 1e-4 if name == "flow" else 0.05
+        torch.testing.assert_close(got, log_normal(x, mean, std), rtol=0, atol=exactly)
 
 
 @pytest.mark.parametrize("name", ["vp", "ddpm", "short ddpm", "ncsn"])

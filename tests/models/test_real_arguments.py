@@ -29,6 +29,7 @@ def numbers(cast: type, real: type) -> list[object]:
         ddpm.sample(SHAPE, sampler="ddim", steps=cast(4), eta=real(0.5), seed=cast(7)),
         ddpm.sample(SHAPE, sampler="heun", steps=cast(4), seed=cast(7)),
         ddpm.sample(SHAPE, steps=[cast(12), cast(5), cast(0)], seed=cast(7)),
+        ddpm.sample(SHAPE, steps=np.array(cast(4)), seed=cast(7)), sde.sample(SHAPE, steps=np.array(cast(4)), seed=1),
         ddpm(x, t=cast(3), seed=cast(7)), ddpm.q_sample(x, cast(3), seed=cast(7)),
         ddpm.p_sample(x, cast(3), seed=cast(7)),
         ddpm.q_step(x, cast(3), seed=cast(7)), *ddpm.q_posterior(x, x, cast(3)), ddpm.predict_x0(x, cast(3)),
@@ -54,6 +55,25 @@ def numbers(cast: type, real: type) -> list[object]:
 def test_numbers_of_numpy_are_numbers(integer, real):
     for a, b in zip(numbers(integer, real), numbers(int, float), strict=True):
         assert torch.equal(a, b)
+
+
+def test_sizes_of_numpy_in_the_drop_in():
+    pytest.importorskip("scipy")
+    from fastdiff.interop.denoising_diffusion import GaussianDiffusion
+
+    net = Pointwise()
+    net.channels = net.out_dim = 3
+    net.self_condition = False
+    made = GaussianDiffusion(net, image_size=np.int64(4), timesteps=np.int64(30), sampling_timesteps=np.int32(3))
+    assert made.image_size == (4, 4) and type(made.image_size[0]) is int
+    assert made.sampling_timesteps == 3 and made.num_timesteps == 30
+
+
+def test_the_models_own_type_is_no_other_type():
+    model = DDPM(nn.Linear(3, 3), timesteps=12)
+    assert model.cast(torch.float32) is model and model.double().cast(torch.float64) is model
+    with pytest.raises(TypeError, match=r"dtype: expected torch\.bfloat16 or torch\.float16, got torch\.float32"):
+        model.cast(torch.float32)
 
 
 def test_guidance_of_numpy_and_branches_that_differ_in_a_number():

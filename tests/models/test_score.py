@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from objectives import targets, x0_errors
 from torch import Tensor, nn
 
 from fastdiff import DDPM, NCSN, ScoreSDE, ops, steps
@@ -38,14 +39,12 @@ def plain_loss(
     """Per sample; the weights are written for the errors of eps, x_0 and score, and passed on by the chain rule."""
     alpha, sigma, x0, z = alpha.view(-1, 1, 1), sigma.view(-1, 1, 1), x0.double(), z.double()
     pred = net((alpha * x0 + sigma * z).float(), condition.float()).double()
-    y = {"eps": z, "x0": x0, "v": alpha * z - sigma * x0, "score": -z / sigma}[objective]
-    norm = alpha**2 + sigma**2
-    x0_error = {"eps": sigma / alpha, "x0": 1.0, "v": sigma / norm, "score": sigma**2 / alpha}[objective]
-    score_error = {"eps": 1 / sigma, "x0": alpha / sigma**2, "v": alpha / (sigma * norm), "score": 1.0}[objective]
+    y, x0_error = targets(alpha, sigma, x0, z)[objective], x0_errors(alpha, sigma)[objective]
+    score_error = alpha / sigma**2 * x0_error
     w = {
         "simple": sigma**2 if objective == "score" else 1.0,
-        "min_snr": (alpha / sigma).square().clamp(max=5) * torch.as_tensor(x0_error) ** 2,
-        "likelihood": 0.0 if g2 is None else g2.view(-1, 1, 1) * torch.as_tensor(score_error) ** 2,
+        "min_snr": (alpha / sigma).square().clamp(max=5) * x0_error**2,
+        "likelihood": 0.0 if g2 is None else g2.view(-1, 1, 1) * score_error**2,
     }[weighting]
     rho = {"mse": nn.MSELoss, "l1": nn.L1Loss, "huber": nn.HuberLoss}[kind](reduction="none")
     return (w * rho(pred, y)).mean((1, 2))

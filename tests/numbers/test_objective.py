@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from objectives import targets, x0_errors
 from torch import Tensor, nn
 
 from fastdiff import DDPM, NCSN, ScoreSDE, schedule
@@ -29,15 +30,11 @@ times = st.floats(1e-3, 1.0)
 values = st.floats(-3, 3)
 
 
-def targets(alpha: Tensor, sigma: Tensor, x0: Tensor, z: Tensor) -> dict[str, Tensor]:
-    return {"eps": z, "x0": x0, "v": alpha * z - sigma * x0, "score": -z / sigma}
-
-
 @given(processes, times, pairs, values, values)
 def test_any_prediction_gives_any_other(process: Process, t, pair, x0, z):
     made = process.at(torch.tensor([t], dtype=torch.float64))
     alpha, sigma = made.alpha.item(), made.sigma.item()
-    known = {"eps": z, "x0": x0, "v": alpha * z - sigma * x0, "score": -z / sigma}
+    known = targets(alpha, sigma, x0, z)
     u, v = (row.item() for row in conversion_rows(made, *pair))
     x_t = alpha * x0 + sigma * z
     # rounding of x_t and of the prediction, times what multiplies them
@@ -62,9 +59,9 @@ def test_score_is_minus_eps_over_sigma():
 
 
 def test_what_follows_from_the_row_of_an_objective():
-    """v is the only one that determines data and noise at both ends and holds both."""
-    assert [o for o in OBJECTIVES if uses_x0(o)] == ["x0", "v"]
-    assert [o for o in OBJECTIVES if uses_noise(o)] == ["eps", "v", "score"]
+    """Those that hold data and noise determine both at both ends."""
+    assert [o for o in OBJECTIVES if uses_x0(o)] == ["x0", "v", "flow", "edm"]
+    assert [o for o in OBJECTIVES if uses_noise(o)] == ["eps", "v", "score", "flow", "edm"]
     assert [o for o in OBJECTIVES if needs_signal(o)] == ["eps", "score"]
     assert [o for o in OBJECTIVES if needs_noise(o)] == ["x0", "score"]
 
@@ -79,6 +76,20 @@ KNOWN = {
     (DATA, "score", "x0"): (1, 0),
     (DATA, "score", "eps"): (0, 0),  # whose noise is 0, as its score is finite
     (DATA, "score", "v"): (0, 0),
+    (DATA, "eps", "flow"): (-1, 1),
+    (DATA, "v", "flow"): (-1, 1),
+    (DATA, "score", "flow"): (-1, 0),
+    (DATA, "flow", "x0"): (1, 0),
+    (DATA, "flow", "eps"): (1, 1),
+    (DATA, "flow", "v"): (1, 1),
+    (DATA, "edm", "x0"): (1, 0),
+    (DATA, "edm", "eps"): (0, -1),
+    (DATA, "edm", "v"): (0, -1),
+    (DATA, "edm", "flow"): (-1, -1),
+    (DATA, "eps", "edm"): (0, -1),
+    (DATA, "v", "edm"): (0, -1),
+    (DATA, "score", "edm"): (0, 0),
+    (DATA, "flow", "edm"): (-1, -1),
     (NOISE, "eps", "score"): (0, -0.5),
     (NOISE, "score", "eps"): (0, -2),
     (NOISE, "x0", "eps"): (0.5, 0),
@@ -87,6 +98,20 @@ KNOWN = {
     (NOISE, "v", "eps"): (0.5, 0),
     (NOISE, "x0", "score"): (-0.25, 0),
     (NOISE, "v", "score"): (-0.25, 0),
+    (NOISE, "x0", "flow"): (0.5, -1),
+    (NOISE, "v", "flow"): (0.5, 0.5),
+    (NOISE, "flow", "x0"): (0.5, -1),
+    (NOISE, "flow", "eps"): (0.5, 0),
+    (NOISE, "flow", "v"): (-1, 2),
+    (NOISE, "flow", "score"): (-0.25, 0),
+    (NOISE, "edm", "x0"): (0, 0.5),
+    (NOISE, "edm", "eps"): (0.5, 0),
+    (NOISE, "edm", "v"): (0, -1),
+    (NOISE, "edm", "flow"): (0.5, -0.5),
+    (NOISE, "edm", "score"): (-0.25, 0),
+    (NOISE, "x0", "edm"): (0, 2),
+    (NOISE, "v", "edm"): (0, -1),
+    (NOISE, "flow", "edm"): (1, -2),
 }
 
 
@@ -150,7 +175,7 @@ def test_predict(name, objective, dtype):
 def test_predict_refuses():
     model = ScoreSDE(Given(torch.zeros(2, 3)))
     x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="wanted: expected one of eps, x0, v, score, got 'noise'"):
+    with pytest.raises(ValueError, match="wanted: expected one of eps, x0, v, score, flow, edm, got 'noise'"):
         model.predict(x, 0.5, "noise")
     for t in (0.0, 1.5, -1, float("nan")):
         with pytest.raises(ValueError, match=r"t: expected times in \(0, 1\]"):
@@ -188,14 +213,10 @@ def test_weights_of_sdes(process, objective):
     """Each is one weight on the error of eps, x0 or score, whatever the model predicts."""
     made = process.at(torch.tensor([0.05, 0.3, 1.0], dtype=torch.float64))
     alpha, sigma, g2 = made.alpha, made.sigma, made.g2
-    error = {  # of x_0 and of the score for an error 1 of the prediction
-        "eps": (sigma / alpha, 1 / sigma),
-        "x0": (torch.ones_like(alpha), alpha / sigma**2),
-        "v": (sigma / (alpha**2 + sigma**2), alpha / (sigma * (alpha**2 + sigma**2))),
-        "score": (sigma**2 / alpha, torch.ones_like(alpha)),
-    }[objective]
-    torch.testing.assert_close(weights(made, objective, "likelihood"), g2 * error[1] ** 2, rtol=1e-10, atol=0)
+    error = x0_errors(alpha, sigma)[objective]
+    on_score = g2 * (alpha / sigma**2 * error) ** 2
+    torch.testing.assert_close(weights(made, objective, "likelihood"), on_score, rtol=1e-10, atol=0)
     cut = (alpha / sigma).square().clamp(max=5)
-    torch.testing.assert_close(weights(made, objective, "min_snr"), cut * error[0] ** 2, rtol=1e-10, atol=0)
+    torch.testing.assert_close(weights(made, objective, "min_snr"), cut * error**2, rtol=1e-10, atol=0)
     simple = sigma**2 if objective == "score" else torch.ones_like(sigma)
     torch.testing.assert_close(weights(made, objective, "simple"), simple, rtol=1e-12, atol=0)

@@ -10,6 +10,8 @@ from mpmath import mpf
 from torch import Tensor, nn
 
 from fastdiff import DDPM, NCSN, ScoreSDE, schedule
+from fastdiff.edm import Preconditioned
+from fastdiff.flow import Flow
 from fastdiff.process import SDES, VE, VP, Chain, Ladder, Process, SubVP
 from fastdiff.schedule import SCHEDULES, NoiseSchedule, make_schedule
 
@@ -20,6 +22,8 @@ PROCESSES = {
     "subvp": SubVP(),
     "ve": VE(),
     "edm": VE(0.002, 80.0),
+    "flow": Flow(last=0.999),
+    "preconditioned": Preconditioned(0.7),
     "linear": Chain(schedule.linear(1000)),
     "cosine": Chain(schedule.cosine(20)),
     "ladder": Ladder(),
@@ -40,6 +44,11 @@ def numbers(name: str, t: mpf) -> tuple[mpf, mpf]:
         low, high = mpf(process.beta_min), mpf(process.beta_max)
         total = low * t + (high - low) * t**2 / 2
         return -total / 2, (1 - mpmath.exp(-total)) ** (2 if name == "subvp" else 1)
+    if isinstance(process, Flow):
+        return mpmath.log(1 - t), t**2
+    if isinstance(process, Preconditioned):
+        n = t**2 + mpf(0.7) ** 2
+        return -mpmath.log(n) / 2, t**2 / n
     if isinstance(process, VE):
         low, high = {"ve": (0.01, 50.0), "edm": (0.002, 80.0)}[name]
         return mpf(0), (mpf(low) * (mpf(high) / mpf(low)) ** t) ** 2
@@ -196,6 +205,9 @@ def test_conditions():
     assert VE().condition(times).tolist() == pytest.approx([0.01 * 5000**0.25, 50.0], rel=1e-12)
     ladder = Ladder(1.0, 0.01, 3)
     assert ladder.condition(torch.tensor([3, 2, 1])).tolist() == pytest.approx([1.0, 0.1, 0.01], rel=1e-12)
+    assert Flow().condition(times).tolist() == [250.0, 1000.0]
+    quarter = math.log(0.25) / 4
+    assert Preconditioned().condition(times).tolist() == pytest.approx([quarter, 0.0], rel=1e-12)
     told = Chain(schedule.linear(10)).condition(torch.tensor([10, 1, 0]))
     assert told.dtype == torch.int64 and told.tolist() == [9, 0, 0]
     assert Chain(schedule.linear(10)).condition(torch.tensor([1.5, 0.5])).tolist() == [0.5, 0.0]

@@ -12,7 +12,7 @@ from gaussian import exact
 from torch import Tensor, nn
 
 from fastdiff import DDPM, NCSN, ScoreSDE, ops, schedule, steps
-from fastdiff.ddpm import slerp
+from fastdiff.interpolation import slerp
 from fastdiff.process import VE, VP, Chain, Process
 from fastdiff.rows import columns
 from fastdiff.schedule import NoiseSchedule

@@ -45,15 +45,24 @@ def operands(shape, dtype, wide, layout, offset, scaled, salt, added=None) -> di
     return dict(zip(NAMES[1:], (x, weight, bias, *rows, add), strict=True))
 
 
-def with_gradients(given, groups, grad) -> dict[str, Tensor]:
-    """y and its gradients, by name."""
-    leaves = {name: t.detach().requires_grad_() for name, t in given.items() if t is not None}
-    rows = (leaves.get(name) for name in ("scale", "shift", "add"))
-    y = ops.group_norm_silu(leaves["x"], groups, leaves["weight"], leaves["bias"], EPS, *rows)
-    return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
+def with_gradients(given, groups, grad, first=0, silu=True, layout="contiguous") -> dict[str, Tensor]:
+    """y and its gradients, by name. first: channels of x; the others are given as skip, unless it is 0."""
+    given = {name: t for name, t in given.items() if t is not None}
+    if first:
+        parts = given["x"].tensor_split([first], 1)
+        given |= dict(zip(("x", "skip"), (laid(part.contiguous(), layout) for part in parts), strict=True))
+    leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
+    rows = (leaves.get(name) for name in ("scale", "shift", "add", "skip"))
+    y = ops.group_norm_silu(leaves["x"], groups, leaves["weight"], leaves["bias"], EPS, *rows, silu)
+    found = {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
+    if first:
+        for name in ("x", "skip"):
+            assert found[name].shape == given[name].shape
+        found["x"] = torch.cat((found["x"], found.pop("skip")), 1)
+    return found
 
 
-def errors(given, groups, grad, cancels) -> dict[str, Tensor]:
+def errors(given, groups, grad, cancels, silu=True) -> dict[str, Tensor]:
     """How far float32 may be off, by name: every rounding of the arithmetic, carried through to the result.
 
     cancels: the variance is E[x^2] - E[x]^2, as in PyTorch's own kernel for channels-last images on the CPU.
@@ -87,10 +96,13 @@ def errors(given, groups, grad, cancels) -> dict[str, Tensor]:
     xhat_error = rstd * SUMMATION * (group_mean(size) + size) + xhat.abs() * rstd_error
     u = factor * xhat + offset
     u_error = factor.abs() * xhat_error + ARITHMETIC * ((factor * xhat).abs() + shown_size.reshape(offset.shape))
-    s = u.sigmoid()
-    y_error = 1.1 * u_error + ARITHMETIC * (1 + u.abs()) * (u * s).abs()
-    slope = grad.double() * s * (1 + u * (1 - s))
-    slope_error = grad.double().abs() * (0.5 * u_error + ARITHMETIC * (1 + u.abs()) * s * (1 + u.abs()))
+    if silu:
+        s = u.sigmoid()
+        y_error = 1.1 * u_error + ARITHMETIC * (1 + u.abs()) * (u * s).abs()
+        slope = grad.double() * s * (1 + u * (1 - s))
+        slope_error = grad.double().abs() * (0.5 * u_error + ARITHMETIC * (1 + u.abs()) * s * (1 + u.abs()))
+    else:
+        y_error, slope, slope_error = u_error, grad.double(), torch.zeros_like(u)
     one_error = slope_error + SUMMATION * slope.abs()
     other_error = slope_error * xhat.abs() + slope.abs() * xhat_error + SUMMATION * (slope * xhat).abs()
     m_1, m_2 = group_mean(factor * slope), group_mean(factor * slope * xhat)
@@ -110,16 +122,18 @@ def errors(given, groups, grad, cancels) -> dict[str, Tensor]:
     return {name: error * (1 + ARITHMETIC) for name, error in found.items()}
 
 
-def check(backend, shape, groups, dtype, wide, layout, offset, scaled, salt, added=None, limits=LIMITS[0]):
+def check(
+    backend, shape, groups, dtype, wide, layout, offset, scaled, salt, added=None, limits=LIMITS[0], first=0, silu=True
+):  # fmt: skip
     given = operands(shape, dtype, wide, layout, offset, scaled, salt, added)
     grad = tensor(shape, dtype, salt=salt + 5)
     with fastdiff.backend(backend), mock.patch.object(kernels, "LIMITS", limits):
-        got = with_gradients(given, groups, grad)
+        got = with_gradients(given, groups, grad, first, silu, layout)
     double = {name: None if t is None else t.double() for name, t in given.items()}
-    want = with_gradients(double, groups, grad.double())
-    allowed = errors(given, groups, grad, cancels=backend == "reference" and DEVICE.type == "cpu")
+    want = with_gradients(double, groups, grad.double(), silu=silu)
+    allowed = errors(given, groups, grad, cancels=backend == "reference" and DEVICE.type == "cpu", silu=silu)
     assert got.keys() == want.keys()
-    if backend == "triton" or layout == "contiguous":
+    if layout == "contiguous" or (backend == "triton" and not first):
         assert got["y"].stride() == torch.empty_like(given["x"]).stride()
     for name, result in got.items():
         assert result.dtype == (dtype if name in ("y", "x") else wide), name
@@ -145,27 +159,46 @@ def shaped(draw):
     scaled=st.booleans(),
     added=st.sampled_from([None, "rows", "row"]),
     limits=st.sampled_from(LIMITS),
+    split=st.sampled_from([0.0, 0.4, 0.9]),
+    silu=st.booleans(),
     salt=salts,
 )
-@example(((2, 6, 5, 4), 2), torch.bfloat16, True, "channels_last", 3.0, True, "rows", LIMITS[2], 1)
-@example(((1, 12, 7, 7), 4), torch.float32, False, "contiguous", 100.0, True, None, LIMITS[2], 2)
-@example(((3, 5, 7), 1), torch.float16, False, "half", 0.0, False, "row", LIMITS[3], 3)
-@example(((2, 4, 1, 1), 2), torch.float32, True, "contiguous", 3.0, True, "rows", LIMITS[0], 4)
-@example(((1, 48, 3, 5), 4), torch.bfloat16, True, "channels_last", 0.0, False, "rows", LIMITS[0], 5)
-@example(((1, 24, 3, 5), 2), torch.float32, True, "contiguous", 0.0, False, None, LIMITS[0], 6)
-@example(((2, 24), 2), torch.float32, True, "contiguous", 0.0, False, "row", LIMITS[1], 7)
-@example(((1, 40, 5), 1), torch.float32, True, "channels_last", 3.0, True, "rows", LIMITS[2], 8)
-def test_output_and_every_gradient(backend, shaped, dtype, wide, layout, offset, scaled, added, limits, salt):
-    """Groups that a program holds, several or one, and groups of several parts: spans of pixels, chunks of channels."""
+@example(((2, 6, 5, 4), 2), torch.bfloat16, True, "channels_last", 3.0, True, "rows", LIMITS[2], 0.5, True, 1)
+@example(((1, 12, 7, 7), 4), torch.float32, False, "contiguous", 100.0, True, None, LIMITS[2], 0.6, True, 2)
+@example(((3, 5, 7), 1), torch.float16, False, "half", 0.0, False, "row", LIMITS[3], 0.5, False, 3)
+@example(((2, 4, 1, 1), 2), torch.float32, True, "contiguous", 3.0, True, "rows", LIMITS[0], 0.3, True, 4)
+@example(((1, 48, 3, 5), 4), torch.bfloat16, True, "channels_last", 0.0, False, "rows", LIMITS[0], 0.34, False, 5)
+@example(((1, 24, 3, 5), 2), torch.float32, True, "contiguous", 0.0, False, None, LIMITS[0], 0.7, True, 6)
+@example(((2, 24), 2), torch.float32, True, "contiguous", 0.0, False, "row", LIMITS[1], 0.0, False, 7)
+@example(((1, 40, 5), 1), torch.float32, True, "channels_last", 3.0, True, "rows", LIMITS[2], 0.1, False, 8)
+def test_output_and_every_gradient(
+    backend, shaped, dtype, wide, layout, offset, scaled, added, limits, split, silu, salt
+):  # fmt: skip
+    """Groups that a program holds, several or one, and groups of several parts: spans of pixels, chunks of channels;
+    of one tensor, or of the channels of two."""
     shape, groups = shaped
     wide = torch.float32 if wide else dtype
-    check(backend, shape, groups, dtype, wide, layout, offset, scaled, salt, added, limits)
+    first = int(split * shape[1])
+    check(backend, shape, groups, dtype, wide, layout, offset, scaled, salt, added, limits, first, silu)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("limits", [LIMITS[0], LIMITS[0]._replace(held=8)])
 def test_images_of_several_tiles(layout, limits):
     check("triton", (1, 6, 33, 67), 2, torch.float32, torch.float32, layout, 3.0, True, 7, "rows", limits)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("limits", LIMITS[:2])
+def test_two_tensors_give_the_bits_of_their_concatenation(layout, limits):
+    """They meet in the middle of a group."""
+    given = operands((2, 12, 3, 5), torch.bfloat16, torch.float32, layout, 1.0, True, 3, "row")
+    grad = tensor((2, 12, 3, 5), torch.bfloat16, salt=9)
+    with fastdiff.backend("triton"), mock.patch.object(kernels, "LIMITS", limits):
+        whole, split = with_gradients(given, 2, grad), with_gradients(given, 2, grad, first=7, layout=layout)
+    for name, result in whole.items():
+        assert_same_bits(split[name], result)
+        assert split[name].stride() == result.stride()
 
 
 @pytest.mark.parametrize("limits", [LIMITS[0], SMALL._replace(warp=32, held=4, parts=4)])
@@ -176,7 +209,7 @@ def test_the_statistics_of_a_far_mean_do_not_cancel(monkeypatch, limits):
     x = (4096 + torch.randint(-1, 2, (1, 2, 40, 40), generator=random).float()).to(DEVICE)
     one, zero = torch.ones(2, device=DEVICE), torch.zeros(2, device=DEVICE)
     with fastdiff.backend("triton"):
-        _, mean, rstd = torch.ops.fastdiff.group_norm_silu(x, 1, one, zero, None, None, None, 0.0)
+        _, mean, rstd = torch.ops.fastdiff.group_norm_silu(x, 1, one, zero, None, None, None, 0.0, None, True)
     deviation, exact = torch.std_mean(x.double(), correction=0)
     assert abs(mean.item() - exact.item()) < 2e-3
     assert abs(rstd.item() * deviation.item() - 1) < 1e-5
@@ -232,30 +265,36 @@ def test_the_reference_is_the_formula():
 
 @every
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(("scaled", "added"), [(False, None), (True, "rows"), (False, "row")])
-def test_opcheck(backend, layout, scaled, added):
+@pytest.mark.parametrize(("scaled", "added", "first"), [(False, None, 3), (True, "rows", 0), (False, "row", 0)])
+def test_opcheck(backend, layout, scaled, added, first):
     """PyTorch's own tests: schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
     given = operands((2, 4, 3, 3), torch.float32, torch.float32, layout, 0.0, scaled, 1, added)
     x, *rest = (None if t is None else t.detach().requires_grad_() for t in given.values())
+    skip = None
+    if first:
+        x, skip = (laid(part.detach(), layout).requires_grad_() for part in x.tensor_split([first], 1))
     with fastdiff.backend(backend):
-        torch.library.opcheck(torch.ops.fastdiff.group_norm_silu.default, (x, 2, *rest, EPS))
+        torch.library.opcheck(torch.ops.fastdiff.group_norm_silu.default, (x, 2, *rest, EPS, skip, first == 0))
         with torch.no_grad():
-            y, mean, rstd = torch.ops.fastdiff.group_norm_silu(x, 2, *rest, EPS)
+            y, mean, rstd = torch.ops.fastdiff.group_norm_silu(x, 2, *rest, EPS, skip, first == 0)
         for parameters in (True, False):
-            arguments = (torch.ones_like(y), x, mean, rstd, 2, *rest, parameters)
+            arguments = (torch.ones_like(y), x, mean, rstd, 2, *rest, skip, first == 0, parameters)
             arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
             torch.library.opcheck(torch.ops.fastdiff.group_norm_silu_grad.default, arguments)
 
 
+@pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("added", ["rows", "row"])
-def test_the_gradient_of_the_reference_is_that_of_autograd(added):
+def test_the_gradient_of_the_reference_is_that_of_autograd(added, silu):
     """The op itself runs it where there is no kernel."""
     given = operands((2, 6, 3, 4), torch.float64, torch.float64, "contiguous", 1.0, True, 3, added)
-    leaves = [t.detach().requires_grad_() for t in given.values()]
-    x, weight, bias, scale, shift, add = leaves
+    x, *rows = given.values()
+    leaves = [t.detach().requires_grad_() for t in (x[:, :4], *rows, x[:, 4:])]
+    x, weight, bias, scale, shift, add, skip = leaves
     grad = tensor((2, 6, 3, 4), torch.float64, salt=9)
-    want = torch.autograd.grad(ops.group_norm_silu(x, 3, weight, bias, EPS, scale, shift, add), leaves, grad)
-    y = torch.ops.fastdiff.group_norm_silu(x, 3, weight, bias, scale, shift, add, EPS)[0]
+    exact = ops.group_norm_silu(x, 3, weight, bias, EPS, scale, shift, add, skip, silu)
+    want = torch.autograd.grad(exact, leaves, grad)
+    y = torch.ops.fastdiff.group_norm_silu(x, 3, weight, bias, scale, shift, add, EPS, skip, silu)[0]
     for a, b in zip(torch.autograd.grad(y, leaves, grad), want, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -276,11 +315,13 @@ def test_gradients_that_are_not_wanted_and_a_batch_of_none():
         assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], torch.zeros(4, device=DEVICE))
 
 
-@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("add", [False, True])  # and skip
 def test_second_derivatives(add):
     given = operands((2, 4, 3), torch.float32, torch.float32, "contiguous", 0.0, False, 1)
     x, weight, bias = (given[name].detach().requires_grad_() for name in ("x", "weight", "bias"))
     more = {"add": given["bias"].detach().clone().requires_grad_()} if add else {}
+    if add:
+        x, more["skip"] = (part.detach().requires_grad_() for part in x.tensor_split([1], 1))
     found = []
     for backend in ("reference", "triton"):
         with fastdiff.backend(backend):
@@ -331,6 +372,13 @@ REFUSED = [
     ({"weight": W[:3]}, ValueError, r"weight: expected shape \(4,\), got \(3,\)"),
     ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
     ({"bias": W.to("meta")}, ValueError, "bias: expected device cpu, got meta"),
+    ({"skip": X[:1]}, ValueError, r"skip: expected the shape of x, \(2, 4, 3\), but for C, got \(1, 4, 3\)"),
+    ({"skip": X[:, :, 0]}, ValueError, r"skip: expected the shape of x, \(2, 4, 3\), but for C, got \(2, 4\)"),
+    ({"skip": X.half()}, ValueError, "skip: expected the type of x, torch.float32, got torch.float16"),
+    ({"skip": X}, ValueError, r"weight: expected shape \(8,\), got \(4,\)"),
+    ({"skip": X[:, :1]}, ValueError, "num_groups: expected a divisor of 5 channels, got 2"),
+    ({"skip": X.to("meta")}, ValueError, "skip: expected device cpu, got meta"),
+    ({"silu": 1}, TypeError, "silu: expected a bool, got int"),
     ({"eps": -1.0}, ValueError, "eps: expected a number of at least 0, got -1.0"),
     ({"eps": math.nan}, ValueError, "eps: expected a number of at least 0, got nan"),
     ({"scale": S}, ValueError, "shift: expected both scale and shift, or neither"),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
-from fastdiff import DDPM, NCSN, ScoreSDE, ops
+from fastdiff import DDPM, NCSN, Edm, FlowMatching, ScoreSDE, ops
 
 SHAPE = (2, 3, 4, 6)
 T = torch.tensor([1, 3])
@@ -18,8 +18,8 @@ class Net(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.full((), 0.3))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.weight * x
+    def forward(self, x: Tensor, t: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+        return self.weight * x + bias
 
 
 def data(k: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,6 +91,8 @@ MODELS = {
     "ddpm": (lambda: DDPM(Net(), "cosine", 8, "v"), 5),
     "ncsn": (lambda: NCSN(Net(), levels=8), 5),
     "vp": (lambda: ScoreSDE(Net(), "vp", "v"), 0.5),
+    "flow": (lambda: FlowMatching(Net()), 0.5),
+    "edm": (lambda: Edm(Net()), 0.5),
 }
 CALLS = {
     "q_sample": lambda m, t, **out: m.q_sample(data(0).cpu(), t, seed=1, **out),
@@ -118,6 +120,51 @@ def test_modules(model, call):
     with torch.no_grad():
         assert CALLS[call](m, t, out=out) is out
         assert torch.equal(out, CALLS[call](m, t)) and not out.isnan().any()
+
+
+# Each takes a tensor that overlaps `out`.
+SHARED = {
+    "q_sample": lambda m, t, x, out: m.q_sample(x, t, seed=1, out=out),
+    "q_sample noise": lambda m, t, x, out: m.q_sample(data(0).cpu(), t, noise=x, out=out),
+    "predict": lambda m, t, x, out: m.predict(x, t, "score", out=out),
+    "predict_x0": lambda m, t, x, out: m.predict_x0(x, t, out=out),
+    "sample x_T": lambda m, t, x, out: m.sample(SHAPE, steps=4, seed=1, x_T=x, out=out),
+    "sample noise": lambda m, t, x, out: m.sample(SHAPE, sampler="ddpm", steps=1, noise=x[None], out=out),
+    "sample kwarg": lambda m, t, x, out: m.sample(SHAPE, sampler="ddpm", steps=4, bias=x, out=out),
+    "sample uncond": lambda m, t, x, out: m.sample(
+        SHAPE, sampler="ddpm", steps=4, guidance=2.0, bias=data(5).cpu(), uncond={"bias": x}, out=out
+    ),
+    "ode": lambda m, t, x, out: m.sample(SHAPE, sampler="ode", x_T=x, out=out),
+    "q_step": lambda m, t, x, out: m.q_step(x, t, seed=1, out=out),
+    "p_sample": lambda m, t, x, out: m.p_sample(x, t, seed=1, out=out),
+    "p_sample noise": lambda m, t, x, out: m.p_sample(data(0).cpu(), t, noise=x, out=out),
+    "encode": lambda m, t, x, out: m.encode(x, steps=4, out=out),
+    "encode kwarg": lambda m, t, x, out: m.encode(data(0).cpu(), steps=4, bias=x, out=out),
+}
+# What may be `out` itself: it is read before the same element is written.
+ITSELF = ("sample x_T", "ode", "encode")
+
+
+@pytest.mark.parametrize("call", SHARED)
+@pytest.mark.parametrize("model", MODELS)
+def test_out_shares_no_memory_with_what_a_method_reads(model, call):
+    make, t = MODELS[model]
+    m = make()
+    if not hasattr(m, call.split()[0]) and call != "ode":
+        return
+    if call.startswith("encode") and model == "ncsn":  # the score says nothing of the noise in data
+        return
+    size, memory = X.numel(), torch.randn(2 * X.numel(), generator=torch.Generator().manual_seed(1))
+    for first, second in ((0, 7), (7, 0)):
+        x, out = (memory[at : at + size].view(SHAPE) for at in (first, second))
+        before = memory.clone()
+        with torch.no_grad(), pytest.raises(ValueError, match=r"out: expected memory that .+ does not use"):
+            SHARED[call](m, t, x, out)
+        assert torch.equal(memory, before)
+    if call in ITSELF:
+        x = memory[:size].view(SHAPE)
+        want = SHARED[call](m, t, x.clone(), torch.empty(SHAPE))
+        torch.testing.assert_close(SHARED[call](m, t, x, x), want, rtol=0, atol=0)
 
 
 WRONG = [

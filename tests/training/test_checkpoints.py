@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import TINY, assert_same_files, metadata_of, rewrite, run
 
-from fastdiff import DDPM, NCSN, ScoreSDE, UNet, files, training
+from fastdiff import DDPM, NCSN, Edm, FlowMatching, ScoreSDE, UNet, files, training
 from fastdiff.support import run_file, weights
 from fastdiff.training import Options, State, checkpoint
 
@@ -245,7 +245,16 @@ def test_a_run_file_tells_what_builds_it(tiny):
 
 
 @pytest.mark.parametrize(
-    ("formulation", "kind"), [("ddpm", DDPM), ("ncsn", NCSN), ("vp", ScoreSDE), ("subvp", ScoreSDE), ("ve", ScoreSDE)]
+    ("formulation", "kind"),
+    [
+        ("ddpm", DDPM),
+        ("ncsn", NCSN),
+        ("vp", ScoreSDE),
+        ("subvp", ScoreSDE),
+        ("ve", ScoreSDE),
+        ("flow", FlowMatching),
+        ("edm", Edm),
+    ],
 )
 def test_from_pretrained_reads_a_run_of_its_kind(tmp_path, formulation, kind):
     fitting = {k: v for k, v in TINY.items() if k != "timesteps" or formulation in ("ddpm", "ncsn")}
@@ -256,13 +265,13 @@ def test_from_pretrained_reads_a_run_of_its_kind(tmp_path, formulation, kind):
         assert type(model) is kind and model.config == expected.config and not model.training
         for name, tensor in expected.model.state_dict().items():
             assert torch.equal(model.model.state_dict()[name], tensor)
-    for other in {DDPM, NCSN, ScoreSDE} - {kind}:
+    for other in {DDPM, NCSN, ScoreSDE, FlowMatching, Edm} - {kind}:
         with pytest.raises(ValueError, match=f"is the run of a {kind.__name__}, expected a {other.__name__}"):
             other.from_pretrained(tmp_path)
 
 
 def test_from_pretrained_of_nothing_is_an_os_error(tmp_path):
-    for kind in (DDPM, NCSN, ScoreSDE):
+    for kind in (DDPM, NCSN, ScoreSDE, FlowMatching, Edm):
         with pytest.raises(OSError, match="nowhere"):
             kind.from_pretrained(tmp_path / "nowhere")
 

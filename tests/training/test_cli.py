@@ -195,12 +195,14 @@ def test_a_run_is_not_overwritten(model, capsys):
         (["--formulation", "vp"], "ScoreSDE", "euler_maruyama"),
         (["--formulation", "ve", "--sigma-max", "5"], "ScoreSDE", "predictor_corrector"),
         (["--formulation", "subvp", "--objective", "eps"], "ScoreSDE", "ddim"),
+        (["--formulation", "flow"], "FlowMatching", "heun"),
+        (["--formulation", "edm", "--objective", "x0"], "Edm", "ddim"),
         (["--variance", "learned", "--loss", "hybrid"], "DDPM", "ddpm"),
     ],
 )
 def test_every_formulation_is_trained_resumed_and_sampled(options, kind, sampler, tmp_path):
     run, tiny = tmp_path / "run", ["--channels", "8", "--batch-size", "8", "--device", "cpu"]
-    tiny += [] if "--timesteps" in options or kind == "ScoreSDE" else ["--timesteps", "20"]
+    tiny += ["--timesteps", "20"] if kind == "DDPM" else []
     assert main(["train", "--data", "digits", "--out", str(run), "--steps", "2", *tiny, *options]) == 0
     assert main(["train", "--out", str(run), "--resume", "--steps", "3", "--device", "cpu"]) == 0
     state = checkpoint.load(run / "model.safetensors")
@@ -217,7 +219,7 @@ def test_every_formulation_is_trained_resumed_and_sampled(options, kind, sampler
 
 def test_formulations_refuse_what_is_not_theirs(capsys, tmp_path):
     train = ["train", "--data", "digits", "--device", "cpu", "--out", tmp_path / "run"]
-    assert "formulation: expected one of ddpm, ncsn, vp, subvp, ve, got 'sde'" in refused(
+    assert "formulation: expected one of ddpm, ncsn, vp, subvp, ve, flow, edm, got 'sde'" in refused(
         capsys, *train, "--formulation", "sde"
     )
     foreign = [
@@ -228,6 +230,8 @@ def test_formulations_refuse_what_is_not_theirs(capsys, tmp_path):
         ("ve", "--timesteps", "10"),
         ("ddpm", "--sigma-max", "5"),
         ("subvp", "--sigma-min", "0.1"),
+        ("flow", "--schedule", "linear"),
+        ("edm", "--sigma-max", "5"),
     ]
     for formulation, flag, value in foreign:
         line = refused(capsys, *train, "--formulation", formulation, flag, value)

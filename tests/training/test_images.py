@@ -207,3 +207,22 @@ def test_a_grid_of_another_shape_is_an_error(tmp_path, shape):
     with pytest.raises(ValueError, match="images: expected"):
         data.save_grid(str(tmp_path / "grid.png"), torch.zeros(shape))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda path: data.folder(path, 0), "size: expected an integer from 1 to"),
+        (lambda path: data.folder(path, -3), "size: expected an integer from 1 to"),
+        (lambda path: data.folder(path, 8.5), "size: expected an integer, got float"),
+        (lambda path: data.save_grid(path / "grid.png", [1, 2]), "images: expected a tensor, got list"),
+        (lambda path: data.save_grid(path / "grid.png", torch.zeros(1, 1, 0, 8)), "images: expected"),
+        (lambda path: data.save_grid(path / "grid.png", torch.zeros(1, 1, 8, 8), 0), "columns: expected an integer"),
+        (lambda path: data.save_grid(path / "grid.png", torch.zeros(1, 1, 8, 8), 1.5), "columns: expected an integer"),
+    ],
+)
+def test_sizes_that_are_none(tmp_path, call, said):
+    Image.new("L", (8, 8)).save(tmp_path / "one.png")
+    with pytest.raises((TypeError, ValueError), match=said):
+        call(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1 and len(data.folder(str(tmp_path), np.int64(8))) == 1

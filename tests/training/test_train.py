@@ -299,7 +299,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         (lambda p: rewrite(p, unet={"block_out_channels": "x"}), "usable fastdiff checkpoint"),
         (lambda p: rewrite(p, unet={"colour": 1}), "usable fastdiff checkpoint"),
         (lambda p: rewrite(p, config={"schedule": "none"}), "usable fastdiff checkpoint"),
-        (lambda p: rewrite(p, model="Other"), "model 'Other', expected one of DDPM, NCSN, ScoreSDE"),
+        (lambda p: rewrite(p, model="Other"), "model 'Other', expected one of DDPM, NCSN, ScoreSDE, FlowMatching, Edm"),
         (lambda p: rewrite(p, {"ema.conv_in.weight": torch.zeros(16, 1, 3, 3)}), "conv_in.weight"),
         (
             lambda p: rewrite(p, {"optimizer.0.exp_avg": torch.zeros(3)}),

@@ -21,7 +21,7 @@ Differences from stock:
     - Offset noise is added to a copy. Stock adds it to the tensor that the caller passed as noise.
     - With immiscible=True the loss is that of the noise that was assigned. Stock permutes the noise within q_sample
       and compares the prediction with the unpermuted one, of other samples.
-    - The loss is float32 and can be walked backward once; its gradient is computed in the same pass.
+    - The loss is float32; its gradient is computed in the same pass. A second walk backward computes it anew.
     - A prediction that is infinite gives NaN. Stock clips it to 1 or -1.
 As in stock, interpolate takes and returns images in [-1, 1] whatever auto_normalize is, and its first step from level t
 is that of level t - 1.

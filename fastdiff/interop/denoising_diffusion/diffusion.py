@@ -14,10 +14,23 @@ from ... import ops
 from ...ops.checks import check_choice
 from ...support.cache import Tables
 from ..stock import broadcast, combine, noising, overridden, values
-from . import tables
 from .images import identity, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
-from .schedules import make_buffers
-from .tables import OBJECTIVES, START, ModelPrediction
+from .schedules import fill_buffers, make_buffers
+from .tables import (
+    OBJECTIVES,
+    START,
+    ModelPrediction,
+    ancestral_rows,
+    ddim_rows,
+    ddim_rows_of_output,
+    ddim_times,
+    noise_rows,
+    row_index,
+    start_rows,
+    sum_table,
+    target_table,
+    values_at,
+)
 
 # Devices where DDIM takes the operations of stock one by one, to the bit. Elsewhere a step is one pass, to rounding.
 STOCK_ORDER = ("cpu",)
@@ -69,8 +82,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"model: expected out_dim = channels = {model.channels}, got {model.out_dim}")
         if getattr(model, "random_or_learned_sinusoidal_cond", False):
             raise ValueError("model: expected no random or learned sinusoidal conditioning: it is for continuous time")
-        if isinstance(image_size, int):
-            image_size = (image_size, image_size)
+        image_size = (int(image_size),) * 2 if hasattr(image_size, "__index__") else image_size  # type: ignore[arg-type]
         if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
             raise ValueError(f"image_size: expected an int or two, got {image_size!r}")
         check_choice("objective", objective, OBJECTIVES)
@@ -98,6 +110,7 @@ class GaussianDiffusion(nn.Module):
         self._make_buffers = make
         for name, value in buffers.items():
             self.register_buffer(name, value.to(torch.empty(0).device))
+        self.register_load_state_dict_post_hook(functools.partial(fill_buffers, make))  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GaussianDiffusion":
         """nn.Module's; buffers that come from the meta device, where they had no values, are made again."""
@@ -120,9 +133,9 @@ class GaussianDiffusion(nn.Module):
 
     def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """(x_t / sqrt(alpha_bar) - x_0) / sqrt(1 / alpha_bar - 1)."""
-        rows = self._table("noise", tables.noise_rows, ("sqrt_recip_alphas_cumprod",))
+        rows = self._table("noise", noise_rows, ("sqrt_recip_alphas_cumprod",))
         # Divided as in stock: a reciprocal in the row would be off by the rounding of x_t over sigma.
-        return self._combine(x_t, x0, rows, t).div_(tables.at(self.sqrt_recipm1_alphas_cumprod, t, x_t))
+        return self._combine(x_t, x0, rows, t).div_(values_at(self.sqrt_recipm1_alphas_cumprod, t, x_t))
 
     def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D)."""
@@ -135,7 +148,7 @@ class GaussianDiffusion(nn.Module):
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance (B, 1, 1, 1) and its logarithm of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7)."""
         mean = self._sum(x_start, x_t, t, "posterior_mean_coef1", "posterior_mean_coef2")
-        return mean, tables.at(self.posterior_variance, t, x_t), tables.at(self.posterior_log_variance_clipped, t, x_t)
+        return mean, values_at(self.posterior_variance, t, x_t), values_at(self.posterior_log_variance_clipped, t, x_t)
 
     def model_predictions(
         self,
@@ -259,11 +272,11 @@ class GaussianDiffusion(nn.Module):
         if self.objective == "pred_v" and self._overridden("predict_v"):
             target = self.predict_v(x_start, t, noise)
             output, target = broadcast(t, output, target)
-            return ops.loss(output, tables.index(t), self._targets("pred_x0"), x0=target, reduction=loss_reduction)
+            return ops.loss(output, row_index(t), self._targets("pred_x0"), x0=target, reduction=loss_reduction)
         output, x_start, noise = broadcast(t, output, x_start, noise)
         return ops.loss(
             output,
-            tables.index(t),
+            row_index(t),
             self._targets(self.objective),
             x0=None if self.objective == "pred_noise" else x_start,
             noise=None if self.objective == "pred_x0" else noise,
@@ -311,7 +324,7 @@ class GaussianDiffusion(nn.Module):
 
     def _ddim(self, x: Tensor, step: int, x_self_cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(x after this step, x_0 if it was on the way)."""
-        times = tables.ddim_times(self.num_timesteps, self.sampling_timesteps)
+        times = ddim_times(self.num_timesteps, self.sampling_timesteps)
         t = torch.full((len(x),), times[step], device=self.device)
         last = step == self.sampling_timesteps - 1
         one_pass = not (self.self_condition or x.device.type in STOCK_ORDER or self._overridden(*PREDICTION))
@@ -338,7 +351,7 @@ class GaussianDiffusion(nn.Module):
         """x_0 from the model's output."""
         convert = {"pred_noise": "predict_start_from_noise", "pred_v": "predict_start_from_v"}.get(self.objective)
         if convert is not None and not self._overridden(convert):
-            rows = self._table("start", tables.start_rows, self._start_buffers())
+            rows = self._table("start", start_rows, self._start_buffers())
             return self._combine(x, output, rows, t, clip=1.0 if clip else None)
         x_start = output if convert is None else getattr(self, convert)(x, t, output)
         return x_start.clamp(-1.0, 1.0) if clip else x_start
@@ -349,12 +362,12 @@ class GaussianDiffusion(nn.Module):
         self, x: Tensor, y: Tensor, rows: Tensor, t: Any, noise: Tensor | None = None, clip: float | None = None
     ) -> Tensor:
         """from_x0 x_0 + from_x x + noise z, where x_0 = clip(x0_from_x x + x0_from_pred y)."""
-        return combine(self._widened(x), y, rows, tables.index(t), z=noise, clip=clip)
+        return combine(self._widened(x), y, rows, row_index(t), z=noise, clip=clip)
 
     def _sum(self, x: Tensor, y: Tensor, t: Tensor, alpha: str, sigma: str, sign: int = 1) -> Tensor:
         """alpha_t x + sign sigma_t y in one pass, where alpha and sigma are the names of buffers."""
-        table = self._table("sum", lambda a, s: tables.sum_table(a, s, sign), (alpha, sigma), sign)
-        return noising(self._widened(x), y, tables.index(t), table)
+        table = self._table("sum", lambda a, s: sum_table(a, s, sign), (alpha, sigma), sign)
+        return noising(self._widened(x), y, row_index(t), table)
 
     def _noised(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return self._sum(x_start, noise, t, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
@@ -371,20 +384,20 @@ class GaussianDiffusion(nn.Module):
 
     def _targets(self, objective: str) -> Tensor:
         names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "loss_weight")
-        return self._table("targets", functools.partial(tables.target_table, objective), names, objective)
+        return self._table("targets", functools.partial(target_table, objective), names, objective)
 
     def _ancestral_rows(self, of_start: bool) -> Tensor:
         """One row per timestep, applied to x and the output, or with of_start to x and x_0."""
         names = ("posterior_mean_coef1", "posterior_mean_coef2", "posterior_log_variance_clipped")
         start = () if of_start else self._start_buffers()
-        return self._table("ancestral", tables.ancestral_rows, (*names, *start))
+        return self._table("ancestral", ancestral_rows, (*names, *start))
 
     def _ddim_rows(self, times: list[int], one_pass: bool) -> Tensor:
         eta, key = self.ddim_sampling_eta, (self.sampling_timesteps, self.ddim_sampling_eta)
         if not one_pass:
-            return self._table("ddim", functools.partial(tables.ddim_rows, times, eta), ("alphas_cumprod",), *key)
+            return self._table("ddim", functools.partial(ddim_rows, times, eta), ("alphas_cumprod",), *key)
         names = ("alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", *self._start_buffers())
-        return self._table("ddim", functools.partial(tables.ddim_rows_of_output, times, eta), names, *key)
+        return self._table("ddim", functools.partial(ddim_rows_of_output, times, eta), names, *key)
 
     def _table(self, name: str, build: Callable[..., Tensor], buffers: tuple[str, ...], *key: Any) -> Tensor:
         """build(*buffers), kept while neither they nor the key change."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...ops.checks import check_choice
 
@@ -87,3 +87,12 @@ def make_buffers(
         "loss_weight": weights[objective],
     }
     return {name: value.to(torch.float32) for name, value in buffers.items()}
+
+
+def fill_buffers(make: Callable[[], dict[str, Tensor]], module: nn.Module, *_: Any) -> None:
+    """After a load, buffers that are still on the meta device are made where the weights are now."""
+    device = next((p.device for p in module.parameters()), torch.device("meta"))
+    if device.type != "meta":
+        for name, value in make().items():
+            if getattr(module, name).is_meta:
+                setattr(module, name, value.to(device))

@@ -28,12 +28,12 @@ class ModelPrediction(NamedTuple):
     pred_x_start: Tensor
 
 
-def index(t: Any) -> Any:
+def row_index(t: Any) -> Any:
     """Times in int64; stock takes int32 too."""
     return t.long() if isinstance(t, Tensor) and t.dtype == torch.int32 else t
 
 
-def at(buffer: Tensor, t: Tensor, like: Tensor) -> Tensor:
+def values_at(buffer: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """buffer[t], shaped (B, 1, ...) to multiply `like`."""
     return buffer[t].reshape(-1, *[1] * (like.ndim - 1))
 

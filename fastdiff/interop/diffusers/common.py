@@ -53,7 +53,7 @@ class FusedScheduler:
             ours, theirs = getattr(cls, name), getattr(stock, name)
             if not name.startswith("__") and inspect.isfunction(theirs) and ours is not theirs:
                 replaced[name] = {}
-                setattr(cls, name, or_stock(ours, theirs, replaced[name]))
+                setattr(cls, name, or_stock(ours, stock, name, replaced[name]))
         for name, used in replaced.items():  # once all of them are in their places
             used.update({n: getattr(cls, n) for n in reached(stock, name)})
 
@@ -122,18 +122,23 @@ class FusedScheduler:
         self._last_run = self.timesteps, names, states
 
 
-def or_stock(ours: Any, stock: Any, used: dict[str, Any]) -> Any:
-    """`ours`, or stock's method if `ours` returns NotImplemented or the object overrides one of `used`."""
-    draws = "generator" in inspect.signature(stock).parameters
+def or_stock(ours: Any, kind: type, name: str, used: dict[str, Any]) -> Any:
+    """`ours`, or the method `name` of the stock class `kind`.
+
+    Stock's runs if `ours` returns NotImplemented, if the object overrides one of `used`, or if it was patched.
+    """
+    original = getattr(kind, name)
+    draws = "generator" in inspect.signature(original).parameters
 
     @functools.wraps(ours)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not overridden(self, used):
+        stock = getattr(kind, name)
+        if stock is original and not overridden(self, used):
             result = ours(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         if draws and self.fused_noise:
-            warnings.warn(f"fused_noise: {stock.__qualname__} runs here and draws the noise as stock", stacklevel=2)
+            warnings.warn(f"fused_noise: {original.__qualname__} runs here and draws the noise as stock", stacklevel=2)
         return stock(self, *args, **kwargs)
 
     return method

@@ -5,7 +5,7 @@ from typing import Any
 import diffusers.models.resnet
 from torch import Tensor, nn
 
-from ...nn import norm_silu
+from ...fused import norm_silu
 from ...support.plain import is_plain
 
 STOCK_FORWARD = diffusers.models.resnet.ResnetBlock2D.forward
@@ -40,6 +40,8 @@ class ResnetBlock2D(diffusers.models.resnet.ResnetBlock2D):
 
     def _fuses(self) -> bool:
         """Whether the layers that are not called, and stock's forward, are as diffusers made them."""
-        norms = all(is_plain(n, nn.GroupNorm) and n.weight is not None for n in (self.norm1, self.norm2))
+        norms = all(
+            is_plain(n, nn.GroupNorm) and n.weight is not None and n.bias is not None for n in (self.norm1, self.norm2)
+        )
         unpatched = diffusers.models.resnet.ResnetBlock2D.forward is STOCK_FORWARD
         return norms and is_plain(self.nonlinearity, nn.SiLU) and unpatched

@@ -52,6 +52,8 @@ class ScoreSdeVeScheduler(FusedScheduler, diffusers.ScoreSdeVeScheduler, stock=d
 
     def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
         """x_0 + sigma_t noise. Noise is drawn if it is None."""
+        if original_samples.ndim != 4:  # stock lines sigma_t up with the last four dimensions, whatever they are
+            return NotImplemented
         if not (is_level(timesteps) and addable(original_samples, original_samples if noise is None else noise)):
             return NotImplemented
 

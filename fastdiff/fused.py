@@ -1,0 +1,113 @@
+"""What the blocks of a U-Net do in as few passes over an image as they can."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .support import transforms
+from .support.plain import is_plain
+
+
+class Ahead(NamedTuple):
+    """What a module takes that does not depend on the image.
+
+    shift: of a resnet block, (B or 1, width): the projection of emb, without scale_shift plus the bias of conv1, which
+        is added at the same place.
+    owed: (C,), to be added to the module's input. The module then leaves out its last biases: its output owes them.
+        None if maps owe nothing.
+    """
+
+    shift: Tensor | None
+    owed: Tensor | None
+
+
+Embedding = Tensor | tuple[Ahead, ...]
+NOTHING = Ahead(None, None)
+
+
+def ahead_of(module: Any, emb: Embedding | None) -> Ahead:
+    """What emb has for this module."""
+    return emb[module.index] if isinstance(emb, tuple) else NOTHING
+
+
+def norm_silu(
+    norm: nn.GroupNorm,
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    add: Tensor | None = None,
+    skip: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """silu(norm(x + add) (1 + scale) + shift); scale and shift (B, C), add (B or 1, C) or (C,). skip: further channels
+    of x; silu: False leaves SiLU out."""
+    if not is_plain(norm, nn.GroupNorm) or norm.weight is None or norm.bias is None:
+        x = x if skip is None else torch.cat((x, skip), 1)
+        u = norm(x if add is None else x + add.to(x.dtype).reshape(*add.shape, *[1] * (x.ndim - 2)))
+        if scale is not None and shift is not None:
+            scale, shift = (t.reshape(*t.shape, *[1] * (u.ndim - 2)) for t in (scale, shift))
+            u = u * (1 + scale) + shift
+        return F.silu(u) if silu else u
+    add = add[0] if add is not None and add.ndim == 2 and len(add) == 1 else add
+    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, shift, add, skip, silu)
+
+
+def by_pixel(x: Tensor) -> Tensor:
+    """x (B, C, H, W), channels last, as (B H W, C): a view."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+
+
+def channels_last(*maps: Tensor | None) -> bool:
+    """Whether all of them are, (B, C, H, W) each."""
+    return all(x is None or x.is_contiguous(memory_format=torch.channels_last) for x in maps)
+
+
+def add_product(out: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """out + the product of rows (B H W, n) and weight (C, n), in the memory of out, which is channels last.
+
+    PyTorch's product adds to a matrix only in place, else it copies the matrix first. Where memory must not change, a
+    compiler fuses the sum, or types differ (autocast), it is a sum.
+    """
+    apart = torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms.active()
+    if apart or not out.dtype == rows.dtype == weight.dtype:
+        batch, _, height, width = out.shape
+        return out + F.linear(rows, weight).view(batch, height, width, -1).permute(0, 3, 1, 2)
+    by_pixel(out).addmm_(rows, weight.t())
+    return out
+
+
+def without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x) - bias, of a layer that adds its bias."""
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def adds_bias(conv: nn.Module) -> bool:
+    """Whether a convolution may be computed from its weight and bias, with zeros around the image.
+
+    Others set attributes of a layer that is there: circular padding makes textures that tile.
+    """
+    return (
+        isinstance(conv, nn.Conv2d)
+        and is_plain(conv, nn.Conv2d)
+        and conv.bias is not None
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
+
+
+def maps_pixels(conv: nn.Module) -> bool:
+    """Whether a convolution is a linear map of the channels of each pixel, with a bias."""
+    return (
+        adds_bias(conv)
+        and conv.kernel_size == conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.groups == 1
+    )
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it may be computed from its weight and bias."""
+    return is_plain(layer, nn.Linear) and layer.bias is not None

@@ -1,0 +1,264 @@
+"""Functions captured as CUDA graphs: a replay is one launch, and runs no Python of the function.
+
+    Captured        a function of nothing: it runs, is recorded, and is replayed from then on
+    CapturedCalls   a function of tensors, captured for each kind of arguments that it gets
+    WatchedCalls    the same, captured anew whenever an object changes that the function reads
+
+A Recorder makes the graphs. Whatever cannot be captured runs as it is, and the reason is told.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.modules.module as torch_module
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from .ops.dispatch import forced
+from .support.footprint import Footprint
+from .support.plain import is_wrapped
+
+# Captures are kept for this many kinds of call; each holds the memory of one call.
+MOST_CAPTURES = 4
+# Calls of each kind that run before one is captured: kernels are compiled, libraries set up.
+WARM_UP = 2
+# A function is not captured any more if what it reads changes between this many calls in a row.
+MOST_CHANGES = 8
+# What an argument may be beside a tensor; a graph has its value as a constant.
+PLAIN = (bool, int, float, str, type(None))
+
+Function = Callable[[], None]
+Refuse = Callable[[RuntimeError], None]
+
+
+class Recorder(Protocol):
+    """Records what a function does on the device, so that it can be done again without Python."""
+
+    def warm_up(self, function: Function, strict: bool = False) -> None:
+        """Run it as it will be recorded. strict: raise RuntimeError if it waits for the device."""
+
+    def record(self, function: Function) -> Function:
+        """Record it, without running it, and return what replays it."""
+
+
+class CudaGraphs:
+    """A Recorder that makes CUDA graphs, which share their memory: one runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, function: Function, strict: bool = False) -> None:
+        current, mode = torch.cuda.current_stream(self.device), torch.cuda.get_sync_debug_mode()
+        self.stream.wait_stream(current)
+        try:
+            if strict:
+                torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(self.stream):
+                function()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            current.wait_stream(self.stream)
+
+    def record(self, function: Function) -> Function:
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        # cuBLAS takes its workspace from the graph's own memory: PyTorch may free the one outside.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # Other threads, such as those that pin memory for a DataLoader, go on meanwhile.
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                function()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.set_stream(current)  # a failed capture leaves its own
+        replay: Function = graph.replay
+        return replay
+
+
+class Captured:
+    """A function that is recorded after WARM_UP calls, and replayed from then on. It keeps no function alive."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.calls = 0
+        self.refused = False
+        self.replay: Function | None = None
+
+    def __call__(self, function: Function, refuse: Refuse) -> None:
+        """Do what the function does.
+
+        Args:
+            function: the same at every call. If it raises RuntimeError, it is run again, and has to do the same then.
+            refuse: gets the error if the function cannot be captured, and may raise it; else it runs as it is.
+        """
+        if self.replay is not None:
+            self.replay()
+            return
+        self.calls += 1
+        strict = self.calls == WARM_UP and not self.refused
+        try:
+            if self.calls <= WARM_UP or self.refused:
+                self.recorder.warm_up(function, strict)
+                return
+            self.replay = self.recorder.record(function)
+        except RuntimeError as error:
+            if self.calls < WARM_UP or self.refused:
+                raise
+            refuse(error)
+            self.refused = True
+        self(function, refuse)
+
+
+class CapturedCall:
+    """A function captured for one kind of arguments, which it reads from tensors of its own."""
+
+    def __init__(
+        self, function: Callable[..., Any], values: list[Any], spec: Any, recorder: Recorder, refuse: Refuse
+    ) -> None:
+        self.function, self.spec, self.refuse = function, spec, refuse
+        self.own = [torch.empty_like(value) if isinstance(value, Tensor) else value for value in values]
+        self.captured = Captured(recorder)
+        self.out: Any = None
+
+    def __call__(self, values: list[Any]) -> Any:
+        pairs = [(own, value) for own, value in zip(self.own, values, strict=True) if isinstance(own, Tensor)]
+        for own, value in pairs:
+            own.copy_(value)
+        versions = [own._version for own, _ in pairs]
+        self.captured(self._run, self.refuse)
+        if self.captured.replay is None and versions != [own._version for own, _ in pairs]:
+            self.refuse(RuntimeError("it writes into its arguments"))
+            for own, value in pairs:
+                value.copy_(own)
+        others = {type(value).__name__ for value in tree_leaves(self.out) if not isinstance(value, (Tensor, *PLAIN))}
+        if others:  # whose tensors would be those of the next call too
+            self.refuse(RuntimeError(f"its result is of {', '.join(sorted(others))}"))
+        return tree_map_only(Tensor, torch.clone, self.out)
+
+    def _run(self) -> None:
+        # The function gets new containers each time: it may take elements out of a list.
+        args, kwargs = tree_unflatten(self.own, self.spec)
+        self.out = self.function(*args, **kwargs)
+
+
+class CapturedCalls:
+    """A function captured for the most recent kinds of its arguments, tensors and plain values in any containers.
+
+    The tensors of a result are the caller's own; its other values are those of the capture.
+    """
+
+    def __init__(self, function: Callable[..., Any], recorder: Recorder, refuse: Refuse) -> None:
+        self.function, self.recorder, self.refuse = function, recorder, refuse
+        self.kept: OrderedDict[Any, CapturedCall] = OrderedDict()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        values, spec = tree_flatten((args, kwargs))
+        kind = (repr(spec), tuple(map(kind_of_value, values)), settings())
+        if kind not in self.kept:
+            self.kept[kind] = CapturedCall(self.function, values, spec, self.recorder, self.refuse)
+        self.kept.move_to_end(kind)
+        while len(self.kept) > MOST_CAPTURES:
+            self.kept.popitem(last=False)
+        return self.kept[kind](values)
+
+
+class WatchedCalls:
+    """A function captured as long as the objects that it reads stay what they are, see `Footprint`.
+
+    Args:
+        function: what to capture, as in CapturedCalls.
+        reads: those objects.
+        networks: the modules among them that it calls.
+        recorder: makes a recorder for a device.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        reads: object,
+        networks: list[nn.Module],
+        recorder: Callable[[torch.device], Recorder],
+    ) -> None:
+        self.function, self.reads, self.networks, self.recorder = function, reads, networks, recorder
+        self.footprint: Footprint | None = None
+        self.calls: CapturedCalls | None = None
+        self.forbidden: str | None = None
+        self.changes = 0
+
+    def what_forbids(self, arguments: Any, device: torch.device) -> str | None:
+        """What a call would need to be captured, and lacks; None if nothing forbids it. Captures that are wrong go."""
+        if torch_module._has_any_global_hook():
+            return "no hooks on all modules"
+        reason = what_forbids_here(device) or what_forbids_arguments(arguments, device)
+        if reason is None and self.changes < MOST_CHANGES:
+            if self.footprint is None or not self.footprint.holds():
+                self._look(device)
+            else:
+                self.changes = 0
+        return reason or self.forbidden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's result, if nothing forbids the call. `forbidden` says afterwards what forbids the next."""
+        assert self.calls is not None
+        return self.calls(*args, **kwargs)
+
+    def _look(self, device: torch.device) -> None:
+        self.changes += 1
+        self.footprint = Footprint(self.reads)
+        self.calls = CapturedCalls(self.function, self.recorder(device), self._refuse)
+        reasons = [what_forbids_model(network, device) for network in self.networks]
+        self.forbidden = next((reason for reason in reasons if reason), None)
+        if any(is_wrapped(part) for network in self.networks for part in list(network.modules())[1:]):
+            self.forbidden = "layers whose forward is not wrapped, as offloading does"
+        if self.changes == MOST_CHANGES:
+            self.forbidden = "a network that does not change at every call"
+
+    def _refuse(self, error: RuntimeError) -> None:
+        self.forbidden = f"a network that can be captured ({str(error).splitlines()[0]})"
+
+
+def kind_of_value(value: Any) -> Any:
+    """What a graph takes from an argument when it is captured: all but the values of a tensor."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.device
+    return type(value), value
+
+
+def settings() -> tuple[Any, ...]:
+    """The settings of the process that a graph follows as they were when it was captured."""
+    return forced(), torch.get_float32_matmul_precision()
+
+
+def what_forbids_here(device: torch.device) -> str | None:
+    """What a call on a device would need to be captured, and lacks; None if nothing forbids it."""
+    if device.type != "cuda":
+        return f"a model on CUDA, got one on {device.type}"
+    if torch.is_autocast_enabled(device.type):
+        return "no autocast, whose copies of the weights do not outlive it; use dtype"
+    return None
+
+
+def what_forbids_model(model: nn.Module, device: torch.device) -> str | None:
+    """What a model would need to be captured, and lacks; None if nothing forbids it."""
+    if any(p.device != device for p in model.parameters()):
+        return "all weights on one device, got several"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return "a model without forward hooks, which a replay would not call"
+    return None
+
+
+def what_forbids_arguments(arguments: Any, device: torch.device) -> str | None:
+    """What arguments, in containers of any kind, would need to be captured, and lack; None if nothing forbids it."""
+    for value in tree_flatten(arguments)[0]:
+        if isinstance(value, Tensor):
+            if value.device != device:
+                return f"all tensors on {device}, got one on {value.device}"
+        elif not isinstance(value, PLAIN):
+            return f"tensors and plain values as arguments, got {type(value).__name__}"
+    return None

@@ -1,0 +1,117 @@
+"""One step of training: loss, gradient, clipping, optimizer and moving average; on CUDA as one captured graph."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.graphs import CudaGraphs, WatchedCalls, what_forbids_here
+
+
+class TrainingStep:
+    """A step of an optimizer, called with a batch:
+
+        g = clip(grad loss(batch)),   w <- optimizer(w, g),   average(decay)
+
+    On CUDA the whole step is captured as a CUDA graph at its fourth call, and replayed from then on. A replay is one
+    launch; it runs no Python of the loss. It is captured anew for batches of other shapes, and after changes of the
+    network, of the optimizer's state and of its options. The learning rate may change at every step.
+
+    Args:
+        loss: called with the batch, gives the loss (). A Diffusion, or any function; one that is no module must not
+            read anything that changes but tensors in their places.
+        optimizer: of the parameters. To be captured it needs the option `capturable`, as Adam and AdamW have; the step
+            sets it, and keeps learning rates as tensors on the device.
+        average: called after each step with `decay`, to update a moving average. Captured too, so it has to write to
+            the same tensors each time.
+        clip_grad: largest norm of the gradient, or None.
+        autocast: the type of autocast for the loss, such as torch.bfloat16, or None.
+        graph: None captures on CUDA unless something forbids it, and warns if so; False never does; True raises then.
+
+    `reason` says what the last step would have needed to be a graph; None if nothing forbade it.
+
+    Raises: ValueError with graph=True, if something forbids a capture; the step is then taken if that shows only in it.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        average: Callable[[float | Tensor], object] | None = None,
+        clip_grad: float | None = None,
+        autocast: torch.dtype | None = None,
+        graph: bool | None = None,
+    ) -> None:
+        self.loss, self.optimizer, self.average, self.graph = loss, optimizer, average, graph
+        self.clip_grad, self.autocast = clip_grad, autocast
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.device = self.parameters[0].device
+        networks = [loss] if isinstance(loss, nn.Module) else []
+        self.calls = WatchedCalls(self._take, (loss, optimizer), networks, CudaGraphs)
+        self.rates: list[Tensor] = []
+        self.reason = "graph=False" if graph is False else self._prepare()
+        if graph and self.reason is not None:
+            raise ValueError(f"graph: expected {self.reason}")
+        if graph is None and self.device.type == "cuda" and self.reason is not None:
+            warnings.warn(f"graph: the step runs without, which needs {self.reason}", stacklevel=2)
+
+    def __call__(self, *batch: Any, decay: float = 0.0, **model_kwargs: Any) -> Tensor:
+        """Take one step.
+
+        Args:
+            batch, model_kwargs: the arguments of the loss; tensors on the device, to be captured.
+            decay: what `average` gets, as a tensor () on the device if the step may be captured.
+
+        Returns: the loss (), detached.
+        """
+        if not self.rates:  # never to be captured
+            return self._take(decay, *batch, **model_kwargs)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if group["lr"] is not rate:
+                group["lr"] = rate.fill_(group["lr"])
+        on_device = torch.full((), decay, device=self.device)
+        self._say(self.calls.what_forbids((batch, model_kwargs), self.device))
+        if self.reason is not None:
+            return self._take(on_device, *batch, **model_kwargs)
+        loss: Tensor = self.calls(on_device, *batch, **model_kwargs)
+        self._say(self.calls.forbidden)
+        return loss
+
+    def _prepare(self) -> str | None:
+        """Make the optimizer one that can be captured. Returns what forbids it."""
+        reason = what_forbids_here(self.device)
+        groups = self.optimizer.param_groups
+        parts = self.loss.modules() if isinstance(self.loss, nn.Module) else ()
+        if reason is None and any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
+            reason = "one process; DistributedDataParallel exchanges gradients while they are computed"
+        if reason is None and any("capturable" not in group for group in groups):
+            reason = f"an optimizer with the option capturable, got {type(self.optimizer).__name__}"
+        if reason is None:
+            self.rates = [torch.empty((), device=self.device).fill_(group["lr"]) for group in groups]
+            for group in groups:
+                group["capturable"] = True
+            vars(self.optimizer)["_warned_capturable_if_run_uncaptured"] = True  # its first steps are not captured
+        return reason
+
+    def _say(self, reason: str | None) -> None:
+        """Keep `reason` up to date. A new one is a warning, or an error if a graph is required."""
+        new, self.reason = reason not in (None, self.reason), reason
+        if new and self.graph:
+            raise ValueError(f"graph: expected {reason}")
+        if new:
+            warnings.warn(f"graph: the step runs without, which needs {reason}", stacklevel=3)
+
+    def _take(self, decay: float | Tensor, *batch: Any, **model_kwargs: Any) -> Tensor:
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            loss = self.loss(*batch, **model_kwargs)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average(decay)
+        return loss.detach()

@@ -1,0 +1,40 @@
+"""What a network is to predict under each objective, by the formulas of the papers."""
+
+from typing import Any
+
+SIGMA_DATA = 0.5
+CLASSIC = ("eps", "x0", "v", "score")
+
+
+def targets(alpha: Any, sigma: Any, x0: Any, eps: Any) -> dict[str, Any]:
+    """By the name of the objective."""
+    return {
+        "eps": eps,
+        "x0": x0,
+        "v": alpha * eps - sigma * x0,
+        "score": -eps / sigma,
+        "flow": eps - x0,
+        "edm": _edm(alpha, sigma, x0, eps),
+    }
+
+
+def x0_errors(alpha: Any, sigma: Any) -> dict[str, Any]:
+    """The error of x_0 for an error 1 of the prediction. That of eps is alpha / sigma times it, by x_t = alpha x_0 +
+    sigma eps, and that of the score alpha / sigma^2 times."""
+    one = 0 * sigma + 1
+    return {
+        "eps": sigma / alpha,
+        "x0": one,
+        "v": sigma / (alpha**2 + sigma**2),
+        "score": sigma**2 / alpha,
+        "flow": sigma / (alpha + sigma),
+        "edm": SIGMA_DATA * sigma / (sigma**2 + SIGMA_DATA**2 * alpha**2) ** 0.5,
+    }
+
+
+def _edm(alpha: Any, sigma: Any, x0: Any, eps: Any) -> Any:
+    """((1 - c_skip) x_0 - c_skip r eps) / c_out, with c_skip and c_out of Karras et al. 2022, table 1."""
+    r = sigma / alpha
+    both = r**2 + SIGMA_DATA**2
+    c_skip, c_out = SIGMA_DATA**2 / both, r * SIGMA_DATA / both**0.5
+    return (r**2 / both * x0 - c_skip * r * eps) / c_out

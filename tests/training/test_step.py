@@ -1,0 +1,231 @@
+"""TrainingStep: the bits of the plain steps, captured or not, and what is captured anew.
+
+On a CPU a tape stands for a CUDA graph; the tests marked `gpu` use CUDA's own.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tape import Recorders
+from tiny_run import assert_same_files, run
+from torch import Tensor, nn
+
+import fastdiff
+from fastdiff import DDPM, ops
+from fastdiff.graphs import WARM_UP, WatchedCalls
+from fastdiff.training import TrainingStep
+from fastdiff.training.loop import gpu_settings, update_ema
+
+SHAPE = (2, 2, 4, 4)
+# The first call makes the optimizer's state, so the network is looked at again at the second.
+CAPTURED_AT = WARM_UP + 2
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        h = self.conv(x) + 0.001 * t.to(x.dtype)[:, None, None, None]
+        return h if y is None else h + y[:, None, None, None]
+
+
+@pytest.fixture
+def taped(monkeypatch) -> Recorders:
+    """Steps are captured on the CPU, on tapes."""
+    recorders = Recorders()
+    monkeypatch.setattr("fastdiff.training.step.CudaGraphs", recorders)
+    for module in ("graphs", "training.step"):
+        monkeypatch.setattr(f"fastdiff.{module}.what_forbids_here", lambda device: None)
+    with fastdiff.backend("reference"):
+        yield recorders
+
+
+class Trained:
+    """A small model, its optimizer, its average and a step of them."""
+
+    def __init__(self, graph: bool | None, device: str = "cpu", **options: Any) -> None:
+        torch.manual_seed(0)
+        self.ddpm = DDPM(Net(), "cosine", 9).to(device)
+        self.ema = copy.deepcopy(self.ddpm.model)
+        # A rate in float32 is what a captured step uses.
+        rate = torch.tensor(1e-2, device=device)
+        self.optimizer = torch.optim.AdamW(self.ddpm.parameters(), lr=rate, weight_decay=0.1, fused=True)
+        options |= {"average": self.average, "clip_grad": 0.1, "graph": graph}
+        self.step = TrainingStep(self.ddpm, self.optimizer, **options)
+
+    def average(self, decay: float | Tensor) -> None:
+        update_ema(self.ema, self.ddpm.model, torch.as_tensor(decay, device=self.ddpm.device))
+
+    def take(self, k: int, batch: int = 2, **model_kwargs: Any) -> Tensor:
+        torch.manual_seed(k)
+        x0 = ops.normal((batch, *SHAPE[1:]), k).to(self.ddpm.device)
+        return self.step(x0, decay=min(0.9, (1 + k) / (10 + k)), **model_kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.ddpm.parameters(), *self.ema.parameters()]
+
+
+def same(one: Trained, other: Trained, steps: range, **options: Any) -> None:
+    for k in steps:
+        assert torch.equal(one.take(k, **options), other.take(k, **options)), k
+        assert all(map(torch.equal, one.tensors(), other.tensors())), k
+
+
+def test_a_replay_gives_the_bits_of_the_step(taped):
+    captured, plain = Trained(None), Trained(False)
+    first = [t.clone() for t in plain.tensors()]
+    same(captured, plain, range(CAPTURED_AT + 2))
+    assert taped.recorded == 1 and sum(tape.replayed for tape in taped) == 3 and captured.step.reason is None
+    assert not any(map(torch.equal, first, plain.tensors())) and plain.step.reason == "graph=False"
+
+
+def test_losses_are_the_callers_own(taped):
+    captured = Trained(None)
+    losses = [captured.take(seed) for seed in range(CAPTURED_AT + 2)]
+    kept = [loss.clone() for loss in losses]
+    captured.take(9)
+    assert all(map(torch.equal, losses, kept)) and len({loss.item() for loss in losses}) == len(losses)
+    assert not any(loss.requires_grad for loss in losses)
+
+
+def test_rates_are_followed(taped):
+    """Set as numbers, and by a scheduler of PyTorch."""
+    pair = Trained(None), Trained(False)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one.optimizer, lambda k: 1 / (1 + k)) for one in pair]
+    for seed in range(8):
+        same(*pair, range(seed, seed + 1))
+        for schedule in schedules:
+            schedule.step()
+    for seed in range(8):
+        for one in pair:
+            one.optimizer.param_groups[0]["lr"] = torch.tensor(0.5**seed).item()
+        same(*pair, range(seed, seed + 1))
+    assert taped.recorded == 1
+
+
+def reload(one: Trained) -> None:
+    one.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
+
+
+def regularise(one: Trained) -> None:
+    one.optimizer.param_groups[0]["weight_decay"] = 0.5
+
+
+def move(one: Trained) -> None:
+    one.ddpm.model.conv.weight.data = one.ddpm.model.conv.weight.data.clone()
+
+
+def weigh(one: Trained) -> None:
+    one.ddpm.loss_kind = "l1"
+
+
+@pytest.mark.parametrize("change", [reload, regularise, move, weigh])
+def test_what_changes_is_captured_anew(taped, change):
+    captured, plain = Trained(None), Trained(False)
+    same(captured, plain, range(CAPTURED_AT))
+    for one in (captured, plain):
+        change(one)
+    same(captured, plain, range(CAPTURED_AT))
+    assert taped.recorded == 2 and captured.step.reason is None
+
+
+def test_batches_of_each_shape_and_arguments(taped):
+    captured, plain = Trained(None), Trained(False)
+    same(captured, plain, range(CAPTURED_AT))
+    for salt in range(WARM_UP + 2):
+        same(captured, plain, range(1), batch=3)
+        same(captured, plain, range(1), y=torch.tensor([0.1, salt]))
+    assert taped.recorded == 3
+
+
+class Looks(Net):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return super().forward(x, t, y) * (1.0 if t.sum().item() > 0 else 0.5)
+
+
+def hooked(one: Trained) -> None:
+    one.ddpm.model.conv.register_forward_hook(lambda m, x, y: 2 * y)
+
+
+def looking(one: Trained) -> None:
+    one.ddpm.model.__class__ = Looks
+
+
+@pytest.mark.parametrize(("change", "said"), [(hooked, "without forward hooks"), (looking, "reads a number")])
+def test_what_cannot_be_captured_runs_as_it_is(taped, change, said):
+    captured, plain, required = Trained(None), Trained(False), Trained(True)
+    for one in (captured, plain, required):
+        change(one)
+    with pytest.warns(UserWarning, match=f"graph: the step runs without, which needs .*{said}"):
+        # A failed warm-up has drawn its times and noise already, so these are given.
+        same(captured, plain, range(CAPTURED_AT + 2), t=torch.tensor([1, 5]), seed=torch.tensor([7]))
+    assert not taped.recorded and said in captured.step.reason
+    with pytest.raises(ValueError, match=f"graph: expected .*{said}"):
+        for seed in range(CAPTURED_AT + 2):
+            required.take(seed)
+
+
+@pytest.mark.slow
+def test_the_loop_takes_captured_steps(taped, tmp_path, monkeypatch):
+    steps = CAPTURED_AT + 1
+    assert run(tmp_path / "captured", steps=steps) == steps and taped.recorded == 1
+    monkeypatch.setattr(WatchedCalls, "what_forbids", lambda *_: "a GPU")
+    with pytest.warns(UserWarning, match="graph: the step runs without, which needs a GPU"):
+        run(tmp_path / "plain", steps=steps)
+    assert taped.recorded == 1
+    assert_same_files(*(tmp_path / name / "model.safetensors" for name in ("captured", "plain")))
+
+
+def test_what_forbids_a_capture(monkeypatch):
+    with pytest.raises(ValueError, match="graph: expected a model on CUDA, got one on cpu"):
+        Trained(True)
+    one = Trained(None)
+    assert one.step.reason == "a model on CUDA, got one on cpu" and one.take(0).isfinite()
+    monkeypatch.setattr("fastdiff.training.step.what_forbids_here", lambda device: None)
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="graph: expected an optimizer with the option capturable, got SGD"):
+        TrainingStep(layer, torch.optim.SGD(layer.parameters()), graph=True)
+
+
+def test_one_process_after_another(monkeypatch):
+    monkeypatch.setattr("fastdiff.training.step.what_forbids_here", lambda device: None)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Net)
+    with pytest.raises(ValueError, match="graph: expected one process; DistributedDataParallel"):
+        Trained(True)
+
+
+def test_the_average_with_a_tensor_of_decay():
+    pairs = [(nn.Linear(3, 2), nn.Linear(3, 2)) for _ in range(2)]
+    for one, other in zip(*pairs, strict=True):
+        other.load_state_dict(one.state_dict())
+    update_ema(*pairs[0], 0.9)
+    update_ema(*pairs[1], torch.tensor(0.9))
+    torch.testing.assert_close(list(pairs[1][0].parameters()), list(pairs[0][0].parameters()))
+    assert all(map(torch.equal, pairs[1][1].parameters(), pairs[0][1].parameters()))
+
+
+def test_settings_of_a_gpu_come_and_go():
+    def settings() -> tuple[Any, ...]:
+        return torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+
+    before = settings()
+    with gpu_settings(torch.device("cpu")):
+        assert settings() == before
+    with pytest.raises(KeyError), gpu_settings(torch.device("cuda")):
+        assert settings() == (True, "high") != before
+        raise KeyError
+    assert settings() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_cuda_graph_trains_like_plain_steps(autocast):
+    captured, plain = Trained(True, "cuda", autocast=autocast), Trained(False, "cuda", autocast=autocast)
+    for seed in range(8):
+        torch.testing.assert_close(captured.take(seed), plain.take(seed), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(captured.tensors(), plain.tensors(), rtol=1e-2, atol=1e-3)
+    assert captured.step.reason is None
