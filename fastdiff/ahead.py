@@ -1,4 +1,4 @@
-"""What the modules of a U-Net take that does not depend on the image, made before it; see nn.Ahead.
+"""What the modules of a U-Net take that does not depend on the image, made before it; see fused.Ahead.
 
 Resnet blocks take their shares of the time embedding, from one product for all of them. And where the norm is one
 kernel, no bias is added to a map in a pass of its own. A map goes without it, and owes it: a number for each channel,

@@ -37,7 +37,7 @@ class Flow(Process):
         last: the largest time. At 1 no signal is left, and samplers need an objective that tells x_0 there. Those that
             step along the score or in sigma / alpha start below 1.
 
-    Reference: Esser et al. 2024, section 2 and eq. 23.
+    Reference: Esser et al. 2024, sections 2 and 5.3.2.
     """
 
     straight = True
@@ -91,7 +91,7 @@ def uniform(u: Tensor) -> Tensor:
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """log(t / (1 - t)) ~ N(mean, std^2): times in the middle are drawn more often (Esser et al. 2024, eq. 19)."""
+    """log(t / (1 - t)) ~ N(mean, std^2): times in the middle are drawn more often (Esser et al. 2024, section 3.1)."""
     if not std > 0:
         raise ValueError(f"std: expected a number above 0, got {std}")
     return torch.sigmoid(mean + std * torch.special.ndtri(u))
@@ -99,14 +99,14 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 
 def mode(u: Tensor, scale: float = 1.29) -> Tensor:
     """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u), scale in [-1, 2 / (pi - 2)]: as logit_normal, but no time is rare
-    (Esser et al. 2024, eq. 20)."""
+    (Esser et al. 2024, section 3.1)."""
     if not -1 <= scale <= 2 / (math.pi - 2):
         raise ValueError(f"scale: expected a number from -1 to 2 / (pi - 2), got {scale}")
     return 1 - u - scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
 
 
 def cosmap(u: Tensor) -> Tensor:
-    """t = 1 - 1 / (tan(pi u / 2) + 1): log(alpha / sigma) as the cosine schedule has it (Esser et al. 2024, eq. 21)."""
+    """t = 1 - 1 / (tan(pi u / 2) + 1): sigma / alpha as the cosine schedule has it (Esser et al. 2024, section 3.1)."""
     return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
 
 
@@ -117,7 +117,7 @@ TIMES: dict[str, Times] = {"uniform": uniform, "logit_normal": logit_normal, "mo
 def resolution_shift(size: int, base: int) -> float:
     """The shift for images of `size` elements, if 1 is right for `base` of them: sqrt(size / base).
 
-    Reference: Esser et al. 2024, section 5.3.2 and eq. 23.
+    Reference: Esser et al. 2024, section 5.3.2.
     """
     for name, count in (("size", size), ("base", base)):
         if (integer(count) or 0) < 1:

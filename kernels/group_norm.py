@@ -112,7 +112,7 @@ def plan_of(
         worth = (
             not last or width % vector == 0,
             tiling is not None,
-            alone or blocks == 1 or not backward or tiling is None,
+            alone or blocks == 1 or not (backward and last) or tiling is None,
             not last or width * size % limits.sector == 0,
             tiling is not None and 2 * tiling[0] <= most,  # two programs to a multiprocessor
             enough,
