@@ -202,8 +202,6 @@ class Diffusion(Denoiser, ABC):
         kwargs = stack_branches(guidance, uncond, model_kwargs, shape[0], device)
         if guidance is None and guidance_rule is not None:
             raise ValueError("guidance_rule: expected None without guidance")
-        if isinstance(uncond, nn.Module) and dtype is not None:
-            raise ValueError("dtype: expected None with another network as uncond")
         if out is not None:
             branch = uncond if isinstance(uncond, dict) else {}
             others = {f"uncond's {name}": value for name, value in branch.items()}
@@ -222,7 +220,7 @@ class Diffusion(Denoiser, ABC):
             return x.copy_(ode.sample(self, x, kwargs))
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
         if isinstance(uncond, nn.Module):
-            denoiser = beside(denoiser, uncond)
+            denoiser = beside(denoiser, uncond, dtype)
         captured = self._is_captured(graph, denoiser, kwargs, shape[0])
         if noise is not None and not callable(noise):
             check_shape("noise", noise, (len(table), *shape))

@@ -19,10 +19,10 @@ from .objective import OBJECTIVES, needs_signal
 from .ops.checks import check_choice, check_floating, check_like
 from .process import KARRAS_RANGE, Grid, Process
 from .reference import work_dtype
-from .sampling import flat
 from .schedule import NoiseSchedule
 from .support.scalars import as_number, integer
 from .support.settable import settable
+from .support.shapes import flat
 
 # The last time if the objective leaves x_0 open in pure noise.
 LAST_WITH_SIGNAL = 0.999

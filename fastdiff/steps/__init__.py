@@ -216,7 +216,7 @@ def make_steps(
     schedule, levels = _grid(process, function, steps)
     if any(function is one for one in LOOKS_BETWEEN):
         check_signal(schedule, levels[:-1], objective)
-        check_finite_ratio(function.__name__, schedule, levels[:-1])
+        check_finite_ratio(next(name for name in SAMPLERS if SAMPLERS[name] is function), schedule, levels[:-1])
         eta = LOOKS_BETWEEN[function]
         between = middles(schedule, levels, 0.0 if eta is None else as_number("eta", given.get("eta", eta)))
         schedule, levels = with_middles(process, (schedule, levels), between)
