@@ -111,4 +111,4 @@ def maps_pixels(conv: nn.Module) -> bool:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether it may be computed from its weight and bias."""
-    return is_plain(layer, nn.Linear) and layer.bias is not None
+    return isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear) and layer.bias is not None
