@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedule import NoiseSchedule, as_float64
+from .schedule import NoiseSchedule, as_float64, grid
 from .support.scalars import as_number, integer
 from .support.settable import fixed
 
@@ -265,12 +265,7 @@ class Chain(Process):
             if bool((levels != levels.round()).any()):
                 raise ValueError(f"steps: expected whole levels, got {levels.tolist()}")
             return self.schedule, levels.long()
-        total = self.schedule.timesteps
-        number = total if steps is None else integer(steps)
-        if number is None or not 1 <= number <= total:
-            raise ValueError(f"steps: expected an integer from 1 to {total}, got {steps!r}")
-        levels = torch.linspace(0, total, number + 1, dtype=torch.float64, device="cpu").round().long()
-        return self.schedule, levels.flip(0)
+        return self.schedule, grid(self.schedule.timesteps, steps)  # type: ignore[arg-type]
 
     def ladder(self, steps: int | None) -> Grid:
         n = _count("steps", 100 if steps is None else steps)
