@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .denoiser import Denoiser
 from .ops.dispatch import forced
 from .sampling import Operands, Run, Steps, advance, conditions, given_noise
+from .support.sharded import is_sharded
 
 # Captures are kept for this many kinds of call; each holds the memory of one step.
 MOST_CAPTURES = 4
@@ -216,6 +217,8 @@ def what_forbids(denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -
         return "all weights on one device, got several"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "a model without forward hooks, which a replay would not call"
+    if is_sharded(denoiser):
+        return "a model that FSDP does not split"
     plain = (Tensor, bool, int, float, str, type(None))
     wrong = [name for name, value in model_kwargs.items() if not isinstance(value, plain)]
     if wrong:

@@ -1,0 +1,77 @@
+"""How a network is laid out for training: split or repeated over processes, channels last, and what it recomputes."""
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastdiff.diffusion import Diffusion
+from fastdiff.nn import Attention, ResnetBlock
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The parts of a U-Net that FSDP gathers one by one, and that are recomputed one by one."""
+    return [part for part in network.modules() if isinstance(part, ResnetBlock | Attention)]
+
+
+def recompute_blocks(network: nn.Module) -> None:
+    """Keep the inputs of the blocks alone for the backward pass, and compute the rest again there.
+
+    Reference: Chen et al. 2016, arXiv:1604.06174.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    for block in blocks(network):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def shard(network: nn.Module, device: torch.device) -> None:
+    """Split the weights of a network over all processes, in place, each block by itself.
+
+    Reference: Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in blocks(network):
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def replicate(diffusion: Diffusion, device: torch.device) -> nn.Module:
+    """The diffusion, whose gradients become their mean over all processes."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(diffusion, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def exchanging(trained: nn.Module, network: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Exchange gradients after the last of several backward passes only.
+
+    Args:
+        trained: what is called, from `replicate` or not.
+        network: in it, split by `shard` or not.
+    """
+    if hasattr(network, "set_requires_gradient_sync"):
+        network.set_requires_gradient_sync(last)
+    elif not last and hasattr(trained, "no_sync"):
+        return trained.no_sync()  # type: ignore[no-any-return]
+    return nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is split over processes; all of them call this. Other tensors as they are."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of a whole tensor, split over processes and laid out in memory as `like` is."""
+    if not hasattr(like, "device_mesh"):
+        return torch.empty_like(like).copy_(tensor)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
