@@ -1,9 +1,9 @@
 """The file of a training run, model.safetensors: what it holds, checked before anything is built from it.
 
-Tensors are in groups: model.* (trained weights), ema.* (their moving average, to sample from), optimizer.N.* (of
-parameter N), rng.* (states of generators), importance.* (the losses that importance sampling remembers), and averages.*
-(further averages, by their names). There is no pickle. The metadata is JSON: the format's version, the step, the configurations of the network and of the
-formulation around it, and the options of the run.
+Tensors are in groups: model.* (trained weights), ema.* (their moving average, to sample from), averages.* (further
+averages, by their names), optimizer.N.* (of parameter N), rng.* (states of generators), and importance.* (the losses
+that importance sampling remembers). There is no pickle. The metadata is JSON: the format's version, the step, the
+configurations of the network and of the formulation around it, and the options of the run.
 """
 
 import json

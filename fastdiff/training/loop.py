@@ -141,7 +141,7 @@ class Shuffled:
         return len(self.images)
 
     def _order(self, epoch: int) -> Tensor:
-        return uniforms(self.seed, epoch, len(self.images), ORDER).argsort()
+        return uniforms(self.seed, epoch, len(self.images), ORDER).argsort(stable=True)
 
     def batch(self, step: int, part: slice) -> Tensor:
         """The images of a part of a step's samples 0..batch_size-1."""

@@ -16,6 +16,8 @@ from torch import Tensor
 
 # A process that waits this long for another gives up.
 PATIENCE = timedelta(minutes=10)
+# After an error, a process looks this long for the others.
+GRACE = timedelta(seconds=10)
 # The key under which processes that failed are counted.
 FAILED = "fastdiff/failed"
 
@@ -108,12 +110,13 @@ def launched(name: str, default: int) -> int:
 
 
 def speaks() -> bool:
-    """Whether this process is the one that says what failed: the first that fails, or rank 0 outside of a group."""
-    if _store is None:
-        return os.environ.get("RANK", "0") == "0"
+    """Whether this process is the one of its run that says what failed: the first one that fails."""
     try:
-        return int(_store.add(FAILED, 1)) == 1
-    except RuntimeError:  # the store went with the process that held it
+        if launched("WORLD_SIZE", 1) == 1:
+            return True
+        store = _store or next(dist.rendezvous("env://", timeout=GRACE))[0]
+        return int(store.add(FAILED, 1)) == 1
+    except (RuntimeError, ValueError):  # the store went with the process that held it
         return True
 
 
