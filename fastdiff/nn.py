@@ -202,7 +202,8 @@ def project(blocks: Sequence[ResnetBlock], emb: Tensor) -> Tensor | None:
         return None
     bias = _biases(layers)
     if convolutions:
-        bias = bias + _biases(convolutions)
+        # Times 1: the two halves of a sum get one gradient, which an optimizer would clip or sum twice in place.
+        bias = bias + _biases(convolutions) * 1
     shifts = F.linear(emb, torch.cat([layer.weight for layer in layers]), bias)
     summed = _with_shortcut(blocks)
     plain = all(is_plain(conv, nn.Conv2d) for block in summed for conv in (block.conv2, block.conv_shortcut))
