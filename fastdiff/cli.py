@@ -259,9 +259,10 @@ def train(args: argparse.Namespace) -> int:
     done = train_run(options, args.out, device, state, caught)
     if done < options.steps:
         again = f"go on with: fastdiff train --out {shlex.quote(str(args.out))} --device {args.device} --resume"
+        asked = signal.Signals(caught[0]).name in ASKING
         if leads():
-            complain(f"interrupted at step {done} of {options.steps}; {again}")
-        return 0 if signal.Signals(caught[0]).name in ASKING else INTERRUPTED
+            complain(f"{'stopped' if asked else 'interrupted'} at step {done} of {options.steps}; {again}")
+        return 0 if asked else INTERRUPTED
     if leads():
         print(f"{path}: {done} steps, {time.perf_counter() - start:.1f} s")
     return 0

@@ -7,7 +7,8 @@ share (torch.distributed.checkpoint). They are written first: the file names a s
 import os
 import shutil
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,11 +199,9 @@ def read_shares(folder: Path, optimizer: dict[int, dict[str, Tensor]]) -> None:
     """
     from torch.distributed import checkpoint, is_initialized
 
-    try:
+    with _told(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads what several wrote
         checkpoint.load(_flat(optimizer), checkpoint_id=folder, no_dist=not is_initialized())
-    except Exception as error:  # it gathers the errors of all processes into one of its own
-        reason = " ".join(str(error).split())[:400]
-        raise ValueError(f"{folder} is not the folder of a checkpoint: {reason}") from error
 
 
 def _write_shares(folder: Path, optimizer: dict[int, dict[str, Tensor]], ranks: Ranks) -> None:
@@ -215,9 +214,24 @@ def _write_shares(folder: Path, optimizer: dict[int, dict[str, Tensor]], ranks: 
             shutil.rmtree(old, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
-    checkpoint.save(_flat(optimizer), checkpoint_id=temporary)
+    with _told(folder):
+        checkpoint.save(_flat(optimizer), checkpoint_id=temporary)
     if ranks.leads:
         os.replace(temporary, folder)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Turn PyTorch's collection of the errors of all processes into the first of them, with the folder's name."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        reason = " ".join(str(first).split())[:400] or type(first).__name__
+        kind = OSError if isinstance(first, OSError) and not isinstance(first, FileNotFoundError) else ValueError
+        raise kind(f"{folder}: {reason}") from error
 
 
 def _flat(optimizer: dict[int, dict[str, Tensor]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def uniforms(seed: int, step: int, count: int, purpose: int) -> Tensor:
 
     Reference: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox4x64-10).
     """
-    bits = np.random.Philox(key=[seed & WORD, step], counter=[0, 0, 0, purpose]).random_raw(count)
+    bits = np.random.Philox(key=np.array([seed & WORD, step], np.uint64), counter=[0, 0, 0, purpose]).random_raw(count)
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 

@@ -45,7 +45,7 @@ def replicate(diffusion: Diffusion, device: torch.device) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(diffusion, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(diffusion, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def exchanging(trained: nn.Module, network: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -26,7 +26,7 @@ LOOP_HELP = {
 
 def ema_arguments(command: argparse.ArgumentParser) -> None:
     """Arguments of `fastdiff ema`."""
-    command.add_argument("run", type=Path, metavar="RUN_DIR", help="the run's folder")
+    command.add_argument("folder", type=Path, metavar="RUN_DIR", help="the run's folder")
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--decay", type=float, help="one of the run's --ema-decays")
     which.add_argument("--sigma-rel", type=float, help="any width below 0.288, of a run with --ema-sigma-rel")
@@ -36,6 +36,6 @@ def ema_arguments(command: argparse.ArgumentParser) -> None:
 def write_average(args: argparse.Namespace) -> int:
     """`fastdiff ema`. Returns: the exit status."""
     name = f"{ema.DECAY}={args.decay}" if args.sigma_rel is None else f"{ema.WIDTH}={args.sigma_rel}"
-    ema.extract(args.run, name, writable(args.out))
+    ema.extract(args.folder, name, writable(args.out))
     print(f"{args.out}: the average {name}")
     return 0
