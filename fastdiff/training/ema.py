@@ -92,12 +92,14 @@ def overlap(t1: float, gamma1: float, t2: float, gamma2: float) -> float:
 
 
 def coefficients(known: Sequence[tuple[int, float]], wanted: tuple[int, float]) -> np.ndarray:
-    """The factors of known profiles (step, gamma) whose sum is nearest to the wanted one, in least squares.
+    """The factors, of sum 1, of known profiles (step, gamma) whose sum is nearest to the wanted one in least squares.
 
     Reference: Karras et al. 2024, algorithm 3.
     """
     matrix = np.array([[overlap(*a, *b) for b in known] for a in known])
-    return np.linalg.lstsq(matrix, np.array([overlap(*a, *wanted) for a in known]), rcond=None)[0]
+    found = np.linalg.lstsq(matrix, np.array([overlap(*a, *wanted) for a in known]), rcond=None)[0]
+    scaled: np.ndarray = found / found.sum()  # each profile sums to 1, so weights that never move stay as they are
+    return scaled
 
 
 def note(run: Path, step: int, averages: Mapping[str, Mapping[str, Tensor]]) -> None:

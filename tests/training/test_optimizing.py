@@ -140,15 +140,15 @@ def test_profiles_are_put_together():
 
 @pytest.mark.slow
 def test_averages_of_a_run_are_kept_and_written(tmp_path, capsys):
-    out, widths = tmp_path / "run", "0.05,0.1,0.2"
-    how = {"steps": 40, "save_every": 4, "lr": 1e-2}
+    out, widths = tmp_path / "run", "0.05,0.1,0.15"
+    how = {"steps": 40, "save_every": 2, "lr": 1e-2}
     run(out, **how, ema_decays="0.5,0.9", ema_sigma_rel="0.05,0.1")
     run(tmp_path / "more", **how, ema_sigma_rel=widths)
-    assert len(list((out / "averages").iterdir())) == 10
+    assert len(list((out / "averages").iterdir())) == 20
     stored = load_file(out / NAME)
-    for name, value in (("--decay", "0.5"), ("--sigma-rel", "0.2")):
+    for name, value in (("--decay", "0.5"), ("--sigma-rel", "0.15")):
         assert main(["ema", str(out), name, value, "--out", str(tmp_path / f"{value}.safetensors")]) == 0
-    half, made = (load_file(tmp_path / f"{value}.safetensors") for value in ("0.5", "0.2"))
+    half, made = (load_file(tmp_path / f"{value}.safetensors") for value in ("0.5", "0.15"))
     wanted = load_file(tmp_path / "more" / NAME)
     assert torch.equal(half["ema.conv_in.weight"], stored["averages.decay=0.5.conv_in.weight"])
 
@@ -156,9 +156,9 @@ def test_averages_of_a_run_are_kept_and_written(tmp_path, capsys):
         keys = [key.removeprefix("ema.") for key in made]
         return math.sqrt(sum((other[prefix + k] - wanted[f"averages.{name}.{k}"]).square().sum().item() for k in keys))
 
-    nearest = distance("sigma_rel=0.2", wanted, "averages.sigma_rel=0.1.")
-    assert distance("sigma_rel=0.2", made, "ema.") < 0.1 * nearest
-    assert type(checkpoint.load_model(tmp_path / "0.2.safetensors")) is DDPM
+    nearest = distance("sigma_rel=0.15", wanted, "averages.sigma_rel=0.1.")
+    assert distance("sigma_rel=0.15", made, "ema.") < 0.1 * nearest
+    assert type(checkpoint.load_model(tmp_path / "0.15.safetensors")) is DDPM
     for args, said in (
         ([str(out), "--decay", "0.7"], "has no average decay=0.7: train with --ema-decays"),
         ([str(out), "--sigma-rel", "0.4"], "sigma_rel: expected a number between 0 and 0.288, got 0.4"),
