@@ -120,6 +120,12 @@ def speaks() -> bool:
         return True
 
 
+def lost_another(error: BaseException) -> bool:
+    """Whether an error says that another process of the run has ended."""
+    by_gloo = type(error) is RuntimeError and "by peer" in str(error)
+    return by_gloo or isinstance(error, dist.DistBackendError | dist.DistNetworkError)
+
+
 def local_device(device: torch.device) -> torch.device:
     """The GPU of this process on its machine for "cuda", else the device as it is."""
     if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
