@@ -88,6 +88,7 @@ def train(
                         caught.append(reason)
                 if run.step > run.start:
                     run.save(path)
+                    ranks.largest(0)  # no process returns before the file is there
     if LOST in caught and run.step < options.steps:
         lost = f" ({progress.lost.strerror})" if progress.lost else ""
         raise OSError(errno.EPIPE, f"the output is lost{lost}, training stopped at step {run.step}")
