@@ -13,8 +13,9 @@ from .cast import channels_last_convolutions
 from .denoiser import Denoiser
 from .objective import uses_noise, uses_x0
 from .ops.checks import as_sample_ids, as_seed, as_shape, check_choice, check_floating, check_shape, check_state
-from .ops.noise import forward_noise, is_cheap_to_keep
+from .ops.memory import LARGEST
 from .process import Grid, Process
+from .reference import work_dtype
 from .sampling import Callback, Noise, Run, StepOptions, Steps
 from .steps import Sampler, StepTable, ddim_inversion, make_steps
 from .support.scalars import as_number, integer
@@ -90,10 +91,9 @@ class Diffusion(Denoiser, ABC):
         table, row = self.noising_rows(t, x0.dtype)
         if noise is None:
             seed = as_seed(seed, x0.device)
-            if ids is not None and not self._rows_are_levels:  # a row is a place in the batch, not the sample's own
-                noise = forward_noise(x0, 0, seed, ids)
-            elif uses_noise(self.objective) and is_cheap_to_keep(x0):
-                noise = forward_noise(x0, row, seed, ids)
+            placed = ids is not None and not self._rows_are_levels  # a row is a place in the batch
+            if placed or uses_noise(self.objective):
+                noise = kept_noise(x0, 0 if placed else row, seed, ids, always=placed)
         if noise is not None:
             seed = ids = None
         x_t = ops.noising(x0, row, table, seed=seed, sample_ids=ids, noise=noise)
@@ -383,3 +383,17 @@ def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
     low, high = (int(end) for end in labels.aminmax())
     if low < 0 or high >= classes:
         raise ValueError(f"class_labels: expected values from 0 to {classes - 1}, got {low if low < 0 else high}")
+
+
+def kept_noise(
+    x0: Tensor, index: int | Tensor, seed: Tensor, ids: Tensor | None = None, always: bool = False
+) -> Tensor | None:
+    """The noise of ops.noising(x0, index, seed=seed, sample_ids=ids), if keeping it costs less than drawing it again.
+
+    That is so on a CPU, for tensors whose memory the C library recycles (see fastdiff.ops.memory). None elsewhere,
+    unless `always`.
+    """
+    if not always and (not x0.is_cpu or 4 * x0.numel() > LARGEST):
+        return None
+    dtype, device = work_dtype(x0.dtype), x0.device
+    return ops.normal(x0.shape, seed, sample_ids=ids, step=index, stream=ops.FORWARD, dtype=dtype, device=device)

@@ -19,7 +19,7 @@ from .checks import (
     names,
 )
 from .dispatch import launcher
-from .memory import LARGEST, in_huge_pages
+from .memory import in_huge_pages
 from .quick import quick
 from .registry import Op
 
@@ -89,20 +89,6 @@ def _normal_(out: Tensor, seed: Tensor, ids: Tensor | None, step: Tensor, stream
         launch(out=out, seed=seed, ids=ids, step=step, stream=stream)
     else:
         out.copy_(reference.normal(out.shape, seed, ids, step, stream, reference.work_dtype(out)))
-
-
-def forward_noise(x0: Tensor, step: int | Tensor, seed: Tensor, sample_ids: Tensor | None) -> Tensor:
-    """The noise that noising(x0, step, seed=seed, sample_ids=sample_ids) draws."""
-    dtype = reference.work_dtype(x0)
-    return normal(x0.shape, seed, sample_ids=sample_ids, step=step, stream=FORWARD, dtype=dtype, device=x0.device)
-
-
-def is_cheap_to_keep(x0: Tensor) -> bool:
-    """Whether keeping the noise of x0 for the loss costs less than drawing it again.
-
-    That is so on a CPU, for tensors whose memory the C library recycles (see fastdiff.ops.memory).
-    """
-    return x0.is_cpu and 4 * x0.numel() <= LARGEST
 
 
 _OP = Op("normal_", "(Tensor(a!) out, Tensor seed, Tensor? ids, Tensor step, int stream) -> ()", _normal_)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastdiff.bound import LossSecondMoment
 from fastdiff.ddpm import DDPM
 from fastdiff.diffusion import Diffusion
 from fastdiff.score import NCSN, ScoreSDE
@@ -150,7 +151,7 @@ def load_model(path: str | Path) -> Diffusion:
     return stored.formulation(MODELS[stored.model], UNet)
 
 
-def importance(diffusion: Diffusion) -> nn.Module | None:
+def importance(diffusion: Diffusion) -> LossSecondMoment | None:
     """What importance sampling of a DDPM remembers; None without it."""
     return getattr(diffusion, "importance", None)
 
@@ -197,16 +198,18 @@ def read_shares(folder: Path, optimizer: dict[int, dict[str, Tensor]]) -> None:
 
     Raises: ValueError naming the folder if it cannot be read, or does not hold them.
     """
-    from torch.distributed import checkpoint, is_initialized
+    from torch.distributed import is_initialized
+    from torch.distributed.checkpoint.state_dict_loader import load as read
 
     with _told(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads what several wrote
-        checkpoint.load(_flat(optimizer), checkpoint_id=folder, no_dist=not is_initialized())
+        read(_flat(optimizer), checkpoint_id=folder, no_dist=not is_initialized())
 
 
 def _write_shares(folder: Path, optimizer: dict[int, dict[str, Tensor]], ranks: Ranks) -> None:
     """Write the tensors of all processes; the folder has its name when it is whole."""
-    from torch.distributed import barrier, checkpoint
+    from torch.distributed import barrier
+    from torch.distributed.checkpoint.state_dict_saver import save as write
 
     temporary = folder.with_name(f".{folder.name}.tmp")
     if ranks.leads:
@@ -215,7 +218,7 @@ def _write_shares(folder: Path, optimizer: dict[int, dict[str, Tensor]], ranks: 
         temporary.mkdir(parents=True)
     barrier()
     with _told(folder):
-        checkpoint.save(_flat(optimizer), checkpoint_id=temporary)
+        write(_flat(optimizer), checkpoint_id=temporary)
     if ranks.leads:
         os.replace(temporary, folder)
 

@@ -58,7 +58,7 @@ def decay_of(name: str, step: int) -> float:
     kind, _, value = name.partition("=")
     if kind == DECAY:
         return warmed(float(value), step)
-    return (1 - 1 / (step + 1)) ** (exponent(float(value)) + 1)
+    return float((1 - 1 / (step + 1)) ** (exponent(float(value)) + 1))
 
 
 def exponent(sigma_rel: float) -> float:
@@ -67,7 +67,8 @@ def exponent(sigma_rel: float) -> float:
     Reference: Karras et al. 2024, algorithm 2.
     """
     inverse = sigma_rel**-2
-    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+    roots: np.ndarray = np.roots([1, 7, 16 - inverse, 12 - inverse])
+    return float(roots.real.max())
 
 
 @torch.no_grad()

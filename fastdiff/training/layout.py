@@ -2,6 +2,7 @@
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -32,9 +33,10 @@ def shard(network: nn.Module, device: torch.device) -> None:
 
     Reference: Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks(network):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
@@ -55,23 +57,28 @@ def exchanging(trained: nn.Module, network: nn.Module, last: bool) -> AbstractCo
         trained: what is called, from `replicate` or not.
         network: in it, split by `shard` or not.
     """
-    if hasattr(network, "set_requires_gradient_sync"):
-        network.set_requires_gradient_sync(last)
-    elif not last and hasattr(trained, "no_sync"):
-        return trained.no_sync()  # type: ignore[no-any-return]
+    pause: Any = getattr(trained, "no_sync", None)
+    toggle: Any = getattr(network, "set_requires_gradient_sync", None)
+    if toggle is not None:
+        toggle(last)
+    elif pause is not None and not last:
+        paused: AbstractContextManager[None] = pause()
+        return paused
     return nullcontext()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that is split over processes; all of them call this. Other tensors as they are."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    gather: Any = getattr(tensor, "full_tensor", None)
+    found: Tensor = tensor if gather is None else gather()
+    return found
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """A copy of a whole tensor, split over processes and laid out in memory as `like` is."""
     if not hasattr(like, "device_mesh"):
         return torch.empty_like(like).copy_(tensor)
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    split = cast(DTensor, like)
+    return distribute_tensor(tensor.to(like.device), split.device_mesh, split.placements)

@@ -28,7 +28,7 @@ from fastdiff.training.draws import LEVELS, ORDER, noise_key, uniforms
 from fastdiff.training.layout import exchanging, laid_out, recompute_blocks, replicate, shard, whole
 from fastdiff.training.logs import EVERY, Progress
 from fastdiff.training.options import Options, build
-from fastdiff.training.ranks import Ranks, joined
+from fastdiff.training.ranks import Ranks, joined, local_device
 from fastdiff.unet import UNet
 
 # In place of a signal's number: nobody reads the output of the run any more.
@@ -60,7 +60,7 @@ def train(
         not; the last checkpoint is then kept. OSError if the folder is in use, the checkpoint cannot be written, or
         nobody reads the output any more. Steps done by then are saved.
     """
-    path, device = Path(out) / NAME, torch.device(device)
+    path, device = Path(out) / NAME, local_device(torch.device(device))
     caught = [] if caught is None else caught
     with joined(device, alone_too=options.fsdp) as ranks:
         check_shares(options, ranks)
@@ -273,8 +273,7 @@ class Run:
         quantiles = uniforms(options.seed, self.step, options.batch_size, LEVELS).to(self.device)
         history = importance(self.diffusion)
         if history is not None:
-            levels: tuple[Tensor, Tensor] = history.sample_at(quantiles)
-            return levels
+            return history.sample_at(quantiles)
         return self.diffusion.times_at(quantiles), torch.ones(len(quantiles), device=self.device)
 
     def summary(self) -> str:

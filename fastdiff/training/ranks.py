@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Names that torch.distributed exports, though mypy does not see it.
+distributed: Any = dist
 # A process that waits this long for another gives up.
 PATIENCE = timedelta(minutes=10)
 # After an error, a process looks this long for the others.
@@ -85,9 +87,9 @@ def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[Ranks]:
         yield Ranks()
         return
     if size == 1:
-        store, rank = dist.HashStore(), 0
+        store, rank = distributed.HashStore(), 0
     else:
-        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     global _store
@@ -114,7 +116,7 @@ def speaks() -> bool:
     try:
         if launched("WORLD_SIZE", 1) == 1:
             return True
-        store = _store or next(dist.rendezvous("env://", timeout=GRACE))[0]
+        store = _store or next(distributed.rendezvous("env://", timeout=GRACE))[0]
         return int(store.add(FAILED, 1)) == 1
     except (RuntimeError, ValueError):  # the store went with the process that held it
         return True
