@@ -86,9 +86,9 @@ def train(
                         run.save(path)
                     if reason := ranks.largest(signals[0] if signals else LOST if progress.lost else 0):
                         caught.append(reason)
-                if run.step > run.start:
+                if run.step > run.saved:
                     run.save(path)
-                    ranks.largest(0)  # no process returns before the file is there
+                ranks.largest(0)  # no process returns before the file is there
     if LOST in caught and run.step < options.steps:
         lost = f" ({progress.lost.strerror})" if progress.lost else ""
         raise OSError(errno.EPIPE, f"the output is lost{lost}, training stopped at step {run.step}")
@@ -158,15 +158,18 @@ class Run:
 
     losses (B,) and levels (B,) are those of all samples of the last step; `norm` (), the norm of its gradient before it
     is clipped; `loss` (), the mean of the last 50 losses or so; `bad` () and `skipped` (), the steps in a row, and in
-    all, that were left out because the loss or the gradient was not finite.
+    all, that were left out because the loss or the gradient was not finite. The checkpoint is of the step `saved`.
     """
 
     def __init__(self, options: Options, device: torch.device, resume: State | None, ranks: Ranks) -> None:
         self.options, self.device, self.ranks = options, device, ranks
         images = training_images(options.data, options.size, options.gray)
         self.images = Shuffled(images, options.seed, options.batch_size)
-        self.diffusion = (resume.diffusion if resume else build(options)).to(device).train()
-        self.ema = resume.ema.to(device) if resume else cast(UNet, copy.deepcopy(self.diffusion.model))
+        place = torch.device("cpu") if options.fsdp else device  # FSDP brings each process its share alone
+        self.diffusion = (resume.diffusion if resume else build(options)).to(place).train()
+        self.ema = resume.ema.to(place) if resume else cast(UNet, copy.deepcopy(self.diffusion.model))
+        if history := importance(self.diffusion):
+            history.to_device(device)
         self.trained = self._lay_out()
         self.optimizer = torch.optim.AdamW(
             self.diffusion.parameters(),
@@ -180,7 +183,7 @@ class Run:
             name: [parameter.detach().clone() for parameter in self.diffusion.model.parameters()]
             for name in ema.names(options.ema_decays, options.ema_sigma_rel)
         }
-        self.start = self.step = resume.step if resume else 0
+        self.start = self.step = self.saved = resume.step if resume else 0
         self.losses = self.levels = torch.zeros(options.batch_size, device=device)
         self.loss, self.norm, self.bad, self.skipped = torch.zeros(4, device=device)
         cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -315,6 +318,7 @@ class Run:
         )
         try:
             save(path, state, self.options.keep, self.ranks)
+            self.saved = self.step
         except ValueError as error:
             raise ValueError(f"{error} at step {self.step}, nothing was written; try a lower --lr") from error
 

@@ -213,3 +213,17 @@ def test_signals_of_a_scheduler_end_a_run_well(tmp_path, monkeypatch, capsys, nu
     assert checkpoint.load(tmp_path / NAME).step == 1
     said = "interrupted" if status else "stopped"
     assert f"{said} at step 1 of 3; go on with" in capsys.readouterr().err
+
+
+def test_a_step_is_written_once(tmp_path, monkeypatch):
+    """Shares of FSDP are never replaced while the file needs them."""
+    written, original, save = [], loop.update_ema, loop.save
+
+    def update(*args):
+        original(*args)
+        if args[2] == pytest.approx(2 / 11):  # the second step, which is saved anyway
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "update_ema", update)
+    monkeypatch.setattr(loop, "save", lambda path, state, *rest: written.append(state.step) or save(path, state, *rest))
+    assert run(tmp_path, steps=9, save_every=1) == 2 and written == [1, 2]
