@@ -49,7 +49,8 @@ def project(net: Any, emb: Tensor) -> Tensor | None:
         return None
     bias = torch.cat([layer.bias for layer in layers])
     if convolutions:
-        bias = bias + torch.cat([layer.bias for layer in convolutions])
+        # Times 1: the two halves of a sum get one gradient, which an optimizer would clip or sum twice in place.
+        bias = bias + torch.cat([layer.bias for layer in convolutions]) * 1
     return F.linear(emb, torch.cat([layer.weight for layer in layers]), bias)
 
 

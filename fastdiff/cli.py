@@ -1,9 +1,10 @@
-"""The command line: fastdiff train, sample, eval. An error is one line on stderr and a non-zero exit."""
+"""The command line: fastdiff train, sample, eval, ema. An error is one line on stderr and a non-zero exit."""
 
 import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +21,20 @@ from fastdiff.diffusion import Diffusion
 from fastdiff.files import need, replacing, writable
 from fastdiff.steps import SAMPLERS
 from fastdiff.support.run_file import NAME
-from fastdiff.training import DIGITS, Options, State, digits, digits_options, resumed_options, save_grid
+from fastdiff.training import DIGITS, Options, State, digits, digits_options, ranks, resumed_options, save_grid
 from fastdiff.training import train as train_run
 from fastdiff.training.checkpoint import load, load_model
+from fastdiff.training.drawing import Batches, drawing_of, write_array
 from fastdiff.training.evaluate import evaluate
+from fastdiff.training.loop_flags import LOOP_HELP, ema_arguments, write_average
 from fastdiff.training.options import LARGEST, OBJECTIVES, refuse_foreign
 
-COMMANDS = ("train", "sample", "eval")
+COMMANDS = ("train", "sample", "eval", "ema")
 INTERRUPTED = 130
+# Signals by which a scheduler of jobs asks for a checkpoint.
+ASKING = ("SIGTERM", "SIGUSR1")
+# Images that a grid shows at most.
+GRID = 1024
 # The sampler, and its steps, that suits a formulation unless one is named.
 SUITED: dict[str, tuple[str, int]] = {
     "DDPM": ("ddim", 50),
@@ -55,15 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # an output that is full or closed shows here, not when the process ends
         return status
     except KeyboardInterrupt:
-        complain("interrupted")
+        if ranks.speaks():
+            complain("interrupted")
         return INTERRUPTED
     except FAILURES as error:
-        complain(f"error: {one_line(error)}")
+        if ranks.speaks():
+            complain(f"error: {one_line(error)}")
         return 1
 
 
 def one_line(error: BaseException) -> str:
     """What went wrong, on one line."""
+    if ranks.lost_another(error):
+        return "another process of the run has ended"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
@@ -92,7 +102,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are the one line that all errors of this program are."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"fastdiff: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"fastdiff: error: {message} (see {self.prog} --help)\n" if ranks.speaks() else None)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -121,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("sample", sample, "Draw images: PREFIX.png, a grid, and PREFIX.npy, float32 (N, C, H, W).")
     sample_arguments(command, n=64)
     command.add_argument("--out", type=path, required=True, metavar="PREFIX", help="start of the two names")
+    ema_arguments(add("ema", write_average, "Write the weights of another average of a run, as a file for sample."))
     command = add("eval", evaluation, "Compare samples of a model of the digits with real digits.")
     sample_arguments(command, n=None)
     command.add_argument("--json", type=path, metavar="FILE", help="write the figures to FILE too")
@@ -149,6 +160,7 @@ TRAIN_HELP = {
     "seed": "of weights, batches and noise",
     "bf16": "autocast to bfloat16 (default: wherever CUDA supports it)",
     "save_every": "steps between checkpoints",
+    **LOOP_HELP,
 }
 
 
@@ -156,7 +168,8 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
     """Arguments of `fastdiff train`."""
     command.add_argument("--data", help="digits, or a folder of images")
     command.add_argument("--out", type=path, required=True, metavar="RUN_DIR", help="for model.safetensors")
-    command.add_argument("--resume", action="store_true", help="go on exactly from RUN_DIR/model.safetensors")
+    text = "go on exactly from RUN_DIR/model.safetensors; auto: if it is there"
+    command.add_argument("--resume", nargs="?", const="always", choices=("always", "auto"), help=text)
     device_argument(command)
     for field in fields(Options):
         if field.name == "data":
@@ -176,7 +189,8 @@ def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
     """Arguments of the commands that draw samples; n: how many by default."""
     command.add_argument("checkpoint", type=path, help="model.safetensors of a run, or the run's folder")
     text = "%(default)s" if n else "as many as real ones to train on"
-    command.add_argument("--n", type=positive, default=n, help=f"images to draw (default: {text})")
+    # torchrun takes --n for an abbreviation of a flag of its own.
+    command.add_argument("--n", "--count", type=positive, default=n, help=f"images to draw (default: {text})")
     names = ", ".join(f"{sampler} for {name}" for name, (sampler, _) in SUITED.items())
     command.add_argument("--sampler", choices=[*SAMPLERS, "ode"], help=f"(default: {names})")
     text = "of the sampler; for annealed_langevin at each level (default: that of the sampler, 50 for ddim)"
@@ -219,8 +233,9 @@ def device_argument(command: argparse.ArgumentParser) -> None:
 def device_of(args: argparse.Namespace) -> torch.device:
     """The device that --device names. Raises ValueError if it cannot be used."""
     try:
-        torch.empty(0, device=args.device)
-        return torch.device(args.device)
+        device = ranks.local_device(torch.device(args.device))
+        torch.empty(0, device=device)
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--device: {args.device!r} cannot be used: {reason}") from error
@@ -245,13 +260,22 @@ def train(args: argparse.Namespace) -> int:
     options, state = train_options(args, path)
     limit_threads(device, options.size)
     start = time.perf_counter()
-    done = train_run(options, args.out, device, state)
+    caught: list[int] = []
+    done = train_run(options, args.out, device, state, caught)
     if done < options.steps:
         again = f"go on with: fastdiff train --out {shlex.quote(str(args.out))} --device {args.device} --resume"
-        complain(f"interrupted at step {done} of {options.steps}; {again}")
-        return INTERRUPTED
-    print(f"{path}: {done} steps, {time.perf_counter() - start:.1f} s")
+        asked = signal.Signals(caught[0]).name in ASKING
+        if leads():
+            complain(f"{'stopped' if asked else 'interrupted'} at step {done} of {options.steps}; {again}")
+        return 0 if asked else INTERRUPTED
+    if leads():
+        print(f"{path}: {done} steps, {time.perf_counter() - start:.1f} s")
     return 0
+
+
+def leads() -> bool:
+    """Whether this process is the one of its run that prints."""
+    return ranks.launched("RANK", 0) == 0
 
 
 def train_options(args: argparse.Namespace, path: Path) -> tuple[Options, State | None]:
@@ -262,7 +286,7 @@ def train_options(args: argparse.Namespace, path: Path) -> tuple[Options, State 
         raise ValueError("--data: expected digits or a folder of images, got ''")
     if given.get("data", "digits") != "digits":
         given["data"] = str(Path(given["data"]).resolve())
-    if args.resume:
+    if args.resume == "always" or (args.resume and path.exists()):
         state = load(path)
         options = resumed_options(state, given)
         report_data(options.data, state.options["data"])
@@ -280,15 +304,18 @@ def report_data(data: str, before: str) -> None:
     """Say that a run goes on with other images. Raises ValueError if they are missing."""
     if data != "digits" and not Path(data).is_dir():
         raise ValueError(f"data: {data} is missing; say with --data where the images are now")
-    if data != before:
+    if data != before and leads():
         print(f"fastdiff: the run was started with the images of {before} and goes on with those of {data}")
 
 
 # --- sample and eval --------------------------------------------------------------------------------------------
 
 
-def draw(args: argparse.Namespace, model: Diffusion, n: int) -> Tensor:
-    """Draw `n` images, float32 (n, C, H, W) on the CPU, in batches with one progress bar of network calls."""
+def draw(args: argparse.Namespace, model: Diffusion, n: int, kept: Batches | None = None) -> Tensor:
+    """Draw `n` images, float32 (n, C, H, W) on the CPU, in batches with one progress bar of network calls.
+
+    kept: takes the batches of this process; then nothing is returned, (0,).
+    """
     device, shape = device_of(args), model.model.sample_shape
     if shape is None:
         raise ValueError(f"{args.checkpoint}: expected a network with a sample_size, which says how large images are")
@@ -296,23 +323,33 @@ def draw(args: argparse.Namespace, model: Diffusion, n: int) -> Tensor:
     model = model.to(device)
     sampler, steps = sampler_of(args, model)
     batches = torch.arange(n).split(args.batch_size)
+    own = len(batches if kept is None else kept.missing(len(batches)))
     tqdm, bar = need("tqdm").tqdm, None
 
     def advance(*_: object) -> None:
         nonlocal bar  # made at the first step, so that it does not precede an error in the arguments
-        bar = bar or tqdm(total=calls * len(batches), desc=f"{n} images", unit="step")
+        bar = bar or tqdm(total=calls * own, desc=f"{n} images", unit="step", disable=not leads())
         bar.update()
 
     options: dict[str, Any] = {"steps": steps, "sampler": sampler, "eta": args.eta, "seed": args.seed}
     if sampler != "ode":
         calls = len(model.step_table(sampler, steps, args.eta))
         options["callback"] = advance
-    drawn = torch.cat([model.sample(len(ids), sample_ids=ids, **options).cpu() for ids in batches])
+
+    def one(ids: Tensor) -> Tensor:
+        drawn = model.sample(len(ids), sample_ids=ids, **options).cpu()
+        if wrong := int((~drawn.flatten(1).isfinite().all(1)).sum()):
+            raise ValueError(f"{args.checkpoint}: {wrong} of {n} images hold NaN or infinity, nothing was written")
+        return drawn
+
+    images = torch.empty(0)
+    if kept is None:
+        images = torch.cat([one(ids) for ids in batches])
+    else:
+        kept.draw(batches, one)
     if bar:
         bar.close()
-    if wrong := int((~drawn.flatten(1).isfinite().all(1)).sum()):
-        raise ValueError(f"{args.checkpoint}: {wrong} of {n} images hold NaN or infinity, nothing was written")
-    return drawn
+    return images
 
 
 def sampler_of(args: argparse.Namespace, model: Diffusion) -> tuple[str, int | None]:
@@ -330,14 +367,18 @@ def sample(args: argparse.Namespace) -> int:
     if not args.out.name:
         raise ValueError(f"--out: expected the start of two file names, got {str(args.out)!r}")
     grid, array = (writable(args.out.with_name(args.out.name + end)) for end in (".png", ".npy"))
-    model = load_model(args.checkpoint)
-    start = time.perf_counter()
-    images = draw(args, model, args.n)
-    seconds = time.perf_counter() - start
-    save_grid(grid, images)
-    with replacing(array) as temporary, open(temporary, "wb") as file:
-        np.save(file, images.numpy())
-    print(f"{grid}, {array}: {args.n} images, {seconds:.1f} s")
+    model, start = load_model(args.checkpoint), time.perf_counter()
+    with ranks.joined(device_of(args)) as processes:
+        if processes.size == 1 and args.n <= args.batch_size:
+            images = draw(args, model, args.n)
+            write_array(array, images)
+        else:
+            batches = Batches(array, drawing_of(args, model), processes)
+            draw(args, model, args.n, batches)
+            images = batches.join(-(-args.n // args.batch_size), GRID) if processes.leads else torch.empty(0)
+    if processes.leads:
+        save_grid(grid, images[:GRID])
+        print(f"{grid}, {array}: {args.n} images, {time.perf_counter() - start:.1f} s")
     return 0
 
 

@@ -226,11 +226,10 @@ class FlowMatching(ContinuousDiffusion):
             "last": self.process.last,
         }
 
-    def draw_times(self, x: Tensor) -> Tensor:
-        """(B,) float64 times to train on the data x at: those of `times`, shifted."""
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        """The times (B,) to train at, those of `times`, shifted, for quantiles (B,) in [0, 1)."""
         draw = TIMES[self.times] if isinstance(self.times, str) else self.times
-        u = torch.rand(x.shape[:1], dtype=torch.float64, device=x.device)
-        return self.process.shifted(draw(u)).clamp(min=self.process.first)
+        return self.process.shifted(draw(quantiles.double())).clamp(min=self.process.first)
 
     def interpolate(
         self, x0: Tensor, x1: Tensor, weight: float | Tensor = 0.5, *, steps: int | None = None, **model_kwargs: Any

@@ -1,9 +1,9 @@
 """The file of a training run, model.safetensors: what it holds, checked before anything is built from it.
 
-Tensors are in groups: model.* (trained weights), ema.* (their moving average, to sample from), optimizer.N.* (of
-parameter N), rng.* (states of generators), and importance.* (the losses that importance sampling remembers). There is
-no pickle. The metadata is JSON: the format's version, the step, the configurations of the network and of the
-formulation around it, and the options of the run.
+Tensors are in groups: model.* (trained weights), ema.* (their moving average, to sample from), averages.* (further
+averages, by their names), optimizer.N.* (of parameter N), rng.* (states of generators), and importance.* (the losses
+that importance sampling remembers). There is no pickle. The metadata is JSON: the format's version, the step, the
+configurations of the network and of the formulation around it, and the options of the run.
 """
 
 import json
@@ -29,7 +29,7 @@ from fastdiff.support.weights import (
 NAME = "model.safetensors"
 VERSION = 2
 METADATA_KEY = "fastdiff"
-GROUPS = ("model", "ema", "optimizer", "rng", "importance")
+GROUPS = ("model", "ema", "averages", "optimizer", "rng", "importance")
 METADATA = {"version": int, "step": int, "unet": dict, "model": str, "config": dict, "options": dict}
 # What each formulation has to be told. A wrong default would go unseen: no tensor's shape depends on these.
 REQUIRED = {

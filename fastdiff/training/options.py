@@ -13,6 +13,7 @@ from fastdiff.diffusion import Diffusion
 from fastdiff.edm import Edm
 from fastdiff.flow import FlowMatching
 from fastdiff.score import NCSN, ScoreSDE
+from fastdiff.training import ema
 from fastdiff.training.checkpoint import State
 from fastdiff.unet import UNet
 
@@ -27,8 +28,14 @@ OWNERS = {
     "sigma_max": ("ncsn", "ve"),
 }
 # Integers that count something, and the largest of them.
-COUNTS = ("size", "steps", "batch_size", "channels", "timesteps", "save_every")
+COUNTS = ("size", "steps", "batch_size", "channels", "timesteps", "save_every", "keep", "accumulate", "max_bad_steps")
 LARGEST = 2**31 - 1
+# What may change when a run goes on: how long it takes, what it keeps, and how it is spread. The rest is what it is.
+CHANGEABLE = (
+    *("steps", "save_every", "keep", "max_bad_steps"),
+    *("accumulate", "fsdp", "compile", "channels_last", "recompute"),
+)
+LR_SCHEDULES = ("constant", "cosine", "inverse_sqrt")
 
 
 @dataclass
@@ -51,6 +58,16 @@ class Options:
         seed: of weights, batches and noise.
         bf16: autocast to bfloat16; None means wherever CUDA supports it.
         save_every: steps between checkpoints.
+        keep: checkpoints of the run that remain.
+        accumulate: passes into which a step's images are split, for less memory; the update is that of one pass.
+        fsdp: split weights, gradients and optimizer over the processes, for networks that do not fit on one GPU.
+        max_bad_steps: steps in a row whose loss or gradient is not finite, each left out, after which the run stops.
+        lr_schedule: after the warm-up, "constant", "cosine" (down to 0 at the last step), or "inverse_sqrt".
+        lr_hold: steps before the learning rate falls.
+        weight_decay, beta1, beta2: of AdamW.
+        ema_decays, ema_sigma_rel: further averages to keep, like "0.99,0.999"; see fastdiff.training.ema.
+        compile: compile the network. channels_last: lay out its convolutions channels last.
+        recompute: keep the inputs of the blocks alone for the backward pass, for less memory.
 
     Raises: TypeError or ValueError naming the option that is of a wrong type, out of its range, or of another
         formulation.
@@ -78,6 +95,20 @@ class Options:
     seed: int = 0
     bf16: bool | None = None
     save_every: int = 1000
+    keep: int = 1
+    accumulate: int = 1
+    fsdp: bool = False
+    max_bad_steps: int = 5
+    lr_schedule: str = "constant"
+    lr_hold: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    ema_decays: str = ""
+    ema_sigma_rel: str = ""
+    compile: bool = False
+    channels_last: bool = False
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -93,7 +124,7 @@ class Options:
         self._check_network()
 
     def _check_numbers(self) -> None:
-        for name, smallest in (*((name, 1) for name in COUNTS), ("warmup", 0)):
+        for name, smallest in (*((name, 1) for name in COUNTS), ("warmup", 0), ("lr_hold", 0)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}: expected at least {smallest}, got {getattr(self, name)}")
             if getattr(self, name) > LARGEST:
@@ -102,9 +133,24 @@ class Options:
             raise ValueError(f"seed: expected a number of 64 bits, got {self.seed}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
+        self._check_optimizer()
         for name in ("lr", "clip_grad"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
+
+    def _check_optimizer(self) -> None:
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate: expected at most the batch size {self.batch_size}, got {self.accumulate}")
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}")
+        if self.lr_schedule == "inverse_sqrt" and not self.lr_hold:
+            raise ValueError("lr_hold: expected at least 1 with lr_schedule inverse_sqrt, got 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected a finite number of at least 0, got {self.weight_decay}")
+        ema.names(self.ema_decays, self.ema_sigma_rel)
 
     def _check_network(self) -> None:
         if self.data == "digits" and self.size != 8:
@@ -116,6 +162,18 @@ class Options:
         factor = 2 ** (resolutions(self.size) - 1)
         if self.size % factor:
             raise ValueError(f"size: expected a multiple of {factor}, got {self.size}")
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step `step`, from 0: it rises over `warmup` steps, and falls after `lr_hold`.
+
+        inverse_sqrt is lr / sqrt(max(step / lr_hold, 1)) (Karras et al. 2024, arXiv:2312.02696).
+        """
+        rate = self.lr * min(1.0, (step + 1) / (self.warmup + 1))
+        if self.lr_schedule == "inverse_sqrt":
+            return rate / math.sqrt(max(step / self.lr_hold, 1.0))
+        if self.lr_schedule == "cosine" and step > self.lr_hold:
+            return rate * (1 + math.cos(math.pi * (step - self.lr_hold) / (self.steps - self.lr_hold))) / 2
+        return rate
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -170,7 +228,7 @@ def resumed_options(state: State, given: dict[str, Any]) -> Options:
 
     Args:
         state: the checkpoint, whose options hold.
-        given: options by name. Only `steps`, `save_every`, and the folder in `data` may differ from the checkpoint's.
+        given: options by name. Those of CHANGEABLE, and the folder in `data`, may differ from the checkpoint's.
 
     Raises: ValueError naming an option that differs, or saying that the checkpoint's are not those of a run.
     """
@@ -180,7 +238,7 @@ def resumed_options(state: State, given: dict[str, Any]) -> Options:
     refuse_foreign(state.options["formulation"], given)
     for name, value in given.items():
         moved = name == "data" and value and "digits" not in (value, state.options["data"])
-        if name not in ("steps", "save_every") and not moved and value != state.options[name]:
+        if name not in CHANGEABLE and not moved and value != state.options[name]:
             raise ValueError(
                 f"{name}: the run was started with {state.options[name]!r}, got {value!r}; "
                 "leave the option out, or train into another folder"

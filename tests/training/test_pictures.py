@@ -55,9 +55,8 @@ def test_quality(model, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "q.json").read_text())
     runs = [(row["sampler"], row["calls"], row["steps"]) for row in report["rows"]]
-    assert runs == [("ddim", 1, 1), ("ddim", 2, 2), ("ddim", 3, 3), ("heun", 1, 1), ("heun", 2, 1), ("heun", 3, 2)] + [
-        ("ddim, bfloat16", 2, 2)
-    ]
+    whole = [("ddim", 1, 1), ("ddim", 2, 2), ("ddim", 3, 3), ("heun", 1, 1), ("heun", 2, 1), ("heun", 3, 2)]
+    assert runs == [*whole, ("ddim, bfloat16", 2, 2)]
     assert report["real"] == pytest.approx(0.2932, abs=1e-4)
     assert all(row["images_per_s"] > 0 and row["frechet_distance"] > 1 for row in report["rows"])
     assert "heun" in said and "DDPM" in said
