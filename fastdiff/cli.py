@@ -24,17 +24,16 @@ from fastdiff.support.run_file import NAME
 from fastdiff.training import DIGITS, Options, State, digits, digits_options, resumed_options, save_grid
 from fastdiff.training import train as train_run
 from fastdiff.training.checkpoint import load, load_model
+from fastdiff.training.data.opening import KINDS, is_path
 from fastdiff.training.evaluate import evaluate
-from fastdiff.training.options import LARGEST, OBJECTIVES, refuse_foreign
+from fastdiff.training.flags import label_of, of_arrays, report_data, size
+from fastdiff.training.options import LARGEST, LOGS, OBJECTIVES, refuse_foreign
+from fastdiff.training.presets import MNIST, PRESETS, read_config
+from fastdiff.training.report import write_report
+from fastdiff.training.samples import SUITED, columns_of, conditions, suited
 
-COMMANDS = ("train", "sample", "eval")
+COMMANDS = ("train", "sample", "eval", "plot")
 INTERRUPTED = 130
-# The sampler, and its steps, that suits a formulation unless one is named.
-SUITED: dict[str, tuple[str, int]] = {
-    "DDPM": ("ddim", 50),
-    "NCSN": ("annealed_langevin", 10),
-    "ScoreSDE": ("heun", 18),
-}
 # What can go wrong without a fault in this program.
 FAILURES = (OSError, ValueError, ImportError, MemoryError, RuntimeError, ArithmeticError)
 
@@ -115,19 +114,28 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    train_arguments(add("train", train, "Train a diffusion model on the digits or on a folder of images."))
+    train_arguments(add("train", train, "Train a diffusion model on images."))
     command = add("sample", sample, "Draw images: PREFIX.png, a grid, and PREFIX.npy, float32 (N, C, H, W).")
     sample_arguments(command, n=64)
     command.add_argument("--out", type=path, required=True, metavar="PREFIX", help="start of the two names")
     command = add("eval", evaluation, "Compare samples of a model of the digits with real digits.")
     sample_arguments(command, n=None)
     command.add_argument("--json", type=path, metavar="FILE", help="write the figures to FILE too")
+    command = add("plot", plot, "Draw the loss of a run and its grids of samples as one PNG.")
+    command.add_argument("run", type=path, metavar="RUN_DIR", help="the run's folder")
+    command.add_argument("--out", type=path, metavar="FILE", help="(default: RUN_DIR/report.png)")
     return root
 
 
 TRAIN_HELP = {
-    "size": "images are cropped to squares and resized to SIZE x SIZE",
+    "size": "images are cropped and resized to SIZE, a side or HxW",
     "gray": "one channel instead of RGB",
+    "image_channels": "of the images: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha; arrays have their own",
+    "classes": "train on the classes of the data: sub-folders, labels",
+    "label_dropout": "share of the labels that training leaves out, for guidance",
+    "flip": "mirror every second image, left to right",
+    "workers": "processes that read images",
+    "cache": "keep decoded images in a file of RUN_DIR",
     "steps": "optimizer steps in all",
     "batch_size": "images per step",
     "lr": "peak learning rate of AdamW",
@@ -147,12 +155,18 @@ TRAIN_HELP = {
     "seed": "of weights, batches and noise",
     "bf16": "autocast to bfloat16 (default: wherever CUDA supports it)",
     "save_every": "steps between checkpoints",
+    "sample_every": "steps between grids of samples in RUN_DIR/samples; 0 draws none",
+    "log": f"where figures go besides RUN_DIR/log.csv: {', '.join(LOGS)}",
 }
 
 
 def train_arguments(command: argparse.ArgumentParser) -> None:
     """Arguments of `fastdiff train`."""
-    command.add_argument("--data", help="digits, or a folder of images")
+    command.add_argument("--data", help=KINDS)
+    command.add_argument("--preset", choices=PRESETS, help="options that suit such images; flags go over them")
+    command.add_argument(
+        "--config", type=path, metavar="FILE", help="options in YAML, or a run's config.json; flags go over them"
+    )
     command.add_argument("--out", type=path, required=True, metavar="RUN_DIR", help="for model.safetensors")
     command.add_argument("--resume", action="store_true", help="go on exactly from RUN_DIR/model.safetensors")
     device_argument(command)
@@ -167,7 +181,8 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
         if field.name in DIGITS:
             default += f", for the digits {DIGITS[field.name]}"
         text = f"{text} (default: {default})"
-        command.add_argument(flag, type=type(field.default), metavar=field.name.upper(), help=text)
+        kind = size if field.name == "size" else type(field.default)
+        command.add_argument(flag, type=kind, metavar=field.name.upper(), help=text)
 
 
 def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
@@ -179,6 +194,8 @@ def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
     command.add_argument("--sampler", choices=[*SAMPLERS, "ode"], help=f"(default: {names})")
     text = "of the sampler; for annealed_langevin at each level (default: that of the sampler, 50 for ddim)"
     command.add_argument("--steps", type=positive, help=text)
+    command.add_argument("--label", help="the class of all images, by name or number (default: each in turn)")
+    command.add_argument("--guidance", type=float, help="of the class: 1 is none, more is closer to the class")
     command.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (default: 0)")
     command.add_argument("--seed", type=seed, default=0, help="image i of a seed is always the same")
     command.add_argument("--batch-size", type=positive, default=256, help="images at a time (default: 256)")
@@ -256,30 +273,31 @@ def train_options(args: argparse.Namespace, path: Path) -> tuple[Options, State 
     """The options that the arguments ask for, and the checkpoint to go on from, if any."""
     names = [field.name for field in fields(Options)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.config:
+        given = {**read_config(args.config), **given}
     if not given.get("data", "unnamed"):
-        raise ValueError("--data: expected digits or a folder of images, got ''")
-    if given.get("data", "digits") != "digits":
+        raise ValueError(f"--data: expected {KINDS}, got ''")
+    if is_path(given.get("data", "digits")):
         given["data"] = str(Path(given["data"]).resolve())
     if args.resume:
         state = load(path)
         options = resumed_options(state, given)
         report_data(options.data, state.options["data"])
         return options, state
-    if "data" not in given:
-        raise ValueError("--data: expected digits or a folder of images, got nothing")
-    formulation = given.get("formulation", Options.formulation)
-    suited = digits_options(formulation) if given["data"] == "digits" else {}
-    options = Options(**{**suited, **given})
+    preset = PRESETS.get(args.preset, {})
+    if "data" not in preset | given:
+        raise ValueError(f"--data: expected {KINDS}, got nothing")
+    formulation, data = given.get("formulation", Options.formulation), given.get("data", preset.get("data"))
+    suits = {"digits": digits_options(formulation), "mnist": MNIST}.get(data, {})
+    options = Options(**{**suits, **preset, **of_arrays(data), **given})
     refuse_foreign(formulation, given)
     return options, None
 
 
-def report_data(data: str, before: str) -> None:
-    """Say that a run goes on with other images. Raises ValueError if they are missing."""
-    if data != "digits" and not Path(data).is_dir():
-        raise ValueError(f"data: {data} is missing; say with --data where the images are now")
-    if data != before:
-        print(f"fastdiff: the run was started with the images of {before} and goes on with those of {data}")
+def plot(args: argparse.Namespace) -> int:
+    """`fastdiff plot`. Returns: the exit status."""
+    print(write_report(args.run, args.out and writable(args.out)))
+    return 0
 
 
 # --- sample and eval --------------------------------------------------------------------------------------------
@@ -305,7 +323,10 @@ def draw(args: argparse.Namespace, model: Diffusion, n: int) -> Tensor:
     if sampler != "ode":
         calls = len(model.step_table(sampler, steps, args.eta))
         options["callback"] = advance
-    drawn = torch.cat([model.sample(len(ids), sample_ids=ids, **options).cpu() for ids in batches])
+    labels = [conditions(model, ids.to(device), args.label, args.guidance) for ids in batches]
+    drawn = torch.cat(
+        [model.sample(len(i), sample_ids=i, **options, **k).cpu() for i, k in zip(batches, labels, strict=True)]
+    )
     if bar:
         bar.close()
     if wrong := int((~drawn.flatten(1).isfinite().all(1)).sum()):
@@ -315,12 +336,11 @@ def draw(args: argparse.Namespace, model: Diffusion, n: int) -> Tensor:
 
 def sampler_of(args: argparse.Namespace, model: Diffusion) -> tuple[str, int | None]:
     """The sampler and its steps: those that are named, or what suits the formulation. None leaves the steps to it."""
-    suited, few = SUITED[type(model).__name__]
-    sampler = args.sampler or suited
-    if args.steps is not None or sampler not in (suited, "ddim"):
-        return sampler, args.steps
-    steps = few if sampler == suited else 50
-    return sampler, min(steps, getattr(model, "timesteps", steps)) if sampler == "ddim" else steps
+    sampler, steps = suited(model)
+    if args.steps is None and args.sampler in (None, sampler):
+        return sampler, steps
+    named = args.sampler or sampler
+    return named, args.steps if named != "ddim" or args.steps else min(50, getattr(model, "timesteps", 50))
 
 
 def sample(args: argparse.Namespace) -> int:
@@ -329,10 +349,11 @@ def sample(args: argparse.Namespace) -> int:
         raise ValueError(f"--out: expected the start of two file names, got {str(args.out)!r}")
     grid, array = (writable(args.out.with_name(args.out.name + end)) for end in (".png", ".npy"))
     model = load_model(args.checkpoint)
+    args.label = label_of(args.label, args.checkpoint)
     start = time.perf_counter()
     images = draw(args, model, args.n)
     seconds = time.perf_counter() - start
-    save_grid(grid, images)
+    save_grid(grid, images, columns_of(model) if args.label is None else None)
     with replacing(array) as temporary, open(temporary, "wb") as file:
         np.save(file, images.numpy())
     print(f"{grid}, {array}: {args.n} images, {seconds:.1f} s")

@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on, in one safetensors file; fastdiff.support.run_file describes it."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class State:
         rng: states of PyTorch's default generators, by device type.
         options: the options of the run (JSON).
         step: the optimizer steps done.
+        classes: the names of the classes, none without.
     """
 
     diffusion: Diffusion
@@ -38,6 +39,7 @@ class State:
     rng: dict[str, Tensor]
     options: dict[str, Any]
     step: int
+    classes: list[str] = field(default_factory=list)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -74,6 +76,7 @@ def save(path: str | Path, state: State) -> None:
         "model": type(state.diffusion).__name__,
         "config": state.diffusion.config,
         "options": state.options,
+        "classes": state.classes,
     }
     run_file.write(Path(path), groups, metadata)
 
@@ -93,7 +96,7 @@ def load(path: str | Path) -> State:
         if "cpu" not in rng:
             raise ValueError("it has no tensor 'rng.cpu'")
         torch.Generator().set_state(rng["cpu"])  # raises if it is no such state
-        return State(diffusion, ema, _optimizer(stored, unet), rng, stored.options, stored.step)
+        return State(diffusion, ema, _optimizer(stored, unet), rng, stored.options, stored.step, stored.classes)
 
 
 def load_model(path: str | Path) -> Diffusion:

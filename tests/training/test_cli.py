@@ -12,7 +12,7 @@ from PIL import Image
 from fastdiff.cli import main
 from fastdiff.training import checkpoint
 
-TINY = ["--channels", "8", "--batch-size", "8", "--timesteps", "20", "--device", "cpu"]
+TINY = ["--sample-every", "0", "--channels", "8", "--batch-size", "8", "--timesteps", "20", "--device", "cpu"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -199,7 +199,7 @@ def test_a_run_is_not_overwritten(model, capsys):
     ],
 )
 def test_every_formulation_is_trained_resumed_and_sampled(options, kind, sampler, tmp_path):
-    run, tiny = tmp_path / "run", ["--channels", "8", "--batch-size", "8", "--device", "cpu"]
+    run, tiny = tmp_path / "run", ["--sample-every", "0", "--channels", "8", "--batch-size", "8", "--device", "cpu"]
     tiny += [] if "--timesteps" in options or kind == "ScoreSDE" else ["--timesteps", "20"]
     assert main(["train", "--data", "digits", "--out", str(run), "--steps", "2", *tiny, *options]) == 0
     assert main(["train", "--out", str(run), "--resume", "--steps", "3", "--device", "cpu"]) == 0
