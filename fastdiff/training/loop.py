@@ -20,7 +20,7 @@ from fastdiff.training.checkpoint import State, rng_state, save, set_rng_state
 from fastdiff.training.feed import open_stream
 from fastdiff.training.logs import EVERY, Progress
 from fastdiff.training.options import Options, build
-from fastdiff.training.record import Record
+from fastdiff.training.record import Record, grids
 from fastdiff.training.report import write_report
 from fastdiff.training.samples import averaged
 from fastdiff.unet import UNet
@@ -71,7 +71,7 @@ def train(options: Options, out: str | Path, device: str | torch.device, resume:
                     record.grid(run.step, run.averaged)
             if run.step > run.start:
                 run.save(path)
-                if options.sample_every:
+                if grids(path.parent):
                     write_report(path.parent)
     if progress.lost and run.step < options.steps:
         raise OSError(

@@ -37,12 +37,14 @@ class Record:
         options: of the run, written to config.json.
         start: the step that the run goes on from. Rows and grids of later steps are dropped.
 
-    Raises: ImportError if what `options.log` needs is not installed; OSError if the folder takes no file.
+    Raises: ImportError if what `options.log` or the report needs is not installed; OSError if the folder takes no file.
     """
 
     def __init__(self, folder: Path, options: Options, start: int) -> None:
         self._folder, self._options = folder, options
         self._writer = _Writer(folder, options)
+        if options.sample_every:
+            need("matplotlib")  # the report at the end needs it: better to know now
         with replacing(folder / CONFIG) as temporary:
             temporary.write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
         kept = [row for row in read_log(folder) if row["step"] <= start] if start else []

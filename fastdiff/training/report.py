@@ -25,7 +25,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     rows, pictures, out = read_log(run), grids(run), out or run / REPORT
     if not rows and not pictures:
         raise ValueError(f"{run}: expected the folder of a run, with log.csv; it holds no row of a log")
-    shown = [pictures[i] for i in sorted(set(np.linspace(0, len(pictures) - 1, SHOWN).round().astype(int)))]
+    places = np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).round().astype(int)
+    shown = [pictures[i] for i in places]
     figure = need("matplotlib.figure").Figure(figsize=(12, 6.5 if shown else 3.5), layout="constrained")
     need("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)  # no window, and no global state
     above, below = figure.subfigures(2, 1, height_ratios=[1, 1]) if shown else (figure, None)
