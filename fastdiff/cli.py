@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -21,11 +21,12 @@ from fastdiff.diffusion import Diffusion
 from fastdiff.files import need, replacing, writable
 from fastdiff.steps import SAMPLERS
 from fastdiff.support.run_file import NAME
-from fastdiff.training import DIGITS, Options, State, digits, digits_options, resumed_options, save_grid
+from fastdiff.training import DIGITS, Options, State, digits_options, resumed_options, save_grid
 from fastdiff.training import train as train_run
 from fastdiff.training.checkpoint import load, load_model
 from fastdiff.training.data.opening import KINDS, is_path
-from fastdiff.training.evaluate import evaluate
+from fastdiff.training.features import NAMES
+from fastdiff.training.figures import figures
 from fastdiff.training.flags import label_of, of_arrays, report_data, size
 from fastdiff.training.options import LARGEST, LOGS, OBJECTIVES, refuse_foreign
 from fastdiff.training.presets import MNIST, PRESETS, read_config
@@ -118,8 +119,13 @@ def parser() -> argparse.ArgumentParser:
     command = add("sample", sample, "Draw images: PREFIX.png, a grid, and PREFIX.npy, float32 (N, C, H, W).")
     sample_arguments(command, n=64)
     command.add_argument("--out", type=path, required=True, metavar="PREFIX", help="start of the two names")
-    command = add("eval", evaluation, "Compare samples of a model of the digits with real digits.")
+    command = add("eval", evaluation, "Compare samples with real images.")
     sample_arguments(command, n=None)
+    command.add_argument("--data", help=f"the real images: {KINDS} (default: those of the run)")
+    command.add_argument("--features", help=f"what is compared: {NAMES} (default: inception, for the digits pixels)")
+    command.add_argument(
+        "--reference", type=path, metavar="FILE.npz", help="mu and sigma of the real features: read, or written once"
+    )
     command.add_argument("--json", type=path, metavar="FILE", help="write the figures to FILE too")
     command = add("plot", plot, "Draw the loss of a run and its grids of samples as one PNG.")
     command.add_argument("folder", type=path, metavar="RUN_DIR", help="the run's folder")
@@ -365,10 +371,8 @@ def evaluation(args: argparse.Namespace) -> int:
     if args.json:
         writable(args.json)
     model = load_model(args.checkpoint)
-    shape = model.model.sample_shape
-    if shape != (1, 8, 8):
-        raise ValueError(f"{args.checkpoint}: expected a model of the 8x8 digits, it draws {shape}")
-    report = asdict(evaluate(draw(args, model, args.n or len(digits()[0]))))
+    args.label = label_of(args.label, args.checkpoint)
+    report = figures(args, model, lambda n: draw(args, model, n))
     for name, value in report.items():
         print(f"{name:27}{value:.4f}" if isinstance(value, float) else f"{name:27}{value}")
     if args.json:
