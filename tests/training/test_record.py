@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_a_row_is_the_mean_since_the_last(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("log", "module"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
 def test_a_log_that_is_not_installed_says_how_to_install_it(tmp_path, monkeypatch, log, module):
-    monkeypatch.setitem(__import__("sys").modules, module, None)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"{module} is not installed: pip install 'fastdiff-kernels\[data\]'"):
         run(tmp_path, steps=1, log=log)
     assert not (tmp_path / "model.safetensors").exists()
@@ -91,7 +92,7 @@ def test_wandb_gets_the_rows_and_the_grids(tmp_path, monkeypatch):
         "Image": staticmethod(lambda path: path),
         "finish": staticmethod(lambda: calls.append("finished")),
     })  # fmt: skip
-    monkeypatch.setitem(__import__("sys").modules, "wandb", module)
+    monkeypatch.setitem(sys.modules, "wandb", module)
     run(tmp_path, steps=10, sample_every=10, log="wandb")
     assert calls == ["wandb", (10, sorted(COLUMNS[1:])), (10, ["samples"]), "finished"]
 
