@@ -264,7 +264,7 @@ def train(args: argparse.Namespace) -> int:
     """`fastdiff train`. Returns: the exit status."""
     path, device = args.out / NAME, device_of(args)
     options, state = train_options(args, path)
-    limit_threads(device, options.size)
+    limit_threads(device, max(options.sides))
     start = time.perf_counter()
     done = train_run(options, args.out, device, state)
     if done < options.steps:
@@ -293,7 +293,7 @@ def train_options(args: argparse.Namespace, path: Path) -> tuple[Options, State 
     preset = PRESETS.get(args.preset, {})
     if "data" not in preset | given:
         raise ValueError(f"--data: expected {KINDS}, got nothing")
-    formulation, data = given.get("formulation", Options.formulation), given.get("data", preset.get("data"))
+    formulation, data = given.get("formulation", Options.formulation), str((preset | given)["data"])
     suits = {"digits": digits_options(formulation), "mnist": MNIST}.get(data, {})
     options = Options(**{**suits, **preset, **of_arrays(data), **given})
     refuse_foreign(formulation, given)

@@ -81,7 +81,7 @@ def _inception(device: torch.device) -> Features:
 
 
 def _dino(device: torch.device) -> Features:
-    network = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14").to(device).eval()  # type: ignore[no-untyped-call]
+    network = torch.hub.load("facebookresearch/dinov2", "dinov2_vitb14").to(device).eval()
     mean, std = (
         torch.tensor(x, device=device).reshape(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     )

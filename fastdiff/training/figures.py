@@ -40,21 +40,22 @@ def figures(args: argparse.Namespace, model: Diffusion, draw: Callable[[int], Te
         samples = draw(args.n or DIGITS_SAMPLES)
         return asdict(evaluate(samples)) | accuracy(model, "digits", samples, args.label)
     features = features_of(args.features or "inception", data, torch.device(args.device))
-    shape = model.model.sample_shape
+    shape: tuple[int, int, int] | None = model.model.sample_shape  # type: ignore[assignment]
+    if shape is None:
+        raise ValueError(f"{args.checkpoint}: expected a network with a sample_size, which says how large images are")
     source: Source | None = None
     if data in SETS:
         train, _, held_out, _ = known_set(data)
         source = Arrays(held_out.pixels, white=held_out.white)
     elif not (args.reference and Path(args.reference).exists()):
-        channels, *sides = shape
-        source = open_source(str(Path(data).resolve()) if is_path(data) else data, tuple(sides), channels)
-    if source and tuple(source.shape) != shape:
+        source = open_source(str(Path(data).resolve()) if is_path(data) else data, shape[1:], shape[0])
+    if source is not None and tuple(source.shape) != shape:
         raise ValueError(f"data: expected images of {shape} in {data}, got {tuple(source.shape)}")
     samples = draw(args.n or SAMPLES)
     found = assess(samples, source, features, args.batch_size, args.reference)
     if data in SETS:
-        halves = (collect(half[:].split(args.batch_size), features).sums.statistics() for half in (train, held_out))
-        found["frechet_distance_real"] = frechet(*halves)
+        first, second = (collect(half[:].split(args.batch_size), features).sums for half in (train, held_out))
+        found["frechet_distance_real"] = frechet(first.statistics(), second.statistics())
     return found | (accuracy(model, data, samples, args.label) if args.features == "classifier" else {})
 
 

@@ -13,7 +13,7 @@ def mixed(*parts: int | np.ndarray) -> np.ndarray:
     Each part is added and scrambled by the finalizer of splitmix64.
     Reference: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 15.
     """
-    state = np.zeros(1, np.uint64)
+    state: np.ndarray = np.zeros(1, np.uint64)
     for part in parts:
         number = np.asarray(part if isinstance(part, np.ndarray) else part & (2**64 - 1)).astype(np.uint64)
         state = state * np.uint64(0x9E3779B97F4A7C15) + number + np.uint64(0x9E3779B97F4A7C15)
@@ -25,7 +25,8 @@ def mixed(*parts: int | np.ndarray) -> np.ndarray:
 
 def draws(seed: int, stream: int, numbers: np.ndarray) -> np.ndarray:
     """Uniform numbers in [0, 1), float64, one for each sample number."""
-    return (mixed(seed, stream, numbers) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    bits: np.ndarray = mixed(seed, stream, numbers) >> np.uint64(11)
+    return bits * 2.0**-53
 
 
 def shuffled(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -51,4 +52,5 @@ def shuffled(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
             left, right = right, left ^ (mixed(seed, ORDER, epoch[todo], turn, right) & mask)
         out[todo] = (left << half) | right
         todo = out >= count
-    return out.astype(np.int64)
+    numbered: np.ndarray = out.astype(np.int64)
+    return numbered

@@ -20,14 +20,16 @@ NAMED = 3
 class Source(Protocol):
     """Data that is read by number, here or in a worker.
 
-    Args:
+    Attributes:
         shape: of one item, (C, H, W) for images.
         white: the largest number of uint8 data; 0 is black. Floating data is taken as it is.
         labels: int64 (N,), or None.
         classes: the names of the labels, or None.
     """
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
     white: int
     labels: np.ndarray | None
     classes: list[str] | None
@@ -231,7 +233,7 @@ def folder(path: str | Path, size: int | tuple[int, int], gray: bool = False) ->
     Returns: images (N, 1 or 3, H, W), in the order of their names.
     Raises: OSError if `path` is no folder that can be read; ValueError if no image is left.
     """
-    path, sides = Path(path), (size, size) if isinstance(size, int) else tuple(size)
+    path, sides = Path(path), (size, size) if isinstance(size, int) else size
     next(path.iterdir(), None)  # a missing folder is reported in the system's own words
     files, left_out = listed(path)
     skipped = {str(file): why for file, why in left_out.items()}
