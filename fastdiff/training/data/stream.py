@@ -100,17 +100,17 @@ class Stream:
         """How many items the source has."""
         return len(self.source)
 
-    def batch(self, step: int, part: range | None = None) -> Batch:
+    def batch(self, step: int, part: range | slice | None = None) -> Batch:
         """The batch of a step, read in this process; as in `batches`."""
         numbers = self._numbers(step, part)
         return self._batch(numbers, self._reader.__getitems__(self._items(numbers)))
 
-    def batches(self, start: int = 0, parts: Sequence[range] | None = None) -> Iterator[Batch]:
+    def batches(self, start: int = 0, parts: Sequence[range | slice] | None = None) -> Iterator[Batch]:
         """The batches from step `start` on, without end.
 
         Args:
             start: the first step.
-            parts: the samples of each step, from 0 to B - 1, that this process sees; a batch for each part. None is
+            parts: the ranges of samples of each step, within 0 to B - 1, that this process sees; a batch for each part. None is
                 all in one.
 
         Raises: ValueError if nothing can be read.
@@ -130,10 +130,10 @@ class Stream:
         for numbers, values in zip(read, loader, strict=False):
             yield self._batch(numbers, values)
 
-    def _numbers(self, step: int, part: range | None) -> np.ndarray:
+    def _numbers(self, step: int, part: range | slice | None) -> np.ndarray:
         """The global sample numbers of a part of a step."""
-        inside = range(self.batch_size) if part is None else part
-        return step * self.batch_size + np.arange(inside.start, inside.stop, inside.step)
+        first = step * self.batch_size
+        return first + (np.arange(self.batch_size) if part is None else np.arange(part.start, part.stop))
 
     def _items(self, numbers: np.ndarray) -> list[Item]:
         """What to read for these sample numbers."""
