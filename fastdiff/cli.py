@@ -26,7 +26,7 @@ from fastdiff.training import train as train_run
 from fastdiff.training.checkpoint import load, load_model
 from fastdiff.training.data.opening import KINDS, is_path
 from fastdiff.training.features import NAMES
-from fastdiff.training.figures import figures
+from fastdiff.training.figures import DIGITS_SAMPLES, SAMPLES, figures
 from fastdiff.training.flags import label_of, of_arrays, report_data, size
 from fastdiff.training.options import LARGEST, LOGS, OBJECTIVES, refuse_foreign
 from fastdiff.training.presets import MNIST, PRESETS, read_config
@@ -194,7 +194,7 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
 def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
     """Arguments of the commands that draw samples; n: how many by default."""
     command.add_argument("checkpoint", type=path, help="model.safetensors of a run, or the run's folder")
-    text = "%(default)s" if n else "as many as real ones to train on"
+    text = "%(default)s" if n else f"{SAMPLES}, for the digits {DIGITS_SAMPLES}"
     command.add_argument("--n", type=positive, default=n, help=f"images to draw (default: {text})")
     names = ", ".join(f"{sampler} for {name}" for name, (sampler, _) in SUITED.items())
     command.add_argument("--sampler", choices=[*SAMPLERS, "ode"], help=f"(default: {names})")

@@ -19,9 +19,9 @@ from fastdiff.training.features import classified, features_of
 from fastdiff.training.metrics import frechet
 from fastdiff.training.samples import conditions, number_of_classes
 
-# Samples to draw unless a number is given: five times the half of the digits that is trained on, since the distance of
-# few samples is too large (Heusel et al. 2017), and for other data the least that is usual.
-DIGITS_SAMPLES, SAMPLES = 4490, 10_000
+# Samples to draw unless a number is given: as many as the half of the digits that is trained on; else the least that is
+# usual, since the distance of few samples is too large.
+DIGITS_SAMPLES, SAMPLES = 898, 10_000
 
 
 def figures(args: argparse.Namespace, model: Diffusion, draw: Callable[[int], Tensor]) -> dict[str, Any]:
