@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from fastdiff.training.data import Stream, open_source
+from fastdiff.training.data import Arrays, Stream, open_source
 from fastdiff.training.data.cache import Cached
-from fastdiff.training.data.opening import SETS
 from fastdiff.training.options import Options
 
 
@@ -20,7 +19,7 @@ def open_stream(options: Options, folder: Path) -> Stream:
     source = open_source(options.data, options.sides, options.shape[0], options.classes)
     if tuple(source.shape) != options.shape:
         raise ValueError(f"data: expected images of {options.shape} in {options.data}, got {tuple(source.shape)}")
-    if options.cache and options.data not in SETS:
+    if options.cache and not isinstance(source, Arrays):  # arrays are decoded
         source = Cached(source, folder)
     return Stream(
         source,
@@ -28,5 +27,5 @@ def open_stream(options: Options, folder: Path) -> Stream:
         options.seed,
         flip=options.flip,
         label_dropout=options.label_dropout,
-        workers=0 if options.data in SETS else options.workers,
+        workers=0 if isinstance(source, Arrays) else options.workers,
     )

@@ -47,7 +47,7 @@ class Options:
         classes: train a class-conditional network on the labels of the data.
         label_dropout: share of the labels that is replaced by "no label", for guidance.
         flip: mirror every second image, left to right.
-        workers: processes that read images ahead of the training, of data that is not in memory.
+        workers: processes that read images ahead of the training; arrays need none.
         cache: keep decoded images in a file of the run's folder.
         steps, batch_size: optimizer steps in all; images per step.
         lr, warmup: peak learning rate of AdamW; steps over which it rises.

@@ -81,10 +81,11 @@ class Record:
     def grid(self, step: int, model: Diffusion) -> None:
         """Draw the samples of the step and write them as PNG. model: with the averaged weights."""
         begun = time.perf_counter()
-        drawn, path = draw_grid(model, self._options.seed), self._folder / SAMPLES / f"{step:07}.png"
-        if drawn.shape[1] in (1, 3) and bool(drawn.isfinite().all()):
+        path = self._folder / SAMPLES / f"{step:07}.png"
+        if self._options.shape[0] in (1, 3):  # others are no pictures
+            drawn = draw_grid(model, self._options.seed)
             path.parent.mkdir(exist_ok=True)
-            save_grid(path, drawn, columns_of(model))
+            save_grid(path, drawn.nan_to_num(), columns_of(model))
             self._writer.image(step, path)
         self._paused += time.perf_counter() - begun
 

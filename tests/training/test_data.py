@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.training import data
+from fastdiff.training import Options, data
 from fastdiff.training.data.cache import Cached
 from fastdiff.training.data.opening import open_source
 from fastdiff.training.data.order import draws, shuffled
 from fastdiff.training.data.sources import Names
+from fastdiff.training.feed import open_stream
 
 
 def numbered(count, labels=None):
@@ -398,3 +399,16 @@ def test_the_loop_of_the_example_trains_on_a_folder(tmp_path, monkeypatch, capsy
     runpy.run_path(str(example), run_name="__main__")
     assert "step 0: loss" in capsys.readouterr().out
     assert Image.open(tmp_path / "out.png").size == (8 * 50, 2 * 50)
+
+
+def test_a_run_caches_what_is_decoded_and_not_arrays(tmp_path):
+    images_in(tmp_path / "images", ["1.png", "2.png"])
+    np.save(tmp_path / "x.npy", np.full((2, 3, 8, 8), 0.25, np.float32))
+    common = {"size": 8, "channels": 8, "batch_size": 2, "cache": True, "workers": 0}
+    for name, files in (("images", 1), ("x.npy", 0)):
+        stream = open_stream(Options(data=str(tmp_path / name), **common), tmp_path / f"run {name}")
+        first = stream.batch(0).images
+        assert len(list(tmp_path.glob(f"run {name}/*"))) == files
+        assert torch.equal(stream.batch(0).images, first) and (name == "images" or (first == 0.25).all())
+    with pytest.raises(ValueError, match=r"data: expected images of \(1, 8, 8\) in .*x\.npy, got \(3, 8, 8\)"):
+        open_stream(Options(data=str(tmp_path / "x.npy"), gray=True, **common), tmp_path)

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count, tee
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,25 +110,28 @@ class Stream:
 
         Args:
             start: the first step.
-            parts: the ranges of samples of each step, within 0 to B - 1, that this process sees; a batch for each part. None is
-                all in one.
+            parts: the ranges of samples of each step, within 0 to B - 1, that this process sees; a batch for each. None
+                is all in one.
 
         Raises: ValueError if nothing can be read.
         """
         every = parts or [range(self.batch_size)]
-        ahead, read = tee(self._numbers(step, part) for step in count(start) for part in every)
         if self.workers == 0:
-            yield from (self._batch(numbers, self._reader.__getitems__(self._items(numbers))) for numbers in read)
+            yield from (self.batch(step, part) for step in count(start) for part in every)
         loader: DataLoader[Any] = DataLoader(
             self._reader,  # type: ignore[arg-type]
-            batch_sampler=(self._items(numbers) for numbers in ahead),
+            batch_sampler=map(self._items, self._asked(start, every)),
             collate_fn=_same,  # the dataset has stacked them
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_signals,
         )
-        for numbers, values in zip(read, loader, strict=False):
+        for numbers, values in zip(self._asked(start, every), loader, strict=False):
             yield self._batch(numbers, values)
+
+    def _asked(self, start: int, parts: Sequence[range | slice]) -> Iterator[np.ndarray]:
+        """The global sample numbers of one batch after another."""
+        return (self._numbers(step, part) for step in count(start) for part in parts)
 
     def _numbers(self, step: int, part: range | slice | None) -> np.ndarray:
         """The global sample numbers of a part of a step."""
