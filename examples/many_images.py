@@ -24,6 +24,7 @@ parser.add_argument("--steps", type=int, default=100, help="of training, 64 imag
 parser.add_argument("--workers", type=int, default=2)
 args = parser.parse_args()
 process = psutil.Process()
+torch.set_num_threads(1)  # the network is tiny, and the workers need cores
 
 
 def resident() -> int:
