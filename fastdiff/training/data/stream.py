@@ -125,6 +125,7 @@ class Stream:
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_signals,
+            generator=torch.Generator(),  # else it draws from the default one, and a run that goes on differs
         )
         for numbers, values in zip(self._asked(start, every), loader, strict=False):
             yield self._batch(numbers, values)
