@@ -49,6 +49,7 @@ class State:
         options: the options of the run (JSON).
         step: the optimizer steps done.
         averages: further averages of the weights by name, see fastdiff.training.ema, each by the names of the weights.
+        classes: the names of the classes, none without.
     """
 
     diffusion: Diffusion
@@ -58,6 +59,7 @@ class State:
     options: dict[str, Any]
     step: int
     averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
 
 
 ALONE = Ranks()
@@ -113,6 +115,7 @@ def save(path: str | Path, state: State, keep: int = 1, ranks: Ranks = ALONE) ->
         "model": type(state.diffusion).__name__,
         "config": state.diffusion.config,
         "options": state.options,
+        "classes": state.classes,
     }
     run_file.write(path, groups, metadata)
     ema.note(path.parent, state.step, {n: groups[f"averages.{n}"] for n in state.averages})
@@ -138,7 +141,7 @@ def load(path: str | Path) -> State:
         folder = shares_of(stored.file.path, stored.step)
         whole_file = any(name.startswith("optimizer.") for name in stored.file.shapes) or not folder.is_dir()
         optimizer = _optimizer(stored, unet) if whole_file else folder
-        return State(diffusion, average, optimizer, rng, stored.options, stored.step, averages)
+        return State(diffusion, average, optimizer, rng, stored.options, stored.step, averages, stored.classes)
 
 
 def load_model(path: str | Path) -> Diffusion:

@@ -7,6 +7,7 @@ the same weights to rounding, and a run goes on from a checkpoint bit for bit.
 
 import copy
 import errno
+import itertools
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,12 +24,15 @@ from fastdiff.files import locked, sweep, writable
 from fastdiff.support.run_file import NAME, RunFile
 from fastdiff.training import ema
 from fastdiff.training.checkpoint import State, importance, read_shares, rng_state, save, set_rng_state
-from fastdiff.training.data import Images, training_images
-from fastdiff.training.draws import LEVELS, ORDER, noise_key, uniforms
+from fastdiff.training.draws import LEVELS, noise_key, uniforms
+from fastdiff.training.feed import open_stream
 from fastdiff.training.layout import exchanging, laid_out, recompute_blocks, replicate, shard, whole
 from fastdiff.training.logs import EVERY, Progress
 from fastdiff.training.options import Options, build
 from fastdiff.training.ranks import Ranks, joined, local_device
+from fastdiff.training.record import Record, grids
+from fastdiff.training.report import write_report
+from fastdiff.training.samples import averaged, draw_grid
 from fastdiff.unet import UNet
 
 # In place of a signal's number: nobody reads the output of the run any more.
@@ -73,21 +77,30 @@ def train(
             if ranks.leads:
                 check_free(path, resume)
             torch.manual_seed(options.seed)
-            run = Run(options, device, resume, ranks)
+            run = Run(options, path.parent, device, resume, ranks)
+            record = Record(path.parent, options, run.step) if ranks.leads else Silent()
             progress = Progress(run.step, options.steps, options.batch_size) if ranks.leads else Silent()
-            with closing(progress), interrupts() as signals:
+            with closing(record), closing(progress), interrupts() as signals:
                 progress.say(run.summary())
+                run.stream.warn = lambda name, why, count: progress.say(
+                    f"fastdiff: warning: left out {name}: {why} ({count} so far)"
+                )
                 while run.step < options.steps and not caught:
                     run.advance()
                     progress.advance(run.step, run.loss)
+                    record.step(run.step, run.losses, run.noisiness(), run.norm, options.learning_rate(run.step - 1))
                     if run.step % EVERY == 0:
                         run.check()
                     if run.step % options.save_every == 0 and run.step < options.steps:
                         run.save(path)
+                    if options.sample_every and (run.step % options.sample_every == 0 or run.step == options.steps):
+                        run.show(record)
                     if reason := ranks.largest(signals[0] if signals else LOST if progress.lost else 0):
                         caught.append(reason)
                 if run.step > run.saved:
                     run.save(path)
+                if ranks.leads and grids(path.parent):
+                    write_report(path.parent)
                 ranks.largest(0)  # no process returns before the file is there
     if LOST in caught and run.step < options.steps:
         lost = f" ({progress.lost.strerror})" if progress.lost else ""
@@ -125,48 +138,24 @@ class Silent:
         return lambda *_, **__: None
 
 
-class Shuffled:
-    """Images in memory, in an order that is a function of (seed, epoch): a step takes the next `batch_size` of them.
-
-    Args:
-        images: the images.
-        seed: of the order.
-        batch_size: images a step.
-    """
-
-    def __init__(self, images: Images, seed: int, batch_size: int) -> None:
-        self.images, self.seed, self.batch_size = images, seed, batch_size
-        self._orders: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def _order(self, epoch: int) -> Tensor:
-        return uniforms(self.seed, epoch, len(self.images), ORDER).argsort(stable=True)
-
-    def batch(self, step: int, part: slice) -> Tensor:
-        """The images of a part of a step's samples 0..batch_size-1."""
-        first, count = step * self.batch_size, len(self.images)
-        epochs = range(first // count, (first + self.batch_size - 1) // count + 1)
-        self._orders = {e: self._orders[e] if e in self._orders else self._order(e) for e in epochs}
-        numbers = torch.arange(first + part.start, first + part.stop) - epochs[0] * count
-        return self.images[torch.cat(list(self._orders.values()))[numbers]]
-
-
 class Run:
-    """A run between two steps: images, networks, optimizer, and what the last steps gave.
+    """A run between two steps: data, networks, optimizer, and what the last steps gave.
 
     losses (B,) and levels (B,) are those of all samples of the last step; `norm` (), the norm of its gradient before it
     is clipped; `loss` (), the mean of the last 50 losses or so; `bad` () and `skipped` (), the steps in a row, and in
     all, that were left out because the loss or the gradient was not finite. The checkpoint is of the step `saved`.
     """
 
-    def __init__(self, options: Options, device: torch.device, resume: State | None, ranks: Ranks) -> None:
+    def __init__(
+        self, options: Options, folder: Path, device: torch.device, resume: State | None, ranks: Ranks
+    ) -> None:
         self.options, self.device, self.ranks = options, device, ranks
-        images = training_images(options.data, options.size, options.gray)
-        self.images = Shuffled(images, options.seed, options.batch_size)
+        self.stream = open_stream(options, folder)
+        self.classes = self.stream.source.classes or []
+        if resume and resume.classes != self.classes:
+            raise ValueError(f"data: expected the classes {resume.classes} of the run, got {self.classes}")
         place = torch.device("cpu") if options.fsdp else device  # FSDP brings each process its share alone
-        self.diffusion = (resume.diffusion if resume else build(options)).to(place).train()
+        self.diffusion = (resume.diffusion if resume else build(options, len(self.classes))).to(place).train()
         self.ema = resume.ema.to(place) if resume else cast(UNet, copy.deepcopy(self.diffusion.model))
         if history := importance(self.diffusion):
             history.to_device(device)
@@ -183,7 +172,11 @@ class Run:
             name: [parameter.detach().clone() for parameter in self.diffusion.model.parameters()]
             for name in ema.names(options.ema_decays, options.ema_sigma_rel)
         }
+        self.averaged = averaged(self.diffusion, self.ema)
         self.start = self.step = self.saved = resume.step if resume else 0
+        cuts = [options.batch_size * k // options.accumulate for k in range(options.accumulate + 1)]
+        self.parts = [ranks.part(start, stop) for start, stop in itertools.pairwise(cuts)]
+        self.batches = self.stream.batches(self.start, self.parts)
         self.losses = self.levels = torch.zeros(options.batch_size, device=device)
         self.loss, self.norm, self.bad, self.skipped = torch.zeros(4, device=device)
         cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -253,15 +246,15 @@ class Run:
         self.levels, weight = self._draw_levels()
         losses = torch.zeros(size, device=self.device)
         self.optimizer.zero_grad()
-        for k in range(options.accumulate):
-            part = ranks.part(size * k // options.accumulate, size * (k + 1) // options.accumulate)
-            x0 = self.images.batch(self.step, part).to(self.device)
+        for k, part in enumerate(self.parts):
+            x0, labels = next(self.batches).to(self.device)
+            classes = {} if labels is None else {"class_labels": labels}
             if options.channels_last:
                 x0 = x0.contiguous(memory_format=torch.channels_last)
             with exchanging(self.trained, self.diffusion.model, k == options.accumulate - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                     own: Tensor = self.trained(
-                        x0, t=self.levels[part], seed=seed, sample_ids=ids[part], reduction="none"
+                        x0, t=self.levels[part], seed=seed, sample_ids=ids[part], reduction="none", **classes
                     )
                 # The mean over the ranks of this is the sum over their samples by the size of the whole batch.
                 (own.mul(weight[part]).sum() * (ranks.size / size)).backward()
@@ -282,12 +275,23 @@ class Run:
     def summary(self) -> str:
         """What is trained, on one line."""
         parameters = sum(parameter.numel() for parameter in self.diffusion.parameters())
-        images, shape = len(self.images), "x".join(map(str, self.options.shape))
+        images, shape = len(self.stream), "x".join(map(str, self.options.shape))
         shared = f" in {self.ranks.size} processes" if self.ranks.size > 1 else ""
         return (
             f"fastdiff: {self.options.formulation} of {parameters:,} parameters, {images:,} images of {shape}, on "
             f"{self.device}{shared}, steps {self.start} to {self.options.steps}"
         )
+
+    def noisiness(self) -> Tensor:
+        """(B,), the levels of the last step as a share of the last one."""
+        return self.levels / self.diffusion.process.last
+
+    def show(self, record: Any) -> None:
+        """Draw the grid of this step. Of a network that is split, all ranks draw."""
+        if self.ranks.leads:
+            record.grid(self.step, self.averaged)
+        elif self.options.fsdp:
+            draw_grid(self.averaged, self.options.seed)
 
     def check(self) -> None:
         """Raise ValueError after too many steps in a row without a finite loss and gradient."""
@@ -315,6 +319,7 @@ class Run:
             asdict(self.options),
             self.step,
             {name: dict(zip(self.names, tensors, strict=True)) for name, tensors in self.averages.items()},
+            self.classes,
         )
         try:
             save(path, state, self.options.keep, self.ranks)

@@ -13,13 +13,18 @@ from fastdiff import training
 from fastdiff.training import DIGITS, Options, checkpoint
 
 CPU = torch.device("cpu")
-TINY = {**DIGITS, "data": "digits", "channels": 8, "batch_size": 16, "timesteps": 20, "warmup": 2}
+TINY = {**DIGITS, "data": "digits", "channels": 8, "batch_size": 16, "timesteps": 20, "warmup": 2, "sample_every": 0}
 
 
 def run(out: Path, resume: bool = False, **options: Any) -> int:
     """Train in a folder, from its checkpoint if `resume`. Returns the steps done."""
     state = checkpoint.load(out / "model.safetensors") if resume else None
     return training.train(Options(**{**TINY, **options}), out, CPU, state)
+
+
+def files_of(folder: Path) -> set[str]:
+    """The names in a folder of a run, but those of its log."""
+    return {path.name for path in folder.iterdir()} - {"config.json", "log.csv"}
 
 
 def assert_same_files(a: Path, b: Path) -> None:
