@@ -84,14 +84,17 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
         text = f"{text} (default: {default})"
         kind = size if field.name == "size" else type(field.default)
         command.add_argument(flag, type=kind, metavar=field.name.upper(), help=text)
+    text = "the same as --log, which torchrun takes for an abbreviation of a flag of its own"
+    command.add_argument("--log-to", dest="log", default=argparse.SUPPRESS, help=text)
 
 
 def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
     """Arguments of the commands that draw samples; n: how many by default."""
     command.add_argument("checkpoint", type=path, help="model.safetensors of a run, or the run's folder")
     text = "%(default)s" if n else f"{SAMPLES}, for the digits {DIGITS_SAMPLES}"
-    # torchrun takes --n for an abbreviation of a flag of its own.
-    command.add_argument("--n", "--count", type=positive, default=n, help=f"images to draw (default: {text})")
+    command.add_argument("--n", type=positive, default=n, help=f"images to draw (default: {text})")
+    text = "the same as --n, which torchrun takes for an abbreviation of a flag of its own"
+    command.add_argument("--count", dest="n", type=positive, default=argparse.SUPPRESS, help=text)
     names = ", ".join(f"{sampler} for {name}" for name, (sampler, _) in SUITED.items())
     command.add_argument("--sampler", choices=[*SAMPLERS, "ode"], help=f"(default: {names})")
     text = "of the sampler; for annealed_langevin at each level (default: that of the sampler, 50 for ddim)"

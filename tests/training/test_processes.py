@@ -74,7 +74,7 @@ def test_a_killed_process_ends_the_run_which_goes_on(tmp_path):
     assert len([line for line in lines if "error" in line]) <= 1 and len(lines) <= 3, said
     done = checkpoint.load(tmp_path / "two" / NAME).step
     assert done % 5 == 0
-    launch(2, *args, "--steps", done + 5)
+    assert main([*map(str, args[2:]), "--steps", str(done + 5)]) == 0  # on another number of processes
     run(tmp_path / "one", steps=done + 5, **SAME)
     assert_same_weights(tmp_path / "one" / NAME, tmp_path / "two" / NAME)
 
@@ -98,12 +98,10 @@ def test_images_are_the_same_bytes_on_any_number_of_processes(tmp_path):
     args = ["sample", str(tmp_path), "--count", "11", "--batch-size", "4", "--sampler", "ddim", "--steps", "2"]
     args += ["--device", "cpu", "--out"]
     assert main([*args, str(tmp_path / "1")]) == 0
-    for processes in (2, 3):
-        said = launch(processes, "-m", "fastdiff", *args, tmp_path / str(processes))
-        assert said.count("11 images, ") == 1
-    one = (tmp_path / "1.npy").read_bytes()
+    said = launch(3, "-m", "fastdiff", *args, tmp_path / "3")
+    assert said.count("11 images, ") == 1
     assert np.load(tmp_path / "1.npy").shape == (11, 1, 8, 8)
-    assert (tmp_path / "2.npy").read_bytes() == one == (tmp_path / "3.npy").read_bytes()
+    assert (tmp_path / "1.npy").read_bytes() == (tmp_path / "3.npy").read_bytes()
 
 
 # what each process says
