@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdiff import DDPM
 from fastdiff.training import TrainingStep, update_ema
-from fastdiff.training.loop import gpu_settings
+from fastdiff.training.surroundings import gpu_settings
 
 from .measure import job
 from .networks import cifar10, diffusers, stock_cifar10

@@ -8,10 +8,7 @@ the same weights to rounding, and a run goes on from a checkpoint bit for bit.
 import copy
 import errno
 import itertools
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +30,8 @@ from fastdiff.training.ranks import Ranks, joined, local_device
 from fastdiff.training.record import Record, grids
 from fastdiff.training.report import write_report
 from fastdiff.training.samples import averaged, draw_grid
+from fastdiff.training.step import TrainingStep, leave_out
+from fastdiff.training.surroundings import gpu_settings, interrupts
 from fastdiff.unet import UNet
 
 # In place of a signal's number: nobody reads the output of the run any more.
@@ -183,6 +182,7 @@ class Run:
         self.bf16 = cuda_bf16 if options.bf16 is None else options.bf16
         if resume:
             self._take_over(resume)
+        self.take = self._captured_step()
 
     def _lay_out(self) -> nn.Module:
         """Bring the networks into the form that trains. Returns: what is called, with the gradients of all ranks."""
@@ -200,6 +200,19 @@ class Run:
         if options.fsdp or self.ranks.size == 1:
             return self.diffusion
         return replicate(self.diffusion, self.device)
+
+    def _captured_step(self) -> TrainingStep | None:
+        """A step in one pass of one process, which may be a CUDA graph; None if steps are of another kind."""
+        options = self.options
+        if self.ranks.size > 1 or options.accumulate > 1 or options.fsdp or importance(self.diffusion):
+            return None
+        return TrainingStep(
+            self.diffusion,
+            self.optimizer,
+            average=lambda decay: update_ema(self.ema, self.diffusion.model, decay),
+            clip_grad=options.clip_grad,
+            autocast=torch.bfloat16 if self.bf16 else None,
+        )
 
     def _take_over(self, resume: State) -> None:
         """What a checkpoint holds beside the networks, split and laid out as they are."""
@@ -226,18 +239,40 @@ class Run:
         options, step = self.options, self.step
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate(step)
-        self._backward()
-        self.norm = whole(nn.utils.clip_grad_norm_(self.diffusion.parameters(), options.clip_grad))
-        bad = ~(self.losses.isfinite().all() & self.norm.isfinite())
-        # AdamW leaves all as it is where this is 1, and nothing waits for the device.
-        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        update_ema(self.ema, self.diffusion.model, ema.warmed(options.ema, step))
+        bad = self._step_in_parts() if self.take is None else self._step(self.take)
         ema.update(self.averages, self.diffusion.model.parameters(), step)
         self.skipped, self.bad = self.skipped + bad, (self.bad + 1) * bad
         good = (step + 1 - self.start - self.skipped).clamp(1, 50)
         self.loss = torch.where(bad, self.loss, self.loss.lerp(self.losses.mean(), 1 / good))
         self.step += 1
+
+    def _step(self, take: TrainingStep) -> Tensor:
+        """One pass, and the update. Returns: (), whether it was left out."""
+        size, decay = self.options.batch_size, ema.warmed(self.options.ema, self.step)
+        seed, ids = noise_key(self.options.seed, self.step * size, size)
+        self.levels = self._draw_levels()[0]
+        x0, classes = self._next()
+        given = {"t": self.levels, "seed": seed, "sample_ids": ids.to(self.device), "reduction": "none"}
+        self.losses = take(x0, decay=decay, **given, **classes)
+        self.norm = take.norm
+        return take.bad
+
+    def _next(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The images of the next pass, and the arguments that go with them."""
+        x0, labels = next(self.batches).to(self.device)
+        if self.options.channels_last:
+            x0 = x0.contiguous(memory_format=torch.channels_last)
+        return x0, {} if labels is None else {"class_labels": labels}
+
+    def _step_in_parts(self) -> Tensor:
+        """The passes of all ranks, and the update. Returns: (), whether it was left out."""
+        self._backward()
+        self.norm = whole(nn.utils.clip_grad_norm_(self.diffusion.parameters(), self.options.clip_grad))
+        bad = ~(self.losses.isfinite().all() & self.norm.isfinite())
+        leave_out(self.optimizer, bad)
+        self.optimizer.step()
+        update_ema(self.ema, self.diffusion.model, ema.warmed(self.options.ema, self.step))
+        return bad
 
     def _backward(self) -> None:
         """The gradient of the mean loss over the step's samples, in `accumulate` passes; `losses` and `levels`."""
@@ -247,10 +282,7 @@ class Run:
         losses = torch.zeros(size, device=self.device)
         self.optimizer.zero_grad()
         for k, part in enumerate(self.parts):
-            x0, labels = next(self.batches).to(self.device)
-            classes = {} if labels is None else {"class_labels": labels}
-            if options.channels_last:
-                x0 = x0.contiguous(memory_format=torch.channels_last)
+            x0, classes = self._next()
             with exchanging(self.trained, self.diffusion.model, k == options.accumulate - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                     own: Tensor = self.trained(
@@ -339,44 +371,3 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
         torch._foreach_add_(averages, change)
     else:
         torch._foreach_lerp_(averages, weights, 1 - decay)
-
-
-@contextmanager
-def gpu_settings(device: torch.device) -> Iterator[None]:
-    """Settings of the process that training on a GPU wants: TF32 products, and convolutions that are tried out."""
-    if device.type != "cuda":
-        yield
-        return
-    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.benchmark = benchmark
-
-
-@contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Yield a list that collects SIGINT, SIGTERM, SIGHUP and SIGUSR1, which then do not end the process.
-
-    A SIGHUP that is ignored, as nohup arranges, stays ignored. In a thread, where Python takes no signals, the list
-    stays empty.
-    """
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    hangup, user = (getattr(signal, name, None) for name in ("SIGHUP", "SIGUSR1"))  # Windows has none
-    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
-        numbers.append(hangup)
-    if user is not None:
-        numbers.append(user)
-    old = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in numbers}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

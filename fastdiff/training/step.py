@@ -1,5 +1,6 @@
 """One step of training: loss, gradient, clipping, optimizer and moving average; on CUDA as one captured graph."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +14,17 @@ from fastdiff.graphs import CudaGraphs, WatchedCalls, what_forbids_here
 class TrainingStep:
     """A step of an optimizer, called with a batch:
 
-        g = clip(grad loss(batch)),   w <- optimizer(w, g),   average(decay)
+        g = clip(grad mean(loss(batch))),   w <- optimizer(w, g),   average(decay)
+
+    Where the loss or the gradient is not finite, a fused optimizer leaves the weights as they are.
 
     On CUDA the whole step is captured as a CUDA graph at its fourth call, and replayed from then on. A replay is one
     launch; it runs no Python of the loss. It is captured anew for batches of other shapes, and after changes of the
     network, of the optimizer's state and of its options. The learning rate may change at every step.
 
     Args:
-        loss: called with the batch, gives the loss (). A Diffusion, or any function; one that is no module must not
-            read anything that changes but tensors in their places.
+        loss: called with the batch, gives the loss (), or the losses of the samples (B,). A Diffusion, or any function;
+            one that is no module must not read anything that changes but tensors in their places.
         optimizer: of the parameters. To be captured it needs the option `capturable`, as Adam and AdamW have; the step
             sets it, and keeps learning rates as tensors on the device.
         average: called after each step with `decay`, to update a moving average. Captured too, so it has to write to
@@ -30,7 +33,8 @@ class TrainingStep:
         autocast: the type of autocast for the loss, such as torch.bfloat16, or None.
         graph: None captures on CUDA unless something forbids it, and warns if so; False never does; True raises then.
 
-    `reason` says what the last step would have needed to be a graph; None if nothing forbade it.
+    `reason` says what the last step would have needed to be a graph; None if nothing forbade it. `norm` () is the norm
+    of its gradient before it was clipped, and `bad` () whether that or the loss was not finite.
 
     Raises: ValueError with graph=True, if something forbids a capture; the step is then taken if that shows only in it.
     """
@@ -52,6 +56,8 @@ class TrainingStep:
         networks = [loss] if isinstance(loss, nn.Module) else []
         self.calls = WatchedCalls(self._take, (loss, optimizer), networks, CudaGraphs)
         self.rates: list[Tensor] = []
+        self.norm = self.bad = torch.zeros((), device=self.device)
+        leave_out(optimizer, self.bad)
         self.reason = "graph=False" if graph is False else self._prepare()
         if graph and self.reason is not None:
             raise ValueError(f"graph: expected {self.reason}")
@@ -65,8 +71,12 @@ class TrainingStep:
             batch, model_kwargs: the arguments of the loss; tensors on the device, to be captured.
             decay: what `average` gets, as a tensor () on the device if the step may be captured.
 
-        Returns: the loss (), detached.
+        Returns: what the loss gave, detached.
         """
+        losses, self.norm, self.bad = self._captured(batch, decay, model_kwargs)
+        return losses
+
+    def _captured(self, batch: tuple[Any, ...], decay: float, model_kwargs: dict[str, Any]) -> Any:
         if not self.rates:  # never to be captured
             return self._take(decay, *batch, **model_kwargs)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -76,9 +86,9 @@ class TrainingStep:
         self._say(self.calls.what_forbids((batch, model_kwargs), self.device))
         if self.reason is not None:
             return self._take(on_device, *batch, **model_kwargs)
-        loss: Tensor = self.calls(on_device, *batch, **model_kwargs)
+        taken = self.calls(on_device, *batch, **model_kwargs)
         self._say(self.calls.forbidden)
-        return loss
+        return taken
 
     def _prepare(self) -> str | None:
         """Make the optimizer one that can be captured. Returns what forbids it."""
@@ -104,14 +114,22 @@ class TrainingStep:
         if new:
             warnings.warn(f"graph: the step runs without, which needs {reason}", stacklevel=3)
 
-    def _take(self, decay: float | Tensor, *batch: Any, **model_kwargs: Any) -> Tensor:
+    def _take(self, decay: float | Tensor, *batch: Any, **model_kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(what the loss gave, the norm of the gradient, whether one of them is not finite)."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            loss = self.loss(*batch, **model_kwargs)
+            losses = self.loss(*batch, **model_kwargs)
         self.optimizer.zero_grad()
-        loss.backward()
-        if self.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        losses.mean().backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if self.clip_grad is None else self.clip_grad)
+        bad = ~(losses.isfinite().all() & norm.isfinite())
+        leave_out(self.optimizer, bad)
         self.optimizer.step()
         if self.average is not None:
             self.average(decay)
-        return loss.detach()
+        return losses.detach(), norm, bad
+
+
+def leave_out(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """Let the next step of a fused optimizer change nothing where bad () is true, without a wait for the device."""
+    known: Any = vars(optimizer)
+    known.setdefault("found_inf", torch.zeros((), device=bad.device)).copy_(bad)

@@ -1,6 +1,7 @@
 """What makes several processes one: draws by sample number, parts of a step, FSDP's layout, and drawings in batches."""
 
 import copy
+import itertools
 import math
 import shutil
 
@@ -14,6 +15,7 @@ from tiny_run import CPU, TINY, assert_same_files, assert_same_weights, run
 from fastdiff import DDPM, training
 from fastdiff.cli import main
 from fastdiff.training import Options, checkpoint, draws, loop
+from fastdiff.training.data import Arrays, Stream
 from fastdiff.training.drawing import ABOUT, Batches
 from fastdiff.training.ranks import Ranks
 
@@ -47,15 +49,16 @@ def test_parts_cover_a_step_once(size):
 
 
 def test_batches_shuffle_each_epoch_and_do_not_depend_on_parts():
-    images = training.Images(torch.arange(10, dtype=torch.uint8)[:, None, None, None], 9)
-    data = loop.Shuffled(images, seed=1, batch_size=4)
-    steps = [data.batch(step, slice(0, 4)).flatten() for step in range(5)]
+    images = torch.arange(10.0)[:, None, None, None]
+    data = Stream(Arrays(images), 4, seed=1)
+    steps = [data.batch(step, slice(0, 4)).images.flatten() for step in range(5)]
     first, second = torch.cat(steps).view(2, 10)
-    assert first.sort().values.tolist() == second.sort().values.tolist() == images[:].flatten().tolist()
-    assert not torch.equal(first, second) and not torch.equal(first, images[:].flatten())
-    again = loop.Shuffled(images, seed=1, batch_size=4)  # step 2 has images of both epochs
-    assert torch.equal(torch.cat([again.batch(2, slice(0, 1)), again.batch(2, slice(1, 4))]).flatten(), steps[2])
-    assert not torch.equal(loop.Shuffled(images, seed=2, batch_size=4).batch(0, slice(0, 4)).flatten(), steps[0])
+    assert first.sort().values.tolist() == second.sort().values.tolist() == images.flatten().tolist()
+    assert not torch.equal(first, second) and not torch.equal(first, images.flatten())
+    again = Stream(Arrays(images), 4, seed=1)  # step 2 has images of both epochs
+    parts = [again.batch(2, slice(0, 1)).images, again.batch(2, slice(1, 4)).images]
+    assert torch.equal(torch.cat(parts).flatten(), steps[2])
+    assert not torch.equal(Stream(Arrays(images), 4, seed=2).batch(0, slice(0, 4)).images.flatten(), steps[0])
 
 
 # one step in parts
@@ -100,12 +103,11 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch
     original, seen = loop.Run.advance, []
 
     def spoil(self):
-        images = self.images
         if self.step == 2:
-            self.images = type("Spoiled", (), {"batch": lambda *a: images.batch(*a[1:]) * math.nan})()
+            batch = next(self.batches)
+            self.batches = itertools.chain([batch._replace(images=batch.images * math.nan)], self.batches)
         before = [p.detach().clone() for p in self.diffusion.parameters()]
         original(self)
-        self.images = images
         moved = any(not torch.equal(a, b) for a, b in zip(before, self.diffusion.parameters(), strict=True))
         seen.append((moved, int(self.bad), int(self.skipped), self.loss.isfinite().item()))
 

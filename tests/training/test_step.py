@@ -16,7 +16,8 @@ import fastdiff
 from fastdiff import DDPM, ops
 from fastdiff.graphs import WARM_UP, WatchedCalls
 from fastdiff.training import TrainingStep
-from fastdiff.training.loop import gpu_settings, update_ema
+from fastdiff.training.loop import update_ema
+from fastdiff.training.surroundings import gpu_settings
 
 SHAPE = (2, 2, 4, 4)
 # The first call makes the optimizer's state, so the network is looked at again at the second.

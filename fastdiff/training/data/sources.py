@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.files import need
+from fastdiff.support.scalars import as_integer
 from fastdiff.training.data.decode import decoded, listed
 
 # Files that a warning names.
@@ -231,9 +232,10 @@ def folder(path: str | Path, size: int | tuple[int, int], gray: bool = False) ->
         gray: one channel instead of RGB.
 
     Returns: images (N, 1 or 3, H, W), in the order of their names.
-    Raises: OSError if `path` is no folder that can be read; ValueError if no image is left.
+    Raises: OSError if `path` is no folder that can be read; ValueError if no image is left, or for a size below 1.
     """
-    path, sides = Path(path), (size, size) if isinstance(size, int) else size
+    sides = size if isinstance(size, tuple | list) else (size, size)
+    path, sides = Path(path), tuple(as_integer("size", side, 1, 2**15) for side in sides)
     next(path.iterdir(), None)  # a missing folder is reported in the system's own words
     files, left_out = listed(path)
     skipped = {str(file): why for file, why in left_out.items()}

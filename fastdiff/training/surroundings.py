@@ -1,0 +1,49 @@
+"""What a training changes in its process while it runs: settings of a GPU, and what signals do."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def gpu_settings(device: torch.device) -> Iterator[None]:
+    """Settings of the process that training on a GPU wants: TF32 products, and convolutions that are tried out."""
+    if device.type != "cuda":
+        yield
+        return
+    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Yield a list that collects SIGINT, SIGTERM, SIGHUP and SIGUSR1, which then do not end the process.
+
+    A SIGHUP that is ignored, as nohup arranges, stays ignored. In a thread, where Python takes no signals, the list
+    stays empty.
+    """
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup, user = (getattr(signal, name, None) for name in ("SIGHUP", "SIGUSR1"))  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
+    if user is not None:
+        numbers.append(user)
+    old = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
