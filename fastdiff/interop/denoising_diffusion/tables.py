@@ -3,6 +3,7 @@
 `start` is (a, b) of x_0 = a x - b output, or () if the output is x_0 itself.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -81,16 +82,22 @@ def ddim_rows(times: list[int], eta: float, alpha_bar: Tensor) -> Tensor:
 
 
 def ddim_rows_of_output(
-    times: list[int], eta: float, alpha_bar: Tensor, recip: Tensor, recipm1: Tensor, *start: Tensor
+    times: list[int], eta: float, derived: bool, alpha_bar: Tensor, recip: Tensor, recipm1: Tensor, *start: Tensor
 ) -> Tensor:
-    """The same in one pass from x and the output, one row per step. The last step gives x_0."""
+    """The same in one pass from x and the output, one row per step. The last step gives x_0.
+
+    derived: eps is that of x_0; else it is the output.
+    """
     root, direction, sigma = _ddim_terms(times, eta, alpha_bar)
+    x0 = _x0(tuple(column[times[:-1]] for column in start))
+    make = functools.partial(make_rows, alpha_bar[times[:-1]], work_dtype(alpha_bar), **x0, noise=F.pad(sigma, (0, 1)))
+    if not derived:
+        return make(from_x0=F.pad(root, (0, 1), value=1.0), from_pred=F.pad(direction, (0, 1)))
     # eps = (recip x - x_0) / recipm1. The column of x_0 is then a difference of numbers near 1.
     k = direction.double() / recipm1[times[:-2]].double()
     from_x0 = F.pad(root.double() - k, (0, 1), value=1.0)
     from_x = F.pad(k * recip[times[:-2]].double(), (0, 1))
-    x0 = _x0(tuple(column[times[:-1]] for column in start))
-    return make_rows(from_x0, work_dtype(alpha_bar), **x0, from_x0=from_x0, from_x=from_x, noise=F.pad(sigma, (0, 1)))
+    return make(from_x0=from_x0, from_x=from_x)
 
 
 def _ddim_terms(times: list[int], eta: float, alpha_bar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
