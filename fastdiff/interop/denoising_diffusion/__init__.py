@@ -36,16 +36,26 @@ except ImportError as error:
     )
     raise ImportError(f"{message} ({error})") from error
 
+from .continuous_time import ContinuousTimeGaussianDiffusion
 from .diffusion import GaussianDiffusion
+from .diffusion_1d import GaussianDiffusion1D
+from .elucidated import ElucidatedDiffusion
 from .images import identity, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
+from .learned import LearnedGaussianDiffusion
 from .schedules import SCHEDULES, cosine_beta_schedule, linear_beta_schedule, sigmoid_beta_schedule
-from .tables import OBJECTIVES
+from .tables import OBJECTIVES, ModelPrediction
+from .v_param import VParamContinuousTimeGaussianDiffusion
 
 __all__ = [
     "OBJECTIVES",
     "SCHEDULES",
+    "ContinuousTimeGaussianDiffusion",
+    "ElucidatedDiffusion",
     "GaussianDiffusion",
+    "GaussianDiffusion1D",
+    "LearnedGaussianDiffusion",
     "ModelPrediction",
+    "VParamContinuousTimeGaussianDiffusion",
     "cosine_beta_schedule",
     "identity",
     "linear_beta_schedule",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ops.checks import check_choice
 from ..stock import remembered
 from .discrete import LOOP, STEP, Discrete, State
-from .images import identity, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
+from .images import check_images, identity, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
 from .schedules import make_buffers
 from .tables import OBJECTIVES, ModelPrediction
 
@@ -128,13 +128,7 @@ class GaussianDiffusion(Discrete):
     @torch.inference_mode()
     def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5) -> Tensor:
         """(1 - lam) x1_t + lam x2_t, both noised to level t, T - 1 if None, and sampled from there."""
-        if x1.shape != x2.shape:
-            raise ValueError(f"x2: expected shape {tuple(x1.shape)}, got {tuple(x2.shape)}")
-        t = self.num_timesteps - 1 if t is None else t
-        t_batched = torch.full((len(x1),), t, device=x1.device)
-        xt1, xt2 = (self.q_sample(x, t=t_batched) for x in (x1, x2))
-        img = (1 - lam) * xt1 + lam * xt2
-        return self._loop(img, range(t)[::-1], self._ancestral, "interpolation sample time step")
+        return self._interpolate(x1, x2, t, lam, self._ancestral)
 
     # --- training
 
@@ -169,12 +163,7 @@ class GaussianDiffusion(Discrete):
         if strength > 0:
             offset = torch.randn(x_start.shape[:2], device=self.device)
             noise = noise + strength * offset[:, :, None, None]
-        if self.immiscible:  # here, so that the loss knows the noise
-            noise = noise[self.noise_assignment(x_start, noise)]
-        if self.immiscible and not self._overridden("q_sample"):  # which would assign again
-            x = self._noised(x_start, t, noise)
-        else:
-            x = self.q_sample(x_start=x_start, t=t, noise=noise)
+        noise, x = self._noise_and_state(x_start, t, noise)
         x_self_cond = None
         if self.self_condition and random.random() < 0.5:
             with torch.no_grad():
@@ -186,11 +175,18 @@ class GaussianDiffusion(Discrete):
         self, img: Tensor, *args: Any, times: Tensor | None = None, loss_reduction: str = "mean", **kwargs: Any
     ) -> Tensor:
         """p_losses of images (B, C, H, W) at `times`, random ones if None."""
-        if img.ndim != 4 or list(img.shape[2:]) != list(self.image_size):
-            raise ValueError(f"img: expected (B, C, H, W), H and W {tuple(self.image_size)}, got {tuple(img.shape)}")
+        check_images(img, self.image_size)
         times = self.random_times(len(img)) if times is None else times
         kwargs["loss_reduction"] = loss_reduction
         return self.p_losses(self.normalize(img), times, *args, **kwargs)
+
+    def _noise_and_state(self, x_start: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise, assigned if that is wanted, and q_sample with it."""
+        if self.immiscible:  # here, so that the loss knows the noise
+            noise = noise[self.noise_assignment(x_start, noise)]
+        if self.immiscible and not self._overridden("q_sample"):  # which would assign again
+            return noise, self._noised(x_start, t, noise)
+        return noise, self.q_sample(x_start=x_start, t=t, noise=noise)
 
     # --- one step
 

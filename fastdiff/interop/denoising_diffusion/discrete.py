@@ -12,6 +12,7 @@ from ... import ops
 from ...ops.checks import check_choice
 from ...support.cache import Tables
 from ..stock import broadcast, combine, noising, overridden, values
+from .images import check_reduction
 from .schedules import fill_buffers
 from .tables import (
     OBJECTIVES,
@@ -51,6 +52,7 @@ class Discrete(nn.Module):
     originals: ClassVar[dict[str, Any]]
     model: Any
     betas: Tensor
+    loss_weight: Tensor
     sqrt_recipm1_alphas_cumprod: Tensor
     posterior_variance: Tensor
     posterior_log_variance_clipped: Tensor
@@ -138,6 +140,17 @@ class Discrete(nn.Module):
             if return_all:
                 imgs.append(img)
         return torch.stack(imgs, dim=1) if return_all else img
+
+    def _interpolate(
+        self, x1: Tensor, x2: Tensor, t: int | None, lam: float, step: Callable[[Tensor, int, Tensor | None], State]
+    ) -> Tensor:
+        if x1.shape != x2.shape:
+            raise ValueError(f"x2: expected shape {tuple(x1.shape)}, got {tuple(x2.shape)}")
+        t = self.num_timesteps - 1 if t is None else t
+        t_batched = torch.full((len(x1),), t, device=x1.device)
+        xt1, xt2 = (self.q_sample(x, t=t_batched) for x in (x1, x2))
+        img = (1 - lam) * xt1 + lam * xt2
+        return self._loop(img, range(t)[::-1], step, "interpolation sample time step")
 
     def _reversed(self) -> range:
         return range(self.num_timesteps)[::-1]
@@ -227,8 +240,7 @@ class Discrete(nn.Module):
         )
 
     def _check_loss(self, loss_reduction: str) -> None:
-        if loss_reduction not in ("mean", "none"):
-            raise ValueError(f"loss_reduction: expected 'mean' or 'none', got {loss_reduction!r}")
+        check_reduction(loss_reduction)
         check_choice("objective", self.objective, OBJECTIVES)
 
     # --- arithmetic: in the type of a product with a buffer, and broadcast as torch does

@@ -64,10 +64,33 @@ def noise_rows(recip: Tensor) -> Tensor:
     return make_rows(recip, work_dtype(recip), x0_from_x=recip, x0_from_pred=-1.0, from_x0=1.0)
 
 
+def denoised_rows(c_skip: Tensor, c_out: Tensor) -> Tensor:
+    """c_skip x + c_out output."""
+    return make_rows(c_skip, work_dtype(c_skip), x0_from_x=c_skip, x0_from_pred=c_out, from_x0=1.0)
+
+
 def ancestral_rows(from_x0: Tensor, from_x: Tensor, log_variance: Tensor, *start: Tensor) -> Tensor:
     """from_x0 x_0 + from_x x + std z of x and the output."""
     std = (0.5 * log_variance).exp()
     return make_rows(from_x0, work_dtype(from_x0), **_x0(start), from_x0=from_x0, from_x=from_x, noise=std)
+
+
+def ancestral_rows_of_range(
+    from_x0: Tensor, from_x: Tensor, log_variance: Tensor, beta: Tensor, *start: Tensor
+) -> Tensor:
+    """The same with a learned variance, between exp(log_variance) and beta."""
+    low, high = 0.5 * log_variance, 0.5 * beta.log()
+    columns = {"from_x0": from_x0, "from_x": from_x, "noise": low, "noise_high": high}
+    return make_rows(from_x0, work_dtype(from_x0), **_x0(start), **columns)
+
+
+def bound_rows(from_x0: Tensor, log_variance: Tensor, beta: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Rows (a, b, w, low, high, decoder) of `ops.vlb` for a learned variance, without a decoder; the first gives 0."""
+    w, high = from_x0.double() ** 2 * (-log_variance.double()).exp(), beta.double().log() - log_variance.double()
+    zero = torch.zeros_like(w)
+    rows = torch.stack((a.double(), -b.double(), w, zero, high, zero), 1)
+    rows[0, 2:] = 0
+    return rows.to(work_dtype(beta))
 
 
 def ddim_times(timesteps: int, steps: int) -> list[int]:
