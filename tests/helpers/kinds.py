@@ -41,7 +41,7 @@ class ClassNet(Net):
     def forward(  # type: ignore[override]
         self, x: Tensor, t: Tensor, classes: Tensor, drop: float = 0.5, cond_keep_mask: Tensor | None = None
     ) -> Tensor:
-        kept = torch.rand(len(x)) >= drop if cond_keep_mask is None else cond_keep_mask
+        kept = torch.rand(len(x), device=x.device) >= drop if cond_keep_mask is None else cond_keep_mask
         return super().forward(x + 0.1 * (classes * kept)[:, None, None, None], t)
 
     def forward_with_cond_scale(

@@ -7,6 +7,9 @@ import pytest
 import torch
 from diffusions import PARITY, data, same, same_calls, same_losses, seeded
 from kinds import KINDS, SIDE, ClassNet, Net, pair
+from strategies import BACKENDS, DEVICE
+
+import fastdiff
 
 SHAPE = (3, 2, SIDE, SIDE)
 CLASSES = torch.tensor([0, 3, 1])
@@ -262,10 +265,10 @@ def test_elucidated_in_one_step() -> None:
 
 def walks(kind: str) -> list[Any]:
     """What calls the methods: samplers, then a loss."""
-    x = data(1, shape=(3, 2, 6) if kind == "1d" else SHAPE)[0]
+    x, classes = data(1, shape=(3, 2, 6) if kind == "1d" else SHAPE)[0].to(DEVICE), CLASSES.to(DEVICE)
     if kind == "classes":
-        sampling = [lambda d: d.p_sample_loop(CLASSES, SHAPE), lambda d: d.ddim_sample(CLASSES, SHAPE)]
-        return [*sampling, lambda d: d(x, classes=CLASSES)]
+        sampling = [lambda d: d.p_sample_loop(classes, SHAPE), lambda d: d.ddim_sample(classes, SHAPE)]
+        return [*sampling, lambda d: d(x, classes=classes)]
     second = {"1d": lambda d: d.ddim_sample(x.shape), "elucidated": lambda d: d.sample_using_dpmpp(2)}
     first = (lambda d: d.p_sample_loop(x.shape)) if kind != "elucidated" else lambda d: d.sample(2)
     return [first, second.get(kind, first), lambda d: d(x)]
@@ -291,7 +294,27 @@ def test_every_override(kind: str, method: str) -> None:
     if kind == "classes":
         options["offset_noise_strength"] = 0.3
     for how in ("subclass", "object"):
-        both = pair(kind, method=method, how=how, **options)
+        both = [d.to(DEVICE) for d in pair(kind, method=method, how=how, **options)]
+        *sampling, loss = walks(kind)
+        for call in sampling:
+            same_calls(both, call, exact=False)
+        same_losses(both, loss)
+
+
+@pytest.mark.slow
+@pytest.mark.interpret
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton as on a GPU, where DDIM is one pass."""
+    monkeypatch.setattr("fastdiff.interop.denoising_diffusion.discrete.STOCK_ORDER", ())
+    few: dict[str, Any] = {"num_sample_steps": 3} if kind in CONTINUOUS else {"timesteps": 3}
+    if kind == "elucidated":
+        few = {}  # Heun's correction multiplies roundings by the ratio of two levels, here and in stock
+    elif kind in ("1d", "classes"):
+        few["sampling_timesteps"] = 2
+    both = [d.to(DEVICE) for d in pair(kind, **few)]
+    with fastdiff.backend(backend):
         *sampling, loss = walks(kind)
         for call in sampling:
             same_calls(both, call, exact=False)

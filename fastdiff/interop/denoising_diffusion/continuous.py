@@ -24,13 +24,14 @@ def cosine_log_snr(t: Tensor, s: float = 0.008) -> Tensor:
 class Continuous(nn.Module):
     """A diffusion with times in [0, 1], alpha^2 = sigmoid(log_snr(t)) and sigma^2 = sigmoid(-log_snr(t)).
 
-    A class of this kind has `q_sample` and `_start`, and is a class `remembered`. Its model sees log SNR, (B,).
+    A class of this kind has `p_losses` and `_start`, and is a class `remembered`. Its model sees log SNR, (B,).
 
     Args:
         log_snr: a decreasing function of times, elementwise.
     """
 
     originals: ClassVar[dict[str, Any]]
+    p_losses: Callable[..., Tensor]
     model: Any
 
     def __init__(

@@ -170,10 +170,6 @@ class GaussianDiffusion1D(Discrete):
 
     # --- training
 
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020, eq. 4); noise None draws it."""
-        return self._noised(x_start, t, torch.randn_like(x_start) if noise is None else noise)
-
     def p_losses(
         self,
         x_start: Tensor,

@@ -123,6 +123,10 @@ class Discrete(nn.Module):
         mean = self._sum(x_start, x_t, t, "posterior_mean_coef1", "posterior_mean_coef2")
         return mean, values_at(self.posterior_variance, t, x_t), values_at(self.posterior_log_variance_clipped, t, x_t)
 
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise (Ho et al. 2020, eq. 4); noise None draws it."""
+        return self._noised(x_start, t, torch.randn_like(x_start) if noise is None else noise)
+
     # --- steps; `output` gives what the model predicts at times (B,)
 
     def _loop(
