@@ -301,6 +301,33 @@ def test_every_override(kind: str, method: str) -> None:
         same_losses(both, loss)
 
 
+PASSES = {"1d": (8, 4), "classes": (8, 4), "learned": (8, 8), "continuous": (7, 7), "v": (7, 7), "elucidated": (20, 7)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is one pass, of EDM three and with DPM-Solver++ one; a loss is the noising and itself, and the bound."""
+    monkeypatch.setattr("fastdiff.interop.denoising_diffusion.discrete.STOCK_ORDER", ())
+    calls: list[str] = []
+    for name in ("update", "combine", "noising", "loss", "vlb"):
+        original = getattr(fastdiff.ops, name)
+
+        def counted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(fastdiff.ops, name, counted)
+    ours = pair(kind, **({"sampling_timesteps": 4} if kind in ("1d", "classes") else {}))[1]
+    *sampling, loss = walks(kind)
+    for call, passes in zip(sampling, PASSES[kind], strict=True):
+        calls.clear()
+        call(ours)
+        assert len(calls) == passes
+    calls.clear()
+    loss(ours)
+    assert sorted(calls) == (["loss", "noising", "vlb"] if kind == "learned" else ["loss", "noising"])
+
+
 @pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
@@ -319,6 +346,19 @@ def test_kernels(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> No
         for call in sampling:
             same_calls(both, call, exact=False)
         same_losses(both, loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["learned", "elucidated"])
+def test_compiled(kind: str) -> None:
+    """The loss is one graph, and gives what it gives uncompiled."""
+    theirs, ours = pair(kind)
+    *_, call = walks(kind)
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    (want, state), (got, our_state) = seeded(lambda: call(theirs)), seeded(lambda: compiled(ours))
+    same(got, want, exact=False)
+    assert our_state == state
 
 
 def test_other_types() -> None:
