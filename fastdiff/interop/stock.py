@@ -10,12 +10,14 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
+
+T = TypeVar("T")
 
 
 def reached(kind: type, name: str) -> dict[str, Any]:
@@ -48,6 +50,13 @@ def overridden(this: Any, originals: Mapping[str, Any]) -> bool:
     on the object alone."""
     kind, own = type(this), this.__dict__
     return any(getattr(kind, name) is not original or name in own for name, original in originals.items())
+
+
+def remembered(kind: type[T]) -> type[T]:
+    """A decorator of a class: `kind.originals` are the methods that it has now, by name, for `overridden`."""
+    members = ((name, getattr(kind, name)) for name in dir(kind))
+    kind.originals = {name: member for name, member in members if isinstance(member, FunctionType)}  # type: ignore[attr-defined]
+    return kind
 
 
 def values(tensor: Tensor) -> bytes | None:

@@ -119,7 +119,7 @@ def test_sampling(config: dict[str, Any], self_condition: bool, steps: int, eta:
     same_calls(pair, lambda d: d.ddim_sample(SHAPE, return_all_timesteps=True))
     same_calls(pair, lambda d: d.sample(2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused.diffusion, "STOCK_ORDER", ())
+        patch.setattr(fused.discrete, "STOCK_ORDER", ())
         same_calls(pair, lambda d: d.ddim_sample(SHAPE, return_all_timesteps=True), exact=False)
     x1, x2 = data(2)
     same_calls(pair, lambda d: d.interpolate(x1, x2, t=steps, lam=0.3))
@@ -239,7 +239,7 @@ def test_compiled() -> None:
 def test_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU to the bit, also of many steps; by Triton to rounding, DDIM in one pass."""
     exact = backend == "cpu"
-    monkeypatch.setattr(fused.diffusion, "STOCK_ORDER", ("cpu",) if exact else ())
+    monkeypatch.setattr(fused.discrete, "STOCK_ORDER", ("cpu",) if exact else ())
     config = {"timesteps": 30, "sampling_timesteps": 20} if exact else {"timesteps": 3, "sampling_timesteps": 2}
     pair, x = [d.to(DEVICE) for d in both(**config, ddim_sampling_eta=0.5)], data(1)[0].to(DEVICE)
     with fastdiff.backend(backend):

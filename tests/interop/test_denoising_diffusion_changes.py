@@ -12,7 +12,7 @@ import torch
 from diffusions import SHAPE, SIZE, Net, both, data, same_calls, same_losses, seeded, stock
 from torch import Tensor, nn
 
-from fastdiff.interop.denoising_diffusion import GaussianDiffusion, diffusion
+from fastdiff.interop.denoising_diffusion import GaussianDiffusion, discrete
 
 # --- what differs, and what subclasses do ---------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ def test_every_override(method: str, objective: str, how: str, monkeypatch: pyte
     same_calls(pair, lambda d: d.p_sample_loop(SHAPE), exact=False)
     same_calls(pair, lambda d: d.ddim_sample(SHAPE), exact=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion, "STOCK_ORDER", ())
+        patch.setattr(discrete, "STOCK_ORDER", ())
         same_calls(pair, lambda d: d.ddim_sample(SHAPE), exact=False)
     same_calls(pair, lambda d: d.model_predictions(x, t, None, True, True), exact=False)
     same_losses(pair, lambda d: d.p_losses(x, t, z.clone()))

@@ -3,6 +3,7 @@
 `start` is (a, b) of x_0 = a x - b output, or () if the output is x_0 itself.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -63,10 +64,33 @@ def noise_rows(recip: Tensor) -> Tensor:
     return make_rows(recip, work_dtype(recip), x0_from_x=recip, x0_from_pred=-1.0, from_x0=1.0)
 
 
+def denoised_rows(c_skip: Tensor, c_out: Tensor) -> Tensor:
+    """c_skip x + c_out output."""
+    return make_rows(c_skip, work_dtype(c_skip), x0_from_x=c_skip, x0_from_pred=c_out, from_x0=1.0)
+
+
 def ancestral_rows(from_x0: Tensor, from_x: Tensor, log_variance: Tensor, *start: Tensor) -> Tensor:
     """from_x0 x_0 + from_x x + std z of x and the output."""
     std = (0.5 * log_variance).exp()
     return make_rows(from_x0, work_dtype(from_x0), **_x0(start), from_x0=from_x0, from_x=from_x, noise=std)
+
+
+def ancestral_rows_of_range(
+    from_x0: Tensor, from_x: Tensor, log_variance: Tensor, beta: Tensor, *start: Tensor
+) -> Tensor:
+    """The same with a learned variance, between exp(log_variance) and beta."""
+    low, high = 0.5 * log_variance, 0.5 * beta.log()
+    columns = {"from_x0": from_x0, "from_x": from_x, "noise": low, "noise_high": high}
+    return make_rows(from_x0, work_dtype(from_x0), **_x0(start), **columns)
+
+
+def bound_rows(from_x0: Tensor, log_variance: Tensor, beta: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Rows (a, b, w, low, high, decoder) of `ops.vlb` for a learned variance, without a decoder; the first gives 0."""
+    w, high = from_x0.double() ** 2 * (-log_variance.double()).exp(), beta.double().log() - log_variance.double()
+    zero = torch.zeros_like(w)
+    rows = torch.stack((a.double(), -b.double(), w, zero, high, zero), 1)
+    rows[0, 2:] = 0
+    return rows.to(work_dtype(beta))
 
 
 def ddim_times(timesteps: int, steps: int) -> list[int]:
@@ -81,16 +105,22 @@ def ddim_rows(times: list[int], eta: float, alpha_bar: Tensor) -> Tensor:
 
 
 def ddim_rows_of_output(
-    times: list[int], eta: float, alpha_bar: Tensor, recip: Tensor, recipm1: Tensor, *start: Tensor
+    times: list[int], eta: float, derived: bool, alpha_bar: Tensor, recip: Tensor, recipm1: Tensor, *start: Tensor
 ) -> Tensor:
-    """The same in one pass from x and the output, one row per step. The last step gives x_0."""
+    """The same in one pass from x and the output, one row per step. The last step gives x_0.
+
+    derived: eps is that of x_0; else it is the output.
+    """
     root, direction, sigma = _ddim_terms(times, eta, alpha_bar)
+    x0 = _x0(tuple(column[times[:-1]] for column in start))
+    make = functools.partial(make_rows, alpha_bar[times[:-1]], work_dtype(alpha_bar), **x0, noise=F.pad(sigma, (0, 1)))
+    if not derived:
+        return make(from_x0=F.pad(root, (0, 1), value=1.0), from_pred=F.pad(direction, (0, 1)))
     # eps = (recip x - x_0) / recipm1. The column of x_0 is then a difference of numbers near 1.
     k = direction.double() / recipm1[times[:-2]].double()
     from_x0 = F.pad(root.double() - k, (0, 1), value=1.0)
     from_x = F.pad(k * recip[times[:-2]].double(), (0, 1))
-    x0 = _x0(tuple(column[times[:-1]] for column in start))
-    return make_rows(from_x0, work_dtype(alpha_bar), **x0, from_x0=from_x0, from_x=from_x, noise=F.pad(sigma, (0, 1)))
+    return make(from_x0=from_x0, from_x=from_x)
 
 
 def _ddim_terms(times: list[int], eta: float, alpha_bar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
