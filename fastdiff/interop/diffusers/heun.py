@@ -49,7 +49,7 @@ class HeunDiscreteScheduler(
         first, halves, second = self._table("steps", build, (self.sigmas,), device, prediction, clip is None)
         if self.dt is None:
             prev_sample, x0 = two_results(sample, model_output, first, i, dtypes, clip)
-            self._halfway = ops.combine(in_float32(sample), model_output, halves, i, clip=clip)
+            self._halfway = ops.update(in_float32(sample), model_output, halves, i, noisy=False, clip=clip)
             self.dt, self.sample = self.sigmas[i + 1] - self.sigmas[i], sample
         else:
             prev_sample, x0 = two_results(sample, model_output, second, i, dtypes, clip, noise=self._halfway)
