@@ -8,7 +8,9 @@ from .common import Generators
 from .sigmas import ChurningScheduler, x0_from_sigma
 
 
-class EulerDiscreteScheduler(ChurningScheduler, diffusers.EulerDiscreteScheduler, stock=diffusers.EulerDiscreteScheduler):
+class EulerDiscreteScheduler(
+    ChurningScheduler, diffusers.EulerDiscreteScheduler, stock=diffusers.EulerDiscreteScheduler
+):
     """diffusers.EulerDiscreteScheduler on the fused operations; see the package.
 
         x_s = x_t + (sigma_s - sigma_t)/sigma_t (x_t - x_0)

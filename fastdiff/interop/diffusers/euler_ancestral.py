@@ -10,7 +10,9 @@ from .sigmas import VarianceExplodingScheduler, derivative_rows, two_results, x0
 
 
 class EulerAncestralDiscreteScheduler(
-    VarianceExplodingScheduler, diffusers.EulerAncestralDiscreteScheduler, stock=diffusers.EulerAncestralDiscreteScheduler
+    VarianceExplodingScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+    stock=diffusers.EulerAncestralDiscreteScheduler,
 ):
     """diffusers.EulerAncestralDiscreteScheduler on the fused operations; see the package.
 

@@ -1,4 +1,4 @@
-"""What the schedulers that count their steps share: the place in self.timesteps, levels in sigmas, a step in one pass."""
+"""What the schedulers that count their steps share: places in self.timesteps, sigmas, a step in one pass."""
 
 import functools
 import warnings
