@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from schedulers import COUNTING, PARITY, SPACINGS, both, draw, noised, seeded
+from schedulers import COUNTING, PARITY, SPACINGS, both, draw, noised, seeded, small_unet
 from torch import Tensor
 
 import fastdiff
@@ -316,6 +316,23 @@ def test_a_reminder_of_scale_model_input(caplog: pytest.LogCaptureFixture) -> No
                 logger.removeHandler(caplog.handler)
                 assert sum("scale_model_input" in r.message for r in caplog.records) == expected
                 s.scale_model_input(x, s.timesteps[1])
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_accelerate_picks_them(name: str) -> None:
+    """In the middle of a run, with their count and tables; restore puts stock's back."""
+    runs = []
+    for change in (lambda pipeline: None, fastdiff.accelerate, fastdiff.restore):
+        pipeline = diffusers.DDPMPipeline(small_unet(), both(name, 10)[change is fastdiff.restore])
+        x, generator = draw(seeded(0))[0], seeded(1)
+        for i, t in enumerate(pipeline.scheduler.timesteps[2:5]):
+            if i == 2:
+                change(pipeline)
+            x = step(pipeline.scheduler, 0.1 * x, t, x, generator).prev_sample
+        library = fused if change is fastdiff.accelerate else diffusers
+        assert type(pipeline.scheduler) is getattr(library, name)
+        runs.append(x)
+    assert max(worst(x, runs[0]) for x in runs[1:]) <= PARITY
 
 
 # --- changes, gradients, noise ------------------------------------------------------------------------------------

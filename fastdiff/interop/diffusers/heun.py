@@ -70,7 +70,7 @@ class HeunDiscreteScheduler(
 
     def _hand_over(self) -> None:
         """Leave a second half to stock's step."""
-        if self._halfway is not None and self.dt is not None:
+        if self._halfway is not None and self.sample is not None and self.dt is not None:
             self.prev_derivative = (self._halfway - self.sample) * (2 / self.dt)
         self._halfway = None
 

@@ -64,13 +64,14 @@ class LCMScheduler(CountingScheduler, LevelScheduler, diffusers.LCMScheduler, st
             last = torch.arange(len(t), device=t.device) == count - 1
             c_skip, c_out = self.get_scalings_for_boundary_condition_discrete(t)
             share = torch.where(last, 1.0, alpha_prev)
+            one = torch.ones_like(alpha)
             from_x, from_pred, scale = {
-                "epsilon": (1.0, -sigma, 1 / alpha),
-                "sample": (0.0, 1.0, torch.ones_like(alpha)),
-                "v_prediction": (alpha, -sigma, torch.ones_like(alpha)),
+                "epsilon": (one, -sigma, 1 / alpha),
+                "sample": (0 * one, one, one),
+                "v_prediction": (alpha, -sigma, one),
             }[prediction]
             if clipped:  # then the bracket must be x_0 itself; else the fewer roundings, the better
-                from_x, from_pred, scale = from_x * scale, from_pred * scale, torch.ones_like(alpha)
+                from_x, from_pred, scale = from_x * scale, from_pred * scale, one
             return make_rows(
                 alpha, torch.float32, x0_from_x=from_x, x0_from_pred=from_pred,
                 from_x0=share * c_out * scale, from_x=share * c_skip, noise=(1 - alpha_bar_prev).sqrt(),

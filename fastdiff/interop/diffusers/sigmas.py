@@ -54,7 +54,7 @@ class SigmaScheduler(CountingScheduler):
         """What multiplies x_0 and the noise at the levels."""
         return torch.ones_like(sigmas), sigmas
 
-    def _noised(self, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def _noised(self, x: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """x_0 with noise at the timesteps' places in self.timesteps, or at the current step of a pipeline."""
         if not (isinstance(self.sigmas, Tensor) and isinstance(timesteps, Tensor) and addable(x, noise)):
             return NotImplemented
