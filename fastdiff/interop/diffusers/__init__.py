@@ -34,8 +34,8 @@ Differences from stock, all of them defects there:
     - variance_type "fixed_large_log" gives what "fixed_large" gives. Stock takes the root of a logarithm: NaN.
     - bfloat16 and float16 are computed in float32; x_0 and the result are rounded once. In stock's bfloat16 add_noise
       alpha_bar rounds to 1 for t = 0 to 9 of the default schedule, so no noise is added at all.
-    - Heun's second half takes the distance of x from x_0 out of the prediction. Stock takes it from the rounded x_0, and
-      dt / (2 sigma) of the step before makes the rounding larger.
+    - Heun's second half takes the distance of x from x_0 out of the prediction. Stock takes it from the rounded x_0,
+      and multiplies its rounding by dt / (2 sigma).
     - A timestep below 0 is an error (NaN on a GPU). Stock counts it from the end of the schedule.
 
 EulerDiscreteScheduler.get_velocity is stock's, and looks up alphas_cumprod by the place in self.timesteps, a defect.

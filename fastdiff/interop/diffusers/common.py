@@ -148,10 +148,11 @@ def or_stock(ours: Any, kind: type, name: str, used: dict[str, Any]) -> Any:
 
 def alike(*tensors: Tensor) -> bool:
     """Whether a fused step takes them: floating tensors of one shape, with a batch, on one device."""
-    first = tensors[0]
-    return first.ndim > 0 and all(
-        t.shape == first.shape and t.device == first.device and t.dtype in FLOATING for t in tensors
-    )
+    shape, device = tensors[0].shape, tensors[0].device
+    for t in tensors:  # no generator: this comes with every step
+        if t.dtype not in FLOATING or t.shape != shape or t.device != device:
+            return False
+    return len(shape) > 0
 
 
 def addable(x: Tensor, noise: Tensor) -> bool:

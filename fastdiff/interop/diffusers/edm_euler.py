@@ -18,6 +18,8 @@ class EDMEulerScheduler(ChurningScheduler, diffusers.EDMEulerScheduler, stock=di
     Reference: Karras et al. 2022, arXiv:2206.00364, eq. 7 and algorithm 2 without its second half.
     """
 
+    predictions = ("epsilon", "v_prediction")
+
     def step(
         self,
         model_output: Tensor,
@@ -40,7 +42,10 @@ class EDMEulerScheduler(ChurningScheduler, diffusers.EDMEulerScheduler, stock=di
         prev_sample, x0 = results
         return EDMEulerSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
 
-    def _x0_columns(self, sigma: Tensor, sigma_hat: Tensor) -> tuple[Tensor | float, Tensor | float] | None:
-        sign = {"epsilon": 1, "v_prediction": -1}.get(self.config.prediction_type)
+    def _x0_columns(self, sigma: Tensor, sigma_hat: Tensor) -> tuple[Tensor | float, Tensor | float]:
         data, total = self.config.sigma_data, sigma_hat**2 + self.config.sigma_data**2
-        return None if sign is None else (data**2 / total, sign * sigma_hat * data / total**0.5)
+        sign = 1 if self.config.prediction_type == "epsilon" else -1
+        return data**2 / total, sign * sigma_hat * data / total**0.5
+
+    def _scale(self) -> float:
+        return self.config.sigma_data

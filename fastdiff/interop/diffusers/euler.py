@@ -5,7 +5,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from .common import Generators
-from .sigmas import ChurningScheduler, x0_from_sigma
+from .sigmas import SAMPLE, ChurningScheduler
 
 
 class EulerDiscreteScheduler(
@@ -17,6 +17,8 @@ class EulerDiscreteScheduler(
 
     Reference: Karras et al. 2022, arXiv:2206.00364, algorithm 2 without its second half.
     """
+
+    predictions = ("epsilon", "v_prediction", *SAMPLE)
 
     def step(
         self,
@@ -36,6 +38,3 @@ class EulerDiscreteScheduler(
             return results
         prev_sample, x0 = results
         return EulerDiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
-
-    def _x0_columns(self, sigma: Tensor, sigma_hat: Tensor) -> tuple[Tensor | float, Tensor | float] | None:
-        return x0_from_sigma(self.config.prediction_type, sigma, sigma_hat)

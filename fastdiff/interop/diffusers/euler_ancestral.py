@@ -43,7 +43,7 @@ class EulerAncestralDiscreteScheduler(
             sigma, to = self.sigmas[:-1], self.sigmas[1:]
             up = (to**2 * (sigma**2 - to**2) / sigma**2) ** 0.5
             share = ((to**2 - up**2) ** 0.5 - sigma).double() / sigma
-            a, b = x0_from_sigma(prediction, sigma.double(), sigma.double())  # type: ignore[misc]
+            a, b = x0_from_sigma(prediction, sigma.double(), sigma.double())
             return derivative_rows(a, b, share, noise=up, kept_from_x0=1.0).to(device)
 
         device = sample.device

@@ -57,8 +57,12 @@ class FlowMatchEulerDiscreteScheduler(
         device, stochastic = sample.device, self.config.stochastic_sampling
         rows = self._table("steps", build, (self.sigmas,), device, stochastic)
         noise = self._noise(in_float32(sample), generator, i) if stochastic else {"noisy": False}
-        x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
-        prev_sample = ops.update(x, model_output, rows, i, **noise).to(model_output.dtype)
+        dtype, x = model_output.dtype, sample
+        if x.dtype != dtype:
+            x = x.to(torch.promote_types(x.dtype, dtype))
+        prev_sample = ops.update(x, model_output, rows, i, **noise)
+        if x.dtype != dtype:
+            prev_sample = prev_sample.to(dtype)
         self._step_index += 1
         if not return_dict:
             return (prev_sample,)

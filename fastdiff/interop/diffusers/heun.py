@@ -82,7 +82,7 @@ class HeunDiscreteScheduler(
         """
         sigma = self.sigmas[:-1].double()
         dt = self.sigmas[1:] - sigma
-        a, b = x0_from_sigma(self.config.prediction_type, sigma, sigma)  # type: ignore[misc]
+        a, b = x0_from_sigma(self.config.prediction_type, sigma, sigma)
         make = functools.partial(derivative_rows, a, b, clipped=clipped)
         first, halves = make(dt / sigma, kept_from_x0=1.0), make(dt / sigma / 2)
         second = make(dt.roll(1) / sigma / 2, x=0.0, noise=1.0, kept_from_x0=1.0)

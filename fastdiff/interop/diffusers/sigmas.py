@@ -97,7 +97,7 @@ class VarianceExplodingScheduler(SigmaScheduler):
 
 
 class ChurningScheduler(VarianceExplodingScheduler):
-    """Euler's rule, after churning, along dx/dsigma = (x - x_0)/sigma. `_x0_columns` says how x_0 is predicted.
+    """Euler's rule, after churning, along dx/dsigma = (x - x_0)/sigma.
 
         sigma^ = (1 + gamma) sigma
         x^     = x + s_noise sqrt(sigma^2 - sigma^2) z
@@ -108,9 +108,15 @@ class ChurningScheduler(VarianceExplodingScheduler):
     Reference: Karras et al. 2022, arXiv:2206.00364, algorithm 2 without its second half.
     """
 
-    def _x0_columns(self, sigma: Tensor, sigma_hat: Tensor) -> tuple[Tensor | float, Tensor | float] | None:
-        """(x0_from_x, x0_from_pred) of the steps, or None for a prediction that stock refuses."""
-        raise NotImplementedError
+    predictions: tuple[str, ...]  # those that stock does not refuse
+
+    def _x0_columns(self, sigma: Tensor, sigma_hat: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """(x0_from_x, x0_from_pred) of the steps."""
+        return x0_from_sigma(self.config.prediction_type, sigma, sigma_hat)
+
+    def _scale(self) -> float | None:
+        """What `_x0_columns` depends on beside the prediction."""
+        return None
 
     def _euler(
         self,
@@ -121,22 +127,21 @@ class ChurningScheduler(VarianceExplodingScheduler):
         generator: Generators,
     ) -> tuple[Tensor, Tensor]:
         """(x', x_0); NotImplemented if stock's step must run."""
-        if not self._takes(model_output, timestep, sample):
+        prediction = self.config.prediction_type
+        if prediction not in self.predictions or not self._takes(model_output, timestep, sample):
             return NotImplemented
-        if self._x0_columns(self.sigmas, self.sigmas) is None:
-            return NotImplemented  # stock's error
         self._remind_of_scaling()
         i = self._place(timestep)
         if i + 1 >= len(self.sigmas):
             return NotImplemented  # stock's error
-        device, key = sample.device, (self.config.prediction_type, self.config.get("sigma_data"), *churn)
+        device, sigmas = sample.device, self.sigmas
         build = functools.partial(self._steps, device, *churn)
-        rows, churning, churned = self._table("steps", build, (self.sigmas,), device, *key)
+        rows, churning, churned = self._table("steps", build, (sigmas,), device, prediction, self._scale(), churn)
         if churned[i]:
             noise = self._noise(model_output, generator, i)
             sample = ops.update(in_float32(sample), model_output, churning, i, **noise)
         dtype = model_output.dtype
-        x0_dtype = dtype if self.config.prediction_type in SAMPLE else torch.promote_types(dtype, torch.float32)
+        x0_dtype = dtype if prediction in SAMPLE else torch.promote_types(dtype, torch.float32)
         prev_sample, x0 = two_results(sample, model_output, rows, i, (dtype, x0_dtype))
         self._step_index += 1
         return prev_sample, x0
@@ -149,7 +154,7 @@ class ChurningScheduler(VarianceExplodingScheduler):
         gamma = min(s_churn / (len(self.sigmas) - 1), 2**0.5 - 1)
         within = (s_tmin <= sigma) & (sigma <= s_tmax) & (gamma > 0)
         sigma_hat = torch.where(within, sigma * (gamma + 1), sigma)
-        a, b = self._x0_columns(sigma, sigma_hat)  # type: ignore[misc]
+        a, b = self._x0_columns(sigma, sigma_hat)
         rows = derivative_rows(a, b, (sigma_next - sigma_hat) / sigma_hat, kept_from_x0=1.0)
         std = s_noise * (sigma_hat**2 - sigma**2) ** 0.5
         churning = make_rows(sigma, torch.float32, from_x=1.0, noise=std)
@@ -170,15 +175,13 @@ def derivative_rows(
     return make_rows(share, torch.float32, x0_from_x=a, x0_from_pred=b, **others)
 
 
-def x0_from_sigma(prediction: str, sigma: Tensor, sigma_hat: Tensor) -> tuple[Tensor | float, Tensor | float] | None:
+def x0_from_sigma(prediction: str, sigma: Tensor, sigma_hat: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """(x0_from_x, x0_from_pred) where x = x_0 + sigma noise. Like stock, v is read at the level before the churning."""
     if prediction in SAMPLE:
         return 0.0, 1.0
     if prediction == "epsilon":
         return 1.0, -sigma_hat
-    if prediction == "v_prediction":
-        return 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5
-    return None
+    return 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5
 
 
 def in_float32(x: Tensor) -> Tensor:
@@ -200,7 +203,8 @@ def two_results(
     If gradients are wanted, it takes an operation for each of them: none with two results has a gradient.
     """
     noise = noise or {"noisy": False}
-    x = x.to(torch.promote_types(x.dtype, pred.dtype))
+    if x.dtype != pred.dtype:
+        x = x.to(torch.promote_types(x.dtype, pred.dtype))
     if wants_gradient(x, pred, *noise.values()) or transforms.active():
         row, history = columns(rows), history_columns(rows)
         mixing = make_rows(
@@ -209,6 +213,7 @@ def two_results(
         )  # fmt: skip
         kept = ops.combine(in_float32(x), pred, mixing, i, clip=clip)
         return ops.update(x, pred, rows, i, clip=clip, **noise).to(dtypes[0]), kept.to(dtypes[1])
-    out, kept = torch.empty_like(x), torch.empty_like(x, dtype=dtypes[1])
+    out = torch.empty_like(x)
+    kept = torch.empty_like(x) if x.dtype == dtypes[1] else torch.empty_like(x, dtype=dtypes[1])
     ops.update(x, pred, rows, i, hist=kept, keep="new mix", clip=clip, out=out, **noise)
-    return out.to(dtypes[0]), kept
+    return out if x.dtype == dtypes[0] else out.to(dtypes[0]), kept
