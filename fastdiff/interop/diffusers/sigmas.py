@@ -137,7 +137,7 @@ class ChurningScheduler(VarianceExplodingScheduler):
         device, sigmas = sample.device, self.sigmas
         build = functools.partial(self._steps, device, *churn)
         rows, churning, churned = self._table("steps", build, (sigmas,), device, prediction, self._scale(), churn)
-        if churned[i]:
+        if churned and churned[i]:
             noise = self._noise(model_output, generator, i)
             sample = ops.update(in_float32(sample), model_output, churning, i, **noise)
         dtype = model_output.dtype
@@ -158,7 +158,7 @@ class ChurningScheduler(VarianceExplodingScheduler):
         rows = derivative_rows(a, b, (sigma_next - sigma_hat) / sigma_hat, kept_from_x0=1.0)
         std = s_noise * (sigma_hat**2 - sigma**2) ** 0.5
         churning = make_rows(sigma, torch.float32, from_x=1.0, noise=std)
-        return rows.to(device), churning.to(device), within.tolist()
+        return rows.to(device), churning.to(device), within.tolist() if gamma > 0 else []  # a compiler cannot read it
 
 
 def derivative_rows(
