@@ -335,6 +335,27 @@ def test_accelerate_picks_them(name: str) -> None:
     assert max(worst(x, runs[0]) for x in runs[1:]) <= PARITY
 
 
+@pytest.mark.parametrize("name", [EULER, ANCESTRAL, LCM])
+def test_a_dit_pipeline_gives_the_same_images(name: str) -> None:
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, out_channels=4, num_layers=1, norm_num_groups=2, sample_size=4,
+        num_embeds_ada_norm=1000,
+    ).eval()  # fmt: skip
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, layers_per_block=1, sample_size=4).eval()
+    images = []
+    for change in (lambda pipeline: None, fastdiff.accelerate):
+        pipeline = diffusers.DiTPipeline(transformer, vae, both(name)[0])
+        pipeline.set_progress_bar_config(disable=True)
+        change(pipeline)
+        torch.manual_seed(5)  # the pipeline gives its steps no generator
+        call = pipeline([1, 2], generator=seeded(0), num_inference_steps=4, output_type="np")
+        images.append(torch.from_numpy(call.images))
+    assert type(pipeline.scheduler) is getattr(fused, name)
+    torch.testing.assert_close(images[1], images[0], rtol=0, atol=1e-4)
+    assert float(images[0].std()) > 0.01
+
+
 # --- changes, gradients, noise ------------------------------------------------------------------------------------
 
 
