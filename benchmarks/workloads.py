@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from fastdiff import ops, reference
 from fastdiff.ddpm import DDPM
 from fastdiff.diffusion import kept_noise
-from fastdiff.process import grid
-from fastdiff.schedule import linear
+from fastdiff.schedule import grid, linear
 from fastdiff.steps import ancestral
 from fastdiff.unet import UNet
 
@@ -327,7 +326,8 @@ def _with_gradient(value: Tensor, net: nn.Module) -> tuple[Tensor, Tensor]:
 def sampling(batch: int, sampler: str, steps: int, device: torch.device, name: str = "small") -> Rows:
     """Images from a U-Net in `steps` steps with T = steps; the sampler is "ddpm" or "ddim".
 
-    Two more rows are the library's: "channels_last", by the layout of its network, and "compiled" by DDPM.compile.
+    Three more rows are the library's: "channels_last", by the layout of its network, "compiled" by DDPM.compile, and
+    "bfloat16" by sample(dtype=).
     """
     net = network(device, name).eval()
     wide = copy.deepcopy(net).double()
@@ -336,21 +336,23 @@ def sampling(batch: int, sampler: str, steps: int, device: torch.device, name: s
     x_T = torch.randn(shape, generator=random, device=device)
     noise = torch.randn((steps, *shape), generator=random, device=device)
 
-    def check(row: str, got: Tensor) -> None:
+    def check(row: str, got: Tensor, dtype: torch.dtype = torch.float32) -> None:
         """Check the first sample alone: a network in float64 is slow."""
         oracle = DDPM(wide, timesteps=steps).to(device)
         given = noise[:, :1].double() if sampler == "ddpm" else None
         want = oracle.sample((1, *shape[1:]), sampler=sampler, x_T=x_T[:1].double(), noise=given)
-        agree(f"sampling {sampler} {row}", [got[:1]], [want], network_bound(torch.float32, device))
+        agree(f"sampling {sampler} {row}", [got[:1]], [want], network_bound(dtype, device))
 
-    def own(row: str, net: UNet) -> Row:
+    def own(row: str, net: UNet, dtype: torch.dtype | None = None) -> Row:
         ddpm = DDPM(net, timesteps=steps).to(device)
         if row == "compiled":
             ddpm.compile()
         given = noise if sampler == "ddpm" else None
         return Row(
-            lambda: ddpm.sample(shape, sampler=sampler),
-            lambda: check(row, ddpm.sample(shape, sampler=sampler, x_T=x_T, noise=given)),
+            lambda: ddpm.sample(shape, sampler=sampler, dtype=dtype),
+            lambda: check(
+                row, ddpm.sample(shape, sampler=sampler, x_T=x_T, noise=given, dtype=dtype), dtype or x_T.dtype
+            ),
         )
 
     def eager(row: str) -> Row:
@@ -363,4 +365,5 @@ def sampling(batch: int, sampler: str, steps: int, device: torch.device, name: s
     laid = copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = {"fused": own("fused", net), "channels_last": own("channels_last", laid)}
     rows["compiled"] = own("compiled", copy.deepcopy(net))
+    rows["bfloat16"] = own("bfloat16", net, torch.bfloat16)
     return rows | {row: eager(row) for row in ("reference", "compile")}

@@ -1,4 +1,4 @@
-"""What the modules of a U-Net take that does not depend on the image, made before it; see nn.Ahead.
+"""What the modules of a U-Net take that does not depend on the image, made before it; see fused.Ahead.
 
 Resnet blocks take their shares of the time embedding, from one product for all of them. And where the norm is one
 kernel, no bias is added to a map in a pass of its own. A map goes without it, and owes it: a number for each channel,
@@ -44,12 +44,13 @@ def project(net: Any, emb: Tensor) -> Tensor | None:
     """
     blocks = [reader for reader in net.readers() if isinstance(reader, ResnetBlock)]
     layers = [block.time_emb_proj for block in blocks]
-    convolutions = [block.conv1 for block in blocks if not block.scale_shift]
+    convolutions: list[Any] = [block.conv1 for block in blocks if not block.scale_shift]
     if not (all(map(adds_bias, convolutions)) and all(map(is_linear, layers))):
         return None
     bias = torch.cat([layer.bias for layer in layers])
     if convolutions:
-        bias = bias + torch.cat([layer.bias for layer in convolutions])
+        # Times 1: the two halves of a sum get one gradient, which an optimizer would clip or sum twice in place.
+        bias = bias + torch.cat([layer.bias for layer in convolutions]) * 1
     return F.linear(emb, torch.cat([layer.weight for layer in layers]), bias)
 
 
@@ -68,7 +69,8 @@ def owed(net: Any) -> Tensor | None:
 
     def through(reader: Any) -> Tensor:
         found.append(now)
-        after: Tensor = reader.conv.bias if isinstance(reader, Downsample | Upsample) else reader.owes(now)
+        after: Tensor
+        after = reader.conv.bias if type(reader) in (Downsample, Upsample) else reader.owes(now)
         return after
 
     for level in net.levels():

@@ -147,6 +147,13 @@ class LossSecondMoment(nn.Module):
         index = torch.multinomial(p, batch, replacement=True)
         return index + 1, 1 / (len(p) * p[index])
 
+    def sample_at(self, quantiles: Tensor) -> tuple[Tensor, Tensor]:
+        """As `sample`, at given quantiles (batch,) in [0, 1) of the distribution of the levels."""
+        p = self.probabilities()
+        ends = p.double().cumsum(0)
+        index = torch.searchsorted(ends, quantiles.double() * ends[-1], right=True).clamp(max=len(p) - 1)
+        return index + 1, 1 / (len(p) * p[index])
+
     @torch.no_grad()
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Note the losses (B,) of the levels t (B,) in 1..T, without weights and in the order of the batch.

@@ -32,6 +32,7 @@ from .graphs import (
 )
 from .guidance import Pair
 from .sampling import Operands, Run, Steps, advance, conditions, given_noise
+from .support.sharded import is_sharded
 
 
 class CapturedSteps:
@@ -150,6 +151,8 @@ def what_forbids(denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -
     reason = what_forbids_here(denoiser.device) or what_forbids_model(denoiser.model, denoiser.device)
     if reason is None and not batch:
         return "at least one sample, got none"
+    if reason is None and is_sharded(denoiser):
+        return "a model that FSDP does not split"
     if reason is None and wrong:
         return f"tensors and plain values as arguments of the model, got {wrong[0]}"
     return reason

@@ -44,6 +44,7 @@ class ChainDiffusion(Diffusion):
     process: Chain
     weighting: str = settable("weighting")
     _starts_at_data = True
+    _rows_are_levels = True
     _named: tuple[str, NoiseSchedule] | None = None
 
     def __init__(
@@ -201,6 +202,9 @@ class ChainDiffusion(Diffusion):
     def _q_posterior_table(self) -> Tensor:
         on_x0, on_x, variance = self.schedule.posterior(self._levels(), self._levels() - 1)
         return make_rows(on_x, from_x=on_x, from_pred=on_x0, noise=variance)
+
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        return 1 + (quantiles.double() * self.timesteps).long().clamp(max=self.timesteps - 1)
 
     def checked_times(self, name: str, x: Tensor, t: Any) -> Tensor:
         """(B,) int64 levels in 1..T for the data x; uniformly drawn if t is None. ValueError or TypeError as there."""

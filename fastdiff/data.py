@@ -1,5 +1,4 @@
-"""Training images live in fastdiff.training.data; this old path keeps working."""
+"""Training data, under a short name: all of fastdiff.training.data."""
 
-from fastdiff.training.data import Images, digits, folder, save_grid
-
-__all__ = ["Images", "digits", "folder", "save_grid"]
+from fastdiff.training.data import *  # noqa: F403
+from fastdiff.training.data import __all__ as __all__

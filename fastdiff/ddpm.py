@@ -179,16 +179,18 @@ class DDPM(ChainDiffusion):
     def _loss(
         self, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor,
         seed: int | Tensor | None, noise: Tensor | None, reduction: str, kind: str | None = None,
+        ids: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         if self.loss_kind in ops.LOSSES:
-            return super()._loss(pred, raw, x_t, x0, t, seed, noise, reduction)
+            return super()._loss(pred, raw, x_t, x0, t, seed, noise, reduction, ids=ids)
         hybrid = self.loss_kind == "hybrid"
         rows = self._table("bound", pred.dtype, t.device)
         nats = ops.vlb(pred, x_t, x0, t, rows, raw_variance=raw, detach_mean=hybrid, reduction=reduction)
         bits = nats * (self.timesteps / math.log(2))
         if not hybrid:
             return bits
-        return super()._loss(pred, raw, x_t, x0, t, seed, noise, reduction, "mse") + HYBRID_WEIGHT * bits
+        simple = super()._loss(pred, raw, x_t, x0, t, seed, noise, reduction, "mse", ids)
+        return simple + HYBRID_WEIGHT * bits
 
     def p_sample(
         self,

@@ -18,6 +18,7 @@ from .rows import make_rows
 from .steps import VARIANCES, denoise_rows
 from .support import modes, transforms
 from .support.settable import settable
+from .support.sharded import is_sharded
 
 
 class Prediction(NamedTuple):
@@ -178,8 +179,11 @@ class Denoiser(nn.Module):
     def time_arguments(self, condition: Tensor) -> dict[str, Tensor]:
         """What the model computes ahead of a loop from the conditions (N,), see fastdiff.sampling; {} if nothing.
 
-        A copy of another type takes it from the model that it is a copy of: in float32, rounded once.
+        A copy of another type takes it from the model that it is a copy of: in float32, rounded once. Weights that FSDP
+        splits are whole within the model's forward alone, which then computes it.
         """
+        if is_sharded(self):
+            return {}
         declared = getattr(self.__dict__.get("_original", self).model, "time_arguments", None)
         computed: dict[str, Tensor] = {} if declared is None else declared(condition)
         dtype = self.parameter_dtype
@@ -218,7 +222,7 @@ class Denoiser(nn.Module):
         check_floating(name, x)
         last = self.process.last
         if t is None:
-            return self.draw_times(x)
+            return self.times_at(torch.rand(x.shape[:1], dtype=torch.float64, device=x.device))
         if not isinstance(t, Tensor):
             if isinstance(t, bool) or not isinstance(t, Real):
                 raise TypeError(f"t: expected a number or a tensor, got {type(t).__name__}")
@@ -236,10 +240,10 @@ class Denoiser(nn.Module):
             raise ValueError(f"t: expected times in (0, {last:g}], got {t}")
         return t.double().expand(len(x))
 
-    def draw_times(self, x: Tensor) -> Tensor:
-        """(B,) float64 times to train on the data x at: uniform over [first, last] of the process."""
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        """The times (B,) at quantiles (B,) in [0, 1) of the distribution that training draws them from."""
         first, last = self.process.first, self.process.last
-        return first + (last - first) * torch.rand(x.shape[:1], dtype=torch.float64, device=x.device)
+        return first + (last - first) * quantiles.double()
 
     def denoise_rows(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(rows, the row of each sample) that make x0hat of x_t and pred, for the times t (B,) and data of a type."""

@@ -33,6 +33,7 @@ from .sampling import Callback, Noise, Run, StepOptions, Steps
 from .steps import Sampler, StepTable, ddim_inversion, make_steps
 from .support.scalars import as_number, integer
 from .support.settable import settable
+from .support.sharded import as_forward
 
 
 class Diffusion(Denoiser, ABC):
@@ -79,6 +80,7 @@ class Diffusion(Denoiser, ABC):
         *,
         t: float | Tensor | None = None,
         seed: int | Tensor | None = None,
+        sample_ids: Tensor | Iterable[int] | None = None,
         noise: Tensor | None = None,
         reduction: str = "mean",
         **model_kwargs: Any,
@@ -89,6 +91,7 @@ class Diffusion(Denoiser, ABC):
             x0: (B, ...), data.
             t: times of the samples, a number, () or (B,); drawn if None.
             seed, noise: of x_t; drawn if None.
+            sample_ids: (B,), the number of each sample in the seed's noise, 0..B-1 if None.
             reduction: "mean" gives (), "none" gives (B,).
             model_kwargs: the model's further arguments.
 
@@ -97,18 +100,23 @@ class Diffusion(Denoiser, ABC):
         """
         t = self.checked_times("x0", x0, t)
         check_labels(self.model, model_kwargs)
+        ids = as_sample_ids(sample_ids, len(x0), x0.device)
         table, row = self.noising_rows(t, x0.dtype)
         if noise is None:
             seed = as_seed(seed, x0.device)
-            noise = kept_noise(x0, row, seed) if uses_noise(self.objective) else None
-            seed = seed if noise is None else None
-        x_t = ops.noising(x0, row, table, seed=seed, noise=noise)
+            placed = ids is not None and not self._rows_are_levels  # a row is a place in the batch
+            if placed or uses_noise(self.objective):
+                noise = kept_noise(x0, 0 if placed else row, seed, ids, always=placed)
+        if noise is not None:
+            seed = ids = None
+        x_t = ops.noising(x0, row, table, seed=seed, sample_ids=ids, noise=noise)
         pred, raw, _ = self.call_model(x_t, self.condition(t), model_kwargs)
-        return self._loss(pred, raw, x_t, x0, t, seed, noise, reduction)
+        return self._loss(pred, raw, x_t, x0, t, seed, noise, reduction, ids=ids)
 
     def _loss(
         self, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor,
         seed: int | Tensor | None, noise: Tensor | None, reduction: str, kind: str | None = None,
+        ids: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         table, row = self.loss_rows(t, pred.dtype)
         noisy = uses_noise(self.objective)
@@ -118,6 +126,7 @@ class Diffusion(Denoiser, ABC):
             table,
             x0=x0 if uses_x0(self.objective) else None,
             seed=seed if noisy else None,
+            sample_ids=ids if noisy else None,
             noise=noise if noisy else None,
             kind=kind or self.loss_kind,
             reduction=reduction,
@@ -202,8 +211,6 @@ class Diffusion(Denoiser, ABC):
         kwargs = stack_branches(guidance, uncond, model_kwargs, shape[0], device)
         if guidance is None and guidance_rule is not None:
             raise ValueError("guidance_rule: expected None without guidance")
-        if isinstance(uncond, nn.Module) and dtype is not None:
-            raise ValueError("dtype: expected None with another network as uncond")
         if out is not None:
             branch = uncond if isinstance(uncond, dict) else {}
             others = {f"uncond's {name}": value for name, value in branch.items()}
@@ -219,10 +226,10 @@ class Diffusion(Denoiser, ABC):
                 )
             ode.check(self.process)
             x = self._start(shape, seed_of(seed, generator, device), ids, x_T, self.prior_std(), out, device)
-            return x.copy_(ode.sample(self, x, kwargs))
+            return x.copy_(as_forward(self, ode.sample)(self, x, kwargs))
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
         if isinstance(uncond, nn.Module):
-            denoiser = beside(denoiser, uncond)
+            denoiser = beside(denoiser, uncond, dtype)
         captured = self._is_captured(graph, denoiser, kwargs, shape[0])
         if noise is not None and not callable(noise):
             check_shape("noise", noise, (len(table), *shape))
@@ -235,7 +242,8 @@ class Diffusion(Denoiser, ABC):
         )
         run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step)
         walker = self._captures.steps(run, required=graph is True) if captured else Steps(run)
-        return sampling.walk(walker, progress=progress, callback=callback, return_trajectory=return_trajectory)
+        walk = as_forward(self, sampling.walk)
+        return walk(walker, progress=progress, callback=callback, return_trajectory=return_trajectory)
 
     def encode(
         self,
@@ -271,7 +279,7 @@ class Diffusion(Denoiser, ABC):
             x.mul_(self.process.first_scale)
         options = StepOptions(clip=None, keep=table.keep, noisy=False)
         run = Run(self, table, x, options, model_kwargs=model_kwargs, compiled=self._compiled_step)
-        return sampling.walk(Steps(run), progress=progress)
+        return as_forward(self, sampling.walk)(Steps(run), progress=progress)
 
     def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
         """The table of numbers that `sample` applies with these arguments; ValueError as there."""
@@ -316,6 +324,7 @@ class Diffusion(Denoiser, ABC):
     # --- arguments --------------------------------------------------------------------------------------------
 
     _starts_at_data = False
+    _rows_are_levels = False
 
     def _check_sampling(
         self,
@@ -390,12 +399,15 @@ def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
         raise ValueError(f"class_labels: expected values from 0 to {classes - 1}, got {low if low < 0 else high}")
 
 
-def kept_noise(x0: Tensor, index: Tensor, seed: Tensor) -> Tensor | None:
-    """The noise of ops.noising(x0, index, seed=seed), if keeping it for the loss costs less than drawing it again.
+def kept_noise(
+    x0: Tensor, index: int | Tensor, seed: Tensor, ids: Tensor | None = None, always: bool = False
+) -> Tensor | None:
+    """The noise of ops.noising(x0, index, seed=seed, sample_ids=ids), if keeping it costs less than drawing it again.
 
-    That is so on a CPU, for tensors whose memory the C library recycles (see fastdiff.ops.memory). None elsewhere.
+    That is so on a CPU, for tensors whose memory the C library recycles (see fastdiff.ops.memory). None elsewhere,
+    unless `always`.
     """
-    if not x0.is_cpu or 4 * x0.numel() > LARGEST:
+    if not always and (not x0.is_cpu or 4 * x0.numel() > LARGEST):
         return None
-    dtype = work_dtype(x0.dtype)
-    return ops.normal(x0.shape, seed, step=index, stream=ops.FORWARD, dtype=dtype, device=x0.device)
+    dtype, device = work_dtype(x0.dtype), x0.device
+    return ops.normal(x0.shape, seed, sample_ids=ids, step=index, stream=ops.FORWARD, dtype=dtype, device=device)

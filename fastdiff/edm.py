@@ -125,7 +125,7 @@ class Edm(ContinuousDiffusion):
             "clip": self.clip,
         }
 
-    def draw_times(self, x: Tensor) -> Tensor:
-        """(B,) float64 values of sigma to train on the data x at (Karras et al. 2022, table 1)."""
-        normal = torch.randn(x.shape[:1], dtype=torch.float64, device=x.device)
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        """The values of sigma (B,) to train at, for quantiles (B,) in [0, 1) (Karras et al. 2022, table 1)."""
+        normal = torch.special.ndtri(quantiles.double().clamp(min=2**-54))  # at 0 it is -inf
         return (self.P_mean + self.P_std * normal).exp()

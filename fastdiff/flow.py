@@ -19,10 +19,10 @@ from .objective import OBJECTIVES, needs_signal
 from .ops.checks import check_choice, check_floating, check_like
 from .process import KARRAS_RANGE, Grid, Process
 from .reference import work_dtype
-from .sampling import flat
 from .schedule import NoiseSchedule
 from .support.scalars import as_number, integer
 from .support.settable import settable
+from .support.shapes import flat
 
 # The last time if the objective leaves x_0 open in pure noise.
 LAST_WITH_SIGNAL = 0.999
@@ -37,7 +37,7 @@ class Flow(Process):
         last: the largest time. At 1 no signal is left, and samplers need an objective that tells x_0 there. Those that
             step along the score or in sigma / alpha start below 1.
 
-    Reference: Esser et al. 2024, section 2 and eq. 23.
+    Reference: Esser et al. 2024, sections 2 and 5.3.2.
     """
 
     straight = True
@@ -91,7 +91,7 @@ def uniform(u: Tensor) -> Tensor:
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """log(t / (1 - t)) ~ N(mean, std^2): times in the middle are drawn more often (Esser et al. 2024, eq. 19)."""
+    """log(t / (1 - t)) ~ N(mean, std^2): times in the middle are drawn more often (Esser et al. 2024, section 3.1)."""
     if not std > 0:
         raise ValueError(f"std: expected a number above 0, got {std}")
     return torch.sigmoid(mean + std * torch.special.ndtri(u))
@@ -99,14 +99,14 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 
 def mode(u: Tensor, scale: float = 1.29) -> Tensor:
     """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u), scale in [-1, 2 / (pi - 2)]: as logit_normal, but no time is rare
-    (Esser et al. 2024, eq. 20)."""
+    (Esser et al. 2024, section 3.1)."""
     if not -1 <= scale <= 2 / (math.pi - 2):
         raise ValueError(f"scale: expected a number from -1 to 2 / (pi - 2), got {scale}")
     return 1 - u - scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
 
 
 def cosmap(u: Tensor) -> Tensor:
-    """t = 1 - 1 / (tan(pi u / 2) + 1): log(alpha / sigma) as the cosine schedule has it (Esser et al. 2024, eq. 21)."""
+    """t = 1 - 1 / (tan(pi u / 2) + 1): sigma / alpha as the cosine schedule has it (Esser et al. 2024, section 3.1)."""
     return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
 
 
@@ -117,7 +117,7 @@ TIMES: dict[str, Times] = {"uniform": uniform, "logit_normal": logit_normal, "mo
 def resolution_shift(size: int, base: int) -> float:
     """The shift for images of `size` elements, if 1 is right for `base` of them: sqrt(size / base).
 
-    Reference: Esser et al. 2024, section 5.3.2 and eq. 23.
+    Reference: Esser et al. 2024, section 5.3.2.
     """
     for name, count in (("size", size), ("base", base)):
         if (integer(count) or 0) < 1:
@@ -226,11 +226,10 @@ class FlowMatching(ContinuousDiffusion):
             "last": self.process.last,
         }
 
-    def draw_times(self, x: Tensor) -> Tensor:
-        """(B,) float64 times to train on the data x at: those of `times`, shifted."""
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        """The times (B,) to train at, those of `times`, shifted, for quantiles (B,) in [0, 1)."""
         draw = TIMES[self.times] if isinstance(self.times, str) else self.times
-        u = torch.rand(x.shape[:1], dtype=torch.float64, device=x.device)
-        return self.process.shifted(draw(u)).clamp(min=self.process.first)
+        return self.process.shifted(draw(quantiles.double())).clamp(min=self.process.first)
 
     def interpolate(
         self, x0: Tensor, x1: Tensor, weight: float | Tensor = 0.5, *, steps: int | None = None, **model_kwargs: Any

@@ -40,6 +40,7 @@ def norm_silu(
     shift: Tensor | None = None,
     add: Tensor | None = None,
     skip: Tensor | None = None,
+    *,
     silu: bool = True,
 ) -> Tensor:
     """silu(norm(x + add) (1 + scale) + shift); scale and shift (B, C), add (B or 1, C) or (C,). skip: further channels
@@ -52,7 +53,7 @@ def norm_silu(
             u = u * (1 + scale) + shift
         return F.silu(u) if silu else u
     add = add[0] if add is not None and add.ndim == 2 and len(add) == 1 else add
-    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, shift, add, skip, silu)
+    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, shift, add, skip, silu=silu)
 
 
 def by_pixel(x: Tensor) -> Tensor:
@@ -110,4 +111,4 @@ def maps_pixels(conv: nn.Module) -> bool:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether it may be computed from its weight and bias."""
-    return is_plain(layer, nn.Linear) and layer.bias is not None
+    return isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear) and layer.bias is not None

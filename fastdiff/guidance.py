@@ -168,11 +168,14 @@ class Pair(nn.Module):
         return torch.cat(outputs)
 
 
-def beside(denoiser: Denoiser, other: nn.Module) -> Denoiser:
+def beside(denoiser: Denoiser, other: nn.Module, dtype: torch.dtype | None) -> Denoiser:
     """The denoiser with a network beside its own, whose predictions are those without the condition.
 
+    Raises: ValueError unless dtype is None: both run in their own.
     Reference: Karras et al. 2024, arXiv:2406.02507 (autoguidance).
     """
+    if dtype is not None:
+        raise ValueError("dtype: expected None with another network as uncond")
     made = copy.copy(denoiser)
     made.__dict__["_modules"] = {**denoiser._modules, "model": Pair(denoiser.model, other)}
     return made

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .diffusion import Diffusion
 from .ops.checks import check_floating, check_like
-from .sampling import flat
+from .support.shapes import flat
 
 
 def along_the_circle(

@@ -192,9 +192,9 @@ class ResnetBlock(nn.Module):
         h = without_bias(self.conv2, h)
         if isinstance(self.conv_shortcut, nn.Identity):
             return x + h
-        if not channels_last(x, skip, h):
-            return without_bias(self.conv_shortcut, x) + h
         parts = [x] if skip is None else [x, skip]
+        if not channels_last(h, *parts):
+            return without_bias(self.conv_shortcut, x if skip is None else torch.cat(parts, 1)) + h
         weights = self.conv_shortcut.weight.flatten(1).split([part.shape[1] for part in parts], dim=1)
         for part, weight in zip(parts, weights, strict=True):
             h = add_product(h, by_pixel(part), weight)
@@ -205,7 +205,7 @@ class ResnetBlock(nn.Module):
         shortcut = self.conv_shortcut
         if not isinstance(shortcut, nn.Identity):
             owed = F.linear(owed, shortcut.weight.flatten(1), shortcut.bias)
-        return (owed + self.conv2.bias) / self.scale
+        return (owed + self.conv2.bias) / self.scale  # type: ignore[operator]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

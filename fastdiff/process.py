@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedule import NoiseSchedule, as_float64
+from .schedule import NoiseSchedule, as_float64, grid
 from .support.scalars import as_number, integer
 from .support.settable import fixed
 
@@ -65,10 +65,8 @@ class Process(ABC):
         return math.inf
 
     def ratio_range(self, sigma_min: float | None = None, sigma_max: float | None = None) -> tuple[float, float]:
-        """A range of sigma / alpha to sample in; that of the process within [0.002, 80] where None.
-
-        Raises: ValueError unless 0 < sigma_min <= sigma_max < inf; a process without a largest ratio needs sigma_max.
-        """
+        """A range of sigma / alpha to sample in; that of the process within [0.002, 80] where None. ValueError unless
+        0 < sigma_min <= sigma_max < inf. A process without a largest ratio needs sigma_max."""
         low, high = self.sigma_range()
         if sigma_max is None and not math.isfinite(high):
             raise ValueError("sigma_max: expected a finite number, since sigma / alpha of the process ends at infinity")
@@ -381,17 +379,6 @@ class VE(Process):
 
 
 SDES: dict[str, type[Process]] = {"vp": VP, "subvp": SubVP, "ve": VE}
-
-
-def grid(timesteps: int, steps: int | None) -> Tensor:
-    """Levels from T down to 0 in `steps` near-equal strides, round(linspace(0, T, steps + 1)); all of them if None.
-
-    ValueError unless 1 <= steps <= T.
-    """
-    number = timesteps if steps is None else integer(steps)
-    if number is None or not 1 <= number <= timesteps:
-        raise ValueError(f"steps: expected an integer from 1 to {timesteps}, got {steps!r}")
-    return torch.linspace(0, timesteps, number + 1, dtype=torch.float64, device="cpu").round().long().flip(0)
 
 
 def _count(name: str, value: Any) -> int:

@@ -276,6 +276,17 @@ def make_schedule(schedule: "str | NoiseSchedule | Tensor", timesteps: int) -> N
     return made
 
 
+def grid(timesteps: int, steps: int | None) -> Tensor:
+    """Levels from T down to 0 in `steps` near-equal strides, round(linspace(0, T, steps + 1)); all of them if None.
+
+    ValueError unless 1 <= steps <= T.
+    """
+    number = timesteps if steps is None else integer(steps)
+    if number is None or not 1 <= number <= timesteps:
+        raise ValueError(f"steps: expected an integer from 1 to {timesteps}, got {steps!r}")
+    return torch.linspace(0, timesteps, number + 1, dtype=torch.float64, device="cpu").round().long().flip(0)
+
+
 def as_float64(name: str, values: Any) -> Tensor:
     """Numbers as a float64 tensor on the CPU. TypeError if they are not numbers."""
     # dtype in the call: a list of Python floats would become float32 first

@@ -112,7 +112,7 @@ def plan_of(
         worth = (
             not last or width % vector == 0,
             tiling is not None,
-            alone or blocks == 1 or not backward or tiling is None,
+            alone or blocks == 1 or not (backward and last) or tiling is None,
             not last or width * size % limits.sector == 0,
             tiling is not None and 2 * tiling[0] <= most,  # two programs to a multiprocessor
             enough,
@@ -239,7 +239,7 @@ def norm_grad(
         )  # fmt: skip
     if same is not x_grad:
         x_grad.copy_(same)
-    if skip_grad is not None and same_skip is not skip_grad:
+    if skip_grad is not None and same_skip is not None and same_skip is not skip_grad:
         skip_grad.copy_(same_skip)
     if weight_grad is not None:
         launch(

@@ -6,11 +6,11 @@ Triton needs longer to look up the compiled kernel than a small kernel runs. So 
 (`noted`) and repeated with other tensors (`Launch.repeat`), as long as nothing but their addresses is different.
 """
 
+import copy
 import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -61,32 +61,46 @@ def noted() -> Iterator[list[Noted]]:
 
 
 class Launch:
-    """A launch to be repeated.
+    """A launch to be repeated, with the kernel's arguments in a tuple, addresses for tensors:
 
-    Args:
-        made: the launch that was made.
-        place: where each address of that launch stands in the list of addresses that `repeat` gets.
-
-    Raises: KeyError if an address has no place.
+    run(*before, stream, *between, arguments), if packed; else run(*before, stream, *between, *arguments).
     """
 
-    def __init__(self, made: Noted, place: dict[int, int]) -> None:
+    def __init__(self, made: Noted) -> None:
         self.compiled, self.grid = made.compiled, made.grid
-        # Pointers are a kernel's first parameters. None stands for a tensor that is not there.
-        pointers = max(2, 1 + max(i for i, p in enumerate(made.parameters) if isinstance(p, Tensor)))
-        self.take = itemgetter(*[-1 if p is None else place[p.data_ptr()] for p in made.parameters[:pointers]])
-        self.numbers = made.parameters[pointers:]
-        self.fixed = made.compiled.function, made.compiled.packed_metadata, None, None, None
-        self.run = made.compiled.run
+        fixed = made.compiled.function, made.compiled.packed_metadata, None, None, None
+        self.run, self.before, self.between, self.packed = direct(made.compiled.run, made.grid, fixed)
 
-    def repeat(self, addresses: list[int | None], stream: int) -> None:
-        """Launch on the current device. The last of the addresses is None. A profiler's hooks are called."""
-        arguments = (*self.take(addresses), *self.numbers)
-        enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-            self.compiled[self.grid](*arguments, stream=stream)
-        else:  # what the line above does, without hooks
-            self.run(*self.grid, stream, *self.fixed, *arguments)
+    def with_hooks(self, arguments: tuple[Any, ...], stream: int) -> None:
+        """Launch, and call the profiler's hooks."""
+        self.compiled[self.grid](*arguments, stream=stream)
+
+
+def hooked() -> Any:
+    """What a profiler wants to be called at launches, if anything."""
+    enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+    return getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+
+
+def direct(run: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...]) -> tuple[Any, ...]:
+    """(function, what it takes before the stream, what between that and the kernel's arguments, whether it takes these
+    as one tuple): what run(*grid, stream, *fixed, *arguments) comes to.
+
+    That is Triton's launcher, which adds what is the same in every launch and calls a function in C. Versions of Triton
+    differ in what they add, so it is looked at here. If it does more, it is not gone around.
+    """
+    unknown = run, grid, fixed, False
+    if not hasattr(run, "launch") or any(getattr(run, f"{kind}_scratch_size", 0) for kind in ("global", "profile")):
+        return unknown
+    seen: list[Any] = []
+    watched, stream, arguments = copy.copy(run), object(), (object(), object())
+    watched.launch = lambda *given: seen.extend(given)
+    watched(*grid, stream, *fixed, *arguments)
+    packed = seen[-1:] == [arguments]
+    if stream not in seen or not (packed or seen[-2:] == [*arguments]):
+        return unknown
+    at = seen.index(stream)
+    return run.launch, seen[:at], seen[at + 1 : -1 if packed else -2], packed
 
 
 _thread = threading.local()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..support import transforms
 from ..support.scalars import as_integer, as_number, integer
 from .memory import span
-from .quick import number
+from .plan import number
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
+from torch.compiler import is_compiling
 
 from ..support import transforms
 from ..support.versions import warn_if_untested
@@ -149,12 +152,12 @@ _PLAIN = _TENSORS | {type(None), int, float, str, bool}
 def unwatched() -> bool:
     """Whether no compilation, mode, transform of functorch, trace or profiler is active."""
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
+        not is_compiling()
+        and _len_torch_dispatch_stack() == 0
+        and _len_torch_function_stack() == 0
         and not transforms.active()
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        and _get_tracing_state() is None
+        and not _profiler_enabled()
     )
 
 

@@ -11,7 +11,7 @@ from ..support import transforms
 from ..support.scalars import as_number
 from .checks import check_channels, check_vector
 from .dispatch import backend_of, launcher
-from .quick import Call, quick
+from .quick import quick
 from .registry import Op
 
 strides_of = importlib.import_module("..kernels.layout", __package__).strides_of
@@ -28,6 +28,7 @@ def group_norm_silu(
     shift: Tensor | None = None,
     add: Tensor | None = None,
     skip: Tensor | None = None,
+    *,
     silu: bool = True,
 ) -> Tensor:
     """silu(GroupNorm(x + add) (1 + scale) + shift).
@@ -170,11 +171,10 @@ class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-        add: Tensor | None, skip: Tensor | None, call: Call,
+        add: Tensor | None, skip: Tensor | None, results: Any, args: Any,
     ) -> Tensor:  # fmt: skip
-        y, mean, rstd = call.run(*call.args)
-        call.rest = mean, rstd
-        ctx.groups, ctx.eps, ctx.silu = call.args[1], call.args[7], call.args[9]
+        y, mean, rstd = results
+        ctx.groups, ctx.eps, ctx.silu = args[1], args[7], args[9]
         ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, add, skip)
         return y
 
@@ -183,9 +183,9 @@ class _GroupNormSiLU(torch.autograd.Function):
         x, mean, rstd, *operands = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         if torch.is_grad_enabled() or transforms.has_rules(grad):
-            return *_differentiable_gradients(ctx, grad, x, *operands), None
+            return *_differentiable_gradients(ctx, grad, x, *operands), None, None
         gradients = _gradients(grad, x, mean, rstd, ctx.groups, *operands, ctx.silu, any(wanted[1:6]))
-        return *[by if want else None for by, want in zip(gradients, wanted[:7], strict=True)], None
+        return *[by if want else None for by, want in zip(gradients, wanted[:7], strict=True)], None, None
 
 
 _OP = Op(

@@ -24,7 +24,7 @@ from .checks import (
 from .dispatch import launcher
 from .memory import in_huge_pages
 from .noise import FORWARD
-from .quick import Call, quick
+from .quick import quick
 from .registry import NOISE, Op
 from .stored import scaled, stored_scale, take
 
@@ -126,33 +126,29 @@ def _elements(pred: Tensor, per_sample: bool) -> int:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, x0: Tensor | None, noise: Tensor | None, call: Call) -> Tensor:
-        value, grad = call.run(*call.args[:-1], True)
-        call.rest = (grad,)
-        ctx.stored = grad
-        ctx.save_for_backward(*call.args[:7])
-        ctx.options = call.args[7:10]
-        ctx.dtypes = x0 if x0 is None else x0.dtype, noise if noise is None else noise.dtype
-        ctx.factor = 1.0 / stored_scale(pred.dtype, _elements(pred, call.args[-2]))
+    def forward(ctx: Any, pred: Tensor, x0: Tensor | None, noise: Tensor | None, results: Any, args: Any) -> Tensor:
+        value, grad = results
+        ctx.stored = grad if args[-1] else None
+        ctx.save_for_backward(*args[:7])
+        ctx.options = args[7:10]
         return value
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        grad, targets = take(ctx, incoming), any(ctx.needs_input_grad[1:3])
-        # Unpacked once at most, as a checkpoint demands, and in the common walk not at all.
-        operands: tuple[Any, ...] = ctx.saved_tensors if targets or grad is None else ()
+        grad, (_, by_x0, by_noise, _, _) = take(ctx, incoming), ctx.needs_input_grad
+        if grad is not None and not (by_x0 or by_noise):  # the common walk: what was saved is not unpacked
+            return scaled(grad, incoming), None, None, None, None
+        operands: tuple[Any, ...] = ctx.saved_tensors  # once at most, as a checkpoint demands
+        pred, x0, t, table, _, _, noise = operands
         if grad is not None:
-            grad = scaled(grad, incoming, ctx.factor)
+            grad = scaled(grad, incoming)
         else:
-            pred = operands[0]
             slope = reference.loss(*operands, *ctx.options)[1] / (pred.numel() // max(1, incoming.numel()))
             grad = (slope * incoming.reshape(-1, *[1] * (pred.ndim - 1))).to(pred.dtype)
-        by_x0 = by_noise = None
-        if targets:
-            p, q, _w = reference.coefficients(operands[3], operands[2], grad)
-            by_x0 = (-p * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
-            by_noise = (-q * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
-        return grad, by_x0, by_noise, None
+        p, q, _w = reference.coefficients(table, t, grad)
+        to_x0 = (-p * grad).to(x0.dtype) if by_x0 else None
+        to_noise = (-q * grad).to(noise.dtype) if by_noise else None
+        return grad, to_x0, to_noise, None, None
 
 
 _OP = Op(

@@ -21,7 +21,7 @@ from .checks import (
 from .dispatch import launcher
 from .memory import in_huge_pages
 from .noise import FORWARD
-from .quick import Call, quick
+from .quick import quick
 from .registry import NOISE, Op
 
 
@@ -95,10 +95,10 @@ class _Noising(torch.autograd.Function):
     """d x_t / d x_0 = alpha_t, d x_t / d z = sigma_t."""
 
     @staticmethod
-    def forward(ctx: Any, x0: Tensor, noise: Tensor | None, call: Call) -> Tensor:
-        ctx.save_for_backward(*call.args[1:3])
+    def forward(ctx: Any, x0: Tensor, noise: Tensor | None, results: Any, args: Any) -> Tensor:
+        ctx.save_for_backward(*args[1:3])
         ctx.dtypes = x0.dtype, None if noise is None else noise.dtype
-        return call.run(*call.args)
+        return results
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,7 +106,7 @@ class _Noising(torch.autograd.Function):
         alpha, sigma = reference.coefficients(table, t, grad)
         by_x0 = (alpha * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         by_noise = (sigma * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
-        return by_x0, by_noise, None
+        return by_x0, by_noise, None, None
 
 
 _OPERANDS = f"Tensor x0, Tensor t, Tensor table, {NOISE}, Tensor? noise, int stream"

@@ -12,7 +12,7 @@ import torch
 
 from ..support import transforms
 from .dispatch import plain
-from .quick import Call, Recorded, Recorder, recording
+from .plan import Recorded, Recorder, recording
 
 NOISE = "Tensor? seed, Tensor? ids"  # in the schema of every op that may generate noise
 OPS: dict[str, "Op"] = {}
@@ -58,8 +58,8 @@ class Op:
     def differentiate(self, function: type[torch.autograd.Function], *inputs: int) -> None:
         """Give the op a gradient by the arguments with these numbers.
 
-        function: its forward takes these arguments and a `Call` to run, and returns the first result. Its backward
-        returns the gradients, and None for the call.
+        function: its forward takes these arguments, the results and all arguments, and returns the first result. Its
+        backward returns the gradients, and None twice.
         """
         self.function, self.inputs = function, inputs
         _libraries[self.name].impl(self.name, self._autograd, "Autograd")
@@ -77,9 +77,11 @@ class Op:
         if not self._wants_gradient(args):
             return run(*args)
         assert self.function is not None
-        call = Call(run, args)
-        first = self.function.apply(*[args[i] for i in self.inputs], call)
-        return first if call.rest is None else (first, *call.rest)
+        with torch.no_grad():
+            results = run(*args)
+        first = self.function.apply(*[args[i] for i in self.inputs], results, args)
+        # No gradient passes through the results after the first.
+        return (first, *results[1:]) if isinstance(results, tuple) else first
 
     def _recorded(self, recorder: Recorder, args: tuple[Any, ...]) -> Any:
         seen: list[Any] = []

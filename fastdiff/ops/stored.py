@@ -29,20 +29,18 @@ def take(ctx: Any, incoming: Tensor) -> Any:
     return stored
 
 
-def scaled(grad: Tensor, incoming: Tensor, factor: float) -> Tensor:
-    """The stored gradient, overwritten with its product by incoming, () or (B,), and factor."""
-    incoming = incoming.contiguous()
+@quick
+def scaled(grad: Tensor, incoming: Tensor) -> Tensor:
+    """The stored gradient of `incoming.numel()` values, overwritten with its product by incoming, () or (B,)."""
+    factor = 1.0
+    if grad.dtype == torch.float16:
+        factor /= stored_scale(grad.dtype, grad.numel() // max(1, incoming.numel()))
     if type(grad) is Tensor:
-        return _scale(grad, incoming, factor)
+        _SCALE(grad, incoming.contiguous(), factor)
+        return grad
     # A traced graph may not change what its forward returned; there the product is one fused pass.
     by = (incoming * factor).reshape(-1, *[1] * (grad.ndim - 1))
     return (grad * by).to(grad.dtype)
-
-
-@quick
-def _scale(grad: Tensor, incoming: Tensor, factor: float) -> Tensor:
-    _SCALE(grad, incoming, factor)
-    return grad
 
 
 def _scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:

@@ -18,7 +18,7 @@ from .checks import (
     check_table,
 )
 from .dispatch import launcher
-from .quick import Call, quick
+from .quick import quick
 from .registry import Op
 from .stored import scaled, take
 
@@ -123,26 +123,25 @@ def _vlb(
 
 class _Vlb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, call: Call) -> Tensor:
-        value, *grads = call.run(*call.args[:8], *ctx.needs_input_grad[:2])
-        call.rest = tuple(grads)
-        ctx.stored = grads
-        ctx.save_for_backward(*call.args[:6])
-        ctx.clip, ctx.dtypes = call.args[6], (pred.dtype, raw if raw is None else raw.dtype)
+    def forward(ctx: Any, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, results: Any, args: Any) -> Tensor:
+        value, *grads = results
+        ctx.stored = grads if args[8:] == ctx.needs_input_grad[:2] else None
+        ctx.save_for_backward(*args[:6])
+        ctx.clip, ctx.dtypes = args[6], (pred.dtype, raw if raw is None else raw.dtype)
         return value
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         grads, wanted = take(ctx, incoming), ctx.needs_input_grad[:2]
         if grads is not None:
-            found = [scaled(grad, incoming, 1.0) if want else None for grad, want in zip(grads, wanted, strict=True)]
+            found = [scaled(grad, incoming) if want else None for grad, want in zip(grads, wanted, strict=True)]
         else:
             pred, raw, x_t, x0, t, rows = ctx.saved_tensors
             by = incoming.reshape(-1, *[1] * (pred.ndim - 1)) / (pred.numel() // max(1, incoming.numel()))
             found = [slope * by for slope in reference.vlb(pred, raw, x_t, x0, t, rows, ctx.clip)[1:]]
         triples = zip(found, ctx.dtypes, wanted, strict=True)
         by_pred, by_raw = (grad.to(dtype) if want and grad is not None else None for grad, dtype, want in triples)
-        return by_pred, by_raw, None, None, None
+        return by_pred, by_raw, None, None, None, None
 
 
 _OP = Op(

@@ -21,7 +21,7 @@ from ..grids import with_middles
 from ..process import Grid, Process
 from ..rows import LOG_ZERO
 from ..schedule import NoiseSchedule
-from ..support.scalars import integer
+from ..support.scalars import as_number, integer
 from .adams import deis, lms, plms
 from .consistency import consistency, lcm, tcd
 from .multistep import dpm_solver_pp_2m, dpm_solver_pp_2m_sde, dpm_solver_pp_3m_sde, unipc
@@ -214,11 +214,11 @@ def make_steps(
         given = {**function.keywords, **given}
         function = function.func
     schedule, levels = _grid(process, function, steps)
-    if function in LOOKS_BETWEEN:
+    if any(function is one for one in LOOKS_BETWEEN):
         check_signal(schedule, levels[:-1], objective)
-        check_finite_ratio(function.__name__, schedule, levels[:-1])
+        check_finite_ratio(next(name for name in SAMPLERS if SAMPLERS[name] is function), schedule, levels[:-1])
         eta = LOOKS_BETWEEN[function]
-        between = middles(schedule, levels, 0.0 if eta is None else given.get("eta", eta))
+        between = middles(schedule, levels, 0.0 if eta is None else as_number("eta", given.get("eta", eta)))
         schedule, levels = with_middles(process, (schedule, levels), between)
     return sampler(schedule, levels, objective, clip, **options)
 

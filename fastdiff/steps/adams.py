@@ -16,7 +16,7 @@ from torch import Tensor
 from ..rows import make_rows
 from ..schedule import NoiseSchedule
 from ..support.scalars import integer
-from .table import StepTable, check_finite_ratio, check_signal, make_table, x0_columns
+from .table import StepTable, check_decreasing, check_finite_ratio, check_signal, make_table, x0_columns
 from .weights import exponential_moments, ring, weights_of
 
 # Adams-Bashforth for equal steps, newest first.
@@ -110,15 +110,17 @@ def _adams(
     if count is None or not 1 <= count <= 4:
         raise ValueError(f"order: expected 1, 2, 3 or 4, got {order!r}")
     rho = _ratios(name, schedule, levels, objective)
-    shares = torch.zeros(len(rho) - 1, max(2, count), dtype=torch.float64)
+    shares = []
     for i in range(len(rho) - 1):
         weights = rule(rho, i, min(count, i + 1))
-        shares[i, : len(weights)] = torch.tensor(weights, dtype=torch.float64)
-    return _eps_table(schedule, levels[:-1], levels[1:], objective, clip, shares)
+        shares.append([*weights, *[0.0] * (max(2, count) - len(weights))])
+    by_age = torch.tensor(shares, dtype=torch.float64)
+    return _eps_table(schedule, levels[:-1], levels[1:], objective, clip, by_age)
 
 
 def _ratios(name: str, schedule: NoiseSchedule, levels: Tensor, objective: str) -> list[float]:
     """rho at the levels."""
+    check_decreasing(name, levels)
     check_signal(schedule, levels[:-1], objective)
     check_finite_ratio(name, schedule, levels[:-1])
     found: list[float] = (-schedule.log_snr / 2).exp()[levels].tolist()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..schedule import NoiseSchedule
 from ..support.scalars import integer
-from .table import StepTable, check_at_least_0, make_table, x0_columns
+from .table import StepTable, check_at_least_0, check_decreasing, make_table, x0_columns
 from .weights import exponential_moments, phi, ring, weights_of
 
 VARIANTS = ("bh1", "bh2")
@@ -84,7 +84,7 @@ def dpm_solver_pp_3m_sde(
     The integral of the parabola through the estimates has 2 H phi_3 dd. The published rule has half of it, and so do
     the third-order rules of DPM-Solver: it is of second order, with a smaller error than 2M.
 
-    Row: from_x0 and the three slots' shares are what the last line takes from the estimates; two slots in a ring.
+    Row: from_x0 and hist are what the last line takes from the estimates; two slots in a ring.
 
     Args:
         eta: 1 is the reverse SDE, 0 the ODE.
@@ -94,10 +94,11 @@ def dpm_solver_pp_3m_sde(
     Reference: k-diffusion's sample_dpmpp_3m_sde; the functions phi are those of Lu et al. 2022, arXiv:2206.00927.
     """
     check_at_least_0("eta", eta)
+    check_decreasing("dpm++3m_sde", levels)
     t, s = levels[:-1], levels[1:]
     denoised = x0_columns(schedule, t, s, objective, clip)
     steps, from_x, noise = _drift(schedule, t, s, eta)
-    shares = torch.zeros(len(t), 3, dtype=torch.float64)
+    rows = []
     h = steps.tolist()
     for i, (here, level) in enumerate(zip(h, s.tolist(), strict=True)):
         total = (1 + eta) * here
@@ -115,8 +116,8 @@ def dpm_solver_pp_3m_sde(
         if level > 0 and math.isfinite(total):
             curve = total * phi(2, -total), total * phi(3, -total)
             own = [o + curve[0] * a + curve[1] * b for o, a, b in zip(own, slope, bend, strict=True)]
-        shares[i] = torch.tensor(own, dtype=torch.float64)
-    shares *= schedule.alpha[s][:, None]
+        rows.append(own)
+    shares = torch.tensor(rows, dtype=torch.float64) * schedule.alpha[s][:, None]
     values = {"from_x0": shares[:, 0], "from_x": from_x, "noise": noise, **ring(shares[:, 1:])}
     return make_table(schedule, levels, keep="x0hat", slots=2, **denoised, **values)
 
@@ -165,26 +166,28 @@ def unipc(
         raise ValueError(f"order: expected 1, 2 or 3, got {order!r}")
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+    check_decreasing("unipc", levels)
     t, s = levels[:-1], levels[1:]
     denoised = x0_columns(schedule, t, s, objective, clip)
     place, alpha = (values[levels].tolist() for values in (schedule.log_snr / 2, schedule.alpha))
     keep = (schedule.sigma[s] / schedule.sigma[t]).tolist()
     n, to_data, lost = len(t), math.isinf(place[-1]), int(math.isinf(place[0]))
-    shares = torch.zeros(n, count + 1, dtype=torch.float64)
+    rows = []
     before: list[float] = []  # the weights that predicted x_t
     for i in range(n):
         points = max(1, min(count, i + 1 - lost, n - i if to_data else count))
         following = _integral(place, alpha[i + 1], i, [i - j for j in range(points)], variant)
-        for age, weight in enumerate(following):
-            shares[i, age] += weight
+        own = [*following, *[0.0] * (count + 1 - points)]  # by the age of the estimate
         if i > lost:
             # from the state that was predicted with weights `before` to the corrected one
             corrected = _integral(place, alpha[i], i - 1, [i - j for j in range(len(before) + 1)], variant)
             for age, weight in enumerate(corrected):
-                shares[i, age] += keep[i] * weight
+                own[age] += keep[i] * weight
             for age, weight in enumerate(before):
-                shares[i, age + 1] -= keep[i] * weight
+                own[age + 1] -= keep[i] * weight
+        rows.append(own)
         before = following
+    shares = torch.tensor(rows, dtype=torch.float64)
     values = {"from_x0": shares[:, 0], "from_x": torch.tensor(keep, dtype=torch.float64), **ring(shares[:, 1:])}
     return make_table(schedule, levels, keep="x0hat", slots=count, **denoised, **values)
 

@@ -152,16 +152,21 @@ def ancestral_step(rho_t: Tensor, rho_s: Tensor, eta: float) -> tuple[Tensor, Te
 
 
 def middles(schedule: NoiseSchedule, levels: Tensor, eta: float = 0.0) -> Tensor:
-    """rho_m = sqrt(rho_t rho_d) of each step between levels (n + 1,), but of none to data."""
+    """rho_m = sqrt(rho_t rho_d) of each step between levels (n + 1,), but of none to data; ValueError for eta."""
+    _check_eta(eta)
     rho = (-schedule.log_snr / 2).exp()[levels]
     before, after = rho[:-1][rho[1:] > 0], rho[1:][rho[1:] > 0]
     return (before * ancestral_step(before, after, eta)[0]).sqrt()
 
 
-def _way(name: str, schedule: NoiseSchedule, levels: Tensor, objective: str, eta: float) -> Way:
+def _check_eta(eta: float) -> None:
     check_at_least_0("eta", eta)
     if eta > 1:
         raise ValueError(f"eta: {eta} asks for more noise than a level holds; expected at most 1")
+
+
+def _way(name: str, schedule: NoiseSchedule, levels: Tensor, objective: str, eta: float) -> Way:
+    _check_eta(eta)
     check_signal(schedule, levels[:-1], objective)
     check_finite_ratio(name, schedule, levels[:-1])
     steps = (len(levels) - 1) // 2

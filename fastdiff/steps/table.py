@@ -150,6 +150,12 @@ def check_finite_ratio(sampler: str, schedule: NoiseSchedule, t: Tensor) -> None
         )
 
 
+def check_decreasing(sampler: str, levels: Tensor) -> None:
+    """ValueError unless each of the levels has less noise than the one before."""
+    if bool((levels.diff() >= 0).any()):
+        raise ValueError(f"sampler: {sampler!r} expected decreasing levels, got {levels.tolist()}")
+
+
 def check_at_least_0(name: str, value: float) -> None:
     """ValueError unless value is finite and >= 0."""
     value = as_number(name, value)

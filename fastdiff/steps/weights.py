@@ -27,9 +27,14 @@ def exponential_moments(count: int, h: float, rate: float = -1.0) -> list[float]
 
 def weights_of(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
     """The weights w with sum_a w_a nodes_a^j = moments_j: of an integral of the polynomial through the nodes."""
-    places = torch.tensor(nodes, dtype=torch.float64)
-    powers = torch.stack([places**j for j in range(len(nodes))])
-    found: list[float] = torch.linalg.solve(powers, torch.tensor(moments, dtype=torch.float64)).tolist()
+    found = []
+    for a, node in enumerate(nodes):
+        basis = [1.0]  # of the Lagrange polynomial of this node, the coefficients, the lowest power first
+        for b, other in enumerate(nodes):
+            if b != a:
+                pairs = zip([0.0, *basis], [*basis, 0.0], strict=True)
+                basis = [(low - other * high) / (node - other) for low, high in pairs]
+        found.append(sum(c * moment for c, moment in zip(basis, moments, strict=True)))
     return found
 
 

@@ -1,9 +1,9 @@
 """The file of a training run, model.safetensors: what it holds, checked before anything is built from it.
 
-Tensors are in groups: model.* (trained weights), ema.* (their moving average, to sample from), optimizer.N.* (of
-parameter N), rng.* (states of generators), and importance.* (the losses that importance sampling remembers). There is
-no pickle. The metadata is JSON: the format's version, the step, the configurations of the network and of the
-formulation around it, and the options of the run.
+Tensors are in groups: model.* (trained weights), ema.* (their moving average, to sample from), averages.* (further
+averages, by their names), optimizer.N.* (of parameter N), rng.* (states of generators), and importance.* (the losses
+that importance sampling remembers). There is no pickle. The metadata is JSON: the format's version, the step, the
+configurations of the network and of the formulation around it, and the options of the run.
 """
 
 import json
@@ -29,8 +29,8 @@ from fastdiff.support.weights import (
 NAME = "model.safetensors"
 VERSION = 2
 METADATA_KEY = "fastdiff"
-GROUPS = ("model", "ema", "optimizer", "rng", "importance")
-METADATA = {"version": int, "step": int, "unet": dict, "model": str, "config": dict, "options": dict}
+GROUPS = ("model", "ema", "averages", "optimizer", "rng", "importance")
+METADATA = {"version": int, "step": int, "unet": dict, "model": str, "config": dict, "options": dict, "classes": list}
 # What each formulation has to be told. A wrong default would go unseen: no tensor's shape depends on these.
 REQUIRED = {
     "DDPM": ("schedule", "timesteps", "objective", "variance"),
@@ -72,6 +72,7 @@ class RunFile:
         model: the formulation, a name of REQUIRED; config: the arguments of its constructor but the network.
         unet: the arguments of the network's constructor.
         options, step: the options of the run, and the step at whose end it was written.
+        classes: the names of the classes that the network knows, in the order of their numbers.
     """
 
     file: TensorFile
@@ -80,6 +81,7 @@ class RunFile:
     unet: dict[str, Any]
     options: dict[str, Any]
     step: int
+    classes: list[str]
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFile":
@@ -96,7 +98,7 @@ class RunFile:
             for name in ("timesteps", "levels"):
                 if name in metadata["config"]:
                     check_length(name, metadata["config"][name], file.size)
-        return cls(file, *(metadata[name] for name in ("model", "config", "unet", "options", "step")))
+        return cls(file, *(metadata[name] for name in ("model", "config", "unet", "options", "step", "classes")))
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -153,6 +155,8 @@ def _metadata(header: Mapping[str, str]) -> dict[str, Any]:
     if text is None:
         raise ValueError("it carries no fastdiff metadata")
     metadata: dict[str, Any] = json.loads(text)
+    if isinstance(metadata, dict):
+        metadata.setdefault("classes", [])  # files of 0.1 have none
     for name, kind in METADATA.items():
         value = metadata.get(name) if isinstance(metadata, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):

@@ -6,12 +6,14 @@ PyTorch operations have all rules.
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 
 def active() -> bool:
     """Whether a transform of torch.func or a level of dual tensors is active on this thread."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # torch.compile asks once, while it traces, and guards the answer itself: it compiles anew within another transform.
@@ -21,8 +23,7 @@ active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def has_rules(grad: Tensor) -> bool:
     """Whether a gradient that comes in belongs to a transform; that of is_grads_batched is a batch of another kind."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad) or active()
+    return is_legacy_batchedtensor(grad) or is_functorch_wrapped_tensor(grad) or active()
 
 
 def bare(index: Tensor | None) -> Tensor | None:
@@ -32,7 +33,7 @@ def bare(index: Tensor | None) -> Tensor | None:
     """
     if index is None or torch.compiler.is_compiling():
         return None
-    while torch._C._functorch.is_functorch_wrapped_tensor(index):
+    while is_functorch_wrapped_tensor(index):
         index = torch._C._functorch.get_unwrapped(index)
     return index if type(index) is Tensor else None
 

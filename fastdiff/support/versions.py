@@ -1,6 +1,6 @@
 """The versions of PyTorch and Triton that the tests ran on.
 
-Some of what makes calls cheap is private there: `ops/dispatch.py`, `ops/quick.py`, `ops/registry.py`,
+Some of what makes calls cheap is private there: `ops/dispatch.py`, `ops/quick.py`, `ops/plan.py`, `ops/registry.py`,
 `support/transforms.py` and `kernels/launch.py` use it. A later version may change it.
 """
 

@@ -1,13 +1,22 @@
-"""Checkpoints: all that a run needs to go on, in one safetensors file; fastdiff.support.run_file describes it."""
+"""Checkpoints: all that a run needs to go on, in one safetensors file; fastdiff.support.run_file describes it.
 
+Where FSDP splits the weights, the tensors of the optimizer are in a folder beside it, to which each process writes its
+share (torch.distributed.checkpoint). They are written first: the file names a step whose folder is whole.
+"""
+
+import os
+import shutil
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastdiff.bound import LossSecondMoment
 from fastdiff.ddpm import DDPM
 from fastdiff.diffusion import Diffusion
 from fastdiff.edm import Edm
@@ -15,10 +24,16 @@ from fastdiff.flow import FlowMatching
 from fastdiff.score import NCSN, ScoreSDE
 from fastdiff.support import run_file
 from fastdiff.support.run_file import RunFile
+from fastdiff.support.sharded import is_sharded
+from fastdiff.training import ema
+from fastdiff.training.layout import whole
+from fastdiff.training.ranks import Ranks
 from fastdiff.unet import UNet
 
 MODELS: dict[str, type[Diffusion]] = {c.__name__: c for c in (DDPM, NCSN, ScoreSDE, FlowMatching, Edm)}
 OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
+# The folder of a run with the checkpoints that it keeps beside the last one, and the shares of FSDP's processes.
+FOLDER = "checkpoints"
 
 
 @dataclass
@@ -28,18 +43,26 @@ class State:
     Args:
         diffusion: the model with the trained weights, and what its importance sampling remembers.
         ema: the UNet whose weights are the moving average, the one to sample from.
-        optimizer: tensors of torch.optim.AdamW, optimizer[i][key] for parameter i.
+        optimizer: tensors of torch.optim.AdamW, optimizer[i][key] for parameter i; or the folder with the shares of
+            FSDP's processes, for `read_shares`.
         rng: states of PyTorch's default generators, by device type.
         options: the options of the run (JSON).
         step: the optimizer steps done.
+        averages: further averages of the weights by name, see fastdiff.training.ema, each by the names of the weights.
+        classes: the names of the classes, none without.
     """
 
     diffusion: Diffusion
     ema: UNet
-    optimizer: dict[int, dict[str, Tensor]]
+    optimizer: dict[int, dict[str, Tensor]] | Path
     rng: dict[str, Tensor]
     options: dict[str, Any]
     step: int
+    averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+
+
+ALONE = Ranks()
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -57,27 +80,46 @@ def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def save(path: str | Path, state: State) -> None:
-    """Write a checkpoint. An error on the way leaves the old file as it was.
+def save(path: str | Path, state: State, keep: int = 1, ranks: Ranks = ALONE) -> None:
+    """Write a checkpoint. An error on the way leaves the old file as it was. All processes of a run call this.
+
+    Args:
+        path: the file.
+        state: what to write; its tensors may be split by FSDP.
+        keep: how many checkpoints of the run remain. Those but the last are in the folder `checkpoints` beside it.
+        ranks: the processes.
 
     Raises: ValueError naming a tensor that holds NaN or infinity; OSError if the disk does not take the file.
     """
+    path = Path(path)
+    if isinstance(state.optimizer, Path):
+        raise TypeError(f"optimizer: expected tensors, got the folder {state.optimizer}")
     groups: dict[str, dict[str, Tensor]] = {
         "model": state.diffusion.model.state_dict(),
         "ema": state.ema.state_dict(),
         "rng": state.rng,
-        **{f"optimizer.{index}": tensors for index, tensors in state.optimizer.items()},
+        **{f"averages.{name}": tensors for name, tensors in state.averages.items()},
     }
     if history := importance(state.diffusion):
         groups["importance"] = history.state_dict()
+    if is_sharded(state.ema):
+        groups = _gathered(groups, ranks)
+        _write_shares(shares_of(path, state.step), state.optimizer, ranks)
+    else:
+        groups |= {f"optimizer.{index}": tensors for index, tensors in state.optimizer.items()}
+    if not ranks.leads:
+        return
     metadata = {
         "step": state.step,
         "unet": state.ema.config,
         "model": type(state.diffusion).__name__,
         "config": state.diffusion.config,
         "options": state.options,
+        "classes": state.classes,
     }
-    run_file.write(Path(path), groups, metadata)
+    run_file.write(path, groups, metadata)
+    ema.note(path.parent, state.step, {n: groups[f"averages.{n}"] for n in state.averages})
+    _keep(path, state.step, keep)
 
 
 def load(path: str | Path) -> State:
@@ -87,15 +129,19 @@ def load(path: str | Path) -> State:
         checkpoint, or does not fit the networks that its own metadata describes.
     """
     stored = RunFile.open(path)
-    unet, ema = (stored.network(UNet, group) for group in ("model", "ema"))
+    unet, average = (stored.network(UNet, group) for group in ("model", "ema"))
     with stored.blamed():
         diffusion = MODELS[stored.model](unet, **stored.config)
         _load_importance(stored, diffusion)
+        averages = _averages(stored, unet)
         rng = stored.tensors("rng")
         if "cpu" not in rng:
             raise ValueError("it has no tensor 'rng.cpu'")
         torch.Generator().set_state(rng["cpu"])  # raises if it is no such state
-        return State(diffusion, ema, _optimizer(stored, unet), rng, stored.options, stored.step)
+        folder = shares_of(stored.file.path, stored.step)
+        whole_file = any(name.startswith("optimizer.") for name in stored.file.shapes) or not folder.is_dir()
+        optimizer = _optimizer(stored, unet) if whole_file else folder
+        return State(diffusion, average, optimizer, rng, stored.options, stored.step, averages, stored.classes)
 
 
 def load_model(path: str | Path) -> Diffusion:
@@ -110,7 +156,7 @@ def load_model(path: str | Path) -> Diffusion:
     return stored.formulation(MODELS[stored.model], UNet)
 
 
-def importance(diffusion: Diffusion) -> nn.Module | None:
+def importance(diffusion: Diffusion) -> LossSecondMoment | None:
     """What importance sampling of a DDPM remembers; None without it."""
     return getattr(diffusion, "importance", None)
 
@@ -135,3 +181,101 @@ def _optimizer(stored: RunFile, unet: UNet) -> dict[int, dict[str, Tensor]]:
     expected = {f"{i}.{key}": () if key == "step" else shapes[i] for i in shapes for key in OPTIMIZER_KEYS}
     tensors = stored.fitting("optimizer", expected)
     return {i: {key: tensors[f"{i}.{key}"] for key in OPTIMIZER_KEYS} for i in shapes}
+
+
+def _averages(stored: RunFile, unet: UNet) -> dict[str, dict[str, Tensor]]:
+    """The further averages that the options of the run name. Raises ValueError if they do not fit the parameters."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
+    texts = (str(stored.options.get(name, "")) for name in ("ema_decays", "ema_sigma_rel"))
+    return {name: stored.fitting(f"averages.{name}", shapes) for name in ema.names(*texts)}
+
+
+# --- several checkpoints, and the shares of several processes ---------------------------------------------------
+
+
+def shares_of(path: Path, step: int) -> Path:
+    """The folder with the optimizer's tensors of a step."""
+    return path.parent / FOLDER / f"step-{step:08d}"
+
+
+def read_shares(folder: Path, optimizer: dict[int, dict[str, Tensor]]) -> None:
+    """Fill the optimizer's tensors, which may be split over any number of processes, from a folder.
+
+    Raises: ValueError naming the folder if it cannot be read, or does not hold them.
+    """
+    from torch.distributed import is_initialized
+    from torch.distributed.checkpoint.state_dict_loader import load as read
+
+    with _told(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads what several wrote
+        read(_flat(optimizer), checkpoint_id=folder, no_dist=not is_initialized())
+
+
+def _write_shares(folder: Path, optimizer: dict[int, dict[str, Tensor]], ranks: Ranks) -> None:
+    """Write the tensors of all processes; the folder has its name when it is whole."""
+    from torch.distributed import barrier
+    from torch.distributed.checkpoint.state_dict_saver import save as write
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if ranks.leads:
+        for old in (temporary, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    with _told(folder):
+        write(_flat(optimizer), checkpoint_id=temporary)
+    if ranks.leads:
+        os.replace(temporary, folder)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Turn PyTorch's collection of the errors of all processes into the first of them, with the folder's name."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        reason = " ".join(str(first).split())[:400] or type(first).__name__
+        kind = OSError if isinstance(first, OSError) and not isinstance(first, FileNotFoundError) else ValueError
+        raise kind(f"{folder}: {reason}") from error
+
+
+def _flat(optimizer: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
+    return {f"{index}.{key}": tensor for index, tensors in optimizer.items() for key, tensor in tensors.items()}
+
+
+def _gathered(groups: dict[str, dict[str, Tensor]], ranks: Ranks) -> dict[str, dict[str, Tensor]]:
+    """The whole tensors on the CPU of the process that writes, one after the other; nothing elsewhere."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            gathered = whole(tensor)
+            if ranks.leads:
+                found.setdefault(group, {})[name] = gathered.cpu()
+    return found
+
+
+def _keep(path: Path, step: int, keep: int) -> None:
+    """Leave the last `keep` checkpoints of a run: a link to the file just written, and no older ones."""
+    folder = path.parent / FOLDER
+    if keep > 1:
+        folder.mkdir(exist_ok=True)
+        link = folder / f"step-{step:08d}.safetensors"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, link)
+    found: dict[int, list[Path]] = {}
+    for entry in (*folder.glob("step-*"), *folder.glob(".step-*")):
+        with suppress(ValueError):
+            found.setdefault(int(entry.name.lstrip(".").removeprefix("step-").partition(".")[0]), []).append(entry)
+    kept = sorted((number for number in found if number <= step), reverse=True)[:keep]
+    for number in found.keys() - set(kept):  # later ones are of a run that was killed before it wrote its file
+        for entry in found[number]:
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)

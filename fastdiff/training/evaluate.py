@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.files import need
 from fastdiff.training.data import digits
+from fastdiff.training.features import classified
 
 
 def _sqrt(matrix: np.ndarray) -> np.ndarray:
@@ -87,13 +87,9 @@ def evaluate(samples: Tensor) -> Report:
     """
     if samples.ndim != 4 or samples.shape[1:] != (1, 8, 8) or len(samples) < 2:
         raise ValueError(f"samples: expected (N, 1, 8, 8) with N of at least 2, got {tuple(samples.shape)}")
-    train_images, labels, held_out_images, held_out_labels = digits()
+    train_images, _, held_out_images, held_out_labels = digits()
     train, held_out = train_images[:], held_out_images[:]
-    classifier = need("sklearn.neural_network").MLPClassifier((128,), max_iter=400, random_state=0)
-    with need("threadpoolctl").threadpool_limits(1):  # the matrices are too small for more
-        classifier.fit(train.flatten(1).numpy(), labels.numpy())
-        seen = classifier.predict_proba(samples.flatten(1).numpy())
-        seen_real = classifier.predict_proba(held_out.flatten(1).numpy())
+    seen, seen_real = (classified("digits", images)[1].softmax(1).numpy() for images in (samples, held_out))
     counts = np.bincount(seen.argmax(1), minlength=10)
     share = counts[counts > 0] / counts.sum()
     return Report(

@@ -1,70 +1,121 @@
-"""The training loop: one optimizer step after another, with a moving average of the weights and checkpoints."""
+"""The training loop: one optimizer step after another, with averages of the weights and checkpoints, on any number of
+processes.
+
+All that is drawn is a function of the seed, the step and the sample's number in it. So any number of processes trains
+the same weights to rounding, and a run goes on from a checkpoint bit for bit.
+"""
 
 import copy
 import errno
-import math
+import itertools
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.cast import channels_last_convolutions
 from fastdiff.files import locked, sweep, writable
 from fastdiff.support.run_file import NAME, RunFile
-from fastdiff.training.checkpoint import State, rng_state, save, set_rng_state
-from fastdiff.training.data import training_images
+from fastdiff.training import ema
+from fastdiff.training.checkpoint import State, importance, read_shares, rng_state, save, set_rng_state
+from fastdiff.training.draws import LEVELS, noise_key, uniforms
+from fastdiff.training.feed import open_stream
+from fastdiff.training.layout import exchanging, laid_out, recompute_blocks, replicate, shard, whole
 from fastdiff.training.logs import EVERY, Progress
 from fastdiff.training.options import Options, build
-from fastdiff.training.step import TrainingStep
+from fastdiff.training.ranks import Ranks, joined, local_device
+from fastdiff.training.record import Record, grids
+from fastdiff.training.report import write_report
+from fastdiff.training.samples import averaged, draw_grid
 from fastdiff.unet import UNet
 
+# In place of a signal's number: nobody reads the output of the run any more.
+LOST = 1000
 
-def train(options: Options, out: str | Path, device: str | torch.device, resume: State | None = None) -> int:
-    """Train until step `options.steps`.
 
-    Writes out/model.safetensors every `save_every` steps, at the end, and on SIGINT, SIGTERM or SIGHUP. A run that is
-    interrupted and resumed ends with the same bits as one that is not. That holds on a CPU: on a GPU the sums of some
-    gradients are of no fixed order, and convolutions are tried out. There a step is a captured graph, see TrainingStep.
+def train(
+    options: Options,
+    out: str | Path,
+    device: str | torch.device,
+    resume: State | None = None,
+    caught: list[int] | None = None,
+) -> int:
+    """Train until step `options.steps`, together with the other processes if a launcher started several.
+
+    Writes out/model.safetensors every `save_every` steps, at the end, and on SIGINT, SIGTERM, SIGHUP or SIGUSR1. A run
+    that is interrupted and resumed ends with the same bits as one that is not. On another number of processes it ends
+    with the same weights to rounding. So it does on a GPU, where the sums of some gradients are of no fixed order.
 
     Args:
         options: what to train, and for how long.
         out: the run's folder, made if it is missing. No other training may run in it.
-        device: where to train.
+        device: where to train; of several processes each has its own.
         resume: the checkpoint to go on from. Without it the folder must not hold one.
+        caught: takes the number of the signal that ended the run, wherever it was sent.
 
     Returns: the steps done, fewer than `options.steps` after a signal.
-    Raises: ValueError if the loss or the weights stop being finite; the last checkpoint is then kept. OSError if the
-        folder is in use, the checkpoint cannot be written, or nobody reads the output any more. Steps done
-        by then are saved.
+    Raises: ValueError if the loss or the gradient is not finite for `max_bad_steps` steps in a row, or the weights are
+        not; the last checkpoint is then kept. OSError if the folder is in use, the checkpoint cannot be written, or
+        nobody reads the output any more. Steps done by then are saved.
     """
-    path, device = writable(Path(out) / NAME), torch.device(device)
-    with gpu_settings(device), locked(path.parent) as alone:
-        if alone:
-            sweep(path)
-        check_free(path, resume)
-        torch.manual_seed(options.seed)
-        run = Run(options, device, resume)
-        with closing(Progress(run.step, options.steps, options.batch_size)) as progress, interrupts() as caught:
-            progress.say(run.summary())
-            while run.step < options.steps and not caught and not progress.lost:
-                run.advance()
-                progress.advance(run.step, run.loss)
-                if run.step % EVERY == 0:
-                    run.check_loss()
-                if run.step % options.save_every == 0 and run.step < options.steps:
+    path, device = Path(out) / NAME, local_device(torch.device(device))
+    caught = [] if caught is None else caught
+    with gpu_settings(device), joined(device, alone_too=options.fsdp) as ranks:
+        check_shares(options, ranks)
+        if ranks.leads:
+            writable(path)
+        ranks.agree("step", resume.step if resume else 0)
+        with locked(path.parent) if ranks.leads else nullcontext(False) as alone:
+            if alone:
+                sweep(path)
+            if ranks.leads:
+                check_free(path, resume)
+            torch.manual_seed(options.seed)
+            run = Run(options, path.parent, device, resume, ranks)
+            record = Record(path.parent, options, run.step) if ranks.leads else Silent()
+            progress = Progress(run.step, options.steps, options.batch_size) if ranks.leads else Silent()
+            with closing(record), closing(progress), interrupts() as signals:
+                progress.say(run.summary())
+                run.stream.warn = lambda name, why, count: progress.say(
+                    f"fastdiff: warning: left out {name}: {why} ({count} so far)"
+                )
+                while run.step < options.steps and not caught:
+                    run.advance()
+                    progress.advance(run.step, run.loss)
+                    record.step(run.step, run.losses, run.noisiness(), run.norm, options.learning_rate(run.step - 1))
+                    if run.step % EVERY == 0:
+                        run.check()
+                    if run.step % options.save_every == 0 and run.step < options.steps:
+                        run.save(path)
+                    if options.sample_every and (run.step % options.sample_every == 0 or run.step == options.steps):
+                        run.show(record)
+                    if reason := ranks.largest(signals[0] if signals else LOST if progress.lost else 0):
+                        caught.append(reason)
+                if run.step > run.saved:
                     run.save(path)
-            if run.step > run.start:
-                run.save(path)
-    if progress.lost and run.step < options.steps:
-        raise OSError(
-            errno.EPIPE, f"the output is lost ({progress.lost.strerror}), training stopped at step {run.step}"
-        )
+                if ranks.leads and grids(path.parent):
+                    write_report(path.parent)
+                ranks.largest(0)  # no process returns before the file is there
+    if LOST in caught and run.step < options.steps:
+        lost = f" ({progress.lost.strerror})" if progress.lost else ""
+        raise OSError(errno.EPIPE, f"the output is lost{lost}, training stopped at step {run.step}")
     return run.step
+
+
+def check_shares(options: Options, ranks: Ranks) -> None:
+    """Raise ValueError unless every process has an image in every pass."""
+    passes = options.accumulate * ranks.size
+    if options.batch_size < passes:
+        raise ValueError(
+            f"batch_size: expected at least {passes}, one image for each of {ranks.size} processes in each of "
+            f"{options.accumulate} passes, got {options.batch_size}"
+        )
 
 
 def check_free(path: Path, resume: State | None) -> None:
@@ -78,62 +129,201 @@ def check_free(path: Path, resume: State | None) -> None:
         raise ValueError(f"{path} is of step {step}, expected {resume.step}: another training went on from it")
 
 
-class Run:
-    """A run between two steps: images, networks, optimizer, and `loss`, the mean of the last 50 losses or so."""
+class Silent:
+    """The progress of a process that prints nothing."""
 
-    def __init__(self, options: Options, device: torch.device, resume: State | None) -> None:
-        self.options, self.device = options, device
-        self.images = training_images(options.data, options.size, options.gray)
-        self.diffusion = (resume.diffusion if resume else build(options)).to(device).train()
-        self.ema = resume.ema.to(device) if resume else cast(UNet, copy.deepcopy(self.diffusion.model))
-        self.optimizer = torch.optim.AdamW(self.diffusion.parameters(), lr=options.lr, fused=True)
-        self.start = self.step = resume.step if resume else 0
-        self.loss = torch.zeros((), device=device)
+    lost = None
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+class Run:
+    """A run between two steps: data, networks, optimizer, and what the last steps gave.
+
+    losses (B,) and levels (B,) are those of all samples of the last step; `norm` (), the norm of its gradient before it
+    is clipped; `loss` (), the mean of the last 50 losses or so; `bad` () and `skipped` (), the steps in a row, and in
+    all, that were left out because the loss or the gradient was not finite. The checkpoint is of the step `saved`.
+    """
+
+    def __init__(
+        self, options: Options, folder: Path, device: torch.device, resume: State | None, ranks: Ranks
+    ) -> None:
+        self.options, self.device, self.ranks = options, device, ranks
+        self.stream = open_stream(options, folder)
+        self.classes = self.stream.source.classes or []
+        if resume and resume.classes != self.classes:
+            raise ValueError(f"data: expected the classes {resume.classes} of the run, got {self.classes}")
+        place = torch.device("cpu") if options.fsdp else device  # FSDP brings each process its share alone
+        self.diffusion = (resume.diffusion if resume else build(options, len(self.classes))).to(place).train()
+        self.ema = resume.ema.to(place) if resume else cast(UNet, copy.deepcopy(self.diffusion.model))
+        if history := importance(self.diffusion):
+            history.to_device(device)
+        self.trained = self._lay_out()
+        self.optimizer = torch.optim.AdamW(
+            self.diffusion.parameters(),
+            lr=options.lr,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        self.names = [name for name, _ in self.diffusion.model.named_parameters()]
+        self.averages = {
+            name: [parameter.detach().clone() for parameter in self.diffusion.model.parameters()]
+            for name in ema.names(options.ema_decays, options.ema_sigma_rel)
+        }
+        self.averaged = averaged(self.diffusion, self.ema)
+        self.start = self.step = self.saved = resume.step if resume else 0
+        cuts = [options.batch_size * k // options.accumulate for k in range(options.accumulate + 1)]
+        self.parts = [ranks.part(start, stop) for start, stop in itertools.pairwise(cuts)]
+        self.batches = self.stream.batches(self.start, self.parts)
+        self.losses = self.levels = torch.zeros(options.batch_size, device=device)
+        self.loss, self.norm, self.bad, self.skipped = torch.zeros(4, device=device)
         cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.bf16 = cuda_bf16 if options.bf16 is None else options.bf16
         if resume:
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": resume.optimizer})
-            set_rng_state(resume.rng, device)
-        self.take = TrainingStep(
-            self.diffusion,
-            self.optimizer,
-            average=lambda decay: update_ema(self.ema, self.diffusion.model, decay),
-            clip_grad=options.clip_grad,
-            autocast=torch.bfloat16 if self.bf16 else None,
-        )
+            self._take_over(resume)
+
+    def _lay_out(self) -> nn.Module:
+        """Bring the networks into the form that trains. Returns: what is called, with the gradients of all ranks."""
+        options, network = self.options, self.diffusion.model
+        if options.channels_last:
+            for each in (network, self.ema):
+                channels_last_convolutions(each)
+        if options.recompute:
+            recompute_blocks(network)
+        if options.fsdp:
+            for each in (network, self.ema):
+                shard(each, self.device)
+        if options.compile:
+            self.diffusion.compile()
+        if options.fsdp or self.ranks.size == 1:
+            return self.diffusion
+        return replicate(self.diffusion, self.device)
+
+    def _take_over(self, resume: State) -> None:
+        """What a checkpoint holds beside the networks, split and laid out as they are."""
+        parameters = dict(enumerate(self.diffusion.parameters()))
+        if isinstance(resume.optimizer, Path):
+            moments = ("exp_avg", "exp_avg_sq")
+            state = {i: {key: torch.zeros_like(p.detach()) for key in moments} for i, p in parameters.items()}
+            for tensors in state.values():
+                tensors["step"] = torch.zeros(())
+            read_shares(resume.optimizer, state)
+        else:
+            state = {
+                i: {key: t if key == "step" else laid_out(t, parameters[i].detach()) for key, t in tensors.items()}
+                for i, tensors in resume.optimizer.items()
+            }
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        for name, average in self.averages.items():
+            for key, tensor in zip(self.names, average, strict=True):
+                tensor.copy_(laid_out(resume.averages[name][key], tensor))
+        set_rng_state(resume.rng, self.device)
 
     def advance(self) -> None:
-        """One step of the optimizer and of the moving average."""
+        """One step of the optimizer and of the averages."""
         options, step = self.options, self.step
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * min(1.0, (step + 1) / (options.warmup + 1))
-        x0 = self.images[torch.randint(len(self.images), (options.batch_size,))].to(self.device)
-        # The decay grows from 0.1, so that the random weights of the start are soon forgotten.
-        loss = self.take(x0, decay=min(options.ema, (1 + step) / (10 + step)))
-        self.loss = self.loss.lerp(loss, 1 / min(step - self.start + 1, 50))
+            group["lr"] = options.learning_rate(step)
+        self._backward()
+        self.norm = whole(nn.utils.clip_grad_norm_(self.diffusion.parameters(), options.clip_grad))
+        bad = ~(self.losses.isfinite().all() & self.norm.isfinite())
+        # AdamW leaves all as it is where this is 1, and nothing waits for the device.
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        update_ema(self.ema, self.diffusion.model, ema.warmed(options.ema, step))
+        ema.update(self.averages, self.diffusion.model.parameters(), step)
+        self.skipped, self.bad = self.skipped + bad, (self.bad + 1) * bad
+        good = (step + 1 - self.start - self.skipped).clamp(1, 50)
+        self.loss = torch.where(bad, self.loss, self.loss.lerp(self.losses.mean(), 1 / good))
         self.step += 1
+
+    def _backward(self) -> None:
+        """The gradient of the mean loss over the step's samples, in `accumulate` passes; `losses` and `levels`."""
+        options, ranks, size = self.options, self.ranks, self.options.batch_size
+        seed, ids = noise_key(options.seed, self.step * size, size)
+        self.levels, weight = self._draw_levels()
+        losses = torch.zeros(size, device=self.device)
+        self.optimizer.zero_grad()
+        for k, part in enumerate(self.parts):
+            x0, labels = next(self.batches).to(self.device)
+            classes = {} if labels is None else {"class_labels": labels}
+            if options.channels_last:
+                x0 = x0.contiguous(memory_format=torch.channels_last)
+            with exchanging(self.trained, self.diffusion.model, k == options.accumulate - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    own: Tensor = self.trained(
+                        x0, t=self.levels[part], seed=seed, sample_ids=ids[part], reduction="none", **classes
+                    )
+                # The mean over the ranks of this is the sum over their samples by the size of the whole batch.
+                (own.mul(weight[part]).sum() * (ranks.size / size)).backward()
+            losses[part] = own.detach()
+        self.losses = ranks.sum(losses)
+        if history := importance(self.diffusion):
+            history.update(self.levels, self.losses)
+
+    def _draw_levels(self) -> tuple[Tensor, Tensor]:
+        """(times, weights), each (B,), of the step's samples."""
+        options = self.options
+        quantiles = uniforms(options.seed, self.step, options.batch_size, LEVELS).to(self.device)
+        history = importance(self.diffusion)
+        if history is not None:
+            return history.sample_at(quantiles)
+        return self.diffusion.times_at(quantiles), torch.ones(len(quantiles), device=self.device)
 
     def summary(self) -> str:
         """What is trained, on one line."""
         parameters = sum(parameter.numel() for parameter in self.diffusion.parameters())
-        images, shape = len(self.images), "x".join(map(str, self.options.shape))
+        images, shape = len(self.stream), "x".join(map(str, self.options.shape))
+        shared = f" in {self.ranks.size} processes" if self.ranks.size > 1 else ""
         return (
             f"fastdiff: {self.options.formulation} of {parameters:,} parameters, {images:,} images of {shape}, on "
-            f"{self.device}, steps {self.start} to {self.options.steps}"
+            f"{self.device}{shared}, steps {self.start} to {self.options.steps}"
         )
 
-    def check_loss(self) -> None:
-        """Raise ValueError if the loss is not finite."""
-        if not math.isfinite(loss := self.loss.item()):
-            raise ValueError(f"the loss is {loss} at step {self.step}, nothing was written; try a lower --lr")
+    def noisiness(self) -> Tensor:
+        """(B,), the levels of the last step as a share of the last one."""
+        return self.levels / self.diffusion.process.last
+
+    def show(self, record: Any) -> None:
+        """Draw the grid of this step. Of a network that is split, all ranks draw."""
+        if self.ranks.leads:
+            record.grid(self.step, self.averaged)
+        elif self.options.fsdp:
+            draw_grid(self.averaged, self.options.seed)
+
+    def check(self) -> None:
+        """Raise ValueError after too many steps in a row without a finite loss and gradient."""
+        if int(self.bad) >= self.options.max_bad_steps:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        mean = self.losses.mean().item()
+        what = f"the loss is {mean}" if not torch.isfinite(self.losses).all() else "the gradient holds NaN or infinity"
+        raise ValueError(f"{what} at step {self.step}, nothing was written; try a lower --lr")
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint of this step. Raises ValueError, and writes nothing, if it is not finite."""
-        self.check_loss()
-        optimizer, rng = self.optimizer.state_dict()["state"], rng_state(self.device)
-        state = State(self.diffusion, self.ema, optimizer, rng, asdict(self.options), self.step)
+        """Write the checkpoint of this step. All ranks call it.
+
+        Raises: ValueError, and writes nothing, if no step since the start was good, or the weights are not finite.
+        """
+        self.check()
+        if int(self.skipped) == self.step - self.start:
+            self._give_up()
+        state = State(
+            self.diffusion,
+            self.ema,
+            self.optimizer.state_dict()["state"],
+            rng_state(self.device),
+            asdict(self.options),
+            self.step,
+            {name: dict(zip(self.names, tensors, strict=True)) for name, tensors in self.averages.items()},
+            self.classes,
+        )
         try:
-            save(path, state)
+            save(path, state, self.options.keep, self.ranks)
+            self.saved = self.step
         except ValueError as error:
             raise ValueError(f"{error} at step {self.step}, nothing was written; try a lower --lr") from error
 
@@ -169,7 +359,7 @@ def gpu_settings(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Yield a list that collects SIGINT, SIGTERM and SIGHUP, which then do not end the process.
+    """Yield a list that collects SIGINT, SIGTERM, SIGHUP and SIGUSR1, which then do not end the process.
 
     A SIGHUP that is ignored, as nohup arranges, stays ignored. In a thread, where Python takes no signals, the list
     stays empty.
@@ -179,9 +369,11 @@ def interrupts() -> Iterator[list[int]]:
         yield caught
         return
     numbers = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    hangup, user = (getattr(signal, name, None) for name in ("SIGHUP", "SIGUSR1"))  # Windows has none
     if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
         numbers.append(hangup)
+    if user is not None:
+        numbers.append(user)
     old = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in numbers}
     try:
         yield caught

@@ -4,7 +4,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from numbers import Real
 from typing import Any
 
@@ -13,7 +13,9 @@ from fastdiff.diffusion import Diffusion
 from fastdiff.edm import Edm
 from fastdiff.flow import FlowMatching
 from fastdiff.score import NCSN, ScoreSDE
+from fastdiff.training import ema
 from fastdiff.training.checkpoint import State
+from fastdiff.training.data.opening import ARRAYS, KINDS, SETS, is_path
 from fastdiff.unet import UNet
 
 # What the network of each formulation predicts by default.
@@ -27,8 +29,17 @@ OWNERS = {
     "sigma_max": ("ncsn", "ve"),
 }
 # Integers that count something, and the largest of them.
-COUNTS = ("size", "steps", "batch_size", "channels", "timesteps", "save_every")
+COUNTS = ("steps", "batch_size", "channels", "timesteps", "save_every", "keep", "accumulate", "max_bad_steps")
+# Integers from 0.
+AMOUNTS = ("warmup", "workers", "sample_every", "lr_hold")
+# What may differ when a run goes on: how long it takes, what it keeps and shows, and how it is spread.
+FREE = (
+    *("steps", "save_every", "sample_every", "keep", "max_bad_steps", "workers", "cache", "log"),
+    *("accumulate", "fsdp", "compile", "channels_last", "recompute"),
+)
+LOGS = ("csv", "tensorboard", "wandb")
 LARGEST = 2**31 - 1
+LR_SCHEDULES = ("constant", "cosine", "inverse_sqrt")
 
 
 @dataclass
@@ -36,8 +47,15 @@ class Options:
     """The options of a run; its checkpoints keep them. The defaults suit a folder of images, `DIGITS` the digits.
 
     Args:
-        data: "digits", or the path of a folder of images.
-        size, gray: side of the images in pixels; one channel instead of RGB.
+        data: what fastdiff.training.data.open_source takes: "digits", a folder of images, ...
+        size: side of the images in pixels, or [H, W].
+        gray: one channel instead of RGB.
+        image_channels: of the data; 0 is 1 with `gray`, else 3. Image files have 1 to 4.
+        classes: train a class-conditional network on the labels of the data.
+        label_dropout: share of the labels that is replaced by "no label", for guidance.
+        flip: mirror every second image, left to right.
+        workers: processes that read images ahead of the training; arrays need none.
+        cache: keep decoded images in a file of the run's folder.
         steps, batch_size: optimizer steps in all; images per step.
         lr, warmup: peak learning rate of AdamW; steps over which it rises.
         ema: decay of the moving average of the weights, in [0, 1).
@@ -51,14 +69,32 @@ class Options:
         seed: of weights, batches and noise.
         bf16: autocast to bfloat16; None means wherever CUDA supports it.
         save_every: steps between checkpoints.
+        keep: checkpoints of the run that remain.
+        accumulate: passes into which a step's images are split, for less memory; the update is that of one pass.
+        fsdp: split weights, gradients and optimizer over the processes, for networks that do not fit on one GPU.
+        max_bad_steps: steps in a row whose loss or gradient is not finite, each left out, after which the run stops.
+        lr_schedule: after the warm-up, "constant", "cosine" (down to 0 at the last step), or "inverse_sqrt".
+        lr_hold: steps before the learning rate falls.
+        weight_decay, beta1, beta2: of AdamW.
+        ema_decays, ema_sigma_rel: further averages to keep, like "0.99,0.999"; see fastdiff.training.ema.
+        compile: compile the network. channels_last: lay out its convolutions channels last.
+        recompute: keep the inputs of the blocks alone for the backward pass, for less memory.
+        sample_every: steps between grids of samples; 0 draws none.
+        log: where figures go besides log.csv: "csv" (nowhere else), "tensorboard" or "wandb".
 
     Raises: TypeError or ValueError naming the option that is of a wrong type, out of its range, or of another
         formulation.
     """
 
     data: str
-    size: int = 64
+    size: int | list[int] = 64
     gray: bool = False
+    image_channels: int = 0
+    classes: bool = False
+    label_dropout: float = 0.1
+    flip: bool = False
+    workers: int = 2
+    cache: bool = False
     steps: int = 100_000
     batch_size: int = 64
     lr: float = 2e-4
@@ -78,12 +114,32 @@ class Options:
     seed: int = 0
     bf16: bool | None = None
     save_every: int = 1000
+    keep: int = 1
+    accumulate: int = 1
+    fsdp: bool = False
+    max_bad_steps: int = 5
+    lr_schedule: str = "constant"
+    lr_hold: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    ema_decays: str = ""
+    ema_sigma_rel: str = ""
+    compile: bool = False
+    channels_last: bool = False
+    recompute: bool = False
+    sample_every: int = 1000
+    log: str = "csv"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             setattr(self, field.name, _typed(field.name, field.type, getattr(self, field.name)))
         if not self.data:
-            raise ValueError("data: expected digits or a folder of images, got ''")
+            raise ValueError(f"data: expected {KINDS}, got ''")
+        if self.gray and self.image_channels > 1:
+            raise ValueError(f"gray: expected False with {self.image_channels} image_channels, got True")
+        if self.log not in LOGS:
+            raise ValueError(f"log: expected one of {', '.join(LOGS)}, got {self.log!r}")
         if self.formulation not in OBJECTIVES:
             raise ValueError(f"formulation: expected one of {', '.join(OBJECTIVES)}, got {self.formulation!r}")
         self.objective = self.objective or OBJECTIVES[self.formulation]
@@ -93,7 +149,7 @@ class Options:
         self._check_network()
 
     def _check_numbers(self) -> None:
-        for name, smallest in (*((name, 1) for name in COUNTS), ("warmup", 0)):
+        for name, smallest in (*((name, 1) for name in COUNTS), *((name, 0) for name in AMOUNTS)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}: expected at least {smallest}, got {getattr(self, name)}")
             if getattr(self, name) > LARGEST:
@@ -102,29 +158,90 @@ class Options:
             raise ValueError(f"seed: expected a number of 64 bits, got {self.seed}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout: expected a share in [0, 1), got {self.label_dropout}")
+        self._check_optimizer()
         for name in ("lr", "clip_grad"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
 
+    def _check_optimizer(self) -> None:
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate: expected at most the batch size {self.batch_size}, got {self.accumulate}")
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}")
+        if self.lr_schedule == "inverse_sqrt" and not self.lr_hold:
+            raise ValueError("lr_hold: expected at least 1 with lr_schedule inverse_sqrt, got 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected a finite number of at least 0, got {self.weight_decay}")
+        ema.names(self.ema_decays, self.ema_sigma_rel)
+
     def _check_network(self) -> None:
-        if self.data == "digits" and self.size != 8:
-            raise ValueError(f"size: the digits are 8x8, got {self.size}")
-        if self.data == "digits" and not self.gray:
-            raise ValueError("gray: the digits have one channel, got False")
+        if self.data in SETS and self.sides != SETS[self.data][1:]:
+            raise ValueError(f"size: the {self.data} are {'x'.join(map(str, SETS[self.data][1:]))}, got {self.size}")
+        if self.data in SETS and self.shape[0] != 1:
+            raise ValueError(f"gray: the {self.data} have one channel, got False")
+        largest = 4 if _are_files(self.data) else LARGEST
+        if not 0 <= self.image_channels <= largest:
+            raise ValueError(f"image_channels: expected 0 to {largest}, got {self.image_channels}")
         if self.channels % 8:
             raise ValueError(f"channels: expected a multiple of 8, got {self.channels}")
-        factor = 2 ** (resolutions(self.size) - 1)
-        if self.size % factor:
+        factor = 2 ** (resolutions(max(self.sides)) - 1)
+        if any(side % factor for side in self.sides):
             raise ValueError(f"size: expected a multiple of {factor}, got {self.size}")
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step `step`, from 0: it rises over `warmup` steps, and falls after `lr_hold`.
+
+        inverse_sqrt is lr / sqrt(max(step / lr_hold, 1)) (Karras et al. 2024, arXiv:2312.02696).
+        """
+        rate = self.lr * min(1.0, (step + 1) / (self.warmup + 1))
+        if self.lr_schedule == "inverse_sqrt":
+            return rate / math.sqrt(max(step / self.lr_hold, 1.0))
+        if self.lr_schedule == "cosine" and step > self.lr_hold:
+            return rate * (1 + math.cos(math.pi * (step - self.lr_hold) / (self.steps - self.lr_hold))) / 2
+        return rate
+
+    def used(self) -> dict[str, Any]:
+        """The options that the formulation has, by name."""
+        return {k: v for k, v in asdict(self).items() if self.formulation in OWNERS.get(k, (self.formulation,))}
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width) of an image."""
+        height, width = self.size if isinstance(self.size, list) else (self.size, self.size)
+        return height, width
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image."""
-        return (1 if self.gray else 3, self.size, self.size)
+        return (self.image_channels or (1 if self.gray else 3), *self.sides)
+
+
+def _are_files(data: str) -> bool:
+    """Whether the data are image files, which have at most 4 channels."""
+    return is_path(data) and not data.endswith(ARRAYS)
+
+
+def as_size(value: Any) -> int | list[int]:
+    """A side in pixels, or [H, W]; a square's side is one number. Raises TypeError or ValueError naming `size`."""
+    pair = [value, value] if not isinstance(value, list | tuple) else list(value)
+    if len(pair) != 2 or any(isinstance(side, bool) or not hasattr(side, "__index__") for side in pair):
+        raise TypeError(f"size: expected a side in pixels or [H, W], got {value!r}")
+    height, width = (operator.index(side) for side in pair)
+    for side in (height, width):
+        if not 1 <= side <= LARGEST:
+            raise ValueError(f"size: expected at least 1 and at most {LARGEST}, got {side}")
+    return height if height == width else [height, width]
 
 
 def _typed(name: str, kind: Any, value: Any) -> Any:
     """The value as the plain Python type of an option. Raises TypeError for a value of another kind."""
+    if name == "size":
+        return as_size(value)
     if kind is str and isinstance(value, str | os.PathLike):
         return os.fspath(value)
     if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
@@ -154,6 +271,7 @@ DIGITS: dict[str, Any] = {
     "ema": 0.998,
     "channels": 24,
     "save_every": 350,
+    "sample_every": 350,
 }
 # Distances between digits are about 8, and neighbouring levels should overlap in 64 dimensions (Song & Ermon 2020,
 # arXiv:2006.09011, techniques 1 and 2).
@@ -170,7 +288,7 @@ def resumed_options(state: State, given: dict[str, Any]) -> Options:
 
     Args:
         state: the checkpoint, whose options hold.
-        given: options by name. Only `steps`, `save_every`, and the folder in `data` may differ from the checkpoint's.
+        given: options by name. Only those of FREE, and the place of `data`, may differ from the checkpoint's.
 
     Raises: ValueError naming an option that differs, or saying that the checkpoint's are not those of a run.
     """
@@ -179,8 +297,8 @@ def resumed_options(state: State, given: dict[str, Any]) -> Options:
         raise ValueError(f"the checkpoint's options are {sorted(state.options)}, expected {sorted(known)}")
     refuse_foreign(state.options["formulation"], given)
     for name, value in given.items():
-        moved = name == "data" and value and "digits" not in (value, state.options["data"])
-        if name not in ("steps", "save_every") and not moved and value != state.options[name]:
+        moved = name == "data" and value and all(map(is_path, (value, state.options["data"])))
+        if name not in FREE and not moved and value != state.options[name]:
             raise ValueError(
                 f"{name}: the run was started with {state.options[name]!r}, got {value!r}; "
                 "leave the option out, or train into another folder"
@@ -200,19 +318,24 @@ def resolutions(size: int) -> int:
     return 2 if size <= 8 else 3 if size <= 32 else 4
 
 
-def build(options: Options) -> Diffusion:
-    """The untrained model of a run. Channels double once; levels of 16x16 and below attend, except for 8x8 images."""
-    count, channels = resolutions(options.size), options.shape[0]
-    attends = [options.size > 8 and options.size >> level <= 16 for level in range(count)]
+def build(options: Options, classes: int = 0) -> Diffusion:
+    """The untrained model of a run, with `classes` classes and "no label".
+
+    Channels double once; levels of 16x16 and below attend, except for 8x8 images.
+    """
+    side, channels = max(options.sides), options.shape[0]
+    count = resolutions(side)
+    attends = [side > 8 and side >> level <= 16 for level in range(count)]
     unet = UNet(
         sample_size=options.size,
         in_channels=channels,
         out_channels=channels * (2 if options.variance == "learned" else 1),
         block_out_channels=tuple(options.channels * min(2, level + 1) for level in range(count)),
-        layers_per_block=1 if options.size <= 8 else 2,
+        layers_per_block=1 if side <= 8 else 2,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         norm_num_groups=8,
+        num_class_embeds=classes + 1 if classes else None,
         # These models get sigma as their time; the network's output is divided by it, as a score wants.
         time_embedding_type="fourier" if options.formulation in ("ncsn", "ve") else "positional",
     )

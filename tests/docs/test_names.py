@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fastdiff
+from fastdiff.training.loop_flags import LOOP_HELP
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +110,17 @@ def test_links_of_the_root_pages_lead_somewhere(page):
 def test_the_performance_page_is_what_the_results_say():
     run = subprocess.run([sys.executable, "docs/performance.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_the_page_of_scale_has_the_tables_of_its_program():
+    run = subprocess.run([sys.executable, "docs/scale.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_page_of_training_names_the_flags_of_the_loop():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert [name for name in LOOP_HELP if f"`--{name.replace('_', '-')}" not in page] == []
 
 
 def test_files_that_pages_name_are_there():

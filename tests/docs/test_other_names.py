@@ -1,5 +1,6 @@
 """The rows marked ✓ of docs/coming-from.md: other libraries' samplers and schedules are ours under another name."""
 
+import functools
 import itertools
 
 import pytest
@@ -30,9 +31,9 @@ def diffusers():
     return pytest.importorskip("diffusers")
 
 
-def run(scheduler, network: nn.Module, x_T: Tensor) -> tuple[Tensor, list[int]]:
-    """(x_0 by a scheduler of diffusers in ten steps, the levels that it visits, in our count)."""
-    scheduler.set_timesteps(10)
+def run(scheduler, network: nn.Module, x_T: Tensor, n: int = 10) -> tuple[Tensor, list[int]]:
+    """(x_0 by a scheduler of diffusers in n steps, the levels that it visits, in our count)."""
+    scheduler.set_timesteps(n)
     x = x_T
     if hasattr(scheduler, "init_noise_sigma") and scheduler.init_noise_sigma != 1:
         x = x * (scheduler.sigmas[0] ** 2 + 1).sqrt()  # its state is x / alpha
@@ -40,7 +41,7 @@ def run(scheduler, network: nn.Module, x_T: Tensor) -> tuple[Tensor, list[int]]:
         for t in scheduler.timesteps:
             pred = network(scheduler.scale_model_input(x, t), t.expand(len(x)))
             x = scheduler.step(pred, t, x).prev_sample
-    return x, [int(t) + 1 for t in scheduler.timesteps] + [0]
+    return x, [int(t) + 1 for t in dict.fromkeys(scheduler.timesteps.tolist())] + [0]  # PNDM visits one twice
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,10 @@ def run(scheduler, network: nn.Module, x_T: Tensor) -> tuple[Tensor, list[int]]:
         ("EulerDiscreteScheduler", {"timestep_spacing": "leading"}, "ddim"),
         ("DDIMScheduler", {"clip_sample": False}, "ddim"),
         ("DPMSolverMultistepScheduler", {"beta_start": 1e-4, "beta_end": 0.02}, "dpm++2m"),
+        ("UniPCMultistepScheduler", {}, functools.partial(steps.unipc, order=2)),
+        ("UniPCMultistepScheduler", {"solver_order": 3}, "unipc"),  # with "bh1" theirs is NaN at sigma = 0
+        ("LMSDiscreteScheduler", {"timestep_spacing": "leading"}, "lms"),
+        ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}, "plms"),
     ],
 )
 def test_deterministic_samplers_of_diffusers(diffusers, name, options, ours):
@@ -57,6 +62,17 @@ def test_deterministic_samplers_of_diffusers(diffusers, name, options, ours):
     want, levels = run(getattr(diffusers, name)(num_train_timesteps=T, **options), network, x_T)
     got = DDPM(network, clip=None).sample(SHAPE, sampler=ours, steps=levels, x_T=x_T)
     torch.testing.assert_close(got, want, **FLOAT32)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_deis_of_diffusers(diffusers, order):
+    """It ends at timestep 0, our level 1, and keeps its order there in 15 steps and more."""
+    x_T = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    network = Network()
+    want, levels = run(diffusers.DEISMultistepScheduler(num_train_timesteps=T, solver_order=order), network, x_T, 15)
+    ours = functools.partial(steps.deis, order=order)
+    got = DDPM(network, clip=None).sample(SHAPE, sampler=ours, steps=[*levels[:-1], 1], x_T=x_T)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # they subtract logarithms in float32
 
 
 def test_the_default_levels_of_ddim(diffusers):

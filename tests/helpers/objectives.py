@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 SIGMA_DATA = 0.5
 CLASSIC = ("eps", "x0", "v", "score")
 
@@ -33,8 +35,10 @@ def x0_errors(alpha: Any, sigma: Any) -> dict[str, Any]:
 
 
 def _edm(alpha: Any, sigma: Any, x0: Any, eps: Any) -> Any:
-    """((1 - c_skip) x_0 - c_skip r eps) / c_out, with c_skip and c_out of Karras et al. 2022, table 1."""
-    r = sigma / alpha
-    both = r**2 + SIGMA_DATA**2
-    c_skip, c_out = SIGMA_DATA**2 / both, r * SIGMA_DATA / both**0.5
-    return (r**2 / both * x0 - c_skip * r * eps) / c_out
+    """((1 - c_skip) x_0 - c_skip r eps) / c_out, with c_skip and c_out of Karras et al. 2022, table 1.
+
+    With r = sigma / alpha = sigma_data tan(angle), so that both ends, 0 and infinity, are angles as any other.
+    """
+    alpha, sigma = (torch.as_tensor(value, dtype=torch.float64) for value in (alpha, sigma))
+    angle = torch.atan2(sigma, SIGMA_DATA * alpha)
+    return angle.sin() / SIGMA_DATA * x0 - angle.cos() * eps

@@ -22,14 +22,14 @@ salts = st.integers(0, 2**20)
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> tuple[int, ...]:
-    """(B, ...), 1-D to 5-D, from one element to three blocks of 2048 in all."""
+def shapes(draw: st.DrawFn, sizes: tuple[int, ...] = (60, 600, 5000)) -> tuple[int, ...]:
+    """(B, ...), 1-D to 5-D, of one element to about one of the sizes, by default three blocks of 2048 in all."""
     ndim = draw(st.integers(1, 5))
     batch = draw(st.integers(1, 3))
     if ndim == 1:
         return (batch,)
     inner = [draw(st.integers(1, 6)) for _ in range(ndim - 2)]
-    most = draw(st.sampled_from((60, 600, 5000)))
+    most = draw(st.sampled_from(sizes))
     return (batch, *inner, draw(st.integers(1, max(1, most // (batch * math.prod(inner))))))
 
 

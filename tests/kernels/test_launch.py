@@ -1,6 +1,8 @@
 """`kernels.launch.Launch`: a repeated launch is the one that Triton would make with the new tensors. Compiled for a GPU
-that is not here, by a driver that launches nothing."""
+that is not here, by a driver that launches nothing. It goes around Triton's launcher only where that does nothing else.
+"""
 
+import copy
 import os
 import subprocess
 import sys
@@ -42,11 +44,12 @@ for x, incoming, batch, n, stride, factor, constant in calls:
     operands = dict(grad_ptr=x, incoming_ptr=incoming, batch=batch, size=n, incoming_stride=stride, factor=factor)
     with launch.noted() as notes:
         launch.launch(scale_kernel, (3, 2, 1), **operands, **constant)
-    again = launch.Launch(notes[0], {x.data_ptr(): 0, incoming.data_ptr(): 1})
+    again = launch.Launch(notes[0])
     like = [t for t in tensors if t.dtype == x.dtype and t.data_ptr() % 16 == x.data_ptr() % 16]
     other, further = random.choice(like), incoming.clone() if incoming is by else by[5:]
     launched.clear()
-    again.repeat([other.data_ptr(), further.data_ptr(), None], 0)
+    arguments = other.data_ptr(), further.data_ptr(), *notes[0].parameters[2:]
+    again.run(*again.before, 0, *again.between, *arguments)
     scale_kernel[(3, 2, 1)](**operands | dict(grad_ptr=other, incoming_ptr=further), **constant)
     (kernel, args, grid), (chosen, wanted, its) = launched
     assert kernel is chosen, (x.data_ptr() % 16, x.dtype, operands)
@@ -66,3 +69,53 @@ def test_a_repeated_launch_is_the_one_that_triton_makes(tmp_path):
     assert done.returncode == 0, done.stderr
     calls, kernels = map(int, done.stdout.split())
     assert calls == 120 and kernels > 20  # there was something to confuse
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """Triton's launcher for NVIDIA, with a function in place of the one in C, and what that was given."""
+    from triton.backends.nvidia.driver import CudaLauncher
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "_active", object(), raising=False)  # some versions ask for it
+    made, given = object.__new__(CudaLauncher), []
+    zero = ("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align")
+    vars(made).update(dict.fromkeys(zero, 0), num_ctas=1, gsan_enabled=False)
+    names = ("launch_cooperative_grid", "launch_pdl", "arg_annotations", "kernel_signature")
+    vars(made).update(zip(names, names, strict=True), launch=lambda *args: given.append(args))
+    return made, given
+
+
+def test_around_the_launcher_as_through_it(launcher):
+    """Whatever this version of Triton adds."""
+    from fastdiff.kernels.launch import direct
+
+    run, given = launcher
+    fixed = "function", ("metadata", 1), None, None, None
+    function, before, between, packed = direct(run, (3, 2, 1), fixed)
+    assert function is run.launch and not given
+    arguments = 64, None, 5, 0.5
+    run(3, 2, 1, 7, *fixed, *arguments)
+    function(*before, 7, *between, *([arguments] if packed else arguments))
+    through, around = given
+    assert through == around and 7 in around
+
+
+def test_a_launcher_that_does_more_is_not_gone_around(launcher):
+    from fastdiff.kernels.launch import direct
+
+    class Adds(type(launcher[0])):
+        def __call__(self, *args):
+            super().__call__(*args, "more")
+
+    known, _ = launcher
+    allocates, allocates_to_profile, adds = (copy.copy(known) for _ in range(3))
+    allocates.global_scratch_size = allocates_to_profile.profile_scratch_size = 128
+    adds.__class__ = Adds
+    for run in (allocates, allocates_to_profile, adds, lambda *args: None):
+        assert direct(run, (3, 2, 1), ("function",) + 4 * (None,)) == (
+            run,
+            (3, 2, 1),
+            ("function",) + 4 * (None,),
+            False,
+        )

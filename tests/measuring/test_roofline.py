@@ -99,7 +99,7 @@ BUDGETS = {
     ("norm_grad", "scale", "none"): (32, 21),
     ("norm_grad", "concat", "none"): (48, 25),
     ("norm_grad", "concat+channels_last", "none"): (34, 28),
-    ("norm_grad", "concat+skip", "none"): (50, 28),
+    ("norm_grad", "concat+skip", "none"): (42, 28),
     ("norm_grad", "concat+skip+channels_last", "none"): (38, 30),
     ("norm_grad", "64x64", "none"): (34, 22),
     ("norm_grad", "64x64+channels_last", "none"): (32, 25),

@@ -202,3 +202,24 @@ def test_wrong_rules():
     with pytest.raises(ValueError, match=r"radius: expected a number above 0 or None, got 0\.0"):
         Projected(radius=0.0)
     assert guidance.Projected is Projected
+
+
+class Plain(nn.Module):
+    """Without a counter, which would be compiled anew at every call."""
+
+    def forward(self, x: Tensor, c: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(x + y.view(-1, 1, 1))
+
+
+@pytest.mark.slow
+def test_rules_compile():
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import
+
+    torch._dynamo.reset()
+    plain, compiled = chain(Plain()), chain(Plain())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled.compile(backend=counter, fullgraph=True)
+    for rule in (Rescaled(0.5), Projected(radius=1.0)):
+        how = {"guidance": [2.0, 1.0, 3.0], "guidance_rule": rule, "steps": 3, "seed": 1, **BRANCHES}
+        torch.testing.assert_close(compiled.sample(SHAPE, **how), plain.sample(SHAPE, **how), rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 2  # one of each rule, for all steps

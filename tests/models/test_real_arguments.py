@@ -108,6 +108,8 @@ def test_a_generator_gives_the_seed():
         ("DPM++2M", r"use 'dpm\+\+2m'"),
         ("dpm++2m_karras", r"use 'dpm\+\+2m' with steps=model\.process\.karras\(n\)"),
         ("dpmpp_2m_karras", r"use 'dpm\+\+2m' with steps"), ("heun_karras", "use 'heun'"),
+        ("DPM++ 2M SDE Karras", r"use 'dpm\+\+2m_sde' with steps"), ("UniPC-bh2", "use 'unipc'"),
+        ("dpmpp_2s_ancestral", r"use 'dpm\+\+2s_ancestral'"), ("pndm", "use 'plms'"),
         ("pc", "use 'predictor_corrector'"),
         ("Predictor-Corrector", "use 'predictor_corrector'"), ("rk45", "use 'ode'"),
     ],

@@ -165,7 +165,8 @@ def test_a_step_allocates_nothing_of_the_size_of_the_data(kind, sampler):
 
 @pytest.mark.parametrize(
     ("kind", "sampler"), [("chain", "dpm++2m"), ("chain", "heun"), ("vp", "heun"), ("vp", "euler_maruyama"),
-                          ("ve", CHURNED), ("ncsn", "annealed_langevin"), ("vp", "predictor_corrector")],
+                          ("ve", CHURNED), ("ncsn", "annealed_langevin"), ("vp", "predictor_corrector"),
+                          ("chain", "unipc")],
 )  # fmt: skip
 def test_compiled_equals_eager_without_recompiling(kind, sampler):
     from torch._dynamo.testing import CompileCounterWithBackend  # slow to import

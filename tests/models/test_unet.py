@@ -214,6 +214,13 @@ def test_gradient_reaches_every_parameter(changes):
     assert [k for k in missing if "to_k.bias" not in k] == []
 
 
+def test_no_two_gradients_share_memory():
+    unet = UNet(**SMALL)
+    unet(torch.randn(2, 3, 8, 8), torch.tensor([1, 2])).square().mean().backward()
+    places = [(p.grad.untyped_storage().data_ptr(), p.grad.storage_offset()) for p in unet.parameters()]
+    assert len(set(places)) == len(places)  # else clipping, or a second backward, changes one with the other
+
+
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("dim", [8, 9])

@@ -160,6 +160,7 @@ def test_a_step_is_one_launch_beside_the_model(sampler):
         (functools.partial(steps.dpm2_ancestral, eta=1.5), r"eta: 1\.5 asks for more noise than a level holds"),
         (functools.partial(steps.dpm_solver_pp_sde, eta=1.5), r"eta: 1\.5 asks for more noise than a level holds"),
         (functools.partial(steps.dpm_solver_pp_2s_ancestral, eta=-0.5), "eta: expected a finite number of at least 0"),
+        (functools.partial(steps.dpm2_ancestral, eta=math.nan), "eta: expected a finite number of at least 0"),
         (functools.partial(steps.euler_ancestral, eta=1.5), r"eta: 1\.5 asks for more noise than a level holds"),
     ],
 )
@@ -167,6 +168,22 @@ def test_wrong_options(make, said):
     for process in (Chain(schedule.linear(1000)), VP()):
         with pytest.raises(ValueError, match=said):
             make_steps(process, make, 5, "eps", None)
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "dpm++3m_sde", "deis", "lms", "plms"])
+def test_multistep_samplers_need_decreasing_levels(sampler):
+    """Those of churn rise."""
+    process = Chain(schedule.linear(1000))
+    with pytest.raises(ValueError, match=r"sampler: '.*' expected decreasing levels, got \["):
+        make_steps(process, sampler, process.karras(6, churn=3.0), "eps", None)
+
+
+def test_a_sampler_need_not_be_hashable():
+    class Own(dict):
+        def __call__(self, *arguments):
+            return steps.ddim(*arguments)
+
+    assert len(make_steps(VP(), Own(), 3, "eps", None)) == 4
 
 
 def test_singlestep_samplers_need_their_middles():

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from fastdiff import DDPM, reference, schedule, steps
 from fastdiff.objective import OBJECTIVES
-from fastdiff.process import grid
 from fastdiff.rows import WIDTH, columns, make_rows
-from fastdiff.schedule import NoiseSchedule, make_schedule
+from fastdiff.schedule import NoiseSchedule, grid, make_schedule
 from fastdiff.steps import LOG_ZERO, StepTable
 
 mpmath.mp.dps = 60

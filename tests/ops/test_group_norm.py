@@ -53,7 +53,7 @@ def with_gradients(given, groups, grad, first=0, silu=True, layout="contiguous")
         given |= dict(zip(("x", "skip"), (laid(part.contiguous(), layout) for part in parts), strict=True))
     leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
     rows = (leaves.get(name) for name in ("scale", "shift", "add", "skip"))
-    y = ops.group_norm_silu(leaves["x"], groups, leaves["weight"], leaves["bias"], EPS, *rows, silu)
+    y = ops.group_norm_silu(leaves["x"], groups, leaves["weight"], leaves["bias"], EPS, *rows, silu=silu)
     found = {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
     if first:
         for name in ("x", "skip"):
@@ -292,7 +292,7 @@ def test_the_gradient_of_the_reference_is_that_of_autograd(added, silu):
     leaves = [t.detach().requires_grad_() for t in (x[:, :4], *rows, x[:, 4:])]
     x, weight, bias, scale, shift, add, skip = leaves
     grad = tensor((2, 6, 3, 4), torch.float64, salt=9)
-    exact = ops.group_norm_silu(x, 3, weight, bias, EPS, scale, shift, add, skip, silu)
+    exact = ops.group_norm_silu(x, 3, weight, bias, EPS, scale, shift, add, skip, silu=silu)
     want = torch.autograd.grad(exact, leaves, grad)
     y = torch.ops.fastdiff.group_norm_silu(x, 3, weight, bias, scale, shift, add, EPS, skip, silu)[0]
     for a, b in zip(torch.autograd.grad(y, leaves, grad), want, strict=True):

@@ -131,3 +131,29 @@ def test_rows_are_as_wide_as_their_columns():
     assert columns(rows).from_hist.tolist() == [1.0] * 3 and history_columns(rows).from_hist3.tolist() == [2.0] * 3
     history_columns(rows).slot.fill_(2.0)
     assert rows[:, WIDTH + 2].tolist() == [2.0] * 3  # a view
+
+
+@every
+def test_slots_share_memory_with_nothing_else(backend):
+    """What is read later is not overwritten, and out is none of the slots."""
+    x, rows = tensor((2, 7)), wide_table(0)
+    hist = past(2, (2, 7), torch.float32, "contiguous", 5)
+    with fastdiff.backend(backend):
+        with pytest.raises(ValueError, match="hist: expected memory that x does not use"):
+            ops.update(hist[1], x, rows, 1, hist=hist, keep="x", noisy=False)
+        with pytest.raises(ValueError, match="out: expected memory that hist does not use"):
+            ops.update(x, x, rows, 1, hist=hist, keep="x", noisy=False, out=hist[0])
+
+
+def test_tangents_of_slots():
+    """Those of x' hold those of every slot, and those of the slot that is kept are the state's."""
+    x, v = tensor((2, 7)).cpu(), tensor((2, 7), salt=1).cpu()
+    rows = make_rows(torch.zeros(1), from_hist=2.0, from_hist2=-3.0, slot=1.0)
+
+    def walk(x: Tensor) -> tuple[Tensor, Tensor]:
+        hist = torch.stack((x, x.square()))
+        return ops.update(x, x, rows, 0, hist=hist, keep="x", noisy=False), hist
+
+    out, hist = torch.func.jvp(walk, (x,), (v,))[1]
+    torch.testing.assert_close(out, 2 * v - 3 * 2 * x * v)
+    torch.testing.assert_close(hist, torch.stack((v, v)))

@@ -1,5 +1,7 @@
 """Registration of the ops, their gradients, and compilation."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -56,6 +58,7 @@ def sample_inputs() -> list[tuple[str, tuple]]:
         ("update", (x, last, nine, one, None, None, other.detach(), last, x, None, 2)),
         ("update_", (x.clone(), last, nine, t, seed, None, None, None, None, None, 1.0, "none", 2)),
         ("update_", (last.clone(), x, nine, one, None, None, x, x, x, last.clone(), None, "x", 2)),
+        ("update_", (x.clone(), x, rows(14), t, None, None, None, None, None, torch.stack((x, x)), None, "mix", 2)),
         ("noising_out", (x.clone(), last, t, rows(2), seed, ids, None, 1)),
         ("update_out", (last.clone(), x, last, nine, t, seed, None, None, None, None, x.clone(), 1.0, "x0hat", 2)),
     ]
@@ -223,6 +226,20 @@ def test_only_what_needs_a_gradient_gets_one():
 
 
 # --- compilation --------------------------------------------------------------------------------------------------
+
+def test_a_gradient_that_was_not_stored_is_computed_in_the_backward_pass():
+    """The ops themselves can be called so; the functions ask for what will be needed."""
+    pred, raw, x0, noise = (tensor((2, 5), salt=i).requires_grad_(i < 2) for i in range(4))
+    t, loss_rows, vlb_rows = index(4, 2, True, 0), table(4, 3, 0), table(4, 6, 0)
+    ask_loss = partial(torch.ops.fastdiff.loss, pred, x0, t, loss_rows, None, None, noise, 1, "mse", 1.0, False)
+    ask_vlb = partial(torch.ops.fastdiff.vlb, pred, raw, noise, x0, t, vlb_rows.clamp(min=0), None, False)
+    for ask, leaves, flags in ((ask_loss, [pred], 1), (ask_vlb, [pred, raw], 2)):
+        value, *stored = ask(*[False] * flags)
+        assert all(grad.numel() == 0 for grad in stored)
+        wanted = torch.autograd.grad(ask(*[True] * flags)[0], leaves)
+        for got, want in zip(torch.autograd.grad(value, leaves), wanted, strict=True):
+            assert_close(got, want.double(), 0.0, 4)  # times 1/n or divided by n
+
 
 def train_step(x0: Tensor, weight: Tensor, t: Tensor, seed: Tensor) -> Tensor:
     x_t = ops.noising(x0, t, rows_2, seed=seed)

@@ -12,7 +12,7 @@ from PIL import Image
 from fastdiff.cli import main
 from fastdiff.training import checkpoint
 
-TINY = ["--channels", "8", "--batch-size", "8", "--timesteps", "20", "--device", "cpu"]
+TINY = ["--sample-every", "0", "--channels", "8", "--batch-size", "8", "--timesteps", "20", "--device", "cpu"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -63,8 +63,18 @@ def test_train_on_a_folder_of_images(tmp_path, capsys):
     assert main(["train", "--data", str(tmp_path), "--out", str(out), "--bf16", *size]) == 0
     state = checkpoint.load(out / "model.safetensors")
     assert state.ema.sample_shape == (3, 8, 8) and state.step == 2 and state.options["bf16"]
-    line = refused(capsys, "eval", out / "model.safetensors", "--device", "cpu")
-    assert "expected a model of the 8x8 digits, it draws (3, 8, 8)" in line
+    pixels = ["eval", str(out), "--device", "cpu", "--n", "6", "--steps", "1", "--features", "pixels"]
+    (tmp_path / "4.png").write_bytes((tmp_path / "2.png").read_bytes())
+    assert main([*pixels, "--reference", str(tmp_path / "real.npz")]) == 0
+    first = capsys.readouterr().out
+    assert "precision" in first and "frechet_distance" in first and np.load(tmp_path / "real.npz")["mu"].shape == (192,)
+    assert main([*pixels, "--reference", str(tmp_path / "real.npz")]) == 0
+    again = capsys.readouterr().out
+    assert [line for line in first.splitlines() if "frechet" in line] == [
+        line for line in again.splitlines() if "frechet" in line
+    ]
+    line = refused(capsys, "eval", out, "--device", "cpu", "--features", "pixel")
+    assert "features: expected inception, dinov2, pixels" in line
 
 
 @pytest.mark.slow
@@ -201,7 +211,7 @@ def test_a_run_is_not_overwritten(model, capsys):
     ],
 )
 def test_every_formulation_is_trained_resumed_and_sampled(options, kind, sampler, tmp_path):
-    run, tiny = tmp_path / "run", ["--channels", "8", "--batch-size", "8", "--device", "cpu"]
+    run, tiny = tmp_path / "run", ["--sample-every", "0", "--channels", "8", "--batch-size", "8", "--device", "cpu"]
     tiny += ["--timesteps", "20"] if kind == "DDPM" else []
     assert main(["train", "--data", "digits", "--out", str(run), "--steps", "2", *tiny, *options]) == 0
     assert main(["train", "--out", str(run), "--resume", "--steps", "3", "--device", "cpu"]) == 0

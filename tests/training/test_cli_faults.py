@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_run import metadata_of, rewrite, run
+from tiny_run import files_of, metadata_of, rewrite, run
 
 import fastdiff
 from fastdiff.cli import main
 from fastdiff.training import checkpoint
 
-TINY = ["--channels", "8", "--batch-size", "8", "--timesteps", "20", "--device", "cpu"]
+TINY = ["--sample-every", "0", "--channels", "8", "--batch-size", "8", "--timesteps", "20", "--device", "cpu"]
 # Outputs are buffered, as they are by default.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
 
@@ -69,7 +69,7 @@ LONG = "9" * 23
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["train", "--out", "x", "--data", ""], "--data: expected digits or a folder of images, got ''"),
+        (["train", "--out", "x", "--data", ""], "or hf:NAME, got ''"),
         (["train", "--out", "x", "--data", "", "--resume"], "--data"),
         (["train", "--out", "", "--data", "digits"], "--out: expected a path, got ''"),
         *(
@@ -174,7 +174,7 @@ def test_a_disk_that_is_full_is_one_line(tmp_path):
     assert process.returncode == 1 and "Traceback" not in said
     last = said.splitlines()[-1]
     assert last.startswith(f"fastdiff: error: {tmp_path / 'model.safetensors'}: ") and "File too large" in last
-    assert list(tmp_path.iterdir()) == []
+    assert files_of(tmp_path) == set()
 
 
 def read_until(stream, text: bytes) -> bytes:
@@ -247,7 +247,7 @@ def test_an_interrupt_before_the_first_step_is_one_line(model, tmp_path, monkeyp
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastdiff.training.loop.training_images", interrupt)
+    monkeypatch.setattr("fastdiff.training.loop.open_stream", interrupt)
     assert main(["train", "--out", str(tmp_path), "--data", "digits", "--steps", "1", *TINY]) == 130
     assert capsys.readouterr().err == "fastdiff: interrupted\n" and list(tmp_path.iterdir()) == []
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from tiny_run import CPU, TINY, assert_same_files, run
+from tiny_run import CPU, TINY, assert_same_files, files_of, run
 
 from fastdiff import files, training
 from fastdiff.training import Options, checkpoint, logs, loop
@@ -29,7 +29,7 @@ def test_an_update_that_is_not_finite_is_never_saved(tmp_path, value):
     next(state.diffusion.parameters()).register_hook(lambda g: g * value)  # the loss itself stays finite
     with pytest.raises(ValueError, match=r"holds NaN or infinity at step 3, nothing was written; try a lower --lr"):
         training.train(Options(**{**TINY, "steps": 3}), tmp_path, CPU, state)
-    assert (tmp_path / NAME).read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [NAME]
+    assert (tmp_path / NAME).read_bytes() == before and files_of(tmp_path) == {NAME}
 
 
 def test_a_loss_that_is_not_finite_stops_long_before_the_next_checkpoint(tmp_path, monkeypatch):
@@ -45,7 +45,7 @@ def test_a_loss_that_is_not_finite_stops_long_before_the_next_checkpoint(tmp_pat
     monkeypatch.setattr(loop, "update_ema", spoil)
     with pytest.raises(ValueError, match="the loss is nan at step 10"):
         run(tmp_path, steps=1000, save_every=1000)
-    assert len(steps) == 10 and list(tmp_path.iterdir()) == []
+    assert len(steps) == 10 and files_of(tmp_path) == set()
 
 
 # one run, one folder
@@ -99,7 +99,7 @@ def test_a_checkpoint_goes_on_in_another_folder_too(tmp_path):
 def test_what_a_killed_run_left_is_swept(tmp_path):
     (tmp_path / f".{NAME}.4711.tmp").write_bytes(b"half")
     run(tmp_path, steps=1)
-    assert [p.name for p in tmp_path.iterdir()] == [NAME]
+    assert files_of(tmp_path) == {NAME}
 
 
 def test_without_locks_nothing_is_swept(tmp_path, monkeypatch):
@@ -111,7 +111,7 @@ def test_without_locks_nothing_is_swept(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     (tmp_path / f".{NAME}.4711.tmp").touch()  # may be another run's
     assert run(tmp_path, steps=1) == 1
-    assert {p.name for p in tmp_path.iterdir()} == {NAME, f".{NAME}.4711.tmp"}
+    assert files_of(tmp_path) == {NAME, f".{NAME}.4711.tmp"}
 
 
 # signals

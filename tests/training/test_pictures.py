@@ -49,12 +49,14 @@ def test_bound(model, monkeypatch, capsys):
 def test_quality(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "SAMPLERS", dict.fromkeys(("ddim", "heun", "annealed_langevin")))
     monkeypatch.setattr(quality, "CALLS", (1, 2, 3))
+    monkeypatch.setattr(quality, "HALF", ("ddim", 2))
     args = argparse.Namespace(quality=[model], json=tmp_path / "q.json", plot=tmp_path / "q.png")
     assert quality.main(args, CPU) == 0
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "q.json").read_text())
     runs = [(row["sampler"], row["calls"], row["steps"]) for row in report["rows"]]
-    assert runs == [("ddim", 1, 1), ("ddim", 2, 2), ("ddim", 3, 3), ("heun", 1, 1), ("heun", 2, 1), ("heun", 3, 2)]
+    whole = [("ddim", 1, 1), ("ddim", 2, 2), ("ddim", 3, 3), ("heun", 1, 1), ("heun", 2, 1), ("heun", 3, 2)]
+    assert runs == [*whole, ("ddim, bfloat16", 2, 2)]
     assert report["real"] == pytest.approx(0.2932, abs=1e-4)
     assert all(row["images_per_s"] > 0 and row["frechet_distance"] > 1 for row in report["rows"])
     assert "heun" in said and "DDPM" in said

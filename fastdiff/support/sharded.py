@@ -1,0 +1,37 @@
+"""Models whose weights FSDP2 splits over processes: torch.distributed.fsdp.fully_shard."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from torch import nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP splits the weights of a module or of a part of it."""
+    fsdp = _fsdp()
+    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
+
+
+def as_forward(module: nn.Module, function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which calls the module's parts, with what FSDP does around a forward of the module.
+
+    FSDP gathers the weights that the root holds itself when the root's forward begins. Without that, a part that is
+    called alone meets a piece of its weights.
+    """
+    fsdp = _fsdp()
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return function
+    # FSDP wraps a method of the module by its name.
+    module.__dict__["_as_forward"] = function
+    fsdp.register_fsdp_forward_method(module, "_as_forward")
+    wrapped: Callable[P, R] = module.__dict__.pop("_as_forward")
+    return wrapped
+
+
+def _fsdp() -> Any:
+    """torch.distributed.fsdp if anything has imported it, or None."""
+    return sys.modules.get("torch.distributed.fsdp")

@@ -1,0 +1,88 @@
+"""Image files: which there are under a folder, and how their numbers become 8 bits."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdiff.files import need
+
+# White in the image modes of PIL that have more than 8 bits.
+DEEP = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
+# The modes of PIL by their number of channels.
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+def listed(path: Path) -> tuple[list[Path], dict[Path, str]]:
+    """(the files under a folder, what is left out and why), each in the order of names."""
+    files, skipped = [], {}
+
+    def unreadable(error: OSError) -> None:
+        skipped[Path(error.filename)] = str(error.strerror)
+
+    for root, folders, names in os.walk(path, onerror=unreadable):
+        for entry in (Path(root, name) for name in (*folders, *names)):
+            if os.path.isfile(entry):
+                files.append(entry)
+            elif os.path.islink(entry):
+                skipped[entry] = "a link to a folder" if os.path.isdir(entry) else "a link to nothing"
+            elif not os.path.isdir(entry):
+                skipped[entry] = "neither a file nor a folder"
+    return sorted(files), dict(sorted(skipped.items()))
+
+
+def decoded(source: str | Path | bytes | Any, size: tuple[int, int], channels: int) -> np.ndarray:
+    """One image, centre-cropped to the shape of `size` and resized.
+
+    Args:
+        source: a file, its bytes, or an image of PIL.
+        size: (H, W).
+        channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha.
+
+    Returns: uint8 (channels, H, W).
+    Raises: anything if it is not readable.
+    """
+    image_module, ops = need("PIL.Image"), need("PIL.ImageOps")
+    if isinstance(source, str | Path | bytes):
+        with image_module.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            upright = ops.exif_transpose(image)
+    else:
+        upright = ops.exif_transpose(source)
+    mode = MODES[channels]
+    if channels in (1, 3):
+        upright = eight_bits(upright)
+    fitted = ops.fit(upright.convert(mode), size[::-1], image_module.Resampling.LANCZOS)
+    return np.ascontiguousarray(np.array(fitted).reshape(*size, channels).transpose(2, 0, 1))
+
+
+def eight_bits(image: Any) -> Any:
+    """A PIL image of 8 bits, "L" or "RGB", that looks like `image`.
+
+    Each mode has its own range of black to white:
+
+        1, L, P, RGB, CMYK, YCbCr, ...   8 bits or fewer
+        I;16                             0 to 65535
+        I (32 bits)                      0 to 65535, which is how 16-bit images are widened
+        F                                0 to 1
+
+    Transparent images (LA, PA, RGBA, and those that name a transparent colour) are laid on white.
+
+    Raises: ValueError for I or F with values outside their range, or in I with none above 255, which may be 8 bits.
+    """
+    image_module = need("PIL.Image")
+    if image.mode not in DEEP:
+        if not image.has_transparency_data:
+            return image.convert("L" if image.mode in ("1", "L") else "RGB")
+        colours = image.convert("RGBA")
+        return image_module.alpha_composite(image_module.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    values, white = np.asarray(image), DEEP[image.mode]
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= white:
+        raise ValueError(f"mode {image.mode}: expected values from 0 to {white}, got {low} to {high}")
+    if image.mode == "I" and 0 < high <= 255:
+        raise ValueError(f"mode I: expected 16 bits, got values of at most {high}, which may be 8 bits")
+    clear = image.info.get("transparency")
+    shades = np.where(values == clear, white, values) if isinstance(clear, int) else values
+    return image_module.fromarray((shades.astype(np.float64) * (255 / white)).round().astype(np.uint8))

@@ -1,0 +1,58 @@
+"""Options that suit a set of images, by name; and options that a file gives."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fastdiff.files import need
+from fastdiff.training.options import DIGITS, Options
+
+MNIST: dict[str, Any] = {
+    "size": 28,
+    "gray": True,
+    "steps": 2000,
+    "batch_size": 64,
+    "lr": 2e-3,
+    "warmup": 100,
+    "ema": 0.998,
+    "channels": 16,
+    "save_every": 500,
+    "sample_every": 500,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {"data": "digits", **DIGITS},
+    "mnist28": {"data": "mnist", **MNIST},
+    "cifar10-32": {
+        "size": 32,
+        "steps": 400_000,
+        "batch_size": 128,
+        "lr": 2e-4,
+        "warmup": 5000,
+        "ema": 0.9999,
+        "channels": 128,
+        "flip": True,
+    },
+    "images-64": {"size": 64, "steps": 500_000, "batch_size": 128, "lr": 1e-4, "channels": 128, "flip": True},
+}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options in a file: JSON, as a run's config.json, or YAML.
+
+    Raises: OSError if it cannot be read; ValueError naming the file if it holds something else.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        given = json.loads(text) if path.suffix == ".json" else need("yaml").safe_load(text)
+    except ImportError:
+        raise
+    except Exception as error:  # the errors of yaml have no base in common with those of json
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: expected options by name, got {type(given).__name__}")
+    known = {field.name for field in fields(Options)}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{path}: unknown option {name!r}")
+    return given

@@ -1,0 +1,136 @@
+"""The processes of a run: what each is, and what they tell each other.
+
+torchrun, accelerate and SLURM's launchers start processes and tell each by RANK, WORLD_SIZE and LOCAL_RANK who it is.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Names that torch.distributed exports, though mypy does not see it.
+distributed: Any = dist
+# A process that waits this long for another gives up.
+PATIENCE = timedelta(minutes=10)
+# After an error, a process looks this long for the others.
+GRACE = timedelta(seconds=10)
+# The key under which processes that failed are counted.
+FAILED = "fastdiff/failed"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run.
+
+    Args:
+        rank: its number, 0 for the one that writes and prints.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def part(self, start: int, stop: int) -> slice:
+        """The share of this process in the numbers start..stop-1, one behind the other in the order of the ranks."""
+        count = stop - start
+        return slice(start + count * self.rank // self.size, start + count * (self.rank + 1) // self.size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, number: int) -> int:
+        """The largest number that a process has. It waits for the other processes, and not for the device."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
+    def agree(self, name: str, number: int) -> None:
+        """Raise ValueError naming what differs unless all processes have the same number."""
+        low, high = -self.largest(-number), self.largest(number)
+        if low != high:
+            raise ValueError(
+                f"{name}: expected the same in all processes, got {low} to {high}; do they share a file system?"
+            )
+
+
+@contextmanager
+def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[Ranks]:
+    """Be one of the processes that a launcher started, or of a group that exists; else be alone.
+
+    Args:
+        device: where this process computes; NCCL connects GPUs, gloo CPUs.
+        alone_too: make a group of one process, which FSDP needs.
+
+    Raises: ValueError if the launcher's variables are no numbers.
+    """
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+        return
+    size = launched("WORLD_SIZE", 1)
+    if size == 1 and not alone_too:
+        yield Ranks()
+        return
+    if size == 1:
+        store, rank = distributed.HashStore(), 0
+    else:
+        store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    global _store
+    _store = store
+    yield Ranks(rank, size)
+    dist.barrier()
+    dist.destroy_process_group()  # after an error others may be waiting: then the end of the process ends the group
+    _store = None
+
+
+_store: Any = None
+
+
+def launched(name: str, default: int) -> int:
+    """A number that a launcher put into the environment. Raises ValueError if it is no number."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"{name}: expected a number in the environment, got {text!r}")
+    return int(text)
+
+
+def speaks() -> bool:
+    """Whether this process is the one of its run that says what failed: the first one that fails."""
+    try:
+        if launched("WORLD_SIZE", 1) == 1:
+            return True
+        store = _store or next(distributed.rendezvous("env://", timeout=GRACE))[0]
+        return int(store.add(FAILED, 1)) == 1
+    except (RuntimeError, ValueError):  # the store went with the process that held it
+        return True
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error says that another process of the run has ended."""
+    by_gloo = type(error) is RuntimeError and "by peer" in str(error)
+    return by_gloo or isinstance(error, dist.DistBackendError | dist.DistNetworkError)
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this process on its machine for "cuda", else the device as it is."""
+    if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
+        return device
+    torch.cuda.set_device(launched("LOCAL_RANK", 0))
+    return torch.device("cuda", launched("LOCAL_RANK", 0))

@@ -1,0 +1,67 @@
+"""The training loss of a sample is a function of its number, not of the batch that it is in."""
+
+import pytest
+import torch
+
+from fastdiff import DDPM, NCSN, ScoreSDE
+
+
+class Net(torch.nn.Module):
+    """A network of one weight that returns as many channels as asked for."""
+
+    def __init__(self, times: int = 1) -> None:
+        super().__init__()
+        self.times, self.weight = times, torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, t):
+        return (self.weight * x + 0.01 * t.reshape(-1, 1, 1).to(x)).repeat(1, self.times, 1)
+
+
+CHAIN = {"timesteps": 20, "schedule": "cosine"}
+MODELS = {
+    "ddpm": lambda: DDPM(Net(), timesteps=20, schedule="cosine", objective="v"),
+    "ddpm-x0": lambda: DDPM(Net(), timesteps=20, schedule="cosine", objective="x0"),
+    "ddpm-hybrid": lambda: DDPM(
+        Net(2), timesteps=20, schedule="cosine", objective="v", variance="learned", loss="hybrid"
+    ),
+    "ncsn": lambda: NCSN(Net()),
+    "vp": lambda: ScoreSDE(Net(), "vp", objective="v"),
+    "ve-x0": lambda: ScoreSDE(Net(), "ve", objective="x0"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_of_a_batch_are_those_of_its_parts(name):
+    model = MODELS[name]()
+    x0 = torch.randn(5, 2, 9, generator=torch.Generator().manual_seed(0))
+    t = model.times_at(torch.tensor([0.0, 0.2, 0.4, 0.8, 0.99]))
+    ids = torch.tensor([7, 3, 2**32 - 1, 0, 12])
+
+    def losses(part):
+        return model(x0[part], t=t[part], seed=5, sample_ids=ids[part], reduction="none")
+
+    whole = losses(slice(0, 5))
+    parts = torch.cat([losses(slice(0, 2)), losses(slice(2, 5))])
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
+    assert not torch.allclose(model(x0, t=t, seed=5, reduction="none"), whole)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "vp"])
+def test_times_at_cover_the_chain_evenly(name):
+    model = MODELS[name]()
+    times = model.times_at(torch.arange(2000, dtype=torch.float64) / 2000)
+    if name == "ddpm":
+        assert torch.equal(torch.bincount(times, minlength=21)[1:], torch.full((20,), 100))
+    else:
+        assert times[0] == model.process.first and times[-1] < model.process.last == 1.0
+        torch.testing.assert_close(times.diff(), times.diff()[:1].expand(1999), rtol=1e-9, atol=1e-12)
+
+
+def test_importance_draws_at_quantiles():
+    model = DDPM(Net(), timesteps=4, schedule="cosine", objective="v", importance=True)
+    model.importance.losses.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None].expand(4, 10))
+    model.importance.seen.fill_(10)
+    levels, weights = model.importance.sample_at((torch.arange(10000, dtype=torch.float64) + 0.5) / 10000)
+    p = model.importance.probabilities().double()
+    torch.testing.assert_close(torch.bincount(levels, minlength=5)[1:] / 10000, p, rtol=0, atol=1e-4, check_dtype=False)
+    torch.testing.assert_close(weights.double(), 1 / (4 * p[levels - 1]), rtol=1e-5, atol=0)

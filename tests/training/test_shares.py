@@ -1,0 +1,222 @@
+"""What makes several processes one: draws by sample number, parts of a step, FSDP's layout, and drawings in batches."""
+
+import copy
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from tiny_run import CPU, TINY, assert_same_files, assert_same_weights, run
+
+from fastdiff import DDPM, training
+from fastdiff.cli import main
+from fastdiff.training import Options, checkpoint, draws, loop
+from fastdiff.training.drawing import ABOUT, Batches
+from fastdiff.training.ranks import Ranks
+
+NAME = "model.safetensors"
+# Two channels to a group, at least: a norm takes the mean of one away, and Adam would move along its rounding.
+WIDE = {"channels": 16, "lr": 2e-4}
+
+
+# draws
+
+
+def test_uniforms_are_those_of_numpys_philox():
+    for seed, step, purpose in ((0, 0, 1), (-1, 7, 2), (2**62, 2**40, 3)):
+        key = np.array([seed % 2**64, step], np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, purpose]))
+        np.testing.assert_array_equal(draws.uniforms(seed, step, 9, purpose).numpy(), generator.random(9))
+
+
+def test_noise_goes_on_after_all_ids():
+    seed, ids = draws.noise_key(5, 2**32 - 2, 4)
+    assert (seed, ids.tolist()) == (5, [2**32 - 2, 2**32 - 1, 0, 1])
+    assert draws.noise_key(5, 2**32, 2)[0] == 6 and draws.noise_key(2**63 - 1, 2**32, 1)[0] == -(2**63)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_parts_cover_a_step_once(size):
+    for start, stop in ((0, 7), (3, 19)):
+        parts = [Ranks(rank, size).part(start, stop) for rank in range(size)]
+        assert [n for part in parts for n in range(part.start, part.stop)] == list(range(start, stop))
+        assert all(part.stop > part.start for part in parts)
+
+
+def test_batches_shuffle_each_epoch_and_do_not_depend_on_parts():
+    images = training.Images(torch.arange(10, dtype=torch.uint8)[:, None, None, None], 9)
+    data = loop.Shuffled(images, seed=1, batch_size=4)
+    steps = [data.batch(step, slice(0, 4)).flatten() for step in range(5)]
+    first, second = torch.cat(steps).view(2, 10)
+    assert first.sort().values.tolist() == second.sort().values.tolist() == images[:].flatten().tolist()
+    assert not torch.equal(first, second) and not torch.equal(first, images[:].flatten())
+    again = loop.Shuffled(images, seed=1, batch_size=4)  # step 2 has images of both epochs
+    assert torch.equal(torch.cat([again.batch(2, slice(0, 1)), again.batch(2, slice(1, 4))]).flatten(), steps[2])
+    assert not torch.equal(loop.Shuffled(images, seed=2, batch_size=4).batch(0, slice(0, 4)).flatten(), steps[0])
+
+
+# one step in parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formulation", ["ddpm", "vp"])
+def test_passes_give_the_update_of_the_whole_batch(tmp_path, formulation):
+    fitting = {k: v for k, v in TINY.items() if k != "timesteps" or formulation != "vp"} | WIDE | {"steps": 8}
+    for passes in (1, 3):  # 16 images in 3 passes: they are of different sizes
+        options = Options(**fitting, formulation=formulation, accumulate=passes)
+        training.train(options, tmp_path / str(passes), CPU)
+    assert_same_weights(tmp_path / "1" / NAME, tmp_path / "3" / NAME)
+
+
+@pytest.mark.filterwarnings("ignore:schedule")
+def test_passes_note_the_losses_of_the_whole_batch(tmp_path):
+    for passes in (1, 4):
+        torch.manual_seed(3)
+        unet = training.build(Options(**TINY)).model
+        ddpm = DDPM(unet, timesteps=2, objective="v", schedule="cosine", importance=True)
+        options = Options(**{**TINY, "timesteps": 2, "steps": 2, "accumulate": passes})
+        rng = {"cpu": torch.get_rng_state()}
+        state = checkpoint.State(ddpm, copy.deepcopy(unet), {}, rng, vars(options), 0)
+        training.train(options, tmp_path / str(passes), CPU, state)
+    one, four = (load_file(tmp_path / name / NAME) for name in "14")
+    assert one["importance.seen"].sum() == 32 and torch.equal(one["importance.seen"], four["importance.seen"])
+    torch.testing.assert_close(one["importance.losses"], four["importance.losses"], rtol=1e-5, atol=0)
+
+
+def test_a_batch_must_have_an_image_for_each_process_and_pass(tmp_path):
+    with pytest.raises(ValueError, match="accumulate: expected at most the batch size 16, got 17"):
+        Options(**TINY, accumulate=17)
+    with pytest.raises(ValueError, match="batch_size: expected at least 20, one image for each of 4 processes"):
+        loop.check_shares(Options(**TINY, accumulate=5), Ranks(0, 4))
+
+
+# what is left out
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
+    original, seen = loop.Run.advance, []
+
+    def spoil(self):
+        images = self.images
+        if self.step == 2:
+            self.images = type("Spoiled", (), {"batch": lambda *a: images.batch(*a[1:]) * math.nan})()
+        before = [p.detach().clone() for p in self.diffusion.parameters()]
+        original(self)
+        self.images = images
+        moved = any(not torch.equal(a, b) for a, b in zip(before, self.diffusion.parameters(), strict=True))
+        seen.append((moved, int(self.bad), int(self.skipped), self.loss.isfinite().item()))
+
+    monkeypatch.setattr(loop.Run, "advance", spoil)
+    assert run(tmp_path, steps=4) == 4
+    assert seen == [(True, 0, 0, True), (True, 0, 0, True), (False, 1, 1, True), (True, 0, 1, True)]
+    assert checkpoint.load(tmp_path / NAME).step == 4
+
+
+# FSDP, of one process
+
+
+@pytest.fixture
+def group():
+    """A group of one process, as `--fsdp` makes without a launcher."""
+    yield dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_split_weights_train_and_go_on_as_whole_ones(tmp_path):
+    run(tmp_path / "plain", steps=6, **WIDE)
+    split = {"fsdp": True, "keep": 2, "save_every": 2, "ema_decays": "0.5", **WIDE}
+    run(tmp_path / "whole", steps=6, **split)
+    assert_same_weights(tmp_path / "plain" / NAME, tmp_path / "whole" / NAME)
+    kept = {p.name for p in (tmp_path / "whole" / "checkpoints").iterdir()}
+    assert kept == {f"step-{n:08d}{end}" for n in (4, 6) for end in ("", ".safetensors")}
+    run(tmp_path / "parts", steps=4, **split)
+    run(tmp_path / "parts", resume=True, steps=6, **split)
+    assert_same_files(tmp_path / "whole" / NAME, tmp_path / "parts" / NAME)
+    # FSDP's checkpoint without FSDP, and the other way round
+    shutil.copytree(tmp_path / "parts", tmp_path / "other")
+    run(tmp_path / "other", resume=True, steps=8, **{**split, "fsdp": False})
+    run(tmp_path / "parts", resume=True, steps=8, **split)
+    assert_same_weights(tmp_path / "other" / NAME, tmp_path / "parts" / NAME)
+    run(tmp_path / "plain", resume=True, steps=8, fsdp=True, **WIDE)
+    assert_same_weights(tmp_path / "plain" / NAME, tmp_path / "parts" / NAME)
+
+
+@pytest.mark.slow
+def test_a_split_model_samples_before_and_after_training(group):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    ddpm = training.build(Options(**TINY))
+    how = {"steps": 3, "sampler": "ddim", "seed": 4}
+    expected = ddpm.sample(2, **how)
+    for block in ddpm.model.down_blocks[0].resnets:
+        fully_shard(block)
+    fully_shard(ddpm)
+    x = torch.randn(2, 1, 8, 8)
+    for _ in range(2):
+        torch.testing.assert_close(ddpm.sample(2, **how), expected)
+        torch.testing.assert_close(ddpm.encode(x, steps=2), ddpm.encode(x, steps=2))
+        ddpm(x).backward()
+    with pytest.raises(ValueError, match="graph: expected"):
+        ddpm.sample(2, graph=True)
+
+
+def test_shares_that_are_damaged_are_named(tmp_path):
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"step-00000001: metadata is None"):
+        checkpoint.read_shares(folder, {0: {"step": torch.zeros(())}})
+
+
+# drawings in batches
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    out = tmp_path_factory.mktemp("model")
+    run(out, steps=1)
+    return out
+
+
+def draw(model, out, *more) -> int:
+    how = ["--n", "5", "--batch-size", "2", "--sampler", "ddim", "--steps", "2", "--device", "cpu"]
+    return main(["sample", str(model), "--out", str(out), *how, *more])
+
+
+def test_a_drawing_that_was_killed_goes_on(model, tmp_path, monkeypatch):
+    assert draw(model, tmp_path / "a") == 0
+    whole = (tmp_path / "a.npy").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npy", "a.png"]
+    joined = Batches.join
+    monkeypatch.setattr(Batches, "join", lambda *_: 1 / 0)  # killed before the end
+    assert draw(model, tmp_path / "b") == 1
+    parts = tmp_path / "b.npy.parts"
+    assert {p.name for p in parts.iterdir()} == {ABOUT, *(f"batch-{i:06d}.npy" for i in range(3))}
+    (parts / "batch-000001.npy").unlink()
+    monkeypatch.setattr(Batches, "join", joined)
+    drawn, sample = [], DDPM.sample
+    monkeypatch.setattr(DDPM, "sample", lambda *a, **k: drawn.append(k["sample_ids"].tolist()) or sample(*a, **k))
+    assert draw(model, tmp_path / "b") == 0
+    assert drawn == [[2, 3]] and (tmp_path / "b.npy").read_bytes() == whole and not parts.exists()
+
+
+def test_batches_of_another_drawing_are_refused(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Batches, "join", lambda *_: 1 / 0)
+    draw(model, tmp_path / "b")
+    monkeypatch.undo()
+    for more in (("--seed", "1"), ("--eta", "0.5")):
+        assert draw(model, tmp_path / "b", *more) == 1
+        assert (
+            "b.npy.parts holds images of another drawing: remove it, or choose another --out" in capsys.readouterr().err
+        )
+
+
+def test_processes_take_turns_at_batches(tmp_path):
+    batches = [Batches(tmp_path / "x.npy", {}, Ranks()) for _ in range(3)]
+    for rank, each in enumerate(batches):
+        each.ranks = Ranks(rank, 3)
+    assert [each.missing(7) for each in batches] == [[0, 3, 6], [1, 4], [2, 5]]
