@@ -6,6 +6,7 @@ from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from torch import Tensor
 
 from ...rows import make_rows
+from ..stock import promoted
 from .common import PREDICTIONS, Generators, LevelScheduler, alike, index_of, is_level
 from .sigmas import CountingScheduler, two_results
 
@@ -41,7 +42,7 @@ class LCMScheduler(CountingScheduler, LevelScheduler, diffusers.LCMScheduler, st
             return NotImplemented  # the numbers of a row are those of a place
         device, prediction = sample.device, config.prediction_type
         clip = config.clip_sample_range if config.clip_sample and not config.thresholding else None
-        sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        sample = promoted(sample, model_output)[0]
         if config.thresholding:
             model_output, prediction = self._x0(model_output, sample, index_of(timestep, device)), "sample"
         noise = {} if i == self.num_inference_steps - 1 else self._noise(sample, generator, i)
