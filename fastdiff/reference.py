@@ -170,8 +170,10 @@ def update(
     if hist is None:
         return out.to(x.dtype), None
     kept = x0 if keep == "x0hat" else state
-    if history is not None and keep == "mix":
+    if history is not None and keep in ("mix", "new mix"):
         kept = history.kept_from_x0 * x0 + history.kept_from_x * state
+    if keep == "new mix":
+        return out.to(x.dtype), kept.to(hist.dtype)
     kept = kept.to(x.dtype)
     if history is None or hist.ndim == x.ndim:
         return (out + row.from_hist * hist).to(x.dtype), kept

@@ -19,7 +19,22 @@ from torch import Tensor
 from . import cpu_compiled as compiled
 from . import openmp
 from .compiler import cfunc
-from .cpu_compiled import BF16, CHUNK, F16, F32, HUBER, KEEP_MIX, KEEP_NONE, KEEP_X, KEEP_X0, L1, MSE, OUTSIDE, SCRATCH
+from .cpu_compiled import (
+    BF16,
+    CHUNK,
+    F16,
+    F32,
+    HUBER,
+    KEEP_MIX,
+    KEEP_NEW_MIX,
+    KEEP_NONE,
+    KEEP_X,
+    KEEP_X0,
+    L1,
+    MSE,
+    OUTSIDE,
+    SCRATCH,
+)
 from .layout import laid_like, lay_out, sliced_like, slots_like
 from .uninterrupted import uninterrupted
 
@@ -29,7 +44,7 @@ PARALLEL_FROM = 32768
 CLAIMS = 8
 CODES = {torch.float32: F32, torch.bfloat16: BF16} | ({torch.float16: F16} if compiled.CONVERTS_F16 else {})
 RHOS = {"mse": MSE, "l1": L1, "huber": HUBER}
-KEEPS = {"none": KEEP_NONE, "x0hat": KEEP_X0, "x": KEEP_X, "mix": KEEP_MIX}
+KEEPS = {"none": KEEP_NONE, "x0hat": KEEP_X0, "x": KEEP_X, "mix": KEEP_MIX, "new mix": KEEP_NEW_MIX}
 
 _local = threading.local()
 

@@ -8,11 +8,13 @@ One row of the step table holds the numbers. Its columns, with the names that th
     g           from_hist
     w           guidance: pred becomes uncond + w (pred - uncond)
 
-With several slots of history, or KEEP = "mix", a row has more of them:
+With several slots of history, or a mix that is kept, a row has more of them:
 
     g2, g3      from_hist2, from_hist3: of the slots hist[1] and hist[2]
     s           slot: the one that is overwritten
     p, q        kept_from_x0, kept_from_x: the mix that is kept, p x0hat + q x
+
+With KEEP = "new mix" hist is a second output: the mix is written, and nothing is read.
 
 Moves, per element: reads x and pred (and uncond, raw, noise and all slots of hist if they are given); writes x', and
 one slot of hist if it is given.
@@ -102,11 +104,12 @@ def update_kernel(
         else:
             out += f * z
     if hist_ptr is not None:
-        g = tl.load(row + G)
         hist = hist_ptr + start + offsets
-        out += g * load_float32(hist, mask)
+        if KEEP != "new mix":
+            g = tl.load(row + G)
+            out += g * load_float32(hist, mask)
         kept = x0 if KEEP == "x0hat" else x
-        if KEEP == "mix":
+        if KEEP == "mix" or KEEP == "new mix":
             kept = tl.load(row + P) * x0 + tl.load(row + Q) * x
         if SLOTS == 1:
             tl.store(hist, kept, mask=mask)

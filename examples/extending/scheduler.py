@@ -2,8 +2,8 @@
 
 python examples/extending/scheduler.py
 
-It inherits the stock class and overrides the arithmetic of `step` alone. In the package it would be one file in
-fastdiff/interop/diffusers/.
+It inherits the stock class and overrides the arithmetic of `step` alone. In the package each scheduler is one file in
+fastdiff/interop/diffusers/. This one is there too, for every setting.
 """
 
 from typing import Any

@@ -36,7 +36,7 @@ from .noise import REVERSE
 from .quick import quick
 from .registry import NOISE, Op, names_of
 
-KEEPS = ("none", "x0hat", "x", "mix")
+KEEPS = ("none", "x0hat", "x", "mix", "new mix")
 # What follows x in the schema of every form of the op.
 _OPERANDS = (
     f"Tensor pred, Tensor rows, Tensor step, {NOISE}, Tensor? uncond, Tensor? raw, Tensor? noise, "
@@ -76,7 +76,7 @@ def update(
 
     Args:
         x, pred: (B, ...), the state and the output of the model.
-        rows: (steps, WIDTH) float32 rows, see `fastdiff.rows`; (steps, WIDE) with several slots or keep = "mix".
+        rows: (steps, WIDTH) float32 rows, see `fastdiff.rows`; (steps, WIDE) with several slots or a mix.
         step: the row, an int or an int64 tensor () or (B,); outside of `rows` as a level for `noising`.
         seed, sample_ids, noise, out: see `fastdiff.ops`.
         uncond: the output without condition; pred becomes uncond + guidance (pred - uncond).
@@ -84,7 +84,8 @@ def update(
         hist: read, then overwritten with what `keep` names. Or (K, B, ...), 2 or 3 slots: all are read, and the one
             that the row names is overwritten.
         clip: x0hat is kept in [-clip, clip].
-        keep: "x0hat", "x" or "mix" (kept_from_x0 x0hat + kept_from_x x) with hist, else "none".
+        keep: "x0hat", "x" or "mix" (kept_from_x0 x0hat + kept_from_x x) with hist, else "none". With "new mix" hist is
+            a second output: one tensor like x of any floating type, which is not read.
         noisy: False leaves noise z out.
         inplace: x becomes x', and nothing is allocated.
 
@@ -96,7 +97,7 @@ def update(
     check_floating("x", x)
     check_like("pred", pred, x)
     several = hist is not None and isinstance(hist, Tensor) and hist.ndim > x.ndim
-    wide = several or keep == "mix" or (isinstance(rows, Tensor) and rows.shape[-1:] == (WIDE,))
+    wide = several or keep in ("mix", "new mix") or (isinstance(rows, Tensor) and rows.shape[-1:] == (WIDE,))
     check_table("rows", rows, WIDE if wide else WIDTH, x)
     step = as_index("step", step, x)
     for name, given in (("uncond", uncond), ("raw_variance", raw_variance)):
@@ -106,10 +107,12 @@ def update(
     if (hist is None) != (keep == "none"):
         raise ValueError(f"hist: expected exactly where keep is not 'none', got keep = {keep!r}")
     if hist is not None:
-        slots = (len(hist),) if several and 2 <= len(hist) <= MAX_SLOTS else ()
+        slots = (len(hist),) if several and 2 <= len(hist) <= MAX_SLOTS and keep != "new mix" else ()
         check_shape("hist", hist, (*slots, *x.shape))
         check_device("hist", hist, x.device)
-        if hist.dtype != x.dtype:
+        if keep == "new mix":
+            check_floating("hist", hist)
+        elif hist.dtype != x.dtype:
             raise TypeError(f"hist: expected the dtype of x, {x.dtype}, got {hist.dtype}")
     clip = as_clip(clip)
     inputs = (x, pred, uncond, raw_variance, noise)

@@ -9,6 +9,15 @@ from torch import Tensor
 from fastdiff.interop import diffusers as fused
 
 NAMES = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "ScoreSdeVeScheduler")
+# Those that count their steps and take any float as a timestep, but for LCM, whose timestep is a level.
+COUNTING = (
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "EDMEulerScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "LCMScheduler",
+)
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
@@ -78,6 +87,9 @@ CASES = [
     ("DDIMScheduler", {}),
     ("DPMSolverMultistepScheduler", {}),
     ("ScoreSdeVeScheduler", {}),
+    *((name, {}) for name in COUNTING),
+    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    ("LCMScheduler", {"thresholding": True}),
 ]
 
 
@@ -89,11 +101,19 @@ def prepared(
     scheduler.set_timesteps(10, device=device)
     if name == "ScoreSdeVeScheduler":
         scheduler.set_sigmas(10)
-    if name == "DPMSolverMultistepScheduler":
+    if name in ("DPMSolverMultistepScheduler", *COUNTING):
         scheduler.set_begin_index(5)
+        scheduler.is_scale_input_called = True
     x, output = draw(torch.Generator().manual_seed(0), learned="variance_type" in config)
     step = scheduler.step_pred if name == "ScoreSdeVeScheduler" else scheduler.step
     return scheduler, step, (output.to(device), scheduler.timesteps[5], x.to(device))
+
+
+def noised(scheduler: Any, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """add_noise, or what flow matching has in its place."""
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(x, timesteps, noise)
+    return scheduler.add_noise(x, noise, timesteps)
 
 
 def seeded(seed: int) -> torch.Generator:

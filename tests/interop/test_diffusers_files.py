@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from diffusers.utils.import_utils import DummyObject
 from schedulers import (
+    COUNTING,
     NAMES,
     both,
     draw,
@@ -33,9 +34,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffuse
 # --- files, configurations, signatures ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *COUNTING])
 def test_files_both_ways(name: str, tmp_path: Any) -> None:
-    config = {"num_train_timesteps": 123, **({} if name == "ScoreSdeVeScheduler" else {"beta_end": 0.01})}
+    config = {"num_train_timesteps": 123}
+    if "beta_end" in inspect.signature(getattr(diffusers, name)).parameters:
+        config["beta_end"] = 0.01
     stock, ours = both(name, **config)
     ours.fused_noise = True
     for s, folder in ((stock, "stock"), (ours, "ours")):
@@ -50,7 +53,7 @@ def test_files_both_ways(name: str, tmp_path: Any) -> None:
     assert not getattr(fused, name).from_config(ours.config).fused_noise
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *COUNTING])
 def test_it_is_the_stock_class(name: str) -> None:
     """isinstance, compatibles, signatures (but for fused_noise), copies."""
     stock, ours = both(name)
@@ -62,7 +65,8 @@ def test_it_is_the_stock_class(name: str) -> None:
             continue
         again = type(ours).from_config(compatible.from_config(ours.config).config)
         assert {k: v for k, v in again.config.items() if k in ours.config} == dict(ours.config)
-    for method in ("step", "step_pred", "add_noise", "get_velocity", "set_timesteps"):
+    for method in ("step", "step_pred", "add_noise", "scale_noise", "get_velocity", "set_timesteps"):
+        assert hasattr(ours, method) == hasattr(stock, method)
         if hasattr(theirs, method):
             parameters = (inspect.signature(getattr(c, method)).parameters for c in (theirs, type(ours)))
             want, got = ([(p.name, p.default, p.kind) for p in ps.values()] for ps in parameters)

@@ -77,6 +77,24 @@ def test_slots(backend, shape, dtype, layout, slots, keep, clip, guided, inplace
 
 
 @every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_mix_is_a_second_output(backend, dtype):
+    """hist is not read, and may have another type."""
+    x, pred = tensor((3, 2049), dtype), tensor((3, 2049), dtype, salt=1)
+    rows, step = wide_table(2), torch.tensor([1, 3, 4], device=DEVICE)
+    before, hist = torch.zeros_like(x), torch.full_like(x, torch.nan, dtype=torch.float32)
+    with fastdiff.backend(backend):
+        want = ops.update(x, pred, rows, step, hist=before, keep="mix", clip=0.5, noisy=False)
+        out = ops.update(x, pred, rows, step, hist=hist, keep="new mix", clip=0.5, noisy=False, out=torch.empty_like(x))
+    assert_same_bits(out, want)
+    if dtype == torch.float32:
+        assert_same_bits(hist, before)
+    else:  # before is rounded
+        torch.testing.assert_close(hist, before.float(), rtol=2**-7, atol=1e-30)
+        assert not torch.equal(hist, before.float())
+
+
+@every
 def test_the_row_says_which_slot_is_overwritten(backend):
     x, pred = tensor((2, 7)), tensor((2, 7), salt=1)
     before = past(3, (2, 7), torch.float32, "contiguous", 5)

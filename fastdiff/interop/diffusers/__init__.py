@@ -2,11 +2,12 @@
 
     from fastdiff.interop.diffusers import DDPMScheduler
 
-A class here is the stock class of that name. It overrides only add_noise, get_velocity and step (step_pred), so
-configurations, files, set_timesteps and signatures are stock's. What it saves loads in diffusers on a machine without
-fastdiff. For the same `generator` it draws stock's noise in stock's order, and the result is stock's to rounding: the
-coefficients are computed in float32 in stock's order of operations. On the CPU DDPM and DDIM give stock's bits, except
-for learned_range. On a GPU multiplications are fused with additions.
+A class here is the stock class of that name. It overrides only add_noise (scale_noise), get_velocity, step (step_pred)
+and the search for the first step, so configurations, files, set_timesteps and signatures are stock's. What it saves
+loads in diffusers on a machine without fastdiff. For the same `generator` it draws stock's noise in stock's order, and
+the result is stock's to rounding. The coefficients of alphas_cumprod are computed in float32 in stock's order of
+operations, those of sigmas in float64. On the CPU DDPM and DDIM give stock's bits, except for learned_range. On a GPU
+multiplications are fused with additions.
 
     fused_noise: a keyword of the constructor, from_config and from_pretrained, and an attribute; it is not saved. True
         draws the noise of step (step_pred) in the kernel: z(seed, sample, timestep), the same whatever the batch or
@@ -17,8 +18,9 @@ for learned_range. On a GPU multiplications are fused with additions.
 Neither a step nor add_noise waits for the device or breaks a graph. A timestep is read only if that is free: a number,
 a CPU tensor, or an element of self.timesteps, which the first step after set_timesteps copies to the host. If a DDPM
 step cannot tell whether t > 0, it draws noise at t = 0 too and multiplies it by 0. That is so for another GPU tensor,
-and for any tensor under torch.compile. DPMSolverMultistepScheduler counts its steps. If it must look for the first one
-in a tensor that is not free to read, it does as stock, unless set_begin_index was called.
+and for any tensor under torch.compile. The other schedulers but DDIM's and ScoreSdeVe's count their steps. If one must
+look for the first step in a tensor that is not free to read, it does as stock, unless set_begin_index was called. Their
+fused noise is z(seed, sample, place in self.timesteps).
 
 If a subclass, a patch or the object overrides a method that stock's step (or add_noise) calls, such as _get_variance,
 previous_timestep or convert_model_output, stock's step runs and calls it. It also runs for arguments that no kernel
@@ -32,7 +34,12 @@ Differences from stock, all of them defects there:
     - variance_type "fixed_large_log" gives what "fixed_large" gives. Stock takes the root of a logarithm: NaN.
     - bfloat16 and float16 are computed in float32; x_0 and the result are rounded once. In stock's bfloat16 add_noise
       alpha_bar rounds to 1 for t = 0 to 9 of the default schedule, so no noise is added at all.
+    - Heun's second half takes the distance of x from x_0 out of the prediction. Stock takes it from the rounded x_0,
+      and multiplies its rounding by dt / (2 sigma).
     - A timestep below 0 is an error (NaN on a GPU). Stock counts it from the end of the schedule.
+
+EulerDiscreteScheduler.get_velocity is stock's, and looks up alphas_cumprod by the place in self.timesteps, a defect.
+With s_churn the network is asked before the noise is added, as in stock. It should be asked after it.
 
 DDIMPipeline converts what it is given to the stock DDIMScheduler: assign pipeline.scheduler afterwards.
 """
@@ -47,14 +54,38 @@ from .common import FusedScheduler
 from .ddim import DDIMScheduler
 from .ddpm import DDPMScheduler
 from .dpm_solver import DPMSolverMultistepScheduler
+from .edm_euler import EDMEulerScheduler
+from .euler import EulerDiscreteScheduler
+from .euler_ancestral import EulerAncestralDiscreteScheduler
+from .flow_match_euler import FlowMatchEulerDiscreteScheduler
+from .heun import HeunDiscreteScheduler
+from .lcm import LCMScheduler
 from .score_sde_ve import ScoreSdeVeScheduler
 
-__all__ = ["SCHEDULERS", "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "ScoreSdeVeScheduler"]
+__all__ = [
+    "SCHEDULERS",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "ScoreSdeVeScheduler",
+]
 
 # All of them, for those that look up the one of a stock class.
 SCHEDULERS: tuple[type[FusedScheduler], ...] = (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
     ScoreSdeVeScheduler,
 )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from numbers import Integral
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -75,7 +76,7 @@ class FusedScheduler:
     def _number(self, timestep: Any) -> Any:
         """The timestep as a number, or None if finding out would wait for a device or break a graph."""
         if not isinstance(timestep, Tensor):
-            return timestep if isinstance(timestep, float) else operator.index(timestep)
+            return float(timestep) if isinstance(timestep, float | np.floating) else operator.index(timestep)
         if torch.compiler.is_compiling() or timestep.numel() != 1:
             return None
         if timestep.device.type == "cpu":
@@ -93,7 +94,7 @@ class FusedScheduler:
         s = quantile(x0.abs(), self.config.dynamic_thresholding_ratio).clamp(min=1, max=self.config.sample_max_value)
         return (x0.clamp(-s, s) / s).reshape(sample.shape).to(sample.dtype)
 
-    def _noise(self, like: Tensor, generator: Generators, index: Tensor) -> dict[str, Any]:
+    def _noise(self, like: Tensor, generator: Generators, index: Tensor | int) -> dict[str, Any]:
         """The noise of a step as arguments of `ops.update`: the tensor that stock draws, or the kernel's seed."""
         if not self.fused_noise:
             return {"noise": randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)}
@@ -105,7 +106,8 @@ class FusedScheduler:
         self._warn_of_used(generators)
         if len(generators) == 1:
             return {"seed": generators[0].initial_seed()}
-        rows = zip(like.split(1), generators, index.expand(len(like)).split(1), strict=True)
+        steps = index_of(index, like.device).expand(len(like)).split(1)
+        rows = zip(like.split(1), generators, steps, strict=True)
         return {"noise": torch.cat([normal(one, g.initial_seed(), step) for one, g, step in rows])}
 
     def _warn_of_used(self, generators: list[torch.Generator]) -> None:
@@ -146,10 +148,11 @@ def or_stock(ours: Any, kind: type, name: str, used: dict[str, Any]) -> Any:
 
 def alike(*tensors: Tensor) -> bool:
     """Whether a fused step takes them: floating tensors of one shape, with a batch, on one device."""
-    first = tensors[0]
-    return first.ndim > 0 and all(
-        t.shape == first.shape and t.device == first.device and t.dtype in FLOATING for t in tensors
-    )
+    shape, device = tensors[0].shape, tensors[0].device
+    for t in tensors:  # no generator: this comes with every step
+        if t.dtype not in FLOATING or t.shape != shape or t.device != device:
+            return False
+    return len(shape) > 0
 
 
 def addable(x: Tensor, noise: Tensor) -> bool:

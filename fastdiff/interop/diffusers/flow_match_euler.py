@@ -1,0 +1,76 @@
+"""FlowMatchEulerDiscreteScheduler: Euler's rule on the ODE of flow matching."""
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from torch import Tensor
+
+from ... import ops
+from ...rows import make_rows
+from .common import Generators
+from .sigmas import SigmaScheduler, in_float32
+
+
+class FlowMatchEulerDiscreteScheduler(
+    SigmaScheduler, diffusers.FlowMatchEulerDiscreteScheduler, stock=diffusers.FlowMatchEulerDiscreteScheduler
+):
+    """diffusers.FlowMatchEulerDiscreteScheduler on the fused operations; see the package.
+
+        x_s = x_t + (sigma_s - sigma_t) v
+        x_s = (1 - sigma_s)(x_t - sigma_t v) + sigma_s z    with stochastic_sampling
+
+    Stock's step runs if per_token_timesteps are given.
+
+    Reference: Lipman et al. 2023, arXiv:2210.02747; Esser et al. 2024, arXiv:2403.03206.
+    """
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor, ...]:
+        """One step in one pass. Like stock's it has no use for s_churn, s_tmin, s_tmax and s_noise."""
+        if not self._takes(model_output, timestep, sample):
+            return NotImplemented
+        if per_token_timesteps is not None:
+            return self._left_to_stock("per_token_timesteps")
+        i = self._place(timestep)
+        if i + 1 >= len(self.sigmas):
+            return NotImplemented  # stock's error
+
+        def build() -> Tensor:
+            sigma, to = self.sigmas[:-1], self.sigmas[1:]
+            if not stochastic:
+                return make_rows(sigma, torch.float32, from_x=1.0, from_pred=to - sigma).to(device)
+            return make_rows(
+                sigma, torch.float32, x0_from_x=1.0, x0_from_pred=-sigma, from_x0=1 - to, noise=to
+            ).to(device)  # fmt: skip
+
+        device, stochastic = sample.device, self.config.stochastic_sampling
+        rows = self._table("steps", build, (self.sigmas,), device, stochastic)
+        noise = self._noise(in_float32(sample), generator, i) if stochastic else {"noisy": False}
+        dtype, x = model_output.dtype, sample
+        if x.dtype != dtype:
+            x = x.to(torch.promote_types(x.dtype, dtype))
+        prev_sample = ops.update(x, model_output, rows, i, **noise)
+        if x.dtype != dtype:
+            prev_sample = prev_sample.to(dtype)
+        self._step_index += 1
+        if not return_dict:
+            return (prev_sample,)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample)
+
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor | None = None) -> Tensor:
+        """(1 - sigma) x_0 + sigma noise in one pass."""
+        return NotImplemented if noise is None else self._noised(sample, noise, timestep)
+
+    def _levels(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - sigmas, sigmas

@@ -1,0 +1,89 @@
+"""HeunDiscreteScheduler: Heun's rule on the probability-flow ODE, with two calls of the network a step."""
+
+import functools
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerOutput
+from torch import Tensor
+
+from ... import ops
+from .common import PREDICTIONS
+from .sigmas import VarianceExplodingScheduler, derivative_rows, in_float32, two_results, x0_from_sigma
+
+
+class HeunDiscreteScheduler(
+    VarianceExplodingScheduler, diffusers.HeunDiscreteScheduler, stock=diffusers.HeunDiscreteScheduler
+):
+    """diffusers.HeunDiscreteScheduler on the fused operations; see the package.
+
+        d  = (x_t - x_0)/sigma_t,    x'  = x_t + (sigma_s - sigma_t) d
+        d' = (x' - x_0')/sigma_s,    x_s = x_t + (sigma_s - sigma_t) (d + d')/2
+
+    The first half of a step takes two passes: it also leaves x_t + (sigma_s - sigma_t) d/2 to the second half.
+
+    Reference: Karras et al. 2022, arXiv:2206.00364, algorithm 1.
+    """
+
+    dt: Tensor | None
+    sample: Tensor | None
+    prev_derivative: Tensor | None  # of a first half that stock's step made
+    _halfway: Tensor | None = None  # x_t + (sigma_s - sigma_t) d/2, of one that this step made
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> HeunDiscreteSchedulerOutput | tuple[Tensor, ...]:
+        """Half a step: x_0 and its sum with x_t in one pass, and in the first half what the second needs."""
+        if not self._fuses(model_output, sample):
+            self._hand_over()
+            return NotImplemented
+        i = self._place(timestep)
+        if i + 1 >= len(self.sigmas):
+            return NotImplemented  # stock's error
+        prediction, clip = self.config.prediction_type, None
+        if self.config.clip_sample:
+            clip = self.config.clip_sample_range
+        device, both = sample.device, torch.promote_types(sample.dtype, model_output.dtype)
+        dtypes = both, model_output.dtype if prediction == "sample" else both
+        build = functools.partial(self._steps, device, clip is not None)
+        first, halves, second = self._table("steps", build, (self.sigmas,), device, prediction, clip is None)
+        if self.dt is None:
+            prev_sample, x0 = two_results(sample, model_output, first, i, dtypes, clip)
+            self._halfway = ops.update(in_float32(sample), model_output, halves, i, noisy=False, clip=clip)
+            self.dt, self.sample = self.sigmas[i + 1] - self.sigmas[i], sample
+        else:
+            prev_sample, x0 = two_results(sample, model_output, second, i, dtypes, clip, noise=self._halfway)
+            self.dt = self.sample = self._halfway = None
+        self._step_index += 1
+        if not return_dict:
+            return (prev_sample, x0)
+        return HeunDiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+
+    def _fuses(self, model_output: Tensor, sample: Tensor) -> bool:
+        """Whether a fused half takes them; a second half only goes on with a first half of the same shape."""
+        if not (self.config.prediction_type in PREDICTIONS and self._takes(model_output, None, sample)):
+            return False
+        if self.dt is None:
+            return True
+        before = self._halfway
+        return before is not None and before.shape == sample.shape and before.device == sample.device
+
+    def _hand_over(self) -> None:
+        """Leave a second half to stock's step."""
+        if self._halfway is not None and self.sample is not None and self.dt is not None:
+            self.prev_derivative = (self._halfway - self.sample) * (2 / self.dt)
+        self._halfway = None
+
+    def _steps(self, device: torch.device, clipped: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (n, WIDE) of first halves, (n, WIDTH) of what they leave, and (n, WIDE) of second halves.
+
+        A second half is numbered by its own place: it comes from the level before and ends at this one. It takes what
+        is left to it in the column of noise.
+        """
+        sigma = self.sigmas[:-1].double()
+        dt = self.sigmas[1:] - sigma
+        a, b = x0_from_sigma(self.config.prediction_type, sigma, sigma)
+        make = functools.partial(derivative_rows, a, b, clipped=clipped)
+        first, halves = make(dt / sigma, kept_from_x0=1.0), make(dt / sigma / 2)
+        second = make(dt.roll(1) / sigma / 2, x=0.0, noise=1.0, kept_from_x0=1.0)
+        return first.to(device), halves.to(device), second.to(device)
