@@ -45,16 +45,34 @@ except ImportError as error:
 
 from .common import FusedScheduler
 from .ddim import DDIMScheduler
+from .ddim_inverse import DDIMInverseScheduler
 from .ddpm import DDPMScheduler
+from .deis import DEISMultistepScheduler
 from .dpm_solver import DPMSolverMultistepScheduler
+from .pndm import PNDMScheduler
 from .score_sde_ve import ScoreSdeVeScheduler
+from .unipc import UniPCMultistepScheduler
 
-__all__ = ["SCHEDULERS", "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "ScoreSdeVeScheduler"]
+__all__ = [
+    "SCHEDULERS",
+    "DDIMInverseScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "PNDMScheduler",
+    "ScoreSdeVeScheduler",
+    "UniPCMultistepScheduler",
+]
 
 # All of them, for those that look up the one of a stock class.
 SCHEDULERS: tuple[type[FusedScheduler], ...] = (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    PNDMScheduler,
     ScoreSdeVeScheduler,
+    UniPCMultistepScheduler,
 )

@@ -245,7 +245,8 @@ def with_fused_noise(stock: type) -> Callable[..., None]:
 
     signature = inspect.signature(stock.__init__)  # type: ignore[misc]
     keyword = inspect.Parameter("fused_noise", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
-    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), keyword])  # type: ignore[attr-defined]
+    parameters = sorted((*signature.parameters.values(), keyword), key=lambda p: p.kind)  # before **kwargs, if any
+    __init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return __init__
 
 
