@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ..stock import promoted
-from .common import PREDICTIONS
+from .common import PREDICTIONS, alike
 from .multistep import MultistepScheduler
 
 
@@ -22,7 +22,8 @@ class UniPCMultistepScheduler(
         x_s = keep x_t - k m_t - B' sum_k rho^p'_k (m_k - m_t) / r'_k                        predicts the next state
 
     m is x_0 or, without predict_x0, eps. Both lines are one row: the corrector starts from the state that the last step
-    returned. If it is given another tensor, it computes its state before that step (last_sample) from what it returned.
+    returned, which it remembers. Like stock it does not start from another sample that it is given; an edit in place of
+    what it returned counts, though.
 
     Reference: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2.
     """
@@ -60,22 +61,25 @@ class UniPCMultistepScheduler(
         if i >= n:
             return NotImplemented  # stock's error
         sample, output = promoted(sample, model_output)
-        corrected, from_state, noise = 0, False, {}
+        corrected, start, noise = 0, "sample", {}
         if i > 0 and i - 1 not in self.disable_corrector:
-            if self._predicted is None or sample is not self._predicted or self._predicted_by[0] != i - 1:
-                last = self.last_sample
-                if last is not None:
-                    if last.shape != sample.shape or last.device != sample.device:
-                        return NotImplemented
-                    corrected, from_state, noise = self.this_order, True, {"noise": last}
-            else:
+            predicted = self._predicted if self._predicted_by[0] == i - 1 else None
+            if predicted is None:
+                predicted, start = self.last_sample, "last"
+            elif predicted is not sample:
+                start = "predicted"
+            if predicted is not None:
                 corrected = self.this_order
+                if start != "sample":
+                    if not alike(sample, predicted):
+                        return NotImplemented
+                    noise = {"noise": predicted}
         order = min(config.solver_order, self.lower_order_nums + 1, n - i if config.lower_order_final else 3)
         if config.thresholding and not of_noise:
             output = self._thresholded(sample, output, i, of_noise)
         rows = self._table(
-            f"order {corrected} {order} {from_state}",
-            functools.partial(self._steps, sample.device, corrected, order, from_state), (self.sigmas,),
+            f"order {corrected} {order} {start}",
+            functools.partial(self._steps, sample.device, corrected, order, start), (self.sigmas,),
             sample.device, config.prediction_type, config.solver_type, config.use_flow_sigmas, config.thresholding,
             self.predict_x0, len(self.model_outputs),
         )  # fmt: skip
@@ -87,22 +91,29 @@ class UniPCMultistepScheduler(
             return (prev_sample,)
         return SchedulerOutput(prev_sample=prev_sample)
 
-    def _steps(self, device: torch.device, corrected: int, order: int, from_state: bool) -> Tensor:
-        """Rows that correct by an order (0: not) and predict by another, from the state before or the predicted one."""
+    def _steps(self, device: torch.device, corrected: int, order: int, start: str) -> Tensor:
+        """Rows that correct by an order (0: not) and predict by another.
+
+        The corrector starts from the sample, from what was predicted, or from the corrected state before that. The
+        column of noise takes the latter two.
+        """
         keep, from_m, ages = self._predictors()[order]
-        from_x, from_last = keep, torch.zeros_like(keep)
+        from_x, from_other = keep, torch.zeros_like(keep)
         if corrected:
             # Row i corrects what row i - 1 predicted; row 0 corrects nothing.
             last_keep, last_m, last_ages = (v.roll(1, 0) for v in self._predictors()[corrected])
             c_m, c_ages = (v.roll(1, 0) for v in self._correctors()[corrected - 1])
             from_m = from_m + keep * c_m
-            if from_state:
-                from_x, from_last = torch.zeros_like(keep), keep * last_keep
-            shares = c_ages if from_state else c_ages - torch.cat((last_m[:, None], last_ages[:, :-1]), 1)
-            ages = ages + keep[:, None] * shares
+            if start == "last":
+                from_x, from_other = torch.zeros_like(keep), keep * last_keep
+            else:
+                c_ages = c_ages - torch.cat((last_m[:, None], last_ages[:, :-1]), 1)
+                if start == "predicted":
+                    from_x, from_other = torch.zeros_like(keep), keep
+            ages = ages + keep[:, None] * c_ages
         ages = ages[:, : len(self.model_outputs)]
         converted = self.config.thresholding and self.predict_x0
-        rows = self._rows_of(from_x, from_m, ages, from_last, converted, not self.predict_x0)
+        rows = self._rows_of(from_x, from_m, ages, from_other, converted, not self.predict_x0)
         return rows.to(device)
 
     def _intervals(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
