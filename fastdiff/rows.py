@@ -71,7 +71,7 @@ def make_rows(like: Tensor, dtype: torch.dtype | None = None, **values: Tensor |
     Returns: (n, WIDE) if a column of History is given, else (n, WIDTH).
     Raises: TypeError for a name that is no column.
     """
-    wide = not values.keys().isdisjoint(History._fields)
+    wide = any(name in History._fields for name in values)
     rows = torch.zeros(len(like), WIDE if wide else WIDTH, dtype=dtype or like.dtype, device=like.device)
     for name, value in values.items():
         if name not in _NAMES:

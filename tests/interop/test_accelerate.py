@@ -193,10 +193,10 @@ def test_a_pipeline_that_was_accelerated_is_saved_as_stock(tmp_path):
 
 
 def test_other_schedulers_and_networks_are_left():
-    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.PNDMScheduler())
-    with pytest.warns(UserWarning, match="PNDMScheduler has no fused scheduler"):
+    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.KDPM2DiscreteScheduler())
+    with pytest.warns(UserWarning, match="KDPM2DiscreteScheduler has no fused scheduler"):
         assert "scheduler" not in fastdiff.accelerate(pipeline)
-    assert type(pipeline.scheduler) is diffusers.PNDMScheduler
+    assert type(pipeline.scheduler) is diffusers.KDPM2DiscreteScheduler
     assert fastdiff.accelerate(nn.Sequential(nn.GroupNorm(1, 2), nn.SiLU())) == []
 
 

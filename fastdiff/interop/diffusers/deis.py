@@ -40,19 +40,20 @@ class DEISMultistepScheduler(
         if config.thresholding:
             output = self._thresholded(sample, output, i, of_noise=True)
         rows = self._table(
-            f"order {order}", functools.partial(self._steps, sample.device, order), (self.sigmas,), sample.device,
+            "steps", functools.partial(self._steps, sample.device), (self.sigmas,), sample.device,
             config.prediction_type, config.use_flow_sigmas, config.thresholding, len(self.model_outputs),
         )  # fmt: skip
-        prev_sample = self._step_with(sample, output, rows, i)
+        prev_sample = self._step_with(sample, output, rows[order - 1], i)
         if not return_dict:
             return (prev_sample,)
         return SchedulerOutput(prev_sample=prev_sample)
 
-    def _steps(self, device: torch.device, order: int) -> Tensor:
+    def _steps(self, device: torch.device) -> list[Tensor]:
+        """Rows of the steps by each order."""
         stock = diffusers.DEISMultistepScheduler
-        rule = {
-            1: stock.deis_first_order_update,
-            2: stock.multistep_deis_second_order_update,
-            3: stock.multistep_deis_third_order_update,
-        }[order]
-        return self._rows_of(*self._shares(rule, order), self.config.thresholding, of_noise=True).to(device)
+        rules = (
+            stock.deis_first_order_update,
+            stock.multistep_deis_second_order_update,
+            stock.multistep_deis_third_order_update,
+        )
+        return self._rows_by_order(rules, device, of_noise=True)

@@ -67,21 +67,21 @@ class DPMSolverMultistepScheduler(
         if config.thresholding:
             output = self._thresholded(sample, output, i, of_noise)
         rows = self._table(
-            f"order {order}", functools.partial(self._steps, sample.device, order, of_noise, random), (self.sigmas,),
+            "steps", functools.partial(self._steps, sample.device, of_noise, random), (self.sigmas,),
             sample.device, prediction, algorithm, config.solver_type, config.use_flow_sigmas, config.thresholding,
             len(self.model_outputs),
         )  # fmt: skip
-        prev_sample = self._step_with(sample, output, rows, i, **noise)
+        prev_sample = self._step_with(sample, output, rows[order - 1], i, **noise)
         if not return_dict:
             return (prev_sample,)
         return SchedulerOutput(prev_sample=prev_sample)
 
-    def _steps(self, device: torch.device, order: int, of_noise: bool, random: bool) -> Tensor:
+    def _steps(self, device: torch.device, of_noise: bool, random: bool) -> list[Tensor]:
+        """Rows of the steps by each order."""
         stock = diffusers.DPMSolverMultistepScheduler
-        rule = {
-            1: stock.dpm_solver_first_order_update,
-            2: stock.multistep_dpm_solver_second_order_update,
-            3: stock.multistep_dpm_solver_third_order_update,
-        }[order]
-        rows = self._rows_of(*self._shares(rule, order, random), self.config.thresholding, of_noise)
-        return rows.to(device)
+        rules = (
+            stock.dpm_solver_first_order_update,
+            stock.multistep_dpm_solver_second_order_update,
+            stock.multistep_dpm_solver_third_order_update,
+        )
+        return self._rows_by_order(rules, device, of_noise, random)

@@ -7,8 +7,7 @@ Stock keeps its outputs in a list, model_outputs. Here they are views of one ten
 step i takes the place i % order, so nothing is moved.
 """
 
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -160,17 +159,22 @@ class MultistepScheduler(HistoryScheduler):
             return 1.0, -shift, 1.0
         return ((1 - alpha.double()) / sigma).float(), (alpha.double() * shift / sigma).float(), 1.0
 
+    def _rows_by_order(
+        self, rules: Sequence[Callable[..., Tensor]], device: torch.device, of_noise: bool, random: bool = False
+    ) -> list[Tensor]:
+        """Rows of the steps by stock's updates of each order that the solver has."""
+        tables = [
+            self._rows_of(*self._shares(rule, order, random), self.config.thresholding, of_noise)
+            for order, rule in enumerate(rules[: len(self.model_outputs)], 1)
+        ]
+        return list(torch.stack(tables).to(device).unbind())
+
     def _shares(self, rule: Callable[..., Tensor], order: int, random: bool = False) -> tuple[Tensor, ...]:
         """(from_x, from_m, ages (n, orders), noise) of stock's update of an order, at every step.
 
         It is linear, so it is run on unit vectors, at all steps at once: the numbers are those of its own arithmetic.
         """
-        steps = SimpleNamespace(
-            sigmas=self.sigmas,
-            step_index=torch.arange(len(self.sigmas) - 1),
-            config=self.config,
-            _sigma_to_alpha_sigma_t=self._sigma_to_alpha_sigma_t,  # type: ignore[attr-defined]
-        )
+        steps = AllSteps(self)
         x, z, *ms = torch.eye(order + 2, dtype=self.sigmas.dtype)[..., None].unbind()
         noise = {"noise": z} if random else {}
         given = ms[0] if order == 1 else ms[::-1]
@@ -221,3 +225,12 @@ class MultistepScheduler(HistoryScheduler):
         else:
             index = index_of(self.begin_index if self.step_index is None else self.step_index, device)
         return noising(original_samples, noise, index, table)
+
+
+class AllSteps:
+    """A scheduler as stock's updates see it, at all of its steps at once."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.sigmas, self.config = scheduler.sigmas, scheduler.config
+        self.step_index = torch.arange(len(self.sigmas) - 1)
+        self._sigma_to_alpha_sigma_t = scheduler._sigma_to_alpha_sigma_t

@@ -78,12 +78,11 @@ class UniPCMultistepScheduler(
         if config.thresholding and not of_noise:
             output = self._thresholded(sample, output, i, of_noise)
         rows = self._table(
-            f"order {corrected} {order} {start}",
-            functools.partial(self._steps, sample.device, corrected, order, start), (self.sigmas,),
+            f"steps from {start}", functools.partial(self._steps, sample.device, start), (self.sigmas,),
             sample.device, config.prediction_type, config.solver_type, config.use_flow_sigmas, config.thresholding,
             self.predict_x0, len(self.model_outputs),
         )  # fmt: skip
-        prev_sample = self._step_with(sample, output, rows, i, **noise)
+        prev_sample = self._step_with(sample, output, rows[corrected][order - 1], i, **noise)
         self.timestep_list[:] = [*self.timestep_list[1:], timestep]
         self.this_order = order
         self.__dict__["last_sample"], self._predicted, self._predicted_by = None, prev_sample, (i, order)
@@ -91,30 +90,35 @@ class UniPCMultistepScheduler(
             return (prev_sample,)
         return SchedulerOutput(prev_sample=prev_sample)
 
-    def _steps(self, device: torch.device, corrected: int, order: int, start: str) -> Tensor:
-        """Rows that correct by an order (0: not) and predict by another.
+    def _steps(self, device: torch.device, start: str) -> list[list[Tensor]]:
+        """Rows that correct by an order (0: not) and predict by another, as rows[order][other - 1].
 
-        The corrector starts from the sample, from what was predicted, or from the corrected state before that. The
-        column of noise takes the latter two.
+        The corrector starts from the sample, from what was predicted, or from the corrected state before that ("last").
+        The column of noise takes the latter two.
         """
-        keep, from_m, ages = self._predictors()[order]
-        from_x, from_other = keep, torch.zeros_like(keep)
-        if corrected:
-            # Row i corrects what row i - 1 predicted; row 0 corrects nothing.
-            last_keep, last_m, last_ages = (v.roll(1, 0) for v in self._predictors()[corrected])
-            c_m, c_ages = (v.roll(1, 0) for v in self._correctors()[corrected - 1])
-            from_m = from_m + keep * c_m
-            if start == "last":
-                from_x, from_other = torch.zeros_like(keep), keep * last_keep
-            else:
-                c_ages = c_ages - torch.cat((last_m[:, None], last_ages[:, :-1]), 1)
-                if start == "predicted":
-                    from_x, from_other = torch.zeros_like(keep), keep
-            ages = ages + keep[:, None] * c_ages
-        ages = ages[:, : len(self.model_outputs)]
+        count = len(self.model_outputs)
+        predictors, correctors = self._predictors(), self._correctors()
         converted = self.config.thresholding and self.predict_x0
-        rows = self._rows_of(from_x, from_m, ages, from_other, converted, not self.predict_x0)
-        return rows.to(device)
+        tables = []
+        for corrected in range(count + 1):
+            for order in range(1, count + 1):
+                keep, from_m, ages = predictors[order]
+                from_x, from_other = keep, torch.zeros_like(keep)
+                if corrected:
+                    # Row i corrects what row i - 1 predicted; row 0 corrects nothing.
+                    last_keep, last_m, last_ages = (v.roll(1, 0) for v in predictors[corrected])
+                    c_m, c_ages = (v.roll(1, 0) for v in correctors[corrected])
+                    if start == "last":
+                        from_x, from_other = from_other, keep * last_keep
+                    else:
+                        c_ages = c_ages - torch.cat((last_m[:, None], last_ages[:, :-1]), 1)
+                        if start == "predicted":
+                            from_x, from_other = from_other, keep
+                    from_m, ages = from_m + keep * c_m, ages + keep[:, None] * c_ages
+                rows = self._rows_of(from_x, from_m, ages[:, :count], from_other, converted, not self.predict_x0)
+                tables.append(rows)
+        found = torch.stack(tables).to(device).unbind()
+        return [list(found[count * c : count * (c + 1)]) for c in range(count + 1)]
 
     def _intervals(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Of each step: keep, k, B, the places (n, 2) of the two levels before it, and b (n, 3), in stock's float32."""
@@ -146,16 +150,19 @@ class UniPCMultistepScheduler(
             found[order] = keep.double(), -k.double() - shares.sum(1), ages
         return found
 
-    def _correctors(self) -> list[tuple[Tensor, Tensor]]:
-        """(from_m, ages (n, 3)) of x_t = keep x - k m_0 - B (sum_k rho_k (m_k - m_0) / r_k + rho (m_t - m_0))."""
+    def _correctors(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """(from_m, ages (n, 3)) of each order of
+
+            x_t = keep x - k m_0 - B (sum_k rho_k (m_k - m_0) / r_k + rho (m_t - m_0))
+        """
         _, k, size, places, b = self._intervals()
-        found = []
+        found = {}
         for order in (1, 2, 3):
             nodes = torch.cat((places[:, : order - 1], torch.ones_like(places[:, :1])), 1)
             rho = torch.full_like(nodes, 0.5) if order == 1 else _solve(nodes, b[:, :order])
             shares = -size.double()[:, None] * rho.double() / nodes.double()
             ages = torch.cat((-k.double()[:, None] - shares.sum(1, keepdim=True), shares[:, :-1]), 1)
-            found.append((shares[:, -1], torch.nn.functional.pad(ages, (0, 3 - order))))
+            found[order] = shares[:, -1], torch.nn.functional.pad(ages, (0, 3 - order))
         return found
 
 
