@@ -17,12 +17,17 @@ for learned_range. On a GPU multiplications are fused with additions.
 Neither a step nor add_noise waits for the device or breaks a graph. A timestep is read only if that is free: a number,
 a CPU tensor, or an element of self.timesteps, which the first step after set_timesteps copies to the host. If a DDPM
 step cannot tell whether t > 0, it draws noise at t = 0 too and multiplies it by 0. That is so for another GPU tensor,
-and for any tensor under torch.compile. DPMSolverMultistepScheduler counts its steps. If it must look for the first one
+and for any tensor under torch.compile. The multistep schedulers count their steps. If one must look for its first step
 in a tensor that is not free to read, it does as stock, unless set_begin_index was called.
 
 If a subclass, a patch or the object overrides a method that stock's step (or add_noise) calls, such as _get_variance,
 previous_timestep or convert_model_output, stock's step runs and calls it. It also runs for arguments that no kernel
 takes: tensors that broadcast, whole numbers. It draws the noise itself, so with fused_noise=True a warning says so.
+A setting that is not fused runs stock's step too, and one warning says so: PNDMScheduler's steps of Runge and Kutta
+(without skip_prk_steps), UniPCMultistepScheduler with solver_p or of an order above 3.
+
+What a multistep scheduler remembers lies in one tensor. model_outputs are views of it, overwritten after as many steps
+as the solver has orders: clone what you keep.
 
 Tables are kept until their sources change: alphas_cumprod, timesteps, sigmas and the like. On the CPU, where schedulers
 keep them, the values are compared, so every change is seen. On a GPU a change through `.data` is not seen, nor one in
@@ -32,6 +37,10 @@ Differences from stock, all of them defects there:
     - variance_type "fixed_large_log" gives what "fixed_large" gives. Stock takes the root of a logarithm: NaN.
     - bfloat16 and float16 are computed in float32; x_0 and the result are rounded once. In stock's bfloat16 add_noise
       alpha_bar rounds to 1 for t = 0 to 9 of the default schedule, so no noise is added at all.
+    - DPMSolverMultistepScheduler and DEISMultistepScheduler: a step between equal sigmas, as the last one with
+      use_karras_sigmas and final_sigmas_type "sigma_min", returns its sample. Some solvers of stock give NaN.
+    - UniPCMultistepScheduler: "bh1" is finite in a last step to sigma = 0. Stock's is NaN. A result that is edited in
+      place counts as edited. Stock's corrector ignores edits, and so does this if the edited sample is a new tensor.
     - A timestep below 0 is an error (NaN on a GPU). Stock counts it from the end of the schedule.
 
 DDIMPipeline converts what it is given to the stock DDIMScheduler: assign pipeline.scheduler afterwards.

@@ -144,6 +144,12 @@ def or_stock(ours: Any, kind: type, name: str, used: dict[str, Any]) -> Any:
     return method
 
 
+@functools.cache
+def say_once(what: str) -> None:
+    """Warn, once in a process, that stock's code runs."""
+    warnings.warn(f"{what}: stock's step runs, which is not fused", stacklevel=4)
+
+
 def alike(*tensors: Tensor) -> bool:
     """Whether a fused step takes them: floating tensors of one shape, with a batch, on one device."""
     first = tensors[0]

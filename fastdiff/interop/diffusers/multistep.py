@@ -20,7 +20,7 @@ from ...rows import MAX_SLOTS, make_rows
 from ...steps.weights import ring
 from ...support import transforms
 from ..stock import noising
-from .common import FusedScheduler, addable, alike, index_of
+from .common import FusedScheduler, addable, alike, index_of, say_once
 
 
 class HistoryScheduler(FusedScheduler):
@@ -92,10 +92,13 @@ class MultistepScheduler(HistoryScheduler):
 
     def _takes(self, output: Tensor, sample: Tensor) -> bool:
         """Whether a fused step takes them, and what is remembered fits them."""
+        order = self.config.solver_order
+        if order > MAX_SLOTS:
+            say_once(f"{type(self).__name__} with solver_order={order}")
         return (
             self.num_inference_steps is not None  # type: ignore[attr-defined]
-            and 1 <= len(self.model_outputs) <= MAX_SLOTS
-            and len(self.model_outputs) == self.config.solver_order
+            and 1 <= order <= MAX_SLOTS
+            and len(self.model_outputs) == order
             and alike(sample, output)
             and all(m is None or (m.shape == sample.shape and m.device == sample.device) for m in self.model_outputs)
         )
@@ -178,7 +181,10 @@ class MultistepScheduler(HistoryScheduler):
         x, z, *ms = torch.eye(order + 2, dtype=self.sigmas.dtype)[..., None].unbind()
         noise = {"noise": z} if random else {}
         given = ms[0] if order == 1 else ms[::-1]
-        from_x, from_z, from_m, *before = rule(steps, given, sample=x, **noise).unbind()
+        found = rule(steps, given, sample=x, **noise)
+        # A step to the same level changes nothing. Some of stock's divide by its length.
+        found = torch.where(self.sigmas[1:] == self.sigmas[:-1], x, found)
+        from_x, from_z, from_m, *before = found.unbind()
         nothing = torch.zeros_like(from_x)
         before += [nothing] * (len(self.model_outputs) - len(before))
         return from_x, from_m, torch.stack(before, 1), from_z if random else nothing

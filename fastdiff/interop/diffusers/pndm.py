@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...rows import make_rows
 from ..stock import promoted
-from .common import LevelScheduler, alike, index_of, is_level
+from .common import LevelScheduler, alike, index_of, is_level, say_once
 from .multistep import HistoryScheduler
 
 # Adams and Bashforth's weights of the predictions, newest first, by how many there are.
@@ -35,6 +35,13 @@ class PNDMScheduler(HistoryScheduler, diffusers.PNDMScheduler, stock=diffusers.P
 
     add_noise = LevelScheduler.add_noise
     _levels = LevelScheduler._levels
+
+    def step_prk(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """A step of Runge and Kutta, by stock."""
+        say_once("PNDMScheduler without skip_prk_steps, in its first steps")
+        return NotImplemented
 
     def step_plms(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import diffusers
 import torch
@@ -9,7 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ..stock import promoted
-from .common import PREDICTIONS, alike
+from .common import PREDICTIONS, alike, say_once
 from .multistep import MultistepScheduler
 
 
@@ -29,6 +30,9 @@ class UniPCMultistepScheduler(
     """
 
     predict_x0: bool
+    solver_p: Any
+    disable_corrector: list[int]
+    timestep_list: list[int | Tensor | None]
     this_order: int
     _predicted: Tensor | None = None  # what the last step returned
     _predicted_by = (0, 0)  # its number and its order
@@ -55,7 +59,10 @@ class UniPCMultistepScheduler(
         config, of_noise = self.config, not self.predict_x0
         if config.prediction_type not in (PREDICTIONS if of_noise else (*PREDICTIONS, "flow_prediction")):
             return NotImplemented  # stock's error
-        if self.solver_p is not None or not self._takes(model_output, sample):
+        if self.solver_p is not None:
+            say_once("UniPCMultistepScheduler with solver_p")
+            return NotImplemented
+        if not self._takes(model_output, sample):
             return NotImplemented
         i, n = self._place(timestep), len(self.timesteps)
         if i >= n:
@@ -153,7 +160,7 @@ class UniPCMultistepScheduler(
     def _correctors(self) -> dict[int, tuple[Tensor, Tensor]]:
         """(from_m, ages (n, 3)) of each order of
 
-            x_t = keep x - k m_0 - B (sum_k rho_k (m_k - m_0) / r_k + rho (m_t - m_0))
+        x_t = keep x - k m_0 - B (sum_k rho_k (m_k - m_0) / r_k + rho (m_t - m_0))
         """
         _, k, size, places, b = self._intervals()
         found = {}
