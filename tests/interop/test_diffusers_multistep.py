@@ -141,6 +141,16 @@ def test_thresholding(name: str, config: dict[str, Any], prediction: str) -> Non
     walk(stock, ours, list(range(7)))
 
 
+def test_unipc_bh1_ends_at_data() -> None:
+    """Stock multiplies a change of 0 by B = -inf."""
+    stock, ours = both(UNIPC, 7, solver_type="bh1")
+    walk(stock, ours, list(range(6)))
+    x, output = (torch.randn(SHAPE, generator=seeded(k)) for k in range(2))
+    want, got = (s.step(output, s.timesteps[-1], x).prev_sample for s in (stock, ours))
+    assert bool(want.isnan().all()) and bool(got.isfinite().all())
+    close(got, ours.model_outputs[-1])  # x_0 is the end
+
+
 def test_unipc_given_other_samples() -> None:
     """Stock corrects the state that it returned, whatever sample it is given: by a mask, a callback or a copy."""
     for order, steps in itertools.product((1, 2, 3), (7, 50)):

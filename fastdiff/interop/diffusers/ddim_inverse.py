@@ -52,13 +52,17 @@ class DDIMInverseScheduler(FusedScheduler, diffusers.DDIMInverseScheduler, stock
             before = torch.arange(len(to), device=to.device) - stride
             alpha_bar = torch.where(before >= 0, to[before.clamp(min=0)], self.initial_alpha_cumprod.to(to))
             alpha, sigma, direction = alpha_bar**0.5, (1 - alpha_bar) ** 0.5, (1 - to) ** 0.5
-            a, b, c = (1.0, -sigma, 1 / alpha) if prediction == "epsilon" else (alpha, -sigma, torch.ones_like(alpha))
-            x0_rows = make_rows(to, torch.float32, x0_from_x=a, x0_from_pred=b, from_x0=c)
-            if prediction == "sample":
-                a, b, c = 1.0, -alpha, direction / sigma
-            else:
-                a, b, c = (0.0, 1.0, direction) if prediction == "epsilon" else (sigma, alpha, direction)
-            rows = make_rows(to, torch.float32, x0_from_x=a, x0_from_pred=b, from_x0=c, noise=to**0.5)
+            one = torch.ones_like(alpha)
+            # (a, b, c) of c (a x + b pred), where the bracket is rounded before c, as in stock.
+            of_x0, of_eps = {
+                "epsilon": ((one, -sigma, 1 / alpha), (0 * one, one, direction)),
+                "sample": ((0 * one, one, one), (one, -alpha, direction / sigma)),
+                "v_prediction": ((alpha, -sigma, one), (sigma, alpha, direction)),
+            }[prediction]
+            x0_rows, rows = (
+                make_rows(to, torch.float32, x0_from_x=a, x0_from_pred=b, from_x0=c, noise=noise)
+                for (a, b, c), noise in ((of_x0, 0.0), (of_eps, to**0.5))
+            )
             return x0_rows.to(device), rows.to(device)
 
         found: tuple[Tensor, Tensor] = self._table(

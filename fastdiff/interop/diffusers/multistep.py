@@ -69,7 +69,7 @@ class HistoryScheduler(FusedScheduler):
             or held.shape[1:] != x.shape
             or held.dtype != x.dtype
             or held.device != x.device
-            or held.is_inference() != torch.is_inference_mode_enabled()
+            or (not torch.compiler.is_compiling() and held.is_inference() != torch.is_inference_mode_enabled())
             or len(old) != len(past)
             or any(a is not b for a, b in zip(old, past, strict=True))
         ):
@@ -172,7 +172,9 @@ class MultistepScheduler(HistoryScheduler):
         ]
         return list(torch.stack(tables).to(device).unbind())
 
-    def _shares(self, rule: Callable[..., Tensor], order: int, random: bool = False) -> tuple[Tensor, ...]:
+    def _shares(
+        self, rule: Callable[..., Tensor], order: int, random: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(from_x, from_m, ages (n, orders), noise) of stock's update of an order, at every step.
 
         It is linear, so it is run on unit vectors, at all steps at once: the numbers are those of its own arithmetic.
@@ -205,7 +207,7 @@ class MultistepScheduler(HistoryScheduler):
     def _init_step_index(self, timestep: int | Tensor) -> None:
         t = self._number(timestep) if self.begin_index is None else None
         if t is None:
-            return NotImplemented  # type: ignore[return-value]
+            return NotImplemented
         found = [i for i, s in enumerate(self._host_timesteps()) if s == t]
         # As index_for_timestep: the second of several, and the last step if there is none.
         self._step_index = found[min(len(found), 2) - 1] if found else len(self.timesteps) - 1

@@ -129,7 +129,7 @@ class UniPCMultistepScheduler(
 
     def _intervals(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Of each step: keep, k, B, the places (n, 2) of the two levels before it, and b (n, 3), in stock's float32."""
-        alpha, sigma = self._sigma_to_alpha_sigma_t(self.sigmas)  # type: ignore[attr-defined]
+        alpha, sigma = self._sigma_to_alpha_sigma_t(self.sigmas)
         log_snr = torch.log(alpha) - torch.log(sigma)
         h = log_snr[1:] - log_snr[:-1]
         start = log_snr[:-1]
