@@ -1,7 +1,9 @@
 """Multistep schedulers of diffusers, PNDM and DDIM's inversion against stock's, step by step."""
 
 import copy
+import inspect
 import itertools
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -341,3 +343,48 @@ def test_what_is_not_fused_is_said_once(recwarn: pytest.WarningsRecorder) -> Non
         images(fused.UniPCMultistepScheduler(solver_order=4))
     said = [str(w.message) for w in recwarn if "stock's step runs" in str(w.message)]
     assert len(said) == len(set(said)) <= 3
+
+
+@pytest.mark.parametrize(("name", "config"), ALL)
+def test_files_and_signatures(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    """What ours saves is stock's file; methods have stock's signatures; nothing is added to what users call."""
+    stock, ours = both(name, num_train_timesteps=123, **config)
+    ours.save_pretrained(tmp_path)
+    back = getattr(diffusers, name).from_pretrained(tmp_path)
+    assert type(back) is type(stock) and back.to_json_string() == stock.to_json_string()
+    assert type(type(ours).from_pretrained(tmp_path, fused_noise=True)) is type(ours)
+    for method in ("step", "step_plms", "step_prk", "add_noise", "set_timesteps"):
+        assert hasattr(stock, method) == hasattr(ours, method)
+        if hasattr(stock, method):
+            want, got = (inspect.signature(getattr(s, method)).parameters.values() for s in (stock, ours))
+            assert [(p.name, p.default, p.kind) for p in got] == [(p.name, p.default, p.kind) for p in want]
+    public = {m for m in dir(ours) if not m.startswith("_")} - {"fused_noise", "stock"}
+    assert public <= {m for m in dir(stock) if not m.startswith("_")} | {"last_sample"}
+
+
+@pytest.mark.parametrize("name", [DPM, DEIS, UNIPC, PNDM])
+def test_noising(name: str) -> None:
+    x, noise = (torch.randn(SHAPE, generator=seeded(k)) for k in range(2))
+    stock, ours = both(name, 10)
+    for t in (stock.timesteps[[3, 4]], stock.timesteps[:1]):
+        close(ours.add_noise(x, noise, t), stock.add_noise(x, noise, t))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("name", "config"), ALL)
+def test_types(name: str, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Results have stock's type. Low ones are no further from float64's than stock's; float64 has float32's rows."""
+    ends = []
+    exact = getattr(diffusers, name)(**config)
+    exact.set_timesteps(9)
+    for s, kind in zip((*both(name, 9, **config), exact), (dtype, dtype, torch.float64), strict=True):
+        x = torch.randn(SHAPE, generator=seeded(3)).to(dtype).to(kind)
+        for t in s.timesteps[:4]:
+            x = s.step((0.3 * x).to(kind), t, x).prev_sample
+        assert x.dtype == kind
+        ends.append(x.double())
+    want, got, right = ends
+    if dtype == torch.float64:
+        close(got, want)
+    else:
+        assert float((got - right).abs().max()) <= 1.5 * float((want - right).abs().max())
