@@ -197,10 +197,11 @@ def test_one_operation_a_step_of_pndm(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = ops.update
     monkeypatch.setattr(ops, "update", lambda *args, **kwargs: calls.append(kwargs) or original(*args, **kwargs))
-    x = torch.randn(SHAPE, generator=seeded(0))
+    x, rings = torch.randn(SHAPE, generator=seeded(0)), set()
     for t in ours.timesteps:
         x = ours.step(0.3 * x, t, x).prev_sample
-    assert len(calls) == 8
+        rings.add(ours._ring.data_ptr())
+    assert len(calls) == 8 and len(rings) == 1
 
 
 # --- PNDM and DDIM's inversion ------------------------------------------------------------------------------------

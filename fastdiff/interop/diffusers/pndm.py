@@ -61,8 +61,8 @@ class PNDMScheduler(HistoryScheduler, diffusers.PNDMScheduler, stock=diffusers.P
             return NotImplemented
         index = index_of(timestep, sample.device)
         x, output = promoted(start, model_output)
-        # The slot of the prediction before the last j is (count - 1 - j) % 3.
-        count = self.counter - again
+        # The prediction that came j before the last one of `count` lies in the slot (count - 1 - j) % 3.
+        count = self.counter - (self.counter > 1)  # the second step keeps none
         past: list[Tensor | None] = [None] * SLOTS
         for age, e in enumerate(reversed(before)):
             past[(count - 1 - age) % SLOTS] = e
