@@ -4,6 +4,7 @@ Each row agrees with the stock step before it is timed. extra_info holds us_per_
 aten_ops, the number of operations that the step dispatches.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,14 @@ from benchmarks.suite import DEVICE, CountOperations, full, name, on_device, tim
 from benchmarks.workloads import LARGE, SMALL
 from fastdiff.interop import diffusers as fused
 
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "ScoreSdeVeScheduler")
+SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "ScoreSdeVeScheduler",
+)
 
 
 def step_of(scheduler: Any, shape: tuple[int, ...], compiled: bool = False) -> Callable[[], tuple[Tensor, ...]]:
@@ -30,11 +38,14 @@ def step_of(scheduler: Any, shape: tuple[int, ...], compiled: bool = False) -> C
         scheduler.set_sigmas(10)
     step = scheduler.step_pred if hasattr(scheduler, "step_pred") else scheduler.step
     step = torch.compile(step) if compiled else step
-    multistep = isinstance(scheduler, diffusers.DPMSolverMultistepScheduler)
+    multistep = hasattr(scheduler, "model_outputs")
+    places = itertools.cycle((4, 5))  # the fifth step and the sixth, as each remembers the other
+    if multistep:
+        scheduler.lower_order_nums, scheduler.model_outputs = 1, [None, before]
 
     def call() -> tuple[Tensor, ...]:
-        if multistep:  # back to the fifth step
-            scheduler._step_index, scheduler.lower_order_nums, scheduler.model_outputs = 4, 1, [None, before]
+        if multistep:
+            scheduler._step_index = next(places)
         return step(output, t, x, return_dict=False)
 
     return call

@@ -18,7 +18,7 @@ DENOISERS = ("unet", "transformer")
 # Where a network keeps the convolutions whose layout was changed.
 LAID_OUT = "_channels_last_by_accelerate"
 # Attributes that a fused scheduler has beside those of its stock class.
-OWN = ("_tables", "_last_run", "fused_noise", "__module__")
+OWN = ("_tables", "_last_run", "_ring", "_in_ring", "_predicted", "_predicted_by", "fused_noise", "__module__")
 
 
 class Accelerated(list[str]):
@@ -204,5 +204,6 @@ def _fused() -> Any:
 def _become(kind: Any, scheduler: Any) -> Any:
     """A scheduler of another class, with the configuration and state of the given one."""
     new = kind.from_config(scheduler.config)
-    new.__dict__.update({k: v for k, v in scheduler.__dict__.items() if k not in OWN})
+    # UniPC's last_sample is computed when it is asked for.
+    new.__dict__.update({k: getattr(scheduler, k) for k in scheduler.__dict__ if k not in OWN})
     return new

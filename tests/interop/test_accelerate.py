@@ -193,10 +193,10 @@ def test_a_pipeline_that_was_accelerated_is_saved_as_stock(tmp_path):
 
 
 def test_other_schedulers_and_networks_are_left():
-    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.PNDMScheduler())
-    with pytest.warns(UserWarning, match="PNDMScheduler has no fused scheduler"):
+    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.KDPM2DiscreteScheduler())
+    with pytest.warns(UserWarning, match="KDPM2DiscreteScheduler has no fused scheduler"):
         assert "scheduler" not in fastdiff.accelerate(pipeline)
-    assert type(pipeline.scheduler) is diffusers.PNDMScheduler
+    assert type(pipeline.scheduler) is diffusers.KDPM2DiscreteScheduler
     assert fastdiff.accelerate(nn.Sequential(nn.GroupNorm(1, 2), nn.SiLU())) == []
 
 
@@ -337,17 +337,17 @@ def test_plain_norms_stay_fused_under_the_compiler():
 
 
 def test_what_is_left_is_said():
-    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.PNDMScheduler())
+    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.KDPM2DiscreteScheduler())
     first, second, *_ = (n for n, m in pipeline.unet.named_modules() if isinstance(m, ResnetBlock2D))
     pipeline.unet.get_submodule(first).nonlinearity = nn.GELU()
     pipeline.unet.get_submodule(second).norm1.register_forward_hook(lambda *args: None)
-    with pytest.warns(UserWarning, match="accelerate left 3 parts as they are: .*PNDMScheduler has"):
+    with pytest.warns(UserWarning, match="accelerate left 3 parts as they are: .*KDPM2DiscreteScheduler has"):
         done = fastdiff.accelerate(pipeline)
     assert done and not set(done.left) & set(done)
     assert done.left == {
         f"unet.{first}": "its activation is GELU, not SiLU",
         f"unet.{second}": "its norm has hooks or parameters of another kind",
-        "scheduler": "PNDMScheduler has no fused scheduler",
+        "scheduler": "KDPM2DiscreteScheduler has no fused scheduler",
     }
 
 

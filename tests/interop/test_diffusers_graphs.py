@@ -8,6 +8,7 @@ import torch
 from schedulers import CASES, COUNTING, NAMES, PARITY, both, draw, noised, prepared, seeded, small_unet
 from strategies import BACKENDS, DEVICE
 from tolerance import assert_same_bits
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
@@ -47,6 +48,62 @@ def test_no_scalar_is_read(name: str, config: dict[str, Any], fused_noise: bool)
         scheduler.set_timesteps(10)
         with NoReads():
             step(*args)  # which has to find its place
+
+
+REMEMBERING = [
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("DEISMultistepScheduler", {"solver_order": 3}),
+    ("UniPCMultistepScheduler", {"solver_order": 3}),
+    ("PNDMScheduler", {"skip_prk_steps": True}),
+    ("DDIMInverseScheduler", {"clip_sample": False}),
+]
+
+
+def started(name: str, config: dict[str, Any], device: torch.device | str = "cpu") -> tuple[Any, Tensor, Tensor]:
+    """(scheduler, model output, sample) after three steps."""
+    scheduler = getattr(fused, name)(**config)
+    scheduler.set_timesteps(10, device=device)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    x, output = (t.to(device) for t in draw(seeded(0)))
+    for t in scheduler.timesteps[:3]:
+        x = scheduler.step(output, t, x).prev_sample
+    return scheduler, output, x
+
+
+@pytest.mark.parametrize(("name", "config"), REMEMBERING)
+def test_no_scalar_is_read_by_steps_that_remember(name: str, config: dict[str, Any]) -> None:
+    scheduler, output, x = started(name, config)
+    with NoReads() as mode:
+        x = scheduler.step(output, scheduler.timesteps[3], x).prev_sample
+        if name == "PNDMScheduler":
+            return  # its tables of the next steps differ
+        before = len(mode.calls)
+        scheduler.step(output, scheduler.timesteps[4], x)
+    assert len(mode.calls) - before <= 40, mode.calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "config"), REMEMBERING)
+def test_no_graph_break_in_steps_that_remember(name: str, config: dict[str, Any]) -> None:
+    scheduler, output, x = started(name, config)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(scheduler.step)(output, scheduler.timesteps[3], x)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "config"), REMEMBERING)
+def test_no_wait_for_a_gpu_by_steps_that_remember(name: str, config: dict[str, Any]) -> None:
+    with fastdiff.backend("triton"):
+        scheduler, output, x = started(name, config, DEVICE)
+        scheduler.step(output, scheduler.timesteps[3], x)  # builds its tables
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            scheduler.step(output, scheduler.timesteps[4], x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -145,6 +202,21 @@ def test_fused_noise(name: str, config: dict[str, Any]) -> None:
     quiet._noise = lambda *args: {"noise": z}
     want = getattr(quiet, step.__name__)(output, t, x, **extra).prev_sample
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_fused_noise_of_a_solver_of_the_sde() -> None:
+    """z(seed, sample, number of the step), of a batch and of a generator for each sample."""
+    x, output = draw(seeded(0))
+    results = []
+    for generator in (seeded(7), [seeded(7), seeded(8)], "z"):
+        ours = fused.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", fused_noise=generator != "z")
+        ours.set_timesteps(10)
+        z = {"variance_noise": ops.normal(x.shape, 7, step=4, stream=ops.REVERSE)}
+        given = z if generator == "z" else {"generator": generator}
+        results.append(ours.step(output, ours.timesteps[4], x, **given).prev_sample)
+    torch.testing.assert_close(results[0], results[2], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[1][0], results[2][0], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(results[1][1], results[2][1])
 
 
 def test_fused_noise_gives_an_image_whatever_its_batch() -> None:

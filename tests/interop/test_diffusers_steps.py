@@ -71,22 +71,6 @@ def test_dpm_solver_step(prediction: str, thresholding: bool) -> None:
                 assert (got is None and want is None) or torch.allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"solver_order": 1},
-        {"solver_order": 3},
-        {"solver_type": "heun"},
-        {"algorithm_type": "sde-dpmsolver++"},
-        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
-    ],
-)
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_other_solvers_are_stock(config: dict[str, Any]) -> None:
-    stock, ours = both("DPMSolverMultistepScheduler", 10, **config)
-    same_steps(stock, ours, stock.timesteps, exact=True)
-
-
 @pytest.mark.parametrize("config", [{"use_karras_sigmas": True}, {"use_lu_lambdas": True}, {"euler_at_final": True}])
 def test_dpm_solver_sigmas(config: dict[str, Any]) -> None:
     stock, ours = both("DPMSolverMultistepScheduler", 12, **config)

@@ -25,6 +25,11 @@ fused noise is z(seed, sample, place in self.timesteps).
 If a subclass, a patch or the object overrides a method that stock's step (or add_noise) calls, such as _get_variance,
 previous_timestep or convert_model_output, stock's step runs and calls it. It also runs for arguments that no kernel
 takes: tensors that broadcast, whole numbers. It draws the noise itself, so with fused_noise=True a warning says so.
+A setting that is not fused runs stock's step too, and one warning says so: PNDMScheduler's steps of Runge and Kutta
+(without skip_prk_steps), UniPCMultistepScheduler with solver_p or of an order above 3.
+
+What a multistep scheduler remembers lies in one tensor. model_outputs are views of it, overwritten after as many steps
+as the solver has orders: clone what you keep.
 
 Tables are kept until their sources change: alphas_cumprod, timesteps, sigmas and the like. On the CPU, where schedulers
 keep them, the values are compared, so every change is seen. On a GPU a change through `.data` is not seen, nor one in
@@ -36,6 +41,10 @@ Differences from stock, all of them defects there:
       alpha_bar rounds to 1 for t = 0 to 9 of the default schedule, so no noise is added at all.
     - Heun's second half takes the distance of x from x_0 out of the prediction. Stock takes it from the rounded x_0,
       and multiplies its rounding by dt / (2 sigma).
+    - DPMSolverMultistepScheduler and DEISMultistepScheduler: a step between equal sigmas, as the last one with
+      use_karras_sigmas and final_sigmas_type "sigma_min", returns its sample. Some solvers of stock give NaN.
+    - UniPCMultistepScheduler: "bh1" is finite in a last step to sigma = 0. Stock's is NaN. A result that is edited in
+      place counts as edited. Stock's corrector ignores edits, and so does this if the edited sample is a new tensor.
     - A timestep below 0 is an error (NaN on a GPU). Stock counts it from the end of the schedule.
 
 EulerDiscreteScheduler.get_velocity is stock's, and looks up alphas_cumprod by the place in self.timesteps, a defect.
@@ -52,7 +61,9 @@ except ImportError as error:
 
 from .common import FusedScheduler
 from .ddim import DDIMScheduler
+from .ddim_inverse import DDIMInverseScheduler
 from .ddpm import DDPMScheduler
+from .deis import DEISMultistepScheduler
 from .dpm_solver import DPMSolverMultistepScheduler
 from .edm_euler import EDMEulerScheduler
 from .euler import EulerDiscreteScheduler
@@ -60,12 +71,16 @@ from .euler_ancestral import EulerAncestralDiscreteScheduler
 from .flow_match_euler import FlowMatchEulerDiscreteScheduler
 from .heun import HeunDiscreteScheduler
 from .lcm import LCMScheduler
+from .pndm import PNDMScheduler
 from .score_sde_ve import ScoreSdeVeScheduler
+from .unipc import UniPCMultistepScheduler
 
 __all__ = [
     "SCHEDULERS",
+    "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
@@ -73,13 +88,17 @@ __all__ = [
     "FlowMatchEulerDiscreteScheduler",
     "HeunDiscreteScheduler",
     "LCMScheduler",
+    "PNDMScheduler",
     "ScoreSdeVeScheduler",
+    "UniPCMultistepScheduler",
 ]
 
 # All of them, for those that look up the one of a stock class.
 SCHEDULERS: tuple[type[FusedScheduler], ...] = (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
@@ -87,5 +106,7 @@ SCHEDULERS: tuple[type[FusedScheduler], ...] = (
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     ScoreSdeVeScheduler,
+    UniPCMultistepScheduler,
 )

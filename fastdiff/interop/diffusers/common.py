@@ -146,6 +146,12 @@ def or_stock(ours: Any, kind: type, name: str, used: dict[str, Any]) -> Any:
     return method
 
 
+@functools.cache
+def say_once(what: str) -> None:
+    """Warn, once in a process, that stock's code runs."""
+    warnings.warn(f"{what}: stock's step runs, which is not fused", stacklevel=4)
+
+
 def alike(*tensors: Tensor) -> bool:
     """Whether a fused step takes them: floating tensors of one shape, with a batch, on one device."""
     shape, device = tensors[0].shape, tensors[0].device
@@ -248,7 +254,8 @@ def with_fused_noise(stock: type) -> Callable[..., None]:
 
     signature = inspect.signature(stock.__init__)  # type: ignore[misc]
     keyword = inspect.Parameter("fused_noise", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
-    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), keyword])  # type: ignore[attr-defined]
+    parameters = sorted((*signature.parameters.values(), keyword), key=lambda p: p.kind)  # before **kwargs, if any
+    __init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return __init__
 
 

@@ -1,33 +1,31 @@
-"""DPMSolverMultistepScheduler: DPM-Solver++(2M)."""
+"""DPMSolverMultistepScheduler: DPM-Solver and DPM-Solver++ of orders 1 to 3, of the ODE and of the SDE."""
 
 import functools
+from typing import Any
 
 import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from ... import ops
-from ...reference import work_dtype
-from ...rows import make_rows
-from ..stock import noising, promoted
-from .common import PREDICTIONS, FusedScheduler, Generators, addable, alike, index_of
+from ..stock import promoted
+from .common import PREDICTIONS, Generators, alike
+from .multistep import MultistepScheduler
 
 
 class DPMSolverMultistepScheduler(
-    FusedScheduler, diffusers.DPMSolverMultistepScheduler, stock=diffusers.DPMSolverMultistepScheduler
+    MultistepScheduler, diffusers.DPMSolverMultistepScheduler, stock=diffusers.DPMSolverMultistepScheduler
 ):
     """diffusers.DPMSolverMultistepScheduler on the fused operations; see the package.
 
-    Only DPM-Solver++(2M) is fused: algorithm_type "dpmsolver++", solver_order 2 and solver_type "midpoint", which are
-    the defaults. Any other solver runs stock's step.
+    Every algorithm_type, solver_type and order. A step of second order of "dpmsolver++" by "midpoint":
 
         x_s = sigma_s / sigma_t x_t + k (1 + w) x_0 - k w x_0',    x_0': the prediction of the step before
 
-    Reference: Lu et al. 2022, arXiv:2211.01095, algorithm 2.
-    """
+    "dpmsolver" has eps in the place of x_0, and "sde-" adds noise.
 
-    lower_order_nums: int
+    Reference: Lu et al. 2022, arXiv:2206.00927 and arXiv:2211.01095, algorithm 2.
+    """
 
     def step(
         self,
@@ -38,98 +36,52 @@ class DPMSolverMultistepScheduler(
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """One step: x_0 from the prediction, then its sum with x_t and the x_0 of the step before in one pass."""
+        """One step: x_0 or eps from the prediction, and its sum with x_t, the ones before and noise, in one pass."""
         config = self.config
-        learned = config.prediction_type == "epsilon" and config.variance_type in ("learned", "learned_range")
+        algorithm, prediction = config.algorithm_type, config.prediction_type
+        of_noise, random = not algorithm.endswith("++"), algorithm.startswith("sde")
+        learned = prediction == "epsilon" and config.variance_type in ("learned", "learned_range")
         output = model_output[:, :3] if learned else model_output
-        if (
-            self.num_inference_steps is None
-            or (config.algorithm_type, config.solver_order, config.solver_type) != ("dpmsolver++", 2, "midpoint")
-            or config.prediction_type not in (*PREDICTIONS, "flow_prediction")
-            or not alike(sample, output)
-            or not self._fits_history(sample)
-        ):
+        if prediction not in (PREDICTIONS if of_noise else (*PREDICTIONS, "flow_prediction")):
+            return NotImplemented  # stock's error
+        if (algorithm, config.solver_order) == ("sde-dpmsolver", 3) or not self._takes(output, sample):
+            return NotImplemented  # stock has no third order of it
+        if random and variance_noise is not None and not alike(sample, variance_noise):
             return NotImplemented
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        i, n = self.step_index, len(self.timesteps)
+        i, n = self._place(timestep), len(self.timesteps)
         if i >= n:
             return NotImplemented  # stock's error
-        last = i == n - 1 and (
-            config.euler_at_final or (config.lower_order_final and n < 15) or config.final_sigmas_type == "zero"
-        )
-        second = self.lower_order_nums > 0 and not last
+        few = config.lower_order_final and n < 15
+        order = min(config.solver_order, self.lower_order_nums + 1)
+        if i == n - 1 and (config.euler_at_final or few or config.final_sigmas_type == "zero"):
+            order = 1
+        elif i == n - 2 and few:
+            order = min(order, 2)
+        noise: dict[str, Any] = {}
+        if random and variance_noise is not None:
+            noise = {"noise": variance_noise.to(torch.float32)}
+        elif random:
+            like = torch.empty_like(output, dtype=torch.float32)  # stock's draw, whatever the type of the output
+            noise = self._noise(like, generator, torch.tensor(i))
         sample, output = promoted(sample, output)
-        x0_rows, rows = self._table(
-            "steps", functools.partial(self._steps, sample.device), (self.sigmas,),
-            sample.device, config.prediction_type, config.use_flow_sigmas,
-        )  # fmt: skip
-        x0 = output
-        if config.prediction_type != "sample":
-            x0 = ops.combine(sample, output, x0_rows, i)
         if config.thresholding:
-            x0 = self._threshold_sample(x0)
-        before = self.model_outputs[-1]
-        self.model_outputs[0], self.model_outputs[1] = before, x0
-        prev_sample = ops.combine(sample, x0, rows, 2 * i + second, z=before if second else None)
-        self.lower_order_nums = min(self.lower_order_nums + 1, 2)
-        self._step_index += 1
+            output = self._thresholded(sample, output, i, of_noise)
+        rows = self._table(
+            "steps", functools.partial(self._steps, sample.device, of_noise, random), (self.sigmas,),
+            sample.device, prediction, algorithm, config.solver_type, config.use_flow_sigmas, config.thresholding,
+            len(self.model_outputs),
+        )  # fmt: skip
+        prev_sample = self._step_with(sample, output, rows[order - 1], i, **noise)
         if not return_dict:
             return (prev_sample,)
         return SchedulerOutput(prev_sample=prev_sample)
 
-    def _fits_history(self, sample: Tensor) -> bool:
-        """Whether the x_0 of the step before, if there is one, is shaped like the sample and beside it."""
-        before = self.model_outputs[-1]
-        return before is None or (before.shape == sample.shape and before.device == sample.device)
-
-    def _steps(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rows (n, 9) of x_0, and rows (2 n, 9) of the steps: of each step the first order, then the second."""
-        alphas, sigmas = self._sigma_to_alpha_sigma_t(self.sigmas)
-        if self.config.prediction_type == "flow_prediction":
-            from_x, from_pred, scale = 1.0, -self.sigmas, 1.0
-        elif self.config.prediction_type == "v_prediction":
-            from_x, from_pred, scale = alphas, -sigmas, 1.0
-        else:
-            from_x, from_pred, scale = 1.0, -sigmas, 1 / alphas
-        x0 = make_rows(alphas, torch.float32, x0_from_x=from_x, x0_from_pred=from_pred, from_x0=scale)
-        lambdas = torch.log(alphas) - torch.log(sigmas)
-        h = lambdas[1:] - lambdas[:-1]
-        h_last = h.roll(1)  # row 0 is never of second order, so its number does not matter
-        from_x = sigmas[1:] / sigmas[:-1]
-        k = -(alphas[1:] * (torch.exp(-h) - 1.0))
-        w = 0.5 * k * (1.0 / (h_last / h))
-        first = make_rows(h, torch.float32, x0_from_pred=1.0, from_x0=k, from_x=from_x)
-        # The column of noise takes the x_0 of the step before.
-        second = make_rows(h, torch.float32, x0_from_pred=1.0, from_x0=k + w, from_x=from_x, noise=-w)
-        return x0.to(device), torch.stack((first, second), 1).flatten(0, 1).to(device)
-
-    def _init_step_index(self, timestep: int | Tensor) -> None:
-        t = self._number(timestep) if self.begin_index is None else None
-        if t is None:
-            super()._init_step_index(timestep)
-            return
-        found = [i for i, s in enumerate(self._host_timesteps()) if s == t]
-        # As index_for_timestep: the second of several, and the last step if there is none.
-        self._step_index = found[min(len(found), 2) - 1] if found else len(self.timesteps) - 1
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha x_0 + sigma noise at the timesteps' places in self.timesteps, or at the current step of a pipeline."""
-        if not addable(original_samples, noise):
-            return NotImplemented
-
-        def build() -> Tensor:
-            levels = self._sigma_to_alpha_sigma_t(self.sigmas.to(dtype))
-            return torch.stack(levels, 1).to(device)
-
-        device, dtype = original_samples.device, work_dtype(original_samples)
-        table = self._table("levels", build, (self.sigmas,), device, dtype, self.config.use_flow_sigmas)
-        if self.begin_index is None:
-            # As index_for_timestep: the second of several, and the last step if there is none.
-            hits = self.timesteps.to(device) == timesteps.to(device).reshape(-1, 1)
-            count = hits.sum(1, keepdim=True)
-            place = (hits & (hits.cumsum(1) == count.clamp(max=2))).int().argmax(1)
-            index = torch.where(count[:, 0] > 0, place, len(self.timesteps) - 1)
-        else:
-            index = index_of(self.begin_index if self.step_index is None else self.step_index, device)
-        return noising(original_samples, noise, index, table)
+    def _steps(self, device: torch.device, of_noise: bool, random: bool) -> list[Tensor]:
+        """Rows of the steps by each order."""
+        stock = diffusers.DPMSolverMultistepScheduler
+        rules = (
+            stock.dpm_solver_first_order_update,
+            stock.multistep_dpm_solver_second_order_update,
+            stock.multistep_dpm_solver_third_order_update,
+        )
+        return self._rows_by_order(rules, device, of_noise, random)
