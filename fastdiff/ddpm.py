@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ops, sampling, steps
+from .arguments import merged
 from .chain import ChainDiffusion
 from .interop import pretrained
 from .interpolation import along_the_circle, mixing_weight
@@ -178,17 +179,20 @@ class DDPM(ChainDiffusion):
 
     def _loss(
         self, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor,
-        seed: int | Tensor | None, noise: Tensor | None, reduction: str, kind: str | None = None,
+        seed: int | Tensor | None, noise: Tensor | None, mask: Tensor | None, reduction: str,
+        kind: str | None = None,
     ) -> Tensor:  # fmt: skip
         if self.loss_kind in ops.LOSSES:
-            return super()._loss(pred, raw, x_t, x0, t, seed, noise, reduction)
+            return super()._loss(pred, raw, x_t, x0, t, seed, noise, mask, reduction)
+        if mask is not None:
+            raise ValueError(f"mask: expected None with loss {self.loss_kind!r}, whose bound has no mask")
         hybrid = self.loss_kind == "hybrid"
         rows = self._table("bound", pred.dtype, t.device)
         nats = ops.vlb(pred, x_t, x0, t, rows, raw_variance=raw, detach_mean=hybrid, reduction=reduction)
         bits = nats * (self.timesteps / math.log(2))
         if not hybrid:
             return bits
-        return super()._loss(pred, raw, x_t, x0, t, seed, noise, reduction, "mse") + HYBRID_WEIGHT * bits
+        return super()._loss(pred, raw, x_t, x0, t, seed, noise, None, reduction, "mse") + HYBRID_WEIGHT * bits
 
     def p_sample(
         self,
@@ -212,7 +216,7 @@ class DDPM(ChainDiffusion):
         """
         t = self.checked_times("x_t", x_t, t)
         rows = self._table("p_sample", x_t.dtype, x_t.device)
-        pred, raw, _ = self.call_model(x_t, self.condition(t), model_kwargs)
+        pred, raw, _ = self.call_model(x_t, self.condition(t), merged(model_kwargs))
         return ops.update(
             x_t, pred, rows, self.timesteps - t, seed=seed, noise=noise, raw_variance=raw, clip=self.clip, out=out
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ode, ops, sampling
+from .arguments import check_labels, check_sampling, merged, shape_of
 from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
@@ -17,7 +18,6 @@ from .ops.checks import (
     as_device,
     as_sample_ids,
     as_seed,
-    as_shape,
     check_choice,
     check_floating,
     check_generator,
@@ -31,7 +31,7 @@ from .process import Grid, Process
 from .reference import work_dtype
 from .sampling import Callback, Noise, Run, StepOptions, Steps
 from .steps import Sampler, StepTable, ddim_inversion, make_steps
-from .support.scalars import as_number, integer
+from .support.scalars import as_number
 from .support.settable import settable
 
 
@@ -80,6 +80,7 @@ class Diffusion(Denoiser, ABC):
         t: float | Tensor | None = None,
         seed: int | Tensor | None = None,
         noise: Tensor | None = None,
+        mask: Tensor | None = None,
         reduction: str = "mean",
         **model_kwargs: Any,
     ) -> Tensor:
@@ -89,12 +90,16 @@ class Diffusion(Denoiser, ABC):
             x0: (B, ...), data.
             t: times of the samples, a number, () or (B,); drawn if None.
             seed, noise: of x_t; drawn if None.
+            mask: (B, ...) or a shape that expands to it, a weight of each element of the loss: 0 where data is padded or
+                missing. See ops.loss for the mean.
             reduction: "mean" gives (), "none" gives (B,).
-            model_kwargs: the model's further arguments.
+            model_kwargs: the model's further arguments. Those that are named as one of ours go into a dict,
+                model_kwargs={"t": ...}.
 
         Reference: Ho et al. 2020, algorithm 1; denoising score matching if the model predicts the score (Song & Ermon
             2019, arXiv:1907.05600, eq. 5).
         """
+        model_kwargs = merged(model_kwargs)
         t = self.checked_times("x0", x0, t)
         check_labels(self.model, model_kwargs)
         table, row = self.noising_rows(t, x0.dtype)
@@ -104,11 +109,12 @@ class Diffusion(Denoiser, ABC):
             seed = seed if noise is None else None
         x_t = ops.noising(x0, row, table, seed=seed, noise=noise)
         pred, raw, _ = self.call_model(x_t, self.condition(t), model_kwargs)
-        return self._loss(pred, raw, x_t, x0, t, seed, noise, reduction)
+        return self._loss(pred, raw, x_t, x0, t, seed, noise, mask, reduction)
 
     def _loss(
         self, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor,
-        seed: int | Tensor | None, noise: Tensor | None, reduction: str, kind: str | None = None,
+        seed: int | Tensor | None, noise: Tensor | None, mask: Tensor | None, reduction: str,
+        kind: str | None = None,
     ) -> Tensor:  # fmt: skip
         table, row = self.loss_rows(t, pred.dtype)
         noisy = uses_noise(self.objective)
@@ -119,6 +125,7 @@ class Diffusion(Denoiser, ABC):
             x0=x0 if uses_x0(self.objective) else None,
             seed=seed if noisy else None,
             noise=noise if noisy else None,
+            mask=mask,
             kind=kind or self.loss_kind,
             reduction=reduction,
         )
@@ -184,7 +191,7 @@ class Diffusion(Denoiser, ABC):
             return_trajectory: return (steps + 1, B, ...), from x_T to x_0, as the callback leaves them.
             out: the tensor to draw the samples in, on that device, in place of a new one. It may be x_T, and shares no
                 memory with other arguments.
-            model_kwargs: the model's further arguments.
+            model_kwargs: the model's further arguments, as in `forward`.
 
         Returns: (B, ...) float32, or float64 for a float64 model.
         Raises: ValueError or TypeError, naming the argument, before anything is drawn.
@@ -192,11 +199,12 @@ class Diffusion(Denoiser, ABC):
         Threads may share the model. Its mode is as it was between the steps. During a step and its callback it is in
         eval mode, and losses and predictions that other threads ask of it wait. Those that are compiled do not wait.
         """
-        shape = self._shape(shape)
+        model_kwargs = merged(model_kwargs)
+        shape = shape_of(self.model, shape)
         sampler = self.default_sampler if sampler is None else sampler
         device = self.device_for(x_T, out) if device is None else as_device(device)
         ids = None if sample_ids is None else as_sample_ids(sample_ids, shape[0], device)
-        self._check_sampling(shape, x_T, callback, return_trajectory, out, device)
+        check_sampling(shape, x_T, callback, return_trajectory, out, self.dtype, device)
         check_generator(seed, generator)
         check_labels(self.model, model_kwargs)
         kwargs = stack_branches(guidance, uncond, model_kwargs, shape[0], device)
@@ -258,6 +266,7 @@ class Diffusion(Denoiser, ABC):
             `steps` ends at level 1.
         Reference: Song et al. 2021, arXiv:2010.02502, section 4.3.
         """
+        model_kwargs = merged(model_kwargs)
         check_floating("x0", x0)
         schedule, levels = self.process.grid(steps)
         levels = levels.flip(0)
@@ -317,24 +326,6 @@ class Diffusion(Denoiser, ABC):
 
     _starts_at_data = False
 
-    def _check_sampling(
-        self,
-        shape: tuple[int, ...],
-        x_T: Tensor | None,
-        callback: Callback | None,
-        return_trajectory: bool,
-        out: Tensor | None,
-        device: torch.device,
-    ) -> None:
-        if x_T is not None:
-            check_shape("x_T", x_T, shape)
-        if out is not None:
-            check_state(out, shape, self.dtype, device)
-            if return_trajectory:
-                raise ValueError("out: expected None with return_trajectory, whose result is of another shape")
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback: expected a function, got {type(callback).__name__}")
-
     def _start(
         self,
         shape: tuple[int, ...],
@@ -361,33 +352,6 @@ class Diffusion(Denoiser, ABC):
         if graph and reason is not None:
             raise ValueError(f"graph: expected {reason}")
         return reason is None
-
-    def _shape(self, shape: int | tuple[int, ...]) -> tuple[int, ...]:
-        if isinstance(shape, bool):
-            raise TypeError("shape: expected a number of samples or (B, ...), got a bool")
-        number = integer(shape)
-        if number is not None:
-            rest = getattr(self.model, "sample_shape", None)
-            if rest is None:
-                raise ValueError("shape: expected (B, ...), since the model has no sample_shape; got a number alone")
-            shape = (number, *rest)
-        sizes = [integer(d) for d in shape] if isinstance(shape, Iterable) else []
-        if not sizes or any(d is None or d < 0 for d in sizes):
-            raise ValueError(f"shape: expected a number of samples or (B, ...), got {shape}")
-        return as_shape(sizes)
-
-
-def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
-    """Class labels on the CPU lie within the classes of the model. On a GPU to look would wait for the device."""
-    labels = model_kwargs.get("class_labels")
-    if not isinstance(labels, Tensor) or not labels.is_cpu or labels.is_floating_point() or not labels.numel():
-        return
-    classes = getattr(getattr(model, "class_embedding", None), "num_embeddings", None)
-    if classes is None or torch.compiler.is_compiling():
-        return
-    low, high = (int(end) for end in labels.aminmax())
-    if low < 0 or high >= classes:
-        raise ValueError(f"class_labels: expected values from 0 to {classes - 1}, got {low if low < 0 else high}")
 
 
 def kept_noise(x0: Tensor, index: Tensor, seed: Tensor) -> Tensor | None:

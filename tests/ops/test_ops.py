@@ -231,7 +231,7 @@ def test_a_gradient_that_was_not_stored_is_computed_in_the_backward_pass():
     """The ops themselves can be called so; the functions ask for what will be needed."""
     pred, raw, x0, noise = (tensor((2, 5), salt=i).requires_grad_(i < 2) for i in range(4))
     t, loss_rows, vlb_rows = index(4, 2, True, 0), table(4, 3, 0), table(4, 6, 0)
-    ask_loss = partial(torch.ops.fastdiff.loss, pred, x0, t, loss_rows, None, None, noise, 1, "mse", 1.0, False)
+    ask_loss = partial(torch.ops.fastdiff.loss, pred, x0, t, loss_rows, None, None, noise, None, 1, "mse", 1.0, False)
     ask_vlb = partial(torch.ops.fastdiff.vlb, pred, raw, noise, x0, t, vlb_rows.clamp(min=0), None, False)
     for ask, leaves, flags in ((ask_loss, [pred], 1), (ask_vlb, [pred, raw], 2)):
         value, *stored = ask(*[False] * flags)
