@@ -27,6 +27,13 @@ def merged(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**rest, **given}
 
 
+def named(option: str, value: Any) -> str:
+    """The name that an option of a formulation has in its config. ValueError if it was given as a function."""
+    if not isinstance(value, str):
+        raise ValueError(f"config: expected {option} given by name, got a function")
+    return value
+
+
 def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
     """Class labels on the CPU lie within the classes of the model. On a GPU to look would wait for the device."""
     labels = model_kwargs.get("class_labels")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ops, sampling, steps
-from .arguments import merged
+from .arguments import merged, named
 from .chain import ChainDiffusion
 from .interop import pretrained
 from .interpolation import along_the_circle, mixing_weight
+from .objective import Weighting
 from .ops.checks import as_seed, check_choice, check_floating
 from .process import Chain
 from .reference import work_dtype
@@ -39,7 +40,8 @@ class DDPM(ChainDiffusion):
         timesteps: T, the number of noise levels; level 0 is data and the chain runs over t = 1..T.
         objective: what the model predicts: "eps", "x0", "v" = alpha eps - sigma x_0, or another of
             fastdiff.objective.OBJECTIVES.
-        weighting: "simple" (1; sigma^2 for score), "min_snr" (Hang et al. 2023) or "vlb" (the bound's own weights).
+        weighting: "simple" (1; sigma^2 for score), "min_snr" (Hang et al. 2023) or "vlb" (the bound's own weights);
+            or a function of the levels, as fastdiff.objective.min_snr is.
         loss: "mse", "l1" or "huber" (with delta 1).
             "hybrid" adds 1e-3 of the variational bound to "mse", with its gradient by the variance alone, and "vlb" is
             the bound alone, in bits per dimension (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1).
@@ -75,7 +77,7 @@ class DDPM(ChainDiffusion):
         timesteps: int = 1000,
         objective: str = "eps",
         loss: str = "mse",
-        weighting: str = "simple",
+        weighting: str | Weighting = "simple",
         variance: str = "posterior",
         clip: float | None = 1.0,
         importance: bool = False,
@@ -157,7 +159,7 @@ class DDPM(ChainDiffusion):
             "timesteps": self.timesteps,
             "objective": self.objective,
             "loss": self.loss_kind,
-            "weighting": self.weighting,
+            "weighting": named("weighting", self.weighting),
             "variance": self.variance,
             "clip": self.clip,
             "importance": self.importance is not None,

@@ -12,6 +12,7 @@ from .arguments import check_labels, check_sampling, merged, shape_of
 from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
+from .editing import check_edit, keeping, noise_levels, resampled
 from .guidance import Guidance, Rule, beside, stack_branches, with_guidance
 from .objective import uses_noise, uses_x0
 from .ops.checks import (
@@ -30,7 +31,7 @@ from .ops.memory import LARGEST
 from .process import Grid, Process
 from .reference import work_dtype
 from .sampling import Callback, Noise, Run, StepOptions, Steps
-from .steps import Sampler, StepTable, ddim_inversion, make_steps
+from .steps import Sampler, StepTable, ddim_inversion, make_steps, part_of
 from .support.scalars import as_number
 from .support.settable import settable
 
@@ -90,8 +91,8 @@ class Diffusion(Denoiser, ABC):
             x0: (B, ...), data.
             t: times of the samples, a number, () or (B,); drawn if None.
             seed, noise: of x_t; drawn if None.
-            mask: (B, ...) or a shape that expands to it, a weight of each element of the loss: 0 where data is padded or
-                missing. See ops.loss for the mean.
+            mask: (B, ...) or a shape that expands to it, a weight of each element: 0 where data is padded or missing.
+                The mean is over all elements, see ops.loss.
             reduction: "mean" gives (), "none" gives (B,).
             model_kwargs: the model's further arguments. Those that are named as one of ours go into a dict,
                 model_kwargs={"t": ...}.
@@ -143,6 +144,11 @@ class Diffusion(Denoiser, ABC):
         generator: torch.Generator | None = None,
         sample_ids: Tensor | Iterable[int] | None = None,
         x_T: Tensor | None = None,
+        x_init: Tensor | None = None,
+        strength: float = 1.0,
+        known: Tensor | None = None,
+        resample: int = 1,
+        stop_at: float | None = None,
         noise: Noise = None,
         guidance: Guidance | None = None,
         guidance_rule: Rule | None = None,
@@ -171,6 +177,12 @@ class Diffusion(Denoiser, ABC):
             sample_ids: (B,), the number of each sample in the seed's noise, 0..B-1 if None. Sample i of a seed is the
                 same in every batch.
             x_T: (B, ...), the start, in place of a draw from the prior.
+            x_init: (B, ...), an image to start from, in place of x_T: alpha x_init + sigma z at the first level.
+            strength: the share of the steps that are taken, the last ones, above 0 to 1 (SDEdit); with x_init.
+            known: (B, ...) or a shape that expands to it, in [0, 1] or bool: 1 where x_init stays, 0 where it is drawn
+                anew (inpainting). Biased, see fastdiff.editing.
+            resample: how often each step is taken with `known`, with its noise added again in between (RePaint).
+            stop_at: a level or time. The state at the first visited one that is not above it is returned.
             noise: (steps, B, ...), or a function from the step's number to (B, ...), in place of generated noise.
             guidance: classifier-free guidance, pred = uncond + guidance (cond - uncond), in one call of the model for
                 both (Ho & Salimans 2022, arXiv:2207.12598): a number, one for each row of the table, or a function of
@@ -207,6 +219,7 @@ class Diffusion(Denoiser, ABC):
         check_sampling(shape, x_T, callback, return_trajectory, out, self.dtype, device)
         check_generator(seed, generator)
         check_labels(self.model, model_kwargs)
+        check_edit(shape, x_T, x_init, strength, known, resample)
         kwargs = stack_branches(guidance, uncond, model_kwargs, shape[0], device)
         if guidance is None and guidance_rule is not None:
             raise ValueError("guidance_rule: expected None without guidance")
@@ -215,20 +228,30 @@ class Diffusion(Denoiser, ABC):
         if out is not None:
             branch = uncond if isinstance(uncond, dict) else {}
             others = {f"uncond's {name}": value for name, value in branch.items()}
-            others |= {"noise": noise, "seed": seed, "sample_ids": sample_ids, **model_kwargs}
+            others |= {
+                "noise": noise,
+                "seed": seed,
+                "sample_ids": sample_ids,
+                "x_init": x_init,
+                "known": known,
+                **model_kwargs,
+            }
             check_memory("out", out, {"x_T": x_T}, others)
         eta = as_number("eta", eta)
         if sampler == "ode":
-            given = (steps, eta, noise, callback, return_trajectory, guidance, dtype, graph or None)
-            if given != (None, 0.0, None, None, False, None, None, None):
+            given = (steps, eta, noise, x_init, stop_at, callback, return_trajectory, guidance, dtype, graph or None)
+            if given != (None, 0.0, None, None, None, None, False, None, None, None):
                 raise ValueError(
-                    "sampler: 'ode' chooses its own steps and expected no steps, eta, noise, callback, trajectory, "
-                    "guidance, dtype or graph"
+                    "sampler: 'ode' chooses its own steps and expected no steps, eta, noise, x_init, stop_at, "
+                    "callback, trajectory, guidance, dtype or graph"
                 )
             ode.check(self.process)
             x = self._start(shape, seed_of(seed, generator, device), ids, x_T, self.prior_std(), out, device)
             return x.copy_(ode.sample(self, x, kwargs))
+        if x_init is not None or stop_at is not None:
+            steps = part_of(self.process, sampler, steps, strength, stop_at)
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
+        table = resampled(table, self.process, resample)
         if isinstance(uncond, nn.Module):
             denoiser = beside(denoiser, uncond)
         captured = self._is_captured(graph, denoiser, kwargs, shape[0])
@@ -237,7 +260,14 @@ class Diffusion(Denoiser, ABC):
         if guidance is not None:
             table = with_guidance(table, guidance)
         seed = seed_of(seed, generator, device)
-        x = self._start(shape, seed, ids, x_T, table.start, out, device)
+        if x_init is None:
+            x = self._start(shape, seed, ids, x_T, table.start, out, device)
+        else:
+            x_init = x_init.detach().to(device, self.dtype)
+            ((alpha, sigma),) = noise_levels(self.process, table.levels[:1]).tolist()
+            x = self._start(shape, seed, ids, None, sigma, out, device).add_(x_init, alpha=alpha)
+            if known is not None:
+                callback = keeping(self.process, table, x_init, known, seed, ids, callback)
         options = StepOptions(
             self.clip, table.keep, table.noisy or noise is not None, table.learned, guidance is not None, guidance_rule
         )

@@ -419,8 +419,7 @@ _KEY = "seed ids index index_stride stream"
 Normal = _operands(f"{_KEY} out out_code")
 Noising = _operands(f"{_KEY} table levels x0 x0_code noise noise_code out out_code")
 Loss = _operands(
-    f"{_KEY} table levels pred pred_code x0 x0_code noise noise_code mask mask_code grad grad_code partial "
-    "kind",
+    f"{_KEY} table levels pred pred_code x0 x0_code noise noise_code mask mask_code grad grad_code partial kind",
     "delta loss_scale grad_scale",
 )
 Scale = _operands("grad grad_code incoming incoming_stride", "factor")
