@@ -197,9 +197,10 @@ class Diffusion(Denoiser, ABC):
                 unless something forbids it; True raises then. A graph runs no Python of the model: after a change of
                 the model that is neither of its weights nor of its modules, use a new one.
             progress: show a bar (needs tqdm).
-            callback: called as callback(k, level, x) after step k, with the state at that level, without gradients. It
-                may write into x (inpainting), or return the state to go on from. Within torch.enable_grad() it may take
-                gradients of the model (guidance). The next step reuses x; clone it to keep it.
+            callback: called as callback(k, level, x) after step k, with the state at that level, without gradients. One
+                of (k, level, x, x0hat) is told the estimate of x_0 too, or None if the step made none. It
+                may write into x, or return the state to go on from. Within torch.enable_grad() it may take
+                gradients of the model (guidance). The next step reuses x and x0hat; clone them to keep them.
             return_trajectory: return (steps + 1, B, ...), from x_T to x_0, as the callback leaves them.
             out: the tensor to draw the samples in, on that device, in place of a new one. It may be x_T, and shares no
                 memory with other arguments.
@@ -251,7 +252,8 @@ class Diffusion(Denoiser, ABC):
         if x_init is not None or stop_at is not None:
             steps = part_of(self.process, sampler, steps, strength, stop_at)
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
-        table = resampled(table, self.process, resample)
+        table, told = resampled(table, self.process, resample), sampling.wants_estimate(callback)
+        table = sampling.with_estimates(table, self.process, self.objective) if told else table
         if isinstance(uncond, nn.Module):
             denoiser = beside(denoiser, uncond)
         captured = self._is_captured(graph, denoiser, kwargs, shape[0])
@@ -271,7 +273,7 @@ class Diffusion(Denoiser, ABC):
         options = StepOptions(
             self.clip, table.keep, table.noisy or noise is not None, table.learned, guidance is not None, guidance_rule
         )
-        run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step)
+        run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step, told)
         walker = self._captures.steps(run, required=graph is True) if captured else Steps(run)
         return sampling.walk(walker, progress=progress, callback=callback, return_trajectory=return_trajectory)
 
