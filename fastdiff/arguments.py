@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops.checks import as_shape, check_shape, check_state
+from .steps import StepTable
 from .support.scalars import integer
 
 
@@ -61,6 +62,26 @@ def shape_of(model: nn.Module, shape: int | tuple[int, ...]) -> tuple[int, ...]:
     if not sizes or any(d is None or d < 0 for d in sizes):
         raise ValueError(f"shape: expected a number of samples or (B, ...), got {shape}")
     return as_shape(sizes)
+
+
+def check_ode(*given: Any) -> None:
+    """None of these arguments is given, since the adaptive solver takes none of them."""
+    if any(value is not None for value in given):
+        raise ValueError(
+            "sampler: 'ode' chooses its own steps and expected no steps, eta, noise, x_init, stop_at, callback, "
+            "trajectory, guidance, dtype, graph or grad_steps"
+        )
+
+
+def check_gradients(steps: Any, table: StepTable, *excluded: Any) -> None:
+    """A number of steps of the table can have a gradient, and nothing is given that would change its tensors."""
+    number = integer(steps)
+    if number is None or not 0 <= number <= len(table):
+        raise ValueError(f"grad_steps: expected an integer from 0 to {len(table)}, got {steps!r}")
+    if table.keep != "none" or "correct" in table.kinds:
+        raise ValueError("grad_steps: expected 0 with a sampler that remembers steps or corrects; use 'ddim' or 'ddpm'")
+    if any(value is not None and value is not False for value in excluded):
+        raise ValueError("grad_steps: expected 0 with callback, return_trajectory, out, dtype, known or graph")
 
 
 def check_sampling(

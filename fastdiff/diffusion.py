@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ode, ops, sampling
-from .arguments import check_labels, check_sampling, merged, shape_of
+from .arguments import check_gradients, check_labels, check_ode, check_sampling, merged, shape_of
 from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
@@ -30,7 +30,7 @@ from .ops.checks import (
 from .ops.memory import LARGEST
 from .process import Grid, Process
 from .reference import work_dtype
-from .sampling import Callback, Noise, Run, StepOptions, Steps
+from .sampling import Callback, Noise, Run, StepOptions, Steps, StepsWithGradient
 from .steps import Sampler, StepTable, ddim_inversion, make_steps, part_of
 from .support.scalars import as_number
 from .support.settable import settable
@@ -149,6 +149,7 @@ class Diffusion(Denoiser, ABC):
         known: Tensor | None = None,
         resample: int = 1,
         stop_at: float | None = None,
+        grad_steps: int = 0,
         noise: Noise = None,
         guidance: Guidance | None = None,
         guidance_rule: Rule | None = None,
@@ -162,7 +163,7 @@ class Diffusion(Denoiser, ABC):
         out: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        """Samples, drawn without gradients and in eval mode.
+        """Samples, drawn in eval mode, and without gradients unless grad_steps says so.
 
         Args:
             shape: the number of samples, if model.sample_shape gives the rest, or (B, ...).
@@ -183,6 +184,8 @@ class Diffusion(Denoiser, ABC):
                 anew (inpainting). Biased, see fastdiff.editing.
             resample: how often each step is taken with `known`, with its noise added again in between (RePaint).
             stop_at: a level or time. The state at the first visited one that is not above it is returned.
+            grad_steps: the result has a gradient through so many of the last steps (DRaFT, Clark et al. 2024,
+                arXiv:2309.17400). With samplers that do not remember; without callback, trajectory, out, dtype, known.
             noise: (steps, B, ...), or a function from the step's number to (B, ...), in place of generated noise.
             guidance: classifier-free guidance, pred = uncond + guidance (cond - uncond), in one call of the model for
                 both (Ho & Salimans 2022, arXiv:2207.12598): a number, one for each row of the table, or a function of
@@ -229,23 +232,13 @@ class Diffusion(Denoiser, ABC):
         if out is not None:
             branch = uncond if isinstance(uncond, dict) else {}
             others = {f"uncond's {name}": value for name, value in branch.items()}
-            others |= {
-                "noise": noise,
-                "seed": seed,
-                "sample_ids": sample_ids,
-                "x_init": x_init,
-                "known": known,
-                **model_kwargs,
-            }
+            others |= {"noise": noise, "seed": seed, "sample_ids": sample_ids}
+            others |= {"x_init": x_init, "known": known, **model_kwargs}
             check_memory("out", out, {"x_T": x_T}, others)
         eta = as_number("eta", eta)
         if sampler == "ode":
-            given = (steps, eta, noise, x_init, stop_at, callback, return_trajectory, guidance, dtype, graph or None)
-            if given != (None, 0.0, None, None, None, None, False, None, None, None):
-                raise ValueError(
-                    "sampler: 'ode' chooses its own steps and expected no steps, eta, noise, x_init, stop_at, "
-                    "callback, trajectory, guidance, dtype or graph"
-                )
+            flags = (eta, return_trajectory, graph, grad_steps)
+            check_ode(steps, noise, x_init, stop_at, callback, guidance, dtype, *(flag or None for flag in flags))
             ode.check(self.process)
             x = self._start(shape, seed_of(seed, generator, device), ids, x_T, self.prior_std(), out, device)
             return x.copy_(ode.sample(self, x, kwargs))
@@ -254,6 +247,9 @@ class Diffusion(Denoiser, ABC):
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
         table, told = resampled(table, self.process, resample), sampling.wants_estimate(callback)
         table = sampling.with_estimates(table, self.process, self.objective) if told else table
+        if grad_steps:
+            check_gradients(grad_steps, table, callback, return_trajectory, out, dtype, known, graph or None)
+            graph = False
         if isinstance(uncond, nn.Module):
             denoiser = beside(denoiser, uncond)
         captured = self._is_captured(graph, denoiser, kwargs, shape[0])
@@ -274,7 +270,9 @@ class Diffusion(Denoiser, ABC):
             self.clip, table.keep, table.noisy or noise is not None, table.learned, guidance is not None, guidance_rule
         )
         run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step, told)
-        walker = self._captures.steps(run, required=graph is True) if captured else Steps(run)
+        walker: sampling.Walker = StepsWithGradient(run, grad_steps) if grad_steps else Steps(run)
+        if captured:
+            walker = self._captures.steps(run, required=graph is True)
         return sampling.walk(walker, progress=progress, callback=callback, return_trajectory=return_trajectory)
 
     def encode(

@@ -133,13 +133,17 @@ class Steps:
         """Before the first step."""
         self.time_arguments = self.run.denoiser.time_arguments(self.condition[:, 0]) if len(self.x) else {}
 
-    def take(self, k: int) -> None:
-        """Step k, from the state that step k - 1 left."""
+    def given(self, k: int) -> tuple[Operands, dict[str, Any]]:
+        """The operands of step k, and the arguments of the model."""
         run, given = self.run, given_noise(self.run, k)
         seed = run.seed if given is None and run.options.noisy else None
         operands = Operands(self.rows, self.index[k], seed, run.sample_ids, given, self.hist)
         ahead = {name: rows[k : k + 1] for name, rows in self.time_arguments.items()}
-        model_kwargs = {**ahead, **run.model_kwargs}
+        return operands, {**ahead, **run.model_kwargs}
+
+    def take(self, k: int) -> None:
+        """Step k, from the state that step k - 1 left."""
+        run, (operands, model_kwargs) = self.run, self.given(k)
         if run.compiled is None or run.table.kinds[k] != "predict":
             advance(run.table.kinds[k], run.denoiser, run.x, self.condition[k], operands, run.options, model_kwargs)
             return
@@ -151,8 +155,34 @@ class Steps:
             self.hist.copy_(hist[0])
 
     def finish(self) -> Tensor:
-        """After the last step: run.x."""
-        return self.run.x
+        """After the last step: the state."""
+        return self.x
+
+
+class StepsWithGradient(Steps):
+    """The steps of a run that remembers none, of which the last `count` leave new states, with a gradient."""
+
+    def __init__(self, run: Run, count: int) -> None:
+        super().__init__(run)
+        self.first = len(run.table) - count
+
+    def start(self) -> None:
+        # What the model computes ahead has no gradient: from `first` on, each step computes it.
+        if self.first:
+            super().start()
+
+    def take(self, k: int) -> None:
+        if k < self.first:
+            super().take(k)
+            return
+        self.time_arguments = {}
+        with torch.enable_grad():
+            operands, model_kwargs = self.given(k)
+            run, x = self.run, self.x
+            if run.table.kinds[k] == "add":
+                self.x = update(x, Prediction(x), operands, run.options)
+            else:
+                self.x = step(run.denoiser, x, self.condition[k], operands, run.options, model_kwargs)[0]
 
 
 class Walker(Protocol):

@@ -145,7 +145,7 @@ class _Loss(torch.autograd.Function):
         if grad is not None and not (by_x0 or by_noise):  # the common walk: what was saved is not unpacked
             return scaled(grad, incoming), None, None, None, None
         operands: tuple[Any, ...] = ctx.saved_tensors  # once at most, as a checkpoint demands
-        *formula, mask = operands
+        formula, mask = operands[:7], operands[7]
         pred, x0, t, table, _, _, noise = formula
         if grad is not None:
             grad = scaled(grad, incoming)

@@ -193,3 +193,64 @@ def test_resampling_refuses_samplers_with_a_memory(sampler: object) -> None:
 def test_refused_arguments(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         MODELS["chain"]().sample(SHAPE, **options)
+
+
+# --- gradients through the last steps ---------------------------------------------------------------------------
+
+
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.gain * x.tanh()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_gradient_through_the_last_steps(sampler: str, count: int) -> None:
+    ddpm = DDPM(Gain(), "cosine", timesteps=50, objective="v", clip=None)
+    options = {"sampler": sampler, "steps": 4, "seed": 1}
+    path = ddpm.sample(SHAPE, return_trajectory=True, **options)
+    last = ddpm.sample(SHAPE, grad_steps=count, **options)
+    assert torch.equal(last, path[-1])
+    last.sum().backward()
+    got = ddpm.model.gain.grad.item()
+
+    def end(gain: float) -> float:
+        """The sum of the samples if the gain changes for the last steps alone."""
+        with torch.no_grad():
+            ddpm.model.gain.fill_(gain)
+        x, table = path[4 - count], ddpm.step_table(sampler, 4)
+        for k in range(4 - count, 4):
+            noise = torch.zeros_like(x) if sampler == "ddim" else noises[k]
+            levels = table.levels[k : k + 2].tolist()
+            x = ddpm.sample(SHAPE, x_T=x, sampler=sampler, steps=levels, noise=noise[None])
+        return x.sum().item()
+
+    row = ddpm.step_table(sampler, 4).rows
+    noises = [
+        (path[k + 1] - ddpm.sample(SHAPE, x_T=path[k], sampler=sampler, steps=pair, noise=torch.zeros(1, *SHAPE)))
+        / max(row[k, 5].item(), 1e-30)
+        for k, pair in enumerate(
+            zip(*(ddpm.step_table(sampler, 4).levels[i : 4 + i].tolist() for i in (0, 1)), strict=True)
+        )
+    ]
+    step = 1e-5
+    want = (end(0.3 + step) - end(0.3 - step)) / (2 * step)
+    assert got == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grad_steps": 5}, "grad_steps: expected an integer from 0 to 4, got 5"),
+        ({"grad_steps": 1, "sampler": "dpm++2m"}, "grad_steps: expected 0 with a sampler that remembers .*"),
+        ({"grad_steps": 1, "return_trajectory": True}, "grad_steps: expected 0 with callback, .*"),
+        ({"grad_steps": 1, "graph": True}, "grad_steps: expected 0 with callback, .*"),
+    ],
+)
+def test_gradients_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        MODELS["chain"]().sample(SHAPE, **{"steps": 4, "sampler": "ddim", **options})

@@ -240,5 +240,5 @@ def test_thresholding_brings_the_estimate_back(share):
     s = size[:, max(1, math.ceil(share * size.shape[1])) - 1].clamp(min=1)[:, None, None]
     assert torch.allclose(brought, torch.minimum(torch.maximum(plain, -s), s) / s, rtol=1e-9)
     assert all(x0.abs().amax() <= 1 + 1e-9 for x0 in told[4:])
-    with pytest.raises(ValueError, match="^share: expected a number above 0 and up to 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^share: expected a number above 0 and up to 1, got 0$"):
         Thresholded(0)

@@ -20,7 +20,7 @@ def test_offset_noise_has_a_common_part_per_channel() -> None:
     assert torch.allclose(part, part[..., :1, :1].expand_as(part), atol=1e-6)
     assert abs(part[..., 0, 0].std().item() - 0.5) < 0.05 and abs(plain.std().item() - 1) < 0.02
     assert abs(torch.corrcoef(part[..., 0, 0].T)[0, 1].item()) < 0.3  # each channel has its own
-    with pytest.raises(ValueError, match="^strength: expected a finite number of at least 0, got -1$"):
+    with pytest.raises(ValueError, match=r"^strength: expected a finite number of at least 0, got -1$"):
         offset_noise(x0, -1)
     with pytest.raises(ValueError, match=r"^x0: expected channels, \(B, C, ...\), got shape \(4,\)$"):
         offset_noise(torch.zeros(4))
@@ -32,7 +32,7 @@ def test_labels_are_dropped_at_their_share() -> None:
     dropped = drop_labels(labels, 10, 0.1) == 10
     assert abs(dropped.double().mean().item() - 0.1) < 0.02
     assert torch.equal(drop_labels(labels, 10, 0.0), labels) and (drop_labels(labels, 10, 1.0) == 10).all()
-    with pytest.raises(ValueError, match="^share: expected a number from 0 to 1, got 1.5$"):
+    with pytest.raises(ValueError, match=r"^share: expected a number from 0 to 1, got 1.5$"):
         drop_labels(labels, 10, 1.5)
 
 

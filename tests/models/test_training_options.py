@@ -56,7 +56,7 @@ def test_the_bound_has_no_mask(loss: str) -> None:
             return torch.cat((x, x), 1)
 
     model = DDPM(Twice(), timesteps=50, schedule="cosine", objective="v", variance="learned", loss=loss)
-    with pytest.raises(ValueError, match=f"^mask: expected None with loss '{loss}'"):
+    with pytest.raises(ValueError, match=rf"^mask: expected None with loss '{loss}'"):
         model(data(), mask=torch.ones(SHAPE))
 
 
@@ -68,7 +68,7 @@ def test_weights_of_a_user_multiply_the_loss(name: str) -> None:
     sigma = plain.process.at(t.double()).sigma.float()
     losses = [model(data(), t=t, seed=1, reduction="none") for model in (plain, twice)]
     assert torch.allclose(losses[1], (2 + sigma) * losses[0], rtol=1e-5)
-    with pytest.raises(ValueError, match="^config: expected weighting given by name, got a function$"):
+    with pytest.raises(ValueError, match=r"^config: expected weighting given by name, got a function$"):
         _ = twice.config
 
 
@@ -82,7 +82,7 @@ def test_min_snr_of_another_gamma(objective: str) -> None:
         w = weights(schedule, objective, functools.partial(min_snr, gamma=gamma))[1:-1]
         assert torch.allclose(w, torch.minimum(snr, torch.tensor(gamma)) * share, rtol=1e-9)
     assert torch.equal(weights(schedule, objective, min_snr)[1:], weights(schedule, objective, "min_snr")[1:])
-    with pytest.raises(ValueError, match="^gamma: expected a number above 0, got 0$"):
+    with pytest.raises(ValueError, match=r"^gamma: expected a number above 0, got 0$"):
         min_snr(schedule, objective, gamma=0)
 
 
@@ -127,7 +127,7 @@ def test_model_kwargs_of_any_name() -> None:
 
 def test_model_kwargs_are_given_once() -> None:
     ddpm = DDPM(Named(), "cosine", timesteps=50, objective="v")
-    with pytest.raises(ValueError, match="^model_kwargs: expected other once, got it by name too$"):
+    with pytest.raises(ValueError, match=r"^model_kwargs: expected other once, got it by name too$"):
         ddpm.sample(SHAPE, other=1.0, model_kwargs={"other": 2.0})
-    with pytest.raises(TypeError, match="^model_kwargs: expected a dict, got list$"):
+    with pytest.raises(TypeError, match=r"^model_kwargs: expected a dict, got list$"):
         ddpm(data(), model_kwargs=[1])
