@@ -1,5 +1,5 @@
-"""Edited held-out digits as a picture, a row for each: images; drawn from them with strength 0.3 and 0.6; with the lower half
-hidden; that half drawn anew by replacement; and the same with each step taken ten times.
+"""Edited held-out digits as a picture, a row for each: images; drawn from them, strength 0.3 and 0.6; with the lower
+half hidden; that half drawn anew by replacement; and the same with each step taken ten times.
 
 python examples/editing.py MODEL.safetensors EDITING.png, with a model that `fastdiff train --data digits` wrote.
 """
