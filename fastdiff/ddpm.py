@@ -113,7 +113,9 @@ class DDPM(ChainDiffusion):
         return self._named[0] if self._named is not None and self._named[1] is self.schedule else None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "DDPM":
+    def from_pretrained(
+        cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None, variant: str | None = None
+    ) -> "DDPM":
         """The DDPM of a DDPMPipeline's directory of diffusers, in eval mode: its UNet and its scheduler's numbers.
 
         Its ancestral sampler over all levels is DDPMScheduler's. A learned variance is trained by the hybrid loss.
@@ -121,12 +123,17 @@ class DDPM(ChainDiffusion):
         Args:
             folder: the directory, or the folder of a run of `fastdiff train` or its model.safetensors. A run gives its
                 averaged weights.
+            torch_dtype, variant: as in UNet.from_pretrained; a run has no variants.
 
         Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for what UNet or DDPM lacks.
         """
         if run := run_file.find(folder):
-            return run_file.RunFile.open(run).formulation(cls, UNet)
-        arguments, unet = pretrained.read_ddpm(folder), UNet.from_pretrained(folder)
+            if variant is not None:
+                raise ValueError(f"variant: expected None for a run of `fastdiff train`, got {variant!r}")
+            made = run_file.RunFile.open(run).formulation(cls, UNet)
+            return made if torch_dtype is None else made.to(torch_dtype)
+        arguments = pretrained.read_ddpm(folder, variant)
+        unet = UNet.from_pretrained(folder, torch_dtype=torch_dtype, variant=variant)
         with arguments.blamed():
             return cls(unet, **arguments).eval()
 
