@@ -150,7 +150,8 @@ class _Loss(torch.autograd.Function):
         if grad is not None:
             grad = scaled(grad, incoming)
         else:
-            slope = reference.loss(*formula, *ctx.options, mask)[1] / (pred.numel() // max(1, incoming.numel()))
+            stream, kind, delta = ctx.options
+            slope = reference.loss(*formula, stream, kind, delta, mask)[1] / (pred.numel() // max(1, incoming.numel()))
             grad = (slope * incoming.reshape(-1, *[1] * (pred.ndim - 1))).to(pred.dtype)
         p, q, _w = reference.coefficients(table, t, grad)
         to_x0 = (-p * grad).to(x0.dtype) if by_x0 else None
