@@ -145,13 +145,13 @@ class _Loss(torch.autograd.Function):
         if grad is not None and not (by_x0 or by_noise):  # the common walk: what was saved is not unpacked
             return scaled(grad, incoming), None, None, None, None
         operands: tuple[Any, ...] = ctx.saved_tensors  # once at most, as a checkpoint demands
-        formula, mask = operands[:7], operands[7]
-        pred, x0, t, table, _, _, noise = formula
+        pred, x0, t, table, seed, ids, noise, mask = operands
         if grad is not None:
             grad = scaled(grad, incoming)
         else:
             stream, kind, delta = ctx.options
-            slope = reference.loss(*formula, stream, kind, delta, mask)[1] / (pred.numel() // max(1, incoming.numel()))
+            slope = reference.loss(pred, x0, t, table, seed, ids, noise, stream, kind, delta, mask)[1]
+            slope = slope / (pred.numel() // max(1, incoming.numel()))
             grad = (slope * incoming.reshape(-1, *[1] * (pred.ndim - 1))).to(pred.dtype)
         p, q, _w = reference.coefficients(table, t, grad)
         to_x0 = (-p * grad).to(x0.dtype) if by_x0 else None
