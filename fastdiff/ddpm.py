@@ -279,7 +279,7 @@ class DDPM(ChainDiffusion):
         x = self.q_sample(torch.lerp(x0.to(z.dtype), x1.to(z.dtype), mix), level, noise=z).detach()
         table = self.step_table("ddpm", range(level, -1, -1))
         options = StepOptions(self.clip, table.keep, table.noisy, table.learned)
-        run = Run(self, table, x, options, seed, model_kwargs=model_kwargs, compiled=self._compiled_step)
+        run = Run(self, table, x, options, seed, model_kwargs=merged(model_kwargs), compiled=self._compiled_step)
         return sampling.walk(Steps(run))
 
     def _bound_table(self) -> Tensor:

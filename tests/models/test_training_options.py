@@ -118,6 +118,10 @@ def test_model_kwargs_of_any_name() -> None:
     assert not torch.equal(*states)
     back = ddpm.sample(SHAPE, x_T=states[1], model_kwargs={"noise": zeros, "steps": 0.1}, **options)
     assert not torch.equal(back, ddpm.sample(SHAPE, x_T=states[1], model_kwargs={"noise": zeros}, **options))
+    bounds = [ddpm.bits_per_dim(image, seed=1, model_kwargs={"noise": n}).total for n in (zeros, ones)]
+    assert not torch.equal(*bounds)
+    between = ddpm.interpolate(image, -image, t=5, seed=1, model_kwargs={"noise": zeros})
+    assert not torch.equal(between, ddpm.interpolate(image, -image, t=5, seed=1, model_kwargs={"noise": ones}))
     guided = ddpm.sample(
         SHAPE, seed=1, guidance=2.0, uncond={"noise": zeros}, model_kwargs={"noise": 0.1 * ones}, **options
     )
