@@ -34,7 +34,7 @@ NOISING = custom("noising", OPS["noising"].implementation)
 UPDATE = custom("update_", OPS["update_"].implementation, ("x", "hist"))
 LOSS = custom("loss", OPS["loss"].implementation)
 LOSS.register_autograd(
-    lambda ctx, *grads: (ctx.saved_tensors[0] * grads[0], *[None] * 11),
+    lambda ctx, *grads: (ctx.saved_tensors[0] * grads[0], *[None] * 12),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]),
 )
 
@@ -72,7 +72,7 @@ def loss() -> Calls:
     """The forward call, with its gradient kept for the backward."""
     pred, t, table = one().requires_grad_(), index(), torch.ones(3, 3, device=DEVICE)
     noise = one()
-    args = (pred, None, t, table, None, None, noise, ops.FORWARD, "mse", 1.0, False, True)
+    args = (pred, None, t, table, None, None, noise, None, ops.FORWARD, "mse", 1.0, False, True)
     detached = (pred.detach(), *args[1:])
     return {
         "direct": lambda: OPS["loss"].implementation(*detached),

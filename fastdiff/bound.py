@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .arguments import merged
 from .denoiser import Denoiser
 from .objective import x0_rows
 from .ops.checks import as_seed, check_floating
@@ -234,7 +235,7 @@ def evaluate(
         for k in bar(n, progress):
             x_t = ops.noising(x0, n - k, noising, seed=seed)
             with eval_mode:
-                pred, raw, _ = denoiser.call_model(x_t, condition[k].expand(len(x0)), model_kwargs)
+                pred, raw, _ = denoiser.call_model(x_t, condition[k].expand(len(x0)), merged(model_kwargs))
             terms[:, k] = ops.vlb(pred, x_t, x0, n - k, rows, raw_variance=raw, clip=denoiser.clip)
         prior = prior_kl(made, x0)
     return Bound(prior / math.log(2), terms / math.log(2))

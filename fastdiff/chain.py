@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from . import ops, steps
 from .diffusion import Diffusion
-from .objective import WEIGHTINGS, target_rows, weights
+from .objective import WEIGHTINGS, Weighting, target_rows, weights
 from .ops.checks import as_index, check_choice, check_floating, check_like
 from .process import Chain
 from .rows import columns, make_rows
@@ -42,13 +42,19 @@ class ChainDiffusion(Diffusion):
     """
 
     process: Chain
-    weighting: str = settable("weighting")
+    weighting: str | Weighting = settable("weighting")
     _starts_at_data = True
     _rows_are_levels = True
     _named: tuple[str, NoiseSchedule] | None = None
 
     def __init__(
-        self, model: nn.Module, process: Chain, objective: str, loss: str, weighting: str, clip: float | None
+        self,
+        model: nn.Module,
+        process: Chain,
+        objective: str,
+        loss: str,
+        weighting: str | Weighting,
+        clip: float | None,
     ) -> None:
         super().__init__(model, process, objective, loss, clip)
         self.weighting = weighting
@@ -58,7 +64,8 @@ class ChainDiffusion(Diffusion):
         super().apply_options()
         if not isinstance(self.process, Chain):
             raise TypeError(f"process: expected a Chain, got {type(self.process).__name__}")
-        check_choice("weighting", self.weighting, WEIGHTINGS)
+        if not callable(self.weighting):
+            check_choice("weighting", self.weighting, WEIGHTINGS)
         steps.check_signal(self.schedule, self._levels(), self.objective)
         self._tables = Tables()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import ops
 from .denoiser import own_rows
 from .diffusion import Diffusion
-from .objective import target_rows, weights
+from .objective import Weighting, target_rows, weights
 from .ops.checks import check_choice
 from .process import Process
 from .support import run_file
@@ -23,14 +23,20 @@ Made = TypeVar("Made", bound="ContinuousDiffusion")
 class ContinuousDiffusion(Diffusion):
     """A Diffusion whose times are real numbers: the base of ScoreSDE, FlowMatching and Edm.
 
-    `weighting`, one of `weightings`, may be set later, as the options of Denoiser may.
+    `weighting`, one of `weightings` or a function, may be set later, as the options of Denoiser may.
     """
 
     weightings: tuple[str, ...] = ("simple", "min_snr")
-    weighting: str = settable("weighting")
+    weighting: str | Weighting = settable("weighting")
 
     def __init__(
-        self, model: nn.Module, process: Process, objective: str, loss: str, weighting: str, clip: float | None
+        self,
+        model: nn.Module,
+        process: Process,
+        objective: str,
+        loss: str,
+        weighting: str | Weighting,
+        clip: float | None,
     ) -> None:
         super().__init__(model, process, objective, loss, clip)
         self.weighting = weighting
@@ -38,7 +44,8 @@ class ContinuousDiffusion(Diffusion):
 
     def apply_options(self) -> None:
         super().apply_options()
-        check_choice("weighting", self.weighting, self.weightings)
+        if not callable(self.weighting):
+            check_choice("weighting", self.weighting, self.weightings)
 
     @classmethod
     def from_pretrained(cls: type[Made], path: str | Path) -> Made:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ops, sampling, steps
+from .arguments import merged, named
 from .chain import ChainDiffusion
 from .interop import pretrained
 from .interpolation import along_the_circle, mixing_weight
+from .objective import Weighting
 from .ops.checks import as_seed, check_choice, check_floating
 from .process import Chain
 from .reference import work_dtype
@@ -38,7 +40,8 @@ class DDPM(ChainDiffusion):
         timesteps: T, the number of noise levels; level 0 is data and the chain runs over t = 1..T.
         objective: what the model predicts: "eps", "x0", "v" = alpha eps - sigma x_0, or another of
             fastdiff.objective.OBJECTIVES.
-        weighting: "simple" (1; sigma^2 for score), "min_snr" (Hang et al. 2023) or "vlb" (the bound's own weights).
+        weighting: "simple" (1; sigma^2 for score), "min_snr" (Hang et al. 2023) or "vlb" (the bound's own weights);
+            or a function of the levels, as fastdiff.objective.min_snr is.
         loss: "mse", "l1" or "huber" (with delta 1).
             "hybrid" adds 1e-3 of the variational bound to "mse", with its gradient by the variance alone, and "vlb" is
             the bound alone, in bits per dimension (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1).
@@ -74,7 +77,7 @@ class DDPM(ChainDiffusion):
         timesteps: int = 1000,
         objective: str = "eps",
         loss: str = "mse",
-        weighting: str = "simple",
+        weighting: str | Weighting = "simple",
         variance: str = "posterior",
         clip: float | None = 1.0,
         importance: bool = False,
@@ -110,7 +113,9 @@ class DDPM(ChainDiffusion):
         return self._named[0] if self._named is not None and self._named[1] is self.schedule else None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "DDPM":
+    def from_pretrained(
+        cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None, variant: str | None = None
+    ) -> "DDPM":
         """The DDPM of a DDPMPipeline's directory of diffusers, in eval mode: its UNet and its scheduler's numbers.
 
         Its ancestral sampler over all levels is DDPMScheduler's. A learned variance is trained by the hybrid loss.
@@ -118,12 +123,17 @@ class DDPM(ChainDiffusion):
         Args:
             folder: the directory, or the folder of a run of `fastdiff train` or its model.safetensors. A run gives its
                 averaged weights.
+            torch_dtype, variant: as in UNet.from_pretrained; a run has no variants.
 
         Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for what UNet or DDPM lacks.
         """
         if run := run_file.find(folder):
-            return run_file.RunFile.open(run).formulation(cls, UNet)
-        arguments, unet = pretrained.read_ddpm(folder), UNet.from_pretrained(folder)
+            if variant is not None:
+                raise ValueError(f"variant: expected None for a run of `fastdiff train`, got {variant!r}")
+            made = run_file.RunFile.open(run).formulation(cls, UNet)
+            return made if torch_dtype is None else made.to(torch_dtype)
+        arguments = pretrained.read_ddpm(folder, variant)
+        unet = UNet.from_pretrained(folder, torch_dtype=torch_dtype, variant=variant)
         with arguments.blamed():
             return cls(unet, **arguments).eval()
 
@@ -156,7 +166,7 @@ class DDPM(ChainDiffusion):
             "timesteps": self.timesteps,
             "objective": self.objective,
             "loss": self.loss_kind,
-            "weighting": self.weighting,
+            "weighting": named("weighting", self.weighting),
             "variance": self.variance,
             "clip": self.clip,
             "importance": self.importance is not None,
@@ -178,18 +188,20 @@ class DDPM(ChainDiffusion):
 
     def _loss(
         self, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor,
-        seed: int | Tensor | None, noise: Tensor | None, reduction: str, kind: str | None = None,
-        ids: Tensor | None = None,
+        seed: int | Tensor | None, noise: Tensor | None, mask: Tensor | None, reduction: str,
+        kind: str | None = None, ids: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         if self.loss_kind in ops.LOSSES:
-            return super()._loss(pred, raw, x_t, x0, t, seed, noise, reduction, ids=ids)
+            return super()._loss(pred, raw, x_t, x0, t, seed, noise, mask, reduction, ids=ids)
+        if mask is not None:
+            raise ValueError(f"mask: expected None with loss {self.loss_kind!r}, whose bound has no mask")
         hybrid = self.loss_kind == "hybrid"
         rows = self._table("bound", pred.dtype, t.device)
         nats = ops.vlb(pred, x_t, x0, t, rows, raw_variance=raw, detach_mean=hybrid, reduction=reduction)
         bits = nats * (self.timesteps / math.log(2))
         if not hybrid:
             return bits
-        simple = super()._loss(pred, raw, x_t, x0, t, seed, noise, reduction, "mse", ids)
+        simple = super()._loss(pred, raw, x_t, x0, t, seed, noise, None, reduction, "mse", ids)
         return simple + HYBRID_WEIGHT * bits
 
     def p_sample(
@@ -214,7 +226,7 @@ class DDPM(ChainDiffusion):
         """
         t = self.checked_times("x_t", x_t, t)
         rows = self._table("p_sample", x_t.dtype, x_t.device)
-        pred, raw, _ = self.call_model(x_t, self.condition(t), model_kwargs)
+        pred, raw, _ = self.call_model(x_t, self.condition(t), merged(model_kwargs))
         return ops.update(
             x_t, pred, rows, self.timesteps - t, seed=seed, noise=noise, raw_variance=raw, clip=self.clip, out=out
         )
@@ -268,7 +280,7 @@ class DDPM(ChainDiffusion):
         x = self.q_sample(torch.lerp(x0.to(z.dtype), x1.to(z.dtype), mix), level, noise=z).detach()
         table = self.step_table("ddpm", range(level, -1, -1))
         options = StepOptions(self.clip, table.keep, table.noisy, table.learned)
-        run = Run(self, table, x, options, seed, model_kwargs=model_kwargs, compiled=self._compiled_step)
+        run = Run(self, table, x, options, seed, model_kwargs=merged(model_kwargs), compiled=self._compiled_step)
         return sampling.walk(Steps(run))
 
     def _bound_table(self) -> Tensor:

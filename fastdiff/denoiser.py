@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .arguments import merged
 from .cast import TYPES, Casts
 from .objective import OBJECTIVES, conversion_rows
 from .ops.checks import FLOATING, as_clip, check_choice, check_floating
@@ -90,7 +91,7 @@ class Denoiser(nn.Module):
         Reference: Ho et al. 2020, eq. 15.
         """
         t = self.checked_times("x_t", x_t, t)
-        pred = self.call_model(x_t, self.condition(t), model_kwargs).pred
+        pred = self.call_model(x_t, self.condition(t), merged(model_kwargs)).pred
         rows, index = self.denoise_rows(t, x_t.dtype)
         return ops.update(x_t, pred, rows, index, clip=self.clip, noisy=False, out=out)
 
@@ -109,7 +110,7 @@ class Denoiser(nn.Module):
         """
         check_choice("wanted", wanted, OBJECTIVES)
         t = self.checked_times("x_t", x_t, t)
-        pred = self.call_model(x_t, self.condition(t), model_kwargs).pred
+        pred = self.call_model(x_t, self.condition(t), merged(model_kwargs)).pred
         from_x, from_pred = conversion_rows(self.process.at(t.double()), self.objective, wanted)
         rows, index = own_rows(make_rows(from_x, from_x=from_x, from_pred=from_pred), x_t.dtype)
         return ops.update(x_t, pred, rows, index, noisy=False, out=out)

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ode, ops, sampling
+from .arguments import check_gradients, check_labels, check_ode, check_sampling, merged, shape_of
 from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
+from .editing import check_edit, keeping, noise_levels, resampled
 from .guidance import Guidance, Rule, beside, stack_branches, with_guidance
 from .objective import uses_noise, uses_x0
 from .ops.checks import (
     as_device,
     as_sample_ids,
     as_seed,
-    as_shape,
     check_choice,
     check_floating,
     check_generator,
@@ -29,9 +30,9 @@ from .ops.checks import (
 from .ops.memory import LARGEST
 from .process import Grid, Process
 from .reference import work_dtype
-from .sampling import Callback, Noise, Run, StepOptions, Steps
-from .steps import Sampler, StepTable, ddim_inversion, make_steps
-from .support.scalars import as_number, integer
+from .sampling import Callback, Noise, Run, StepOptions, Steps, StepsWithGradient
+from .steps import Sampler, StepTable, ddim_inversion, make_steps, part_of
+from .support.scalars import as_number
 from .support.settable import settable
 from .support.sharded import as_forward
 
@@ -82,6 +83,7 @@ class Diffusion(Denoiser, ABC):
         seed: int | Tensor | None = None,
         sample_ids: Tensor | Iterable[int] | None = None,
         noise: Tensor | None = None,
+        mask: Tensor | None = None,
         reduction: str = "mean",
         **model_kwargs: Any,
     ) -> Tensor:
@@ -92,12 +94,16 @@ class Diffusion(Denoiser, ABC):
             t: times of the samples, a number, () or (B,); drawn if None.
             seed, noise: of x_t; drawn if None.
             sample_ids: (B,), the number of each sample in the seed's noise, 0..B-1 if None.
+            mask: (B, ...) or a shape that expands to it, a weight of each element: 0 where data is padded or missing.
+                The mean is over all elements, see ops.loss.
             reduction: "mean" gives (), "none" gives (B,).
-            model_kwargs: the model's further arguments.
+            model_kwargs: the model's further arguments. Those that are named as one of ours go into a dict,
+                model_kwargs={"t": ...}.
 
         Reference: Ho et al. 2020, algorithm 1; denoising score matching if the model predicts the score (Song & Ermon
             2019, arXiv:1907.05600, eq. 5).
         """
+        model_kwargs = merged(model_kwargs)
         t = self.checked_times("x0", x0, t)
         check_labels(self.model, model_kwargs)
         ids = as_sample_ids(sample_ids, len(x0), x0.device)
@@ -111,12 +117,12 @@ class Diffusion(Denoiser, ABC):
             seed = ids = None
         x_t = ops.noising(x0, row, table, seed=seed, sample_ids=ids, noise=noise)
         pred, raw, _ = self.call_model(x_t, self.condition(t), model_kwargs)
-        return self._loss(pred, raw, x_t, x0, t, seed, noise, reduction, ids=ids)
+        return self._loss(pred, raw, x_t, x0, t, seed, noise, mask, reduction, ids=ids)
 
     def _loss(
         self, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor,
-        seed: int | Tensor | None, noise: Tensor | None, reduction: str, kind: str | None = None,
-        ids: Tensor | None = None,
+        seed: int | Tensor | None, noise: Tensor | None, mask: Tensor | None, reduction: str,
+        kind: str | None = None, ids: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         table, row = self.loss_rows(t, pred.dtype)
         noisy = uses_noise(self.objective)
@@ -128,6 +134,7 @@ class Diffusion(Denoiser, ABC):
             seed=seed if noisy else None,
             sample_ids=ids if noisy else None,
             noise=noise if noisy else None,
+            mask=mask,
             kind=kind or self.loss_kind,
             reduction=reduction,
         )
@@ -145,6 +152,12 @@ class Diffusion(Denoiser, ABC):
         generator: torch.Generator | None = None,
         sample_ids: Tensor | Iterable[int] | None = None,
         x_T: Tensor | None = None,
+        x_init: Tensor | None = None,
+        strength: float = 1.0,
+        known: Tensor | None = None,
+        resample: int = 1,
+        stop_at: float | None = None,
+        grad_steps: int = 0,
         noise: Noise = None,
         guidance: Guidance | None = None,
         guidance_rule: Rule | None = None,
@@ -158,7 +171,7 @@ class Diffusion(Denoiser, ABC):
         out: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        """Samples, drawn without gradients and in eval mode.
+        """Samples, drawn in eval mode, and without gradients unless grad_steps says so.
 
         Args:
             shape: the number of samples, if model.sample_shape gives the rest, or (B, ...).
@@ -173,6 +186,14 @@ class Diffusion(Denoiser, ABC):
             sample_ids: (B,), the number of each sample in the seed's noise, 0..B-1 if None. Sample i of a seed is the
                 same in every batch.
             x_T: (B, ...), the start, in place of a draw from the prior.
+            x_init: (B, ...), an image to start from, in place of x_T: alpha x_init + sigma z at the first level.
+            strength: the share of the steps that are taken, the last ones, above 0 to 1 (SDEdit); with x_init.
+            known: (B, ...) or a shape that expands to it, in [0, 1] or bool: 1 where x_init stays, 0 where it is drawn
+                anew (inpainting). Biased, see fastdiff.editing.
+            resample: how often each step is taken with `known`, with its noise added again in between (RePaint).
+            stop_at: a level or time. The state at the first visited one that is not above it is returned.
+            grad_steps: the result has a gradient through so many of the last steps (DRaFT, Clark et al. 2024,
+                arXiv:2309.17400). With samplers that do not remember; without callback, trajectory, out, dtype, known.
             noise: (steps, B, ...), or a function from the step's number to (B, ...), in place of generated noise.
             guidance: classifier-free guidance, pred = uncond + guidance (cond - uncond), in one call of the model for
                 both (Ho & Salimans 2022, arXiv:2207.12598): a number, one for each row of the table, or a function of
@@ -187,13 +208,14 @@ class Diffusion(Denoiser, ABC):
                 unless something forbids it; True raises then. A graph runs no Python of the model: after a change of
                 the model that is neither of its weights nor of its modules, use a new one.
             progress: show a bar (needs tqdm).
-            callback: called as callback(k, level, x) after step k, with the state at that level, without gradients. It
-                may write into x (inpainting), or return the state to go on from. Within torch.enable_grad() it may take
-                gradients of the model (guidance). The next step reuses x; clone it to keep it.
+            callback: called as callback(k, level, x) after step k, with the state at that level, without gradients. One
+                of (k, level, x, x0hat) is told the estimate of x_0 too, or None if the step made none. It
+                may write into x, or return the state to go on from. Within torch.enable_grad() it may take
+                gradients of the model (guidance). The next step reuses x and x0hat; clone them to keep them.
             return_trajectory: return (steps + 1, B, ...), from x_T to x_0, as the callback leaves them.
             out: the tensor to draw the samples in, on that device, in place of a new one. It may be x_T, and shares no
                 memory with other arguments.
-            model_kwargs: the model's further arguments.
+            model_kwargs: the model's further arguments, as in `forward`.
 
         Returns: (B, ...) float32, or float64 for a float64 model.
         Raises: ValueError or TypeError, naming the argument, before anything is drawn.
@@ -201,33 +223,39 @@ class Diffusion(Denoiser, ABC):
         Threads may share the model. Its mode is as it was between the steps. During a step and its callback it is in
         eval mode, and losses and predictions that other threads ask of it wait. Those that are compiled do not wait.
         """
-        shape = self._shape(shape)
+        model_kwargs = merged(model_kwargs)
+        shape = shape_of(self.model, shape)
         sampler = self.default_sampler if sampler is None else sampler
         device = self.device_for(x_T, out) if device is None else as_device(device)
         ids = None if sample_ids is None else as_sample_ids(sample_ids, shape[0], device)
-        self._check_sampling(shape, x_T, callback, return_trajectory, out, device)
+        check_sampling(shape, x_T, callback, return_trajectory, out, self.dtype, device)
         check_generator(seed, generator)
         check_labels(self.model, model_kwargs)
+        check_edit(shape, x_T, x_init, strength, known, resample)
         kwargs = stack_branches(guidance, uncond, model_kwargs, shape[0], device)
         if guidance is None and guidance_rule is not None:
             raise ValueError("guidance_rule: expected None without guidance")
         if out is not None:
             branch = uncond if isinstance(uncond, dict) else {}
             others = {f"uncond's {name}": value for name, value in branch.items()}
-            others |= {"noise": noise, "seed": seed, "sample_ids": sample_ids, **model_kwargs}
+            others |= {"noise": noise, "seed": seed, "sample_ids": sample_ids}
+            others |= {"x_init": x_init, "known": known, **model_kwargs}
             check_memory("out", out, {"x_T": x_T}, others)
         eta = as_number("eta", eta)
         if sampler == "ode":
-            given = (steps, eta, noise, callback, return_trajectory, guidance, dtype, graph or None)
-            if given != (None, 0.0, None, None, False, None, None, None):
-                raise ValueError(
-                    "sampler: 'ode' chooses its own steps and expected no steps, eta, noise, callback, trajectory, "
-                    "guidance, dtype or graph"
-                )
+            flags = (eta, return_trajectory, graph, grad_steps)
+            check_ode(steps, noise, x_init, stop_at, callback, guidance, dtype, *(flag or None for flag in flags))
             ode.check(self.process)
             x = self._start(shape, seed_of(seed, generator, device), ids, x_T, self.prior_std(), out, device)
             return x.copy_(as_forward(self, ode.sample)(self, x, kwargs))
+        if x_init is not None or stop_at is not None:
+            steps = part_of(self.process, sampler, steps, strength, stop_at)
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
+        table, told = resampled(table, self.process, resample), sampling.wants_estimate(callback)
+        table = sampling.with_estimates(table, self.process, self.objective) if told else table
+        if grad_steps:
+            check_gradients(grad_steps, table, callback, return_trajectory, out, dtype, known, graph or None)
+            graph = False
         if isinstance(uncond, nn.Module):
             denoiser = beside(denoiser, uncond, dtype)
         captured = self._is_captured(graph, denoiser, kwargs, shape[0])
@@ -236,12 +264,21 @@ class Diffusion(Denoiser, ABC):
         if guidance is not None:
             table = with_guidance(table, guidance)
         seed = seed_of(seed, generator, device)
-        x = self._start(shape, seed, ids, x_T, table.start, out, device)
+        if x_init is None:
+            x = self._start(shape, seed, ids, x_T, table.start, out, device)
+        else:
+            x_init = x_init.detach().to(device, self.dtype)
+            ((alpha, sigma),) = noise_levels(self.process, table.levels[:1]).tolist()
+            x = self._start(shape, seed, ids, None, sigma, out, device).add_(x_init, alpha=alpha)
+            if known is not None:
+                callback = keeping(self.process, table, x_init, known, seed, ids, callback)
         options = StepOptions(
             self.clip, table.keep, table.noisy or noise is not None, table.learned, guidance is not None, guidance_rule
         )
-        run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step)
-        walker = self._captures.steps(run, required=graph is True) if captured else Steps(run)
+        run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step, told)
+        walker: sampling.Walker = StepsWithGradient(run, grad_steps) if grad_steps else Steps(run)
+        if captured:
+            walker = self._captures.steps(run, required=graph is True)
         walk = as_forward(self, sampling.walk)
         return walk(walker, progress=progress, callback=callback, return_trajectory=return_trajectory)
 
@@ -266,6 +303,7 @@ class Diffusion(Denoiser, ABC):
             `steps` ends at level 1.
         Reference: Song et al. 2021, arXiv:2010.02502, section 4.3.
         """
+        model_kwargs = merged(model_kwargs)
         check_floating("x0", x0)
         schedule, levels = self.process.grid(steps)
         levels = levels.flip(0)
@@ -326,24 +364,6 @@ class Diffusion(Denoiser, ABC):
     _starts_at_data = False
     _rows_are_levels = False
 
-    def _check_sampling(
-        self,
-        shape: tuple[int, ...],
-        x_T: Tensor | None,
-        callback: Callback | None,
-        return_trajectory: bool,
-        out: Tensor | None,
-        device: torch.device,
-    ) -> None:
-        if x_T is not None:
-            check_shape("x_T", x_T, shape)
-        if out is not None:
-            check_state(out, shape, self.dtype, device)
-            if return_trajectory:
-                raise ValueError("out: expected None with return_trajectory, whose result is of another shape")
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback: expected a function, got {type(callback).__name__}")
-
     def _start(
         self,
         shape: tuple[int, ...],
@@ -370,33 +390,6 @@ class Diffusion(Denoiser, ABC):
         if graph and reason is not None:
             raise ValueError(f"graph: expected {reason}")
         return reason is None
-
-    def _shape(self, shape: int | tuple[int, ...]) -> tuple[int, ...]:
-        if isinstance(shape, bool):
-            raise TypeError("shape: expected a number of samples or (B, ...), got a bool")
-        number = integer(shape)
-        if number is not None:
-            rest = getattr(self.model, "sample_shape", None)
-            if rest is None:
-                raise ValueError("shape: expected (B, ...), since the model has no sample_shape; got a number alone")
-            shape = (number, *rest)
-        sizes = [integer(d) for d in shape] if isinstance(shape, Iterable) else []
-        if not sizes or any(d is None or d < 0 for d in sizes):
-            raise ValueError(f"shape: expected a number of samples or (B, ...), got {shape}")
-        return as_shape(sizes)
-
-
-def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
-    """Class labels on the CPU lie within the classes of the model. On a GPU to look would wait for the device."""
-    labels = model_kwargs.get("class_labels")
-    if not isinstance(labels, Tensor) or not labels.is_cpu or labels.is_floating_point() or not labels.numel():
-        return
-    classes = getattr(getattr(model, "class_embedding", None), "num_embeddings", None)
-    if classes is None or torch.compiler.is_compiling():
-        return
-    low, high = (int(end) for end in labels.aminmax())
-    if low < 0 or high >= classes:
-        raise ValueError(f"class_labels: expected values from 0 to {classes - 1}, got {low if low < 0 else high}")
 
 
 def kept_noise(

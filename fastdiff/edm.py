@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import named
 from .continuous import ContinuousDiffusion
+from .objective import Weighting
 from .process import KARRAS_RANGE, Grid, Process
 from .schedule import NoiseSchedule
 from .support.scalars import as_number
@@ -96,7 +98,7 @@ class Edm(ContinuousDiffusion):
         P_std: float = 1.2,
         objective: str = "edm",
         loss: str = "mse",
-        weighting: str = "simple",
+        weighting: str | Weighting = "simple",
         clip: float | None = None,
     ) -> None:
         super().__init__(model, Preconditioned(sigma_data), objective, loss, weighting, clip)
@@ -121,7 +123,7 @@ class Edm(ContinuousDiffusion):
             "P_std": self.P_std,
             "objective": self.objective,
             "loss": self.loss_kind,
-            "weighting": self.weighting,
+            "weighting": named("weighting", self.weighting),
             "clip": self.clip,
         }
 

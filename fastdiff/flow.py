@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import named
 from .continuous import ContinuousDiffusion
 from .files import need
 from .interpolation import along_the_circle
-from .objective import OBJECTIVES, needs_signal
+from .objective import OBJECTIVES, Weighting, needs_signal
 from .ops.checks import check_choice, check_floating, check_like
 from .process import KARRAS_RANGE, Grid, Process
 from .reference import work_dtype
@@ -186,7 +187,7 @@ class FlowMatching(ContinuousDiffusion):
         model: nn.Module,
         objective: str = "flow",
         loss: str = "mse",
-        weighting: str = "simple",
+        weighting: str | Weighting = "simple",
         times: str | Times = "logit_normal",
         shift: float = 1.0,
         clip: float | None = None,
@@ -214,13 +215,11 @@ class FlowMatching(ContinuousDiffusion):
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's options but the model, JSON-serialisable. ValueError if `times` is a function."""
-        if not isinstance(self.times, str):
-            raise ValueError("config: expected times given by name, got a function")
         return {
             "objective": self.objective,
             "loss": self.loss_kind,
-            "weighting": self.weighting,
-            "times": self.times,
+            "weighting": named("weighting", self.weighting),
+            "times": named("times", self.times),
             "shift": self.process.shift,
             "clip": self.clip,
             "last": self.process.last,

@@ -9,6 +9,7 @@ the device:
     Rescaled        keeps the spread of cond
     ZeroStar        scales uncond to fit cond
     Projected       leaves out what only makes the estimate larger
+    Thresholded     brings an estimate that left [-1, 1] back into it (dynamic thresholding)
 """
 
 import copy
@@ -112,6 +113,37 @@ class Projected:
             d = d * _for_each((self.radius / norm).clamp(max=1.0), d)
         along = x0 * _for_each(_share_of(d, x0), x0)
         return cond + (row.guidance - 1) * (d - (1 - self.parallel) * along)
+
+
+@dataclass(frozen=True)
+class Thresholded:
+    """Dynamic thresholding: an estimate of x_0 with large values is clipped and divided, not only clipped.
+
+        x0   = x0_from_x x + x0_from_pred (uncond + w (cond - uncond))
+        s    = max(1, the share-quantile of |x0|)        of each sample
+        pred = that of clamp(x0, -s, s) / s
+
+    Args:
+        share: of the elements that are not clipped, above 0 to 1; 0.995 is published.
+
+    Where a row has no x0hat it is plain guidance.
+    Raises: ValueError for a share outside of (0, 1].
+    Reference: Saharia et al. 2022, arXiv:2205.11487, section 2.3.
+    """
+
+    share: float = 0.995
+
+    def __post_init__(self) -> None:
+        if not 0 < as_number("share", self.share) <= 1:
+            raise ValueError(f"share: expected a number above 0 and up to 1, got {self.share}")
+
+    def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
+        p = uncond + row.guidance * (cond - uncond)
+        x0 = row.x0_from_x * x + row.x0_from_pred * p
+        size = flat(x0).abs()
+        s = _for_each(size.kthvalue(max(1, math.ceil(self.share * size.shape[1])), 1).values.clamp(min=1.0), x0)
+        change = torch.minimum(torch.maximum(x0, -s), s) / s - x0
+        return p + torch.where(row.x0_from_pred != 0, change / row.x0_from_pred, 0.0)
 
 
 def guided(rule: Rule, x: Tensor, cond: Tensor, uncond: Tensor, rows: Tensor, step: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .schedule import NoiseSchedule
+from .support.scalars import as_number
 
 
 def edm(alpha: Any, sigma: Any, sigma_data: float = 0.5) -> tuple[Any, Any, Any]:
@@ -42,6 +43,8 @@ OBJECTIVES: dict[str, Callable[..., tuple[Any, Any, Any]]] = {
     "flow": lambda alpha, sigma: (-1.0, 1.0, 1.0),  # eps - x_0, dx/dt of straight paths (Liu et al. 2023)
     "edm": edm,
 }
+# A weighting that a user gives: (levels, objective) -> w (levels,) on the squared error of the prediction.
+Weighting = Callable[[NoiseSchedule, str], Tensor]
 WEIGHTINGS = ("simple", "min_snr", "vlb")
 MIN_SNR_GAMMA = 5.0
 
@@ -117,7 +120,26 @@ def x0_rows(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor]:
     return conversion_rows(schedule, objective, "x0")
 
 
-def weights(schedule: NoiseSchedule, objective: str, weighting: str) -> Tensor:
+def min_snr(schedule: NoiseSchedule, objective: str, gamma: float = MIN_SNR_GAMMA) -> Tensor:
+    """w_t = min(SNR_t, gamma) on the squared error of x_0, as one on that of the prediction; (levels,).
+
+        DDPM(model, weighting=functools.partial(min_snr, gamma=3))
+
+    Args:
+        schedule: the noise levels.
+        objective: what the model predicts.
+        gamma: above 0.
+
+    Raises: ValueError for another gamma.
+    Reference: Hang et al. 2023, arXiv:2303.09556, section 3.4.
+    """
+    if not as_number("gamma", gamma) > 0:
+        raise ValueError(f"gamma: expected a number above 0, got {gamma}")
+    x0_error, eps_error = _errors(schedule, objective)
+    return torch.minimum(eps_error, gamma * x0_error)  # without SNR = 0 times an infinite error
+
+
+def weights(schedule: NoiseSchedule, objective: str, weighting: str | Weighting) -> Tensor:
     """w_t on the squared error of the prediction, one per level.
 
     Args:
@@ -129,22 +151,33 @@ def weights(schedule: NoiseSchedule, objective: str, weighting: str) -> Tensor:
             "vlb": x_0, (SNR_{t-1} - SNR_t) / 2 times: the terms of the variational bound in nats with the posterior
                 variance. At t = 1, where that variance is 0, beta_1 stands for it, which gives 1 / (2 beta_1).
             "likelihood": the score, g^2 times; for levels of an SDE.
+            Or a function of the schedule and the objective that returns w_t, as `min_snr` is.
 
-    Raises: ValueError for "likelihood" without rates of an SDE.
+    Raises: ValueError for "likelihood" without rates of an SDE, and for a function that returns anything but a number
+        for each level.
     Reference: simple: Ho et al. 2020, eq. 14; Song & Ermon 2019, eq. 6. min_snr: Hang et al. 2023, arXiv:2303.09556,
         section 3.4. vlb: Kingma et al. 2021, arXiv:2107.00630, eq. 13. likelihood: Song et al. 2021,
         arXiv:2101.09258, theorem 1.
     """
+    if callable(weighting):
+        w = weighting(schedule, objective)
+        if not isinstance(w, Tensor) or w.shape != schedule.sigma.shape:
+            got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
+            raise ValueError(f"weighting: expected shape {tuple(schedule.sigma.shape)} of the function, got {got}")
+        return w.to(schedule.sigma)
     if weighting == "simple":
         return _row(schedule, objective)[2] ** 2
     if weighting == "likelihood":
         return schedule.rates[1] * conversion_rows(schedule, objective, "score")[1] ** 2
-    # What an error 1 of pred is worth in x_0 and in eps; the first over the second is sigma / alpha.
-    x0_error, eps_error = (conversion_rows(schedule, objective, wanted)[1] ** 2 for wanted in ("x0", "eps"))
     if weighting == "vlb":
-        return _bound_weights(schedule, objective, x0_error, eps_error)
-    # min(SNR, 5) x0_error, without SNR = 0 times an infinite error.
-    return torch.minimum(eps_error, MIN_SNR_GAMMA * x0_error)
+        return _bound_weights(schedule, objective, *_errors(schedule, objective))
+    return min_snr(schedule, objective)
+
+
+def _errors(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor]:
+    """What a squared error 1 of pred is worth in x_0 and in eps; the first over the second is 1 / SNR."""
+    x0, eps = (conversion_rows(schedule, objective, wanted)[1] ** 2 for wanted in ("x0", "eps"))
+    return x0, eps
 
 
 def _bound_weights(schedule: NoiseSchedule, objective: str, x0_error: Tensor, eps_error: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import merged
 from .denoiser import Denoiser
 from .objective import conversion_rows
 from .ops.checks import as_seed, check_floating
@@ -81,7 +82,7 @@ def log_likelihood(
     probe = signs if trace == "hutchinson" else None
     state = (x, x.new_zeros(len(x)))
     with torch.no_grad():
-        x_T, divergence = _solve(denoiser, state, False, tolerance, model_kwargs, probe)
+        x_T, divergence = _solve(denoiser, state, False, tolerance, merged(model_kwargs), probe)
     std = denoiser.prior_std()
     n = math.prod(x.shape[1:])
     squares = flat(x_T / std).square().sum(1)

@@ -98,13 +98,16 @@ def loss(
     stream: int,
     rho: str,
     delta: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(w_t rho(pred - y), its derivative by pred) per element, y = p_t x_0 + q_t z; table (levels, 3) holds (p, q, w).
+    """(w_t m rho(pred - y), its derivative by pred) per element, y = p_t x_0 + q_t z; table (levels, 3): (p, q, w).
 
     rho: "mse" r^2 (Ho et al. 2020, eq. 14); "l1" |r|; "huber" r^2 / 2 up to |r| = delta, then delta (|r| - delta / 2).
-    x0 None stands for p = 0, and neither seed nor noise for q = 0.
+    x0 None stands for p = 0, neither seed nor noise for q = 0, and mask None for m = 1.
     """
     p, q, w = coefficients(table, t, pred)
+    if mask is not None:
+        w = w * mask
     r = pred.to(work_dtype(pred))
     if x0 is not None:
         r = r - p * x0

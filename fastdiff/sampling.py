@@ -10,8 +10,9 @@ It returns keyword arguments of its forward that follow from t (N,) alone, such 
 for all steps, with what the model sees of the times, and passes row k, (1, ...), at step k.
 """
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,14 +21,44 @@ from torch import Tensor
 from . import ops
 from .denoiser import Denoiser, Prediction, own_rows
 from .guidance import Rule, guided
+from .objective import conversion_rows
+from .process import Process
 from .reference import work_dtype
-from .rows import columns, make_rows
+from .rows import columns, history_columns, make_rows
 from .steps import StepTable
 from .support.progress import bar
 from .support.shapes import flat
 
 Noise = Tensor | Callable[[int], Tensor] | None
-Callback = Callable[[int, float, Tensor], Tensor | None]
+Callback = Callable[..., Tensor | None]
+
+
+def wants_estimate(callback: Callback | None) -> bool:
+    """Whether a callback is one of (k, level, x, x0hat) rather than of (k, level, x)."""
+    if callback is None:
+        return False
+    try:
+        given = inspect.signature(callback).parameters.values()
+    except ValueError:  # a function of C
+        return False
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in places and p.default is p.empty for p in given) > 3
+
+
+def with_estimates(table: StepTable, process: Process, objective: str) -> StepTable:
+    """The table whose steps leave x0hat in hist, for a callback that asks for it.
+
+    Raises: ValueError for samplers that keep something else there.
+    """
+    if table.keep not in ("none", "x0hat"):
+        raise ValueError("callback: expected one of (k, level, x) with this sampler, which keeps no estimate of x_0")
+    rows = table.rows.clone()
+    row = columns(rows)
+    direct = (row.x0_from_x == 0) & (row.x0_from_pred == 0)  # steps that take no way through x0hat
+    if bool(direct.any()):
+        levels = process.at(table.levels[:-1][direct].double())
+        row.x0_from_x[direct], row.x0_from_pred[direct] = conversion_rows(levels, objective, "x0")
+    return replace(table, rows=rows, keep="x0hat")
 
 
 class StepOptions(NamedTuple):
@@ -71,6 +102,7 @@ class Run:
         noise: (n, B, ...), or a function from the step's number to (B, ...), in place of the seed's noise.
         model_kwargs: the model's further arguments.
         compiled: `step`, compiled, or None to run it as it is.
+        estimates: whether the callback is told x0hat, see with_estimates.
     """
 
     denoiser: Denoiser
@@ -82,6 +114,7 @@ class Run:
     noise: Noise = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     compiled: Callable[..., tuple[Tensor, ...]] | None = None
+    estimates: bool = False
 
 
 class Steps:
@@ -100,13 +133,17 @@ class Steps:
         """Before the first step."""
         self.time_arguments = self.run.denoiser.time_arguments(self.condition[:, 0]) if len(self.x) else {}
 
-    def take(self, k: int) -> None:
-        """Step k, from the state that step k - 1 left."""
+    def given(self, k: int) -> tuple[Operands, dict[str, Any]]:
+        """The operands of step k, and the arguments of the model."""
         run, given = self.run, given_noise(self.run, k)
         seed = run.seed if given is None and run.options.noisy else None
         operands = Operands(self.rows, self.index[k], seed, run.sample_ids, given, self.hist)
         ahead = {name: rows[k : k + 1] for name, rows in self.time_arguments.items()}
-        model_kwargs = {**ahead, **run.model_kwargs}
+        return operands, {**ahead, **run.model_kwargs}
+
+    def take(self, k: int) -> None:
+        """Step k, from the state that step k - 1 left."""
+        run, (operands, model_kwargs) = self.run, self.given(k)
         if run.compiled is None or run.table.kinds[k] != "predict":
             advance(run.table.kinds[k], run.denoiser, run.x, self.condition[k], operands, run.options, model_kwargs)
             return
@@ -118,8 +155,34 @@ class Steps:
             self.hist.copy_(hist[0])
 
     def finish(self) -> Tensor:
-        """After the last step: run.x."""
-        return self.run.x
+        """After the last step: the state."""
+        return self.x
+
+
+class StepsWithGradient(Steps):
+    """The steps of a run that remembers none, of which the last `count` leave new states, with a gradient."""
+
+    def __init__(self, run: Run, count: int) -> None:
+        super().__init__(run)
+        self.first = len(run.table) - count
+
+    def start(self) -> None:
+        # What the model computes ahead has no gradient: from `first` on, each step computes it.
+        if self.first:
+            super().start()
+
+    def take(self, k: int) -> None:
+        if k < self.first:
+            super().take(k)
+            return
+        self.time_arguments = {}
+        with torch.enable_grad():
+            operands, model_kwargs = self.given(k)
+            run, x = self.run, self.x
+            if run.table.kinds[k] == "add":
+                self.x = update(x, Prediction(x), operands, run.options)
+            else:
+                self.x = step(run.denoiser, x, self.condition[k], operands, run.options, model_kwargs)[0]
 
 
 class Walker(Protocol):
@@ -127,6 +190,7 @@ class Walker(Protocol):
 
     run: Run
     x: Tensor  # the state; each step overwrites it
+    hist: Tensor | None
 
     def start(self) -> None: ...
 
@@ -146,8 +210,8 @@ def walk(
     Args:
         steps: of the run; its x is overwritten.
         progress: show a bar (needs tqdm).
-        callback: called as callback(k, level, x) after step k, with the state at that level. It may overwrite x, or
-            return the state to go on from.
+        callback: called as callback(k, level, x) after step k, with the state at that level, and x0hat as a fourth
+            argument if run.estimates. It may overwrite x, or return the state to go on from.
         return_trajectory: keep every state, as the callback leaves it.
 
     Returns: the run's x, or (n + 1, B, ...) from the start to the end.
@@ -164,11 +228,23 @@ def walk(
             with eval_mode:
                 steps.take(k)
                 if callback is not None:
-                    replace_state(steps.x, callback(k, run.table.levels[k + 1].item(), steps.x))
+                    told = (estimate(steps, k),) if run.estimates else ()
+                    replace_state(steps.x, callback(k, run.table.levels[k + 1].item(), steps.x, *told))
             if path is not None:
                 path[k + 1] = steps.x
         x = steps.finish()
     return x if path is None else path
+
+
+def estimate(steps: Walker, k: int) -> Tensor | None:
+    """The estimate of x_0 in step k; None if it made none."""
+    table, hist = steps.run.table, steps.hist
+    if hist is None or table.kinds[k] != "predict":
+        return None
+    if table.slots == 1:
+        return hist
+    slot = int(history_columns(table.rows[k]).slot)
+    return hist[slot] if 0 <= slot < table.slots else None
 
 
 def replace_state(x: Tensor, new: Any) -> None:

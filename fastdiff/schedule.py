@@ -223,7 +223,7 @@ def raised_cosine(timesteps: int) -> NoiseSchedule:
     objective "x0" or "v".
     """
     t = torch.arange(1, timesteps + 1, dtype=torch.float64)
-    early = torch.log1p(-torch.sin(math.pi * t / (2 * timesteps)) ** 2)
+    early = torch.log1p(-(torch.sin(math.pi * t / (2 * timesteps)) ** 2))
     late = 2 * torch.sin(math.pi * (timesteps - t) / (2 * timesteps)).log()
     return NoiseSchedule.from_log_alpha_bar(_from_zero(torch.where(2 * t < timesteps, early, late)))
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import named
 from .chain import ChainDiffusion
 from .continuous import ContinuousDiffusion
+from .objective import Weighting
 from .ops.checks import check_choice
 from .process import KARRAS_RANGE, SDES, VE, Ladder, Process
 from .support import run_file
@@ -50,7 +52,7 @@ class NCSN(ChainDiffusion):
         levels: int = 10,
         objective: str = "score",
         loss: str = "mse",
-        weighting: str = "simple",
+        weighting: str | Weighting = "simple",
         clip: float | None = None,
     ) -> None:
         super().__init__(model, Ladder(sigma_max, sigma_min, levels), objective, loss, weighting, clip)
@@ -90,7 +92,7 @@ class NCSN(ChainDiffusion):
             "levels": self.timesteps,
             "objective": self.objective,
             "loss": self.loss_kind,
-            "weighting": self.weighting,
+            "weighting": named("weighting", self.weighting),
             "clip": self.clip,
         }
 
@@ -129,7 +131,7 @@ class ScoreSDE(ContinuousDiffusion):
         sde: str | Process = "vp",
         objective: str = "score",
         loss: str = "mse",
-        weighting: str = "simple",
+        weighting: str | Weighting = "simple",
         clip: float | None = None,
         **sde_options: float,
     ) -> None:
@@ -181,7 +183,7 @@ class ScoreSDE(ContinuousDiffusion):
             "sde": self.sde,
             "objective": self.objective,
             "loss": self.loss_kind,
-            "weighting": self.weighting,
+            "weighting": named("weighting", self.weighting),
             "clip": self.clip,
             **self.sde_options,
         }

@@ -155,21 +155,27 @@ class UNet(nn.Module):
             reader.index = index
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "UNet":
+    def from_pretrained(
+        cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None, variant: str | None = None
+    ) -> "UNet":
         """The model of a UNet2DModel directory of diffusers, or of the unet/ of a pipeline's.
 
-        Returns: the model in eval mode, in float32, on the CPU.
+        Args:
+            torch_dtype: of the weights; PyTorch's default type if None.
+            variant: of the weights' files, such as "fp16". They may be sharded.
+
+        Returns: the model in eval mode, on the CPU.
         Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for a block or an option that UNet
             lacks, and for weights that do not fit the configuration.
         """
-        config, weights = pretrained.read_unet(folder)
+        config, weights = pretrained.read_unet(folder, variant)
         with config.blamed():
             expected = shapes_of(cls, config, len(weights))
         with weights.blamed():
             check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in weights.items()})
             unet = cls(**config)
             unet.load_state_dict(weights)
-        return unet.eval()
+        return (unet if torch_dtype is None else unet.to(torch_dtype)).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and the weights as safetensors, which UNet2DModel.from_pretrained of diffusers reads."""

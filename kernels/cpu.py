@@ -142,20 +142,21 @@ def noising(
 
 def loss(
     out: Tensor, grad: Tensor | None, pred: Tensor, x0: Tensor | None, t: Tensor, table: Tensor,
-    seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
+    seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, mask: Tensor | None, stream: int,
     rho: str, delta: float, loss_scale: float, grad_scale: float,
 ) -> None:  # fmt: skip
-    """Write loss_scale w_t sum(rho) of each sample into out (B,), or of the whole batch into out (), float32; and
-    grad_scale w_t rho' into grad, shaped like pred, if it is given."""
+    """Write loss_scale w_t sum(m rho) of each sample into out (B,), or of the whole batch into out (), float32; and
+    grad_scale w_t m rho' into grad, shaped like pred, if it is given."""
     generated = noise is None and seed is not None
     lead = pred if grad is None else grad
-    channels, (written, pred, x0, noise) = lay_out(lead, pred, _storable(x0), _storable(noise), generated=generated)
+    others = (_storable(t) for t in (x0, noise, mask))
+    channels, (written, pred, x0, noise, mask) = lay_out(lead, pred, *others, generated=generated)
     chunks = -(-(written.numel() // written.shape[0]) // CHUNK)
     partial = torch.empty(written.shape[0] * chunks, dtype=torch.float64)
     _launch(
         compiled.loss_chunks, compiled.Loss, written, channels,
         **_noise_key(seed, ids, t, stream), table=table.data_ptr(), levels=len(table),
-        **_tensors(pred=pred, x0=x0, noise=noise, grad=None if grad is None else written),
+        **_tensors(pred=pred, x0=x0, noise=noise, mask=mask, grad=None if grad is None else written),
         partial=partial.data_ptr(), kind=RHOS[rho], delta=delta, loss_scale=loss_scale, grad_scale=grad_scale,
     )  # fmt: skip
     compiled.reduce_rows(partial.data_ptr(), out.numel(), partial.numel() // out.numel(), out.data_ptr())

@@ -43,7 +43,7 @@ SIN32, COS32 = (tuple(np.float32(c) for c in given) for given in (SIN, COS))
 LOG32 = tuple(np.float32(-2 * c) for c in LOG)
 MINUS_2_LN2 = np.float32(-1.3862943611198906)
 U_SCALE, U_SHIFT, X_SCALE = np.float32(2.0**-32), np.float32(2.0**-33), np.float32(2.0**-31)
-ZERO, HALF, ONE, TWO, MINUS_4 = (np.float32(c) for c in (0, 0.5, 1, 2, -4))
+ZERO, QUARTER, HALF, ONE, TWO, MINUS_4 = (np.float32(c) for c in (0, 0.25, 0.5, 1, 2, -4))
 NO_NOISE = np.float32(-0.0)  # times 0 it is -0, which changes nothing that it is added to
 BITS_OF_SQRT_HALF, MANTISSA = np.int32(0x3F3504F3), np.int32(23)
 MASK, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -419,7 +419,7 @@ _KEY = "seed ids index index_stride stream"
 Normal = _operands(f"{_KEY} out out_code")
 Noising = _operands(f"{_KEY} table levels x0 x0_code noise noise_code out out_code")
 Loss = _operands(
-    f"{_KEY} table levels pred pred_code x0 x0_code noise noise_code grad grad_code partial kind",
+    f"{_KEY} table levels pred pred_code x0 x0_code noise noise_code mask mask_code grad grad_code partial kind",
     "delta loss_scale grad_scale",
 )
 Scale = _operands("grad grad_code incoming incoming_stride", "factor")
@@ -540,8 +540,19 @@ def rho_slope(kind, delta, r, by, slope):
     return s
 
 
+@njit(**SUM)
+def weigh(kind, r, mask, by, slope):
+    """The sum of mask rho(r) and slope = by mask rho'(r), from slope = rho'(r): rho = slope (r - part slope)."""
+    part = QUARTER if kind == MSE else (ZERO if kind == L1 else HALF)
+    s = ZERO
+    for i in range(len(r)):
+        s += mask[i] * (slope[i] * (r[i] - part * slope[i]))
+        slope[i] *= by * mask[i]
+    return s
+
+
 def loss_chunks(operands):
-    """partial = loss_scale w sum(rho(r)) of a chunk and grad = grad_scale w rho'(r), r = pred - p x0 - q z, with
+    """partial = loss_scale w sum(m rho(r)) of a chunk and grad = grad_scale w m rho'(r), r = pred - p x0 - q z, with
     (p, q, w) of the table."""
     a = carray(pointer(operands), 1, LOSS)[0]
     scratch = own_scratch(operands, a.scratch)
@@ -566,7 +577,11 @@ def loss_chunks(operands):
                 subtract(r, row[0], read(a.x0, a.x0_code, at, first, m, a.channels, plane, scratch, X), without)
                 r = without
             slope = destination(a.grad, a.grad_code, at, first, m, a.channels, a.grad == 0, scratch, GUIDED)
-            s = rho_slope(a.kind, np.float32(a.delta), r, np.float32(row[2] * a.grad_scale), slope)
+            by = np.float32(row[2] * a.grad_scale)
+            s = rho_slope(a.kind, np.float32(a.delta), r, by if a.mask == 0 else ONE, slope)
+            if a.mask != 0:
+                mask = read(a.mask, a.mask_code, at, first, m, a.channels, plane, scratch, Z)
+                s = weigh(a.kind, r, mask, by, slope)
             carray(pointer(a.partial), a.count, np.float64)[k] = np.float64(s) * (row[2] * a.loss_scale)
             if a.grad != 0:
                 store(slope, a.grad, a.grad_code, at, first, a.channels, plane, scratch)

@@ -1,9 +1,9 @@
-"""Weighted regression loss L = w_t mean(rho(pred - y)), y = p_t x_0 + q_t z, with its gradient in the same pass.
+"""Weighted regression loss L = w_t mean(m rho(pred - y)), y = p_t x_0 + q_t z, with its gradient in the same pass.
 
 The noise of the forward pass is drawn again, not read. rho(r) is r^2, |r|, or Huber's: r^2 / 2 up to delta, then
 delta (|r| - delta / 2).
 
-Moves, per element: reads pred (and x_0 if p != 0, and z if it is given); writes the gradient if it is wanted.
+Moves, per element: reads pred (and x_0 if p != 0, and z and the mask m if given); writes the gradient if it is wanted.
 `scale_kernel` reads and writes the gradient once more, if what comes in from the backward pass is not 1.
 Row of the table: (p, q, w) of each level.
 """
@@ -24,8 +24,9 @@ def loss_kernel(
     pred_ptr,  # (batch, size)           any floating type
     x0_ptr,  # (batch, size) or None     any floating type; None: p = 0
     noise_ptr,  # (batch, size) or None  any floating type; None: draw z
-    partial_ptr,  # (batch, blocks)      float32, written: loss_scale w sum(rho)
-    grad_ptr,  # (batch, size) or None   any floating type, written: grad_scale w rho'
+    mask_ptr,  # (batch, size) or None   any floating type; None: m = 1
+    partial_ptr,  # (batch, blocks)      float32, written: loss_scale w sum(m rho)
+    grad_ptr,  # (batch, size) or None   any floating type, written: grad_scale w m rho'
     t_ptr,  # (1,) or (batch,)           int64
     table_ptr,  # (levels, 3)            float32: p, q, w
     seed_ptr,  # (1,) or None            int64; None: given noise, or q = 0
@@ -63,6 +64,10 @@ def loss_kernel(
     else:  # Huber: r^2 / 2 up to delta, then delta (|r| - delta / 2)
         slope = tl.clamp(residual, -delta, delta, propagate_nan=tl.PropagateNan.ALL)
         value = slope * (residual - 0.5 * slope)
+    if mask_ptr is not None:
+        m = load_float32(mask_ptr + start + offsets, mask)
+        value *= m
+        slope *= m
     total = tl.sum(tl.where(mask, value, 0.0))
     tl.store(partial_ptr + sample.to(tl.int64) * tl.num_programs(0) + block, total * (w * loss_scale))
     if grad_ptr is not None:
@@ -90,21 +95,22 @@ def scale_kernel(
 
 def loss(
     out: Tensor, grad: Tensor | None, pred: Tensor, x0: Tensor | None, t: Tensor, table: Tensor,
-    seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
+    seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, mask: Tensor | None, stream: int,
     rho: str, delta: float, loss_scale: float, grad_scale: float,
 ) -> None:  # fmt: skip
-    """Write loss_scale w_t sum(rho) of each sample into out (B,), or of the whole batch into out (), float32; and
-    grad_scale w_t rho' into grad, shaped like pred, if it is given."""
+    """Write loss_scale w_t sum(m rho) of each sample into out (B,), or of the whole batch into out (), float32; and
+    grad_scale w_t m rho' into grad, shaped like pred, if it is given."""
     generated = noise is None and seed is not None
     lead = pred if grad is None else grad
-    channels, (written, pred, x0, noise) = lay_out(lead, pred, x0, noise, generated=generated)
+    channels, (written, pred, x0, noise, mask) = lay_out(lead, pred, x0, noise, mask, generated=generated)
     batch, size = sizes_of(written)
-    constants = block_of(size, channels, generated, written, pred, x0, noise)
+    constants = block_of(size, channels, generated, written, pred, x0, noise, mask)
     grid = grid_of(batch, size, constants["BLOCK"])
     partial = torch.empty(batch, grid[0], dtype=torch.float32, device=pred.device)
     launch(
         loss_kernel, grid,
-        pred_ptr=pred, x0_ptr=x0, noise_ptr=noise, partial_ptr=partial, grad_ptr=None if grad is None else written,
+        pred_ptr=pred, x0_ptr=x0, noise_ptr=noise, mask_ptr=mask,
+        partial_ptr=partial, grad_ptr=None if grad is None else written,
         t_ptr=t, table_ptr=table, seed_ptr=seed, ids_ptr=ids,
         batch=batch, size=size, levels=table.shape[0], t_stride=stride_of(t),
         loss_scale=loss_scale, grad_scale=grad_scale, delta=delta,

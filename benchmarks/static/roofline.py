@@ -99,7 +99,7 @@ def launch(v: Variant) -> None:
         grad = v.data() if v.has("grad") else None
         x0 = v.data(torch.float32 if v.has("mixed") else None) if v.has("x0") else None
         t, table, rho = integers(BATCH), floats(LEVELS, 3), v.one_of("l1", "huber", "mse")
-        loss(floats(1), grad, v.data(), x0, t, table, seed, ids, noise, STREAM, rho, 1.0, 0.5, 0.5)
+        loss(floats(1), grad, v.data(), x0, t, table, seed, ids, noise, None, STREAM, rho, 1.0, 0.5, 0.5)
     elif v.kernel == "scale":
         scale_(v.data(), floats(1), 0.5)
     elif v.kernel == "vlb":

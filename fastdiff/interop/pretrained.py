@@ -1,7 +1,8 @@
 """Directories of diffusers: UNet2DModel, and whole DDPMPipelines. diffusers itself is not needed; safetensors is, for
 files of that kind (extra `[train]`).
 
-A UNet2DModel is config.json with diffusion_pytorch_model.safetensors or .bin. A pipeline holds one in unet/ and a
+A UNet2DModel is config.json with diffusion_pytorch_model.safetensors or .bin, or with several .safetensors and an index
+of them. A variant, such as fp16, has its name in that of the file. A pipeline holds one in unet/ and a
 scheduler_config.json in scheduler/. The first published pipelines have all of these files in one folder. A key that
 config.json or scheduler_config.json lacks has the default of its class. Anything more in a file is refused.
 
@@ -10,6 +11,7 @@ the models.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from ..files import replacing
 from ..schedule import NoiseSchedule, linear, make_schedule, scaled_linear
-from ..support.weights import TensorFile, check_length, read_pickled, save_tensors
+from ..support.weights import TensorFile, blaming, check_length, read_pickled, save_tensors
 
 # The version of diffusers that the files are written for.
 VERSION = "0.42.1"
@@ -75,8 +77,10 @@ class Content(dict[str, Any]):
 # --- UNet2DModel ------------------------------------------------------------------------------------------------
 
 
-def read_unet(folder: str | Path) -> tuple[Content, Content]:
+def read_unet(folder: str | Path, variant: str | None = None) -> tuple[Content, Content]:
     """The constructor arguments and the weights of a UNet2DModel directory, or of the unet/ of a pipeline's.
+
+    variant: of the weights' files, such as "fp16".
 
     Returns: (config, weights), floating tensors on the CPU under the names that UNet gives them.
     Raises: FileNotFoundError if a file is missing. ValueError, naming the file, if it is not of that kind.
@@ -86,7 +90,7 @@ def read_unet(folder: str | Path) -> tuple[Content, Content]:
     for name in ("down_block_types", "up_block_types"):
         if isinstance(config.get(name), list):  # UNetResDownBlock2D and so on, before diffusers 0.3
             config[name] = [k.removeprefix("UNetRes") if isinstance(k, str) else k for k in config[name]]
-    return config, _read_weights(folder)
+    return config, _read_weights(folder, variant)
 
 
 def write_unet(folder: str | Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
@@ -111,20 +115,34 @@ def _unet_folder(folder: str | Path) -> Path:
     return folder / "unet" if not (folder / "config.json").is_file() and (folder / "unet").is_dir() else folder
 
 
-def _weights_file(folder: Path) -> Path:
-    """The file of weights in a folder. Raises FileNotFoundError if there is none."""
-    for name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{folder}: expected {WEIGHTS}.safetensors or {WEIGHTS}.bin in it")
+def _weights_files(folder: Path, variant: str | None) -> tuple[Path, list[Path]]:
+    """The file of weights in a folder, twice; or the index and the files that it names.
+
+    Raises: FileNotFoundError if there is none. ValueError for a variant that is no name, and for another index.
+    """
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
+        raise ValueError(f"variant: expected a name, such as 'fp16', got {variant!r}")
+    infix = "" if variant is None else f".{variant}"
+    names = [f"{WEIGHTS}{infix}.safetensors", f"{WEIGHTS}{infix}.bin"]
+    for path in (folder / name for name in names):
+        if path.is_file():
+            return path, [path]
+    index = folder / f"{WEIGHTS}.safetensors.index{infix}.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder}: expected {' or '.join(names)} in it, or {index.name}")
+    with blaming(index, "an index of weights"):
+        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not parts or any(Path(part).name != part or not part.endswith(".safetensors") for part in parts):
+            raise ValueError(f"expected names of .safetensors files beside it, got {parts}")
+    return index, [folder / part for part in parts]
 
 
-def _read_weights(folder: Path) -> Content:
-    """The floating tensors of the weights' file, by name. Nothing but tensors is unpickled from a .bin."""
-    path = _weights_file(folder)
-    weights = TensorFile.open(path).read() if path.suffix == ".safetensors" else read_pickled(path)
-    if not isinstance(weights, dict):
-        raise ValueError(f"{path}: expected tensors by name, got {type(weights).__name__}")
+def _read_weights(folder: Path, variant: str | None) -> Content:
+    """The floating tensors of the weights' files, by name. Nothing but tensors is unpickled from a .bin."""
+    path, files = _weights_files(folder, variant)
+    weights: Any = {}
+    for part in files:
+        weights |= TensorFile.open(part).read() if part.suffix == ".safetensors" else _read_bin(part)
     for name, tensor in weights.items():
         if not isinstance(name, str) or type(tensor) is not Tensor or not tensor.is_floating_point():
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -132,10 +150,17 @@ def _read_weights(folder: Path) -> Content:
     return Content(path, {_new_name(name): tensor for name, tensor in weights.items()})
 
 
+def _read_bin(path: Path) -> dict[Any, Any]:
+    weights = read_pickled(path)
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path}: expected tensors by name, got {type(weights).__name__}")
+    return weights
+
+
 # --- DDPMPipeline -----------------------------------------------------------------------------------------------
 
 
-def read_ddpm(folder: str | Path) -> Content:
+def read_ddpm(folder: str | Path, variant: str | None = None) -> Content:
     """The constructor arguments of DDPM, but for the model, that the scheduler of a DDPMPipeline's directory gives.
 
     DDPM's ancestral sampler over all levels is then DDPMScheduler's. Which levels fewer steps visit (timestep_spacing,
@@ -159,7 +184,7 @@ def read_ddpm(folder: str | Path) -> Content:
             if config[name] not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {config[name]!r}")
         variance = VARIANCES[config["variance_type"]]
-        size = _weights_file(_unet_folder(folder)).stat().st_size
+        size = sum(path.stat().st_size for path in _weights_files(_unet_folder(folder), variant)[1])
         check_length("num_train_timesteps", config["num_train_timesteps"], size)
         arguments = {
             "schedule": _schedule(config),

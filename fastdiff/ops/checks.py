@@ -43,6 +43,20 @@ def check_like(name: str, given: Tensor, x: Tensor) -> None:
     check_device(name, given, x.device)
 
 
+def as_mask(mask: Tensor, x: Tensor, name: str = "mask") -> Tensor:
+    """A floating or bool tensor that expands to the shape of x, as a floating one of that shape, without a gradient."""
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        check_dense(name, mask)
+        mask = mask.to(x.dtype)
+    check_floating(name, mask)
+    check_device(name, mask, x.device)
+    if mask.shape != x.shape:
+        if mask.ndim != x.ndim or any(n not in (1, whole) for n, whole in zip(mask.shape, x.shape, strict=True)):
+            raise ValueError(f"{name}: expected a shape that expands to {tuple(x.shape)}, got {tuple(mask.shape)}")
+        mask = mask.expand(x.shape)
+    return mask.detach() if mask.requires_grad else mask
+
+
 def check_dense(name: str, x: Tensor) -> None:
     """x is no sparse, nested or otherwise packed tensor."""
     if x.layout is not torch.strided or x.is_nested:

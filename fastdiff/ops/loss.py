@@ -10,6 +10,7 @@ from ..support import transforms
 from ..support.scalars import as_number
 from .checks import (
     as_index,
+    as_mask,
     as_sample_ids,
     check_choice,
     check_floating,
@@ -41,11 +42,12 @@ def loss(
     seed: int | Tensor | None = None,
     sample_ids: Tensor | None = None,
     noise: Tensor | None = None,
+    mask: Tensor | None = None,
     kind: str = "mse",
     delta: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """L = w_t mean(rho(pred - y)) with y = p_t x_0 + q_t z.
+    """L = w_t mean(m rho(pred - y)) with y = p_t x_0 + q_t z, and m = 1 or the mask.
 
     With the seed of `noising` the noise is drawn again, not read. The gradient by pred is computed in the same pass. A
     second backward, or one with create_graph, computes it again. Differentiable by pred, x0 and noise.
@@ -56,6 +58,9 @@ def loss(
         table: (levels, 3) float32 rows (p, q, w).
         x0: shaped like pred; may be left out if p = 0.
         seed, sample_ids, noise: see `fastdiff.ops`; seed and noise may be left out if q = 0.
+        mask: (B, ...) or a shape that expands to it, a weight of each element, floating or bool: 0 where data is padded
+            or missing. The mean is over all elements; that over kept ones is the loss of mask / mask.float().mean().
+            It has no gradient.
         kind: rho(r) = "mse" r^2, "l1" |r|, or "huber" r^2/2 up to delta and delta (|r| - delta/2) beyond.
         delta: of "huber", above 0.
         reduction: "mean" over the batch, or "none".
@@ -71,6 +76,7 @@ def loss(
         check_like("x0", x0, pred)
     if noise is not None or seed is not None:
         seed = noise_source(pred, seed, noise)
+    mask = None if mask is None else as_mask(mask, pred)
     check_choice("kind", kind, LOSSES)
     delta = as_number("delta", delta)
     if not delta > 0:
@@ -81,9 +87,9 @@ def loss(
     per_sample = reduction == "none"
     if transforms.active():
         check_levels("t", t, len(table), ids)
-        terms, _ = reference.loss(pred, x0, t, table, seed, ids, noise, FORWARD, kind, delta)
+        terms, _ = reference.loss(pred, x0, t, table, seed, ids, noise, FORWARD, kind, delta, mask)
         return (reference.mean_of_samples(terms) if per_sample else terms.mean()).float()
-    return _OP(pred, x0, t, table, seed, ids, noise, FORWARD, kind, delta, per_sample, with_grad)[0]
+    return _OP(pred, x0, t, table, seed, ids, noise, mask, FORWARD, kind, delta, per_sample, with_grad)[0]
 
 
 def _empty(pred: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
@@ -95,7 +101,7 @@ def _empty(pred: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
 
 def _loss(
     pred: Tensor, x0: Tensor | None, t: Tensor, table: Tensor,
-    seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, stream: int,
+    seed: Tensor | None, ids: Tensor | None, noise: Tensor | None, mask: Tensor | None, stream: int,
     kind: str, delta: float, per_sample: bool, with_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     value, grad = _empty(pred, per_sample, with_grad)
@@ -108,11 +114,11 @@ def _loss(
     if launch := launcher("loss", in_huge_pages(grad) if with_grad else pred):
         launch(
             out=value, grad=grad if with_grad else None, pred=pred, x0=x0, t=t, table=table,
-            seed=seed, ids=ids, noise=noise, stream=stream, rho=kind, delta=delta,
+            seed=seed, ids=ids, noise=noise, mask=mask, stream=stream, rho=kind, delta=delta,
             loss_scale=loss_scale, grad_scale=grad_scale,
         )  # fmt: skip
     else:
-        terms, slope = reference.loss(pred, x0, t, table, seed, ids, noise, stream, kind, delta)
+        terms, slope = reference.loss(pred, x0, t, table, seed, ids, noise, stream, kind, delta, mask)
         value.copy_((terms.reshape(len(pred), -1).sum(1) if per_sample else terms.sum()).mul(loss_scale))
         if with_grad:
             grad.copy_(slope * grad_scale)
@@ -129,8 +135,8 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, pred: Tensor, x0: Tensor | None, noise: Tensor | None, results: Any, args: Any) -> Tensor:
         value, grad = results
         ctx.stored = grad if args[-1] else None
-        ctx.save_for_backward(*args[:7])
-        ctx.options = args[7:10]
+        ctx.save_for_backward(*args[:8])
+        ctx.options = args[8:11]
         return value
 
     @staticmethod
@@ -139,11 +145,13 @@ class _Loss(torch.autograd.Function):
         if grad is not None and not (by_x0 or by_noise):  # the common walk: what was saved is not unpacked
             return scaled(grad, incoming), None, None, None, None
         operands: tuple[Any, ...] = ctx.saved_tensors  # once at most, as a checkpoint demands
-        pred, x0, t, table, _, _, noise = operands
+        pred, x0, t, table, seed, ids, noise, mask = operands
         if grad is not None:
             grad = scaled(grad, incoming)
         else:
-            slope = reference.loss(*operands, *ctx.options)[1] / (pred.numel() // max(1, incoming.numel()))
+            stream, kind, delta = ctx.options
+            slope = reference.loss(pred, x0, t, table, seed, ids, noise, stream, kind, delta, mask)[1]
+            slope = slope / (pred.numel() // max(1, incoming.numel()))
             grad = (slope * incoming.reshape(-1, *[1] * (pred.ndim - 1))).to(pred.dtype)
         p, q, _w = reference.coefficients(table, t, grad)
         to_x0 = (-p * grad).to(x0.dtype) if by_x0 else None
@@ -153,8 +161,8 @@ class _Loss(torch.autograd.Function):
 
 _OP = Op(
     "loss",
-    f"(Tensor pred, Tensor? x0, Tensor t, Tensor table, {NOISE}, Tensor? noise, int stream, str kind, float delta, "
-    "bool per_sample, bool with_grad) -> (Tensor, Tensor)",
+    f"(Tensor pred, Tensor? x0, Tensor t, Tensor table, {NOISE}, Tensor? noise, Tensor? mask, int stream, str kind, "
+    "float delta, bool per_sample, bool with_grad) -> (Tensor, Tensor)",
     _loss,
     _empty,
 )

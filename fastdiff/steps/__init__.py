@@ -84,6 +84,7 @@ __all__ = [
     "lms",
     "make_steps",
     "make_table",
+    "part_of",
     "plms",
     "predictor_corrector",
     "probability_flow",
@@ -200,19 +201,9 @@ def make_steps(
 
     Raises: ValueError or TypeError for an unknown sampler, and what the sampler raises.
     """
-    if isinstance(sampler, str):
-        if sampler not in SAMPLERS:
-            raise ValueError(
-                f"sampler: expected one of {', '.join(SAMPLERS)} or a function, got {sampler!r}{name_to_use(sampler)}"
-            )
-        sampler = SAMPLERS[sampler]
-    elif not callable(sampler):
-        raise TypeError(f"sampler: expected a name or a function, got {type(sampler).__name__}")
-    function: Any = sampler
-    given = options
-    while isinstance(function, functools.partial):
-        given = {**function.keywords, **given}
-        function = function.func
+    sampler = _by_name(sampler)
+    function, keywords = _unwrapped(sampler)
+    given = {**keywords, **options}
     schedule, levels = _grid(process, function, steps)
     if any(function is one for one in LOOKS_BETWEEN):
         check_signal(schedule, levels[:-1], objective)
@@ -221,6 +212,57 @@ def make_steps(
         between = middles(schedule, levels, 0.0 if eta is None else as_number("eta", given.get("eta", eta)))
         schedule, levels = with_middles(process, (schedule, levels), between)
     return sampler(schedule, levels, objective, clip, **options)
+
+
+def part_of(
+    process: Process,
+    sampler: str | Sampler,
+    steps: int | Iterable[float] | Grid | None,
+    share: float = 1.0,
+    stop_at: float | None = None,
+) -> Grid:
+    """A part of the levels that a sampler visits, see make_steps.
+
+    Args:
+        share: of the steps, those at the end: the last round(share n) of n, at least one.
+        stop_at: a level or time. The first visited one that is not above it is the last.
+
+    Raises: ValueError unless stop_at is below the first of the levels and not below the last.
+    """
+    schedule, levels = _grid(process, _unwrapped(_by_name(sampler))[0], steps)
+    n = len(levels) - 1
+    levels = levels[n - max(1, round(share * n)) :]
+    if stop_at is None:
+        return schedule, levels
+    times = schedule.times(levels)
+    reached = (times <= as_number("stop_at", stop_at)).nonzero().flatten().tolist()
+    if not reached or reached[0] == 0:
+        raise ValueError(
+            f"stop_at: expected a level from {times[-1].item():g} to below {times[0].item():g}, got {stop_at}"
+        )
+    return schedule, levels[: reached[0] + 1]
+
+
+def _by_name(sampler: str | Sampler) -> Sampler:
+    """A sampler by its name, or as it is. ValueError or TypeError for anything else."""
+    if isinstance(sampler, str):
+        if sampler not in SAMPLERS:
+            raise ValueError(
+                f"sampler: expected one of {', '.join(SAMPLERS)} or a function, got {sampler!r}{name_to_use(sampler)}"
+            )
+        return SAMPLERS[sampler]
+    if not callable(sampler):
+        raise TypeError(f"sampler: expected a name or a function, got {type(sampler).__name__}")
+    return sampler
+
+
+def _unwrapped(sampler: Any) -> tuple[Any, dict[str, Any]]:
+    """(the function that functools.partial wraps, the options that it sets)."""
+    given: dict[str, Any] = {}
+    while isinstance(sampler, functools.partial):
+        given = {**sampler.keywords, **given}
+        sampler = sampler.func
+    return sampler, given
 
 
 def _grid(process: Process, sampler: Sampler, steps: int | Iterable[float] | Grid | None) -> Grid:

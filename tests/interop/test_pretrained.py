@@ -330,3 +330,50 @@ def test_names_of_schedules_are_theirs():
     theirs = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
     torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=1e-9)
     assert pretrained.SCHEDULER.items() <= dict(DDPMScheduler().config).items()
+
+
+# --- variants, shards and types ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("shards", ["1GB", "30KB"])
+def test_variants_and_shards_of_diffusers_are_read(tmp_path, variant, shards):
+    net = stock()
+    net.save_pretrained(tmp_path, variant=variant, max_shard_size=shards)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is (shards == "30KB")
+    ours = UNet.from_pretrained(tmp_path, variant=variant)
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    half = UNet.from_pretrained(tmp_path, variant=variant, torch_dtype=torch.float16)
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
+    other = "fp16" if variant is None else None
+    with pytest.raises(FileNotFoundError, match=r"expected diffusion_pytorch_model"):
+        UNet.from_pretrained(tmp_path, variant=other)
+
+
+def test_variant_and_type_of_a_pipeline(tmp_path):
+    DDPMPipeline(stock(), DDPMScheduler()).save_pretrained(tmp_path, variant="fp16")
+    ddpm = DDPM.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.bfloat16)
+    assert ddpm.parameter_dtype == torch.bfloat16 and not ddpm.training
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ({"weight_map": {"a": "../up.safetensors"}}, "expected names of .safetensors files beside it"),
+        ({"weight_map": {"a": "part.bin"}}, "expected names of .safetensors files beside it"),
+        ({"weight_map": {}}, "expected names of .safetensors files beside it"),
+        ({}, "is not an index of weights"),
+        ([], "is not an index of weights"),
+    ],
+)
+def test_other_indices_are_refused(tmp_path, index, said):
+    stock().save_config(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        UNet.from_pretrained(tmp_path)
+
+
+def test_a_variant_is_a_name(tmp_path):
+    stock().save_config(tmp_path)
+    with pytest.raises(ValueError, match=r"^variant: expected a name, such as 'fp16', got '\.\./x'$"):
+        UNet.from_pretrained(tmp_path, variant="../x")

@@ -225,7 +225,7 @@ with machine_code.compile_only(machine_code.target_of("sm_90")) as compiled:
         index = torch.arange(rows)[k : k + 1]  # 16-byte aligned or not
         seed, table = torch.zeros(2, dtype=torch.int64)[k % 2 :][:1], torch.zeros(rows + 1, 9)[1:]
         noising(x, x, index, table[:, :2], seed, None, None, 1)
-        loss(torch.empty(1), x, x, x, index, table[:, :3], seed, None, None, 1, "mse", 1.0, 0.5, 0.5)
+        loss(torch.empty(1), x, x, x, index, table[:, :3], seed, None, None, None, 1, "mse", 1.0, 0.5, 0.5)
         update(x, x, x, table, index, seed, None, None, None, None, None, 1.0, "none", 2)
 launched = [k for k, _ in compiled if k.metadata.name != "reduce_kernel"]  # whose work is the number of samples
 print(len({k.hash for k in launched}), len(launched))

@@ -112,6 +112,27 @@ def test_inputs_of_a_run_are_copied_into_its_capture(taped, make):
     assert all(torch.equal(a, b) for a, b in zip(seen, [t.clone() for t in seen], strict=True))
 
 
+def test_editing_and_estimates_are_captured(taped):
+    model = DDPM(Net(), "cosine", 9)
+    image, known = ops.normal(SHAPE, 3).clamp(-1, 1), torch.tensor([1.0, 1.0, 0.0, 0.0])[None, None, None]
+    for run in (
+        {"x_init": image, "strength": 0.5},
+        {"x_init": image, "known": known},
+        {"x_init": image, "known": known, "resample": 2, "sampler": "ddim"},
+        {"stop_at": 3, "sampler": "dpm++2m"},
+    ):
+        told: list[list[Tensor]] = [[], []]
+        ends = []
+        for graph, estimates in zip((None, False), told, strict=True):
+
+            def tell(k: int, level: float, x: Tensor, x0hat: Tensor | None, estimates: Any = estimates) -> None:
+                estimates += [x.clone()] if x0hat is None else [x.clone(), x0hat.clone()]
+
+            ends.append(model.sample(SHAPE, seed=1, graph=graph, callback=tell, **run))
+        assert torch.equal(*ends) and len(told[0]) > 4
+        assert all(torch.equal(a, b) for a, b in zip(*told, strict=True))
+
+
 def test_guidance_of_every_kind_is_captured(taped):
     """A rule is a kind of its own; the weights of the steps, and who the other network is beside, are not."""
     model, weak = DDPM(Net(), "cosine", 6), Net()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import DDPM, ScoreSDE, guidance
-from fastdiff.guidance import Projected, Rescaled, ZeroStar
+from fastdiff.guidance import Projected, Rescaled, Thresholded, ZeroStar
 
 SHAPE = (3, 2, 5)
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. alpha_bar_T")
@@ -223,3 +223,22 @@ def test_rules_compile():
         how = {"guidance": [2.0, 1.0, 3.0], "guidance_rule": rule, "steps": 3, "seed": 1, **BRANCHES}
         torch.testing.assert_close(compiled.sample(SHAPE, **how), plain.sample(SHAPE, **how), rtol=1e-5, atol=1e-6)
     assert counter.frame_count == 2  # one of each rule, for all steps
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+def test_thresholding_brings_the_estimate_back(share):
+    diffusion = chain(Curved())
+    told = []
+    how = {"steps": 4, "seed": 1, "guidance": 6.0, **BRANCHES}
+    for rule in (None, Thresholded(share)):
+        diffusion.sample(
+            SHAPE, guidance_rule=rule, callback=lambda k, level, x, x0hat: told.append(x0hat.clone()), **how
+        )
+    plain, brought = told[0], told[4]
+    assert plain.abs().amax() > 2  # at the first step, whose state is the same
+    size = plain.flatten(1).abs().sort(1).values
+    s = size[:, max(1, math.ceil(share * size.shape[1])) - 1].clamp(min=1)[:, None, None]
+    assert torch.allclose(brought, torch.minimum(torch.maximum(plain, -s), s) / s, rtol=1e-9)
+    assert all(x0.abs().amax() <= 1 + 1e-9 for x0 in told[4:])
+    with pytest.raises(ValueError, match=r"^share: expected a number above 0 and up to 1, got 0$"):
+        Thresholded(0)

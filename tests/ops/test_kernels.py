@@ -269,7 +269,7 @@ def test_an_index_outside_the_table_gives_nan_in_its_sample(backend):
         kernels = _backend.launchers(backend)
         kernels.noising(out, x, index, rows[0], seed, None, None, 1)
         assert nan_samples(out) == outside
-        kernels.loss(value, grad, pred, x, index, rows[1], seed, None, None, 1, "mse", 1.0, 1.0, 1.0)
+        kernels.loss(value, grad, pred, x, index, rows[1], seed, None, None, None, 1, "mse", 1.0, 1.0, 1.0)
         assert nan_samples(value) == nan_samples(grad) == outside
         kernels.update(
             out, x, pred, rows[2], index, seed, None, None, None, None, hist, 1.0, "x0hat", 2

@@ -49,9 +49,9 @@ def sample_inputs() -> list[tuple[str, tuple]]:
         ("normal_", (x.clone(), seed, None, one, 0)),
         ("noising", (last, t, rows(2), seed, ids, None, 1)),
         ("noising", (leaf, one, rows(2), None, None, other.requires_grad_(), 1)),
-        ("loss", (last, other.detach(), t, three, seed, ids, None, 1, "huber", 0.5, True, False)),
-        ("loss", (leaf, other, t, three, None, None, last, 1, "mse", 1.0, False, True)),
-        ("loss", (leaf, None, one, three, seed, None, None, 1, "l1", 1.0, True, True)),
+        ("loss", (last, other.detach(), t, three, seed, ids, None, None, 1, "huber", 0.5, True, False)),
+        ("loss", (leaf, other, t, three, None, None, last, x, 1, "mse", 1.0, False, True)),
+        ("loss", (leaf, None, one, three, seed, None, None, None, 1, "l1", 1.0, True, True)),
         ("scale_", (last.clone(), torch.tensor([3.0]), 0.5)),
         ("scale_", (x.clone(), torch.tensor([3.0, 2.0]), 0.5)),
         ("update", (x, last, nine, t, seed, ids, None, None, None, 1.0, 2)),
@@ -231,7 +231,7 @@ def test_a_gradient_that_was_not_stored_is_computed_in_the_backward_pass():
     """The ops themselves can be called so; the functions ask for what will be needed."""
     pred, raw, x0, noise = (tensor((2, 5), salt=i).requires_grad_(i < 2) for i in range(4))
     t, loss_rows, vlb_rows = index(4, 2, True, 0), table(4, 3, 0), table(4, 6, 0)
-    ask_loss = partial(torch.ops.fastdiff.loss, pred, x0, t, loss_rows, None, None, noise, 1, "mse", 1.0, False)
+    ask_loss = partial(torch.ops.fastdiff.loss, pred, x0, t, loss_rows, None, None, noise, None, 1, "mse", 1.0, False)
     ask_vlb = partial(torch.ops.fastdiff.vlb, pred, raw, noise, x0, t, vlb_rows.clamp(min=0), None, False)
     for ask, leaves, flags in ((ask_loss, [pred], 1), (ask_vlb, [pred, raw], 2)):
         value, *stored = ask(*[False] * flags)
@@ -324,7 +324,7 @@ def test_nothing_reads_a_tensor(monkeypatch):
     run = {name: op.implementation for name, op in registry.OPS.items()}
     run["normal_"](x, seed, t, t, 0)
     run["noising"](x, t, two, seed, t, None, 1)
-    _, grad = run["loss"](x, x, t, three, seed, t, None, 1, "mse", 1.0, True, True)
+    _, grad = run["loss"](x, x, t, three, seed, t, None, None, 1, "mse", 1.0, True, True)
     run["scale_"](grad, x[:, 0, 0, 0], 0.5)
     run["update_"](x, x, nine, t, seed, t, None, None, None, None, 1.0, "none", 2)
     assert launched == ["normal_", "noising", "loss", "scale_", "update"]

@@ -35,6 +35,17 @@ def test_paths(model, tmp_path):
     assert (starts == starts[0]).mean() > 0.5  # all from one draw, heun from another spread of it
 
 
+def test_editing(model, tmp_path, monkeypatch):
+    example = runpy.run_path(str(ROOT / "examples" / "editing.py"))
+    monkeypatch.setitem(example["main"].__globals__, "STEPS", 3)
+    example["main"](model, tmp_path / "editing.png")
+    picture = np.asarray(Image.open(tmp_path / "editing.png"))
+    assert picture.shape == (50 * 6, 50 * example["SHOWN"])
+    rows = picture.reshape(6, 50, 50 * example["SHOWN"])
+    assert (rows[0, :24] == rows[4, :24]).all() and (rows[0, :24] == rows[5, :24]).all()  # the upper half stays
+    assert (rows[0] != rows[1]).any() and (rows[4] != rows[5]).any()
+
+
 def test_bound(model, monkeypatch, capsys):
     example = runpy.run_path(str(ROOT / "examples" / "bound.py"))
     monkeypatch.setitem(example["main"].__globals__, "IMAGES", 2)

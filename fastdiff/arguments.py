@@ -1,0 +1,104 @@
+"""Checks of the arguments of a formulation: what a user gives, as its methods take it."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops.checks import as_shape, check_shape, check_state
+from .steps import StepTable
+from .support.scalars import integer
+
+
+def merged(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The model's further arguments: those given by name, and those in a dict under the name `model_kwargs`.
+
+    Raises: TypeError if that is no dict; ValueError for an argument given twice.
+    """
+    if "model_kwargs" not in model_kwargs:
+        return model_kwargs
+    rest = {**model_kwargs}
+    given = rest.pop("model_kwargs")
+    if not isinstance(given, dict):
+        raise TypeError(f"model_kwargs: expected a dict, got {type(given).__name__}")
+    twice = sorted(given.keys() & rest.keys())
+    if twice:
+        raise ValueError(f"model_kwargs: expected {twice[0]} once, got it by name too")
+    return {**rest, **given}
+
+
+def named(option: str, value: Any) -> str:
+    """The name that an option of a formulation has in its config. ValueError if it was given as a function."""
+    if not isinstance(value, str):
+        raise ValueError(f"config: expected {option} given by name, got a function")
+    return value
+
+
+def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
+    """Class labels on the CPU lie within the classes of the model. On a GPU to look would wait for the device."""
+    labels = model_kwargs.get("class_labels")
+    if not isinstance(labels, Tensor) or not labels.is_cpu or labels.is_floating_point() or not labels.numel():
+        return
+    classes = getattr(getattr(model, "class_embedding", None), "num_embeddings", None)
+    if classes is None or torch.compiler.is_compiling():
+        return
+    low, high = (int(end) for end in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(f"class_labels: expected values from 0 to {classes - 1}, got {low if low < 0 else high}")
+
+
+def shape_of(model: nn.Module, shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    """(B, ...) of a shape, or of a number of samples of model.sample_shape. TypeError or ValueError for others."""
+    if isinstance(shape, bool):
+        raise TypeError("shape: expected a number of samples or (B, ...), got a bool")
+    number = integer(shape)
+    if number is not None:
+        rest = getattr(model, "sample_shape", None)
+        if rest is None:
+            raise ValueError("shape: expected (B, ...), since the model has no sample_shape; got a number alone")
+        shape = (number, *rest)
+    sizes = [integer(d) for d in shape] if isinstance(shape, Iterable) else []
+    if not sizes or any(d is None or d < 0 for d in sizes):
+        raise ValueError(f"shape: expected a number of samples or (B, ...), got {shape}")
+    return as_shape(sizes)
+
+
+def check_ode(*given: Any) -> None:
+    """None of these arguments is given, since the adaptive solver takes none of them."""
+    if any(value is not None for value in given):
+        raise ValueError(
+            "sampler: 'ode' chooses its own steps and expected no steps, eta, noise, x_init, stop_at, callback, "
+            "trajectory, guidance, dtype, graph or grad_steps"
+        )
+
+
+def check_gradients(steps: Any, table: StepTable, *excluded: Any) -> None:
+    """A number of steps of the table can have a gradient, and nothing is given that would change its tensors."""
+    number = integer(steps)
+    if number is None or not 0 <= number <= len(table):
+        raise ValueError(f"grad_steps: expected an integer from 0 to {len(table)}, got {steps!r}")
+    if table.keep != "none" or "correct" in table.kinds:
+        raise ValueError("grad_steps: expected 0 with a sampler that remembers steps or corrects; use 'ddim' or 'ddpm'")
+    if any(value is not None and value is not False for value in excluded):
+        raise ValueError("grad_steps: expected 0 with callback, return_trajectory, out, dtype, known or graph")
+
+
+def check_sampling(
+    shape: tuple[int, ...],
+    x_T: Tensor | None,
+    callback: Callable[..., Any] | None,
+    return_trajectory: bool,
+    out: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Arguments of `sample` fit each other; dtype and device are those of the state."""
+    if x_T is not None:
+        check_shape("x_T", x_T, shape)
+    if out is not None:
+        check_state(out, shape, dtype, device)
+        if return_trajectory:
+            raise ValueError("out: expected None with return_trajectory, whose result is of another shape")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a function, got {type(callback).__name__}")
