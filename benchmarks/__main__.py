@@ -8,8 +8,9 @@ from pathlib import Path
 
 from benchmarks import quality, table
 from benchmarks.workloads import refuse_interpreter
-from fastdiff.cli import device_argument, device_of, limit_threads
+from fastdiff.cli import device_of, limit_threads
 from fastdiff.files import writable
+from fastdiff.training.arguments import device_argument
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastdiff import ops, reference
 from fastdiff.ddpm import DDPM
-from fastdiff.diffusion import kept_noise
+from fastdiff.forward_noise import kept_noise
 from fastdiff.schedule import grid, linear
 from fastdiff.steps import ancestral
 from fastdiff.unet import UNet

@@ -13,6 +13,7 @@ from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
 from .editing import check_edit, keeping, noise_levels, resampled
+from .forward_noise import kept_noise
 from .guidance import Guidance, Rule, beside, stack_branches, with_guidance
 from .objective import uses_noise, uses_x0
 from .ops.checks import (
@@ -27,9 +28,7 @@ from .ops.checks import (
     check_state,
     seed_of,
 )
-from .ops.memory import LARGEST
 from .process import Grid, Process
-from .reference import work_dtype
 from .sampling import Callback, Noise, Run, StepOptions, Steps, StepsWithGradient
 from .steps import Sampler, StepTable, ddim_inversion, make_steps, part_of
 from .support.scalars import as_number
@@ -390,17 +389,3 @@ class Diffusion(Denoiser, ABC):
         if graph and reason is not None:
             raise ValueError(f"graph: expected {reason}")
         return reason is None
-
-
-def kept_noise(
-    x0: Tensor, index: int | Tensor, seed: Tensor, ids: Tensor | None = None, always: bool = False
-) -> Tensor | None:
-    """The noise of ops.noising(x0, index, seed=seed, sample_ids=ids), if keeping it costs less than drawing it again.
-
-    That is so on a CPU, for tensors whose memory the C library recycles (see fastdiff.ops.memory). None elsewhere,
-    unless `always`.
-    """
-    if not always and (not x0.is_cpu or 4 * x0.numel() > LARGEST):
-        return None
-    dtype, device = work_dtype(x0.dtype), x0.device
-    return ops.normal(x0.shape, seed, sample_ids=ids, step=index, stream=ops.FORWARD, dtype=dtype, device=device)

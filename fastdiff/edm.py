@@ -130,4 +130,5 @@ class Edm(ContinuousDiffusion):
     def times_at(self, quantiles: Tensor) -> Tensor:
         """The values of sigma (B,) to train at, for quantiles (B,) in [0, 1) (Karras et al. 2022, table 1)."""
         normal = torch.special.ndtri(quantiles.double().clamp(min=2**-54))  # at 0 it is -inf
-        return (self.P_mean + self.P_std * normal).exp()
+        sigma: Tensor = (self.P_mean + self.P_std * normal).exp()
+        return sigma

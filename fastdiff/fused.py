@@ -102,7 +102,8 @@ def adds_bias(conv: nn.Module) -> bool:
 def maps_pixels(conv: nn.Module) -> bool:
     """Whether a convolution is a linear map of the channels of each pixel, with a bias."""
     return (
-        adds_bias(conv)
+        isinstance(conv, nn.Conv2d)
+        and adds_bias(conv)
         and conv.kernel_size == conv.stride == conv.dilation == (1, 1)
         and conv.padding == (0, 0)
         and conv.groups == 1

@@ -268,7 +268,7 @@ class Run:
         """The passes of all ranks, and the update. Returns: (), whether it was left out."""
         self._backward()
         self.norm = whole(nn.utils.clip_grad_norm_(self.diffusion.parameters(), self.options.clip_grad))
-        bad = ~(self.losses.isfinite().all() & self.norm.isfinite())
+        bad: Tensor = ~(self.losses.isfinite().all() & self.norm.isfinite())
         leave_out(self.optimizer, bad)
         self.optimizer.step()
         update_ema(self.ema, self.diffusion.model, ema.warmed(self.options.ema, self.step))

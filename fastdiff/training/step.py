@@ -73,7 +73,8 @@ class TrainingStep:
 
         Returns: what the loss gave, detached.
         """
-        losses, self.norm, self.bad = self._captured(batch, decay, model_kwargs)
+        taken: tuple[Tensor, Tensor, Tensor] = self._captured(batch, decay, model_kwargs)
+        losses, self.norm, self.bad = taken
         return losses
 
     def _captured(self, batch: tuple[Any, ...], decay: float, model_kwargs: dict[str, Any]) -> Any:

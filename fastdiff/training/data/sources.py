@@ -235,7 +235,8 @@ def folder(path: str | Path, size: int | tuple[int, int], gray: bool = False) ->
     Raises: OSError if `path` is no folder that can be read; ValueError if no image is left, or for a size below 1.
     """
     sides = size if isinstance(size, tuple | list) else (size, size)
-    path, sides = Path(path), tuple(as_integer("size", side, 1, 2**15) for side in sides)
+    height, width = (as_integer("size", side, 1, 2**15) for side in sides)
+    path, sides = Path(path), (height, width)
     next(path.iterdir(), None)  # a missing folder is reported in the system's own words
     files, left_out = listed(path)
     skipped = {str(file): why for file, why in left_out.items()}
