@@ -265,14 +265,14 @@ def draw(args: argparse.Namespace, model: Diffusion, n: int, kept: Batches | Non
             raise ValueError(f"{args.checkpoint}: {wrong} of {n} images hold NaN or infinity, nothing was written")
         return drawn
 
-    images = torch.empty(0)
-    if kept is None:
-        images = torch.cat([one(ids) for ids in batches])
-    else:
+    try:
+        if kept is None:
+            return torch.cat([one(ids) for ids in batches])
         kept.draw(batches, one)
-    if bar:
-        bar.close()
-    return images
+        return torch.empty(0)
+    finally:
+        if bar:
+            bar.close()
 
 
 def sampler_of(args: argparse.Namespace, model: Diffusion) -> tuple[str, int | None]:

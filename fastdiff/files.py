@@ -73,6 +73,7 @@ def locked(folder: Path) -> Iterator[bool]:
     try:
         yield _lock(fcntl, handle, folder)
     finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # children that live on have it open too
         os.close(handle)
 
 

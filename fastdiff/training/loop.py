@@ -79,7 +79,8 @@ def train(
             run = Run(options, path.parent, device, resume, ranks)
             record = Record(path.parent, options, run.step) if ranks.leads else Silent()
             progress = Progress(run.step, options.steps, options.batch_size) if ranks.leads else Silent()
-            with closing(record), closing(progress), interrupts() as signals:
+            # Workers that read ahead hold what this process had open, the lock too: they end here.
+            with closing(run.batches), closing(record), closing(progress), interrupts() as signals:
                 progress.say(run.summary())
                 run.stream.warn = lambda name, why, count: progress.say(
                     f"fastdiff: warning: left out {name}: {why} ({count} so far)"

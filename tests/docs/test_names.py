@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fastdiff
-from fastdiff.training.loop_flags import LOOP_HELP
+from fastdiff.training.arguments import TRAIN_HELP
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,9 +118,11 @@ def test_the_page_of_scale_has_the_tables_of_its_program():
     assert run.returncode == 0, run.stderr
 
 
-def test_the_page_of_training_names_the_flags_of_the_loop():
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    assert [name for name in LOOP_HELP if f"`--{name.replace('_', '-')}" not in page] == []
+def test_the_pages_of_training_name_every_flag():
+    pages = "".join(
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("training.md", "data.md", "evaluate.md")
+    )
+    assert [name for name in TRAIN_HELP if f"`--{name.replace('_', '-')}" not in pages] == []
 
 
 def test_files_that_pages_name_are_there():

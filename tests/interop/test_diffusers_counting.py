@@ -267,7 +267,7 @@ def test_heun_hands_a_half_step_over() -> None:
 
 def members(name: str) -> list[str]:
     kind = getattr(diffusers, name)
-    return [n for n, m in reached(kind, "step").items() if not isinstance(m, property)]
+    return sorted(n for n, m in reached(kind, "step").items() if not isinstance(m, property))
 
 
 @pytest.mark.parametrize(("name", "method"), [(name, method) for name in COUNTING for method in members(name)])

@@ -10,7 +10,7 @@ from small_models import SHAPE, Fixed, Net, Pointwise, data
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff import DDPM, NoiseSchedule, diffusion, ops
+from fastdiff import DDPM, NoiseSchedule, forward_noise, ops
 from fastdiff.objective import OBJECTIVES, WEIGHTINGS
 from fastdiff.ops import LOSSES
 from fastdiff.schedule import make_schedule
@@ -280,7 +280,7 @@ def test_kept_noise_is_the_noise_drawn_again(monkeypatch, objective, dtype, back
     results = []
     with fastdiff.backend(backend):
         for largest in (4 * x0.numel(), 4 * x0.numel() - 1):
-            monkeypatch.setattr(diffusion, "LARGEST", largest)
+            monkeypatch.setattr(forward_noise, "LARGEST", largest)
             value = ddpm(x0, t=torch.tensor([1, 20, 7, 7]), seed=5)
             results.append((value, *torch.autograd.grad(value, net.parameters())))
             assert len(drawn) == (objective != "x0")  # whose loss has no use for it

@@ -1,7 +1,7 @@
 """Batches by their step: which images it sees, flipped or not, and with which labels. Workers read them ahead."""
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any, NamedTuple
@@ -105,7 +105,7 @@ class Stream:
         numbers = self._numbers(step, part)
         return self._batch(numbers, self._reader.__getitems__(self._items(numbers)))
 
-    def batches(self, start: int = 0, parts: Sequence[range | slice] | None = None) -> Iterator[Batch]:
+    def batches(self, start: int = 0, parts: Sequence[range | slice] | None = None) -> Generator[Batch]:
         """The batches from step `start` on, without end.
 
         Args:
