@@ -123,7 +123,7 @@ def projected(w: float, parallel: float, radius: float):
         (Projected(), lambda w: projected(w, 0.0, math.inf)),
         (Projected(0.3, 0.05), lambda w: projected(w, 0.3, 0.05)),
     ],
-    ids=str,
+    ids=["rescaled", "not rescaled", "zero star", "projected", "projected, bounded"],
 )
 def test_a_rule_is_its_formula(rule, combine, sampler, w):
     model = Curved()
