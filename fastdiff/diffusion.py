@@ -112,8 +112,8 @@ class Diffusion(Denoiser, ABC):
             placed = ids is not None and not self._rows_are_levels  # a row is a place in the batch
             if placed or uses_noise(self.objective):
                 noise = kept_noise(x0, 0 if placed else row, seed, ids, always=placed)
-        if noise is not None:
-            seed = ids = None
+            seed = seed if noise is None else None
+        ids = ids if noise is None else None
         x_t = ops.noising(x0, row, table, seed=seed, sample_ids=ids, noise=noise)
         pred, raw, _ = self.call_model(x_t, self.condition(t), model_kwargs)
         return self._loss(pred, raw, x_t, x0, t, seed, noise, mask, reduction, ids=ids)

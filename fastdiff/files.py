@@ -69,11 +69,13 @@ def locked(folder: Path) -> Iterator[bool]:
     except ImportError:
         yield False
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle, held = os.open(folder, os.O_RDONLY), False
     try:
-        yield _lock(fcntl, handle, folder)
+        held = _lock(fcntl, handle, folder)
+        yield held
     finally:
-        fcntl.flock(handle, fcntl.LOCK_UN)  # children that live on have it open too
+        if held:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # children that live on have it open too
         os.close(handle)
 
 

@@ -41,4 +41,5 @@ def _edm(alpha: Any, sigma: Any, x0: Any, eps: Any) -> Any:
     """
     alpha, sigma = (torch.as_tensor(value, dtype=torch.float64) for value in (alpha, sigma))
     angle = torch.atan2(sigma, SIGMA_DATA * alpha)
-    return angle.sin() / SIGMA_DATA * x0 - angle.cos() * eps
+    target = angle.sin() / SIGMA_DATA * x0 - angle.cos() * eps
+    return target.to(x0.dtype) if isinstance(x0, torch.Tensor) else target

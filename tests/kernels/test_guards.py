@@ -102,7 +102,7 @@ def test_loss(backend, shape, dtype, layout, guard, generated):
     grad = Guarded(shape, dtype, layout, guard)
     out = Guarded((shape[0] if guard == 64 else 1,), torch.float32, "contiguous", guard)
     _backend.launchers(backend).loss(
-        out.tensor, grad.tensor, pred, x0, t, table(ROWS, 3, 0), *drawn, 1, "huber", 1.0, 0.01, 0.01
+        out.tensor, grad.tensor, pred, x0, t, table(ROWS, 3, 0), *drawn, None, 1, "huber", 1.0, 0.01, 0.01
     )  # fmt: skip
     grad.check()
     out.check()

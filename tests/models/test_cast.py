@@ -123,6 +123,6 @@ def test_other_types_are_refused():
     for dtype in (torch.float64, torch.int8, "bfloat16"):
         with pytest.raises(TypeError, match=r"dtype: expected torch\.bfloat16 or torch\.float16, got"):
             model.sample(2, dtype=dtype)
-    with pytest.raises(ValueError, match=r"expected no steps, .*dtype or graph"):
+    with pytest.raises(ValueError, match=r"expected no steps, .*dtype, graph or grad_steps"):
         model.sample(2, sampler="ode", dtype=torch.bfloat16)
     assert torch.equal(torch.get_rng_state(), state)

@@ -313,7 +313,7 @@ def test_sampling_reads_no_scalar_and_copies_nothing_in_a_step(meta, model, opti
             assert ddpm.sample(SHAPE, steps=steps, sample_ids=ids, **options).device.type == "meta"
             ddpm.sample(SHAPE, steps=steps, noise=torch.empty(count, *SHAPE, device="meta"), **options)
         counts.append((watch.operators, watch.copies))
-    assert counts[1][0] > 2 * counts[0][0] and counts[1][1] == counts[0][1]
+    assert counts[1][0] - counts[0][0] > 2 * 18 * 5 and counts[1][1] == counts[0][1]  # in both runs, 18 steps more
 
 
 # --- export -----------------------------------------------------------------------------------------------------
