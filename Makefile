@@ -35,9 +35,9 @@ test: $(BIN)/.installed
 test-fast: $(BIN)/.installed
 	$(PYTEST) -q -m "not slow"
 
-# Lists the tests of more than a second of processor time, which are to be marked slow.
+# Lists the tests of more than a quarter of a second of processor time, which are to be marked slow.
 test-times: $(BIN)/.installed
-	$(PYTEST) -q --cpu-times 1
+	$(PYTEST) -q --cpu-times 0.25
 
 test-deep: $(BIN)/.installed
 	HYPOTHESIS_PROFILE=deep $(PYTEST)

@@ -73,6 +73,7 @@ def test_circles_are_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
 
 
+@pytest.mark.slow
 def test_imports_go_one_way() -> None:
     known = {name: path for name, path in SHIPPED.items() if name != "fastdiff"}
     assert circles({name: uses(name, path, known) for name, path in known.items()}) == []
@@ -95,11 +96,13 @@ def private_uses(name: str, path: Path, known: dict[str, Path]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_private_names_stay_at_home() -> None:
     known = SHIPPED | BENCHMARKS
     assert [use for name, path in known.items() for use in private_uses(name, path, known)] == []
 
 
+@pytest.mark.slow
 def test_imports_of_the_layers() -> None:
     for name, path in KERNELS.items():
         used = {base for base, _, _ in imports(f"fastdiff.{name}", path) if base.startswith("fastdiff")}
@@ -122,6 +125,7 @@ def fresh(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_imports_of_fastdiff_bring_no_triton_and_no_extra() -> None:
     loaded = json.loads(fresh("import sys, json, fastdiff; print(json.dumps(sorted(sys.modules)))"))
     before = json.loads(fresh("import sys, json, torch; print(json.dumps(sorted(sys.modules)))"))
@@ -129,6 +133,7 @@ def test_imports_of_fastdiff_bring_no_triton_and_no_extra() -> None:
     assert not brought & {"triton", *EXTRAS}
 
 
+@pytest.mark.slow
 def test_imports_of_fastdiff_are_quick() -> None:
     code = "import time, torch; start = time.process_time(); import fastdiff; print(time.process_time() - start)"
     assert statistics.median(float(fresh(code)) for _ in range(3)) < IMPORT_SECONDS

@@ -43,6 +43,7 @@ def one_thread(tmp_path, monkeypatch):
 
 
 # The programs of quickstart.md run as the cells of the notebook.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if programs(page) and page.stem != "quickstart"], ids=lambda page: page.name
 )
@@ -58,6 +59,7 @@ def test_programs_of_a_page_run_and_print_what_it_says(page):
             assert printed.getvalue() == output
 
 
+@pytest.mark.slow
 def test_the_program_of_the_readme_runs(tmp_path):
     ((code, _),) = programs(ROOT / "README.md")
     assert "range(300)" in code
@@ -65,6 +67,7 @@ def test_the_program_of_the_readme_runs(tmp_path):
     assert (tmp_path / "digits.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sampler", "objective", "operation", "scheduler"])
 def test_examples_of_extending_run(name):
     if name == "scheduler":
@@ -95,6 +98,7 @@ def test_the_notebook_has_the_cells_of_quickstart():
     assert all(not cell.get("outputs") for cell in notebook["cells"])
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")

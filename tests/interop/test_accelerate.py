@@ -116,6 +116,7 @@ def test_same_outputs_gradients_and_names(name, training):
     assert fastdiff.restore(twin) == blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet sampling", "conditional"])
 def test_the_kernel_runs(name, monkeypatch):
     """Two norms of each block, and the same results."""
@@ -192,6 +193,7 @@ def test_a_pipeline_that_was_accelerated_is_saved_as_stock(tmp_path):
     assert type(again.scheduler) is diffusers.DDPMScheduler and not fastdiff.restore(again)
 
 
+@pytest.mark.slow
 def test_other_schedulers_and_networks_are_left():
     pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.KDPM2DiscreteScheduler())
     with pytest.warns(UserWarning, match="KDPM2DiscreteScheduler has no fused scheduler"):
@@ -212,6 +214,7 @@ def test_anything_else_is_refused(call):
         call({})
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph():
     net = made("resnet sampling").eval()
     want = output(net)

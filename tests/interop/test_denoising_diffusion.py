@@ -75,6 +75,7 @@ def test_schedule_arguments(schedule: str, kwargs: dict[str, Any]) -> None:
         same(a, b)
 
 
+@pytest.mark.slow
 @given(configs(), st.booleans(), st.integers(0, 9), st.sampled_from((None, 0.0, 0.3)))
 def test_losses(config: dict[str, Any], self_condition: bool, seed: int, strength: float | None) -> None:
     """Of forward with what it draws, and of p_losses with what it is given."""

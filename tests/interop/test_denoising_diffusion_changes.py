@@ -328,6 +328,7 @@ def test_a_checkpoint_without_buffers_is_loaded_from_the_meta_device() -> None:
     assert torch.equal(losses_of(copy.deepcopy(pickle.loads(pickle.dumps(empty)))), losses_of(whole))
 
 
+@pytest.mark.slow
 def test_init_empty_weights_and_dispatch(tmp_path: Any) -> None:
     whole = GaussianDiffusion(Net(), **CONFIG)
     torch.save(whole.state_dict(), tmp_path / "all.pt")

@@ -82,6 +82,7 @@ def same_runs(stock: Any, ours: Any, scaled: bool = True, **options: Any) -> Non
                 assert error <= PARITY, (key, i, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("name", [EULER, ANCESTRAL, HEUN])
 def test_sigmas(name: str, prediction: str) -> None:
@@ -123,6 +124,7 @@ def test_lcm(prediction: str) -> None:
             same_runs(*both(LCM, steps, prediction_type=prediction, **config))
 
 
+@pytest.mark.slow
 def test_heun_clips_and_is_nearer_to_the_truth() -> None:
     """Stock amplifies its rounding of x_0 by dt / 2 sigma, which is 40 in the last step here."""
     same_runs(*both(HEUN, 7, clip_sample=True))
@@ -397,6 +399,7 @@ def test_gradients(name: str) -> None:
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "config"), [(ANCESTRAL, {}), (LCM, {}), (FLOW, {"stochastic_sampling": True})])
 def test_fused_noise(name: str, config: dict[str, Any]) -> None:
     """It is z(seed, sample, place) of the stream of reverse noise, whatever the batch; the generator rests."""

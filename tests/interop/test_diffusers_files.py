@@ -53,6 +53,7 @@ def test_files_both_ways(name: str, tmp_path: Any) -> None:
     assert not getattr(fused, name).from_config(ours.config).fused_noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMES, *COUNTING])
 def test_it_is_the_stock_class(name: str) -> None:
     """isinstance, compatibles, signatures (but for fused_noise), copies."""
@@ -123,6 +124,7 @@ def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- pipelines and training ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["DDPM", "DDIM", "DDIM eta"])
 def test_pipelines_give_the_same_images(kind: str) -> None:
     unet = small_unet()
@@ -154,6 +156,7 @@ def test_pipelines_load_both_ways(tmp_path: Any) -> None:
         assert pipeline.scheduler is scheduler and len(scheduler) == 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
 def test_training_recipe(prediction: str, tmp_path: Any) -> None:
     """diffusers' unconditional training: equal losses, and images of the saved EMA weights."""

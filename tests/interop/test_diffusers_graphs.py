@@ -106,6 +106,7 @@ def test_no_wait_for_a_gpu_by_steps_that_remember(name: str, config: dict[str, A
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 2, 7, 3072, 1_000_003])
 @pytest.mark.parametrize("q", [0.0, 0.1, 0.5, 0.995, 1.0])
@@ -127,6 +128,7 @@ def test_no_graph_break(name: str, config: dict[str, Any], fused_noise: bool) ->
     assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["fixed_large", "learned", "learned_range"])
 def test_compiled_step(variance: str) -> None:
     """A compiled loop with its timesteps in tensors gives the results of the eager one, no noise at t = 0 included."""
@@ -142,6 +144,7 @@ def test_compiled_step(variance: str) -> None:
         torch.testing.assert_close(got, ours.step(output, t, x).prev_sample, rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_add_noise(name: str) -> None:
     _, ours = both(name, 10)

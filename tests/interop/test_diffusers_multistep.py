@@ -97,6 +97,7 @@ def few(n: int) -> list[int]:
     return list(range(n)) if n <= 7 else [*range(4), *range(n // 2, n // 2 + 3), *range(n - 4, n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("name", "config"), SOLVERS)
 def test_steps(name: str, config: dict[str, Any], prediction: str) -> None:

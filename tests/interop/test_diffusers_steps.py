@@ -55,6 +55,7 @@ def test_cpu_kernels_give_the_stock_bits(name: str, prediction: str) -> None:
             assert_same_bits(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thresholding", [False, True])
 @pytest.mark.parametrize("prediction", [*PREDICTIONS, "flow_prediction"])
 def test_dpm_solver_step(prediction: str, thresholding: bool) -> None:
@@ -145,6 +146,7 @@ LOOPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps", "config", "total", "mean"), LOOPS)
 def test_full_loops(name: str, steps: int | None, config: dict[str, Any], total: float | None, mean: float) -> None:
     config = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", **config}
@@ -171,6 +173,7 @@ def test_ddpm_without_and_with_custom_timesteps() -> None:
     same_steps(stock, ours, stock.timesteps)
 
 
+@pytest.mark.slow
 @given(
     betas=st.lists(st.floats(1e-4, 0.5), min_size=2, max_size=12),
     prediction=st.sampled_from(PREDICTIONS),

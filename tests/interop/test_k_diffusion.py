@@ -103,6 +103,7 @@ def test_the_denoiser_of_ddpm_is_x_minus_sigma_eps():
     torch.testing.assert_close(as_k_diffusion(model)(x, sigma), want.clamp(-0.1, 0.1), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_their_denoisers_with_our_samplers():
     """A module, and a function; every sampler runs, and the deterministic ones are the published rules."""
     edm, z = MODELS["edm"](), start()

@@ -72,6 +72,7 @@ def rewrite(path, **changes):
 # --- UNet2DModel ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_of_diffusers_loads_and_is_written_back(tmp_path, name):
     changes = CONFIGS[name]

@@ -60,6 +60,7 @@ class Parts:
         return vars(self)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("residuals", [False, True])
 def test_guidance_residuals_and_callbacks(taped, name, residuals):
@@ -89,6 +90,7 @@ def test_a_whole_pipeline(taped):
     assert taped.recorded == 1
 
 
+@pytest.mark.slow
 def test_times_are_inputs_in_every_form(taped):
     """Integers and tensors of the host, by position and by name."""
     net, plain = both(conditional)
@@ -107,6 +109,7 @@ def test_results_are_the_callers_own(taped):
     assert all(map(torch.equal, results, copies)) and len({r.sum().item() for r in results}) == 6
 
 
+@pytest.mark.slow
 def test_each_kind_of_arguments_is_captured(taped):
     net, plain = both(unet)
     for batch in range(1, MOST_CAPTURES + 2):
@@ -120,6 +123,7 @@ def test_each_kind_of_arguments_is_captured(taped):
     assert taped.recorded == MOST_CAPTURES + 2
 
 
+@pytest.mark.slow
 def test_a_hook_around_the_network_runs(taped):
     """As the one of enable_model_cpu_offload, which comes and goes."""
     net, plain = both(unet)
@@ -153,6 +157,7 @@ def test_a_wrapped_or_compiled_network_is_left():
         assert fastdiff.accelerate(Parts(prior=made(Looking)), compile=True).left.keys() == {"forward"}
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_are_of_their_own_network(taped):
     net, plain = both(unet)
     same(net, plain)

@@ -75,6 +75,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_is_captured_anew(taped, name):
     net, plain = both(conditional)
@@ -90,6 +91,7 @@ def test_what_changes_is_captured_anew(taped, name):
     assert torch.allclose(before, plain(**inputs(plain))[0], rtol=1e-3, atol=1e-5) == unchanged
 
 
+@pytest.mark.slow
 def test_weights_that_are_changed_in_place_are_followed(taped):
     net, plain = both(conditional)
     same(net, plain)
@@ -101,6 +103,7 @@ def test_weights_that_are_changed_in_place_are_followed(taped):
     assert taped.recorded == 1
 
 
+@pytest.mark.slow
 def test_a_patched_class_is_followed(taped, monkeypatch):
     net, plain = both(conditional)
     same(net, plain)

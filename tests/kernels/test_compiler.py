@@ -37,6 +37,7 @@ def value(done: subprocess.CompletedProcess[str]) -> float:
     return float(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_one_warning_and_is_mended(tmp_path):
     right = value(run(CALL, tmp_path))
     files = list(tmp_path.rglob("*.nb*"))
@@ -50,6 +51,7 @@ def test_a_damaged_cache_is_one_warning_and_is_mended(tmp_path):
     assert value(mended) == right and "numba" not in mended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit that Linux has")
 def test_a_full_disk_is_one_warning(tmp_path, shared_cache):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
@@ -58,6 +60,7 @@ def test_a_full_disk_is_one_warning(tmp_path, shared_cache):
     assert value(full) == pytest.approx(value(run(RIGHT, shared_cache)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_numba_that_cannot_be_imported_is_one_warning(tmp_path, shared_cache):
     (tmp_path / "numba").mkdir()
     (tmp_path / "numba" / "__init__.py").write_text("raise SystemError('initialization of _internal failed')\n")
@@ -68,6 +71,7 @@ def test_numba_that_cannot_be_imported_is_one_warning(tmp_path, shared_cache):
     assert value(broken) == value(run(RIGHT, shared_cache))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that interrupts")
 @pytest.mark.parametrize("delay", [0.02, 0.1, 0.3])
 def test_an_interrupt_of_the_first_op_leaves_the_process_whole(shared_cache, delay):

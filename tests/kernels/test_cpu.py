@@ -71,6 +71,7 @@ def normals_of(words, z):
     cpu_compiled.normals_of(words[0], words[1], words[2], words[3], z)
 
 
+@pytest.mark.slow
 @given(salt=salts)
 def test_words_are_those_of_the_reference(salt):
     block, sample, step, stream, key0, key1 = (int(w) for w in random_words(salt, 6).cpu())
@@ -104,6 +105,7 @@ def test_llvm_rounds_as_the_source_says():
     assert "fmul" in code and not re.search(r"\b(contract|reassoc|fast)\b", code)
 
 
+@pytest.mark.slow
 @given(salt=salts, clip=st.sampled_from([None, 0.5]), noisy=st.booleans(), keep=st.sampled_from(ops.KEEPS))
 def test_noising_and_update_give_the_bits_of_plain_pytorch(salt, clip, noisy, keep):
     """No multiply-add is fused and no zero changes its sign."""
@@ -258,6 +260,7 @@ def test_elements_do_not_depend_on_the_size(n, split):
     assert_same_bits(cut, want[:, :n])
 
 
+@pytest.mark.slow
 def test_calls_from_many_threads_beside_openmp(threads):
     """Each Python thread has its own operands and PyTorch's own parallel loops in between."""
     threads(2)
@@ -403,6 +406,7 @@ def in_huge_pages(x: Tensor) -> bool:
     raise LookupError(f"no mapping at {middle:#x}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs huge pages of Linux")
 def test_large_results_come_in_huge_pages():
     x, rows = torch.zeros(40, 2**18), [table(ROWS, n, n).cpu() for n in (2, 3, 9)]

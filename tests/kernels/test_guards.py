@@ -139,6 +139,7 @@ def test_update(backend, shape, dtype, layout, guard, generated):
     hist.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton"])  # the only one with a kernel of it
 @at_all_sizes
 @shaped
@@ -178,6 +179,7 @@ def norm_operands(shape, dtype, layout, guard, scaled, added, first):
     return {"x": x, "skip": skip, "groups": 3, "silu": True} | rows
 
 
+@pytest.mark.slow
 @normed
 def test_norm(shape, dtype, layout, guard, scaled, added, held, first):
     out = Guarded(shape, dtype, layout, guard)
@@ -189,6 +191,7 @@ def test_norm(shape, dtype, layout, guard, scaled, added, held, first):
         written.check()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's exp: the statistics are not x's
 @normed
 def test_norm_gradient(shape, dtype, layout, guard, scaled, added, held, first):

@@ -79,6 +79,7 @@ def test_loss_and_its_gradient(launches, shape, dtype, layout, generated, reduct
     assert len(launches) == 3  # with the sum of the partial sums and the scaling of the gradient
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_vlb_and_its_gradients(launches, shape, dtype, layout, reduction):
@@ -93,6 +94,7 @@ def test_vlb_and_its_gradients(launches, shape, dtype, layout, reduction):
         assert half.data_ptr() in launches[0].starts, "a copy was read"
 
 
+@pytest.mark.slow
 @every
 @drawn
 @pytest.mark.parametrize("keep", ops.KEEPS)

@@ -82,6 +82,7 @@ def test_a_library_that_does_not_import_is_named(monkeypatch):
         peers.missing.cache_clear()
 
 
+@pytest.mark.slow
 def test_measure():
     def sleepless(n: int) -> Row:
         x = torch.zeros(n)
@@ -119,6 +120,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(table, "medians", lambda functions, *_, **__: [*seconds[: len(functions) - 1], 0.9e-3])
 
 
+@pytest.mark.slow
 def test_the_table_and_its_files(quick, tmp_path, capsys):
     """A line for each operation: 1 ms for 2 tensors of 576 float32, a copy in 0.9 ms, eager PyTorch 4 times as long."""
     with fastdiff.backend("reference"):

@@ -30,6 +30,7 @@ def file(tmp_path):
 
 # --- the figures --------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_figures_of_a_job(monkeypatch):
     """The host returns after 1 s of a run that takes 4 s; the first run takes 10 s."""
     now = [0.0]
@@ -119,6 +120,7 @@ def test_what_the_sanitizer_is_given_launches_every_kernel():
     assert done.stdout.split() == sorted(known), done.stderr
 
 
+@pytest.mark.slow
 def test_the_outcome_of_the_tests_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "find_spec", lambda name: None)  # in one process, which is quicker for two tests
     good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
@@ -147,6 +149,7 @@ def short(monkeypatch):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_the_rehearsal(stage, short):
     """Every row of every stage, at toy size: it has its figures, or what it needs is not there."""

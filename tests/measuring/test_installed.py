@@ -40,6 +40,7 @@ def test_the_wheel_holds_the_package_alone(modules):
     assert folders <= {(), ("fastdiff",), ("kernels",)}
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_no_mock_and_no_patch_of_a_compiler(modules):
     forbidden = {"unittest", "mock", "pytest", "hypothesis", "benchmarks", "tests"}
     for name, path in modules.items():

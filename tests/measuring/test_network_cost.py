@@ -66,6 +66,7 @@ def test_a_network_of_known_cost():
     assert row.megabytes_per_image == pytest.approx(moved / 1e6 / 4)
 
 
+@pytest.mark.slow
 def test_what_the_network_costs_as_it_is_sampled():
     """Of the 35.7M U-Net in bfloat16: 333 kernels and 75 MB before its layers were merged, 536 and 106 in diffusers."""
     sampled = count("fastdiff", lambda: cifar10(CPU), 256, sampled=True)
@@ -76,6 +77,7 @@ def test_what_the_network_costs_as_it_is_sampled():
     assert not sampled.by_operator.keys() & {"native_group_norm", "cat", "clone"}
 
 
+@pytest.mark.slow
 def test_rows_compare_with_diffusers():
     pytest.importorskip("diffusers")
     ours, *_, theirs = (row for row in rows([1]) if "autocast" not in row.network and "float32" not in row.network)

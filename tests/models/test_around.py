@@ -288,6 +288,7 @@ def test_a_bound_of_levels_that_do_not_reach_data_is_refused():
         model.bits_per_dim(x[:0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4,), (1,), (0,), (0, 3), (2, 1), (2, 1, 3), (2, 3, 1, 1, 1)])
 @pytest.mark.parametrize("timesteps", [1, 2, 12])
 def test_every_method_takes_every_shape_and_length(shape, timesteps):
@@ -311,6 +312,7 @@ def test_every_method_takes_every_shape_and_length(shape, timesteps):
         assert model.bits_per_dim(x).total.shape == shape[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2,)])
 def test_the_other_formulations_take_every_shape_too(shape):
     x, net = torch.rand(shape), Pointwise()
@@ -326,6 +328,7 @@ def test_the_other_formulations_take_every_shape_too(shape):
         assert model(x, t=t, reduction="none").shape == shape[:1] and model.log_likelihood(x).shape == shape[:1]
 
 
+@pytest.mark.slow
 def test_one_number_a_sample_is_a_vector_of_one():
     """Shape (B,) gives what (B, 1) gives."""
     model, x = DDPM(Pointwise(), timesteps=12), torch.rand(4) * 2 - 1

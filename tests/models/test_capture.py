@@ -75,6 +75,7 @@ def options(model: Diffusion, sampler: Any) -> dict[str, Any]:
     return {"sampler": sampler, "steps": model.process.karras(5, churn=2.0) if churned else 5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=NAMES)
 @pytest.mark.parametrize("net", [Net, unet])
 def test_captured_steps_give_the_bits_of_the_plain_loop(taped, net, sampler):
@@ -88,6 +89,7 @@ def test_captured_steps_give_the_bits_of_the_plain_loop(taped, net, sampler):
     assert len(taped) == 1 and taped.recorded == len(kinds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda n: DDPM(n, "cosine", 9), lambda n: NCSN(n, levels=3, clip=1.0)])
 def test_inputs_of_a_run_are_copied_into_its_capture(taped, make):
     model = make(Net())
@@ -112,6 +114,7 @@ def test_inputs_of_a_run_are_copied_into_its_capture(taped, make):
     assert all(torch.equal(a, b) for a, b in zip(seen, [t.clone() for t in seen], strict=True))
 
 
+@pytest.mark.slow
 def test_editing_and_estimates_are_captured(taped):
     model = DDPM(Net(), "cosine", 9)
     image, known = ops.normal(SHAPE, 3).clamp(-1, 1), torch.tensor([1.0, 1.0, 0.0, 0.0])[None, None, None]
@@ -133,6 +136,7 @@ def test_editing_and_estimates_are_captured(taped):
         assert all(torch.equal(a, b) for a, b in zip(*told, strict=True))
 
 
+@pytest.mark.slow
 def test_guidance_of_every_kind_is_captured(taped):
     """A rule is a kind of its own; the weights of the steps, and who the other network is beside, are not."""
     model, weak = DDPM(Net(), "cosine", 6), Net()
@@ -174,6 +178,7 @@ def test_a_result_is_the_callers_own(taped):
     assert torch.equal(changed, plain)
 
 
+@pytest.mark.slow
 def test_a_capture_follows_its_weights_and_is_dropped_when_they_move(taped):
     model = DDPM(unet(), "cosine", 9)
 
@@ -207,6 +212,7 @@ def test_the_most_recent_captures_are_kept(taped):
         assert not other._captures.kept and torch.equal(other.sample(SHAPE, seed=1), model.sample(SHAPE, seed=1))
 
 
+@pytest.mark.slow
 def test_runs_of_one_kind_at_a_time_have_captures_of_their_own(taped):
     """A run in the callback of another, in this thread and another one; and one after a run that broke off."""
     model = DDPM(Net(), "cosine", 9)

@@ -22,6 +22,7 @@ def unet(**options) -> UNet:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @CASTS
 @pytest.mark.parametrize(
     "make",

@@ -191,6 +191,7 @@ def test_shape():
 
 # --- torch.compile ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_compiled_equals_eager_without_recompiling():
     from torch._dynamo.testing import CompileCounterWithBackend  # slow to import
 
@@ -227,6 +228,7 @@ def test_compiled_equals_eager_without_recompiling():
     assert torch.equal(other.sample(SHAPE, seed=1), DDPM(other.model, timesteps=20).sample(SHAPE, seed=1))
 
 
+@pytest.mark.slow
 def test_compile_lays_convolutions_out_as_inductor_wants_them():
     """On a CPU; else it converts the weights at every call."""
     torch._dynamo.reset()

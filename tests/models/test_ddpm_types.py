@@ -151,6 +151,7 @@ UNET = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_class_embeds": 3}])
 def test_a_unet_is_sampled_as_any_model(options):
     """Its embeddings, taken for all steps at once, are those that it computes for itself."""

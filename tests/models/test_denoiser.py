@@ -98,6 +98,7 @@ def test_any_network_may_do_what_depends_on_time_before_the_loop(sampler):
     assert not torch.allclose(ahead.sample((2, 3), sampler=sampler, steps=4, seed=1, shift=given), want)
 
 
+@pytest.mark.slow
 def test_the_unet_declares_its_embedding():
     torch.manual_seed(0)
     net = UNet(

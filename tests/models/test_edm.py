@@ -201,6 +201,7 @@ def test_edm_is_v_of_scaled_data():
         torch.testing.assert_close(F, -(0.7 * alpha * z - sigma * x0 / 0.7), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_ode_and_the_inversion_start_and_end_at_data():
     """Of data with the noise of the first level, 0.002: all is in units of data, not of the scaled state."""
     edm = exact(Edm)
@@ -219,6 +220,7 @@ def test_the_ode_and_the_inversion_start_and_end_at_data():
     torch.testing.assert_close(edm.sample((3, 4), sampler="ddim", steps=200, x_T=x_T), x, rtol=0, atol=5e-2)
 
 
+@pytest.mark.slow
 def test_samplers_run_or_say_why_not():
     edm = Edm(Net())
     for name in steps.SAMPLERS:

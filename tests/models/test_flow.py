@@ -218,6 +218,7 @@ def test_flow_is_vp_in_other_coordinates():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_samplers_start_in_pure_noise_or_say_why_not():
     flow, below = FlowMatching(Net()), FlowMatching(Net(), last=0.99)
     begin, refused = {}, {}
@@ -256,6 +257,7 @@ def test_one_launch_beside_the_model(monkeypatch):
     assert calls["model"] == calls["update"] == 4 + 4 + 7 + 4
 
 
+@pytest.mark.slow
 def test_encode_and_interpolate():
     flow = exact(FlowMatching)
     x0 = torch.tensor([[0.5, -0.4, 0.3, 0.2], [-0.2, -0.6, 1.0, 0.2]], dtype=torch.float64)

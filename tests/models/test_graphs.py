@@ -157,6 +157,7 @@ ON_CHAINS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @ON_CHAINS
 def test_one_captured_step_serves_all_steps_and_seeds(graphs, model, options):
     net = model()
@@ -169,6 +170,7 @@ def test_one_captured_step_serves_all_steps_and_seeds(graphs, model, options):
     assert (graphs.compiled, len(graphs.made), graphs.steps) == (1, 1, 3 * len(table))
 
 
+@pytest.mark.slow
 def test_captured_steps_take_their_ids_and_given_noise(graphs):
     net = Net()
     plain, compiled = DDPM(net, "cosine", 20), DDPM(net, "cosine", 20)

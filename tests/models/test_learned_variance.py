@@ -121,6 +121,7 @@ def test_bound_as_loss():
     torch.testing.assert_close(fixed(x0, t=t, noise=z, reduction="none"), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_importance_weights_leave_the_loss_unbiased():
     """Levels in proportion to their losses, weighted back: the mean over many draws is the mean over levels."""
     ddpm = DDPM(Both(), "linear", 8, loss="vlb", variance="learned", importance=True)

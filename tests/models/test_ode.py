@@ -45,6 +45,7 @@ def log_normal(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return torch.distributions.Normal(mean, std).log_prob(x).sum(1)
 
 
+@pytest.mark.slow
 @EACH
 def test_samples_follow_the_exact_flow(name):
     """x at `first` of the flow from x at `last`: m_0 + std_0 / std_1 (x - m_1)."""
@@ -63,6 +64,7 @@ def test_samples_follow_the_exact_flow(name):
     assert model.training and model.model.training
 
 
+@pytest.mark.slow
 @EACH
 def test_log_likelihood_is_the_density(name):
     """Of x at `first`, but that the prior N(0, prior^2) stands for the distribution at `last`: for x_T = m_1 + std_1 u
@@ -81,6 +83,7 @@ def test_log_likelihood_is_the_density(name):
         torch.testing.assert_close(got, log_normal(x, mean, std), rtol=0, atol=exactly)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vp", "ddpm", "short ddpm", "ncsn"])
 def test_the_levels_of_a_chain_are_no_obstacle(name):
     """Solved over time, which has a kink at each level, chains took up to 60 times the calls of an SDE."""
@@ -90,6 +93,7 @@ def test_the_levels_of_a_chain_are_no_obstacle(name):
     assert len(calls) < 400
 
 
+@pytest.mark.slow
 def test_float32():
     for name in ("vp", "ve"):
         model, same = MODELS[name](dtype=torch.float32), MODELS[name]()
@@ -113,6 +117,7 @@ class Mixed(nn.Module):
         return torch.tanh(x @ self.weight.T + shift) - x
 
 
+@pytest.mark.slow
 def test_hutchinson_is_unbiased():
     """Over 400 probes, as the samples of one batch, within 5 standard errors; different by seed, the same for one."""
     model = ScoreSDE(Mixed(), VP(0.1, 5.0))
@@ -134,6 +139,7 @@ def test_hutchinson_is_unbiased():
     torch.testing.assert_close(gaussian.log_likelihood(y, seed=5), gaussian.log_likelihood(y, trace="exact"))
 
 
+@pytest.mark.slow
 def test_model_arguments_and_shapes_pass_through():
     model = ScoreSDE(Mixed(), VP(0.1, 5.0))
     x = torch.zeros(2, 4, 3, dtype=torch.float64)

@@ -50,6 +50,7 @@ def numbers(cast: type, real: type) -> list[object]:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
 @pytest.mark.parametrize("real", [np.float32, np.float64, np.float16])
 def test_numbers_of_numpy_are_numbers(integer, real):

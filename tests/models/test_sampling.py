@@ -163,6 +163,7 @@ def test_a_step_allocates_nothing_of_the_size_of_the_data(kind, sampler):
     assert new == ["aten.empty.memory_format"] + ([] if keep == "none" else ["aten.zeros_like.default"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "sampler"), [("chain", "dpm++2m"), ("chain", "heun"), ("vp", "heun"), ("vp", "euler_maruyama"),
                           ("ve", CHURNED), ("ncsn", "annealed_langevin"), ("vp", "predictor_corrector"),
@@ -183,6 +184,7 @@ def test_compiled_equals_eager_without_recompiling(kind, sampler):
         assert counter.frame_count == 1  # for every step of every run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vp", "ve", "ncsn"])
 def test_compiled_loss_equals_eager(kind):
     from torch._dynamo.testing import CompileCounterWithBackend

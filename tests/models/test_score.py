@@ -158,6 +158,7 @@ def near_a_mode(x: Tensor) -> tuple[float, float, float]:
     return far.item(), first.float().mean().item(), (nearest.square().mean() / 2).sqrt().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vp", "subvp", "ve", "ncsn"])
 def test_two_modes_are_sampled(name):
     """With the exact score of the mixture every sampler finds both modes at nearly their width."""
@@ -177,6 +178,7 @@ def test_two_modes_are_sampled(name):
         assert 0.6 < width / SPREAD < 1.4, (sampler, width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vp", "subvp", "ve", "ncsn"])
 def test_two_modes_are_learned(name):
     class Mlp(nn.Module):

@@ -149,6 +149,7 @@ def test_the_meta_device_gives_shapes(name):
     assert drawn.shape == SHAPE and drawn.device.type == "meta"
 
 
+@pytest.mark.slow
 def test_two_models_do_not_share_a_compiled_table():
     """A graph takes the tables as inputs: another chain, and an option that was set, are seen."""
     torch._dynamo.reset()
@@ -245,6 +246,7 @@ def test_an_option_of_ddpm_that_is_set_is_an_option_that_was_given(first, then, 
     assert model.config == want.config and same(answers(model), answers(want))
 
 
+@pytest.mark.slow
 def test_other_formulations_follow_too():
     net = Net()
     for model, name, value, want in (

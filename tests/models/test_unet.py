@@ -356,6 +356,7 @@ def test_copies_are_independent(duplicate):
     assert not torch.equal(twin(x, t), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [

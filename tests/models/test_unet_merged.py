@@ -85,6 +85,7 @@ def test_gradients_of_merged_layers(changes):
 OWED = [*MERGED[:3], {"mid_block_scale_factor": 2.0, "downsample_padding": 0}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", OWED, ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_biases_are_owed_where_the_norm_is_one_kernel(changes, layout):
@@ -108,6 +109,7 @@ def test_biases_are_owed_where_the_norm_is_one_kernel(changes, layout):
     got.sum().backward()
 
 
+@pytest.mark.slow
 def test_biases_are_owed_under_autocast():
     net, t = small().to(memory_format=torch.channels_last), torch.tensor([700])
     x = torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last)
@@ -209,6 +211,7 @@ def treated(net: UNet, kind: type[nn.Module], treat) -> UNet:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("treatment", TREATMENTS)
 @pytest.mark.parametrize("changes", MERGED[:3], ids=str)
 def test_whatever_is_done_to_a_layer_counts(changes, treatment):

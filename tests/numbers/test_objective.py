@@ -30,6 +30,7 @@ times = st.floats(1e-3, 1.0)
 values = st.floats(-3, 3)
 
 
+@pytest.mark.slow
 @given(processes, times, pairs, values, values)
 def test_any_prediction_gives_any_other(process: Process, t, pair, x0, z):
     made = process.at(torch.tensor([t], dtype=torch.float64))

@@ -283,6 +283,7 @@ def published(run: str) -> tuple[list[float], list[float]]:
     return [mean for mean, _ in found], [std for _, std in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("run", RUNS)
 def test_sampler_on_gaussian_data(run, objective):

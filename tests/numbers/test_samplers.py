@@ -189,11 +189,13 @@ def published(run: str) -> Moments:
     return RUNS[run][0]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [run for run in RUNS if RUNS[run][-1] is not None])
 def test_the_recursions_give_the_published_digits(run):
     assert published(run)[1] == pytest.approx(RUNS[run][-1], abs=0.5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("objective", CLASSIC)
 @pytest.mark.parametrize("run", RUNS)
@@ -234,6 +236,7 @@ def even_in_log_snr(process: VP | VE, n: int) -> tuple:
     return process.discretize(process.time_of(ratios)), torch.arange(n + 1, 0, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "process", "grid", "order"),
     [

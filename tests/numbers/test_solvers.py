@@ -291,6 +291,7 @@ def test_ddim_inversion(objective):
         close(step(table, k, alpha[t] * x0 + sigma[t] * eps, pred, Z), alpha[s] * x0 + sigma[s] * eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "args"),
     [
@@ -327,6 +328,7 @@ def test_slerp():
     close(slerp(x, 2 * x, torch.full((1, 1, 1), 0.25, dtype=torch.float64)), 1.25 * x)
 
 
+@pytest.mark.slow
 def test_interpolation_in_noise_space():
     ddpm = exact(DDPM, "linear", 1000, "eps")
     x0, x1 = draw(3, 4, seed=7), draw(3, 4, seed=8)

@@ -76,6 +76,7 @@ CASES = [(*run, objective) for run in RUNS for objective in CLASSIC if run[0] !=
 # --- whole samplers ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "variance", "n", "sampler", "objective"), CASES)
 def test_sampler_on_gaussian_data(name, variance, n, sampler, objective):
     mean, std = outcome(name, objective, variance, n, sampler, torch.float64)
@@ -85,6 +86,7 @@ def test_sampler_on_gaussian_data(name, variance, n, sampler, objective):
     assert std.tolist() == pytest.approx(RUNS[name, variance, n, sampler], abs=0.5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "variance", "n", "sampler", "objective"), CASES)
 def test_sampler_in_float32(name, variance, n, sampler, objective):
     mean, std = outcome(name, objective, variance, n, sampler, torch.float32)

@@ -125,6 +125,7 @@ def run(script: str, **variables: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_import_needs_no_optional_package():
     optional = ("triton", "numba", "safetensors", "tqdm", "sklearn", "PIL")
     done = run(
@@ -137,6 +138,7 @@ def test_import_needs_no_optional_package():
     assert done.stdout.strip() == "[] True", done.stderr
 
 
+@pytest.mark.slow
 def test_the_environment_chooses_the_backend():
     script = (
         "import torch, fastdiff\n"

@@ -149,6 +149,7 @@ def shaped(draw):
     return (draw(st.integers(1, 3)), groups * depth, *inner), groups
 
 
+@pytest.mark.slow
 @every
 @given(
     shaped=shaped(),
@@ -182,12 +183,14 @@ def test_output_and_every_gradient(
     check(backend, shape, groups, dtype, wide, layout, offset, scaled, salt, added, limits, first, silu)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("limits", [LIMITS[0], LIMITS[0]._replace(held=8)])
 def test_images_of_several_tiles(layout, limits):
     check("triton", (1, 6, 33, 67), 2, torch.float32, torch.float32, layout, 3.0, True, 7, "rows", limits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("limits", LIMITS[:2])
 def test_two_tensors_give_the_bits_of_their_concatenation(layout, limits):
@@ -215,6 +218,7 @@ def test_the_statistics_of_a_far_mean_do_not_cancel(monkeypatch, limits):
     assert abs(rstd.item() * deviation.item() - 1) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("limits", LIMITS[:3])
 def test_equal_bits_from_run_to_run(layout, limits):
@@ -263,6 +267,7 @@ def test_the_reference_is_the_formula():
     torch.testing.assert_close(ops.group_norm_silu(x, 3, weight, bias, EPS, scale, shift, add), u / (1 + (-u).exp()))
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("scaled", "added", "first"), [(False, None, 3), (True, "rows", 0), (False, "row", 0)])
@@ -334,6 +339,7 @@ def test_second_derivatives(add):
         torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_a_block_of_the_network_compiles_to_one_graph_with_the_kernel(scale_shift):
     block = ResnetBlock(

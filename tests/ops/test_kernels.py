@@ -45,6 +45,7 @@ def draw_noise(
 # --- forward noising --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every
 @given(
     shape=shapes(),
@@ -109,6 +110,7 @@ def stored(slope: Tensor, dtype: torch.dtype, count: int) -> Tensor:
     return torch.where((slope * factor).abs() > torch.finfo(dtype).max, slope * math.inf, slope)
 
 
+@pytest.mark.slow
 @every
 @given(
     shape=shapes(),
@@ -171,6 +173,7 @@ HALVES = ("contiguous", "half", "half", "half", "contiguous", "contiguous")
 SINGLE, BRAIN, HALF = ((d,) * 5 for d in (torch.float32, torch.bfloat16, torch.float16))
 
 
+@pytest.mark.slow
 @every
 @given(
     shape=shapes(),
@@ -257,6 +260,7 @@ def nan_samples(x: Tensor) -> list[bool]:
     return nan.all(1).tolist()
 
 
+@pytest.mark.slow
 @every
 def test_an_index_outside_the_table_gives_nan_in_its_sample(backend):
     """On a GPU it cannot be refused without waiting for the device, so the implementations are called as such."""
@@ -287,6 +291,7 @@ def test_an_index_outside_the_table_gives_nan_in_its_sample(backend):
 # --- gradients --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every
 @given(shape=shapes(), dtype=st.tuples(dtypes, dtypes), layout=st.tuples(layouts, layouts), seed=seeds, salt=salts)
 def test_gradients_of_noising(backend, shape, dtype, layout, seed, salt):
@@ -307,6 +312,7 @@ def test_gradients_of_noising(backend, shape, dtype, layout, seed, salt):
 INCOMING = (1.0, 3.0, 65536.0, -0.001)
 
 
+@pytest.mark.slow
 @every
 @given(
     shape=shapes(),

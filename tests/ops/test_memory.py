@@ -261,6 +261,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_second_import_and_a_reload_work():
     print_noise = "print(ops.noising(x, 1, rows, seed=1).sum().item(), ops.loss(x, 1, table, seed=1).item())"
     code = f"""

@@ -94,6 +94,7 @@ def test_philox_gives_the_known_answers(counter, key, words):
     assert torch.equal(philox_of_kernel(lanes, int64(*key)), int64(*words)[:, None].expand(4, LANES))
 
 
+@pytest.mark.slow
 @given(salt=salts)
 def test_philox_of_the_kernel_is_that_of_the_reference(salt):
     counter, key = random_words(salt, 4, LANES), random_words(salt + 1, 2)
@@ -152,6 +153,7 @@ def test_the_radius_uses_every_bit():
     assert z[2].item() == pytest.approx(math.sqrt(64 * math.log(2) - 2 * math.log(1.5)), abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(
     shape=shapes(),
@@ -190,6 +192,7 @@ def drawn(out: Tensor, block: int, vec: int) -> Tensor:
     return out
 
 
+@pytest.mark.slow
 def test_normals_do_not_depend_on_the_block():
     shape = (2, 2051)
     first = drawn(torch.empty(shape, device=DEVICE), 2048, 4)
@@ -210,6 +213,7 @@ def test_normals_do_not_depend_on_the_batch(backend):
         assert_same_bits(apart[1:2], ops.normal((1, 3, 7), 11, step=9, sample_ids=int64(1), device=DEVICE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -251,6 +255,7 @@ def draws() -> Tensor:
     return reference.normal((4, DRAWS), torch.tensor([2024]), None, torch.tensor([0]), ops.PRIOR).double()
 
 
+@pytest.mark.slow
 def test_moments(draws):
     for z in (draws.flatten(), *draws.reshape(-1, 4).unbind(1)):
         n = z.numel()
@@ -260,6 +265,7 @@ def test_moments(draws):
         assert abs((z**4).mean().item() - 3) < SIGMAS * math.sqrt(96 / n)
 
 
+@pytest.mark.slow
 def test_distribution(draws):
     """Kolmogorov-Smirnov at the level 10^-3."""
     z = draws.flatten().sort().values

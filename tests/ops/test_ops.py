@@ -64,6 +64,7 @@ def sample_inputs() -> list[tuple[str, tuple]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "args"), sample_inputs())
 def test_opcheck(name, args):
     """PyTorch's own tests: schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
@@ -129,6 +130,7 @@ def test_gradcheck_of_update(clip):
     assert torch.autograd.gradcheck(step, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(shape=shapes(), dtype=dtypes, salt=salts)
 def test_gradient_of_update_is_that_of_the_reference(backend, shape, dtype, salt):
@@ -263,6 +265,7 @@ def one_compilation():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_training(one_compilation):
     """The whole compiler once: equal values and gradients, one graph for all timesteps and seeds."""
     compiled = torch.compile(train_step, fullgraph=True, backend="inductor")

@@ -199,6 +199,7 @@ def test_the_bare_op_refuses_what_it_cannot_do():
         jvp(lambda x: torch.ops.fastdiff.noising(x, *args), (x,), (x,))
 
 
+@pytest.mark.slow
 def test_compiled_transforms():
     f, x, v = FUNCTIONS["noising by x0"], data(4), data(5)
     for made in (lambda x: jvp(f, (x,), (v,))[1], lambda x: vmap(grad(lambda x: f(x).sum()))(x[None])):
@@ -260,6 +261,7 @@ def test_per_sample_gradients_of_the_training_loss():
             torch.testing.assert_close(got[name][i], p.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @every
 def test_unet(backend):
     torch.manual_seed(0)

@@ -47,6 +47,7 @@ def test_bins_sum_to_one(mean, std):
     assert abs((p * by_mean).sum().item()) < 1e-12 / std and abs((p * by_log_var).sum().item()) < 1e-11
 
 
+@pytest.mark.slow
 @every
 def test_bins_of_each_kind_sum_to_one(backend):
     """One sample for each bin; far bins, the bin of the mean, and open bins; narrow against the deviation and not."""
@@ -98,6 +99,7 @@ def test_far_tails_are_finite(backend):
     assert_close(mean.grad, slope, error / 40 / std)
 
 
+@pytest.mark.slow
 @every
 def test_decoder_of_every_width_and_distance(backend):
     """Bins from far wider than the standard deviation to far narrower, from around the mean to the tail."""
@@ -209,6 +211,7 @@ HALVES = ("half", "half", "contiguous", "contiguous")
 SINGLE, BRAIN, HALF = ((d,) * 4 for d in (torch.float32, torch.bfloat16, torch.float16))
 
 
+@pytest.mark.slow
 @every
 @given(
     shape=shapes(),

@@ -125,6 +125,7 @@ def test_a_gradient_is_taken_twice(decoder):
             torch.testing.assert_close(second[0], second[1], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_training():
     """One graph, no break: the hybrid loss of Nichol & Dhariwal 2021, eq. 16."""
     x_t, x0, weight = (i.cpu() for i in inputs((2, 3, 4, 4), dtype=torch.float32)[:3])

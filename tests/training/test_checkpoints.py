@@ -44,6 +44,7 @@ def message(path: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -126,6 +127,7 @@ def test_weights_of_any_floating_type_are_taken(spoiled, dtype):
     assert torch.equal(checkpoint.load_model(spoiled).model.conv_in.weight, before.float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["ema.conv_in.bias", "model.conv_in.bias", "optimizer.0.exp_avg_sq"])
 def test_what_is_not_finite_is_refused_by_name(spoiled, name, value):
@@ -208,6 +210,7 @@ def test_importance_sampling_resumes_exactly(tmp_path):
     assert load_file(whole / "model.safetensors")["importance.losses"].shape == (2, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:schedule")
 def test_a_history_must_fit_its_chain(tmp_path):
     go_on(tmp_path, importance_state(), 1)
@@ -230,6 +233,7 @@ def test_a_history_must_fit_its_chain(tmp_path):
         checkpoint.load(path)
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_read_as_its_file(tiny):
     for path in (tiny, str(tiny), tiny.parent, str(tiny.parent)):
         assert torch.equal(checkpoint.load_model(path).model.conv_in.bias, load_file(tiny)["ema.conv_in.bias"])
@@ -244,6 +248,7 @@ def test_a_run_file_tells_what_builds_it(tiny):
     assert torch.equal(trained, load_file(tiny)["model.conv_in.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("formulation", "kind"),
     [

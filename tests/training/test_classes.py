@@ -31,6 +31,7 @@ def draw(model, out, *args):
     return np.load(f"{out}.npy")
 
 
+@pytest.mark.slow
 def test_the_checkpoint_knows_the_names_of_the_classes(model):
     state = checkpoint.load(model / "model.safetensors")
     assert state.classes == ["dark", "light"] == metadata_of(model / "model.safetensors")["classes"]
@@ -51,6 +52,7 @@ def test_a_run_goes_on_with_its_classes_alone(model, tmp_path):
         train(Options(**options), tmp_path / "run", "cpu", state)
 
 
+@pytest.mark.slow
 def test_samples_of_a_class_by_number_and_by_name(model, tmp_path):
     one = draw(model, tmp_path / "a", "--n", "3", "--label", "1")
     np.testing.assert_array_equal(one, draw(model, tmp_path / "b", "--n", "3", "--label", "light"))
@@ -101,6 +103,7 @@ def test_conditions_give_each_class_in_turn():
     assert samples.draw_grid(model, 0).shape == (63, 3, 8, 8)  # 21 rows of 3 classes
 
 
+@pytest.mark.slow
 def test_dropped_labels_train_the_unconditional_branch(tmp_path):
     run(tmp_path, steps=5, classes=True, label_dropout=0.5)
     state = checkpoint.load(tmp_path / "model.safetensors")

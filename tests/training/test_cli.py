@@ -46,6 +46,7 @@ def model(tmp_path_factory) -> Path:
     return out / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_train_resume_needs_only_the_folder(model, tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(model.read_bytes())
     assert main(["train", "--out", str(tmp_path), "--resume", "--steps", "4", "--device", "cpu"]) == 0
@@ -55,6 +56,7 @@ def test_train_resume_needs_only_the_folder(model, tmp_path, capsys):
     assert "channels: the run was started with 8, got 16" in line
 
 
+@pytest.mark.slow
 def test_train_on_a_folder_of_images(tmp_path, capsys):
     for i in range(3):
         Image.new("RGB", (20, 10), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
@@ -93,6 +95,7 @@ def test_sample_writes_grid_and_array(model, tmp_path):
     assert sorted(p.name for p in prefix.parent.iterdir()) == ["v1.5.npy", "v1.5.png"]
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_seed_and_not_on_the_batch(model, tmp_path):
     def draw(name: str, *args: str) -> np.ndarray:
         base = ["sample", str(model), "--n", "5", "--steps", "3", "--device", "cpu", "--out", str(tmp_path / name)]

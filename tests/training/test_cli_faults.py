@@ -126,6 +126,7 @@ def test_images_that_are_not_finite_are_not_written(copied, tmp_path, capsys):
     assert not (tmp_path / "x.npy").exists() and not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.slow
 def test_damaged_metadata_is_one_line(copied, tmp_path, capsys):
     rewrite(copied, unet={**metadata_of(copied)["unet"], "layers_per_block": 10**30})
     assert str(copied) in refused(capsys, "sample", copied, "--out", tmp_path / "x", "--device", "cpu")
@@ -138,6 +139,7 @@ def test_damaged_metadata_is_one_line(copied, tmp_path, capsys):
     assert "options are of wrong types: steps" in line
 
 
+@pytest.mark.slow
 def test_resume_where_the_images_have_moved(tmp_path, capsys):
     old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "run"
     old.mkdir()
@@ -186,6 +188,7 @@ def read_until(stream, text: bytes) -> bytes:
     return said
 
 
+@pytest.mark.slow
 def test_a_hangup_saves_and_says_how_to_go_on(tmp_path):
     process = start("train", "--data", "digits", "--out", tmp_path, "--steps", 10**6, *TINY)
     read_until(process.stderr, b"loss")
@@ -196,6 +199,7 @@ def test_a_hangup_saves_and_says_how_to_go_on(tmp_path):
     assert said.splitlines()[-1].startswith(f"fastdiff: interrupted at step {step} of 1000000; go on with:")
 
 
+@pytest.mark.slow
 def test_a_pipe_that_closes_loses_no_step(tmp_path):
     process = start("train", "--data", "digits", "--out", tmp_path, "--steps", 10**6, *TINY)
     read_until(process.stderr, b"loss")
@@ -205,6 +209,7 @@ def test_a_pipe_that_closes_loses_no_step(tmp_path):
     assert checkpoint.load(tmp_path / "model.safetensors").step >= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["/dev/full", "pipe"])
 def test_an_output_that_takes_nothing_is_one_line(model, tmp_path, target):
     command = [sys.executable, "-m", "fastdiff", "sample", model, "--n", "1", "--steps", "1", "--out", tmp_path / "x"]

@@ -21,6 +21,7 @@ NAME = "model.safetensors"
 # numbers that are not finite
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_update_that_is_not_finite_is_never_saved(tmp_path, value):
     run(tmp_path, steps=2)
@@ -32,6 +33,7 @@ def test_an_update_that_is_not_finite_is_never_saved(tmp_path, value):
     assert (tmp_path / NAME).read_bytes() == before and files_of(tmp_path) == {NAME}
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_long_before_the_next_checkpoint(tmp_path, monkeypatch):
     steps = []
     original = loop.update_ema
@@ -77,6 +79,7 @@ def test_the_folder_is_locked_while_it_trains(tmp_path, monkeypatch):
     assert run(tmp_path, steps=2) == 2 and len(refused) == 2
 
 
+@pytest.mark.slow
 def test_another_runs_checkpoint_is_not_overwritten(tmp_path):
     run(tmp_path, steps=1)
     before, early = (tmp_path / NAME).read_bytes(), checkpoint.load(tmp_path / NAME)
@@ -129,6 +132,7 @@ def at_step(monkeypatch, number):
     monkeypatch.setattr(loop, "update_ema", update)
 
 
+@pytest.mark.slow
 def test_a_hangup_saves_as_other_signals_do(tmp_path, monkeypatch):
     run(tmp_path / "whole", steps=3)
     handler = signal.getsignal(signal.SIGHUP)
@@ -172,6 +176,7 @@ class Closed(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [1, 5, 60])
 def test_a_closed_output_ends_the_run_and_loses_no_step(tmp_path, monkeypatch, room):
     monkeypatch.setattr(sys, "stdout", Closed(10**6))

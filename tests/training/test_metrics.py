@@ -38,6 +38,7 @@ def test_sums_of_one_process_are_their_own():
     assert sums.count == 300
 
 
+@pytest.mark.slow
 def test_fid_is_that_of_torchmetrics():
     fid = pytest.importorskip("torchmetrics.image.fid")
     network = nn.Flatten()

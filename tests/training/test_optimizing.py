@@ -168,6 +168,7 @@ def test_averages_of_a_run_are_kept_and_written(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_averages_go_on_exactly(tmp_path):
     how = {"ema_decays": "0.5", "ema_sigma_rel": "0.1"}
     run(tmp_path / "whole", steps=4, **how)
@@ -179,6 +180,7 @@ def test_averages_go_on_exactly(tmp_path):
 # checkpoints that remain
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_remain(tmp_path):
     run(tmp_path, steps=5, save_every=1, keep=3)
     kept = sorted((tmp_path / "checkpoints").iterdir())
@@ -190,6 +192,7 @@ def test_the_last_checkpoints_remain(tmp_path):
     assert [checkpoint.load(path).step for path in sorted((tmp_path / "checkpoints").iterdir())] == [3, 4]
 
 
+@pytest.mark.slow
 def test_resume_auto_starts_or_goes_on(tmp_path, capsys):
     args = ["train", "--data", "digits", "--out", str(tmp_path), "--resume", "auto", "--device", "cpu"]
     args += ["--channels", "8", "--batch-size", "8", "--timesteps", "20"]

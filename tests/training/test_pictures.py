@@ -25,6 +25,7 @@ def model(tmp_path_factory) -> Path:
     return out / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_paths(model, tmp_path):
     example = runpy.run_path(str(ROOT / "examples" / "paths.py"))
     example["main"](model, tmp_path / "paths.png")
@@ -35,6 +36,7 @@ def test_paths(model, tmp_path):
     assert (starts == starts[0]).mean() > 0.5  # all from one draw, heun from another spread of it
 
 
+@pytest.mark.slow
 def test_editing(model, tmp_path, monkeypatch):
     example = runpy.run_path(str(ROOT / "examples" / "editing.py"))
     monkeypatch.setitem(example["main"].__globals__, "STEPS", 3)
@@ -46,6 +48,7 @@ def test_editing(model, tmp_path, monkeypatch):
     assert (rows[0] != rows[1]).any() and (rows[4] != rows[5]).any()
 
 
+@pytest.mark.slow
 def test_bound(model, monkeypatch, capsys):
     example = runpy.run_path(str(ROOT / "examples" / "bound.py"))
     monkeypatch.setitem(example["main"].__globals__, "IMAGES", 2)
@@ -57,6 +60,7 @@ def test_bound(model, monkeypatch, capsys):
     assert figures["posterior"][1] == figures["beta"][1] < 1e-3
 
 
+@pytest.mark.slow
 def test_quality(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "SAMPLERS", dict.fromkeys(("ddim", "heun", "annealed_langevin")))
     monkeypatch.setattr(quality, "CALLS", (1, 2, 3))
@@ -83,6 +87,7 @@ def test_steps_of_a_number_of_calls():
     assert quality.steps_of(flow, "annealed_langevin", 20) is None
 
 
+@pytest.mark.slow
 def test_quality_wants_the_digits(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
     options = {**training.DIGITS, "data": str(tmp_path), "gray": False, "channels": 8, "steps": 1}

@@ -21,6 +21,7 @@ def few_samples(monkeypatch):
     monkeypatch.setattr(samples, "IMAGES", 4)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_options_log_grids_and_a_report(tmp_path):
     run(tmp_path, steps=20, sample_every=10)
     assert Options(**json.loads((tmp_path / "config.json").read_text())) == Options(
@@ -51,6 +52,7 @@ def test_a_log_goes_on_where_the_run_does(tmp_path):
     assert [int(path.stem) for path in grids(tmp_path)] == [10, 20, 21]
 
 
+@pytest.mark.slow
 def test_the_grid_does_not_change_the_run(tmp_path):
     run(tmp_path / "a", steps=4, sample_every=2)
     run(tmp_path / "b", steps=4)
@@ -84,6 +86,7 @@ def test_a_log_that_is_not_installed_says_how_to_install_it(tmp_path, monkeypatc
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_rows_and_the_grids(tmp_path, monkeypatch):
     calls = []
     module = type("wandb", (), {
@@ -109,6 +112,7 @@ def test_tensorboard_gets_the_rows_and_the_grids(tmp_path):
     assert events.Scalars("loss")[0].value == pytest.approx(read_log(tmp_path)[0]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_plot_draws_a_run_and_refuses_what_is_none(tmp_path, capsys):
     Record(tmp_path / ".", Options(**TINY), 0)
     assert main(["plot", str(tmp_path)]) == 1

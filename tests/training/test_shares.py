@@ -74,6 +74,7 @@ def test_passes_give_the_update_of_the_whole_batch(tmp_path, formulation):
     assert_same_weights(tmp_path / "1" / NAME, tmp_path / "3" / NAME)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:schedule")
 def test_passes_note_the_losses_of_the_whole_batch(tmp_path):
     for passes in (1, 4):
@@ -99,6 +100,7 @@ def test_a_batch_must_have_an_image_for_each_process_and_pass(tmp_path):
 # what is left out
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
     original, seen = loop.Run.advance, []
 
@@ -189,6 +191,7 @@ def draw(model, out, *more) -> int:
     return main(["sample", str(model), "--out", str(out), *how, *more])
 
 
+@pytest.mark.slow
 def test_a_drawing_that_was_killed_goes_on(model, tmp_path, monkeypatch):
     assert draw(model, tmp_path / "a") == 0
     whole = (tmp_path / "a.npy").read_bytes()

@@ -113,6 +113,7 @@ def test_frechet_distance_of_images_fits_mean_and_covariance():
         evaluate.frechet_distance(images, images[:, :, :1])
 
 
+@pytest.mark.slow
 def test_report_of_real_digits_and_of_one_class():
     train, labels, _, _ = data.digits()
     report = evaluate.evaluate(train[:])
@@ -187,6 +188,7 @@ def test_folder_options_build_a_network_with_attention():
 # training
 
 
+@pytest.mark.slow
 def test_training_reduces_the_loss(tmp_path):
     def loss(ddpm):
         torch.manual_seed(1)
@@ -201,6 +203,7 @@ def test_training_reduces_the_loss(tmp_path):
     assert loss(checkpoint.load_model(tmp_path / "model.safetensors")) < 0.7 * before
 
 
+@pytest.mark.slow
 def test_resume_is_exact_in_every_bit(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole, steps=5) == 5
@@ -209,6 +212,7 @@ def test_resume_is_exact_in_every_bit(tmp_path):
     assert_same_files(whole / "model.safetensors", parts / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, monkeypatch, number):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -229,6 +233,7 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, monkeypatch, numbe
     assert_same_files(whole / "model.safetensors", parts / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     run(tmp_path, steps=2)
     before = (tmp_path / "model.safetensors").read_bytes()
@@ -269,6 +274,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     run(tmp_path, steps=1)
     path = tmp_path / "model.safetensors"
