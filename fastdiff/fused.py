@@ -63,7 +63,8 @@ def by_pixel(x: Tensor) -> Tensor:
 
 def channels_last(*maps: Tensor | None) -> bool:
     """Whether all of them are, (B, C, H, W) each; never under torch.func, whose tensors cannot tell."""
-    return not transforms.active() and all(x is None or x.is_contiguous(memory_format=torch.channels_last) for x in maps)
+    laid_out = torch.channels_last
+    return not transforms.active() and all(x is None or x.is_contiguous(memory_format=laid_out) for x in maps)
 
 
 def add_product(out: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
