@@ -51,7 +51,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Remove the temporary files of `path` that processes left when they were killed. Hold a lock on its folder."""
+    """Remove the temporary files of `path`, also a pattern, that killed processes left. Hold a lock on its folder."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         with suppress(OSError):
             left.unlink()

@@ -27,7 +27,7 @@ from fastdiff.training.layout import exchanging, laid_out, recompute_blocks, rep
 from fastdiff.training.logs import EVERY, Progress
 from fastdiff.training.options import Options, build
 from fastdiff.training.ranks import Ranks, joined, local_device
-from fastdiff.training.record import Record, grids
+from fastdiff.training.record import SAMPLES, Record, grids
 from fastdiff.training.report import write_report
 from fastdiff.training.samples import averaged, draw_grid
 from fastdiff.training.step import TrainingStep, leave_out
@@ -72,7 +72,8 @@ def train(
         ranks.agree("step", resume.step if resume else 0)
         with locked(path.parent) if ranks.leads else nullcontext(False) as alone:
             if alone:
-                sweep(path)
+                for folder in (path.parent, path.parent / SAMPLES):
+                    sweep(folder / "*")
             if ranks.leads:
                 check_free(path, resume)
             torch.manual_seed(options.seed)

@@ -100,9 +100,12 @@ def test_a_checkpoint_goes_on_in_another_folder_too(tmp_path):
 
 
 def test_what_a_killed_run_left_is_swept(tmp_path):
-    (tmp_path / f".{NAME}.4711.tmp").write_bytes(b"half")
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    for left in (tmp_path / f".{NAME}.4711.tmp", tmp_path / ".config.json.4711.tmp", samples / ".0000001.png.4711.tmp"):
+        left.write_bytes(b"half")
     run(tmp_path, steps=1)
-    assert files_of(tmp_path) == {NAME}
+    assert files_of(tmp_path) == {NAME, "samples"} and not any(samples.iterdir())
 
 
 def test_without_locks_nothing_is_swept(tmp_path, monkeypatch):
