@@ -25,7 +25,8 @@ from fastdiff.score import NCSN, ScoreSDE
 from fastdiff.support import run_file
 from fastdiff.support.run_file import RunFile
 from fastdiff.support.sharded import is_sharded
-from fastdiff.training import ema
+from fastdiff.training.ema import names as average_names
+from fastdiff.training.ema import note as note_averages
 from fastdiff.training.layout import whole
 from fastdiff.training.ranks import Ranks
 from fastdiff.unet import UNet
@@ -118,7 +119,7 @@ def save(path: str | Path, state: State, keep: int = 1, ranks: Ranks = ALONE) ->
         "classes": state.classes,
     }
     run_file.write(path, groups, metadata)
-    ema.note(path.parent, state.step, {n: groups[f"averages.{n}"] for n in state.averages})
+    note_averages(path.parent, state.step, {n: groups[f"averages.{n}"] for n in state.averages})
     _keep(path, state.step, keep)
 
 
@@ -187,7 +188,7 @@ def _averages(stored: RunFile, unet: UNet) -> dict[str, dict[str, Tensor]]:
     """The further averages that the options of the run name. Raises ValueError if they do not fit the parameters."""
     shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
     texts = (str(stored.options.get(name, "")) for name in ("ema_decays", "ema_sigma_rel"))
-    return {name: stored.fitting(f"averages.{name}", shapes) for name in ema.names(*texts)}
+    return {name: stored.fitting(f"averages.{name}", shapes) for name in average_names(*texts)}
 
 
 # --- several checkpoints, and the shares of several processes ---------------------------------------------------

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from fastdiff.cast import channels_last_convolutions
 from fastdiff.files import locked, sweep, writable
 from fastdiff.support.run_file import NAME, RunFile
-from fastdiff.training import ema
 from fastdiff.training.checkpoint import State, importance, read_shares, rng_state, save, set_rng_state
 from fastdiff.training.draws import LEVELS, noise_key, uniforms
+from fastdiff.training.ema import names as average_names
+from fastdiff.training.ema import update as update_averages
+from fastdiff.training.ema import warmed
 from fastdiff.training.feed import open_stream
 from fastdiff.training.layout import exchanging, laid_out, recompute_blocks, replicate, shard, whole
 from fastdiff.training.logs import EVERY, Progress
@@ -171,7 +173,7 @@ class Run:
         self.names = [name for name, _ in self.diffusion.model.named_parameters()]
         self.averages = {
             name: [parameter.detach().clone() for parameter in self.diffusion.model.parameters()]
-            for name in ema.names(options.ema_decays, options.ema_sigma_rel)
+            for name in average_names(options.ema_decays, options.ema_sigma_rel)
         }
         self.averaged = averaged(self.diffusion, self.ema)
         self.start = self.step = self.saved = resume.step if resume else 0
@@ -242,7 +244,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate(step)
         bad = self._step_in_parts() if self.take is None else self._step(self.take)
-        ema.update(self.averages, self.diffusion.model.parameters(), step)
+        update_averages(self.averages, self.diffusion.model.parameters(), step)
         self.skipped, self.bad = self.skipped + bad, (self.bad + 1) * bad
         good = (step + 1 - self.start - self.skipped).clamp(1, 50)
         self.loss = torch.where(bad, self.loss, self.loss.lerp(self.losses.mean(), 1 / good))
@@ -250,7 +252,7 @@ class Run:
 
     def _step(self, take: TrainingStep) -> Tensor:
         """One pass, and the update. Returns: (), whether it was left out."""
-        size, decay = self.options.batch_size, ema.warmed(self.options.ema, self.step)
+        size, decay = self.options.batch_size, warmed(self.options.ema, self.step)
         seed, ids = noise_key(self.options.seed, self.step * size, size)
         self.levels = self._draw_levels()[0]
         x0, classes = self._next()
@@ -273,7 +275,7 @@ class Run:
         bad: Tensor = ~(self.losses.isfinite().all() & self.norm.isfinite())
         leave_out(self.optimizer, bad)
         self.optimizer.step()
-        update_ema(self.ema, self.diffusion.model, ema.warmed(self.options.ema, self.step))
+        update_ema(self.ema, self.diffusion.model, warmed(self.options.ema, self.step))
         return bad
 
     def _backward(self) -> None:

@@ -13,9 +13,9 @@ from fastdiff.diffusion import Diffusion
 from fastdiff.edm import Edm
 from fastdiff.flow import FlowMatching
 from fastdiff.score import NCSN, ScoreSDE
-from fastdiff.training import ema
 from fastdiff.training.checkpoint import State
 from fastdiff.training.data.opening import ARRAYS, KINDS, SETS, is_path
+from fastdiff.training.ema import names as average_names
 from fastdiff.unet import UNet
 
 # What the network of each formulation predicts by default.
@@ -177,7 +177,7 @@ class Options:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay: expected a finite number of at least 0, got {self.weight_decay}")
-        ema.names(self.ema_decays, self.ema_sigma_rel)
+        average_names(self.ema_decays, self.ema_sigma_rel)
 
     def _check_network(self) -> None:
         if self.data in SETS and self.sides != SETS[self.data][1:]:
