@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What numbers are for; each has its own.
-LEVELS, ORDER = 1, 2
+# What the numbers of training levels are for; another purpose has other numbers.
+LEVELS = 1
 WORD = 2**64 - 1
 
 
@@ -18,9 +18,9 @@ def uniforms(seed: int, step: int, count: int, purpose: int) -> Tensor:
 
     Args:
         seed: of the run.
-        step: a number below 2^64, the step or the epoch.
+        step: a number below 2^64.
         count: how many, one for each sample.
-        purpose: LEVELS, ORDER, or a number of your own.
+        purpose: LEVELS, or a number of your own.
 
     Reference: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox4x64-10).
     """
