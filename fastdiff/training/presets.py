@@ -21,8 +21,8 @@ MNIST: dict[str, Any] = {
     "sample_every": 500,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {"data": "digits", **DIGITS},
-    "mnist28": {"data": "mnist", **MNIST},
+    "digits": {"data": "digits", "classes": True, **DIGITS},
+    "mnist28": {"data": "mnist", "classes": True, **MNIST},
     "cifar10-32": {
         "size": 32,
         "steps": 400_000,
