@@ -132,7 +132,8 @@ def parser() -> argparse.ArgumentParser:
     command = add("eval", evaluation, "Compare samples with real images.")
     sample_arguments(command, n=None)
     command.add_argument("--data", help=f"the real images: {KINDS} (default: those of the run)")
-    command.add_argument("--features", help=f"what is compared: {NAMES} (default: inception, for the digits pixels)")
+    text = f"what is compared: {NAMES} (default: inception; of mnist classifier, of digits pixels)"
+    command.add_argument("--features", help=text)
     command.add_argument(
         "--reference", type=path, metavar="FILE.npz", help="mu and sigma of the real features: read, or written once"
     )

@@ -19,9 +19,9 @@ from fastdiff.training.features import classified, features_of
 from fastdiff.training.metrics import frechet
 from fastdiff.training.samples import conditions, number_of_classes
 
-# Samples to draw unless a number is given: as many as the half of the digits that is trained on; else the least that is
-# usual, since the distance of few samples is too large.
-DIGITS_SAMPLES, SAMPLES = 898, 10_000
+# Samples to draw unless a number is given: of a known set as many as the half that is trained on; else the least that
+# is usual, since the distance of few samples is too large.
+SAMPLES = 10_000
 
 
 def figures(args: argparse.Namespace, model: Diffusion, draw: Callable[[int], Tensor]) -> dict[str, Any]:
@@ -36,27 +36,29 @@ def figures(args: argparse.Namespace, model: Diffusion, draw: Callable[[int], Te
     """
     options = RunFile.open(find(args.checkpoint) or args.checkpoint).options
     data = args.data or options.get("data", "")
+    halves = known_set(data)[::2] if data in SETS else None
+    number = args.n or (len(halves[0]) if halves else SAMPLES)
     if data == "digits" and not (args.features or args.reference):
-        samples = draw(args.n or DIGITS_SAMPLES)
+        samples = draw(number)
         return asdict(evaluate(samples)) | accuracy(model, "digits", samples, args.label)
-    features = features_of(args.features or "inception", data, torch.device(args.device))
+    name = args.features or ("classifier" if data in SETS else "inception")
+    features = features_of(name, data, torch.device(args.device))
     shape: tuple[int, int, int] | None = model.model.sample_shape  # type: ignore[assignment]
     if shape is None:
         raise ValueError(f"{args.checkpoint}: expected a network with a sample_size, which says how large images are")
     source: Source | None = None
-    if data in SETS:
-        train, _, held_out, _ = known_set(data)
-        source = Arrays(held_out.pixels, white=held_out.white)
+    if halves:
+        source = Arrays(halves[1].pixels, white=halves[1].white)
     elif not (args.reference and Path(args.reference).exists()):
         source = open_source(str(Path(data).resolve()) if is_path(data) else data, shape[1:], shape[0])
     if source is not None and tuple(source.shape) != shape:
         raise ValueError(f"data: expected images of {shape} in {data}, got {tuple(source.shape)}")
-    samples = draw(args.n or SAMPLES)
+    samples = draw(number)
     found = assess(samples, source, features, args.batch_size, args.reference)
-    if data in SETS:
-        first, second = (collect(half[:].split(args.batch_size), features).sums for half in (train, held_out))
+    if halves:
+        first, second = (collect(half[:].split(args.batch_size), features).sums for half in halves)
         found["frechet_distance_real"] = frechet(first.statistics(), second.statistics())
-    return found | (accuracy(model, data, samples, args.label) if args.features == "classifier" else {})
+    return found | (accuracy(model, data, samples, args.label) if name == "classifier" else {})
 
 
 def accuracy(model: Diffusion, data: str, samples: Tensor, label: int | None) -> dict[str, float]:
