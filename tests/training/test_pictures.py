@@ -73,8 +73,12 @@ def test_quality(model, tmp_path, monkeypatch, capsys):
     whole = [("ddim", 1, 1), ("ddim", 2, 2), ("ddim", 3, 3), ("heun", 1, 1), ("heun", 2, 1), ("heun", 3, 2)]
     assert runs == [*whole, ("ddim, bfloat16", 2, 2)]
     assert report["real"] == pytest.approx(0.2932, abs=1e-4)
-    assert all(row["images_per_s"] > 0 and row["frechet_distance"] > 1 for row in report["rows"])
-    assert "heun" in said and "DDPM" in said
+    assert [row["model_calls"] for row in report["rows"]] == [1, 2, 3, 1, 1, 3, 2]
+    assert all(row["cost"] > 0 and row["frechet_distance"] > 1 for row in report["rows"])
+    kinds = {row["sampler"]: row["group"] for row in report["rows"]}
+    assert kinds["ddim"] == kinds["ddim, bfloat16"] == "no noise, one call a step"
+    assert kinds["heun"] == "no noise, several calls a step"
+    assert "heun" in said and "DDPM" in said and "cost / calls" in said
     with Image.open(tmp_path / "q.png") as picture:
         assert len(picture.getcolors(1 << 20)) > 20
 
