@@ -52,9 +52,8 @@ def test_quality():
     assert ddim == edm == [[10.0, 0.4, 50.0, 0.08]] and heun == [[9.0, 0.4, 49.0, 0.08]] and none == [[]]
     assert [len(axes.lines) for axes in figure.axes] == [3, 3, 2, 3]  # in colour, in grey, and the real digits
     assert {line.get_ydata()[0] for axes in figure.axes for line in axes.lines[-1:]} == {0.3}
-    said = words(figure)
-    for text in ("Down and to the left is better", "10, 50 model calls", "Edm", "two halves of the real digits", *kinds):
-        assert text in said
+    texts = ("Down and to the left is better", "10, 50 model calls", "two halves of the real digits", "Edm", *kinds)
+    assert all(text in words(figure) for text in texts)
 
 
 def test_roofline():
