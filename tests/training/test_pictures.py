@@ -49,6 +49,20 @@ def test_editing(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_inversion(tmp_path, monkeypatch):
+    few = {"data": "digits", "classes": True, "channels": 8, "steps": 1, "timesteps": 100}
+    training.train(training.Options(**{**training.DIGITS, **few}), tmp_path, CPU)
+    example = runpy.run_path(str(ROOT / "examples" / "inversion.py"))
+    monkeypatch.setitem(example["main"].__globals__, "STEPS", 10)
+    example["main"](tmp_path / "model.safetensors", tmp_path / "inversion.png")
+    picture = np.asarray(Image.open(tmp_path / "inversion.png"))
+    assert picture.shape == (50 * 6, 50 * 10)
+    images, back, *others = picture.reshape(6, 50, 500).astype(float)
+    assert np.corrcoef(images.ravel(), back.ravel())[0, 1] > 0.95  # they come back, as well as 10 steps can tell
+    assert all((back[:, 50 * k :] != other[:, 50 * k :]).any() for k, other in enumerate(others))
+
+
+@pytest.mark.slow
 def test_bound(model, monkeypatch, capsys):
     example = runpy.run_path(str(ROOT / "examples" / "bound.py"))
     monkeypatch.setitem(example["main"].__globals__, "IMAGES", 2)
