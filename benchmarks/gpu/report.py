@@ -143,7 +143,7 @@ def headline_table(content: dict[str, Any], page: Path, beside: Path) -> str:
             lines.append(_line([what, f"{own:.4g} ms", f"{other:.4g} ms, {way}", f"{other / own:.2f}x"]))
     if not lines:
         return ""
-    title = f"[{_device(content)}]({os.path.relpath(page, beside)}), bfloat16, beside the fastest other that was measured:"
+    title = f"[{_device(content)}]({os.path.relpath(page, beside)}), bfloat16, beside the fastest other way measured:"
     return "\n".join([title, "", "| | fastdiff | fastest other | |", "|---|---|---|---|", *lines[:HEADLINES]]) + "\n"
 
 
