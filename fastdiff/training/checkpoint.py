@@ -28,7 +28,7 @@ from fastdiff.support.sharded import is_sharded
 from fastdiff.training.ema import names as average_names
 from fastdiff.training.ema import note as note_averages
 from fastdiff.training.layout import whole
-from fastdiff.training.ranks import Ranks
+from fastdiff.training.ranks import ALONE, Ranks
 from fastdiff.unet import UNet
 
 MODELS: dict[str, type[Diffusion]] = {c.__name__: c for c in (DDPM, NCSN, ScoreSDE, FlowMatching, Edm)}
@@ -61,9 +61,6 @@ class State:
     step: int
     averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
-
-
-ALONE = Ranks()
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -51,8 +51,9 @@ def train(
     """Train until step `options.steps`, together with the other processes if a launcher started several.
 
     Writes out/model.safetensors every `save_every` steps, at the end, and on SIGINT, SIGTERM, SIGHUP or SIGUSR1. The
-    steps go on while a thread writes a copy of the weights. A run that is interrupted and resumed ends with the same bits as one that is not. On another number of processes it ends
-    with the same weights to rounding. So it does on a GPU, where the sums of some gradients are of no fixed order.
+    steps go on while a thread writes a copy of the weights. A run that is interrupted and resumed ends with the same
+    bits as one that is not. On another number of processes it ends with the same weights to rounding. So it does on a
+    GPU, where the sums of some gradients are of no fixed order.
 
     Args:
         options: what to train, and for how long.
