@@ -75,7 +75,12 @@ class PNDMScheduler(HistoryScheduler, diffusers.PNDMScheduler, stock=diffusers.P
 
     def _prk_rows(self, device: torch.device) -> Tensor:
         """Rows by timestep of this quarter: from the timestep that the step began at, to half a step or a step less."""
-        base, last = int(self.prk_timesteps[self.counter // 4 * 4]), self.counter % 4 == 3
+        first, last = self.counter // 4 * 4, self.counter % 4 == 3
+        base: Any  # a compiler cannot read the numbers of NumPy
+        if torch.compiler.is_compiling():
+            base = self.timesteps[first : first + 1].to(self.alphas_cumprod.device)
+        else:
+            base = int(self.prk_timesteps[first])
         half = 0 if self.counter % 2 else self.config.num_train_timesteps // self.num_inference_steps // 2
 
         def build() -> Tensor:
