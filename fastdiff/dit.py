@@ -138,7 +138,8 @@ class DiT(nn.Module):
     @property
     def class_embedding(self) -> nn.Embedding:
         """That of the first block; its number of labels is that of all."""
-        return self._blocks[0].norm1.emb.class_embedder.embedding_table
+        table: nn.Embedding = self._blocks[0].norm1.emb.class_embedder.embedding_table
+        return table
 
     @property
     def _blocks(self) -> list[Any]:
@@ -165,12 +166,12 @@ class DiT(nn.Module):
         patch, (h, w) = self.config["patch_size"], (side // self.config["patch_size"] for side in x.shape[2:])
         tokens = self.pos_embed(x)
         tokens = (tokens + self._positions(h, w, x.device)).to(tokens.dtype)
-        first = None
+        conditions: list[Tensor] = []
         for i, block in enumerate(self.transformer_blocks):
             tokens, condition = block(tokens, t, class_labels, None if emb is None else emb[:, i])
-            first = condition if first is None else first  # which the output takes
-        shift, scale = self.proj_out_1(F.silu(first)).chunk(2, dim=1)
-        out = self.proj_out_2(modulated_norm(tokens, shift, scale, EPS))
+            conditions = conditions or [condition]  # the output takes that of the first block
+        shift, scale = self.proj_out_1(F.silu(conditions[0])).chunk(2, dim=1)
+        out: Tensor = self.proj_out_2(modulated_norm(tokens, shift, scale, EPS))
         out = out.reshape(-1, h, w, patch, patch, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return out.reshape(-1, self.out_channels, h * patch, w * patch)
 

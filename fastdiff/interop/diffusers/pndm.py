@@ -51,7 +51,7 @@ class PNDMScheduler(HistoryScheduler, diffusers.PNDMScheduler, stock=diffusers.P
         """A quarter of a step of Runge and Kutta: DDIM's from x_t in one pass, and the sum of the predictions."""
         k, so_far = self.counter % 4, self.cur_model_output
         start = self.cur_sample if k else sample
-        summed = (so_far,) if isinstance(so_far, Tensor) else ()
+        summed: list[Tensor] = [so_far] if isinstance(so_far, Tensor) else []
         if (
             self.num_inference_steps is None
             or self.config.prediction_type not in ("epsilon", "v_prediction")
@@ -61,8 +61,8 @@ class PNDMScheduler(HistoryScheduler, diffusers.PNDMScheduler, stock=diffusers.P
         ):
             return NotImplemented
         index = index_of(timestep, sample.device)
-        x, output, *summed_ = promoted(start, model_output, *summed)
-        prev_sample = ops.combine(x, output, self._prk_rows(x.device), index, z=summed_[0] if k == 3 else None)
+        x, output, *rest = promoted(start, model_output, *summed)
+        prev_sample = ops.combine(x, output, self._prk_rows(x.device), index, z=rest[0] if k == 3 else None)
         if k == 0:
             self.ets.append(model_output)
             self.cur_sample, self.cur_model_output = sample, PRK[0] * model_output
