@@ -2,6 +2,7 @@
 
 from . import ops, reference
 from .ddpm import DDPM
+from .dit import DiT
 from .edm import Edm
 from .flow import FlowMatching
 from .interop.accelerate import accelerate, restore
@@ -14,6 +15,7 @@ __version__ = "0.2.0"
 __all__ = [
     "DDPM",
     "NCSN",
+    "DiT",
     "Edm",
     "FlowMatching",
     "NoiseSchedule",

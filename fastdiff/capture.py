@@ -46,7 +46,7 @@ class CapturedSteps:
         self.run = run
         self.x = torch.empty_like(run.x)
         first = Steps(run)
-        self.rows, self.condition, self.hist = first.rows, first.condition, first.hist
+        self.rows, self.condition, self.hist, self.memory = first.rows, first.condition, first.hist, first.memory
         self.counter = torch.zeros(1, dtype=torch.int64, device=run.x.device)
         self.noise = torch.empty_like(self.x) if run.noise is not None else None
         self.seed = None if run.seed is None else run.seed.clone()
@@ -63,8 +63,9 @@ class CapturedSteps:
         self.rows.copy_(run.table.rows)
         self.condition.copy_(conditions(run))
         self.counter.zero_()
-        if self.hist is not None:
-            self.hist.zero_()
+        for kept in (self.hist, self.memory):
+            if kept is not None:
+                kept.zero_()
         if self.seed is not None and run.seed is not None:
             self.seed.copy_(run.seed)
         if self.sample_ids is not None and run.sample_ids is not None:
@@ -108,7 +109,7 @@ class CapturedSteps:
         """The step that the counter names, with nothing that depends on the run but by these tensors."""
         run, at = self.run, self.counter
         seed = self.seed if self.noise is None and run.options.noisy else None
-        operands = Operands(self.rows, at, seed, self.sample_ids, self.noise, self.hist)
+        operands = Operands(self.rows, at, seed, self.sample_ids, self.noise, self.hist, self.memory)
         ahead = {name: rows.index_select(0, at) for name, rows in (self.time_arguments or {}).items()}
         condition = self.condition.index_select(0, at)[0]
         advance(kind, run.denoiser, self.x, condition, operands, run.options, {**ahead, **self.model_kwargs})

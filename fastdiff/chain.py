@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from . import ops, steps
 from .diffusion import Diffusion
-from .objective import WEIGHTINGS, Weighting, target_rows, weights
-from .ops.checks import as_index, check_choice, check_floating, check_like
+from .objective import WEIGHTINGS, Weighting, check_weighting, target_rows, weights
+from .ops.checks import as_index, check_floating, check_like
 from .process import Chain
 from .rows import columns, make_rows
 from .schedule import NoiseSchedule, make_schedule
@@ -64,8 +64,7 @@ class ChainDiffusion(Diffusion):
         super().apply_options()
         if not isinstance(self.process, Chain):
             raise TypeError(f"process: expected a Chain, got {type(self.process).__name__}")
-        if not callable(self.weighting):
-            check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_weighting(self.weighting, WEIGHTINGS)
         steps.check_signal(self.schedule, self._levels(), self.objective)
         self._tables = Tables()
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from . import ops
 from .denoiser import own_rows
 from .diffusion import Diffusion
-from .objective import Weighting, target_rows, weights
-from .ops.checks import check_choice
+from .objective import Weighting, check_weighting, target_rows, weights
 from .process import Process
 from .support import run_file
 from .support.run_file import RunFile
@@ -44,8 +43,7 @@ class ContinuousDiffusion(Diffusion):
 
     def apply_options(self) -> None:
         super().apply_options()
-        if not callable(self.weighting):
-            check_choice("weighting", self.weighting, self.weightings)
+        check_weighting(self.weighting, self.weightings)
 
     @classmethod
     def from_pretrained(cls: type[Made], path: str | Path) -> Made:

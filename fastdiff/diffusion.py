@@ -261,7 +261,7 @@ class Diffusion(Denoiser, ABC):
         if noise is not None and not callable(noise):
             check_shape("noise", noise, (len(table), *shape))
         if guidance is not None:
-            table = with_guidance(table, guidance)
+            table = with_guidance(table, guidance, guidance_rule, self.process)
         seed = seed_of(seed, generator, device)
         if x_init is None:
             x = self._start(shape, seed, ids, x_T, table.start, out, device)

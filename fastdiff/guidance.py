@@ -23,17 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
+from .process import Process
 from .reference import work_dtype
 from .rows import Row, columns
 from .steps import StepTable
-from .support.scalars import as_number
+from .support.scalars import as_number, integer
 from .support.shapes import flat
 
 Guidance = float | Sequence[float] | Callable[[int, float], float]
 
 
 class Rule(Protocol):
-    """How two predictions become one. Equal rules are one rule, and a rule can be hashed, as frozen dataclasses can."""
+    """How two predictions become one. Equal rules are one rule, and a rule can be hashed, as frozen dataclasses can.
+
+    A rule whose attribute `remembers` is true is also given memory=, (B, ...), which it may overwrite: 0 in the first
+    step of a run, and then as the step before left it.
+    """
 
     def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
         """The prediction (B, ...) from the state, both predictions and the step's row, numbers (1, ...) each."""
@@ -67,13 +72,24 @@ class Rescaled:
 
 @dataclass(frozen=True)
 class ZeroStar:
-    """CFG-Zero*, without its zero start: uncond is scaled to be nearest to cond.
+    """CFG-Zero*: uncond is scaled to be nearest to cond, and the first steps may stand still.
 
         s    = <cond, uncond> / |uncond|^2        of each sample
         pred = s uncond + w (cond - s uncond)
 
+    Args:
+        zero_start: rows of the table, from its start, in which the velocity is 0 whatever is predicted. For
+            `FlowMatching`, with a sampler through x0hat. Published is a share of 0.04 of the steps.
+
+    Raises: ValueError for a zero_start below 0; `sample` raises it for one that its process or sampler cannot take.
     Reference: Fan et al. 2025, arXiv:2503.18886, eq. 9 and algorithm 1.
     """
+
+    zero_start: int = 0
+
+    def __post_init__(self) -> None:
+        if (integer(self.zero_start) or 0) != self.zero_start or self.zero_start < 0:
+            raise ValueError(f"zero_start: expected an integer of at least 0, got {self.zero_start!r}")
 
     def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
         scaled = uncond * _for_each(_share_of(cond, uncond), uncond)
@@ -82,32 +98,45 @@ class ZeroStar:
 
 @dataclass(frozen=True)
 class Projected:
-    """Adaptive projected guidance, without momentum: of the change, what is parallel to the estimate counts less.
+    """Adaptive projected guidance: of the change, what is parallel to the estimate counts less.
 
         x0   = x0_from_x x + x0_from_pred cond
-        d    = x0_from_pred (cond - uncond),    shortened to the norm `radius`
+        d    = x0_from_pred (cond - uncond) + momentum d_before,    then shortened to the norm `radius`
         x0'  = x0 + (w - 1) (d - (1 - parallel) <d, x0> / |x0|^2 x0)
         pred = that of x0'
 
     Args:
         parallel: the weight of the parallel part; 1 is plain guidance, 0 is published.
         radius: the largest norm of d, of each sample; None for none.
+        momentum: the share of the last step's d (before it was shortened); below 0 as published, -0.75 or -0.5.
 
-    Works in samplers through x0hat. Where a row has none, the parallel part is 0.
-    Raises: ValueError for parallel outside of [0, 1], and for a radius that is not above 0.
-    Reference: Sadat et al. 2024, arXiv:2410.02416, eq. 4 to 8.
+    Works in samplers through x0hat. Where a row has none, the parallel part and d_before are 0.
+    Raises: ValueError for parallel outside of [0, 1], for a radius that is not above 0, and for a momentum outside of
+        (-1, 1).
+    Reference: Sadat et al. 2024, arXiv:2410.02416, eq. 4 to 8 and algorithm 1.
     """
 
     parallel: float = 0.0
     radius: float | None = None
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         _check_share("parallel", self.parallel)
         if self.radius is not None and not as_number("radius", self.radius) > 0:
             raise ValueError(f"radius: expected a number above 0 or None, got {self.radius}")
+        if not -1 < as_number("momentum", self.momentum) < 1:
+            raise ValueError(f"momentum: expected a number between -1 and 1, got {self.momentum}")
 
-    def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
+    @property
+    def remembers(self) -> bool:
+        """Whether d of a step is needed in the next one."""
+        return self.momentum != 0
+
+    def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row, memory: Tensor | None = None) -> Tensor:
         x0, d = row.x0_from_x * x + row.x0_from_pred * cond, cond - uncond
+        if memory is not None:
+            memory.mul_(self.momentum).add_(row.x0_from_pred * d)
+            d = torch.where(row.x0_from_pred != 0, memory / row.x0_from_pred, d)
         if self.radius is not None:
             norm = row.x0_from_pred.abs().flatten() * torch.linalg.vector_norm(flat(d), dim=1)
             d = d * _for_each((self.radius / norm).clamp(max=1.0), d)
@@ -146,19 +175,29 @@ class Thresholded:
         return p + torch.where(row.x0_from_pred != 0, change / row.x0_from_pred, 0.0)
 
 
-def guided(rule: Rule, x: Tensor, cond: Tensor, uncond: Tensor, rows: Tensor, step: Tensor) -> Tensor:
+def remembers(rule: Rule | None) -> bool:
+    """Whether a rule has a memory."""
+    return bool(getattr(rule, "remembers", False))
+
+
+def guided(
+    rule: Rule, x: Tensor, cond: Tensor, uncond: Tensor, rows: Tensor, step: Tensor, memory: Tensor | None = None
+) -> Tensor:
     """The prediction of a rule in step `step` (1,) of the rows, in the type of the state's arithmetic."""
     work = work_dtype(x.dtype)
     row = Row(*(c.reshape(1, *[1] * (x.ndim - 1)) for c in columns(rows.index_select(0, step).to(work))))
-    return rule(x.to(work), cond.to(work), uncond.to(work), row)
+    given = {} if memory is None else {"memory": memory}
+    return rule(x.to(work), cond.to(work), uncond.to(work), row, **given)
 
 
-def with_guidance(table: StepTable, guidance: Guidance) -> StepTable:
-    """A copy of the table with the weight w of each step.
+def with_guidance(table: StepTable, guidance: Guidance, rule: Rule | None, process: Process) -> StepTable:
+    """A copy of the table with the weight w of each step, and the zero start of a rule.
 
     Args:
         guidance: a finite number, a list or tuple with one for each row, or a function of the row's number and of the
             level at which the model is asked, to one.
+        rule: how two predictions become one.
+        process: of the table.
 
     Raises: ValueError for anything else.
     """
@@ -177,7 +216,20 @@ def with_guidance(table: StepTable, guidance: Guidance) -> StepTable:
             raise ValueError(f"guidance: expected a finite number, got {number!r}")
     rows = table.rows.clone()
     columns(rows).guidance.copy_(torch.tensor([float(number) for number in numbers], dtype=rows.dtype))
+    if isinstance(rule, ZeroStar) and rule.zero_start:
+        _stand_still(rows[: rule.zero_start], process)
     return replace(table, rows=rows)
+
+
+def _stand_still(rows: Tensor, process: Process) -> None:
+    """Let rows take the velocity for 0, in place: x_0 = eps = x where x_t = (1 - t) x_0 + t eps."""
+    row = columns(rows)
+    if not process.straight:
+        raise ValueError(f"zero_start: expected 0 but for FlowMatching, got one with {type(process).__name__}")
+    if bool(((row.x0_from_x == 0) & (row.x0_from_pred == 0)).any()):
+        raise ValueError("zero_start: expected 0 with this sampler, whose steps take no way through x0hat")
+    row.x0_from_x.fill_(1.0)
+    row.x0_from_pred.zero_()
 
 
 class Pair(nn.Module):

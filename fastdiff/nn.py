@@ -8,6 +8,7 @@ make up the state_dict keys of published checkpoints; keep them.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -42,6 +43,22 @@ def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to
     angle = t.float()[:, None] * torch.exp(k * -math.log(10000.0) / (half - freq_shift))
     halves = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
     return F.pad(torch.cat(halves, dim=1), (0, dim % 2))
+
+
+def timesteps_of(t: Tensor | float | None, x: Tensor) -> Tensor:
+    """t as a tensor (B,) or (1,) on x's device. Raises: ValueError for any other."""
+    if isinstance(t, Tensor):
+        if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, x.shape[0])):
+            raise ValueError(f"t: expected shape ({x.shape[0]},), (1,) or (), got {describe(t)}")
+        return t.to(x.device).reshape(-1)
+    if not isinstance(t, Real):
+        raise ValueError(f"t: expected a tensor or a number, got {t!r}")
+    return torch.full((1,), float(t), dtype=torch.float32, device=x.device)  # a fill, not a copy from the host
+
+
+def describe(value: object) -> str:
+    """The type and shape of a tensor, for errors."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 class FourierProjection(nn.Module):

@@ -47,6 +47,8 @@ OBJECTIVES: dict[str, Callable[..., tuple[Any, Any, Any]]] = {
 Weighting = Callable[[NoiseSchedule, str], Tensor]
 WEIGHTINGS = ("simple", "min_snr", "vlb")
 MIN_SNR_GAMMA = 5.0
+# Before another gamma in the name of a weighting, as in "min_snr:3".
+WITH_GAMMA = "min_snr:"
 
 
 def uses_x0(objective: str) -> bool:
@@ -139,6 +141,20 @@ def min_snr(schedule: NoiseSchedule, objective: str, gamma: float = MIN_SNR_GAMM
     return torch.minimum(eps_error, gamma * x0_error)  # without SNR = 0 times an infinite error
 
 
+def check_weighting(weighting: str | Weighting, names: tuple[str, ...]) -> None:
+    """A function, one of the names, or min_snr with a gamma. ValueError for anything else."""
+    if callable(weighting) or weighting in names:
+        return
+    if not isinstance(weighting, str) or not weighting.startswith(WITH_GAMMA):
+        raise ValueError(f"weighting: expected one of {', '.join(names)}, got {weighting!r}")
+    try:
+        ok = float(weighting.removeprefix(WITH_GAMMA)) > 0
+    except ValueError:
+        ok = False
+    if not ok:
+        raise ValueError(f"weighting: expected {WITH_GAMMA}GAMMA with a number above 0, got {weighting!r}")
+
+
 def weights(schedule: NoiseSchedule, objective: str, weighting: str | Weighting) -> Tensor:
     """w_t on the squared error of the prediction, one per level.
 
@@ -147,7 +163,7 @@ def weights(schedule: NoiseSchedule, objective: str, weighting: str | Weighting)
         objective: what the model predicts.
         weighting: the quantity whose error counts alike at all levels, or as often as said here:
             "simple": scale pred, so 1, and sigma^2 for the score, which makes it the simple loss of eps.
-            "min_snr": x_0, min(SNR, 5) times.
+            "min_snr": x_0, min(SNR, 5) times. "min_snr:3": min(SNR, 3) times.
             "vlb": x_0, (SNR_{t-1} - SNR_t) / 2 times: the terms of the variational bound in nats with the posterior
                 variance. At t = 1, where that variance is 0, beta_1 stands for it, which gives 1 / (2 beta_1).
             "likelihood": the score, g^2 times; for levels of an SDE.
@@ -171,7 +187,8 @@ def weights(schedule: NoiseSchedule, objective: str, weighting: str | Weighting)
         return schedule.rates[1] * conversion_rows(schedule, objective, "score")[1] ** 2
     if weighting == "vlb":
         return _bound_weights(schedule, objective, *_errors(schedule, objective))
-    return min_snr(schedule, objective)
+    gamma = weighting.removeprefix(WITH_GAMMA)
+    return min_snr(schedule, objective, MIN_SNR_GAMMA if gamma == weighting else float(gamma))
 
 
 def _errors(schedule: NoiseSchedule, objective: str) -> tuple[Tensor, Tensor]:

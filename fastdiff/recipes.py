@@ -12,7 +12,9 @@ from .reference import work_dtype
 from .support.scalars import as_number
 
 
-def offset_noise(x0: Tensor, strength: float = 0.1, *, seed: int | Tensor | None = None) -> Tensor:
+def offset_noise(
+    x0: Tensor, strength: float = 0.1, *, seed: int | Tensor | None = None, sample_ids: Tensor | None = None
+) -> Tensor:
     """z + strength z_c with z ~ N(0, I) and z_c ~ N(0, 1) of each channel: images may become darker or brighter.
 
         loss = ddpm(x0, noise=offset_noise(x0))
@@ -21,6 +23,7 @@ def offset_noise(x0: Tensor, strength: float = 0.1, *, seed: int | Tensor | None
         x0: (B, C, ...), data.
         strength: finite, at least 0.
         seed: of the noise; drawn if None.
+        sample_ids: (B,), the number of each sample in the noise of the seed; 0..B-1 if None.
 
     Returns: (B, C, ...), float32 or float64.
     Reference: Guttenberg 2023, "Diffusion with offset noise".
@@ -30,9 +33,9 @@ def offset_noise(x0: Tensor, strength: float = 0.1, *, seed: int | Tensor | None
         raise ValueError(f"x0: expected channels, (B, C, ...), got shape {tuple(x0.shape)}")
     if not 0 <= as_number("strength", strength) < float("inf"):
         raise ValueError(f"strength: expected a finite number of at least 0, got {strength}")
-    seed, dtype = as_seed(seed, x0.device), work_dtype(x0.dtype)
-    z = ops.normal(x0.shape, seed, stream=ops.FORWARD, dtype=dtype, device=x0.device)
-    offset = ops.normal(x0.shape[:2], seed, step=1, stream=ops.FORWARD, dtype=dtype, device=x0.device)
+    same: dict[str, Any] = {"stream": ops.FORWARD, "sample_ids": sample_ids, "device": x0.device}
+    same |= {"seed": as_seed(seed, x0.device), "dtype": work_dtype(x0.dtype)}
+    z, offset = ops.normal(x0.shape, **same), ops.normal(x0.shape[:2], step=1, **same)
     return z.add_(offset.reshape(*offset.shape, *[1] * (x0.ndim - 2)), alpha=strength)
 
 

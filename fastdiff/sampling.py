@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import ops
 from .denoiser import Denoiser, Prediction, own_rows
-from .guidance import Rule, guided
+from .guidance import Rule, guided, remembers
 from .objective import conversion_rows
 from .process import Process
 from .reference import work_dtype
@@ -78,7 +78,7 @@ class StepOptions(NamedTuple):
 
 class Operands(NamedTuple):
     """The tensors of one step beside the state, as in ops.update: the rows of all steps, the number (1,) of
-    this one, and seed, sample_ids, noise and hist, each of them or None."""
+    this one, and seed, sample_ids, noise and hist, each of them or None. memory: that of the rule, or None."""
 
     rows: Tensor
     step: Tensor
@@ -86,6 +86,11 @@ class Operands(NamedTuple):
     sample_ids: Tensor | None = None
     noise: Tensor | None = None
     hist: Tensor | None = None
+    memory: Tensor | None = None
+
+    def kept(self) -> tuple[Tensor, ...]:
+        """What a step overwrites for the next one."""
+        return tuple(t for t in (self.hist, self.memory) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ class Steps:
         self.rows = run.table.rows.to(device, work_dtype(run.x.dtype))
         self.index = torch.arange(n, device=device)[:, None]
         self.hist = no_history(run)
+        self.memory = torch.zeros_like(run.x) if remembers(run.options.rule) else None
         self.condition = conditions(run)
         self.time_arguments: dict[str, Tensor] = {}
 
@@ -137,7 +143,7 @@ class Steps:
         """The operands of step k, and the arguments of the model."""
         run, given = self.run, given_noise(self.run, k)
         seed = run.seed if given is None and run.options.noisy else None
-        operands = Operands(self.rows, self.index[k], seed, run.sample_ids, given, self.hist)
+        operands = Operands(self.rows, self.index[k], seed, run.sample_ids, given, self.hist, self.memory)
         ahead = {name: rows[k : k + 1] for name, rows in self.time_arguments.items()}
         return operands, {**ahead, **run.model_kwargs}
 
@@ -149,10 +155,9 @@ class Steps:
             return
         # The graph's outputs live in its own memory until the next replay.
         torch.compiler.cudagraph_mark_step_begin()
-        new, *hist = run.compiled(run.denoiser, run.x, self.condition[k], operands, run.options, model_kwargs)
-        run.x.copy_(new)
-        if self.hist is not None:
-            self.hist.copy_(hist[0])
+        new, *kept = run.compiled(run.denoiser, run.x, self.condition[k], operands, run.options, model_kwargs)
+        for place, value in zip((run.x, *operands.kept()), (new, *kept), strict=True):
+            place.copy_(value)
 
     def finish(self) -> Tensor:
         """After the last step: the state."""
@@ -182,7 +187,8 @@ class StepsWithGradient(Steps):
             if run.table.kinds[k] == "add":
                 self.x = update(x, Prediction(x), operands, run.options)
             else:
-                self.x = step(run.denoiser, x, self.condition[k], operands, run.options, model_kwargs)[0]
+                self.x, *kept = step(run.denoiser, x, self.condition[k], operands, run.options, model_kwargs)
+                self.memory = kept[0] if kept else None  # no sampler with hist has gradients
 
 
 class Walker(Protocol):
@@ -312,23 +318,20 @@ def step(
     model_kwargs: dict[str, Any],
     inplace: bool = False,
 ) -> tuple[Tensor, ...]:
-    """One prediction and one update: (x',), or (x', hist') if there is a hist.
+    """One prediction and one update: x', then hist' and memory' if there are such.
 
-    inplace: overwrite x and hist. A CUDA graph must leave its inputs as they are, so it is made without.
+    inplace: overwrite x, hist and memory. A CUDA graph must leave its inputs as they are, so it is made without.
     """
     predicted = denoiser.call_model(x, condition, model_kwargs, options.guided)
-    hist = operands.hist
-    if hist is not None and not inplace:
-        operands = operands._replace(hist=hist.clone())
-    new = update(x, predicted, operands, options, inplace)
-    return (new,) if operands.hist is None else (new, operands.hist)
+    if not inplace:
+        hist, memory = (None if t is None else t.clone() for t in (operands.hist, operands.memory))
+        operands = operands._replace(hist=hist, memory=memory)
+    return update(x, predicted, operands, options, inplace), *operands.kept()
 
 
 def update(x: Tensor, predicted: Prediction, operands: Operands, options: StepOptions, inplace: bool = False) -> Tensor:
-    """ops.update with the operands and options of a run; hist is overwritten."""
-    pred, uncond = predicted.pred, predicted.uncond
-    if options.rule is not None and uncond is not None:
-        pred, uncond = guided(options.rule, x, pred, uncond, operands.rows, operands.step), None
+    """ops.update with the operands and options of a run; hist and memory are overwritten."""
+    pred, uncond = _by_rule(x, predicted, operands, options)
     return ops.update(
         x,
         pred,
@@ -345,6 +348,16 @@ def update(x: Tensor, predicted: Prediction, operands: Operands, options: StepOp
         noisy=options.noisy,
         inplace=inplace,
     )
+
+
+def _by_rule(
+    x: Tensor, predicted: Prediction, operands: Operands, options: StepOptions
+) -> tuple[Tensor, Tensor | None]:
+    """(pred, uncond) for ops.update: a rule makes one prediction of both."""
+    pred, uncond, rule = predicted.pred, predicted.uncond, options.rule
+    if rule is None or uncond is None:
+        return pred, uncond
+    return guided(rule, x, pred, uncond, operands.rows, operands.step, operands.memory), None
 
 
 def correct(
@@ -364,9 +377,8 @@ def correct(
     Reference: Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5.
     """
     rows, number, noise = operands.rows, operands.step, operands.noise
-    pred, _, uncond = denoiser.call_model(x, condition, model_kwargs, options.guided)
-    if options.rule is not None and uncond is not None:
-        pred, uncond = guided(options.rule, x, pred, uncond, rows, number), None
+    predicted = denoiser.call_model(x, condition, model_kwargs, options.guided)
+    pred, uncond = _by_rule(x, predicted, operands, options)
     score = ops.update(x, pred, rows, number, uncond=uncond, clip=options.clip, noisy=False)
     if noise is None:
         noise = ops.normal(

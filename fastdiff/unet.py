@@ -5,7 +5,6 @@ Constructor keywords, state_dict keys and arithmetic are those of diffusers' UNe
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ from .nn import (
     TimeEmbedding,
     UpBlock,
     Upsample,
+    describe,
     sinusoidal_embedding,
+    timesteps_of,
 )
 from .support.scalars import plain_number
 from .support.weights import check_shapes, shapes_of
@@ -233,7 +234,7 @@ class UNet(nn.Module):
         self._check_inputs(x, class_labels, emb, shifts)
         sigma = None
         if self.time_proj is not None or (emb is None and shifts is None):
-            t = _timesteps(t, x)
+            t = timesteps_of(t, x)
             sigma = None if self.time_proj is None else t.reshape(-1, 1, 1, 1)
         of_blocks: Embedding
         if shifts is None:
@@ -261,38 +262,23 @@ class UNet(nn.Module):
     def _check_inputs(self, x: Tensor, class_labels: Tensor | None, emb: Tensor | None, shifts: Tensor | None) -> None:
         channels, factor = self._in_channels, 2 ** (len(self.down_blocks) - 1)
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
-            raise ValueError(f"x: expected a floating tensor (B, C, H, W), got {_describe(x)}")
+            raise ValueError(f"x: expected a floating tensor (B, C, H, W), got {describe(x)}")
         batch, c, h, w = x.shape
         if c != channels or h % factor or w % factor:
-            raise ValueError(f"x: expected C = {channels}, H and W multiples of {factor}, got {_describe(x)}")
+            raise ValueError(f"x: expected C = {channels}, H and W multiples of {factor}, got {describe(x)}")
         if emb is not None and emb.shape not in ((batch, self.emb_dim), (1, self.emb_dim)):
-            raise ValueError(f"emb: expected shape ({batch} or 1, {self.emb_dim}), got {_describe(emb)}")
+            raise ValueError(f"emb: expected shape ({batch} or 1, {self.emb_dim}), got {describe(emb)}")
         if shifts is not None and (emb is not None or self.class_embedding is not None):
             raise ValueError("shifts: expected None with emb, or with num_class_embeds; got a tensor")
         if shifts is not None and (shifts.ndim != 2 or shifts.shape[0] not in (1, batch)):
-            raise ValueError(f"shifts: expected shape ({batch} or 1, width), got {_describe(shifts)}")
+            raise ValueError(f"shifts: expected shape ({batch} or 1, width), got {describe(shifts)}")
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels: expected None, as num_class_embeds is None, got labels")
         elif not isinstance(class_labels, Tensor) or (
             class_labels.dtype not in (torch.int32, torch.int64) or class_labels.shape != (batch,)
         ):
-            raise ValueError(f"class_labels: expected integers ({batch},), got {_describe(class_labels)}")
-
-
-def _timesteps(t: Tensor | float | None, x: Tensor) -> Tensor:
-    """t as a tensor (B,) or (1,) on x's device."""
-    if isinstance(t, Tensor):
-        if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, x.shape[0])):
-            raise ValueError(f"t: expected shape ({x.shape[0]},), (1,) or (), got {_describe(t)}")
-        return t.to(x.device).reshape(-1)
-    if not isinstance(t, Real):
-        raise ValueError(f"t: expected a tensor or a number, got {t!r}")
-    return torch.full((1,), float(t), dtype=torch.float32, device=x.device)  # a fill, not a copy from the host
-
-
-def _describe(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"class_labels: expected integers ({batch},), got {describe(class_labels)}")
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {

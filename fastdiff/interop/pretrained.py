@@ -1,13 +1,13 @@
-"""Directories of diffusers: UNet2DModel, and whole DDPMPipelines. diffusers itself is not needed; safetensors is, for
-files of that kind (extra `[train]`).
+"""Directories of diffusers: UNet2DModel, DiTTransformer2DModel, and whole DDPMPipelines. diffusers itself is not
+needed; safetensors is, for files of that kind (extra `[train]`).
 
-A UNet2DModel is config.json with diffusion_pytorch_model.safetensors or .bin, or with several .safetensors and an index
-of them. A variant, such as fp16, has its name in that of the file. A pipeline holds one in unet/ and a
+A network is config.json with diffusion_pytorch_model.safetensors or .bin, or with several .safetensors and an index
+of them. A variant, such as fp16, has its name in that of the file. A pipeline holds one in unet/ or transformer/ and a
 scheduler_config.json in scheduler/. The first published pipelines have all of these files in one folder. A key that
 config.json or scheduler_config.json lacks has the default of its class. Anything more in a file is refused.
 
-This module reads files into constructor arguments and weights. `UNet.from_pretrained` and `DDPM.from_pretrained` build
-the models.
+This module reads files into constructor arguments and weights. `UNet.from_pretrained`, `DiT.from_pretrained` and
+`DDPM.from_pretrained` build the models.
 """
 
 import json
@@ -29,6 +29,11 @@ VERSION = "0.42.1"
 WEIGHTS = "diffusion_pytorch_model"
 # Names that attention had before diffusers 0.15.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Options of Transformer2DModel that a DiT leaves out.
+OLD_TRANSFORMER = (
+    *("attention_type", "caption_channels", "cross_attention_dim", "double_self_attention", "interpolation_scale"),
+    *("num_vector_embeds", "only_cross_attention", "use_additional_conditions", "use_linear_projection"),
+)
 OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
     "fixed_small": "posterior",
@@ -74,7 +79,7 @@ class Content(dict[str, Any]):
             raise ValueError(f"{self.path}: {reason}") from error
 
 
-# --- UNet2DModel ------------------------------------------------------------------------------------------------
+# --- networks ---------------------------------------------------------------------------------------------------
 
 
 def read_unet(folder: str | Path, variant: str | None = None) -> tuple[Content, Content]:
@@ -85,7 +90,7 @@ def read_unet(folder: str | Path, variant: str | None = None) -> tuple[Content, 
     Returns: (config, weights), floating tensors on the CPU under the names that UNet gives them.
     Raises: FileNotFoundError if a file is missing. ValueError, naming the file, if it is not of that kind.
     """
-    folder = _unet_folder(folder)
+    folder = _network_folder(folder, "unet")
     config = _read_config(folder / "config.json", ("UNet2DModel",))
     for name in ("down_block_types", "up_block_types"):
         if isinstance(config.get(name), list):  # UNetResDownBlock2D and so on, before diffusers 0.3
@@ -95,9 +100,30 @@ def read_unet(folder: str | Path, variant: str | None = None) -> tuple[Content, 
 
 def write_unet(folder: str | Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Write config.json and diffusion_pytorch_model.safetensors, which UNet2DModel.from_pretrained reads."""
+    _write_network(folder, "UNet2DModel", config, weights)
+
+
+def read_dit(folder: str | Path, variant: str | None = None) -> tuple[Content, Content]:
+    """As `read_unet`, of a DiTTransformer2DModel directory, or of the transformer/ of a pipeline's.
+
+    The first published ones name the class Transformer2DModel, whose further options may be there but not be used.
+    """
+    folder = _network_folder(folder, "transformer")
+    config = _read_config(folder / "config.json", ("DiTTransformer2DModel", "Transformer2DModel"))
+    for name in [k for k in OLD_TRANSFORMER if config.get(k, False) in (None, False, "default")]:
+        config.pop(name, None)
+    return config, _read_weights(folder, variant)
+
+
+def write_dit(folder: str | Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write config.json and diffusion_pytorch_model.safetensors, which DiTTransformer2DModel.from_pretrained reads."""
+    _write_network(folder, "DiTTransformer2DModel", config, weights)
+
+
+def _write_network(folder: str | Path, kind: str, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", {"_class_name": "UNet2DModel", "_diffusers_version": VERSION, **config})
+    _write_json(folder / "config.json", {"_class_name": kind, "_diffusers_version": VERSION, **config})
     save_tensors(folder / f"{WEIGHTS}.safetensors", weights, {"format": "pt"})
 
 
@@ -109,10 +135,10 @@ def _new_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _unet_folder(folder: str | Path) -> Path:
-    """The folder itself, or the unet/ in that of a pipeline."""
+def _network_folder(folder: str | Path, part: str) -> Path:
+    """The folder itself, or that of the network in that of a pipeline."""
     folder = _existing(folder)
-    return folder / "unet" if not (folder / "config.json").is_file() and (folder / "unet").is_dir() else folder
+    return folder / part if not (folder / "config.json").is_file() and (folder / part).is_dir() else folder
 
 
 def _weights_files(folder: Path, variant: str | None) -> tuple[Path, list[Path]]:
@@ -184,7 +210,7 @@ def read_ddpm(folder: str | Path, variant: str | None = None) -> Content:
             if config[name] not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {config[name]!r}")
         variance = VARIANCES[config["variance_type"]]
-        size = sum(path.stat().st_size for path in _weights_files(_unet_folder(folder), variant)[1])
+        size = sum(path.stat().st_size for path in _weights_files(_network_folder(folder, "unet"), variant)[1])
         check_length("num_train_timesteps", config["num_train_timesteps"], size)
         arguments = {
             "schedule": _schedule(config),

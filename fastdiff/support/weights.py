@@ -90,14 +90,15 @@ class TensorFile:
 
 
 def shapes_of(kind: Callable[..., nn.Module], config: Mapping[str, Any], tensors: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights of kind(**config), a UNet, from the meta device, where it takes no memory.
+    """The shapes of the weights of kind(**config), a network, from the meta device, where it takes no memory.
 
     Args:
         tensors: how many there are. More layers than that are not laid out, since each takes time.
 
     Raises: ValueError for more layers; what `kind` raises.
     """
-    layers, levels = config.get("layers_per_block", 1), config.get("block_out_channels", ())
+    layers = config.get("layers_per_block", config.get("num_layers", 1))
+    levels = config.get("block_out_channels", (0,))
     if isinstance(layers, int) and isinstance(levels, list | tuple) and layers * len(levels) > tensors:
         raise ValueError(f"the configuration has {layers} layers in {len(levels)} blocks, for {tensors} tensors")
     with torch.device("meta"):

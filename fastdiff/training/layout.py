@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdiff.diffusion import Diffusion
+from fastdiff.dit import Block
 from fastdiff.nn import Attention, ResnetBlock
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The parts of a U-Net that FSDP gathers one by one, and that are recomputed one by one."""
-    return [part for part in network.modules() if isinstance(part, ResnetBlock | Attention)]
+    """The parts of a U-Net or a DiT that FSDP gathers one by one, and that are recomputed one by one."""
+    return [part for part in network.modules() if isinstance(part, ResnetBlock | Attention | Block)]
 
 
 def recompute_blocks(network: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastdiff.cast import channels_last_convolutions
 from fastdiff.files import locked, sweep, writable
+from fastdiff.recipes import offset_noise
 from fastdiff.support.run_file import NAME, RunFile
 from fastdiff.training.checkpoint import State, importance, read_shares, rng_state, set_rng_state
 from fastdiff.training.draws import LEVELS, noise_key, uniforms
@@ -261,7 +262,7 @@ class Run:
         seed, ids = noise_key(self.options.seed, self.step * size, size)
         self.levels = self._draw_levels()[0]
         x0, classes = self._next()
-        given = {"t": self.levels, "seed": seed, "sample_ids": ids.to(self.device), "reduction": "none"}
+        given = {"t": self.levels, "reduction": "none", **self._noise(x0, seed, ids.to(self.device))}
         self.losses = take(x0, decay=decay, **given, **classes)
         self.norm = take.norm
         return take.bad
@@ -272,6 +273,12 @@ class Run:
         if self.options.channels_last:
             x0 = x0.contiguous(memory_format=torch.channels_last)
         return x0, {} if labels is None else {"class_labels": labels}
+
+    def _noise(self, x0: Tensor, seed: int, ids: Tensor) -> dict[str, Any]:
+        """The arguments of the loss that say what its noise is."""
+        if not self.options.offset_noise:
+            return {"seed": seed, "sample_ids": ids}
+        return {"noise": offset_noise(x0, self.options.offset_noise, seed=seed, sample_ids=ids)}
 
     def _step_in_parts(self) -> Tensor:
         """The passes of all ranks, and the update. Returns: (), whether it was left out."""
@@ -295,7 +302,7 @@ class Run:
             with exchanging(self.trained, self.diffusion.model, k == options.accumulate - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                     own: Tensor = self.trained(
-                        x0, t=self.levels[part], seed=seed, sample_ids=ids[part], reduction="none", **classes
+                        x0, t=self.levels[part], reduction="none", **self._noise(x0, seed, ids[part]), **classes
                     )
                 # The mean over the ranks of this is the sum over their samples by the size of the whole batch.
                 (own.mul(weight[part]).sum() * (ranks.size / size)).backward()

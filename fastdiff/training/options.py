@@ -66,6 +66,7 @@ class Options:
         schedule, variance: of ddpm; variance "learned" doubles the network's output channels.
         timesteps: length of ddpm's chain, or of ncsn's ladder.
         sigma_min, sigma_max: smallest and largest noise of ncsn and ve.
+        offset_noise: strength of `fastdiff.recipes.offset_noise`.
         seed: of weights, batches and noise.
         bf16: autocast to bfloat16; None means wherever CUDA supports it.
         save_every: steps between checkpoints.
@@ -111,6 +112,7 @@ class Options:
     sigma_max: float = 50.0
     loss: str = "mse"
     weighting: str = "simple"
+    offset_noise: float = 0.0
     seed: int = 0
     bf16: bool | None = None
     save_every: int = 1000
@@ -160,6 +162,8 @@ class Options:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout: expected a share in [0, 1), got {self.label_dropout}")
+        if not 0 <= self.offset_noise < math.inf:
+            raise ValueError(f"offset_noise: expected a finite number of at least 0, got {self.offset_noise}")
         self._check_optimizer()
         for name in ("lr", "clip_grad"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):

@@ -119,6 +119,7 @@ def test_flow_matching(stochastic: bool) -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_lcm(prediction: str) -> None:
     limits: tuple[dict[str, Any], ...] = ({}, {"clip_sample": True}, {"thresholding": True})
+    limits += ({"clip_sample": True, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True},)  # from alpha = 0
     for config in (*limits, {"set_alpha_to_one": False, "timestep_scaling": 3.0}):
         for steps in (50, 7, 1):
             same_runs(*both(LCM, steps, prediction_type=prediction, **config))

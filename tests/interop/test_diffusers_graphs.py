@@ -56,6 +56,7 @@ REMEMBERING = [
     ("DEISMultistepScheduler", {"solver_order": 3}),
     ("UniPCMultistepScheduler", {"solver_order": 3}),
     ("PNDMScheduler", {"skip_prk_steps": True}),
+    ("PNDMScheduler", {"skip_prk_steps": False}),
     ("DDIMInverseScheduler", {"clip_sample": False}),
 ]
 

@@ -1,14 +1,19 @@
 """Denoisers D(x, sigma): ours for k-diffusion's samplers, and theirs for ours."""
 
-import itertools
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from k_samplers import RULES
+from tiny_run import TINY
 from torch import Tensor, nn
 
 from fastdiff import DDPM, NCSN, Edm, FlowMatching, ScoreSDE, steps
+from fastdiff.diffusion import Diffusion
 from fastdiff.interop.k_diffusion import as_k_diffusion
+from fastdiff.training import Options, build, digits
 
 SHAPE = (3, 2, 4)
 
@@ -33,60 +38,86 @@ MODELS = {
     "edm": lambda: Edm(Net(), 0.7),
 }
 EACH = pytest.mark.parametrize("name", MODELS)
+SOURCES = pytest.mark.parametrize("source", ["formulas", "k-diffusion"])
 
 
 def start() -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def sample_euler(denoise: nn.Module, x: Tensor, sigmas: Tensor) -> Tensor:
-    """x + (s' - s) (x - D(x; s)) / s."""
-    for s, after in itertools.pairwise(sigmas):
-        x = x + (after - s) * (x - denoise(x, s.expand(len(x)))) / s
-    return x
+def paths(source: str) -> dict[str, Any]:
+    """The rules by our names, as functions of (denoise, x, sigmas, noise) to the states after each step."""
+    if source == "formulas":
+        return {
+            name: lambda *given, rule=rule, name=name: list(rule(*given[: 4 if "sde" in name else 3]))
+            for name, rule in RULES.items()
+        }
+    library = pytest.importorskip("k_diffusion.sampling")
 
+    def path(rule: Any, random: bool, denoise: nn.Module, x: Tensor, sigmas: Tensor, noise: Tensor) -> list[Tensor]:
+        states, drawn = [], iter(noise)
+        given = {"noise_sampler": lambda *_: next(drawn)} if random else {}
+        end = rule(denoise, x, sigmas, callback=lambda told: states.append(told["x"]), disable=True, **given)
+        return [*states[1:], end]
 
-def sample_heun(denoise: nn.Module, x: Tensor, sigmas: Tensor) -> Tensor:
-    """Karras et al. 2022, algorithm 1."""
-    for s, after in itertools.pairwise(sigmas):
-        slope = (x - denoise(x, s.expand(len(x)))) / s
-        end = x + (after - s) * slope
-        x = end if after == 0 else x + (after - s) / 2 * (slope + (end - denoise(end, after.expand(len(x)))) / after)
-    return x
-
-
-def sample_dpmpp_2m(denoise: nn.Module, x: Tensor, sigmas: Tensor) -> Tensor:
-    """Lu et al. 2022, algorithm 2, with alpha = 1."""
-    before = last = None
-    for s, after in itertools.pairwise(sigmas):
-        x0 = denoise(x, s.expand(len(x)))
-        h = (s / after).log()
-        best = x0 if before is None or after == 0 else x0 + (x0 - before) * h / (2 * last)
-        x = after / s * x - torch.expm1(-h) * best
-        before, last = x0, h
-    return x
-
-
-THEIRS = {"ddim": sample_euler, "heun": sample_heun, "dpm++2m": sample_dpmpp_2m}
+    return {name: partial(path, getattr(library, rule.__name__), "sde" in name) for name, rule in RULES.items()}
 
 
 @EACH
-@pytest.mark.parametrize("source", ["formulas", "k-diffusion"])
+@SOURCES
 def test_their_samplers_with_our_models(name, source):
-    """As ours with the same levels and start, by the formulas and by the library."""
-    theirs = dict(THEIRS)
-    if source == "k-diffusion":
-        library = pytest.importorskip("k_diffusion.sampling")
-        theirs = {ours: getattr(library, rule.__name__) for ours, rule in THEIRS.items()}
-    model, z = MODELS[name](), start()
+    """As ours with the same levels, start and noise, by the formulas and by the library."""
+    theirs, model, z = paths(source), MODELS[name](), start()
     grid = model.process.karras(8, sigma_min=0.05, sigma_max=20.0)
     made, levels = grid
     sigmas = (made.sigma / made.alpha)[levels]
+    noise = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for ours, rule in theirs.items():
         with torch.no_grad():
-            want = rule(as_k_diffusion(model), sigmas[0] * z, sigmas)
-        got = model.sample(SHAPE, sampler=ours, steps=grid, x_T=made.alpha[levels[0]] * sigmas[0] * z)
+            want = rule(as_k_diffusion(model), sigmas[0] * z, sigmas, noise)[-1]
+        given = {"noise": noise} if "sde" in ours else {}
+        got = model.sample(SHAPE, sampler=ours, steps=grid, x_T=made.alpha[levels[0]] * sigmas[0] * z, **given)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Diffusion:
+    """A U-Net of the digits, trained for a second."""
+    torch.manual_seed(0)
+    model = build(Options(**{**TINY, "timesteps": 1000}))
+    images = digits()[0]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for k in range(28):
+        loss = model(images[32 * k : 32 * k + 32], seed=k)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    return model
+
+
+@pytest.mark.slow
+@SOURCES
+def test_every_step_with_a_trained_network(trained, source):
+    """In float32 each state is theirs within 1e-5, from the same start and with the same noise."""
+    grid = trained.process.karras(10, sigma_min=0.05, sigma_max=20.0)
+    made, levels = grid
+    shape, generator = (4, 1, 8, 8), torch.Generator().manual_seed(3)
+    sigmas = (made.sigma / made.alpha)[levels].float()
+    scale = made.alpha[levels].float()
+    noise, z = torch.randn(10, *shape, generator=generator), torch.randn(shape, generator=generator)
+    for ours, rule in paths(source).items():
+        with torch.no_grad():
+            want = rule(as_k_diffusion(trained), sigmas[0] * z, sigmas, noise)
+        given = {"noise": noise} if "sde" in ours else {}
+        x_T = scale[0] * sigmas[0] * z
+        path = trained.sample(shape, sampler=ours, steps=grid, x_T=x_T, return_trajectory=True, **given)
+        ends = [*range(2, len(path) - 1, 2), -1] if ours == "heun" else range(1, len(path))
+        assert len(ends) == len(want) == 10
+        for k, (at, state) in enumerate(zip(ends, want, strict=True), 1):
+            torch.testing.assert_close(path[at], scale[k] * state, rtol=0, atol=1e-5)
 
 
 def test_the_denoiser_of_ddpm_is_x_minus_sigma_eps():
@@ -114,9 +145,9 @@ def test_their_denoisers_with_our_samplers():
         dtype = torch.float64 if given is module else torch.float32
         made, levels = model.process.karras(9)
         sigmas = made.sigma[levels]
-        for ours, rule in THEIRS.items():
+        for ours in ("ddim", "heun", "dpm++2m"):
             with torch.no_grad():
-                want = rule(module, 80 * z, sigmas)
+                *_, want = RULES[ours](module, 80 * z, sigmas)
             got = model.sample(SHAPE, sampler=ours, steps=(made, levels), x_T=80 * z)
             assert got.dtype == dtype
             close = 1e-9 if given is module else 2e-5  # of states up to 200, rounded to float32

@@ -146,7 +146,7 @@ def test_guidance_of_every_kind_is_captured(taped):
         {"guidance": [1.0, 2.0, 3.0, 0.0, -1.0, 1.5], **branches},
         {"guidance": lambda k, level: 0.5 * k, **branches},
         {"guidance": 2.0, "guidance_rule": Rescaled(0.5), **branches},
-        {"guidance": 2.0, "guidance_rule": Projected(radius=1.0), **branches},
+        {"guidance": 2.0, "guidance_rule": Projected(radius=1.0, momentum=-0.5), **branches},
         {"guidance": 2.0, "y": y, "uncond": weak},
         {"guidance": 3.0, "y": y, "uncond": weak},
     ]

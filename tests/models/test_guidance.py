@@ -1,12 +1,14 @@
 """Guidance beyond one number: a weight of each step, rules, and another network."""
 
+import itertools
 import math
+from collections import deque
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff import DDPM, ScoreSDE, guidance
+from fastdiff import DDPM, FlowMatching, ScoreSDE, guidance
 from fastdiff.guidance import Projected, Rescaled, Thresholded, ZeroStar
 
 SHAPE = (3, 2, 5)
@@ -95,14 +97,15 @@ def zero_star(w: float):
     return combine
 
 
-def projected(w: float, parallel: float, radius: float):
-    """In estimates of x_0, as published: x_0 = alpha x - sigma v."""
-    made = chain(nn.Identity()).schedule
+def projected(w: float, parallel: float, radius: float, momentum: float = 0.0):
+    """In estimates of x_0, as published: x_0 = alpha x - sigma v. The samples come in turn, step after step."""
+    made, before = chain(nn.Identity()).schedule, deque([torch.zeros(())] * len(COND))
 
     def combine(x: Tensor, cond: Tensor, uncond: Tensor, c: Tensor) -> Tensor:
         alpha, sigma = made.alpha[int(c) + 1], made.sigma[int(c) + 1]
         x0, other = alpha * x - sigma * cond, alpha * x - sigma * uncond
-        d = x0 - other
+        d = x0 - other + momentum * before.popleft()
+        before.append(d)
         d = d * min(1.0, radius / float(d.norm()))
         unit = x0 / x0.norm()
         along = (d * unit).sum() * unit
@@ -122,8 +125,9 @@ def projected(w: float, parallel: float, radius: float):
         (ZeroStar(), zero_star),
         (Projected(), lambda w: projected(w, 0.0, math.inf)),
         (Projected(0.3, 0.05), lambda w: projected(w, 0.3, 0.05)),
+        (Projected(0.3, 0.05, -0.75), lambda w: projected(w, 0.3, 0.05, -0.75)),
     ],
-    ids=["rescaled", "not rescaled", "zero star", "projected", "projected, bounded"],
+    ids=["rescaled", "not rescaled", "zero star", "projected", "projected, bounded", "projected, momentum"],
 )
 def test_a_rule_is_its_formula(rule, combine, sampler, w):
     model = Curved()
@@ -131,6 +135,23 @@ def test_a_rule_is_its_formula(rule, combine, sampler, w):
     want = chain(Combined(model, combine(w), COND, UNCOND)).sample(SHAPE, **how)
     got = chain(model).sample(SHAPE, guidance=w, guidance_rule=rule, **BRANCHES, **how)
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m", "heun", "unipc"])
+def test_a_zero_start_is_a_velocity_of_0(sampler):
+    """In the first two rows, for samplers that remember too."""
+    model, calls = Curved(), itertools.count()
+
+    class Standing(Combined):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            return torch.zeros_like(x) if next(calls) < 2 else super().forward(x, c)
+
+    how = {"sampler": sampler, "steps": 5, "seed": 3, "return_trajectory": True}
+    want = FlowMatching(Standing(model, zero_star(2.0), COND, UNCOND)).sample(SHAPE, **how)
+    got = FlowMatching(model).sample(SHAPE, guidance=2.0, guidance_rule=ZeroStar(2), **BRANCHES, **how)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+    if sampler == "ddim":
+        torch.testing.assert_close(got[2], got[0], rtol=1e-12, atol=1e-12)
 
 
 def test_rules_of_nothing_are_finite():
@@ -201,6 +222,16 @@ def test_wrong_rules():
         Projected(-1)
     with pytest.raises(ValueError, match=r"radius: expected a number above 0 or None, got 0\.0"):
         Projected(radius=0.0)
+    with pytest.raises(ValueError, match=r"momentum: expected a number between -1 and 1, got 1\.0"):
+        Projected(momentum=1.0)
+    for wrong in (-1, 1.5):
+        with pytest.raises(ValueError, match="zero_start: expected an integer of at least 0"):
+            ZeroStar(wrong)
+    how = {"steps": 3, "guidance": 2.0, "guidance_rule": ZeroStar(1), **BRANCHES}
+    with pytest.raises(ValueError, match="zero_start: expected 0 but for FlowMatching, got one with Chain"):
+        chain(Curved()).sample(SHAPE, **how)
+    with pytest.raises(ValueError, match="zero_start: expected 0 with this sampler"):
+        FlowMatching(Curved(), last=0.9).sample(SHAPE, sampler="euler_maruyama", **how)
     assert guidance.Projected is Projected
 
 
@@ -219,10 +250,10 @@ def test_rules_compile():
     plain, compiled = chain(Plain()), chain(Plain())
     counter = CompileCounterWithBackend("aot_eager")
     compiled.compile(backend=counter, fullgraph=True)
-    for rule in (Rescaled(0.5), Projected(radius=1.0)):
+    for rule in (Rescaled(0.5), Projected(radius=1.0), Projected(momentum=-0.5)):
         how = {"guidance": [2.0, 1.0, 3.0], "guidance_rule": rule, "steps": 3, "seed": 1, **BRANCHES}
         torch.testing.assert_close(compiled.sample(SHAPE, **how), plain.sample(SHAPE, **how), rtol=1e-5, atol=1e-6)
-    assert counter.frame_count == 2  # one of each rule, for all steps
+    assert counter.frame_count == 3  # one of each rule, for all steps
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])

@@ -19,6 +19,8 @@ def test_offset_noise_has_a_common_part_per_channel() -> None:
     part = offset - plain
     assert torch.allclose(part, part[..., :1, :1].expand_as(part), atol=1e-6)
     assert abs(part[..., 0, 0].std().item() - 0.5) < 0.05 and abs(plain.std().item() - 1) < 0.02
+    some = offset_noise(x0[:2], 0.5, seed=1, sample_ids=torch.tensor([7, 150]))
+    assert torch.equal(some, offset[[7, 150]])
     assert abs(torch.corrcoef(part[..., 0, 0].T)[0, 1].item()) < 0.3  # each channel has its own
     with pytest.raises(ValueError, match=r"^strength: expected a finite number of at least 0, got -1$"):
         offset_noise(x0, -1)

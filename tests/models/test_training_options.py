@@ -81,9 +81,19 @@ def test_min_snr_of_another_gamma(objective: str) -> None:
     for gamma in (1.0, 3.0):
         w = weights(schedule, objective, functools.partial(min_snr, gamma=gamma))[1:-1]
         assert torch.allclose(w, torch.minimum(snr, torch.tensor(gamma)) * share, rtol=1e-9)
+        assert torch.equal(weights(schedule, objective, f"min_snr:{gamma:g}")[1:-1], w)
     assert torch.equal(weights(schedule, objective, min_snr)[1:], weights(schedule, objective, "min_snr")[1:])
     with pytest.raises(ValueError, match=r"^gamma: expected a number above 0, got 0$"):
         min_snr(schedule, objective, gamma=0)
+
+
+def test_a_gamma_in_a_name() -> None:
+    net = torch.nn.Identity()
+    for made in (DDPM(net, weighting="min_snr:3"), Edm(net, weighting="min_snr:3")):
+        assert type(made)(net, **made.config).weighting == "min_snr:3"
+    for wrong in ("min_snr:", "min_snr:0", "min_snr:nan", "min_snr:x"):
+        with pytest.raises(ValueError, match="weighting: expected min_snr:GAMMA with a number above 0, got 'min_snr:"):
+            DDPM(net, weighting=wrong)
 
 
 @pytest.mark.parametrize(("result", "got"), [(torch.ones(3), "(3,)"), (1.0, "float")])

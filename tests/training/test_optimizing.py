@@ -82,6 +82,25 @@ def test_layouts_change_nothing_but_rounding(tmp_path, monkeypatch, option):
     assert_same_weights(plain / NAME, other / NAME)
 
 
+@pytest.mark.slow
+def test_offset_noise_is_that_of_the_sample(tmp_path):
+    """It changes what is learned, and does not depend on the passes or on where the run was stopped."""
+    for name, options in (
+        ("plain", {}),
+        ("offset", {"offset_noise": 0.5}),
+        ("parts", {"offset_noise": 0.5, "accumulate": 2}),
+    ):
+        run(tmp_path / name, steps=3, lr=2e-4, channels=16, **options)
+    run(tmp_path / "resumed", steps=1, lr=2e-4, channels=16, offset_noise=0.5)
+    run(tmp_path / "resumed", resume=True, steps=3, lr=2e-4, channels=16, offset_noise=0.5)
+    assert_same_weights(tmp_path / "offset" / NAME, tmp_path / "parts" / NAME)
+    assert_same_files(tmp_path / "offset" / NAME, tmp_path / "resumed" / NAME)
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "plain" / NAME, tmp_path / "offset" / NAME)
+    with pytest.raises(ValueError, match="offset_noise: expected a finite number of at least 0, got -1"):
+        Options(**{**TINY, "offset_noise": -1.0})
+
+
 def test_recomputed_blocks_run_twice():
     unet = Options(**TINY) and loop.build(Options(**TINY)).model
     calls = []

@@ -10,6 +10,9 @@ from ..stock import promoted
 from .common import PREDICTIONS, Generators, LevelScheduler, alike, index_of, is_level
 from .sigmas import CountingScheduler, two_results
 
+# A power of 2 beyond all 1 / alpha but infinity.
+LARGE = 2.0**60
+
 
 class LCMScheduler(CountingScheduler, LevelScheduler, diffusers.LCMScheduler, stock=diffusers.LCMScheduler):
     """diffusers.LCMScheduler on the fused operations; see the package.
@@ -72,6 +75,7 @@ class LCMScheduler(CountingScheduler, LevelScheduler, diffusers.LCMScheduler, st
                 "v_prediction": (alpha, -sigma, one),
             }[prediction]
             if clipped:  # then the bracket must be x_0 itself; else the fewer roundings, the better
+                scale = scale.clamp(max=LARGE)  # at alpha = 0 the clip says x_0 by the sign
                 from_x, from_pred, scale = from_x * scale, from_pred * scale, one
             return make_rows(
                 alpha, torch.float32, x0_from_x=from_x, x0_from_pred=from_pred,

@@ -1,0 +1,348 @@
+"""The reference transformer: DiT with adaLN-Zero (Peebles & Xie 2023, arXiv:2212.09748, section 3.2).
+
+Constructor keywords, state_dict keys and arithmetic are those of diffusers' DiTTransformer2DModel, so its weights load.
+Tokens are (B, N, D). Weights start as in the paper: every block is the identity, and the output is 0.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .interop import pretrained
+from .nn import TimeEmbedding, attention, describe, sinusoidal_embedding, timesteps_of
+from .support.cache import Tables
+from .support.scalars import integer, plain_number
+from .support.weights import check_shapes, shapes_of
+
+# Of the sinusoids of the timestep.
+TIME_CHANNELS = 256
+EPS = 1e-6  # of norm1 and norm_out, as published
+
+
+class DiT(nn.Module):
+    """Diffusion transformer on patches of an image: self-attention and an MLP, both modulated by time and class.
+
+    Args:
+        num_attention_heads, attention_head_dim: H and d; the width of the tokens is D = H d, a multiple of 4.
+        in_channels, out_channels: channels of x and of the output; out_channels None is in_channels.
+        num_layers: blocks.
+        dropout: probability in [0, 1), after the attention and within the MLP.
+        attention_bias: of the queries, keys and values.
+        sample_size: side of the image, a multiple of patch_size; read by `sample_shape` and for the positions.
+        patch_size: side of a patch.
+        num_embeds_ada_norm: number of classes. There is one more label, the last, which stands for no class.
+        norm_eps: of the norm before the MLP.
+
+    Raises ValueError naming the argument for anything else; of activation_fn, upcast_attention, norm_type and
+    norm_elementwise_affine only the default is supported, and norm_num_groups is not read. `config` holds the
+    arguments, ready for JSON, and DiT(**config) builds the same model.
+
+    Labels are not dropped in here, unlike in DiTTransformer2DModel: see `fastdiff.recipes.drop_labels`.
+
+    Reference: Peebles & Xie 2023, arXiv:2212.09748, figure 3; diffusers' DiTTransformer2DModel.
+
+    >>> ddpm = DDPM(DiT(4, 32, num_layers=6, num_embeds_ada_norm=10))
+    >>> ddpm(x0, class_labels=drop_labels(labels, none=10)).backward()
+    """
+
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        attention_bias: bool = True,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        activation_fn: str = "gelu-approximate",
+        num_embeds_ada_norm: int = 1000,
+        upcast_attention: bool = False,
+        norm_type: str = "ada_norm_zero",
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        config = {k: plain_number(v) for k, v in locals().items() if k not in ("self", "__class__")}
+        _check_config(config)
+        super().__init__()
+        self.config = config
+        self.out_channels = in_channels if out_channels is None else out_channels
+        width = num_attention_heads * attention_head_dim
+        self.pos_embed = Patches(in_channels, width, patch_size)
+        self.transformer_blocks = nn.ModuleList(
+            Block(width, num_attention_heads, num_embeds_ada_norm, dropout, attention_bias, norm_eps)
+            for _ in range(num_layers)
+        )
+        self.proj_out_1 = nn.Linear(width, 2 * width)
+        self.proj_out_2 = nn.Linear(width, patch_size**2 * self.out_channels)
+        self._tables = Tables()
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """As in the paper's program: Xavier's uniform weights, but 0 where a block and the output begin."""
+        for name, part in self.named_modules():
+            if isinstance(part, nn.Linear | nn.Conv2d):
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+                if "timestep_embedder" in name:
+                    nn.init.normal_(part.weight, std=0.02)
+                elif name.endswith("norm1.linear") or name in ("proj_out_1", "proj_out_2"):
+                    nn.init.zeros_(part.weight)
+                else:
+                    nn.init.xavier_uniform_(part.weight.flatten(1))
+            elif isinstance(part, nn.Embedding):
+                nn.init.normal_(part.weight, std=0.02)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None, variant: str | None = None
+    ) -> "DiT":
+        """The model of a DiTTransformer2DModel directory of diffusers, or of the transformer/ of a pipeline's.
+
+        Args:
+            torch_dtype, variant: as in UNet.from_pretrained.
+
+        Returns: the model in eval mode, on the CPU.
+        Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for an option that DiT lacks, and
+            for weights that do not fit the configuration.
+        """
+        config, weights = pretrained.read_dit(folder, variant)
+        with config.blamed():
+            expected = shapes_of(cls, config, len(weights))
+        with weights.blamed():
+            check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+            dit = cls(**config)
+            dit.load_state_dict(weights)
+        return (dit if torch_dtype is None else dit.to(torch_dtype)).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and the weights as safetensors, which DiTTransformer2DModel.from_pretrained reads."""
+        pretrained.write_dit(folder, self.config, self.state_dict())
+
+    def time_arguments(self, t: Tensor) -> dict[str, Tensor]:
+        """What `forward` takes that follows from the timesteps t (N,) alone; see fastdiff.sampling."""
+        return {"emb": torch.stack([block.norm1.emb.timestep_embedder(t) for block in self._blocks], 1)}
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(in_channels, H, W) of one sample."""
+        size: int = self.config["sample_size"]
+        return self.config["in_channels"], size, size
+
+    @property
+    def class_embedding(self) -> nn.Embedding:
+        """That of the first block; its number of labels is that of all."""
+        table: nn.Embedding = self._blocks[0].norm1.emb.class_embedder.embedding_table
+        return table
+
+    @property
+    def _blocks(self) -> list[Any]:
+        return list(self.transformer_blocks)
+
+    def forward(
+        self, x: Tensor, t: Tensor | float | None, class_labels: Tensor | None = None, emb: Tensor | None = None
+    ) -> Tensor:
+        """The model's prediction at x_t, shape (B, out_channels, H, W).
+
+        Args:
+            x: floating (B, in_channels, H, W), H and W multiples of patch_size.
+            t: timesteps, tensor of shape (B,), (1,) or (), or a number.
+            class_labels: integer (B,), from 0 to num_embeds_ada_norm, which stands for no class; None is that for all.
+            emb: what time_arguments(t) gives of that name, (B or 1, layers, D). t is then ignored.
+
+        Raises ValueError for any other shape or type.
+        """
+        self._check_inputs(x, class_labels, emb)
+        if emb is None:
+            t = timesteps_of(t, x)
+        if class_labels is None:
+            class_labels = torch.full(x.shape[:1], self.config["num_embeds_ada_norm"], device=x.device)
+        patch, (h, w) = self.config["patch_size"], (side // self.config["patch_size"] for side in x.shape[2:])
+        tokens = self.pos_embed(x)
+        tokens = (tokens + self._positions(h, w, x.device)).to(tokens.dtype)
+        conditions: list[Tensor] = []
+        for i, block in enumerate(self.transformer_blocks):
+            tokens, condition = block(tokens, t, class_labels, None if emb is None else emb[:, i])
+            conditions = conditions or [condition]  # the output takes that of the first block
+        shift, scale = self.proj_out_1(F.silu(conditions[0])).chunk(2, dim=1)
+        out: Tensor = self.proj_out_2(modulated_norm(tokens, shift, scale, EPS))
+        out = out.reshape(-1, h, w, patch, patch, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return out.reshape(-1, self.out_channels, h * patch, w * patch)
+
+    def _positions(self, h: int, w: int, device: torch.device) -> Tensor:
+        """(N, D) of h x w patches, kept: as far apart as they are in an image of sample_size."""
+        width = self.proj_out_1.in_features
+        base = self.config["sample_size"] // self.config["patch_size"]
+        build = partial(positions, h, w, width, base, device)
+        table: Tensor = self._tables.get(f"{h}x{w} on {device}", build, ())
+        return table
+
+    def _check_inputs(self, x: Tensor, class_labels: Tensor | None, emb: Tensor | None) -> None:
+        channels, patch = self.config["in_channels"], self.config["patch_size"]
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
+            raise ValueError(f"x: expected a floating tensor (B, C, H, W), got {describe(x)}")
+        batch, c, h, w = x.shape
+        if c != channels or h % patch or w % patch:
+            raise ValueError(f"x: expected C = {channels}, H and W multiples of {patch}, got {describe(x)}")
+        shape = (len(self.transformer_blocks), self.proj_out_1.in_features)
+        if emb is not None and tuple(emb.shape) not in ((batch, *shape), (1, *shape)):
+            raise ValueError(f"emb: expected shape ({batch} or 1, {shape[0]}, {shape[1]}), got {describe(emb)}")
+        if class_labels is not None and (
+            not isinstance(class_labels, Tensor)
+            or class_labels.dtype not in (torch.int32, torch.int64)
+            or class_labels.shape != (batch,)
+        ):
+            raise ValueError(f"class_labels: expected integers ({batch},), got {describe(class_labels)}")
+
+
+class Patches(nn.Module):
+    """(B, C, H, W) -> (B, N, D): a linear map of each patch, row by row."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return tokens
+
+
+class ClassEmbedding(nn.Module):
+    """A vector for each class, and one for none."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+
+class Conditioning(nn.Module):
+    """Time and class, each embedded."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        proj = partial(sinusoidal_embedding, dim=TIME_CHANNELS, freq_shift=1, flip_sin_to_cos=True)
+        self.timestep_embedder = TimeEmbedding(proj, TIME_CHANNELS, width)
+        self.class_embedder = ClassEmbedding(classes, width)
+
+    def forward(self, t: Any, labels: Tensor, emb: Tensor | None) -> Tensor:
+        """(B, D), the sum of the embeddings; emb, of the time, is made unless it is given."""
+        classes: Tensor = self.class_embedder.embedding_table(labels)
+        return (self.timestep_embedder(t) if emb is None else emb) + classes
+
+
+class Modulation(nn.Module):
+    """The six vectors that modulate a block, a linear map of the SiLU of the condition (adaLN-Zero)."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.emb = Conditioning(classes, width)
+        self.linear = nn.Linear(width, 6 * width)
+
+    def forward(self, t: Any, labels: Tensor, emb: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        condition: Tensor = self.emb(t, labels, emb)
+        return condition, self.linear(F.silu(condition)).chunk(6, dim=1)
+
+
+class SelfAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v over the tokens, H heads, and a linear map of what they give."""
+
+    def __init__(self, width: int, heads: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(dropout)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        out: Tensor = attention(q, k, v).transpose(1, 2).flatten(2)
+        for layer in self.to_out:
+            out = layer(out)
+        return out
+
+
+class Gelu(nn.Module):
+    """GELU by its tanh formula, of a linear map."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """An MLP of one hidden layer, four times as wide."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.net = nn.Sequential(Gelu(width, 4 * width), nn.Dropout(dropout), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+class Block(nn.Module):
+    """x = x + gate attention(norm(x) (1 + scale) + shift), then the same with the MLP; six vectors of the condition."""
+
+    def __init__(self, width: int, heads: int, classes: int, dropout: float, bias: bool, eps: float) -> None:
+        super().__init__()
+        self.norm1 = Modulation(classes, width)
+        self.attn1 = SelfAttention(width, heads, dropout, bias)
+        self.ff = FeedForward(width, dropout)
+        self.eps = eps
+
+    def forward(self, x: Tensor, t: Any, labels: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x', the condition) from tokens (B, N, D), timesteps (B or 1,), labels (B,), and emb as in Conditioning."""
+        condition, (shift, scale, gate, shift_mlp, scale_mlp, gate_mlp) = self.norm1(t, labels, emb)
+        x = x + gate[:, None] * self.attn1(modulated_norm(x, shift, scale, EPS))
+        return x + gate_mlp[:, None] * self.ff(modulated_norm(x, shift_mlp, scale_mlp, self.eps)), condition
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Each token (of B, N, D) with mean 0 and variance 1, times 1 + scale (B, D), plus shift (B, D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
+
+
+def positions(h: int, w: int, width: int, base: int, device: torch.device) -> Tensor:
+    """(h w, D) float32, row by row: [sin(x f), cos(x f), sin(y f), cos(y f)] of columns x and rows y in [0, base),
+
+    with f_k = 10000^(-k / (D / 4)), k = 0 .. D / 4 - 1 (Dosovitskiy et al. 2021, arXiv:2010.11929, for base tokens).
+    """
+    y, x = (torch.arange(n, dtype=torch.float64, device=device) * (base / n) for n in (h, w))
+    k = torch.arange(width // 4, dtype=torch.float64, device=device)
+    waves = [at[:, None] * 10000 ** (-k / (width // 4)) for at in (x, y)]
+    columns, rows = (torch.cat((wave.sin(), wave.cos()), 1) for wave in waves)
+    return torch.cat((columns.repeat(h, 1), rows.repeat_interleave(w, 0)), 1).float()
+
+
+def _check_config(c: dict[str, Any]) -> None:
+    """Raises the ValueError of the first argument that is not supported."""
+
+    def check(ok: bool, name: str, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{name}: expected {expected}, got {c[name]!r}")
+
+    only = {
+        "activation_fn": "gelu-approximate", "upcast_attention": False, "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+    }  # fmt: skip
+    for name, value in only.items():
+        check(c[name] == value, name, repr(value))
+    check(c["attention_bias"] in (False, True), "attention_bias", "True or False")
+    counts = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size")
+    for name in (*counts, "num_embeds_ada_norm", *(("out_channels",) if c["out_channels"] is not None else ())):
+        check((integer(c[name]) or 0) > 0, name, "a positive int")
+    width = c["num_attention_heads"] * c["attention_head_dim"]
+    check(width % 4 == 0, "attention_head_dim", "a width num_attention_heads * attention_head_dim divisible by 4")
+    check(c["sample_size"] % c["patch_size"] == 0, "sample_size", f"a multiple of patch_size={c['patch_size']}")
+    for name, low, high in (("dropout", 0.0, 1.0), ("norm_eps", torch.finfo(torch.float32).tiny, float("inf"))):
+        ok = isinstance(c[name], int | float) and not isinstance(c[name], bool) and low <= c[name] < high
+        check(ok, name, f"a number in [{low:g}, {high:g})")
