@@ -17,8 +17,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["FASTDIFF_BACKEND"] = "reference"
 
+    import quick_interpreter
     import sanitizer
 
+    quick_interpreter.install()
     sanitizer.install()
 
 # A pytest that a test starts is no worker of pytest-xdist.
