@@ -11,8 +11,9 @@ from torch import Tensor
 from ..support import transforms
 from ..support.scalars import as_integer, as_number, integer
 from .memory import span
-from .plan import number
+from .plan import draw, number, recording
 
+FEW = 64  # numbers that Python compares faster than PyTorch
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -295,10 +296,25 @@ def check_levels(name: str, index: Tensor, end: int, ids: Tensor | None = None) 
 
 def check_range(name: str, index: Tensor | None, end: int) -> None:
     """The values lie in [0, end). On a GPU nothing is checked: to look would wait for the device."""
-    if index is not None and index.is_cpu and index.numel():
-        low, high = (index.item(),) * 2 if index.numel() == 1 else (v.item() for v in index.aminmax())
-        if low < 0 or high >= end:
-            raise ValueError(f"{name}: expected values in [0, {end}), got {low if low < 0 else high}")
+    if index is not None and index.is_cpu:
+        recorder = recording()
+        if recorder is None:
+            _check_values(name, index, end)
+        else:
+            recorder.check(_check_values, name, index, end)
+
+
+def _check_values(name: str, index: Tensor, end: int) -> None:
+    n = index.numel()
+    if n == 1:
+        low = high = index.item()
+    elif n <= FEW:
+        values = index.tolist()
+        low, high = (min(values), max(values)) if values else (0, 0)
+    else:
+        low, high = (v.item() for v in index.aminmax())
+    if low < 0 or high >= end:
+        raise ValueError(f"{name}: expected values in [0, {end}), got {low if low < 0 else high}")
 
 
 # --- noise ------------------------------------------------------------------------------------------------------
@@ -359,7 +375,7 @@ def noise_source(x: Tensor, seed: int | Tensor | None, noise: Tensor | None) -> 
 def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """(1,) int64 on the device. If None, it is drawn there from PyTorch's default generator, without a host sync."""
     if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)  # torch.compile cannot trace random_
+        return draw(device)
     if isinstance(seed, Tensor):
         check_dense("seed", seed)
         if seed.dtype != torch.int64 or seed.numel() != 1:

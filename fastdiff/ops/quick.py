@@ -1,18 +1,21 @@
-"""The quick way of a call on a GPU: a kind of call that was made before is repeated.
+"""The quick way of a call: a kind of call that was made before is repeated.
 
 A public op checks its arguments, allocates, and launches kernels. All of that depends on the kind of call alone: the
 shapes, strides, types, device and alignment of its tensors, whether gradients are wanted, and every other argument. The
 first call of a kind is recorded. Later calls allocate and launch the same again, with their own addresses, on the
 current stream. Checks, layouts, grids and PyTorch's dispatcher cost them nothing.
 
-A call is not repeatable if it does anything else: copies an operand into another layout, draws a seed, moves a number
-to the device, or runs the reference. Then every call of its kind goes the full way, as does all that `unwatched`
-excludes.
+A call is not repeatable if it does anything else: copies an operand into another layout, moves a number to the device,
+or runs the reference. Then every call of its kind goes the full way, as does all that `unwatched` excludes.
+
+On the CPU the compiled kernels are launched so too. There a step or seed that is a number becomes a tensor first, so
+that calls with other numbers are of one kind.
 
 plan.py: how a call is recorded, and what repeats it. Here: which plan serves a call.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from itertools import compress
 from typing import Any, TypeVar
@@ -20,11 +23,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .dispatch import forced, unwatched
+from .dispatch import compiled_for_cpu, forced, unwatched
 from .plan import FULL, Plan, Recorder, capturing
 
 MAX_KEYS = 4096  # remembered for each form of call; the next one drops them all
 MAX_ALIKE = 16  # kinds of one key; the same
+NUMBERS = frozenset({"t", "step", "index", "seed"})  # arguments that may be int64 tensors too
+MAX_NUMBERS = 4096  # that are kept as tensors
 PATIENCE = 64  # kinds in a row that are recorded though none was repeated; from then on, one in so many is
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _OPTIONS = frozenset({type(None), bool, int, float, str, torch.Size, tuple, torch.dtype, torch.device})
@@ -41,52 +46,78 @@ def stream_of(x: Tensor) -> int | None:
     return torch._C._cuda_getCurrentRawStream(device) if device == torch._C._cuda_getDevice() else None
 
 
-def quick(function: Function) -> Function:
-    """A function that checks its arguments and calls one op, with the quick way."""
-    forms: dict[tuple[Any, ...], Form] = {}
-    _all_forms.append(forms)
+@functools.lru_cache(MAX_NUMBERS)
+def _number(value: int) -> Tensor:
+    """(1,) int64 on the CPU, for every call with this number; nobody may write to it."""
+    with torch.inference_mode(False):
+        return torch.full((1,), value, dtype=torch.int64, device="cpu")
 
-    @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
-        if not unwatched():
-            return function(*args, **options)
-        values = (*args, *options.values()) if options else args
-        types = (*map(type, values), *options)
-        form = forms.get(types)
-        if form is None:
-            if _TENSORS.isdisjoint(types) or not (_TENSORS | _OPTIONS).issuperset(types[: len(values)]):
-                return function(*args, **options)
-            form = forms[types] = Form(types[: len(values)])
-        tensors = [*compress(values, form.tensors)]
-        stream = stream_of(tensors[0])
-        if stream is None:
-            return function(*args, **options)
-        key = (forced(), torch.is_grad_enabled(), stream, tensors[0].shape, *compress(values, form.options))
-        for plan in form.plans.get(key, ()):
-            result = plan.repeat(stream, *tensors)
-            if result is FULL:
-                return function(*args, **options)
-            if result is not NotImplemented:
-                if plan.fresh:
-                    form.wasted, plan.fresh = 0, False
-                return result
-        # To record a call, tensors are told apart by their addresses.
-        if len({t.data_ptr() for t in tensors}) < len(tensors) or capturing() or not form.worth_recording():
-            return function(*args, **options)
-        with Recorder(tensors) as recorder:
-            result = function(*args, **options)
-        form.remember(key, recorder.plan(result))
-        return result
 
-    return call  # type: ignore
+def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
+    """A decorator of a function that checks its arguments and calls one op: it gets the quick way.
+
+    on_cpu: whether the op has a compiled kernel for CPU tensors.
+    """
+
+    def decorate(function: Function) -> Function:
+        forms: dict[tuple[Any, ...], Form] = {}
+        _all_forms.append(forms)
+        parameters = [*inspect.signature(function).parameters]
+
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            if not unwatched():
+                return function(*args, **options)
+            values = (*args, *options.values()) if options else args
+            types = (*map(type, values), *options)
+            form = forms.get(types)
+            if form is None:
+                if _TENSORS.isdisjoint(types) or not (_TENSORS | _OPTIONS).issuperset(types[: len(values)]):
+                    return function(*args, **options)
+                names = (*parameters, *[""] * len(args))[: len(args)]  # those of *args have none
+                form = forms[types] = Form(types[: len(values)], (*names, *options))
+            tensors = [*compress(values, form.tensors)]
+            stream = stream_of(tensors[0])
+            if stream is None:
+                if not (on_cpu and tensors[0].is_cpu):
+                    return function(*args, **options)
+                if form.numbers:
+                    if not all(-(2**63) <= value < 2**63 for value in compress(values, form.numbers)):
+                        return function(*args, **options)
+                    values = tuple(_number(v) if n else v for v, n in zip(values, form.numbers, strict=True))
+                    return call(*values[: len(args)], **dict(zip(options, values[len(args) :], strict=True)))
+            key = (forced(), torch.is_grad_enabled(), stream, tensors[0].shape, *compress(values, form.options))
+            for plan in form.plans.get(key, ()):
+                result = plan.repeat(stream, *tensors)
+                if result is FULL:
+                    return function(*args, **options)
+                if result is not NotImplemented:
+                    if plan.fresh:
+                        form.wasted, plan.fresh = 0, False
+                    return result
+            if stream is None and not compiled_for_cpu(tensors[0]):
+                return function(*args, **options)
+            # To record a call, tensors are told apart by their addresses.
+            if len({t.data_ptr() for t in tensors}) < len(tensors) or capturing() or not form.worth_recording():
+                return function(*args, **options)
+            with Recorder(tensors) as recorder:
+                result = function(*args, **options)
+            form.remember(key, recorder.plan(result))
+            return result
+
+        return call  # type: ignore
+
+    return decorate
 
 
 class Form:
     """The calls of a function whose arguments have the same names and types, and their plans."""
 
-    def __init__(self, types: tuple[Any, ...]) -> None:
+    def __init__(self, types: tuple[Any, ...], names: tuple[Any, ...]) -> None:
         self.tensors = [t in _TENSORS for t in types]  # which of the arguments are
         self.options = [not is_tensor for is_tensor in self.tensors]
+        numbers = [t is int and name in NUMBERS for t, name in zip(types, names, strict=True)]
+        self.numbers = numbers if any(numbers) else []  # which become tensors on the CPU
         self.plans: dict[Any, list[Plan]] = {}
         self.wasted = -1  # kinds since a plan was repeated for the first time
 

@@ -81,8 +81,6 @@ def int64(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=DEVICE)
 
 
-
-
 # --- bits -------------------------------------------------------------------------------------------------------
 
 
