@@ -10,6 +10,7 @@ Moves, per element: norm_grad_kernel reads x and the gradient by y, and writes t
 a program are read twice, once before that by norm_sums_kernel. parameters_kernel reads nothing but sums.
 """
 
+
 import triton
 import triton.language as tl
 

@@ -9,6 +9,7 @@ Moves, per element: norm_kernel reads x and writes y. Groups that do not fit a p
 by moments_kernel. In norm_tile.py: what a program owns.
 """
 
+
 import triton
 import triton.language as tl
 

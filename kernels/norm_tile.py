@@ -12,6 +12,7 @@ BLOCKS x LANES channels by TILES x TILE pixels. A tuple holds the tiles; tile (k
 The grid is (slabs, CHUNKS x SPANS). A row is a tuple of BLOCKS tensors [LANES]: one number of every channel.
 """
 
+
 import triton
 import triton.language as tl
 

@@ -30,7 +30,6 @@ def file(tmp_path):
 
 # --- rows in a real process ---------------------------------------------------------------------------------------
 
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """What the runner makes of the stand-in rows, by their names; and the number of the hanging row's child."""
@@ -90,7 +89,6 @@ def test_a_device_that_is_lost_ends_the_process(monkeypatch):
 
 
 # --- budget, and rows that are there, on a clock of the tests -----------------------------------------------------
-
 
 class Here:
     """A worker in this process, whose rows take as long on the tests' clock as they say."""
@@ -232,7 +230,6 @@ def test_another_file_is_refused(tmp_path):
 
 # --- the command --------------------------------------------------------------------------------------------------
 
-
 @pytest.fixture
 def compiled_kernels(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -285,7 +282,6 @@ def test_wheels_are_put_on_the_path(monkeypatch, tmp_path):
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
-
 
 def job(per_s: float) -> dict:
     return {"figures": {"per_s": per_s, "kernels_per_step": 220.0, "off_float32": 0.004}}

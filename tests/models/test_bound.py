@@ -103,7 +103,6 @@ def test_rows_that_cannot_be():
 
 # --- the prior's term ---------------------------------------------------------------------------------------------
 
-
 def test_prior_kl_of_each_sample():
     schedule = linear(1000)
     x0 = tensor((3, 2, 5)).cpu()
@@ -124,7 +123,6 @@ def test_prior_kl_where_the_variance_grows():
 
 
 # --- importance sampling ------------------------------------------------------------------------------------------
-
 
 def filled(timesteps: int, salt: int = 0) -> tuple[LossSecondMoment, Tensor]:
     """With ten losses of each level, (T, 10), told in a mixed order."""

@@ -26,7 +26,6 @@ def seeded():
 
 # --- the training loss --------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -104,7 +103,6 @@ def test_model_arguments_pass_through():
 
 
 # --- q_sample, predict_x0, p_sample, interpolate ------------------------------------------------------------------
-
 
 def test_q_sample():
     ddpm, x0, z = DDPM(Net(), "cosine", 100), data(), torch.randn(SHAPE)
@@ -213,7 +211,6 @@ def test_interpolate_mixes_data_and_keeps_the_noise_level():
 
 
 # --- training and sampling, whole ---------------------------------------------------------------------------------
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["x0", "v"])

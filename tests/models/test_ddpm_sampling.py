@@ -191,7 +191,6 @@ def test_shape():
 
 # --- torch.compile ------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.slow
 def test_compiled_equals_eager_without_recompiling():
     from torch._dynamo.testing import CompileCounterWithBackend  # slow to import

@@ -42,7 +42,9 @@ RUNS: dict[str, Any] = {
     "ve": ["ddpm", "heun", "predictor_corrector", CHURNED],
     "ncsn": ["annealed_langevin", "ddpm", "euler_maruyama"],
 }
-EACH = pytest.mark.parametrize(("kind", "sampler"), [(k, s) for k, many in RUNS.items() for s in many], ids=name_of)
+EACH = pytest.mark.parametrize(
+    ("kind", "sampler"), [(k, s) for k, many in RUNS.items() for s in many], ids=name_of
+)
 
 
 def made(kind: str, model: nn.Module | None = None, objective: str = "eps", clip: float | None = 1.0) -> Diffusion:

@@ -81,6 +81,8 @@ def int64(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=DEVICE)
 
 
+
+
 # --- bits -------------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,6 @@ def data(*shape: int, dtype: torch.dtype = torch.float32, salt: int = 0, layout:
 
 # --- registration -------------------------------------------------------------------------------------------------
 
-
 def sample_inputs() -> list[tuple[str, tuple]]:
     """Arguments of torch.ops.fastdiff.*: with and without each optional tensor, contiguous or not, with gradients."""
     x, other, last = data(2, 3, 4, 4), data(2, 3, 4, 4, salt=1), data(2, 3, 4, 4, layout="channels_last", salt=2)
@@ -73,7 +72,6 @@ def test_opcheck(name, args):
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------
-
 
 class Recomputed(torch.autograd.Function):
     """ops.loss(pred, x0, noise) whose backward runs it anew, since its gradient can be taken once and gradcheck asks
@@ -231,7 +229,6 @@ def test_only_what_needs_a_gradient_gets_one():
 
 # --- compilation --------------------------------------------------------------------------------------------------
 
-
 def test_a_gradient_that_was_not_stored_is_computed_in_the_backward_pass():
     """The ops themselves can be called so; the functions ask for what will be needed."""
     pred, raw, x0, noise = (tensor((2, 5), salt=i).requires_grad_(i < 2) for i in range(4))
@@ -305,7 +302,6 @@ def test_a_drawn_seed_is_no_constant_of_the_graph(one_compilation):
 
 
 # --- no wait for the device ---------------------------------------------------------------------------------------
-
 
 def test_nothing_reads_a_tensor(monkeypatch):
     """Meta tensors have no values: to ask for one is an error. They stand for a device that would have to be waited

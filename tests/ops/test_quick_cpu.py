@@ -72,7 +72,7 @@ def test_values_are_checked_in_every_call(levels, recorded):
     ids = torch.arange(len(levels))
     for _ in range(2):
         ops.noising(x, t, numbers, seed=1, sample_ids=ids)
-    with pytest.raises(ValueError, match="^sample_ids: expected values"):
+    with pytest.raises(ValueError, match="sample_ids: expected values"):
         ops.noising(x, t, numbers, seed=1, sample_ids=ids - 1)
     assert len(recorded) == 2
 

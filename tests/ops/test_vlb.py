@@ -24,7 +24,6 @@ mpmath.mp.dps = 60
 
 # --- the decoder --------------------------------------------------------------------------------------------------
 
-
 @every
 def test_bins_of_a_known_gaussian(backend):
     """ln P(bins 0, 127, 255) for mean .1, std .2."""
@@ -126,7 +125,6 @@ def test_decoder_of_every_width_and_distance(backend):
 
 
 # --- every term ---------------------------------------------------------------------------------------------------
-
 
 def derivatives(value: Tensor, *leaves: Tensor) -> list[Tensor]:
     """Of an elementwise function."""

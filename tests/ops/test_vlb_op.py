@@ -86,7 +86,6 @@ def test_empty_tensors(backend, shape):
 
 # --- the op -------------------------------------------------------------------------------------------------------
 
-
 def sample_inputs() -> list[tuple]:
     """Arguments of torch.ops.fastdiff.vlb: fixed or learned variance, each gradient or none. What comes in is 1, which
     leaves the stored gradient, the op's other outputs, as it is."""
