@@ -139,8 +139,8 @@ class Plan:
     def __init__(self, recorder: Recorder, result: Any) -> None:
         self.fresh = True  # until it is repeated
         self.names: dict[str, Any] = {"FULL": FULL, "empty_like": torch.empty_like, "capturing": capturing}
-        # Tensors, their names and those of their addresses: t0, a0, ... are given, m0, b0, ... are made, and d0, e0, ...
-        # are drawn; c0, ... are constants. While recording, all of them live, so that addresses tell them apart.
+        # Tensors, their names and those of their addresses: t0, a0, ... are given, m0, b0, ... made, and d0, e0, ...
+        # drawn; c0, ... are constants. While recording, all of them live, so that addresses tell them apart.
         self.known = [(t, f"t{i}", f"a{i}") for i, t in enumerate(recorder.tensors)]
         self.known += [(t, self._constant(t), repr(t.data_ptr())) for t in recorder.numbers]
         self.known += [(t, f"d{i}", f"e{i}") for i, t in enumerate(recorder.draws)]

@@ -265,9 +265,7 @@ call(odd)
 assert noted(lambda: call(odd))[2] == 0
 # A seed that is drawn is drawn again.
 drawn = lambda: ops.noising(x, 1, table)
-drawn()
 draws, plan.draw = [], lambda device, draw=plan.draw: draws.append(draw(device)) or draws[-1]
-quick.forget()
 drawn()
 assert noted(drawn)[2] == 1 and noted(drawn)[2] == 1 and len({int(seed) for seed in draws}) == 2
 # Whatever watches takes the full way.
