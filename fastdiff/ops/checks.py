@@ -1,7 +1,7 @@
 """Checks of arguments: what cannot be right is a TypeError or ValueError that names the argument, before any work."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from ..support.scalars import as_integer, as_number, integer
 from .memory import span
 from .plan import draw, number, recording
 
+_STRIDED = torch.strided
 FEW = 64  # numbers that Python compares faster than PyTorch
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,6 +28,8 @@ def names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 def check_floating(name: str, x: Tensor) -> None:
     """x is a floating tensor with a batch dimension."""
+    if isinstance(x, Tensor) and x.dtype in FLOATING and x.layout is _STRIDED and x.ndim and not x.is_nested:
+        return  # all at once: this comes several times in every call
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
@@ -105,10 +108,11 @@ def check_channels(x: Tensor, skip: Tensor | None, groups: int) -> tuple[int, in
     return channels, number
 
 
-def check_vector(name: str, given: Tensor, shape: Sequence[int], x: Tensor) -> None:
+def check_vector(name: str, given: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """A floating tensor of that shape on the device of x."""
-    check_shape(name, given, tuple(shape))
-    check_device(name, given, x.device)
+    check_shape(name, given, shape)
+    if given.device != x.device:
+        check_device(name, given, x.device)
 
 
 def check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:

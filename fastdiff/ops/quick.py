@@ -66,6 +66,8 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
 
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
+            if not on_cpu and args and isinstance(args[0], Tensor) and stream_of(args[0]) is None:
+                return function(*args, **options)
             if not unwatched():
                 return function(*args, **options)
             values = (*args, *options.values()) if options else args
