@@ -1,9 +1,9 @@
-"""How long a step of each scheduler holds up the program: microseconds on the host, beside the stock class of diffusers.
+"""How long a step of each scheduler holds up the program: microseconds on the host, beside the class of diffusers.
 
     python benchmarks/scheduler_time.py [--json FILE] [--only NAME ...]
 
-A step is what a pipeline calls: scale_model_input and step (step_pred of ScoreSdeVeScheduler). The tensors are small and
-lie on the CPU, so that the host decides. Both take turns, and each row is of all steps of a run.
+A step is what a pipeline calls: scale_model_input and step (step_pred of ScoreSdeVeScheduler). The tensors are small
+and lie on the CPU, so that the host decides. Both take turns, and each row is of all steps of a run.
 """
 
 import argparse

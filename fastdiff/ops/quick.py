@@ -70,7 +70,7 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
                 return function(*args, **options)
             if not unwatched():
                 return function(*args, **options)
-            values = (*args, *options.values()) if options else args
+            values: Any = (*args, *options.values()) if options else args
             types = (*map(type, values), *options)
             form = forms.get(types)
             if form is None:
@@ -78,17 +78,17 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
                     return function(*args, **options)
                 names = (*parameters, *[""] * len(args))[: len(args)]  # those of *args have none
                 form = forms[types] = Form(types[: len(values)], (*names, *options))
-            tensors = [*compress(values, form.tensors)]
-            stream = stream_of(tensors[0])
+            first = values[form.first]
+            stream = stream_of(first)
             if stream is None:
-                if not (on_cpu and tensors[0].is_cpu):
+                if not (on_cpu and first.is_cpu):
                     return function(*args, **options)
-                if form.numbers:
-                    if not all(-(2**63) <= value < 2**63 for value in compress(values, form.numbers)):
-                        return function(*args, **options)
-                    values = tuple(_number(v) if n else v for v, n in zip(values, form.numbers, strict=True))
-                    return call(*values[: len(args)], **dict(zip(options, values[len(args) :], strict=True)))
-            key = (forced(), torch.is_grad_enabled(), stream, tensors[0].shape, *compress(values, form.options))
+                if form.numbers and (values := form.with_numbers(values)) is None:
+                    return function(*args, **options)
+                tensors, others = [*compress(values, form.tensors_on_cpu)], compress(values, form.options_on_cpu)
+            else:
+                tensors, others = [*compress(values, form.tensors)], compress(values, form.options)
+            key = (forced(), torch.is_grad_enabled(), stream, first.shape, *others)
             for plan in form.plans.get(key, ()):
                 result = plan.repeat(stream, *tensors)
                 if result is FULL:
@@ -97,13 +97,14 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
                     if plan.fresh:
                         form.wasted, plan.fresh = 0, False
                     return result
-            if stream is None and not compiled_for_cpu(tensors[0]):
+            if stream is None and not compiled_for_cpu(first):
                 return function(*args, **options)
             # To record a call, tensors are told apart by their addresses.
             if len({t.data_ptr() for t in tensors}) < len(tensors) or capturing() or not form.worth_recording():
                 return function(*args, **options)
+            options = dict(zip(options, values[len(args) :], strict=True))
             with Recorder(tensors) as recorder:
-                result = function(*args, **options)
+                result = function(*values[: len(args)], **options)
             form.remember(key, recorder.plan(result))
             return result
 
@@ -118,10 +119,22 @@ class Form:
     def __init__(self, types: tuple[Any, ...], names: tuple[Any, ...]) -> None:
         self.tensors = [t in _TENSORS for t in types]  # which of the arguments are
         self.options = [not is_tensor for is_tensor in self.tensors]
-        numbers = [t is int and name in NUMBERS for t, name in zip(types, names, strict=True)]
-        self.numbers = numbers if any(numbers) else []  # which become tensors on the CPU
+        self.first = self.tensors.index(True)
+        # The places of those that become tensors on the CPU; then which of the arguments are tensors there.
+        self.numbers = [i for i, name in enumerate(names) if types[i] is int and name in NUMBERS]
+        self.tensors_on_cpu = [t or i in self.numbers for i, t in enumerate(self.tensors)]
+        self.options_on_cpu = [not is_tensor for is_tensor in self.tensors_on_cpu]
         self.plans: dict[Any, list[Plan]] = {}
         self.wasted = -1  # kinds since a plan was repeated for the first time
+
+    def with_numbers(self, values: Any) -> Any:
+        """The arguments with tensors for numbers; None if one takes more than 64 bits."""
+        given = [*values]
+        for i in self.numbers:
+            if not -(2**63) <= given[i] < 2**63:
+                return None
+            given[i] = _number(given[i])
+        return given
 
     def worth_recording(self) -> bool:
         """Whether to record one more kind. There may be a new one in every call, such as a seed."""
