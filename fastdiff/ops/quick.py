@@ -17,7 +17,7 @@ plan.py: how a call is recorded, and what repeats it. Here: which plan serves a 
 import functools
 import inspect
 from collections.abc import Callable
-from itertools import compress
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -53,6 +53,17 @@ def _number(value: int) -> Tensor:
         return torch.full((1,), value, dtype=torch.int64, device="cpu")
 
 
+def _split(n: int, tensors: list[int]) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Functions of n arguments: those at the places of tensors, and the others. In C, as every call comes here."""
+
+    def at(places: list[int]) -> Callable[[Any], Any]:
+        if len(places) > 1:
+            return itemgetter(*places)
+        return (lambda values: (values[places[0]],)) if places else lambda values: ()
+
+    return at(tensors), at([i for i in range(n) if i not in tensors])
+
+
 def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
     """A decorator of a function that checks its arguments and calls one op: it gets the quick way.
 
@@ -85,10 +96,11 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
                     return function(*args, **options)
                 if form.numbers and (values := form.with_numbers(values)) is None:
                     return function(*args, **options)
-                tensors, others = [*compress(values, form.tensors_on_cpu)], compress(values, form.options_on_cpu)
+                tensors, others = form.on_cpu
             else:
-                tensors, others = [*compress(values, form.tensors)], compress(values, form.options)
-            key = (forced(), torch.is_grad_enabled(), stream, first.shape, *others)
+                tensors, others = form.on_gpu
+            tensors = tensors(values)
+            key = (forced(), torch.is_grad_enabled(), stream, first.shape, others(values))
             for plan in form.plans.get(key, ()):
                 result = plan.repeat(stream, *tensors)
                 if result is FULL:
@@ -117,13 +129,11 @@ class Form:
     """The calls of a function whose arguments have the same names and types, and their plans."""
 
     def __init__(self, types: tuple[Any, ...], names: tuple[Any, ...]) -> None:
-        self.tensors = [t in _TENSORS for t in types]  # which of the arguments are
-        self.options = [not is_tensor for is_tensor in self.tensors]
-        self.first = self.tensors.index(True)
-        # The places of those that become tensors on the CPU; then which of the arguments are tensors there.
+        tensors = [i for i, t in enumerate(types) if t in _TENSORS]
+        self.first = tensors[0]
+        # The places of numbers that become tensors on the CPU.
         self.numbers = [i for i, name in enumerate(names) if types[i] is int and name in NUMBERS]
-        self.tensors_on_cpu = [t or i in self.numbers for i, t in enumerate(self.tensors)]
-        self.options_on_cpu = [not is_tensor for is_tensor in self.tensors_on_cpu]
+        self.on_gpu, self.on_cpu = _split(len(types), tensors), _split(len(types), sorted(tensors + self.numbers))
         self.plans: dict[Any, list[Plan]] = {}
         self.wasted = -1  # kinds since a plan was repeated for the first time
 
