@@ -103,8 +103,15 @@ class _Noted(NamedTuple):
     @staticmethod
     def written(launches: "list[_Noted]", parameter: Text, constant: Text) -> tuple[list[str], list[str]]:
         conditions = [f"{constant(openmp.team_size)}() == {n}" for n in {launch.team for launch in launches} - {0}]
-        calls = [f"{constant(made.function)}({', '.join(map(parameter, made.parameters))})" for made in launches]
-        return conditions, calls
+        return conditions, [_written(made.function, [*map(parameter, made.parameters)], constant) for made in launches]
+
+
+def _written(function: Any, parameters: list[str], constant: Text) -> str:
+    """The text of a call. That of a kernel on one thread is written out: to pass so many arguments on takes time."""
+    if not isinstance(function, _Kernel) or parameters[0] != "1":
+        return f"{constant(function)}({', '.join(parameters)})"
+    packed = f"{constant(function.pack)}(0, 0, {constant(_scratch)}(1), {', '.join(parameters[1:])})"
+    return f"{constant(function.run)}({constant(ctypes.byref)}({constant(function.copy)}({packed})))"
 
 
 def _call(function: Callable[..., None], *parameters: Any, team: int = 0) -> None:

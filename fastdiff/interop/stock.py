@@ -67,7 +67,7 @@ def values(tensor: Tensor) -> bytes | None:
 
     None for a tensor of another device, where reading would wait, and where a compiler traces.
     """
-    if type(tensor) is not Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if type(tensor) is not Tensor or not tensor.is_cpu or torch.compiler.is_compiling():
         return None
     tensor = tensor.contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)  # without a call that the dispatcher would see

@@ -180,18 +180,22 @@ class Plan:
         # Which of the given tensors are written, and the bytes that each spans: the addresses may come to overlap.
         call = recorder.calls[0]
         marked = [a for a, text in zip(call.args, call.op.arguments, strict=True) if "!" in text]
+        written_before: set[int] = set()
         for i, written in enumerate(recorder.tensors):
             if any(a is written for a in marked):
+                written_before.add(i)
                 for j, other in enumerate(recorder.tensors):
-                    if j != i:
+                    if j not in written_before:
                         lines.append(f"if a{i} < a{j} + {span(other)} and a{j} < a{i} + {span(written)}: return FULL")
-        for function, (name, values, *limits) in recorder.checks:
+        for function, (name, values, end) in recorder.checks:
             if not any(values is number for number in recorder.numbers):
                 given = next((text for t, text, _ in self.known if _values_of(t) == _values_of(values)), None)
                 if given is None:
                     raise KeyError("values that are not given were looked at")
-                arguments = [self._constant(name), given, *map(self._constant, limits)]
-                lines.append(f"{self._constant(function)}({', '.join(arguments)})")
+                if values.numel() == 1:  # the full way says what is wrong
+                    lines.append(f"if not 0 <= {given}.item() < {end}: return FULL")
+                else:
+                    lines.append(f"{self._constant(function)}({self._constant(name)}, {given}, {end})")
         return lines
 
     def _body(self, recorder: Recorder, result: Any) -> list[str]:
