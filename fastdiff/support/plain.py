@@ -25,10 +25,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def has_plain_parameters(module: nn.Module) -> bool:
     """Whether its own parameters are ordinary ones, not DTensors or quantized tensors."""
-    return all(
-        p is None or type(p) is nn.Parameter or type(p) is Tensor or isinstance(p, FakeTensor)
-        for p in module._parameters.values()
-    )
+    for p in module._parameters.values():  # no generator: this comes with every layer
+        if not (p is None or type(p) is nn.Parameter or type(p) is Tensor or isinstance(p, FakeTensor)):
+            return False
+    return True
 
 
 def is_wrapped(module: nn.Module) -> bool:
