@@ -313,11 +313,13 @@ def check_range(name: str, index: Tensor | None, end: int) -> None:
 
 def _check_values(name: str, index: Tensor, end: int) -> None:
     n = index.numel()
+    if n == 0:
+        return
     if n == 1:
         low = high = index.item()
-    elif n <= FEW:
+    elif n <= FEW and index.ndim == 1:
         values = index.tolist()
-        low, high = (min(values), max(values)) if values else (0, 0)
+        low, high = min(values), max(values)
     else:
         low, high = (v.item() for v in index.aminmax())
     if low < 0 or high >= end:
