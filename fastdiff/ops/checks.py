@@ -112,8 +112,10 @@ def check_channels(x: Tensor, skip: Tensor | None, groups: int) -> tuple[int, in
 
 def check_vector(name: str, given: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """A floating tensor of that shape on the device of x."""
-    check_shape(name, given, shape)
-    check_device(name, given, x.device)
+    check_floating(name, given)
+    if given.shape != shape or given.device != x.device:
+        check_shape(name, given, shape)
+        check_device(name, given, x.device)
 
 
 def check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
