@@ -23,11 +23,11 @@ from .ops.checks import (
     check_choice,
     check_floating,
     check_generator,
-    check_memory,
     check_shape,
     check_state,
     seed_of,
 )
+from .ops.overlap import check_memory
 from .process import Grid, Process
 from .sampling import Callback, Noise, Run, StepOptions, Steps, StepsWithGradient
 from .steps import Sampler, StepTable, ddim_inversion, make_steps, part_of

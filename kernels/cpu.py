@@ -97,8 +97,8 @@ class _Noted(NamedTuple):
     function: Callable[..., None]
     parameters: tuple[Any, ...]
     team: int  # the size of the team that it was made for; 0 if it is too small for one
-
-    repeatable, aligned = True, False
+    repeatable: bool = True
+    aligned: bool = False
 
     @staticmethod
     def written(launches: "list[_Noted]", parameter: Text, constant: Text) -> tuple[list[str], list[str]]:

@@ -48,8 +48,7 @@ class Noted(NamedTuple):
     compiled: CompiledKernel
     grid: tuple[int, int, int]
     parameters: list[Any]
-
-    aligned = True  # Triton compiles other kernels for addresses that are not multiples of 16
+    aligned: bool = True  # Triton compiles other kernels for addresses that are not multiples of 16
 
     @property
     def repeatable(self) -> bool:
@@ -59,14 +58,14 @@ class Noted(NamedTuple):
     @staticmethod
     def written(launches: "list[Noted]", parameter: Text, constant: Text) -> tuple[list[str], list[str]]:
         """See notes. A profiler's hooks are asked for once."""
-        lines, with_hooks, direct = [], [f"if {constant(hooked)}():"], ["else:"]
+        lines, with_hooks, without = [], [f"if {constant(hooked)}():"], ["else:"]
         for i, made in enumerate(launches):
             launch = Launch(made)
             lines.append(f"x{i} = ({', '.join(map(parameter, made.parameters))},)")
             with_hooks.append(f" {constant(launch.with_hooks)}(x{i}, stream)")
             fixed = [*map(constant, launch.before), "stream", *map(constant, launch.between)]
-            direct.append(f" {constant(launch.run)}({', '.join(fixed)}, {'' if launch.packed else '*'}x{i})")
-        return [], lines + with_hooks + direct
+            without.append(f" {constant(launch.run)}({', '.join(fixed)}, {'' if launch.packed else '*'}x{i})")
+        return [], lines + with_hooks + without
 
 
 class Launch:

@@ -38,8 +38,8 @@ def team_size() -> int:
     return 1 if _forked or _parallel() is None else torch.get_num_threads()
 
 
-def run(function: int, argument: int, threads: int) -> None:
-    """Call the C function at an address, with a pointer, on each of `threads` threads.
+def run(function: int, argument: Any, threads: int) -> None:
+    """Call the C function at an address, with a pointer of ctypes, on each of `threads` threads.
 
     `threads` must be `team_size()`. In a smaller team OpenMP would end the other threads, and create them again later.
     """

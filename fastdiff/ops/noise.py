@@ -14,12 +14,12 @@ from .checks import (
     as_shape,
     check_floating,
     check_levels,
-    check_memory,
     check_range,
     names,
 )
 from .dispatch import launcher
 from .memory import in_huge_pages
+from .overlap import check_memory
 from .quick import quick
 from .registry import Op
 

@@ -12,7 +12,6 @@ from .checks import (
     as_sample_ids,
     check_floating,
     check_levels,
-    check_memory,
     check_out,
     check_range,
     check_table,
@@ -21,6 +20,7 @@ from .checks import (
 from .dispatch import launcher
 from .memory import in_huge_pages
 from .noise import FORWARD
+from .overlap import check_memory
 from .quick import quick
 from .registry import NOISE, Op
 

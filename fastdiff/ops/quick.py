@@ -92,7 +92,7 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
             first = values[form.first]
             stream = stream_of(first)
             if stream is None:
-                if not (on_cpu and first.is_cpu):
+                if not (on_cpu and first.is_cpu) or first.is_nested:  # that has no shape, and is refused
                     return function(*args, **options)
                 if form.numbers and (values := form.with_numbers(values)) is None:
                     return function(*args, **options)

@@ -22,7 +22,6 @@ from .checks import (
     check_floating,
     check_levels,
     check_like,
-    check_memory,
     check_out,
     check_range,
     check_shape,
@@ -33,6 +32,7 @@ from .checks import (
 from .dispatch import launcher
 from .memory import in_huge_pages
 from .noise import REVERSE
+from .overlap import check_memory
 from .quick import quick
 from .registry import NOISE, Op, names_of
 

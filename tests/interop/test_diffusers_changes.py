@@ -10,7 +10,7 @@ from schedulers import NAMES, PARITY, both, draw, few, same_steps
 from tolerance import assert_same_bits
 from torch import Tensor
 
-from fastdiff.interop.diffusers import common, ddpm
+from fastdiff.interop.diffusers import EulerDiscreteScheduler, common, ddpm
 from fastdiff.rows import make_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers with NumPy 2
@@ -222,3 +222,23 @@ def test_step_is_differentiable() -> None:
             gradients.append([i.grad for i in inputs])
         for want, got in zip(*gradients, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_tables_outlive_a_run_but_no_change_of_levels_or_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = EulerDiscreteScheduler._steps
+    monkeypatch.setattr(EulerDiscreteScheduler, "_steps", lambda self, *args: made.append(1) or original(self, *args))
+    scheduler, x = EulerDiscreteScheduler(), torch.ones(1, 2)
+
+    def run(steps: int) -> int:
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps[:2]:
+            scheduler.step(x, t, x)
+        return len(made)
+
+    assert [run(5), run(5), run(6)] == [1, 1, 2]
+    scheduler.sigmas.data.mul_(2)
+    scheduler.step(x, scheduler.timesteps[2], x)
+    assert len(made) == 3
+    scheduler.register_to_config(beta_start=0.1)  # which an option may be that levels do not show
+    assert [run(6), run(6)] == [4, 4]

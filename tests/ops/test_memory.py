@@ -13,7 +13,7 @@ from strategies import DEVICE, table, tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops import dispatch, registry
-from fastdiff.ops.checks import check_memory
+from fastdiff.ops.overlap import check_memory
 
 T = torch.tensor([1, 0], device=DEVICE)
 SHAPE = (2, 4, 6)
