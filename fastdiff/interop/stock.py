@@ -49,7 +49,10 @@ def overridden(this: Any, originals: Mapping[str, Any]) -> bool:
     """Whether `this` has another method in the place of one of the originals: by a subclass, a patch of the class, or
     on the object alone."""
     kind, own = type(this), this.__dict__
-    return any(getattr(kind, name) is not original or name in own for name, original in originals.items())
+    for name, original in originals.items():  # noqa: SIM110 - a generator costs more, and this comes with every step
+        if getattr(kind, name) is not original or name in own:
+            return True
+    return False
 
 
 def remembered(kind: type[T]) -> type[T]:
@@ -64,9 +67,10 @@ def values(tensor: Tensor) -> bytes | None:
 
     None for a tensor of another device, where reading would wait, and where a compiler traces.
     """
-    if type(tensor) is not Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if type(tensor) is not Tensor or not tensor.is_cpu or torch.compiler.is_compiling():
         return None
-    tensor = tensor.contiguous()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)  # without a call that the dispatcher would see
 
 

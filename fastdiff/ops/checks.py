@@ -71,7 +71,11 @@ def check_device(name: str, given: Tensor, device: torch.device) -> None:
 
 def wants_gradient(*operands: Any) -> bool:
     """Whether a gradient by one of them is wanted."""
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in operands)
+    if torch.is_grad_enabled():
+        for t in operands:  # no generator: this comes with every call
+            if isinstance(t, Tensor) and t.requires_grad:
+                return True
+    return False
 
 
 def check_out(out: Tensor, like: Tensor, *operands: Any) -> None:

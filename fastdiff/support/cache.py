@@ -1,5 +1,6 @@
 """Tables that are kept while they are valid, for calls that come once a step."""
 
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -24,9 +25,9 @@ class Tables:
         """build(), kept while the sources are the same, unchanged, and the key is equal."""
         if torch.compiler.is_compiling() or transforms.active():  # what is made there is of no use after it
             return build()
-        key = (*key, *(_stamp(s) for s in sources))
+        key = (*key, *map(_stamp, sources))
         entry = self._entries.get(name)
-        if entry is None or entry[1] != key or any(a is not b for a, b in zip(entry[2], sources, strict=True)):
+        if entry is None or entry[1] != key or not all(map(operator.is_, entry[2], sources)):
             with torch.inference_mode(False), torch.no_grad():
                 entry = self._entries[name] = (build(), key, sources)
         kept: T = entry[0]

@@ -46,11 +46,11 @@ class HeunDiscreteScheduler(
         device, both = sample.device, torch.promote_types(sample.dtype, model_output.dtype)
         dtypes = both, model_output.dtype if prediction == "sample" else both
         build = functools.partial(self._steps, device, clip is not None)
-        first, halves, second = self._table("steps", build, (self.sigmas,), device, prediction, clip is None)
+        first, halves, second, dt = self._table("steps", build, (self.sigmas,), device, prediction, clip is None)
         if self.dt is None:
             prev_sample, x0 = two_results(sample, model_output, first, i, dtypes, clip)
             self._halfway = ops.update(in_float32(sample), model_output, halves, i, noisy=False, clip=clip)
-            self.dt, self.sample = self.sigmas[i + 1] - self.sigmas[i], sample
+            self.dt, self.sample = dt[i], sample
         else:
             prev_sample, x0 = two_results(sample, model_output, second, i, dtypes, clip, noise=self._halfway)
             self.dt = self.sample = self._halfway = None
@@ -74,8 +74,8 @@ class HeunDiscreteScheduler(
             self.prev_derivative = (self._halfway - self.sample) * (2 / self.dt)
         self._halfway = None
 
-    def _steps(self, device: torch.device, clipped: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (n, WIDE) of first halves, (n, WIDTH) of what they leave, and (n, WIDE) of second halves.
+    def _steps(self, device: torch.device, clipped: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """Rows (n, WIDE) of first halves, (n, WIDTH) of what they leave, (n, WIDE) of second halves, and the n dt.
 
         A second half is numbered by its own place: it comes from the level before and ends at this one. It takes what
         is left to it in the column of noise.
@@ -86,4 +86,4 @@ class HeunDiscreteScheduler(
         make = functools.partial(derivative_rows, a, b, clipped=clipped)
         first, halves = make(dt / sigma, kept_from_x0=1.0), make(dt / sigma / 2)
         second = make(dt.roll(1) / sigma / 2, x=0.0, noise=1.0, kept_from_x0=1.0)
-        return first.to(device), halves.to(device), second.to(device)
+        return first.to(device), halves.to(device), second.to(device), self.sigmas.diff().unbind()

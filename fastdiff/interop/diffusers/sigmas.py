@@ -186,7 +186,7 @@ def x0_from_sigma(prediction: str, sigma: Tensor, sigma_hat: Tensor) -> tuple[Te
 
 def in_float32(x: Tensor) -> Tensor:
     """x, in float32 if it has a smaller type: where stock computes, and what comes is not rounded in between."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def two_results(
