@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: fastdiff beside eager PyTorch and other libraries on this machine, or quality per second."""
+"""`python -m benchmarks`: fastdiff beside eager PyTorch and other libraries here, or the samplers' quality."""
 
 import argparse
 import importlib
@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     device_argument(root)
     root.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures as a PNG")
-    text = "instead: images per second and Frechet distance of models of the digits, sampler by sampler"
+    text = "instead: Frechet distance and cost of models of the digits, sampler by sampler"
     root.add_argument("--quality", type=Path, nargs="+", metavar="CHECKPOINT", help=text)
     return root
 

@@ -8,6 +8,7 @@ from fastdiff.files import replacing
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
 except ImportError as error:
     raise ImportError("--plot needs matplotlib: pip install 'fastdiff-kernels[dev]'") from error
 
@@ -70,29 +71,54 @@ def _time(row: str, line: Mapping[str, Any]) -> str:
 
 
 def quality(rows: Sequence[Mapping[str, Any]], real: float) -> Figure:
-    """Frechet distance over images per second: a panel for each model, a curve for each sampler.
+    """Frechet distance over calls of the model: a row of panels for each model, a column for each group of samplers.
+
+    Each panel has the curves of its group in colour, and those of the model's other samplers in grey.
 
     Args:
         rows: as `quality.main` makes them. The points of a curve are in the order of their numbers of model calls.
         real: the distance between two halves of the real images, which no sampler has to beat.
     """
-    models, samplers = ({row[key]: None for row in rows} for key in ("model", "sampler"))
-    figure = Figure(figsize=(PAGE[0], 3.6), layout="constrained")
-    calls = ", ".join(str(row) for row in sorted({row["calls"] for row in rows}))
-    figure.suptitle(f"From right to left: {calls} model calls", fontsize=9)
-    panels = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
-    for panel, model in zip(panels, models, strict=True):
-        for k, sampler in enumerate(samplers):
-            own = [row for row in rows if (row["model"], row["sampler"]) == (model, sampler)]
-            points = [(row["images_per_s"], row["frechet_distance"]) for row in own]
-            style: Any = {"color": f"C{k % 10}", "marker": "osD^v"[k // 10 % 5], "markersize": 4, "linewidth": 1}
-            panel.plot(*zip(*points, strict=True) if points else ([], []), label=sampler, **style)
-        panel.axhline(real, color=NEUTRAL, linewidth=0.8, linestyle="--", label="two halves of the real digits")
-        panel.set(xscale="log", yscale="log", xlabel="images per second (right is better)", title=model)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("Frechet distance to held-out digits (down is better)", fontsize=8)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    models, groups = ({row[key]: None for row in rows} for key in ("model", "group"))
+    figure = Figure(figsize=(PAGE[0], min(PAGE[1], 2.4 + 1.8 * len(models))), layout="constrained")
+    calls = sorted({row["calls"] for row in rows})
+    text = f"Down and to the left is better. Points of a curve: at most {', '.join(map(str, calls))} model calls."
+    figure.suptitle(text, fontsize=9)
+    shape = {"squeeze": False, "sharex": True, "sharey": True}
+    panels = figure.subplots(len(models), len(groups), **shape)
+    for place, group in zip(panels.T, groups, strict=True):
+        own = [row for row in rows if row["group"] == group]
+        worst_first = sorted(own, key=lambda row: (-row["calls"], -row["frechet_distance"]))
+        samplers = dict.fromkeys(row["sampler"] for row in worst_first if row["model"] == own[0]["model"])
+        samplers |= dict.fromkeys(row["sampler"] for row in own)
+        for panel, model in zip(place, models, strict=True):
+            of_model = [row for row in rows if row["model"] == model]
+            for sampler in dict.fromkeys(row["sampler"] for row in of_model if row["group"] != group):
+                panel.plot(*_curve(of_model, sampler), color="#dddddd", linewidth=0.6, zorder=1)
+            for k, sampler in enumerate(samplers):
+                style: Any = {"color": f"C{k}", "marker": "osD^v<>ph*"[k % 10], "markersize": 3.5, "linewidth": 1}
+                panel.plot(*_curve(of_model, sampler), label=sampler, **style)
+            panel.axhline(real, color=NEUTRAL, linewidth=0.8, linestyle="--", label="two halves of the real digits")
+            panel.set(xscale="log", yscale="log")
+            for axis, ticks in ((panel.xaxis, calls), (panel.yaxis, (0.3, 0.5, 1, 2, 5, 10, 20, 50))):
+                axis.set_major_locator(FixedLocator(ticks))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_locator(NullLocator())
+            panel.tick_params(labelsize=7)
+            panel.spines[["top", "right"]].set_visible(False)
+        place[0].set_title(group, fontsize=8)
+        place[-1].set_xlabel("model calls an image", fontsize=7)
+        place[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), fontsize=6.5, frameon=False)
+    for panel, model in zip(panels[:, 0], models, strict=True):
+        panel.set_ylabel(model, fontsize=9, fontweight="bold")
+    figure.supylabel("Frechet distance to held-out digits", fontsize=8)
     return figure
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], sampler: str) -> tuple[list[float], list[float]]:
+    """The numbers of calls and the distances of a sampler."""
+    own = [row for row in rows if row["sampler"] == sampler]
+    return [row["model_calls"] for row in own], [row["frechet_distance"] for row in own]
 
 
 def roofline(bars: Sequence[tuple[str, str, float]]) -> Figure:

@@ -1,16 +1,18 @@
-"""`python -m benchmarks --quality CHECKPOINT ...`: images per second and Frechet distance of models of the digits, for
-every sampler at equal numbers of model calls."""
+"""`python -m benchmarks --quality CHECKPOINT ...`: Frechet distance and cost of models of the digits, for every sampler
+at equal numbers of model calls."""
 
 import argparse
 import json
+import statistics
 import time
 from typing import Any
 
 import torch
 
+from benchmarks import timing
 from fastdiff import files
 from fastdiff.diffusion import Diffusion
-from fastdiff.steps import SAMPLERS
+from fastdiff.steps import SAMPLERS, StepTable
 from fastdiff.training import checkpoint, data
 from fastdiff.training.evaluate import frechet_distance
 
@@ -26,24 +28,56 @@ def steps_of(model: Diffusion, sampler: str, calls: int) -> int | None:
             table = model.step_table(sampler, steps)
         except ValueError:  # it cannot start where the model does, or needs another process
             return None
-        if sum(kind != "add" for kind in table.kinds) <= calls:
+        if calls_of(table) <= calls:
             return steps
     return None
+
+
+def calls_of(table: StepTable) -> int:
+    """How often a run over the table asks the model."""
+    return sum(kind != "add" for kind in table.kinds)
+
+
+def group_of(model: Diffusion, sampler: str) -> str:
+    """What a sampler has in common with others: noise or none, and one call of the model a step or several."""
+    steps = next(filter(None, (steps_of(model, sampler, calls) for calls in reversed(CALLS))))
+    table = model.step_table(sampler, steps)
+    several = calls_of(table) >= 1.5 * steps  # some rules leave out a call, or add one
+    return f"{'noise' if table.noisy else 'no noise'}, {'several calls' if several else 'one call'} a step"
 
 
 def measure(
     model: Diffusion, sampler: str, steps: int, n: int, held_out: torch.Tensor, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """One line of the table: the rate at which n images are drawn, and their distance to the held-out digits."""
+    """One line of the table: what it costs to draw n images, and their distance to the held-out digits.
+
+    The cost is a ratio: the time to draw a batch over that of a call of the network, timed just before. So the load of
+    the machine mostly cancels.
+    """
+    network = model.model
     model.sample(2, sampler=sampler, steps=2, seed=0, dtype=dtype)  # compiles what is compiled at its first use
-    start = time.perf_counter()
-    batches = [torch.arange(n)[i : i + BATCH] for i in range(0, n, BATCH)]
-    how: dict[str, Any] = {"sampler": sampler, "steps": steps, "seed": 0, "dtype": dtype}
-    images = torch.cat([model.sample(len(ids), sample_ids=ids, **how) for ids in batches])
-    seconds = time.perf_counter() - start
-    distance = frechet_distance(images.cpu(), held_out)
-    shown = sampler if dtype is None else f"{sampler}, {str(dtype).removeprefix('torch.')}"
-    return {"sampler": shown, "steps": steps, "images_per_s": n / seconds, "frechet_distance": distance}
+    batches = torch.arange(n).split(BATCH)
+    x, t = torch.zeros(len(batches[0]), *network.sample_shape, device=model.device), torch.ones(1, device=model.device)
+    clocks, drawn = [_clock(model.device)], []
+    with torch.no_grad():
+        network(x, t.expand(len(x)))
+    clocks.append(_clock(model.device))
+    for ids in batches:
+        drawn.append(model.sample(len(ids), sample_ids=ids, sampler=sampler, steps=steps, seed=0, dtype=dtype))
+        clocks.append(_clock(model.device))
+    return {
+        "sampler": sampler if dtype is None else f"{sampler}, {str(dtype).removeprefix('torch.')}",
+        "group": group_of(model, sampler),
+        "steps": steps,
+        "model_calls": calls_of(model.step_table(sampler, steps)),
+        "cost": (clocks[2] - clocks[1]) / (clocks[1] - clocks[0]),
+        "frechet_distance": frechet_distance(torch.cat(drawn).cpu(), held_out),
+    }
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds: on a CPU those of this process alone, whatever else the machine does."""
+    return time.process_time() if device.type == "cpu" else timing.clock(device)
 
 
 def main(args: argparse.Namespace, device: torch.device) -> int:
@@ -62,7 +96,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     n = len(train)
     real = frechet_distance(train[:], held_out[:])
     print(f"{n} images of each model; two halves of the real digits are {real:.4f} apart\n")
-    print(f"{'model':14}{'sampler':22}{'calls':>6}{'steps':>7}{'images/s':>11}{'Frechet distance':>19}")
+    print(f"{'model':14}{'sampler':22}{'calls':>6}{'steps':>7}{'cost in calls':>15}{'Frechet distance':>18}")
     rows: list[dict[str, Any]] = []
     for model in models:
         name = type(model).__name__
@@ -73,8 +107,10 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
                 continue
             row = measure(model, sampler, steps, n, held_out[:], dtype)
             rows.append({"model": name, "calls": calls, **row})
-            rate, distance = row["images_per_s"], row["frechet_distance"]
-            print(f"{name:14}{row['sampler']:22}{calls:6}{steps:7}{rate:11.2f}{distance:19.4f}", flush=True)
+            cost, distance = row["cost"], row["frechet_distance"]
+            print(f"{name:14}{row['sampler']:22}{calls:6}{steps:7}{cost:15.2f}{distance:18.4f}", flush=True)
+    low, middle, high = statistics.quantiles((row["cost"] / row["model_calls"] for row in rows), n=4)
+    print(f"\ncost / calls: half of the rows between {low:.2f} and {high:.2f}, median {middle:.2f}")
     if args.json:
         with files.replacing(args.json) as temporary:
             temporary.write_text(json.dumps({"real": real, "rows": rows}, indent=2) + "\n", encoding="utf-8")

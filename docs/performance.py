@@ -27,6 +27,7 @@ OPERATIONS = {
 # The size that fills a GPU, for the picture.
 LARGE = "256x3x256x256"
 DTYPES = ("bfloat16", "float32")
+NO_BREAK = "\u00a0"  # a space at which no line of a cell ends
 WAYS = {"fused": "fastdiff", "reference": "eager", "compile": "torch.compile", "copy": "copy"}
 TITLES = {
     "smoke": "Smoke test",
@@ -55,7 +56,8 @@ This page is made by `python docs/performance.py` from the files in `benchmarks/
 - *Eager* is the same mathematics in eager PyTorch, with the noise of `torch.randn_like`.
 - The small size, 64x3x64x64, stays in the cache of a GPU. The large one, 256x3x256x256, does not.
 
-`python -m benchmarks` measures your own machine. [Choosing](choosing.md) has the quality of the samplers.
+`python -m benchmarks` measures your own machine. [Measured quality](quality.md) compares the
+samplers.
 """
 
 Rows = dict[str, dict[str, Any]]
@@ -97,7 +99,8 @@ def table(stage: str, rows: Rows) -> list[str]:
     lines = ["| " + " | ".join(titles) + " |", "|---" * 2 + "|---:" * (len(titles) - 2) + "|"]
     for key, figures in rows.items():
         case, _, method = key.partition(" / ")
-        cells = [OPERATIONS.get(case, case), method, *(number(figures.get(column, "")) for column in columns)]
+        cells = [OPERATIONS.get(case, case), method.replace(" ", NO_BREAK)]
+        cells += [number(figures.get(column, "")) for column in columns]
         has = figures.keys()
         cells += [f"{figures['reference'] / figures['fused']:.2f}" if {"fused", "reference"} <= has else ""] * both
         cells += [f"{figures['copy'] / figures['fused']:.2f}" if {"fused", "copy"} <= has else ""] * copied
@@ -122,7 +125,7 @@ def picture(content: dict[str, Any]) -> str:
     found = {dtype: speedups(content, dtype) for dtype in DTYPES}
     names = sorted(found["bfloat16"], key=lambda name: -found["bfloat16"][name][0])
     most = max(ratio for values in found.values() for ratio, _ in values.values())
-    left, width, height, top = 230, 400, 15, 62
+    left, width, height, top = 250, 390, 15, 62
     unit = width / most
     bottom = top + len(names) * (2 * height + 12)
     title = f"{device_name(content)}: how many times faster than eager PyTorch (longer is better)"

@@ -63,7 +63,8 @@ def all_reduce(parameters: int, gpus: int) -> tuple[float, float]:
 
 def table(header: str, rows: list[list[str]]) -> str:
     names = header.split("|")
-    return "\n".join("| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *rows))
+    cells = [[re.sub(r"(?<=\d) (?=[a-zA-Z])", "\u00a0", cell) for cell in row] for row in rows]  # "16 ms" stays whole
+    return "\n".join("| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *cells))
 
 
 def tables() -> dict[str, str]:

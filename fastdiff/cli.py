@@ -7,32 +7,32 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import torch
 from torch import Tensor
 
 import fastdiff
 from fastdiff.diffusion import Diffusion
-from fastdiff.files import need, replacing, writable
+from fastdiff.files import replacing, writable
 from fastdiff.support.run_file import NAME
 from fastdiff.training import Options, State, digits_options, ema, ranks, resumed_options, save_grid
 from fastdiff.training import train as train_run
 from fastdiff.training.arguments import ema_arguments, path, sample_arguments, train_arguments
 from fastdiff.training.checkpoint import load, load_model
 from fastdiff.training.data.opening import KINDS, is_path
-from fastdiff.training.drawing import Batches, drawing_of, write_array
+from fastdiff.training.drawing import FORMATS, Batches, drawing_of, drawn
 from fastdiff.training.features import NAMES
 from fastdiff.training.figures import figures
 from fastdiff.training.flags import label_of, of_arrays, report_data
 from fastdiff.training.options import refuse_foreign
 from fastdiff.training.presets import MNIST, PRESETS, read_config
 from fastdiff.training.report import write_report
-from fastdiff.training.samples import columns_of, conditions, suited
+from fastdiff.training.samples import columns_of, conditions
 
 COMMANDS = ("train", "sample", "eval", "plot", "ema")
 INTERRUPTED = 130
@@ -127,12 +127,16 @@ def parser() -> argparse.ArgumentParser:
     train_arguments(add("train", train, "Train a diffusion model on images."))
     command = add("sample", sample, "Draw images: PREFIX.png, a grid, and PREFIX.npy, float32 (N, C, H, W).")
     sample_arguments(command, n=64)
-    command.add_argument("--out", type=path, required=True, metavar="PREFIX", help="start of the two names")
+    text = "start of the two names; with another --format the folder, which must not be there"
+    command.add_argument("--out", type=path, required=True, metavar="PREFIX", help=text)
+    text = "npy; png, a folder of images; or webdataset, a folder of shards (default: %(default)s)"
+    command.add_argument("--format", choices=FORMATS, default="npy", help=text)
     ema_arguments(add("ema", write_average, "Write the weights of another average of a run, as a file for sample."))
     command = add("eval", evaluation, "Compare samples with real images.")
     sample_arguments(command, n=None)
     command.add_argument("--data", help=f"the real images: {KINDS} (default: those of the run)")
-    command.add_argument("--features", help=f"what is compared: {NAMES} (default: inception, for the digits pixels)")
+    text = f"what is compared: {NAMES} (default: inception; of mnist classifier, of digits pixels)"
+    command.add_argument("--features", help=text)
     command.add_argument(
         "--reference", type=path, metavar="FILE.npz", help="mu and sigma of the real features: read, or written once"
     )
@@ -233,75 +237,45 @@ def write_average(args: argparse.Namespace) -> int:
 # --- sample and eval --------------------------------------------------------------------------------------------
 
 
-def draw(args: argparse.Namespace, model: Diffusion, n: int, kept: Batches | None = None) -> Tensor:
-    """Draw `n` images, float32 (n, C, H, W) on the CPU, in batches with one progress bar of network calls.
-
-    kept: takes the batches of this process; then nothing is returned, (0,).
-    """
-    device, shape = device_of(args), model.model.sample_shape
+def ready(args: argparse.Namespace) -> Diffusion:
+    """The model of the command's checkpoint on its device. Raises ValueError if it has no size of images."""
+    model, device = load_model(args.checkpoint), device_of(args)
+    shape = model.model.sample_shape
     if shape is None:
         raise ValueError(f"{args.checkpoint}: expected a network with a sample_size, which says how large images are")
+    args.label = label_of(args.label, args.checkpoint)
     limit_threads(device, max(shape[1:]))  # type: ignore[index]
-    model = model.to(device)
-    sampler, steps = sampler_of(args, model)
-    batches = torch.arange(n).split(args.batch_size)
-    own = len(batches if kept is None else kept.missing(len(batches)))
-    tqdm, bar = need("tqdm").tqdm, None
-
-    def advance(*_: object) -> None:
-        nonlocal bar  # made at the first step, so that it does not precede an error in the arguments
-        bar = bar or tqdm(total=calls * own, desc=f"{n} images", unit="step", disable=not leads())
-        bar.update()
-
-    options: dict[str, Any] = {"steps": steps, "sampler": sampler, "eta": args.eta, "seed": args.seed}
-    if sampler != "ode":
-        calls = len(model.step_table(sampler, steps, args.eta))
-        options["callback"] = advance
-
-    def one(ids: Tensor) -> Tensor:
-        labels = conditions(model, ids.to(device), args.label, args.guidance)
-        drawn = model.sample(len(ids), sample_ids=ids, **options, **labels).cpu()
-        if wrong := int((~drawn.flatten(1).isfinite().all(1)).sum()):
-            raise ValueError(f"{args.checkpoint}: {wrong} of {n} images hold NaN or infinity, nothing was written")
-        return drawn
-
-    try:
-        if kept is None:
-            return torch.cat([one(ids) for ids in batches])
-        kept.draw(batches, one)
-        return torch.empty(0)
-    finally:
-        if bar:
-            bar.close()
-
-
-def sampler_of(args: argparse.Namespace, model: Diffusion) -> tuple[str, int | None]:
-    """The sampler and its steps: those that are named, or what suits the formulation. None leaves the steps to it."""
-    sampler, steps = suited(model)
-    if args.steps is None and args.sampler in (None, sampler):
-        return sampler, steps
-    named = args.sampler or sampler
-    return named, args.steps if named != "ddim" or args.steps else min(50, getattr(model, "timesteps", 50))
+    return model.to(device)
 
 
 def sample(args: argparse.Namespace) -> int:
     """`fastdiff sample`. Returns: the exit status."""
     if not args.out.name:
         raise ValueError(f"--out: expected the start of two file names, got {str(args.out)!r}")
-    grid, array = (writable(args.out.with_name(args.out.name + end)) for end in (".png", ".npy"))
-    model, start = load_model(args.checkpoint), time.perf_counter()
-    args.label = label_of(args.label, args.checkpoint)
+    grid, array = (args.out.with_name(args.out.name + end) for end in (".png", ".npy"))
+    places = [grid, array] if args.format == "npy" else [args.out]
+    if args.format == "npy":
+        for place in places:
+            writable(place)
+    model, start = ready(args), time.perf_counter()
     with ranks.joined(device_of(args)) as processes:
-        if processes.size == 1 and args.n <= args.batch_size:
-            images = draw(args, model, args.n)
-            write_array(array, images)
-        else:
-            batches = Batches(array, drawing_of(args, model), processes)
-            draw(args, model, args.n, batches)
-            images = batches.join(-(-args.n // args.batch_size), GRID) if processes.leads else torch.empty(0)
-    if processes.leads:
-        save_grid(grid, images[:GRID], columns_of(model) if args.label is None else None)
-        print(f"{grid}, {array}: {args.n} images, {time.perf_counter() - start:.1f} s")
+        numbers = torch.arange(args.n).split(args.batch_size)
+        batches = Batches(places[-1], drawing_of(args, model), numbers, processes, args.format)
+        try:
+            for i, images in drawn(args, model, batches.missing(), batches.left, processes.leads):
+                batches.write(i, images, conditions(model, numbers[i], args.label).get("class_labels"))
+        except ValueError:
+            batches.discard()
+            raise
+        processes.largest(0)  # all batches are there
+        if processes.leads:
+            head = batches.finish(GRID)
+            if args.format == "npy" and head.shape[1] in (1, 3):
+                save_grid(grid, head, columns_of(model) if args.label is None else None)
+            elif args.format == "npy":
+                places.remove(grid)
+            took = f"{args.n} images, {time.perf_counter() - start:.1f} s"
+            print(f"{', '.join(map(str, places))}: {took}")
     return 0
 
 
@@ -309,9 +283,16 @@ def evaluation(args: argparse.Namespace) -> int:
     """`fastdiff eval`. Returns: the exit status."""
     if args.json:
         writable(args.json)
-    model = load_model(args.checkpoint)
-    args.label = label_of(args.label, args.checkpoint)
-    report = figures(args, model, lambda n: draw(args, model, n))
+    model = ready(args)
+    with ranks.joined(device_of(args)) as processes:
+
+        def draw(n: int) -> Iterator[tuple[int, Tensor]]:
+            own = dict(list(enumerate(torch.arange(n).split(args.batch_size)))[processes.rank :: processes.size])
+            return drawn(args, model, own, shown=processes.leads)
+
+        report = figures(args, model, draw, processes)
+    if not leads():
+        return 0
     for name, value in report.items():
         print(f"{name:27}{value:.4f}" if isinstance(value, float) else f"{name:27}{value}")
     if args.json:

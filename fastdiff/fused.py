@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, reference
+from .ops.group_norm import is_fused
 from .support import transforms
 from .support.plain import is_plain
 
@@ -45,7 +46,9 @@ def norm_silu(
 ) -> Tensor:
     """silu(norm(x + add) (1 + scale) + shift); scale and shift (B, C), add (B or 1, C) or (C,). skip: further channels
     of x; silu: False leaves SiLU out."""
-    if not is_plain(norm, nn.GroupNorm) or norm.weight is None or norm.bias is None:
+    plain = norm._parameters if is_plain(norm, nn.GroupNorm) else {}  # an attribute of a module costs more
+    weight, bias = plain.get("weight"), plain.get("bias")
+    if weight is None or bias is None:
         x = x if skip is None else torch.cat((x, skip), 1)
         u = norm(x if add is None else x + add.to(x.dtype).reshape(*add.shape, *[1] * (x.ndim - 2)))
         if scale is not None and shift is not None:
@@ -53,7 +56,9 @@ def norm_silu(
             u = u * (1 + scale) + shift
         return F.silu(u) if silu else u
     add = add[0] if add is not None and add.ndim == 2 and len(add) == 1 else add
-    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, scale, shift, add, skip, silu=silu)
+    if x.is_cpu and not is_fused(x):  # what the op comes to, without its checks, which a layer does not need
+        return reference.group_norm_silu(x, norm.num_groups, weight, bias, scale, shift, add, norm.eps, skip, silu)
+    return ops.group_norm_silu(x, norm.num_groups, weight, bias, norm.eps, scale, shift, add, skip, silu=silu)
 
 
 def by_pixel(x: Tensor) -> Tensor:

@@ -195,10 +195,8 @@ class ResnetBlock(nn.Module):
     def _sum(self, x: Tensor, h: Tensor) -> Tensor:
         """conv_shortcut(x) + conv2(h)."""
         layers: tuple[Any, ...] = self.conv_shortcut, self.conv2
-        plain = maps_pixels(self.conv_shortcut) and adds_bias(self.conv2)
-        merged = channels_last(x) and not torch.is_grad_enabled() and plain
-        if not merged:
-            out: Tensor = self.conv_shortcut(x) + self.conv2(h)
+        if torch.is_grad_enabled() or not (channels_last(x) and maps_pixels(layers[0]) and adds_bias(layers[1])):
+            out: Tensor = layers[0](x) + layers[1](h)
             return out
         # With channels last the shortcut is a matrix product, which adds both biases in the same pass.
         weight, bias = layers[0].weight.flatten(1), layers[0].bias + layers[1].bias
@@ -278,9 +276,9 @@ class Attention(nn.Module):
                     part.data = new
 
     def _qkv(self, h: Tensor) -> tuple[Tensor, ...]:
-        """The maps of h (B, N, channels), each (B, N, channels): in one product where no gradient is wanted."""
+        """The maps of h (B, N, channels), each (B, N, channels): in one product, on a GPU and without a gradient."""
         layers = (self.to_q, self.to_k, self.to_v)
-        if not torch.is_grad_enabled() and all(map(is_linear, layers)):
+        if not torch.is_grad_enabled() and is_fused(h) and all(map(is_linear, layers)):
             weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
             return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
         return tuple(layer(h) for layer in layers)

@@ -276,7 +276,8 @@ def group_norm_silu(
     """silu(GroupNorm(x + add) (1 + scale) + shift), scale and shift (B, C), add (B, C) or (C,) (Wu & He 2018,
     arXiv:1803.08494, eq. 7; Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.3). skip: further channels of x."""
     work, x = work_dtype(x), x if skip is None else torch.cat((x, skip), 1)
-    u = torch.group_norm(with_channels(x, add), groups, weight.to(work), bias.to(work), eps)
+    added = x.to(work) if add is None else with_channels(x, add)
+    u = torch.group_norm(added, groups, weight.to(work), bias.to(work), eps)
     if scale is not None and shift is not None:
         u = u * (1 + _per_channel(scale.to(work), u)) + _per_channel(shift.to(work), u)
     return (F.silu(u) if silu else u).to(x.dtype)

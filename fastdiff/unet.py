@@ -29,6 +29,7 @@ from .nn import (
     sinusoidal_embedding,
     timesteps_of,
 )
+from .ops.group_norm import is_fused
 from .support.scalars import plain_number
 from .support.weights import check_shapes, shapes_of
 
@@ -242,7 +243,8 @@ class UNet(nn.Module):
             if self.class_embedding is not None:
                 emb = emb + self.class_embedding(class_labels)
             of_blocks = F.silu(emb)  # every resnet block starts with it
-            shifts = project(self, of_blocks)
+            # One product costs a copy of all weights, which pays where it saves launches.
+            shifts = project(self, of_blocks) if is_fused(of_blocks) else None
         debt = None
         if shifts is not None:
             of_blocks = aheads(self, shifts)

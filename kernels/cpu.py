@@ -7,9 +7,10 @@ structure, built by name.
 import ctypes
 import functools
 import math
+import struct
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from .cpu_compiled import (
     SCRATCH,
 )
 from .layout import laid_like, lay_out, sliced_like, slots_like
+from .notes import Text, note
 from .uninterrupted import uninterrupted
 
 # A call on fewer elements stays on its thread, as PyTorch's do (at::internal::GRAIN_SIZE).
@@ -49,10 +51,30 @@ KEEPS = {"none": KEEP_NONE, "x0hat": KEEP_X0, "x": KEEP_X, "mix": KEEP_MIX, "new
 _local = threading.local()
 
 
+class _Kernel:
+    """A kernel, compiled, and how its operands become the C structure that it gets."""
+
+    def __init__(self, kernel: Callable[[int], None], structure: type[ctypes.Structure]) -> None:
+        self.compiled = uninterrupted(lambda: cfunc(types.void(types.intp), kernel, **compiled.KERNEL))
+        self.address = self.compiled.address
+        self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
+        kinds = {name: kind for name, kind, *_ in structure._fields_}
+        self.names = [*kinds][3:]
+        self.pack = struct.Struct("".join("d" if kind is ctypes.c_double else "q" for kind in kinds.values())).pack
+        self.copy = structure.from_buffer_copy
+
+    def __call__(self, threads: int, *operands: float) -> None:
+        """Run on a team. The operands are those in `names`; before them are two counters, which the kernel writes."""
+        given = ctypes.byref(self.copy(self.pack(0, 0, _scratch(threads), *operands)))
+        if threads == 1:
+            self.run(given)
+        else:
+            openmp.run(self.address, given, threads)
+
+
 @functools.cache
-def _entry(kernel: Callable[[int], None]) -> Any:
-    """The kernel, compiled, as a function of C."""
-    return uninterrupted(lambda: cfunc(types.void(types.intp), kernel, **compiled.KERNEL))
+def _entry(kernel: Callable[[int], None], structure: type[ctypes.Structure]) -> _Kernel:
+    return _Kernel(kernel, structure)
 
 
 def _scratch(threads: int) -> int:
@@ -69,41 +91,70 @@ def _scratch(threads: int) -> int:
     return _local.address
 
 
+class _Noted(NamedTuple):
+    """A call of a compiled function; see notes."""
+
+    function: Callable[..., None]
+    parameters: tuple[Any, ...]
+    team: int  # the size of the team that it was made for; 0 if it is too small for one
+
+    repeatable, aligned = True, False
+
+    @staticmethod
+    def written(launches: "list[_Noted]", parameter: Text, constant: Text) -> tuple[list[str], list[str]]:
+        conditions = [f"{constant(openmp.team_size)}() == {n}" for n in {launch.team for launch in launches} - {0}]
+        return conditions, [_written(made.function, [*map(parameter, made.parameters)], constant) for made in launches]
+
+
+def _written(function: Any, parameters: list[str], constant: Text) -> str:
+    """The text of a call. That of a kernel on one thread is written out: to pass so many arguments on takes time."""
+    if not isinstance(function, _Kernel) or parameters[0] != "1":
+        return f"{constant(function)}({', '.join(parameters)})"
+    packed = f"{constant(function.pack)}(0, 0, {constant(_scratch)}(1), {', '.join(parameters[1:])})"
+    return f"{constant(function.run)}({constant(ctypes.byref)}({constant(function.copy)}({packed})))"
+
+
+def _call(function: Callable[..., None], *parameters: Any, team: int = 0) -> None:
+    """Call a compiled function, with addresses in place of tensors."""
+    function(*(p.data_ptr() if isinstance(p, Tensor) else p for p in parameters))
+    note(_Noted(function, parameters, team))
+
+
 def _launch(
     kernel: Callable[[int], None], structure: type[ctypes.Structure], like: Tensor, channels: int, **operands: Any
 ) -> None:
-    """Run a kernel over all chunks of all samples, on torch.get_num_threads() threads if that pays."""
+    """Run a kernel over all chunks of all samples, on torch.get_num_threads() threads if that pays.
+
+    Tensors stand for their addresses.
+    """
     elements, batch = like.numel(), like.shape[0]
     size = elements // batch
     chunks = -(-size // CHUNK)
     count = batch * chunks
-    threads = openmp.team_size() if elements >= PARALLEL_FROM else 1
-    given = structure(
-        scratch=_scratch(threads), block=count if threads == 1 else -(-count // (threads * CLAIMS)),
-        count=count, chunks=chunks, n=size, channels=channels, **operands,
-    )  # fmt: skip
-    entry = _entry(kernel)
-    if threads == 1:
-        entry.ctypes(ctypes.addressof(given))
-    else:
-        openmp.run(entry.address, ctypes.addressof(given), threads)
+    team = openmp.team_size() if elements >= PARALLEL_FROM else 0
+    entry, threads = _entry(kernel, structure), max(team, 1)
+    operands |= {
+        "block": count if threads == 1 else -(-count // (threads * CLAIMS)),
+        "count": count, "chunks": chunks, "n": size, "channels": channels,
+    }  # fmt: skip
+    _call(entry, threads, *[operands.get(name, 0) for name in entry.names], team=team)
 
 
-def _tensors(**tensors: Tensor | None) -> dict[str, int]:
-    """Address and type code of each tensor, by name; those of None stay 0, which stands for no operand."""
-    fields = {}
+def _tensors(**tensors: Tensor | None) -> dict[str, Any]:
+    """Each tensor and its type code, by name; those of None are left out, and become 0, which stands for no operand."""
+    fields: dict[str, Any] = {}
     for name, t in tensors.items():
         if t is not None:
-            fields[name], fields[f"{name}_code"] = t.data_ptr(), CODES[t.dtype]
+            fields[name], fields[f"{name}_code"] = t, CODES[t.dtype]
     return fields
 
 
-def _noise_key(seed: Tensor | None, ids: Tensor | None, index: Tensor, stream: int) -> dict[str, int]:
+def _noise_key(seed: Tensor | None, ids: Tensor | None, index: Tensor, stream: int) -> dict[str, Any]:
     """What noise is a function of, beside the element; also the index of the row of each sample."""
     return {
-        "seed": 0 if seed is None else seed.data_ptr(),
-        "ids": 0 if ids is None else ids.data_ptr(),
-        "index": index.data_ptr(),
+        "seed": 0 if seed is None else seed,
+        "ids": 0 if ids is None else ids,
+        "index": index,
         "index_stride": int(index.numel() > 1),
         "stream": stream,
     }
@@ -133,7 +184,7 @@ def noising(
     channels, (written, x0, noise) = lay_out(out, x0, _storable(noise), generated=noise is None)
     _launch(
         compiled.noising_chunks, compiled.Noising, written, channels,
-        **_noise_key(seed, ids, t, stream), table=table.data_ptr(), levels=len(table),
+        **_noise_key(seed, ids, t, stream), table=table, levels=len(table),
         **_tensors(x0=x0, noise=noise, out=written),
     )  # fmt: skip
     if written is not out:
@@ -155,11 +206,11 @@ def loss(
     partial = torch.empty(written.shape[0] * chunks, dtype=torch.float64)
     _launch(
         compiled.loss_chunks, compiled.Loss, written, channels,
-        **_noise_key(seed, ids, t, stream), table=table.data_ptr(), levels=len(table),
+        **_noise_key(seed, ids, t, stream), table=table, levels=len(table),
         **_tensors(pred=pred, x0=x0, noise=noise, mask=mask, grad=None if grad is None else written),
-        partial=partial.data_ptr(), kind=RHOS[rho], delta=delta, loss_scale=loss_scale, grad_scale=grad_scale,
+        partial=partial, kind=RHOS[rho], delta=delta, loss_scale=loss_scale, grad_scale=grad_scale,
     )  # fmt: skip
-    compiled.reduce_rows(partial.data_ptr(), out.numel(), partial.numel() // out.numel(), out.data_ptr())
+    _call(compiled.reduce_rows, partial, out.numel(), partial.numel() // out.numel(), out)
     if grad is not None and written is not grad:
         grad.copy_(written)
 
@@ -171,7 +222,7 @@ def scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
     """
     _launch(
         compiled.scale_chunks, compiled.Scale, grad, 1, **_tensors(grad=grad),
-        incoming=incoming.data_ptr(), incoming_stride=int(incoming.numel() > 1), factor=factor,
+        incoming=incoming, incoming_stride=int(incoming.numel() > 1), factor=factor,
     )  # fmt: skip
 
 
@@ -190,7 +241,7 @@ def update(
     pred, uncond, raw = slices
     _launch(
         compiled.update_chunks, compiled.Update, written, channels,
-        **_noise_key(seed, ids, step, stream), rows=rows.data_ptr(), steps=len(rows), columns=rows.shape[1],
+        **_noise_key(seed, ids, step, stream), rows=rows, steps=len(rows), columns=rows.shape[1],
         pred_stride=pred.stride(0),
         **_tensors(x=x, pred=pred, uncond=uncond, variance=raw, noise=noise, hist=past, out=written),
         keep=KEEPS[keep], slots=slots, clip=math.inf if clip is None else clip,

@@ -5,7 +5,8 @@ The channels of x may lie in two tensors, x and skip; the SiLU may be left out.
 A group that fits a program's registers is read once. Contiguous images give a program one group, or several small ones;
 channels last give it a slab of whole groups wide enough for whole sectors of memory. A larger group is cut into parts:
 a launch before leaves what each part contributes in `partial`, and every program merges that of its groups. Such pairs
-of launches cover as many slabs at a time as stay in the L2 cache, so that the second read does not reach memory.
+of launches cover as many slabs at a time as stay in the L2 cache, so that the second read does not reach memory. That
+fails where one slab is larger, and in the backward pass where fewer slabs would not fill the GPU.
 
 norm_tile.py: what a program owns; norm_forward.py and norm_backward.py: the kernels.
 """
@@ -37,7 +38,7 @@ class Limits(NamedTuple):
     sector: int = 32  # bytes that memory reads at once
     rows: int = 16  # channels of a part, where pixels are neighbours
     blocks: int = 8  # of lanes in a slab at most
-    parts: int = 32  # of a group at most, but for chunks of its channels
+    parts: int = 32  # of a group, unless slabs are so large that more have to share one
     resident: int = 24 * 2**20  # bytes that stay in the L2 cache between two launches
 
 
@@ -136,6 +137,8 @@ def plan_of(
         bytes_read = width * pixels * size * (2 if backward else 1)
         piece = min(slabs, max(1, limits.resident // bytes_read))
         wanted = max(1 if chunks > 1 else 2, min(limits.parts // chunks, 8 * limits.enough // (piece * chunks)))
+        if piece < slabs and not backward:  # parameters_kernel would sum more parts in a row than that saves
+            wanted = max(wanted, -(-limits.enough // (piece * chunks)))
         span = -(-steps // wanted) * tiles * tile
         spans = -(-pixels // span)
         piece = min(slabs, max(piece, limits.enough // (chunks * spans)))

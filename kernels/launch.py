@@ -8,15 +8,16 @@ Triton needs longer to look up the compiled kernel than a small kernel runs. So 
 
 import copy
 import functools
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+
+from .notes import Text, note, noted, noting
+
+__all__ = ["noted"]
 
 # Grid axes 1 and 2 hold at most 65,535 programs; a power of two keeps the product exact.
 MAX_GRID_Y = 32768
@@ -37,27 +38,35 @@ kernel = functools.partial(
 def launch(kernel: Any, grid: tuple[int, int, int], **operands: Any) -> None:
     """kernel[grid](**operands): parameters and compiler options by name."""
     compiled = kernel[grid](**operands)
-    notes = getattr(_thread, "notes", None)
-    if notes is not None:
-        notes.append(Noted(compiled, grid, [operands[name] for name in kernel.arg_names]))
+    if noting():
+        note(Noted(compiled, grid, [operands[name] for name in kernel.arg_names]))
 
 
 class Noted(NamedTuple):
-    """A launch that was made: the compiled kernel, the grid, and all parameters in their order."""
+    """A launch that was made: the compiled kernel, the grid, and all parameters in their order; see notes."""
 
     compiled: CompiledKernel
     grid: tuple[int, int, int]
     parameters: list[Any]
 
+    aligned = True  # Triton compiles other kernels for addresses that are not multiples of 16
 
-@contextmanager
-def noted() -> Iterator[list[Noted]]:
-    """The launches that this thread makes inside the block."""
-    before, _thread.notes = getattr(_thread, "notes", None), []
-    try:
-        yield _thread.notes
-    finally:
-        _thread.notes = before
+    @property
+    def repeatable(self) -> bool:
+        """Whether there is a compiled kernel: the interpreter has none."""
+        return self.compiled is not None
+
+    @staticmethod
+    def written(launches: "list[Noted]", parameter: Text, constant: Text) -> tuple[list[str], list[str]]:
+        """See notes. A profiler's hooks are asked for once."""
+        lines, with_hooks, direct = [], [f"if {constant(hooked)}():"], ["else:"]
+        for i, made in enumerate(launches):
+            launch = Launch(made)
+            lines.append(f"x{i} = ({', '.join(map(parameter, made.parameters))},)")
+            with_hooks.append(f" {constant(launch.with_hooks)}(x{i}, stream)")
+            fixed = [*map(constant, launch.before), "stream", *map(constant, launch.between)]
+            direct.append(f" {constant(launch.run)}({', '.join(fixed)}, {'' if launch.packed else '*'}x{i})")
+        return [], lines + with_hooks + direct
 
 
 class Launch:
@@ -103,7 +112,6 @@ def direct(run: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...]) -> tupl
     return run.launch, seen[:at], seen[at + 1 : -1 if packed else -2], packed
 
 
-_thread = threading.local()
 _hooks: Any = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
 
 

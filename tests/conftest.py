@@ -6,6 +6,7 @@ that none of them interprets kernels by accident.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 
 import cpu_times
@@ -13,12 +14,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Bytecode is kept whatever the environment says: compiling the tests takes each worker seconds, and the package each
+# program that a test starts.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["FASTDIFF_BACKEND"] = "reference"
 
+    import quick_interpreter
     import sanitizer
 
+    quick_interpreter.install()
     sanitizer.install()
 
 # A pytest that a test starts is no worker of pytest-xdist.

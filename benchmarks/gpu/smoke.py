@@ -1,7 +1,7 @@
 """Is everything right? Each kernel against the float64 reference, and what is captured against what is not."""
 
 import copy
-from collections.abc import Callable
+import functools
 
 import torch
 
@@ -39,41 +39,62 @@ def norm(layout: str, setup: Setup) -> Figures:
 
 
 def graph(setup: Setup) -> Figures:
-    """A sample of a captured step has the bits of one that is not captured."""
-    ddpm = DDPM(cifar10(setup).eval()).to(setup.device)
-    captured, plain = (ddpm.sample(2, steps=5, sampler="ddpm", seed=SEED, graph=graph) for graph in (True, False))
-    if not torch.equal(captured, plain):
-        raise RuntimeError(f"the captured sample is {(captured - plain).abs().max().item():.1e} off")
+    """Samples of a captured step have the bits of those that are not captured, with other noise and weights too."""
+    ddpm = DDPM(cifar10(small(setup)).eval()).to(setup.device)
+    pairs = []
+    for run in range(3):
+        options = {"steps": 5, "sampler": "ddpm", "seed": SEED + run}
+        pairs.append([ddpm.sample(2, graph=graph, **options) for graph in (True, False)])
+        change(ddpm)
+    same(pairs)
     return {"equal_bits": True}
 
 
 @torch.no_grad()
 def network(setup: Setup) -> Figures:
     """The U-Net of diffusers replayed by `accelerate` has the bits of the one that is not."""
-    plain = stock_cifar10(setup).eval()
+    plain = stock_cifar10(small(setup)).eval()
     accelerate(plain)
     replayed = copy.deepcopy(plain)
     left = accelerate(replayed, graph=True).left
     x = torch.randn(2, 3, plain.config.sample_size, plain.config.sample_size, device=setup.device)
+    pairs = []
     for call in range(CALLS):
-        got, want = (net(x + call, 10 * call).sample for net in (replayed, plain))
-        if not torch.equal(got, want):
-            raise RuntimeError(f"call {call} is {(got - want).abs().max().item():.1e} off")
+        pairs.append([net(x + call, 10 * call).sample for net in (replayed, plain)])
+        for net in (replayed, plain):
+            change(net)
+    same(pairs)
     if "forward" in left:
         raise NotAvailable(left["forward"])
     return {"equal_bits": True}
 
 
+@torch.no_grad()
+def change(net: torch.nn.Module) -> None:
+    """Other weights, where they lie: a graph has to read them."""
+    for parameter in net.parameters():
+        parameter.mul_(1.1)
+
+
+def same(pairs: list[list[torch.Tensor]]) -> None:
+    """Compare results of captured and plain calls after the last: a graph must not write into what it gave before."""
+    for call, (captured, plain) in enumerate(pairs):
+        if not torch.equal(captured, plain):
+            raise RuntimeError(f"call {call} is {(captured - plain).abs().max().item():.1e} off")
+
+
 def training_step(setup: Setup) -> Figures:
-    """Weights after captured steps are those after plain ones."""
-    ddpm, size = DDPM(cifar10(setup).train()).to(setup.device), setup.size(32, 8)
+    """Losses and weights of captured steps are those of plain ones. The loss grows with the images of its step."""
+    ddpm = DDPM(cifar10(small(setup)).train(), objective="x0").to(setup.device)
     models = [copy.deepcopy(ddpm) for _ in range(2)]
+    losses = []
     for model, graph in zip(models, (True, False), strict=True):
         torch.manual_seed(SEED)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         step = TrainingStep(model, optimizer, clip_grad=1.0, autocast=torch.bfloat16, graph=graph)
-        for _ in range(CALLS):
-            step(torch.rand(2, 3, size, size, device=setup.device))
+        images = (call + torch.rand(2, 3, 8, 8, device=setup.device) for call in range(CALLS))
+        losses.append(torch.stack([step(batch) for batch in images]))
+    torch.testing.assert_close(*losses, rtol=LARGEST_DISTANCE, atol=0.0)
     start, captured, plain = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (ddpm, *models))
     off = ((captured - plain).norm() / (plain - start).norm()).item()
     if not off < LARGEST_DISTANCE:
@@ -81,14 +102,18 @@ def training_step(setup: Setup) -> Figures:
     return {"off": off}
 
 
-def rows(setup: Setup) -> list[Row]:
-    def row(case: str, run: Callable[[], Figures]) -> Row:
-        return Row(case, "against float64", run, seconds=15)
+def small(setup: Setup) -> Setup:
+    """A network of a few layers: what a graph does wrong shows in any, and each shape of a norm has to be compiled."""
+    return Setup(setup.device, toy=True)
 
-    checks = [row(name, lambda name=name: operation(name, setup)) for name in OPERATIONS | KERNELS]  # type: ignore[misc]
-    checks += [row(f"norm {layout}", lambda layout=layout: norm(layout, setup)) for layout in LAYOUTS]  # type: ignore[misc]
+
+def rows(setup: Setup) -> list[Row]:
+    """First what no test has run on a GPU yet, and last what compiles longest."""
+    long, short = setup.size((40, 20), (120, 120))  # a rehearsal may share its processors
     captured = {"sample": graph, "network": network, "training step": training_step}
-    return checks + [
-        Row(case, "captured and not", lambda run=run: run(setup), seconds=15)  # type: ignore[misc]
-        for case, run in captured.items()
-    ]
+    found = [Row(case, "captured and not", functools.partial(run, setup), long) for case, run in captured.items()]
+    for name in OPERATIONS | KERNELS:
+        found.append(Row(name, "against float64", functools.partial(operation, name, setup), short))
+    for layout in LAYOUTS:
+        found.append(Row(f"norm {layout}", "against float64", functools.partial(norm, layout, setup), long))
+    return found

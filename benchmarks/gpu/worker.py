@@ -116,6 +116,6 @@ class Worker:
             if os.getpgid(self.process.pid) == self.process.pid:  # it has made its group
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
-        self.process.join()
+        self.process.join(10)  # a process that waits within the driver does not end
         self.pipe.close()
         self.process = None

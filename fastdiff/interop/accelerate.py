@@ -5,12 +5,13 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from ..cast import channels_last_convolutions
-from ..support.plain import is_plain
+from ..support.plain import has_plain_parameters, is_plain
 from .replay import put_in, take_out
 
 # The components of a pipeline that it calls at every step.
@@ -39,6 +40,9 @@ def accelerate(
     - In every ResnetBlock2D, GroupNorm, the scale and shift of the time embedding, and SiLU become one operation
       (`ops.group_norm_silu`). UNet2DModel, UNet2DConditionModel and AutoencoderKL are made of such blocks. Parameters,
       their names and hooks on the blocks stay.
+    - Every other GroupNorm of a module of diffusers becomes one operation too: those at the entry of transformers, in
+      the attention of an autoencoder, and before the last convolution. Attention with a processor that is not of
+      diffusers keeps its own.
     - The scheduler of a pipeline becomes that of fastdiff.interop.diffusers with the same configuration and state. It
       is another object: take it from the pipeline. A scheduler that is assigned later, as in
       `pipe.scheduler = X.from_config(pipe.scheduler.config)`, is what X is: take X from fastdiff.interop.diffusers, or
@@ -77,12 +81,12 @@ def accelerate(
             raise TypeError(f"{option}: expected True or False, got {value!r}")
     networks = _networks(target)
     done = Accelerated()
-    for name, block in _blocks(target):
-        reason = _misfit(block)
+    for name, part, owner in _parts(target):
+        reason = _norm_misfit(part, owner) if isinstance(part, nn.GroupNorm) else _block_misfit(part)
         if reason is not None:
             done.left[name] = reason
-        elif type(block) is _diffusers_resnet().ResnetBlock2D:
-            block.__class__ = _fused().ResnetBlock2D
+        elif type(part) in _kinds():
+            part.__class__ = _kinds()[type(part)]
             done.append(name)
     scheduler = _scheduler(target)
     if scheduler is not None and not hasattr(scheduler, "stock"):
@@ -116,16 +120,17 @@ def accelerate(
 
 
 def restore(target: Any) -> list[str]:
-    """Undo `accelerate`: blocks and scheduler get their classes of diffusers again, networks their forward and layout.
+    """Undo `accelerate`: blocks, norms and scheduler get their classes again, networks their forward and layout.
 
     Returns: the dotted names of what was put back.
     Raises: TypeError for anything but a pipeline or an nn.Module.
     """
     done = []
-    for name, block in _blocks(target):
-        if type(block) is _fused().ResnetBlock2D:
-            block.__class__ = _diffusers_resnet().ResnetBlock2D
-            done.append(name)
+    for name, part, _ in _parts(target):
+        for stock, fused in _kinds().items():
+            if type(part) is fused:
+                _put_back(part, stock, fused)
+                done.append(name)
     for name, network in _networks(target).items():
         for convolution in vars(network).pop(LAID_OUT, []):
             convolution.weight.data = convolution.weight.data.contiguous()
@@ -147,21 +152,51 @@ def _networks(target: Any) -> dict[str, nn.Module]:
     raise TypeError(f"target: expected a pipeline of diffusers or an nn.Module, got {type(target).__name__}")
 
 
-def _blocks(target: Any) -> Iterator[tuple[str, Any]]:
-    """Every ResnetBlock2D, stock or fused, of a network or of a pipeline's networks, with its dotted name."""
+def _parts(target: Any) -> Iterator[tuple[str, Any, nn.Module]]:
+    """What is fused, or could be: (dotted name, module, the module that holds it).
+
+    Every ResnetBlock2D of a network or of a pipeline's networks, and every GroupNorm that another module of diffusers
+    holds.
+    """
     networks = _networks(target)
     resnet = _diffusers_resnet()
-    if resnet is None:  # then no network has its blocks
+    if resnet is None:  # then no network has modules of diffusers
         return
     for name, network in networks.items():
-        for inner, block in network.named_modules():
-            if isinstance(block, resnet.ResnetBlock2D):
-                yield ".".join(filter(None, (name, inner))), block
+        for inner, module in network.named_modules():
+            prefix = [part for part in (name, inner) if part]
+            if isinstance(module, resnet.ResnetBlock2D):
+                yield ".".join(prefix), module, module
+            elif _of_diffusers(type(module)):
+                for child, part in module.named_children():
+                    if isinstance(part, nn.GroupNorm):
+                        yield ".".join((*prefix, child)), part, module
 
 
-def _misfit(block: Any) -> str | None:
+def _of_diffusers(kind: type) -> bool:
+    return any(base.__module__.startswith("diffusers.") for base in kind.__mro__)
+
+
+def _norm_misfit(norm: Any, owner: Any) -> str | None:
+    """Why a norm cannot become one operation, or None. Hooks on it are called all the same."""
+    if type(norm) not in (nn.GroupNorm, _kinds()[nn.GroupNorm]):
+        return f"{type(norm).__name__} is a subclass of GroupNorm"
+    processor = getattr(owner, "processor", None)
+    if processor is not None and not type(processor).__module__.startswith("diffusers."):
+        return f"its attention has a processor of its own, {type(processor).__name__}"
+    if type(norm) is nn.GroupNorm and "forward" in vars(norm):
+        return "its forward is wrapped, as offloading does"
+    if norm.weight is None or norm.bias is None:
+        return "it has no weight or no bias"
+    if not has_plain_parameters(norm):
+        return "it has parameters of another kind"
+    return None
+
+
+def _block_misfit(block: Any) -> str | None:
     """Why the block cannot be fused, or None."""
-    if type(block) not in (_diffusers_resnet().ResnetBlock2D, _fused().ResnetBlock2D):
+    stock = _diffusers_resnet().ResnetBlock2D
+    if type(block) not in (stock, _kinds()[stock]):
         return f"{type(block).__name__} is a subclass of ResnetBlock2D"
     if "forward" in block.__dict__:
         return "its forward is wrapped, as offloading does"
@@ -197,8 +232,20 @@ def _diffusers_resnet() -> Any:
     return sys.modules.get("diffusers.models.resnet")
 
 
-def _fused() -> Any:
-    return importlib.import_module(".diffusers.resnet", __package__)
+def _kinds() -> dict[type, Any]:
+    """The fused classes of modules by stock's."""
+    if _diffusers_resnet() is None:
+        return {}
+    resnet, norm = (importlib.import_module(f".diffusers.{name}", __package__) for name in ("resnet", "group_norm"))
+    return {_diffusers_resnet().ResnetBlock2D: resnet.ResnetBlock2D, nn.GroupNorm: norm.GroupNorm}
+
+
+def _put_back(part: Any, stock: Any, fused: Any) -> None:
+    """Give a module its stock class, also within a wrapper of its forward, which keeps the one that it found."""
+    part.__class__ = stock
+    for attribute in ("forward", "_old_forward"):
+        if getattr(vars(part).get(attribute), "__func__", None) is fused.forward:
+            setattr(part, attribute, MethodType(stock.forward, part))
 
 
 def _become(kind: Any, scheduler: Any) -> Any:

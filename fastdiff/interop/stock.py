@@ -49,8 +49,8 @@ def overridden(this: Any, originals: Mapping[str, Any]) -> bool:
     """Whether `this` has another method in the place of one of the originals: by a subclass, a patch of the class, or
     on the object alone."""
     kind, own = type(this), this.__dict__
-    for name, original in originals.items():  # noqa: SIM110 - a generator costs more, and this comes with every step
-        if getattr(kind, name) is not original or name in own:
+    for name, original in originals.items():  # noqa: SIM110, a generator costs more, at every step
+        if name in own or getattr(kind, name) is not original:
             return True
     return False
 
@@ -69,8 +69,7 @@ def values(tensor: Tensor) -> bytes | None:
     """
     if type(tensor) is not Tensor or not tensor.is_cpu or torch.compiler.is_compiling():
         return None
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
+    tensor = tensor.contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)  # without a call that the dispatcher would see
 
 

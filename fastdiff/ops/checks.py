@@ -1,7 +1,7 @@
 """Checks of arguments: what cannot be right is a TypeError or ValueError that names the argument, before any work."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ from torch import Tensor
 from ..support import transforms
 from ..support.scalars import as_integer, as_number, integer
 from .memory import span
-from .plan import number
+from .plan import draw, number, recording
 
+_STRIDED = torch.strided
+FEW = 64  # numbers that Python compares faster than PyTorch
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -26,6 +28,8 @@ def names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 def check_floating(name: str, x: Tensor) -> None:
     """x is a floating tensor with a batch dimension."""
+    if isinstance(x, Tensor) and x.dtype in FLOATING and x.layout is _STRIDED and x.ndim and not x.is_nested:
+        return  # all at once: this comes several times in every call
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
@@ -72,7 +76,7 @@ def check_device(name: str, given: Tensor, device: torch.device) -> None:
 def wants_gradient(*operands: Any) -> bool:
     """Whether a gradient by one of them is wanted."""
     if torch.is_grad_enabled():
-        for t in operands:  # no generator: this comes with every call
+        for t in operands:  # no generator, which costs more in every call
             if isinstance(t, Tensor) and t.requires_grad:
                 return True
     return False
@@ -108,10 +112,11 @@ def check_channels(x: Tensor, skip: Tensor | None, groups: int) -> tuple[int, in
     return channels, number
 
 
-def check_vector(name: str, given: Tensor, shape: Sequence[int], x: Tensor) -> None:
+def check_vector(name: str, given: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """A floating tensor of that shape on the device of x."""
-    check_shape(name, given, tuple(shape))
-    check_device(name, given, x.device)
+    check_shape(name, given, shape)
+    if given.device != x.device:
+        check_device(name, given, x.device)
 
 
 def check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
@@ -299,10 +304,25 @@ def check_levels(name: str, index: Tensor, end: int, ids: Tensor | None = None) 
 
 def check_range(name: str, index: Tensor | None, end: int) -> None:
     """The values lie in [0, end). On a GPU nothing is checked: to look would wait for the device."""
-    if index is not None and index.is_cpu and index.numel():
-        low, high = (index.item(),) * 2 if index.numel() == 1 else (v.item() for v in index.aminmax())
-        if low < 0 or high >= end:
-            raise ValueError(f"{name}: expected values in [0, {end}), got {low if low < 0 else high}")
+    if index is not None and index.is_cpu:
+        recorder = recording()
+        if recorder is None:
+            _check_values(name, index, end)
+        else:
+            recorder.check(_check_values, name, index, end)
+
+
+def _check_values(name: str, index: Tensor, end: int) -> None:
+    n = index.numel()
+    if n == 1:
+        low = high = index.item()
+    elif n <= FEW:
+        values = index.tolist()
+        low, high = (min(values), max(values)) if values else (0, 0)
+    else:
+        low, high = (v.item() for v in index.aminmax())
+    if low < 0 or high >= end:
+        raise ValueError(f"{name}: expected values in [0, {end}), got {low if low < 0 else high}")
 
 
 # --- noise ------------------------------------------------------------------------------------------------------
@@ -363,7 +383,7 @@ def noise_source(x: Tensor, seed: int | Tensor | None, noise: Tensor | None) -> 
 def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """(1,) int64 on the device. If None, it is drawn there from PyTorch's default generator, without a host sync."""
     if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)  # torch.compile cannot trace random_
+        return draw(device)
     if isinstance(seed, Tensor):
         check_dense("seed", seed)
         if seed.dtype != torch.int64 or seed.numel() != 1:

@@ -145,6 +145,11 @@ def kernels_of(x: Tensor) -> Any:
     return kernels if x.dtype in kernels.CODES else None
 
 
+def compiled_for_cpu(x: Tensor) -> bool:
+    """Whether kernels that are compiled for CPU tensors serve x, if they take its type."""
+    return backend_of(x) == "cpu" and (_forced == "cpu" or has_numba())
+
+
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _PLAIN = _TENSORS | {type(None), int, float, str, bool}
 

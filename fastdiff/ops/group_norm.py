@@ -17,7 +17,7 @@ from .registry import Op
 strides_of = importlib.import_module("..kernels.layout", __package__).strides_of
 
 
-@quick
+@quick(on_cpu=False)
 def group_norm_silu(
     x: Tensor,
     num_groups: int,
@@ -151,7 +151,7 @@ def _group_norm_silu_grad(
     return by_x, *grads, by_skip
 
 
-@quick
+@quick(on_cpu=False)
 def _gradients(*args: Any) -> tuple[Tensor, ...]:
     return _GRAD(*args)
 

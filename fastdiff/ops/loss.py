@@ -32,7 +32,7 @@ from .stored import scaled, stored_scale, take
 LOSSES = ("mse", "l1", "huber")
 
 
-@quick
+@quick(on_cpu=True)
 def loss(
     pred: Tensor,
     t: int | Tensor,

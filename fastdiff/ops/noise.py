@@ -27,7 +27,7 @@ from .registry import Op
 PRIOR, FORWARD, REVERSE = 0, 1, 2
 
 
-@quick
+@quick(on_cpu=True)
 def normal(
     shape: tuple[int, ...] | torch.Size,
     seed: int | Tensor | None = None,

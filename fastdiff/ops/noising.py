@@ -25,7 +25,7 @@ from .quick import quick
 from .registry import NOISE, Op
 
 
-@quick
+@quick(on_cpu=True)
 def noising(
     x0: Tensor,
     t: int | Tensor,

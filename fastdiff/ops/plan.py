@@ -10,13 +10,14 @@ A call is recorded, and a function is written for it that repeats it with other 
      if capturing(): return FULL                       # the step, an int, became a tensor that the plan keeps
      if a1 < a0 + 8 and a0 < a1 + 3072: return FULL
      x0 = (a1, a0, None, 93939058879360, ...)
-     if hooked():
-      c5(x0, stream)
+     if c5():                                          # a profiler's hooks
+      c6(x0, stream)
      else:
-      c9(1, 4, 1, stream, 93939058745728, ..., x0)
+      c10(1, 4, 1, stream, 93939058745728, ..., x0)
      return t1
 
-Loops over tensors, launches and arguments would take twice as long as what this does.
+That of CPU tensors also looks at the values that a check looked at. Loops over tensors, launches and arguments would
+take twice as long as what this does.
 """
 
 import importlib
@@ -30,7 +31,9 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .memory import span
+from .memory import PAGE, in_huge_pages, span
+
+notes = importlib.import_module("..kernels.notes", __package__)
 
 FULL = object()  # a plan's answer: this call has to go the full way
 _thread = threading.local()
@@ -51,11 +54,18 @@ def number(value: int, device: torch.device) -> Tensor:
     recorder = recording()
     if recorder is None or capturing():
         return torch.full((1,), value, dtype=torch.int64, device=device)
-    recorder.paused = True
     with torch.inference_mode(False):
-        recorder.numbers.append(torch.full((1,), value, dtype=torch.int64, device=device))
-    recorder.paused = False
+        recorder.numbers.append(recorder.unseen(torch.full, (1,), value, dtype=torch.int64, device=device))
     return recorder.numbers[-1]
+
+
+def draw(device: torch.device) -> Tensor:
+    """(1,) int64 from PyTorch's default generator, without a host sync. Every call draws another one."""
+    recorder = recording()
+    if recorder is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)  # torch.compile cannot trace random_
+    recorder.draws.append(recorder.unseen(torch.randint, -(2**63), 2**63 - 1, (1,), device=device))
+    return recorder.draws[-1]
 
 
 class Recorded(NamedTuple):
@@ -76,12 +86,14 @@ class Recorder(TorchDispatchMode):
         self.tensors = tensors
         self.made: list[Tensor] = []  # what was allocated
         self.numbers: list[Tensor] = []  # see `number`
+        self.draws: list[Tensor] = []  # see `draw`
         self.calls: list[Recorded] = []
+        self.checks: list[tuple[Callable[..., None], tuple[Any, ...]]] = []  # see `check`
         self.repeatable, self.paused = True, False
 
     def __enter__(self) -> "Recorder":
         _thread.recorder = self
-        self.noted = importlib.import_module("..kernels.launch", __package__).noted()
+        self.noted = notes.noted()
         self.launches = self.noted.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -100,6 +112,18 @@ class Recorder(TorchDispatchMode):
             self.repeatable = False
         return result
 
+    def unseen(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """The result of a function that a plan repeats by other means."""
+        self.paused = True
+        result = function(*args, **options)
+        self.paused = False
+        return result
+
+    def check(self, function: Callable[..., None], *args: Any) -> None:
+        """Call a function that looks at the values of a tensor, as a plan does again."""
+        self.unseen(function, *args)
+        self.checks.append((function, args))
+
     def plan(self, result: Any) -> "Plan":
         """The plan of the call, which had this result."""
         return Plan(self, result)
@@ -115,48 +139,63 @@ class Plan:
     def __init__(self, recorder: Recorder, result: Any) -> None:
         self.fresh = True  # until it is repeated
         self.names: dict[str, Any] = {"FULL": FULL, "empty_like": torch.empty_like, "capturing": capturing}
-        # Tensors, their names and those of their addresses: t0, a0, ... are given, m0, b0, ... are made, c0, ... are
-        # constants. While recording, all of them live, so that their addresses tell them apart.
+        # Tensors, their names and those of their addresses: t0, a0, ... are given, m0, b0, ... made, and d0, e0, ...
+        # drawn; c0, ... are constants. While recording, all of them live, so that addresses tell them apart.
         self.known = [(t, f"t{i}", f"a{i}") for i, t in enumerate(recorder.tensors)]
         self.known += [(t, self._constant(t), repr(t.data_ptr())) for t in recorder.numbers]
+        self.known += [(t, f"d{i}", f"e{i}") for i, t in enumerate(recorder.draws)]
         lines = ["return FULL"]
-        if recorder.repeatable and len(recorder.calls) == 1 and all(n.compiled for n in recorder.launches):
+        if recorder.repeatable and len(recorder.calls) == 1 and all(n.repeatable for n in recorder.launches):
             with suppress(KeyError):  # a tensor is neither given nor allocated
                 lines = self._refusals(recorder) + self._body(recorder, result)
+        exec("\n ".join(self._head(recorder) + lines), self.names)
         del self.known
-        exec("\n ".join(self._head(recorder.tensors) + lines), self.names)
         self.repeat: Callable[..., Any] = self.names["repeat"]
 
-    def _head(self, tensors: list[Tensor]) -> list[str]:
+    def _head(self, recorder: Recorder) -> list[str]:
         """The lines that find out whether a call is of this kind."""
+        tensors = recorder.tensors
         sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
         # PyTorch's own guards compare in C. They look at the state of the dispatcher too.
         guards: Any = TensorGuards
         self.names["same"] = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         given, numbers = ", ".join(f"t{i}" for i in range(len(tensors))), range(len(tensors))
+        lines = [
+            f"def repeat(stream, {given}):",
+            f"if not same({given}): return NotImplemented",
+            *[f"a{i} = t{i}.data_ptr()" for i in numbers],
+        ]
         aligned = tuple([t.data_ptr() & 15 for t in tensors])
+        if not all(n.aligned for n in recorder.launches):
+            return lines
         if any(aligned):
             unlike = f"({''.join(f'a{i} & 15, ' for i in numbers)}) != {aligned}"
         else:
             unlike = f"({' | '.join(f'a{i}' for i in numbers)}) & 15"
-        return [
-            f"def repeat(stream, {given}):",
-            f"if not same({given}): return NotImplemented",
-            *[f"a{i} = t{i}.data_ptr()" for i in numbers],
-            f"if {unlike}: return NotImplemented",
-        ]
+        return [*lines, f"if {unlike}: return NotImplemented"]
 
     def _refusals(self, recorder: Recorder) -> list[str]:
-        """The lines for what goes the full way, though it is of this kind."""
-        lines = ["if capturing(): return FULL"] if recorder.numbers else []
+        """The lines for what goes the full way, or is an error, though it is of this kind."""
+        lines = ["if capturing(): return FULL"] if recorder.numbers and recorder.numbers[0].is_cuda else []
         # Which of the given tensors are written, and the bytes that each spans: the addresses may come to overlap.
         call = recorder.calls[0]
         marked = [a for a, text in zip(call.args, call.op.arguments, strict=True) if "!" in text]
+        written_before: set[int] = set()
         for i, written in enumerate(recorder.tensors):
             if any(a is written for a in marked):
+                written_before.add(i)
                 for j, other in enumerate(recorder.tensors):
-                    if j != i:
+                    if j not in written_before:
                         lines.append(f"if a{i} < a{j} + {span(other)} and a{j} < a{i} + {span(written)}: return FULL")
+        for function, (name, values, end) in recorder.checks:
+            if not any(values is number for number in recorder.numbers):
+                given = next((text for t, text, _ in self.known if _values_of(t) == _values_of(values)), None)
+                if given is None:
+                    raise KeyError("values that are not given were looked at")
+                if values.numel() == 1:  # the full way says what is wrong
+                    lines.append(f"if not 0 <= {given}.item() < {end}: return FULL")
+                else:
+                    lines.append(f"{self._constant(function)}({self._constant(name)}, {given}, {end})")
         return lines
 
     def _body(self, recorder: Recorder, result: Any) -> list[str]:
@@ -167,7 +206,9 @@ class Plan:
         call = recorder.calls[0]
         shown = call.results if call.with_gradient else result
         results = shown if isinstance(shown, tuple) else (shown,)
-        lines = self._allocations(recorder, results) + self._launches(recorder)
+        allocations = self._allocations(recorder, results)  # first: launches have them too
+        conditions, launches = self._launches(recorder)
+        lines = conditions + allocations + launches
         names = [self._name(t) for t in results]
         text = f"({', '.join(names)},)" if isinstance(shown, tuple) else names[0]
         if not call.with_gradient:
@@ -186,30 +227,30 @@ class Plan:
         needed = {p.data_ptr() for n in recorder.launches for p in n.parameters if isinstance(p, Tensor)}
         needed |= {t.data_ptr() for t in results}
         lines = []
+        for i, t in enumerate(recorder.draws):
+            lines += [f"d{i} = {self._constant(draw)}({self._constant(t.device)})", f"e{i} = d{i}.data_ptr()"]
         for i, t in enumerate(t for t in recorder.made if t.data_ptr() in needed):
             if t.numel():
                 self.known.append((t, f"m{i}", f"b{i}"))
-                lines += [f"m{i} = empty_like({self._constant(_pattern(t))})", f"b{i} = m{i}.data_ptr()"]
+                fresh = f"empty_like({self._constant(_pattern(t))})"
+                if t.is_cpu and t.nbytes >= PAGE:
+                    fresh = f"{self._constant(in_huge_pages)}({fresh})"
+                lines += [f"m{i} = {fresh}", f"b{i} = m{i}.data_ptr()"]
             else:  # nobody can write into it, so one is enough
                 self.known.append((t, self._constant(t), "0"))
         return lines
 
-    def _launches(self, recorder: Recorder) -> list[str]:
-        """The lines that launch."""
-        launching = importlib.import_module("..kernels.launch", __package__)
+    def _launches(self, recorder: Recorder) -> tuple[list[str], list[str]]:
+        """(the lines that check again, those that launch)."""
         addresses = {t.data_ptr(): address for t, _, address in self.known}
+
+        def parameter(value: Any) -> str:
+            return addresses[value.data_ptr()] if isinstance(value, Tensor) else self._constant(value)
+
         if not recorder.launches:
-            return []
-        lines, with_hooks, direct = [], ["if hooked():"], ["else:"]
-        self.names["hooked"] = launching.hooked
-        for i, noted in enumerate(recorder.launches):
-            launch = launching.Launch(noted)
-            named = [addresses[p.data_ptr()] if isinstance(p, Tensor) else self._constant(p) for p in noted.parameters]
-            lines.append(f"x{i} = ({', '.join(named)},)")
-            with_hooks.append(f" {self._constant(launch.with_hooks)}(x{i}, stream)")
-            fixed = [*map(self._constant, launch.before), "stream", *map(self._constant, launch.between)]
-            direct.append(f" {self._constant(launch.run)}({', '.join(fixed)}, {'' if launch.packed else '*'}x{i})")
-        return lines + with_hooks + direct
+            return [], []
+        conditions, lines = recorder.launches[0].written(recorder.launches, parameter, self._constant)
+        return [f"if not {condition}: return NotImplemented" for condition in conditions], lines
 
     def _constant(self, value: Any) -> str:
         """The name of a constant."""
@@ -228,6 +269,11 @@ class Plan:
                     break  # detached
                 return name
         raise KeyError("a tensor is neither given nor made")
+
+
+def _values_of(t: Tensor) -> tuple[int, int]:
+    """What is equal for a tensor and the same in another shape."""
+    return t.data_ptr(), t.numel()
 
 
 def _pattern(made: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def take(ctx: Any, incoming: Tensor) -> Any:
     return stored
 
 
-@quick
+@quick(on_cpu=True)
 def scaled(grad: Tensor, incoming: Tensor) -> Tensor:
     """The stored gradient of `incoming.numel()` values, overwritten with its product by incoming, () or (B,)."""
     factor = 1.0

@@ -47,7 +47,7 @@ _WITHOUT_HISTORY = _OPERANDS.replace("Tensor(b!)? hist, ", "").replace("str keep
 _NAMES, _NAMES_WITHOUT_HISTORY = names_of(_OPERANDS), names_of(_WITHOUT_HISTORY)
 
 
-@quick
+@quick(on_cpu=True)
 def update(
     x: Tensor,
     pred: Tensor,
@@ -177,7 +177,7 @@ def _check_memory(
         check_memory("hist", hist, data if written is x else {"x": x, **data}, others)
 
 
-@quick
+@quick(on_cpu=True)
 def combine(
     x: Tensor,
     y: Tensor,

@@ -23,7 +23,7 @@ from .registry import Op
 from .stored import scaled, take
 
 
-@quick
+@quick(on_cpu=False)
 def vlb(
     pred: Tensor,
     x_t: Tensor,

@@ -1,6 +1,5 @@
 """Tables that are kept while they are valid, for calls that come once a step."""
 
-import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -25,9 +24,10 @@ class Tables:
         """build(), kept while the sources are the same, unchanged, and the key is equal."""
         if torch.compiler.is_compiling() or transforms.active():  # what is made there is of no use after it
             return build()
-        key = (*key, *map(_stamp, sources))
+        if sources:
+            key = (*key, *map(_stamp, sources), *map(id, sources))  # the entry keeps them, so no other has their ids
         entry = self._entries.get(name)
-        if entry is None or entry[1] != key or not all(map(operator.is_, entry[2], sources)):
+        if entry is None or entry[1] != key:
             with torch.inference_mode(False), torch.no_grad():
                 entry = self._entries[name] = (build(), key, sources)
         kept: T = entry[0]

@@ -20,10 +20,15 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     if torch_module._has_any_global_hook():
         return False
-    return all(
-        p is None or type(p) is nn.Parameter or type(p) is Tensor or isinstance(p, FakeTensor)
-        for p in module._parameters.values()
-    )
+    return has_plain_parameters(module)
+
+
+def has_plain_parameters(module: nn.Module) -> bool:
+    """Whether its own parameters are ordinary ones, not DTensors or quantized tensors."""
+    for p in module._parameters.values():  # no generator: this comes with every layer
+        if not (p is None or type(p) is nn.Parameter or type(p) is Tensor or isinstance(p, FakeTensor)):
+            return False
+    return True
 
 
 def is_wrapped(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from fastdiff.steps import SAMPLERS
 from fastdiff.training.data.opening import KINDS
-from fastdiff.training.figures import DIGITS_SAMPLES, SAMPLES
+from fastdiff.training.figures import SAMPLES
 from fastdiff.training.options import DIGITS, LARGEST, LOGS, OBJECTIVES, Options
 from fastdiff.training.presets import PRESETS
 from fastdiff.training.samples import SUITED
@@ -92,7 +92,7 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
 def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
     """Arguments of the commands that draw samples; n: how many by default."""
     command.add_argument("checkpoint", type=path, help="model.safetensors of a run, or the run's folder")
-    text = "%(default)s" if n else f"{SAMPLES}, for the digits {DIGITS_SAMPLES}"
+    text = "%(default)s" if n else f"{SAMPLES}; of digits and mnist as many as the train half has"
     command.add_argument("--n", type=positive, default=n, help=f"images to draw (default: {text})")
     text = "the same as --n, which torchrun takes for an abbreviation of a flag of its own"
     command.add_argument("--count", dest="n", type=positive, default=argparse.SUPPRESS, help=text)

@@ -13,6 +13,7 @@ from fastdiff.files import replacing
 from fastdiff.training.data.sources import Source, reason, scaled, warn_left_out
 from fastdiff.training.features import Features
 from fastdiff.training.metrics import Sums, frechet, inception_score, kernel_distance, precision_recall
+from fastdiff.training.ranks import ALONE, Ranks
 
 # Features that KID, precision and recall compare, at most, of real data and of samples.
 KEPT = 10_000
@@ -20,73 +21,100 @@ KEPT = 10_000
 
 @dataclass
 class Collected:
-    """The features of many images: their sums, the first KEPT of them, and their logits if there are any."""
+    """The features of many images: their sums, on all processes; the first KEPT of them, and their logits if there are
+    any, on the process that writes."""
 
     sums: Sums
     kept: Tensor
     logits: Tensor | None
 
 
-def collect(batches: Iterable[Tensor], features: Features) -> Collected:
-    """The features of images that come in batches (B, C, H, W). Raises ValueError if there are none."""
+def collect(batches: Iterable[tuple[int, Tensor]], features: Features, ranks: Ranks = ALONE) -> Collected:
+    """The features of images that come in batches, whichever process has which.
+
+    Args:
+        batches: (the number of a batch, its images (B, C, H, W)) of this process.
+        features: of images.
+        ranks: the processes.
+
+    Raises: ValueError if there are no images.
+    """
     sums: Sums | None = None
-    kept: list[Tensor] = []
-    logits: list[Tensor] = []
-    for images in batches:
+    kept: dict[int, Tensor] = {}
+    logits: dict[int, Tensor] = {}
+    for number, images in batches:
         with torch.no_grad():
             found, scores = features(images)
         sums = sums or Sums(found.shape[1])
+        if sums.count < KEPT:
+            kept[number] = found.cpu()
         sums.add(found)
-        if sums.count <= KEPT:
-            kept.append(found.cpu().double())
         if scores is not None:
-            logits.append(scores.cpu().double())
-    if sums is None:
+            logits[number] = scores.cpu()
+    size = ranks.largest(len(sums.sum) if sums else 0)
+    if not size:
         raise ValueError("features: expected images, got none")
-    return Collected(sums, torch.cat(kept), torch.cat(logits) if logits else None)
+    sums = sums or Sums(size)
+    if ranks.size > 1:
+        sums.all_reduce()
+    every, scored = ranks.gathered(kept), ranks.gathered(logits)
+    return Collected(sums, torch.cat(every)[:KEPT] if every else torch.empty(0), torch.cat(scored) if scored else None)
 
 
-def in_order(source: Source, batch_size: int) -> Iterator[Tensor]:
-    """All data of a source as float32, in batches. What cannot be read is left out and named on stderr."""
-    skipped: dict[str, str] = {}
-    values: list[Tensor] = []
-    for index in range(len(source)):
-        try:
-            values.append(source.read(index))
-        except Exception as error:  # decoders of broken files raise whatever they meet
-            skipped[source.name(index)] = reason(error)
-        if len(values) == batch_size or (values and index == len(source) - 1):
-            yield scaled(torch.stack(values), source.white)
-            values = []
-    if skipped:
-        warn_left_out(skipped, len(source))
+def in_order(source: Source, batch_size: int, ranks: Ranks = ALONE) -> Iterator[tuple[int, Tensor]]:
+    """The data of a source as float32, in batches with their numbers, of which the processes take turns.
+
+    What cannot be read is left out and named on stderr. All processes have to read to the end.
+    """
+    skipped: dict[int, tuple[str, str]] = {}
+    for number in range(ranks.rank, -(-len(source) // batch_size), ranks.size):
+        values: list[Tensor] = []
+        for index in range(number * batch_size, min((number + 1) * batch_size, len(source))):
+            try:
+                values.append(source.read(index))
+            except Exception as error:  # decoders of broken files raise whatever they meet
+                skipped[index] = (source.name(index), reason(error))
+        if values:
+            yield number, scaled(torch.stack(values), source.white)
+    if every := ranks.gathered(skipped):
+        warn_left_out(dict(every), len(source))
 
 
 def assess(
-    samples: Tensor, source: Source | None, features: Features, batch_size: int, reference: Path | None = None
+    drawn: Collected,
+    source: Source | None,
+    features: Features,
+    batch_size: int,
+    reference: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """The figures of samples.
+    """The figures of samples, on the process that writes; nothing elsewhere.
 
     Args:
-        samples: (N, C, H, W) in [-1, 1], N of 4 or more.
+        drawn: the features of 4 samples or more.
         source: the real data; None if `reference` has their statistics.
         features: of images.
         batch_size: images at a time.
         reference: a .npz file with the mean `mu` and the covariance `sigma` of the real data's features. It is read if
             it is there, else written.
+        ranks: the processes, which share the real data.
 
     Returns: frechet_distance; with `source` kernel_distance, precision and recall too; with logits inception_score.
     Raises: ValueError for too few samples, or a reference of another size.
     """
-    drawn = collect(samples.split(batch_size), features)
-    figures: dict[str, Any] = {"n_samples": len(samples)}
-    if reference and reference.exists():
+    figures: dict[str, Any] = {"n_samples": int(drawn.sums.count)}
+    there = bool(reference and reference.exists())
+    ranks.agree("reference", there)
+    if there and reference:
         statistics = read_statistics(reference)
     elif source is None:
         raise ValueError("reference: expected real data, or a file of their statistics")
     else:
-        real = collect(in_order(source, batch_size), features)
+        real = collect(in_order(source, batch_size, ranks), features, ranks)
         statistics = real.sums.statistics()
+    if not ranks.leads:
+        return {}
+    if not there:
         figures["kernel_distance"], figures["kernel_distance_std"] = kernel_distance(real.kept, drawn.kept)
         figures["precision"], figures["recall"] = precision_recall(real.kept, drawn.kept)
         if reference:

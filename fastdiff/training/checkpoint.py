@@ -28,7 +28,7 @@ from fastdiff.support.sharded import is_sharded
 from fastdiff.training.ema import names as average_names
 from fastdiff.training.ema import note as note_averages
 from fastdiff.training.layout import whole
-from fastdiff.training.ranks import Ranks
+from fastdiff.training.ranks import ALONE, Ranks
 from fastdiff.unet import UNet
 
 MODELS: dict[str, type[Diffusion]] = {c.__name__: c for c in (DDPM, NCSN, ScoreSDE, FlowMatching, Edm)}
@@ -63,9 +63,6 @@ class State:
     classes: list[str] = field(default_factory=list)
 
 
-ALONE = Ranks()
-
-
 def rng_state(device: torch.device) -> dict[str, Tensor]:
     """The states of the generators that training on `device` draws from, as uint8 tensors."""
     state = {"cpu": torch.get_rng_state()}
@@ -81,18 +78,34 @@ def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def save(path: str | Path, state: State, keep: int = 1, ranks: Ranks = ALONE) -> None:
-    """Write a checkpoint. An error on the way leaves the old file as it was. All processes of a run call this.
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a State on the CPU, to be written while the training goes on.
 
     Args:
-        path: the file.
-        state: what to write; its tensors may be split by FSDP.
-        keep: how many checkpoints of the run remain. Those but the last are in the folder `checkpoints` beside it.
-        ranks: the processes.
-
-    Raises: ValueError naming a tensor that holds NaN or infinity; OSError if the disk does not take the file.
+        metadata: of the file, with the step.
+        groups: tensors by name, by group; nothing on the processes that do not write.
+        shares: what this process has of the optimizer, where FSDP splits the network; else None.
     """
-    path = Path(path)
+
+    metadata: dict[str, Any]
+    groups: dict[str, dict[str, Tensor]]
+    shares: dict[str, Tensor] | None
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps done."""
+        return int(self.metadata["step"])
+
+
+def snapshot(state: State, ranks: Ranks = ALONE, buffers: dict[str, Tensor] | None = None) -> Snapshot:
+    """Copy what a checkpoint holds. All processes of a run call this.
+
+    Args:
+        state: what to copy; its tensors may be split by FSDP.
+        ranks: the processes.
+        buffers: memory of an earlier copy, which this one overwrites; filled where it is empty.
+    """
     if isinstance(state.optimizer, Path):
         raise TypeError(f"optimizer: expected tensors, got the folder {state.optimizer}")
     groups: dict[str, dict[str, Tensor]] = {
@@ -103,13 +116,11 @@ def save(path: str | Path, state: State, keep: int = 1, ranks: Ranks = ALONE) ->
     }
     if history := importance(state.diffusion):
         groups["importance"] = history.state_dict()
+    shares = None
     if is_sharded(state.ema):
-        groups = _gathered(groups, ranks)
-        _write_shares(shares_of(path, state.step), state.optimizer, ranks)
+        shares = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _flat(state.optimizer).items()}
     else:
         groups |= {f"optimizer.{index}": tensors for index, tensors in state.optimizer.items()}
-    if not ranks.leads:
-        return
     metadata = {
         "step": state.step,
         "unet": state.ema.config,
@@ -118,9 +129,34 @@ def save(path: str | Path, state: State, keep: int = 1, ranks: Ranks = ALONE) ->
         "options": state.options,
         "classes": state.classes,
     }
-    run_file.write(path, groups, metadata)
-    note_averages(path.parent, state.step, {n: groups[f"averages.{n}"] for n in state.averages})
-    _keep(path, state.step, keep)
+    return Snapshot(metadata, _copied(groups, ranks, {} if buffers is None else buffers), shares)
+
+
+def write(path: Path, taken: Snapshot, keep: int = 1, ranks: Ranks = ALONE, group: Any = None) -> None:
+    """Write a checkpoint. An error on the way leaves the old file as it was. All processes of a run call this.
+
+    Args:
+        path: the file.
+        taken: what to write.
+        keep: how many checkpoints of the run remain. Those but the last are in the folder `checkpoints` beside it.
+        ranks: the processes.
+        group: of torch.distributed, in which they talk about shares; None is the default one.
+
+    Raises: ValueError naming a tensor that holds NaN or infinity; OSError if the disk does not take the file.
+    """
+    if taken.shares is not None:
+        _write_shares(shares_of(path, taken.step), taken.shares, ranks, group)
+    if not ranks.leads:
+        return
+    run_file.write(path, taken.groups, taken.metadata)
+    averages = {name: tensors for name, tensors in taken.groups.items() if name.startswith("averages.")}
+    note_averages(path.parent, taken.step, {k.removeprefix("averages."): v for k, v in averages.items()})
+    _keep(path, taken.step, keep)
+
+
+def save(path: str | Path, state: State) -> None:
+    """Write a checkpoint from one process. Raises: as `write`."""
+    write(Path(path), snapshot(state))
 
 
 def load(path: str | Path) -> State:
@@ -212,19 +248,19 @@ def read_shares(folder: Path, optimizer: dict[int, dict[str, Tensor]]) -> None:
         read(_flat(optimizer), checkpoint_id=folder, no_dist=not is_initialized())
 
 
-def _write_shares(folder: Path, optimizer: dict[int, dict[str, Tensor]], ranks: Ranks) -> None:
+def _write_shares(folder: Path, shares: dict[str, Tensor], ranks: Ranks, group: Any) -> None:
     """Write the tensors of all processes; the folder has its name when it is whole."""
     from torch.distributed import barrier
-    from torch.distributed.checkpoint.state_dict_saver import save as write
+    from torch.distributed.checkpoint.state_dict_saver import save as save_shares
 
     temporary = folder.with_name(f".{folder.name}.tmp")
     if ranks.leads:
         for old in (temporary, folder):
             shutil.rmtree(old, ignore_errors=True)
         temporary.mkdir(parents=True)
-    barrier()
+    barrier(group)
     with _told(folder):
-        write(_flat(optimizer), checkpoint_id=temporary)
+        save_shares(shares, checkpoint_id=temporary, process_group=group)
     if ranks.leads:
         os.replace(temporary, folder)
 
@@ -247,14 +283,23 @@ def _flat(optimizer: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
     return {f"{index}.{key}": tensor for index, tensors in optimizer.items() for key, tensor in tensors.items()}
 
 
-def _gathered(groups: dict[str, dict[str, Tensor]], ranks: Ranks) -> dict[str, dict[str, Tensor]]:
+def _copied(
+    groups: dict[str, dict[str, Tensor]], ranks: Ranks, buffers: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
     """The whole tensors on the CPU of the process that writes, one after the other; nothing elsewhere."""
     found: dict[str, dict[str, Tensor]] = {}
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
-            gathered = whole(tensor)
+            gathered = whole(tensor.detach())
             if ranks.leads:
-                found.setdefault(group, {})[name] = gathered.cpu()
+                key = f"{group}.{name}"
+                if key not in buffers:  # pinned, so that a GPU copies without a stop at each tensor
+                    buffers[key] = torch.empty(
+                        gathered.shape, dtype=gathered.dtype, pin_memory=gathered.device.type == "cuda"
+                    )
+                found.setdefault(group, {})[name] = buffers[key].copy_(gathered, non_blocking=True)
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdiff.files import need
 from fastdiff.training.data.opening import SETS, known_set
+from fastdiff.training.data.pictures import as_bytes
 
 Features = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 NAMES = "inception, dinov2, pixels, classifier, MODULE:FUNCTION, or a TorchScript file FILE.pt"
@@ -74,7 +75,7 @@ def _inception(device: torch.device) -> Features:
     network = fid.NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).to(device).eval()
 
     def features(images: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = network._torch_fidelity_forward(_bytes(_coloured(images)).to(device))
+        features, logits = network._torch_fidelity_forward(as_bytes(_coloured(images)).to(device))
         return features, logits
 
     return features
@@ -98,11 +99,6 @@ def _coloured(images: Tensor) -> Tensor:
     if images.shape[1] not in (1, 3):
         raise ValueError(f"features: expected images of 1 or 3 channels, got {images.shape[1]}")
     return images.expand(-1, 3, -1, -1)
-
-
-def _bytes(images: Tensor) -> Tensor:
-    """uint8 of images in [-1, 1]."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 @lru_cache

@@ -20,7 +20,7 @@ from fastdiff.cast import channels_last_convolutions
 from fastdiff.files import locked, sweep, writable
 from fastdiff.recipes import offset_noise
 from fastdiff.support.run_file import NAME, RunFile
-from fastdiff.training.checkpoint import State, importance, read_shares, rng_state, save, set_rng_state
+from fastdiff.training.checkpoint import State, importance, read_shares, rng_state, set_rng_state
 from fastdiff.training.draws import LEVELS, noise_key, uniforms
 from fastdiff.training.ema import names as average_names
 from fastdiff.training.ema import update as update_averages
@@ -33,6 +33,7 @@ from fastdiff.training.ranks import Ranks, joined, local_device
 from fastdiff.training.record import SAMPLES, Record, grids
 from fastdiff.training.report import write_report
 from fastdiff.training.samples import averaged, draw_grid
+from fastdiff.training.saver import Saver
 from fastdiff.training.step import TrainingStep, leave_out
 from fastdiff.training.surroundings import gpu_settings, interrupts
 from fastdiff.unet import UNet
@@ -50,9 +51,10 @@ def train(
 ) -> int:
     """Train until step `options.steps`, together with the other processes if a launcher started several.
 
-    Writes out/model.safetensors every `save_every` steps, at the end, and on SIGINT, SIGTERM, SIGHUP or SIGUSR1. A run
-    that is interrupted and resumed ends with the same bits as one that is not. On another number of processes it ends
-    with the same weights to rounding. So it does on a GPU, where the sums of some gradients are of no fixed order.
+    Writes out/model.safetensors every `save_every` steps, at the end, and on SIGINT, SIGTERM, SIGHUP or SIGUSR1. The
+    steps go on while a thread writes a copy of the weights. A run that is interrupted and resumed ends with the same
+    bits as one that is not. On another number of processes it ends with the same weights to rounding. So it does on a
+    GPU, where the sums of some gradients are of no fixed order.
 
     Args:
         options: what to train, and for how long.
@@ -84,7 +86,8 @@ def train(
             record = Record(path.parent, options, run.step) if ranks.leads else Silent()
             progress = Progress(run.step, options.steps, options.batch_size) if ranks.leads else Silent()
             # Workers that read ahead hold what this process had open, the lock too: they end here.
-            with closing(run.batches), closing(record), closing(progress), interrupts() as signals:
+            saver = Saver(path, options.keep, ranks, options.fsdp)
+            with closing(run.batches), closing(record), closing(progress), interrupts() as signals, saver:
                 progress.say(run.summary())
                 run.stream.warn = lambda name, why, count: progress.say(
                     f"fastdiff: warning: left out {name}: {why} ({count} so far)"
@@ -93,16 +96,18 @@ def train(
                     run.advance()
                     progress.advance(run.step, run.loss)
                     record.step(run.step, run.losses, run.noisiness(), run.norm, options.learning_rate(run.step - 1))
+                    saver.check()
                     if run.step % EVERY == 0:
                         run.check()
                     if run.step % options.save_every == 0 and run.step < options.steps:
-                        run.save(path)
+                        run.save(saver)
                     if options.sample_every and (run.step % options.sample_every == 0 or run.step == options.steps):
                         run.show(record)
                     if reason := ranks.largest(signals[0] if signals else LOST if progress.lost else 0):
                         caught.append(reason)
                 if run.step > run.saved:
-                    run.save(path)
+                    run.save(saver)
+                saver.wait()
                 if ranks.leads and grids(path.parent):
                     write_report(path.parent)
                 ranks.largest(0)  # no process returns before the file is there
@@ -346,29 +351,27 @@ class Run:
         what = f"the loss is {mean}" if not torch.isfinite(self.losses).all() else "the gradient holds NaN or infinity"
         raise ValueError(f"{what} at step {self.step}, nothing was written; try a lower --lr")
 
-    def save(self, path: Path) -> None:
-        """Write the checkpoint of this step. All ranks call it.
+    def save(self, saver: Saver) -> None:
+        """Have the checkpoint of this step written. All ranks call it.
 
-        Raises: ValueError, and writes nothing, if no step since the start was good, or the weights are not finite.
+        Raises: ValueError, and writes nothing, if no step since the start was good; what an earlier writing met.
         """
         self.check()
         if int(self.skipped) == self.step - self.start:
             self._give_up()
-        state = State(
-            self.diffusion,
-            self.ema,
-            self.optimizer.state_dict()["state"],
-            rng_state(self.device),
-            asdict(self.options),
-            self.step,
-            {name: dict(zip(self.names, tensors, strict=True)) for name, tensors in self.averages.items()},
-            self.classes,
+        saver.save(
+            State(
+                self.diffusion,
+                self.ema,
+                self.optimizer.state_dict()["state"],
+                rng_state(self.device),
+                asdict(self.options),
+                self.step,
+                {name: dict(zip(self.names, tensors, strict=True)) for name, tensors in self.averages.items()},
+                self.classes,
+            )
         )
-        try:
-            save(path, state, self.options.keep, self.ranks)
-            self.saved = self.step
-        except ValueError as error:
-            raise ValueError(f"{error} at step {self.step}, nothing was written; try a lower --lr") from error
+        self.saved = self.step
 
 
 @torch.no_grad()

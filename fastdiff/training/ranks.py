@@ -4,7 +4,7 @@ torchrun, accelerate and SLURM's launchers start processes and tell each by RANK
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -60,6 +60,15 @@ class Ranks:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
+    def gathered(self, parts: Mapping[int, Any]) -> list[Any]:
+        """What all processes have, in the order of its numbers, on the one that writes; nothing elsewhere."""
+        every: Any = [dict(parts)]
+        if self.size > 1:
+            every = [None] * self.size if self.leads else None
+            distributed.gather_object(dict(parts), every)
+        found = {number: part for one in every or () for number, part in one.items()}
+        return [found[number] for number in sorted(found)]
+
     def agree(self, name: str, number: int) -> None:
         """Raise ValueError naming what differs unless all processes have the same number."""
         low, high = -self.largest(-number), self.largest(number)
@@ -67,6 +76,9 @@ class Ranks:
             raise ValueError(
                 f"{name}: expected the same in all processes, got {low} to {high}; do they share a file system?"
             )
+
+
+ALONE = Ranks()
 
 
 @contextmanager

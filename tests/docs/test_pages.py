@@ -130,6 +130,18 @@ def test_every_sampler_is_on_the_pages():
         assert sampler.__name__ in reference, sampler
 
 
+def test_every_scheduler_is_on_the_pages():
+    pytest.importorskip("diffusers")
+    from fastdiff.interop.diffusers import SCHEDULERS
+
+    page, reference, readme = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("docs/diffusers.md", "docs/api/interop.md", "README.md")
+    )
+    for scheduler in SCHEDULERS:
+        assert f"\n| `{scheduler.__name__}` |" in page and f"- {scheduler.__name__}\n" in reference, scheduler
+    assert f"{len(SCHEDULERS)} schedulers of diffusers" in readme
+
+
 def test_every_objective_and_schedule_is_on_the_pages():
     choosing = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
     for name in (*objective.OBJECTIVES, *schedule.SCHEDULES):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from objectives import targets
+from objectives import target
 from torch import Tensor, nn
 
 from fastdiff.diffusion import Diffusion
@@ -42,7 +42,7 @@ class Exact(nn.Module):
         alpha, sigma = alpha_sigma(self.process, c)
         r = (x.double() - alpha * self.mean) / (alpha**2 * self.var + sigma**2)
         x0, eps = self.mean + alpha * self.var * r, sigma * r
-        return targets(alpha, sigma, x0, eps)[self.objective].to(x.dtype)
+        return target(self.objective, alpha, sigma, x0, eps).to(x.dtype)
 
 
 def exact(made: type[Diffusion], *args: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Diffusion:

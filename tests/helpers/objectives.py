@@ -10,14 +10,11 @@ CLASSIC = ("eps", "x0", "v", "score")
 
 def targets(alpha: Any, sigma: Any, x0: Any, eps: Any) -> dict[str, Any]:
     """By the name of the objective."""
-    return {
-        "eps": eps,
-        "x0": x0,
-        "v": alpha * eps - sigma * x0,
-        "score": -eps / sigma,
-        "flow": eps - x0,
-        "edm": _edm(alpha, sigma, x0, eps),
-    }
+    return {objective: target(objective, alpha, sigma, x0, eps) for objective in TARGETS}
+
+
+def target(objective: str, alpha: Any, sigma: Any, x0: Any, eps: Any) -> Any:
+    return TARGETS[objective](alpha, sigma, x0, eps)
 
 
 def x0_errors(alpha: Any, sigma: Any) -> dict[str, Any]:
@@ -43,3 +40,13 @@ def _edm(alpha: Any, sigma: Any, x0: Any, eps: Any) -> Any:
     angle = torch.atan2(sigma, SIGMA_DATA * alpha)
     target = angle.sin() / SIGMA_DATA * x0 - angle.cos() * eps
     return target.to(x0.dtype) if isinstance(x0, torch.Tensor) else target
+
+
+TARGETS = {
+    "eps": lambda alpha, sigma, x0, eps: eps,
+    "x0": lambda alpha, sigma, x0, eps: x0,
+    "v": lambda alpha, sigma, x0, eps: alpha * eps - sigma * x0,
+    "score": lambda alpha, sigma, x0, eps: -eps / sigma,
+    "flow": lambda alpha, sigma, x0, eps: eps - x0,
+    "edm": _edm,
+}

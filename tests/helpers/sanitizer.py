@@ -68,14 +68,3 @@ def install() -> None:
         launches[-1].check()
 
     builder.create_masked_load, builder.create_masked_store, executor.__call__ = noted_load, noted_store, checked
-    patched = set()
-
-    def called(self, *args, **kwargs):
-        """A function called by a kernel. Triton patches its language anew for each; here, once for each module, which
-        saves half of the suite's time: the launch has patched what is undone after it."""
-        if self.fn.__module__ not in patched:
-            patched.add(self.fn.__module__)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = called

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tiny_run import CPU, TINY, run
 
-from fastdiff import DDPM, training
+from fastdiff import DDPM, cli, training
 from fastdiff.training import Options, checkpoint, layout, loop, ranks
 
 STEPS = 12
@@ -28,6 +28,12 @@ def importance(out: Path) -> None:
     training.train(options, out, CPU, state)
 
 
+def evaluate(model: Path, out: Path) -> int:
+    """The figures of samples in more batches than processes, with one that is smaller."""
+    args = ["eval", model, "--features", "pixels", "--n", 9, "--batch-size", 2, "--steps", 2, "--json", out]
+    return cli.main([*map(str, args), "--device", "cpu"])
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with ranks.joined(CPU) as each:
@@ -35,6 +41,7 @@ def main(folder: Path) -> None:
         run(folder / "split", steps=STEPS // 2, fsdp=True, **SAME)
         run(folder / "split", resume=True, steps=STEPS, fsdp=True, accumulate=2, **SAME)
         importance(folder / "importance")
+        assert evaluate(folder / "replicated", folder / "two.json") == 0
         model = checkpoint.load_model(folder / "split")
         layout.shard(model.model, CPU)
         drawn = model.sample(3, steps=2, sampler="ddim", seed=1)

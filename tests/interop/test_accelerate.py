@@ -98,38 +98,46 @@ def close(got, want, atol=1e-5):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
 
 
+def parts(net) -> list[str]:
+    """What is fused: the blocks, and the norms that are not within one."""
+    blocks = {n for n, m in net.named_modules() if isinstance(m, ResnetBlock2D)}
+    norms = [n for n, m in net.named_modules() if isinstance(m, nn.GroupNorm) and n.rpartition(".")[0] not in blocks]
+    return sorted([*blocks, *norms])
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("training", [False, True])
 def test_same_outputs_gradients_and_names(name, training):
     net = made(name).train(training)
-    blocks = [n for n, m in net.named_modules() if isinstance(m, ResnetBlock2D)]
+    fused = parts(net)
     want, keys, parameters = with_gradients(net), list(net.state_dict()), [id(p) for p in net.parameters()]
-    assert fastdiff.accelerate(net) == blocks and len(blocks) >= 6
+    assert sorted(fastdiff.accelerate(net)) == fused and len(fused) >= 9
     close(with_gradients(net), want)
     assert list(net.state_dict()) == keys and [id(p) for p in net.parameters()] == parameters
     assert fastdiff.accelerate(net) == []
     twin = copy.deepcopy(net)
     close(with_gradients(twin), want)
-    assert fastdiff.restore(net) == blocks and fastdiff.restore(net) == []
+    assert sorted(fastdiff.restore(net)) == fused and fastdiff.restore(net) == []
     assert all(type(m) is ResnetBlock2D for m in net.modules() if isinstance(m, ResnetBlock2D))
+    assert all(type(m) is nn.GroupNorm for m in net.modules() if isinstance(m, nn.GroupNorm))
     close(with_gradients(net), want, atol=0)
-    assert fastdiff.restore(twin) == blocks
+    assert sorted(fastdiff.restore(twin)) == fused
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet sampling", "conditional"])
+@pytest.mark.parametrize("name", ["resnet sampling", "conditional", "autoencoder"])
 def test_the_kernel_runs(name, monkeypatch):
-    """Two norms of each block, and the same results."""
+    """For every norm, and gives the same results."""
     net = made(name).eval().to(DEVICE)
     want = with_gradients(net)
-    blocks = fastdiff.accelerate(net)
+    fastdiff.accelerate(net)
     calls = []
     launchers = fastdiff.ops.dispatch.launchers("triton")
     launch = launchers.norm
     monkeypatch.setattr(launchers, "norm", lambda **operands: calls.append(0) or launch(**operands))
     with fastdiff.backend("triton"):
         close(with_gradients(net), want, atol=1e-4)
-    assert len(calls) == 2 * len(blocks)
+    assert len(calls) == sum(isinstance(m, nn.GroupNorm) for m in net.modules())
 
 
 def test_saved_weights_and_configuration_are_stock(tmp_path):
@@ -169,17 +177,17 @@ def test_a_pipeline_gives_the_same_images(name):
                 x = pipeline.scheduler.step(pipeline.unet(x, t).sample, t, x, generator=random).prev_sample
         return x
 
-    want, blocks = images(), [n for n, m in pipeline.unet.named_modules() if isinstance(m, ResnetBlock2D)]
+    want = images()
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.clone()
-    replaced = [f"unet.{n}" for n in blocks] + ["scheduler"]
-    assert sorted(fastdiff.accelerate(pipeline)) == sorted(replaced)
+    replaced = sorted(["scheduler", *(f"unet.{n}" for n in parts(pipeline.unet))])
+    assert sorted(fastdiff.accelerate(pipeline)) == replaced
     assert type(pipeline.scheduler) is getattr(ours, name)
     assert pipeline.scheduler.alphas_cumprod is scheduler.alphas_cumprod
     assert torch.equal(pipeline.scheduler.timesteps, scheduler.timesteps)
     assert dict(pipeline.scheduler.config) == dict(scheduler.config)
     torch.testing.assert_close(images(), want, rtol=0, atol=1e-4)
     assert fastdiff.accelerate(pipeline) == []
-    assert sorted(fastdiff.restore(pipeline)) == sorted(replaced)
+    assert sorted(fastdiff.restore(pipeline)) == replaced
     assert type(pipeline.scheduler) is getattr(diffusers, name)
     assert not {"_tables", "_last_run", "fused_noise"} & set(vars(pipeline.scheduler))
     torch.testing.assert_close(images(), want, rtol=0, atol=0)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from benchmarks.gpu.worker import measure as outcome_of
 from benchmarks.static import variants
 
 ROOT = Path(__file__).resolve().parents[2]
+HELPED = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "helpers")))
 CPU = Setup(torch.device("cpu"), toy=True)
 MACHINE = {"device": "cuda:0 (A GPU)", "torch": "2.11.0"}
 
@@ -108,7 +110,8 @@ def test_without_the_sanitizer(monkeypatch):
 
 @pytest.mark.slow
 def test_what_the_sanitizer_is_given_launches_every_kernel():
-    script = "import triton.runtime.interpreter as i\nrun, seen = i.GridExecutor.__call__, set()\n" + (
+    script = "import quick_interpreter, triton.runtime.interpreter as i\nquick_interpreter.install()\n" + (
+        "run, seen = i.GridExecutor.__call__, set()\n"
         "def call(self, *args, **kwargs):\n    seen.add(self.fn.__name__)\n    run(self, *args, **kwargs)\n"
         "i.GridExecutor.__call__ = call\n"
         "import torch\nfrom benchmarks.gpu import launches\n"
@@ -116,7 +119,7 @@ def test_what_the_sanitizer_is_given_launches_every_kernel():
         "for name in launches.LAUNCHES: launches.launch(name, torch.device('cpu'))\n"
         "print(*sorted(seen))\n"
     )
-    environment = {"TRITON_INTERPRET": "1", "FASTDIFF_BACKEND": "triton", "PYTHONPATH": str(ROOT), "PATH": ""}
+    environment = {"TRITON_INTERPRET": "1", "FASTDIFF_BACKEND": "triton", "PYTHONPATH": HELPED, "PATH": ""}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     known = {f"{kernel}_kernel" for kernel, _, _ in variants.COMMON + variants.RARE}
     assert done.stdout.split() == sorted(known), done.stderr

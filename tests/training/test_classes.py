@@ -114,3 +114,14 @@ def test_dropped_labels_train_the_unconditional_branch(tmp_path):
     ]
     assert len(moments) == 1 and (moments[0].abs().sum(1) > 0).all()  # each of 11 rows has had a gradient
     assert json.loads((tmp_path / "config.json").read_text())["label_dropout"] == 0.5 != TINY.get("label_dropout")
+
+
+@pytest.mark.slow
+def test_mnist_from_training_to_figures(small_mnist, tmp_path):
+    few = ["--steps", "1", "--batch-size", "4", "--channels", "8", "--sample-every", "0"]
+    assert main(["train", "--preset", "mnist28", "--out", str(tmp_path), *few, *CPU]) == 0
+    assert main(["eval", str(tmp_path), "--steps", "1", "--json", str(tmp_path / "eval.json"), *CPU]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["n_samples"] == 20  # as many as the half that is trained on
+    assert found["frechet_distance"] > 10 * found["frechet_distance_real"] >= 0
+    assert found["inception_score"] >= 1 and 0 <= found["label_accuracy"] <= 1  # of the classifier

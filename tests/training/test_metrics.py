@@ -117,28 +117,29 @@ def test_figures_of_samples_and_a_reference_that_is_kept(tmp_path):
     pixels = torch.randint(0, 256, (80, 1, 3, 3), dtype=torch.uint8, generator=GENERATOR)
     real, samples = pixels.float() / 127.5 - 1, torch.rand(60, 1, 3, 3, generator=GENERATOR) * 2 - 1
     function = features.features_of("pixels", "x", torch.device("cpu"))
-    found = assess.assess(samples, Arrays(pixels), function, 32, tmp_path / "real.npz")
+    drawn = assess.collect(enumerate(samples.split(32)), function)
+    found = assess.assess(drawn, Arrays(pixels), function, 32, tmp_path / "real.npz")
     assert found["frechet_distance"] == pytest.approx(frechet_distance(samples, real), rel=1e-6)
     assert 0.5 < found["precision"] <= 1 and 0.5 < found["recall"] <= 1 and abs(found["kernel_distance"]) < 0.05
-    again = assess.assess(samples, None, function, 32, tmp_path / "real.npz")
+    again = assess.assess(drawn, None, function, 32, tmp_path / "real.npz")
     assert again == {"n_samples": 60, "frechet_distance": found["frechet_distance"]}
     with pytest.raises(ValueError, match=r"real\.npz: expected 4 features, got 9"):
-        assess.assess(samples[:, :, :2, :2], None, function, 32, tmp_path / "real.npz")
+        assess.assess(assess.collect([(0, samples[:, :, :2, :2])], function), None, function, 32, tmp_path / "real.npz")
     with pytest.raises(ValueError, match="expected real data, or a file of their statistics"):
-        assess.assess(samples, None, function, 32)
+        assess.assess(drawn, None, function, 32)
     np.savez(tmp_path / "other.npz", mu=np.zeros(3))
     with pytest.raises(ValueError, match=r"other\.npz: expected the arrays mu and sigma"):
-        assess.assess(samples, None, function, 32, tmp_path / "other.npz")
+        assess.assess(drawn, None, function, 32, tmp_path / "other.npz")
 
 
 def test_scores_are_those_of_the_logits():
     logits = 50 * nn.functional.one_hot(torch.arange(40) % 2).float()
-    found = assess.assess(
-        torch.rand(40, 1, 2, 2, generator=GENERATOR),
-        Arrays(np.arange(80, dtype=np.uint8).reshape(20, 1, 2, 2)),
-        lambda x: (x.flatten(1), logits[: len(x)]),
-        40,
-    )
+
+    def function(images):
+        return images.flatten(1), logits[: len(images)]
+
+    drawn = assess.collect([(0, torch.rand(40, 1, 2, 2, generator=GENERATOR))], function)
+    found = assess.assess(drawn, Arrays(np.arange(80, dtype=np.uint8).reshape(20, 1, 2, 2)), function, 40)
     assert found["inception_score"] == pytest.approx(2.0, abs=1e-6)
 
 
@@ -150,5 +151,5 @@ def test_real_data_that_cannot_be_read_are_left_out_and_named(capsys):
             return super().read(index)
 
     batches = list(assess.in_order(Broken(np.zeros((5, 1, 2, 2), np.uint8)), 3))
-    assert [len(batch) for batch in batches] == [3, 1]
+    assert [(number, len(batch)) for number, batch in batches] == [(0, 2), (1, 2)]
     assert "left out 1 of 5 files: item 2: broken" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from tiny_run import TINY, assert_same_files, assert_same_weights, run
 
 from fastdiff.cli import main
 from fastdiff.ddpm import DDPM
-from fastdiff.training import Options, checkpoint, ema, layout, loop
+from fastdiff.training import Options, checkpoint, ema, layout, loop, saver
 
 NAME = "model.safetensors"
 
@@ -239,7 +239,7 @@ def test_signals_of_a_scheduler_end_a_run_well(tmp_path, monkeypatch, capsys, nu
 
 def test_a_step_is_written_once(tmp_path, monkeypatch):
     """Shares of FSDP are never replaced while the file needs them."""
-    written, original, save = [], loop.update_ema, loop.save
+    written, original, write = [], loop.update_ema, saver.write
 
     def update(*args):
         original(*args)
@@ -247,5 +247,5 @@ def test_a_step_is_written_once(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(loop, "update_ema", update)
-    monkeypatch.setattr(loop, "save", lambda path, state, *rest: written.append(state.step) or save(path, state, *rest))
+    monkeypatch.setattr(saver, "write", lambda path, s, *rest: written.append(s.step) or write(path, s, *rest))
     assert run(tmp_path, steps=9, save_every=1) == 2 and written == [1, 2]

@@ -49,6 +49,20 @@ def test_editing(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_inversion(tmp_path, monkeypatch):
+    few = {"data": "digits", "classes": True, "channels": 8, "steps": 1, "timesteps": 100}
+    training.train(training.Options(**{**training.DIGITS, **few}), tmp_path, CPU)
+    example = runpy.run_path(str(ROOT / "examples" / "inversion.py"))
+    monkeypatch.setitem(example["main"].__globals__, "STEPS", 10)
+    example["main"](tmp_path / "model.safetensors", tmp_path / "inversion.png")
+    picture = np.asarray(Image.open(tmp_path / "inversion.png"))
+    assert picture.shape == (50 * 6, 50 * 10)
+    images, back, *others = picture.reshape(6, 50, 500).astype(float)
+    assert np.corrcoef(images.ravel(), back.ravel())[0, 1] > 0.95  # they come back, as well as 10 steps can tell
+    assert all((back[:, 50 * k :] != other[:, 50 * k :]).any() for k, other in enumerate(others))
+
+
+@pytest.mark.slow
 def test_bound(model, monkeypatch, capsys):
     example = runpy.run_path(str(ROOT / "examples" / "bound.py"))
     monkeypatch.setitem(example["main"].__globals__, "IMAGES", 2)
@@ -73,8 +87,12 @@ def test_quality(model, tmp_path, monkeypatch, capsys):
     whole = [("ddim", 1, 1), ("ddim", 2, 2), ("ddim", 3, 3), ("heun", 1, 1), ("heun", 2, 1), ("heun", 3, 2)]
     assert runs == [*whole, ("ddim, bfloat16", 2, 2)]
     assert report["real"] == pytest.approx(0.2932, abs=1e-4)
-    assert all(row["images_per_s"] > 0 and row["frechet_distance"] > 1 for row in report["rows"])
-    assert "heun" in said and "DDPM" in said
+    assert [row["model_calls"] for row in report["rows"]] == [1, 2, 3, 1, 1, 3, 2]
+    assert all(row["cost"] > 0 and row["frechet_distance"] > 1 for row in report["rows"])
+    kinds = {row["sampler"]: row["group"] for row in report["rows"]}
+    assert kinds["ddim"] == kinds["ddim, bfloat16"] == "no noise, one call a step"
+    assert kinds["heun"] == "no noise, several calls a step"
+    assert "heun" in said and "DDPM" in said and "cost / calls" in said
     with Image.open(tmp_path / "q.png") as picture:
         assert len(picture.getcolors(1 << 20)) > 20
 

@@ -1,5 +1,6 @@
 """Several processes, as torchrun starts them: they train and draw what one does, and end together."""
 
+import json
 import os
 import re
 import runpy
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from several import SAME, STEPS, importance
+from several import SAME, STEPS, evaluate, importance
 from tiny_run import assert_same_weights, run
 
 from fastdiff.cli import main, one_line
@@ -55,6 +56,9 @@ def test_two_processes_train_what_one_does(tmp_path):
     expected = checkpoint.load_model(tmp_path / "split").sample(3, steps=2, sampler="ddim", seed=1)
     torch.testing.assert_close(torch.load(tmp_path / "drawn.pt"), expected)
     assert checkpoint.load(tmp_path / "stopped" / NAME).step == 1
+    assert evaluate(tmp_path / "replicated", tmp_path / "one.json") == 0
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-9) and two["n_samples"] == 9
 
 
 @pytest.mark.slow

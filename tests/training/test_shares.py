@@ -15,7 +15,7 @@ from tiny_run import CPU, TINY, assert_same_files, assert_same_weights, run
 from fastdiff import DDPM, training
 from fastdiff.cli import main
 from fastdiff.training import Options, checkpoint, draws, loop
-from fastdiff.training.data import Arrays, Stream
+from fastdiff.training.data import Arrays, Stream, open_source
 from fastdiff.training.drawing import ABOUT, Batches
 from fastdiff.training.ranks import Ranks
 
@@ -186,6 +186,13 @@ def model(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory):
+    out = tmp_path_factory.mktemp("classified")
+    run(out, steps=1, classes=True)
+    return out
+
+
 def draw(model, out, *more) -> int:
     how = ["--n", "5", "--batch-size", "2", "--sampler", "ddim", "--steps", "2", "--device", "cpu"]
     return main(["sample", str(model), "--out", str(out), *how, *more])
@@ -196,13 +203,13 @@ def test_a_drawing_that_was_killed_goes_on(model, tmp_path, monkeypatch):
     assert draw(model, tmp_path / "a") == 0
     whole = (tmp_path / "a.npy").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npy", "a.png"]
-    joined = Batches.join
-    monkeypatch.setattr(Batches, "join", lambda *_: 1 / 0)  # killed before the end
+    finish = Batches.finish
+    monkeypatch.setattr(Batches, "finish", lambda *_: 1 / 0)  # killed before the end
     assert draw(model, tmp_path / "b") == 1
     parts = tmp_path / "b.npy.parts"
     assert {p.name for p in parts.iterdir()} == {ABOUT, *(f"batch-{i:06d}.npy" for i in range(3))}
     (parts / "batch-000001.npy").unlink()
-    monkeypatch.setattr(Batches, "join", joined)
+    monkeypatch.setattr(Batches, "finish", finish)
     drawn, sample = [], DDPM.sample
     monkeypatch.setattr(DDPM, "sample", lambda *a, **k: drawn.append(k["sample_ids"].tolist()) or sample(*a, **k))
     assert draw(model, tmp_path / "b") == 0
@@ -210,7 +217,7 @@ def test_a_drawing_that_was_killed_goes_on(model, tmp_path, monkeypatch):
 
 
 def test_batches_of_another_drawing_are_refused(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Batches, "join", lambda *_: 1 / 0)
+    monkeypatch.setattr(Batches, "finish", lambda *_: 1 / 0)
     draw(model, tmp_path / "b")
     monkeypatch.undo()
     for more in (("--seed", "1"), ("--eta", "0.5")):
@@ -220,8 +227,32 @@ def test_batches_of_another_drawing_are_refused(model, tmp_path, monkeypatch, ca
         )
 
 
+@pytest.mark.parametrize("kind", ["png", "webdataset"])
+def test_pictures_are_those_of_the_array_and_are_read_again(classified, tmp_path, monkeypatch, capsys, kind):
+    assert draw(classified, tmp_path / "a") == 0
+    array, out = np.load(tmp_path / "a.npy"), tmp_path / kind
+    finish = Batches.finish
+    monkeypatch.setattr(Batches, "finish", lambda *_: 1 / 0)  # killed before the end
+    assert draw(classified, out, "--format", kind) == 1 and not out.exists()
+    name = "00000003.png" if kind == "png" else "000001.tar"
+    before = (tmp_path / f"{kind}.parts" / name).read_bytes()
+    (tmp_path / f"{kind}.parts" / name).unlink()
+    monkeypatch.setattr(Batches, "finish", finish)
+    assert draw(classified, out, "--format", kind) == 0 and (out / name).read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.npy", "a.png", kind])
+    source = open_source(str(out), (8, 8), 1, classes=kind == "webdataset")
+    read = torch.stack([source.read(i) for i in range(len(source))])
+    np.testing.assert_array_equal(read, ((array + 1) * 127.5).round())
+    if kind == "webdataset":
+        assert source.labels.tolist() == [0, 1, 2, 3, 4]
+    assert draw(classified, out, "--format", kind) == 1
+    assert f"{out}: File exists" in capsys.readouterr().err
+
+
 def test_processes_take_turns_at_batches(tmp_path):
-    batches = [Batches(tmp_path / "x.npy", {}, Ranks()) for _ in range(3)]
+    batches = [Batches(tmp_path / "x.npy", {}, torch.arange(14).split(2), Ranks()) for _ in range(3)]
     for rank, each in enumerate(batches):
         each.ranks = Ranks(rank, 3)
-    assert [each.missing(7) for each in batches] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [list(each.missing()) for each in batches] == [[0, 3, 6], [1, 4], [2, 5]]
+    batches[1].write(4, torch.zeros(2, 1), None)
+    assert list(batches[1].missing()) == [1] and {each.left() for each in batches} == {6}

@@ -13,8 +13,7 @@ from ...ops.checks import check_choice
 from ..stock import remembered
 from .discrete import LOOP, STEP, Discrete, State
 from .images import check_images, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
-from .schedules import make_buffers
-from .tables import OBJECTIVES, ModelPrediction
+from .tables import ModelPrediction
 
 __all__ = ["GaussianDiffusion"]
 
@@ -56,11 +55,9 @@ class GaussianDiffusion(Discrete):
             raise ValueError(f"model: expected out_dim = channels = {model.channels}, got {model.out_dim}")
         if model.random_or_learned_sinusoidal_cond:
             raise ValueError("model: expected no random or learned sinusoidal conditioning: it is for continuous time")
-        check_choice("objective", objective, OBJECTIVES)
         check_choice("beta_schedule", beta_schedule, ("linear", "cosine"))
         gamma = min_snr_gamma if min_snr_loss_weight else None
-        make = functools.partial(make_buffers, beta_schedule, timesteps, None, objective, gamma)
-        super().__init__(model, make, objective, sampling_timesteps, ddim_sampling_eta)
+        super().__init__(model, objective, beta_schedule, timesteps, sampling_timesteps, ddim_sampling_eta, gamma)
         self.channels = model.channels
         self.image_size = image_size
         self.use_cfg_plus_plus = use_cfg_plus_plus

@@ -1,6 +1,5 @@
 """GaussianDiffusion: its methods on the fused operations."""
 
-import functools
 import random
 from typing import Any
 
@@ -8,12 +7,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ...ops.checks import check_choice
 from ..stock import remembered
 from .discrete import LOOP, STEP, Discrete, State
 from .images import check_images, identity, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
-from .schedules import make_buffers
-from .tables import OBJECTIVES, ModelPrediction
+from .tables import ModelPrediction
 
 
 @remembered
@@ -54,10 +51,10 @@ class GaussianDiffusion(Discrete):
         image_size = (int(image_size),) * 2 if hasattr(image_size, "__index__") else image_size  # type: ignore[arg-type]
         if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
             raise ValueError(f"image_size: expected an int or two, got {image_size!r}")
-        check_choice("objective", objective, OBJECTIVES)
         gamma = min_snr_gamma if min_snr_loss_weight else None
-        make = functools.partial(make_buffers, beta_schedule, timesteps, schedule_fn_kwargs, objective, gamma)
-        super().__init__(model, make, objective, sampling_timesteps, ddim_sampling_eta)
+        super().__init__(
+            model, objective, beta_schedule, timesteps, sampling_timesteps, ddim_sampling_eta, gamma, schedule_fn_kwargs
+        )
         self.channels = model.channels
         self.self_condition = model.self_condition
         self.image_size = image_size

@@ -13,8 +13,7 @@ from ...ops.checks import check_choice
 from ..stock import remembered
 from .discrete import LOOP, STEP, Discrete, State
 from .images import identity, normalize_to_neg_one_to_one, unnormalize_to_zero_to_one
-from .schedules import make_buffers
-from .tables import OBJECTIVES, ModelPrediction, values_at
+from .tables import ModelPrediction, values_at
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -49,10 +48,8 @@ class GaussianDiffusion1D(Discrete):
         self_condition: bool | None = None,
         channel_first: bool = True,
     ) -> None:
-        check_choice("objective", objective, OBJECTIVES)
         check_choice("beta_schedule", beta_schedule, ("linear", "cosine"))
-        make = functools.partial(make_buffers, beta_schedule, timesteps, None, objective, None)
-        super().__init__(model, make, objective, sampling_timesteps, ddim_sampling_eta)
+        super().__init__(model, objective, beta_schedule, timesteps, sampling_timesteps, ddim_sampling_eta)
         self.channels = model.channels if channels is None else channels
         self.self_condition = model.self_condition if self_condition is None else self_condition
         self.channel_first = channel_first

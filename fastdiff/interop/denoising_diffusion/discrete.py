@@ -13,7 +13,7 @@ from ...ops.checks import check_choice
 from ...support.cache import Tables
 from ..stock import broadcast, combine, noising, overridden, values
 from .images import check_reduction
-from .schedules import fill_buffers
+from .schedules import fill_buffers, make_buffers
 from .tables import (
     OBJECTIVES,
     START,
@@ -45,8 +45,9 @@ class Discrete(nn.Module):
     A class of this kind has `model_predictions`, and is a class `remembered`.
 
     Args:
-        make: returns the buffers by name.
+        beta_schedule, timesteps, schedule_options, gamma: of the buffers, see make_buffers.
         sampling_timesteps: steps of DDIM; None for all of them by the ancestral sampler.
+        eta: of DDIM.
     """
 
     originals: ClassVar[dict[str, Any]]
@@ -60,12 +61,17 @@ class Discrete(nn.Module):
     def __init__(
         self,
         model: Any,
-        make: Callable[[], dict[str, Tensor]],
         objective: str,
+        beta_schedule: str,
+        timesteps: int,
         sampling_timesteps: int | None,
         eta: float,
+        gamma: float | None = None,
+        schedule_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_choice("objective", objective, OBJECTIVES)
+        make = functools.partial(make_buffers, beta_schedule, timesteps, schedule_options, objective, gamma)
         buffers = make()
         timesteps = len(buffers["betas"])
         if sampling_timesteps is not None and not 1 <= sampling_timesteps <= timesteps:

@@ -41,6 +41,7 @@ class FusedScheduler:
     timesteps: Tensor
     fused_noise: bool
     _tables: Tables
+    _tables_of: Any  # the configuration that they are made of
     _last_run: tuple[Tensor, list[tuple[int, int]], list[bytes]] | None
 
     def __init_subclass__(cls, stock: type | None = None) -> None:
@@ -60,15 +61,18 @@ class FusedScheduler:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().__new__(cls)
-        scheduler._tables, scheduler._last_run = Tables(), None
+        scheduler._tables, scheduler._tables_of, scheduler._last_run = Tables(), None, None
         if "stock" in vars(cls):
             # Pipelines write this into model_index.json as the library that the class comes from.
             scheduler.__module__ = "diffusers"
         return scheduler
 
     def _table(self, name: str, build: Callable[[], Any], sources: tuple[Tensor, ...], *key: Any) -> Any:
-        """build(), kept while the sources and the key stay as they are."""
-        return self._tables.get(name, build, sources, *key, *map(values, sources))
+        """build(), kept while the key and the values of the sources stay as they are, also in tensors of later runs."""
+        if self._tables_of is not self.config:
+            self._tables, self._tables_of = Tables(), self.config
+        seen = [values(source) for source in sources]
+        return self._tables.get(name, build, () if None not in seen else sources, *key, *seen)
 
     def _host_timesteps(self) -> list[float]:
         return self._table("timesteps", self.timesteps.tolist, (self.timesteps,))

@@ -36,7 +36,7 @@ class EulerAncestralDiscreteScheduler(
             return NotImplemented
         self._remind_of_scaling()
         i = self._place(timestep)
-        if i + 1 >= len(self.sigmas):
+        if i + 1 >= self.sigmas.shape[0]:  # len() of a tensor costs more
             return NotImplemented  # stock's error
 
         def build() -> Tensor:

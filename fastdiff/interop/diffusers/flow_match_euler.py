@@ -43,7 +43,7 @@ class FlowMatchEulerDiscreteScheduler(
         if per_token_timesteps is not None:
             return self._left_to_stock("per_token_timesteps")
         i = self._place(timestep)
-        if i + 1 >= len(self.sigmas):
+        if i + 1 >= self.sigmas.shape[0]:  # len() of a tensor costs more
             return NotImplemented  # stock's error
 
         def build() -> Tensor:

@@ -7,7 +7,6 @@ import torch
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerOutput
 from torch import Tensor
 
-from ... import ops
 from .common import PREDICTIONS
 from .sigmas import VarianceExplodingScheduler, derivative_rows, in_float32, two_results, x0_from_sigma
 
@@ -38,7 +37,7 @@ class HeunDiscreteScheduler(
             self._hand_over()
             return NotImplemented
         i = self._place(timestep)
-        if i + 1 >= len(self.sigmas):
+        if i + 1 >= self.sigmas.shape[0]:  # len() of a tensor costs more
             return NotImplemented  # stock's error
         prediction, clip = self.config.prediction_type, None
         if self.config.clip_sample:
@@ -46,11 +45,13 @@ class HeunDiscreteScheduler(
         device, both = sample.device, torch.promote_types(sample.dtype, model_output.dtype)
         dtypes = both, model_output.dtype if prediction == "sample" else both
         build = functools.partial(self._steps, device, clip is not None)
-        first, halves, second, dt = self._table("steps", build, (self.sigmas,), device, prediction, clip is None)
+        first, second, dts = self._table("steps", build, (self.sigmas,), device, prediction, clip is None)
         if self.dt is None:
-            prev_sample, x0 = two_results(sample, model_output, first, i, dtypes, clip)
-            self._halfway = ops.update(in_float32(sample), model_output, halves, i, noisy=False, clip=clip)
-            self.dt, self.sample = dt[i], sample
+            x = in_float32(sample)
+            self._halfway, x0 = two_results(x, model_output, first, i, (x.dtype, dtypes[1]), clip)
+            prev_sample = torch.lerp(x, self._halfway, 2.0)
+            prev_sample = prev_sample if x.dtype == dtypes[0] else prev_sample.to(dtypes[0])
+            self.dt, self.sample = dts[i], sample
         else:
             prev_sample, x0 = two_results(sample, model_output, second, i, dtypes, clip, noise=self._halfway)
             self.dt = self.sample = self._halfway = None
@@ -74,8 +75,8 @@ class HeunDiscreteScheduler(
             self.prev_derivative = (self._halfway - self.sample) * (2 / self.dt)
         self._halfway = None
 
-    def _steps(self, device: torch.device, clipped: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """Rows (n, WIDE) of first halves, (n, WIDTH) of what they leave, (n, WIDE) of second halves, and the n dt.
+    def _steps(self, device: torch.device, clipped: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Rows (n, WIDE) of half the way of first halves, (n, WIDE) of second halves, and dt of every step.
 
         A second half is numbered by its own place: it comes from the level before and ends at this one. It takes what
         is left to it in the column of noise.
@@ -84,6 +85,6 @@ class HeunDiscreteScheduler(
         dt = self.sigmas[1:] - sigma
         a, b = x0_from_sigma(self.config.prediction_type, sigma, sigma)
         make = functools.partial(derivative_rows, a, b, clipped=clipped)
-        first, halves = make(dt / sigma, kept_from_x0=1.0), make(dt / sigma / 2)
+        first = make(dt / sigma / 2, kept_from_x0=1.0)
         second = make(dt.roll(1) / sigma / 2, x=0.0, noise=1.0, kept_from_x0=1.0)
-        return first.to(device), halves.to(device), second.to(device), self.sigmas.diff().unbind()
+        return first.to(device), second.to(device), self.sigmas.diff().unbind()

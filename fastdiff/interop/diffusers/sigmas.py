@@ -78,7 +78,7 @@ class SigmaScheduler(CountingScheduler):
         """Whether a fused step takes them. Stock refuses whole numbers: they look like places, not timesteps."""
         whole = (torch.int32, torch.int64)
         if isinstance(timestep, Tensor):
-            refused = timestep.device.type == "cpu" and timestep.dtype in whole
+            refused = timestep.is_cpu and timestep.dtype in whole
         else:
             refused = isinstance(timestep, Integral)
         return not refused and isinstance(self.sigmas, Tensor) and alike(sample, model_output)
@@ -132,7 +132,7 @@ class ChurningScheduler(VarianceExplodingScheduler):
             return NotImplemented
         self._remind_of_scaling()
         i = self._place(timestep)
-        if i + 1 >= len(self.sigmas):
+        if i + 1 >= self.sigmas.shape[0]:  # len() of a tensor costs more
             return NotImplemented  # stock's error
         device, sigmas = sample.device, self.sigmas
         build = functools.partial(self._steps, device, *churn)
@@ -186,7 +186,7 @@ def x0_from_sigma(prediction: str, sigma: Tensor, sigma_hat: Tensor) -> tuple[Te
 
 def in_float32(x: Tensor) -> Tensor:
     """x, in float32 if it has a smaller type: where stock computes, and what comes is not rounded in between."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def two_results(

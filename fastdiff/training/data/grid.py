@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastdiff.files import need, replacing
 from fastdiff.support.scalars import as_integer
+from fastdiff.training.data.pictures import as_bytes
 
 
 def save_grid(path: str | Path, images: Tensor, columns: int | None = None) -> None:
@@ -27,7 +28,7 @@ def save_grid(path: str | Path, images: Tensor, columns: int | None = None) -> N
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
         raise ValueError(f"images: expected (N, 1 or 3, H, W) with N, H and W of at least 1, got {tuple(images.shape)}")
     count, channels, height, width = images.shape
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = as_bytes(images)
     zoom = max(1, 48 // max(height, width))
     pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=64)  # a thin frame tells neighbours apart

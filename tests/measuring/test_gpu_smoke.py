@@ -1,0 +1,87 @@
+"""What the stage smoke finds wrong with graphs, on tapes instead of a GPU."""
+
+import pytest
+import torch
+from tape import Recorders, Tape
+
+import fastdiff
+from benchmarks.gpu import smoke
+from benchmarks.gpu.rows import Setup
+from fastdiff.capture import Captures
+from fastdiff.graphs import CapturedCall
+
+SETUP = Setup(torch.device("cpu"), toy=True)
+CAPTURED = {"sample": smoke.graph, "network": smoke.network, "training step": smoke.training_step}
+
+
+class Idle(Tape):
+    """A graph that does nothing after its first replay: results are those of a call before."""
+
+    def record(self, function):
+        replay = super().record(function)
+
+        def once():
+            if not self.replayed:
+                replay()
+
+        return once
+
+
+class Deaf(CapturedCall):
+    """A graph that does not get the arguments of later calls."""
+
+    def __call__(self, values):
+        return super().__call__(values if self.captured.replay is None else self.own)
+
+
+class Faulty(Recorders):
+    kind = Tape
+
+    def __call__(self, device):
+        self.append(self.kind(device))
+        return self[-1]
+
+
+@pytest.fixture
+def taped(monkeypatch) -> Faulty:
+    recorders = Faulty()
+    # Not the list itself: a model that holds what grows changes with each recorder.
+    monkeypatch.setattr(Captures.__init__, "__defaults__", (lambda device: recorders(device),))
+    monkeypatch.setattr("fastdiff.diffusion.what_forbids", lambda *_: None)
+    for module in ("interop.replay", "training.step"):
+        monkeypatch.setattr(f"fastdiff.{module}.CudaGraphs", recorders)
+        monkeypatch.setattr(f"fastdiff.{module}.what_forbids_here", lambda device: None)
+    monkeypatch.setattr("fastdiff.graphs.what_forbids_here", lambda device: None)
+    with fastdiff.backend("reference"):
+        yield recorders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", CAPTURED)
+def test_graphs_that_are_right_pass(row, taped):
+    CAPTURED[row](SETUP)
+    assert sum(tape.replayed for tape in taped) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", CAPTURED)
+def test_a_graph_that_does_nothing_is_found(row, taped):
+    taped.kind = Idle
+    with pytest.raises((RuntimeError, AssertionError), match=r"off|Tensor-likes"):
+        CAPTURED[row](SETUP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["network", "training step"])
+def test_a_graph_with_old_arguments_is_found(row, taped, monkeypatch):
+    monkeypatch.setattr("fastdiff.graphs.CapturedCall", Deaf)
+    with pytest.raises((RuntimeError, AssertionError), match=r"off|Tensor-likes"):
+        CAPTURED[row](SETUP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["network", "training step"])
+def test_a_graph_that_overwrites_its_results_is_found(row, taped, monkeypatch):
+    monkeypatch.setattr("fastdiff.graphs.tree_map_only", lambda kind, function, tree: tree)
+    with pytest.raises((RuntimeError, AssertionError), match=r"off|Tensor-likes"):
+        CAPTURED[row](SETUP)

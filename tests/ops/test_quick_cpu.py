@@ -1,0 +1,117 @@
+"""The quick way of compiled kernels for CPU tensors: what is repeated, with which bits, and what is refused."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from strategies import table, tensor
+from tolerance import assert_same_bits
+
+import fastdiff
+from fastdiff import ops
+from fastdiff.ops import quick
+
+pytest.importorskip("numba")
+
+
+@pytest.fixture(autouse=True)
+def _compiled():
+    quick.forget()
+    with fastdiff.backend("cpu"):
+        yield
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The calls that were recorded since; a call that is repeated is not."""
+    seen = []
+    plan = quick.Recorder.plan
+    monkeypatch.setattr(quick.Recorder, "plan", lambda self, result: seen.append(1) or plan(self, result))
+    return seen
+
+
+def full_way(call):
+    """What a call gives if nothing is repeated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quick, "unwatched", lambda: False)
+        return call()
+
+
+def test_calls_that_differ_in_numbers_alone_are_one_kind(recorded):
+    x, pred, rows = tensor((2, 3, 5)), tensor((2, 3, 5), salt=1), table(6, 9, 2)
+    for step in range(6):
+        for seed in (step, -step, 2**63 - 1):
+            got = ops.update(x, pred, rows, step, seed=seed)
+            assert_same_bits(got, full_way(lambda: ops.update(x, pred, rows, step, seed=seed)))  # noqa: B023
+    assert len(recorded) == 1
+    ops.update(x, pred, rows, 0, seed=2**64 - 1)  # no int64
+    assert len(recorded) == 1
+
+
+def test_every_call_draws_a_seed_of_its_own(recorded):
+    x, levels = tensor((2, 7)), torch.tensor([[1.0, 1.0]])
+    torch.manual_seed(0)
+    got = [ops.noising(x, 0, levels) for _ in range(4)]
+    torch.manual_seed(0)
+    want = [full_way(lambda: ops.noising(x, 0, levels)) for _ in range(4)]
+    assert len(recorded) == 1
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(a, b)
+    assert not torch.equal(got[1], got[2])
+
+
+@pytest.mark.parametrize("levels", [[0], [0, 5], list(range(66))])
+def test_values_are_checked_in_every_call(levels, recorded):
+    """One, a few, and many: they are compared in three ways."""
+    x, z, t, numbers = tensor((len(levels), 2)), tensor((len(levels), 2)), torch.tensor(levels), torch.rand(66, 2)
+    for _ in range(2):
+        ops.noising(x, t, numbers, noise=z)
+    for wrong in (-1, 66):
+        with pytest.raises(ValueError, match=rf"^t: expected values in \[0, 66\), got {wrong}$"):
+            ops.noising(x, t.index_fill(0, torch.tensor([len(levels) - 1]), wrong), numbers, noise=z)
+    ids = torch.arange(len(levels))
+    for _ in range(2):
+        ops.noising(x, t, numbers, seed=1, sample_ids=ids)
+    with pytest.raises(ValueError, match="sample_ids: expected values"):
+        ops.noising(x, t, numbers, seed=1, sample_ids=ids - 1)
+    assert len(recorded) == 2
+
+
+def test_overlapping_memory_is_refused_in_every_call(recorded):
+    both, rows = torch.zeros(40), table(6, 9, 2)
+    for at in (20, 30):
+        ops.update(both[:10].view(2, 5), both[at : at + 10].view(2, 5), rows, 0, noisy=False, inplace=True)
+    with pytest.raises(ValueError, match="pred"):
+        ops.update(both[:10].view(2, 5), both[5:15].view(2, 5), rows, 0, noisy=False, inplace=True)
+    assert len(recorded) == 1
+
+
+def test_a_team_of_another_size_is_another_kind(recorded):
+    x, levels, before = tensor((2, 20000)), torch.tensor([[1.0, 1.0]]), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 1, 2):
+            torch.set_num_threads(threads)
+            results += [ops.noising(x, 0, levels, seed=1) for _ in range(2)]
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+    assert len(recorded) == 2
+
+
+def test_threads_that_repeat_one_plan_do_not_meet():
+    x, pred, rows = tensor((3, 5000)), tensor((3, 5000), salt=1), table(6, 9, 2)
+    want = [ops.update(x, pred, rows, step, seed=1) for step in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda k: ops.update(x, pred, rows, k % 6, seed=1), range(120)))
+    for k, result in enumerate(got):
+        assert_same_bits(result, want[k % 6])
+
+
+def test_what_the_reference_runs_is_not_recorded(recorded):
+    for dtype, name in ((torch.float64, "cpu"), (torch.float32, "reference")):
+        with fastdiff.backend(name):
+            for _ in range(2):
+                ops.noising(tensor((2, 3), dtype), 0, torch.tensor([[1.0, 1.0]]), seed=1)
+    assert not recorded
