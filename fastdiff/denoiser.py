@@ -122,7 +122,7 @@ class Denoiser(nn.Module):
 
         Args:
             x: (B, ...), the state, in any floating type. It is cast to the model's type if all weights have the same.
-            condition: (B,), see `condition`.
+            condition: (B,), see `condition`; (2 B,) if guided.
             model_kwargs: the model's further arguments; if guided, those of both branches stacked along the batch.
             guided: whether to ask for the prediction without the condition too, in the same call.
 
@@ -130,7 +130,7 @@ class Denoiser(nn.Module):
         """
         x = self._as_model(x)
         if guided:
-            x, condition = torch.cat((x, x)), torch.cat((condition, condition))
+            x = torch.cat((x, x))
         try:
             out = modes.call(self.model, x, condition, **model_kwargs)
         except (RuntimeError, IndexError, TypeError) as error:

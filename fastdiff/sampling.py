@@ -273,9 +273,9 @@ def no_history(run: Run) -> Tensor | None:
 
 
 def conditions(run: Run) -> Tensor:
-    """(n, B): what the model sees of the time at every step."""
+    """(n, B): what the model sees of the time at every step; (n, 2 B) if it is asked for both branches."""
     condition = run.denoiser.condition(run.table.levels[:-1]).to(run.x.device)
-    return condition[:, None].expand(-1, len(run.x)).contiguous()
+    return condition[:, None].expand(-1, len(run.x) * (2 if run.options.guided else 1)).contiguous()
 
 
 def given_noise(run: Run, k: int) -> Tensor | None:

@@ -1,6 +1,7 @@
 """The one loop under every sampler: seeds, batches, injected noise, callbacks, memory, compilation and errors."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -354,3 +355,41 @@ def test_a_chain_that_keeps_signal_warns(recwarn):
     DDPM(Forbidden(), "raised_cosine", 1000, "v")
     NCSN(Forbidden())
     assert not recwarn
+
+
+class Beside(TorchDispatchMode):
+    """The operations that launch something, but for those of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() not in ("aten::select.int", "aten::split.Tensor", "aten::_local_scalar_dense"):  # views
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("given", [{}, {"guidance": 2.0, "y": 1.0, "uncond": {"y": 0.0}}], ids=["plain", "guided"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_step_is_one_operation_beside_the_model(name, given):
+    """With guidance the state is laid twice, for both branches. A corrector, which takes norms, has more."""
+
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.out = nn.Parameter(torch.ones(())), {n: torch.zeros(n, 3) for n in (2, 4)}
+
+        def forward(self, x: Tensor, c: Tensor, **_: Any) -> Tensor:
+            assert len(c) == len(x)
+            return self.out[len(x)]
+
+    model = NCSN(Given(), levels=3) if name == "annealed_langevin" else ScoreSDE(Given(), "vp", "v")
+    kinds, ends = model.step_table(name, 3).kinds, []
+    with Beside() as mode:
+        how = {"sampler": name, "steps": 3, "seed": 0, "callback": lambda *_: ends.append(len(mode.seen))}
+        model.sample((2, 3), **how, **given)
+    taken = [mode.seen[start:end] for start, end in itertools.pairwise(ends)]
+    expected = ["aten::cat"] * bool(given) + ["fastdiff::update_"]
+    assert len(taken) > 0
+    assert all(step == expected for step, kind in zip(taken, kinds[1:], strict=True) if kind == "predict")
