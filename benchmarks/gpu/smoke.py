@@ -109,11 +109,10 @@ def small(setup: Setup) -> Setup:
 
 def rows(setup: Setup) -> list[Row]:
     """First what no test has run on a GPU yet, and last what compiles longest."""
-    long, short = setup.size((40, 20), (120, 120))  # a rehearsal may share its processors
     captured = {"sample": graph, "network": network, "training step": training_step}
-    found = [Row(case, "captured and not", functools.partial(run, setup), long) for case, run in captured.items()]
+    found = [Row(case, "captured and not", functools.partial(run, setup), seconds=40) for case, run in captured.items()]
     for name in OPERATIONS | KERNELS:
-        found.append(Row(name, "against float64", functools.partial(operation, name, setup), short))
+        found.append(Row(name, "against float64", functools.partial(operation, name, setup), seconds=20))
     for layout in LAYOUTS:
-        found.append(Row(f"norm {layout}", "against float64", functools.partial(norm, layout, setup), long))
+        found.append(Row(f"norm {layout}", "against float64", functools.partial(norm, layout, setup), seconds=40))
     return found

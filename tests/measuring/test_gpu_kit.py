@@ -19,7 +19,7 @@ from benchmarks.gpu.worker import UNKNOWN_OPTION, forget
 from benchmarks.gpu.worker import measure as outcome_of
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU = Setup(torch.device("cpu"), toy=True)
+CPU = Setup(torch.device("cpu"), toy=False)
 MACHINE = {"device": "cuda:0 (A GPU)", "torch": "2.11.0"}
 
 
@@ -152,9 +152,15 @@ def test_the_budget_holds(here, file):
     assert "50 s were left" in file.content["rows"]["s / d / m"]["not_run"]
 
 
+def test_a_row_of_a_rehearsal_may_take_what_is_left(here, file):
+    """No processor of its own is promised to it."""
+    runner.run([stage(("a", 50, 40), ("b", 70, 60), ("c", 1, 1))], Setup(CPU.device, toy=True), 100, file, quiet)
+    assert here.ran == ["a / m", "b / m"] and "not_run" in file.content["rows"]["s / c / m"]
+
+
 def test_a_stage_has_a_limit_of_its_own(here, file):
     stages = [stage(("a", 50, 40), ("b", 30, 1), seconds=60), Listed("t", stage(("c", 50, 1)).module)]
-    runner.run(stages, Setup(CPU.device, toy=False), 1000, file, quiet)
+    runner.run(stages, CPU, 1000, file, quiet)
     assert here.ran == ["a / m", "c / m"]
 
 
