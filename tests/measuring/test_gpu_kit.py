@@ -1,11 +1,13 @@
 """The kit for a GPU: its rows in processes, the budget, the command and the report."""
 
 import functools
+import multiprocessing
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from benchmarks.gpu import __main__ as kit
 from benchmarks.gpu import packages, report, results, runner
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.rows import STAGES, Row, Setup, Stage
-from benchmarks.gpu.worker import UNKNOWN_OPTION, forget
+from benchmarks.gpu.worker import UNKNOWN_OPTION, Worker, forget
 from benchmarks.gpu.worker import measure as outcome_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +73,14 @@ def test_what_is_not_there_is_not_an_error(outcomes):
     rows, _ = outcomes
     assert rows["lacks"]["not_available"] == "no such tool"
     assert "unexpected keyword argument 'graph'" in rows["option"]["not_available"]
+
+
+def test_a_process_that_died_after_its_last_row_is_told():
+    worker = Worker(Stage("stand-in", "gpu_rows"), CPU)
+    worker.pipe, theirs = multiprocessing.Pipe()
+    theirs.close()
+    worker.process = SimpleNamespace(pid=0, exitcode=-9, join=lambda seconds: None, kill=lambda: None)
+    assert worker.run("first / works", 1) == {"error": "the process ended with SIGKILL"} and worker.process is None
 
 
 def test_a_type_error_of_another_kind_is_an_error():
