@@ -43,8 +43,7 @@ def graph(setup: Setup) -> Figures:
     ddpm = DDPM(cifar10(small(setup)).eval()).to(setup.device)
     pairs = []
     for run in range(3):
-        options = {"steps": 5, "sampler": "ddpm", "seed": SEED + run}
-        pairs.append([ddpm.sample(2, graph=graph, **options) for graph in (True, False)])
+        pairs.append([ddpm.sample(2, steps=5, sampler="ddpm", seed=SEED + run, graph=graph) for graph in (True, False)])
         change(ddpm)
     same(pairs)
     return {"equal_bits": True}
