@@ -20,8 +20,14 @@ def run(
     outcomes = []
     for stage in stages:
         last = end if setup.toy else min(end, time.monotonic() + stage.seconds)
+        try:
+            rows = stage.rows(setup)
+        except Exception as error:  # something that it imports is not there: the other stages go on
+            outcomes.append({"error": f"the stage has no rows: {type(error).__name__}: {error}"})
+            say(f"{stage.name}: {_short(outcomes[-1])}")
+            continue
         with Worker(stage, setup) as worker:
-            for row in stage.rows(setup):
+            for row in rows:
                 key = f"{stage.name} / {row.name}"
                 if results.has(key):
                     continue

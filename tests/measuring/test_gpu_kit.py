@@ -174,6 +174,12 @@ def test_a_stage_has_a_limit_of_its_own(here, file):
     assert here.ran == ["a / m", "c / m"]
 
 
+def test_a_stage_that_does_not_import_takes_no_other_with_it(here, file):
+    broken = Stage("broken", "benchmarks.no_such_module")
+    outcomes = runner.run([broken, stage(("a", 1, 1))], CPU, 10, file, quiet)
+    assert here.ran == ["a / m"] and "No module named 'benchmarks.no_such_module'" in outcomes[0]["error"]
+
+
 def test_without_budget_no_process_starts(here, file):
     runner.run([stage(("a", 1, 1))], CPU, 0, file, quiet)
     assert here.started == [] and "not_run" in file.content["rows"]["s / a / m"]
