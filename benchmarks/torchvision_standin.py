@@ -9,7 +9,6 @@ import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import accelerate  # noqa: F401  (looks for torchvision when it is imported)
 import numpy as np
 import torch
 from PIL import Image
@@ -46,6 +45,7 @@ def save_image(images: Tensor, path: str, nrow: int = 8) -> None:
 
 def stock() -> Any:
     """The module denoising_diffusion_pytorch.denoising_diffusion_pytorch. Raises ImportError if there is none."""
+    importlib.import_module("accelerate")  # looks for torchvision when it is imported
     transforms = SimpleNamespace(
         Compose=Compose,
         Lambda=lambda function: function,

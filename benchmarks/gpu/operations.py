@@ -8,9 +8,8 @@ import functools
 import torch
 
 from benchmarks.kernel_workloads import KERNEL_TENSORS, KERNELS
-from benchmarks.table import cases
 from benchmarks.timing import copier
-from benchmarks.workloads import OPERATIONS, TENSORS
+from benchmarks.workloads import OPERATIONS, TENSORS, cases
 
 from .measure import milliseconds
 from .norms import FORWARD_TENSORS, GRADIENT_TENSORS, LAYOUTS, Case, fused, stock

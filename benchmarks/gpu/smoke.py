@@ -43,8 +43,7 @@ def graph(setup: Setup) -> Figures:
     ddpm = DDPM(cifar10(small(setup)).eval()).to(setup.device)
     pairs = []
     for run in range(3):
-        options = {"steps": 5, "sampler": "ddpm", "seed": SEED + run}
-        pairs.append([ddpm.sample(2, graph=graph, **options) for graph in (True, False)])
+        pairs.append([ddpm.sample(2, steps=5, sampler="ddpm", seed=SEED + run, graph=graph) for graph in (True, False)])
         change(ddpm)
     same(pairs)
     return {"equal_bits": True}
@@ -109,11 +108,10 @@ def small(setup: Setup) -> Setup:
 
 def rows(setup: Setup) -> list[Row]:
     """First what no test has run on a GPU yet, and last what compiles longest."""
-    long, short = setup.size((40, 20), (120, 120))  # a rehearsal may share its processors
     captured = {"sample": graph, "network": network, "training step": training_step}
-    found = [Row(case, "captured and not", functools.partial(run, setup), long) for case, run in captured.items()]
+    found = [Row(case, "captured and not", functools.partial(run, setup), seconds=40) for case, run in captured.items()]
     for name in OPERATIONS | KERNELS:
-        found.append(Row(name, "against float64", functools.partial(operation, name, setup), short))
+        found.append(Row(name, "against float64", functools.partial(operation, name, setup), seconds=20))
     for layout in LAYOUTS:
-        found.append(Row(f"norm {layout}", "against float64", functools.partial(norm, layout, setup), long))
+        found.append(Row(f"norm {layout}", "against float64", functools.partial(norm, layout, setup), seconds=40))
     return found

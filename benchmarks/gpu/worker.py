@@ -91,12 +91,13 @@ class Worker:
 
     def run(self, name: str, seconds: float) -> dict[str, Any]:
         """The outcome of a row. The process is killed if it has none after `seconds`."""
-        self.pipe.send(name)
-        return self._answer(seconds)
+        return self._answer(seconds, name)
 
-    def _answer(self, seconds: float) -> dict[str, Any]:
+    def _answer(self, seconds: float, name: str | None = None) -> dict[str, Any]:
         outcome, healthy = {"error": f"killed after {seconds:.0f} s"}, False
         try:
+            if name is not None:
+                self.pipe.send(name)  # fails if the process has died since its last row
             if self.pipe.poll(seconds):
                 outcome, healthy = self.pipe.recv()
         except (EOFError, OSError):

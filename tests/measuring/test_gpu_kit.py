@@ -1,11 +1,13 @@
 """The kit for a GPU: its rows in processes, the budget, the command and the report."""
 
 import functools
+import multiprocessing
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +17,11 @@ from benchmarks.gpu import __main__ as kit
 from benchmarks.gpu import packages, report, results, runner
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.rows import STAGES, Row, Setup, Stage
-from benchmarks.gpu.worker import UNKNOWN_OPTION, forget
+from benchmarks.gpu.worker import UNKNOWN_OPTION, Worker, forget
 from benchmarks.gpu.worker import measure as outcome_of
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU = Setup(torch.device("cpu"), toy=True)
+CPU = Setup(torch.device("cpu"), toy=False)
 MACHINE = {"device": "cuda:0 (A GPU)", "torch": "2.11.0"}
 
 
@@ -71,6 +73,14 @@ def test_what_is_not_there_is_not_an_error(outcomes):
     rows, _ = outcomes
     assert rows["lacks"]["not_available"] == "no such tool"
     assert "unexpected keyword argument 'graph'" in rows["option"]["not_available"]
+
+
+def test_a_process_that_died_after_its_last_row_is_told():
+    worker = Worker(Stage("stand-in", "gpu_rows"), CPU)
+    worker.pipe, theirs = multiprocessing.Pipe()
+    theirs.close()
+    worker.process = SimpleNamespace(pid=0, exitcode=-9, join=lambda seconds: None, kill=lambda: None)
+    assert worker.run("first / works", 1) == {"error": "the process ended with SIGKILL"} and worker.process is None
 
 
 def test_a_type_error_of_another_kind_is_an_error():
@@ -152,10 +162,22 @@ def test_the_budget_holds(here, file):
     assert "50 s were left" in file.content["rows"]["s / d / m"]["not_run"]
 
 
+def test_a_row_of_a_rehearsal_may_take_what_is_left(here, file):
+    """No processor of its own is promised to it."""
+    runner.run([stage(("a", 50, 40), ("b", 70, 60), ("c", 1, 1))], Setup(CPU.device, toy=True), 100, file, quiet)
+    assert here.ran == ["a / m", "b / m"] and "not_run" in file.content["rows"]["s / c / m"]
+
+
 def test_a_stage_has_a_limit_of_its_own(here, file):
     stages = [stage(("a", 50, 40), ("b", 30, 1), seconds=60), Listed("t", stage(("c", 50, 1)).module)]
-    runner.run(stages, Setup(CPU.device, toy=False), 1000, file, quiet)
+    runner.run(stages, CPU, 1000, file, quiet)
     assert here.ran == ["a / m", "c / m"]
+
+
+def test_a_stage_that_does_not_import_takes_no_other_with_it(here, file):
+    broken = Stage("broken", "benchmarks.no_such_module")
+    outcomes = runner.run([broken, stage(("a", 1, 1))], CPU, 10, file, quiet)
+    assert here.ran == ["a / m"] and "No module named 'benchmarks.no_such_module'" in outcomes[0]["error"]
 
 
 def test_without_budget_no_process_starts(here, file):
