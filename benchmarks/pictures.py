@@ -84,8 +84,7 @@ def quality(rows: Sequence[Mapping[str, Any]], real: float) -> Figure:
     calls = sorted({row["calls"] for row in rows})
     text = f"Down and to the left is better. Points of a curve: at most {', '.join(map(str, calls))} model calls."
     figure.suptitle(f"{text}\nCurves that leave at the top go on above.", fontsize=9)
-    shape = {"squeeze": False, "sharex": True, "sharey": True}
-    panels = figure.subplots(len(models), len(groups), **shape)
+    panels = figure.subplots(len(models), len(groups), squeeze=False, sharex=True, sharey=True)
     for place, group in zip(panels.T, groups, strict=True):
         own = [row for row in rows if row["group"] == group]
         worst_first = sorted(own, key=lambda row: (-row["calls"], -row["frechet_distance"]))
