@@ -80,12 +80,11 @@ def quality(rows: Sequence[Mapping[str, Any]], real: float) -> Figure:
         real: the distance between two halves of the real images, which no sampler has to beat.
     """
     models, groups = ({row[key]: None for row in rows} for key in ("model", "group"))
-    figure = Figure(figsize=(PAGE[0], min(PAGE[1], 2.4 + 1.8 * len(models))), layout="constrained")
+    figure = Figure(figsize=(PAGE[0], min(PAGE[1], 2.4 + 1.8 * max(2, len(models)))), layout="constrained")
     calls = sorted({row["calls"] for row in rows})
     text = f"Down and to the left is better. Points of a curve: at most {', '.join(map(str, calls))} model calls."
-    figure.suptitle(text, fontsize=9)
-    shape = {"squeeze": False, "sharex": True, "sharey": True}
-    panels = figure.subplots(len(models), len(groups), **shape)
+    figure.suptitle(f"{text}\nCurves that leave at the top go on above.", fontsize=9)
+    panels = figure.subplots(len(models), len(groups), squeeze=False, sharex=True, sharey=True)
     for place, group in zip(panels.T, groups, strict=True):
         own = [row for row in rows if row["group"] == group]
         worst_first = sorted(own, key=lambda row: (-row["calls"], -row["frechet_distance"]))
@@ -99,8 +98,8 @@ def quality(rows: Sequence[Mapping[str, Any]], real: float) -> Figure:
                 style: Any = {"color": f"C{k}", "marker": "osD^v<>ph*"[k % 10], "markersize": 3.5, "linewidth": 1}
                 panel.plot(*_curve(of_model, sampler), label=sampler, **style)
             panel.axhline(real, color=NEUTRAL, linewidth=0.8, linestyle="--", label="two halves of the real digits")
-            panel.set(xscale="log", yscale="log")
-            for axis, ticks in ((panel.xaxis, calls), (panel.yaxis, (0.3, 0.5, 1, 2, 5, 10, 20, 50))):
+            panel.set(xscale="log", yscale="log", ylim=(0.9 * real, 10 * real))  # some are thousands off in few calls
+            for axis, ticks in ((panel.xaxis, calls), (panel.yaxis, (0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2, 3))):
                 axis.set_major_locator(FixedLocator(ticks))
                 axis.set_major_formatter("{x:g}")
                 axis.set_minor_locator(NullLocator())
@@ -108,7 +107,7 @@ def quality(rows: Sequence[Mapping[str, Any]], real: float) -> Figure:
             panel.spines[["top", "right"]].set_visible(False)
         place[0].set_title(group, fontsize=8)
         place[-1].set_xlabel("model calls an image", fontsize=7)
-        place[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), fontsize=6.5, frameon=False)
+        place[-1].legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5, fontsize=6.5, frameon=False)
     for panel, model in zip(panels[:, 0], models, strict=True):
         panel.set_ylabel(model, fontsize=9, fontweight="bold")
     figure.supylabel("Frechet distance to held-out digits", fontsize=8)

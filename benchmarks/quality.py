@@ -54,13 +54,12 @@ def measure(
     The cost is a ratio: the time to draw a batch over that of a call of the network, timed just before. So the load of
     the machine mostly cancels.
     """
-    network = model.model
     model.sample(2, sampler=sampler, steps=2, seed=0, dtype=dtype)  # compiles what is compiled at its first use
     batches = torch.arange(n).split(BATCH)
-    x, t = torch.zeros(len(batches[0]), *network.sample_shape, device=model.device), torch.ones(1, device=model.device)
+    x, t = torch.zeros(len(batches[0]), *held_out.shape[1:], device=model.device), torch.ones(1, device=model.device)
     clocks, drawn = [_clock(model.device)], []
     with torch.no_grad():
-        network(x, t.expand(len(x)))
+        model.model(x, t.expand(len(x)))
     clocks.append(_clock(model.device))
     for ids in batches:
         drawn.append(model.sample(len(ids), sample_ids=ids, sampler=sampler, steps=steps, seed=0, dtype=dtype))
