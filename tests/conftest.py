@@ -5,6 +5,7 @@ imports triton, and every launch of the suite is watched by the sanitizer. Child
 that none of them interprets kernels by accident.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,11 @@ def pytest_configure(config: pytest.Config) -> None:
     limit = config.getoption("--cpu-times")
     if limit is not None:
         config.pluginmanager.register(cpu_times.CpuTimes(limit))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a collection of garbage need not walk through it again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
