@@ -32,6 +32,7 @@ def file(tmp_path):
 
 # --- the figures --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.slow
 def test_the_figures_of_a_job(monkeypatch):
     """The host returns after 1 s of a run that takes 4 s; the first run takes 10 s."""
@@ -88,6 +89,7 @@ echo "==== RACECHECK SUMMARY: 2 hazards displayed"
 exit 9
 """
 
+
 def test_the_sanitizer_is_heard(monkeypatch, tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(TOOL)
@@ -141,6 +143,7 @@ def test_the_tests_that_are_asked_for_exist():
 
 
 # --- the rehearsal ------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def short(monkeypatch):
