@@ -5,38 +5,22 @@ imports triton, and every launch of the suite is watched by the sanitizer. Child
 that none of them interprets kernels by accident.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
 
 import cpu_times
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
 
 # Bytecode is kept whatever the environment says: compiling the tests takes each worker seconds, and the package each
 # program that a test starts.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["FASTDIFF_BACKEND"] = "reference"
-
-    import quick_interpreter
-    import sanitizer
-
-    quick_interpreter.install()
-    sanitizer.install()
-
 # A pytest that a test starts is no worker of pytest-xdist.
 for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
     os.environ.pop(name, None)
-
-torch.set_num_threads(1)
-settings.register_profile("default", max_examples=20, deadline=None, derandomize=True)
-settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,9 +31,38 @@ def pytest_configure(config: pytest.Config) -> None:
     limit = config.getoption("--cpu-times")
     if limit is not None:
         config.pluginmanager.register(cpu_times.CpuTimes(limit))
+    if not getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):
+        prepare()  # a process that hands the tests to workers runs none
+
+
+def prepare() -> None:
+    import torch
+    from hypothesis import HealthCheck, settings
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["FASTDIFF_BACKEND"] = "reference"
+
+        import quick_interpreter
+        import sanitizer
+
+        quick_interpreter.install()
+        sanitizer.install()
+
+    torch.set_num_threads(1)
+    settings.register_profile("default", max_examples=20, deadline=None, derandomize=True)
+    settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a collection of garbage need not walk through it again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -2,6 +2,7 @@
 light."""
 
 import ast
+import functools
 import json
 import os
 import statistics
@@ -30,10 +31,15 @@ PACKAGE, KERNELS, BENCHMARKS = modules("fastdiff"), modules("kernels"), modules(
 SHIPPED = PACKAGE | {f"fastdiff.{name}": path for name, path in KERNELS.items()}
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(name: str, path: Path) -> Iterator[tuple[str, str | None, ast.AST]]:
     """(module, imported name or None, node) of every import in a file, those inside functions too."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None, node) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -89,7 +95,7 @@ def private_uses(name: str, path: Path, known: dict[str, Path]) -> list[str]:
             found.append(f"{name}:{node.lineno} imports {base}.{imported}")
         if imported and f"{base}.{imported}" in known:
             local[imported] = f"{base}.{imported}"
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in local:
             private = node.attr.startswith("_") and not node.attr.startswith("__")
             if private and local[node.value.id] != name:

@@ -31,6 +31,7 @@ def for_each_dimension(rule: Callable[[mpf, mpf], tuple[mpf, mpf]]) -> Moments:
     return [float(mean) for mean, _ in found], [float(mpmath.sqrt(var)) for _, var in found]
 
 
+@functools.cache
 def at(kind: str, t: mpf) -> tuple[mpf, mpf, mpf, mpf]:
     """(alpha, sigma^2, f, g^2) of the SDEs of Song et al. 2021 (eq. 29 to 33) with their constants."""
     if kind == "ve":

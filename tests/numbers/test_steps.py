@@ -34,6 +34,7 @@ def outcome(
     return moments(ddpm, sampler, n)
 
 
+@functools.cache
 def recursion(name: str, variance: str, n: int, sampler: str, eta: float = 0.0) -> tuple[list[float], list[float]]:
     """The same for N(MEAN, STD^2) from the published formulas in 60 digits: x_s = E + f z with E affine in x_t,
     dimension by dimension."""

@@ -110,16 +110,16 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_eval_reports_and_writes_json(model, tmp_path):
-    done = call("eval", model, "--n", 12, "--steps", 2, "--json", tmp_path / "eval.json", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
+def test_eval_reports_and_writes_json(model, tmp_path, capsys):
+    args = ["eval", model, "--n", 12, "--steps", 2, "--json", tmp_path / "eval.json", "--device", "cpu"]
+    assert main([*map(str, args)]) == 0
     report = json.loads((tmp_path / "eval.json").read_text())
     assert report["n_samples"] == 12 and sum(report["class_counts"]) == 12
     assert report["frechet_distance"] > 3 * report["frechet_distance_real"] > 0.5
     assert report["class_entropy_max"] == pytest.approx(np.log(10))
     assert 0 <= report["class_entropy"] <= report["class_entropy_max"]
     assert 0.1 <= report["classifier_confidence"] <= 1 and 1 <= report["classes_present"] <= 10
-    assert f"frechet_distance           {report['frechet_distance']:.4f}" in done.stdout
+    assert f"frechet_distance           {report['frechet_distance']:.4f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["bench", "benchmark", "sampel"])
