@@ -31,6 +31,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file beside `path`, which takes the place of `path` when the block ends without error.
 
     Its name is unique, and its mode is the one that the umask gives to new files, whatever the block does to it.
+
+    Raises: OSError naming the file if the disk does not take it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -45,6 +47,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(written.fileno())  # the new bytes are on the disk before the name is
         os.chmod(temporary, mode)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a write names no file
+            error.filename = str(path)
+        raise
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -188,7 +188,8 @@ def drawing_of(args: argparse.Namespace, model: Diffusion) -> dict[str, Any]:
 
     Raises: ValueError if the images are of a shape that the format does not take.
     """
-    channels = (model.model.sample_shape or (0,))[0]
+    shape: tuple[int, int, int] | None = model.model.sample_shape  # type: ignore[assignment]
+    channels = shape[0] if shape else 0
     if args.format != "npy" and channels not in MODES:
         raise ValueError(f"--format: {args.format} takes images of 1 to 4 channels, got {channels}; use npy")
     weights = hashlib.sha256()

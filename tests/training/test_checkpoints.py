@@ -1,6 +1,7 @@
 """Files of runs that are hostile or damaged, and what a checkpoint must bring back."""
 
 import copy
+import errno
 import json
 import math
 import os
@@ -305,7 +306,9 @@ def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match=r"x\.safetensors: .*No space left on device"):
         weights.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {})
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="No space left") as error, files.replacing(tmp_path / "y"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does, without a name
+    assert error.value.filename == str(tmp_path / "y") and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])

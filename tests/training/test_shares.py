@@ -227,6 +227,7 @@ def test_batches_of_another_drawing_are_refused(model, tmp_path, monkeypatch, ca
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["png", "webdataset"])
 def test_pictures_are_those_of_the_array_and_are_read_again(classified, tmp_path, monkeypatch, capsys, kind):
     assert draw(classified, tmp_path / "a") == 0
