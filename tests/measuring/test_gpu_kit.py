@@ -180,6 +180,21 @@ def test_a_stage_that_does_not_import_takes_no_other_with_it(here, file):
     assert here.ran == ["a / m"] and "No module named 'benchmarks.no_such_module'" in outcomes[0]["error"]
 
 
+@pytest.mark.slow
+def test_the_stages_import_where_only_the_tools_of_a_gpu_are():
+    absent = ["accelerate", "denoising_diffusion_pytorch", "diffusers", "matplotlib", "PIL", "transformers"]
+    code = f"""
+import sys, torch
+sys.modules.update(dict.fromkeys({absent}))  # importing them is an error
+from benchmarks.gpu.rows import STAGES, Setup
+from benchmarks.gpu import report
+print(all(stage.rows(Setup(torch.device("cpu"), toy=True)) for stage in STAGES))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_without_budget_no_process_starts(here, file):
     runner.run([stage(("a", 1, 1))], CPU, 0, file, quiet)
     assert here.started == [] and "not_run" in file.content["rows"]["s / a / m"]
