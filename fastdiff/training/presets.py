@@ -12,7 +12,7 @@ MNIST: dict[str, Any] = {
     "size": 28,
     "gray": True,
     "steps": 2000,
-    "batch_size": 64,
+    "batch_size": 32,
     "lr": 2e-3,
     "warmup": 100,
     "ema": 0.998,
