@@ -87,12 +87,23 @@ class SigmaScheduler(CountingScheduler):
 class VarianceExplodingScheduler(SigmaScheduler):
     """A scheduler for x = x_0 + sigma noise."""
 
+    is_scale_input_called: bool
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_0 + sigma noise at the timesteps' places in self.timesteps, or at the current step of a pipeline."""
         return self._noised(original_samples, noise, timesteps)
 
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """x_t / sqrt(sigma_t^2 + 1), by a number that was made for the whole run."""
+        if torch.compiler.is_compiling() or not isinstance(self.sigmas, Tensor):
+            return NotImplemented
+        i = self._place(timestep)
+        scales = self._table("scales", lambda: ((self.sigmas**2 + 1) ** 0.5).unbind(), (self.sigmas,))
+        self.is_scale_input_called = True
+        return sample / scales[i]
+
     def _remind_of_scaling(self) -> None:
-        if not (self.is_scale_input_called or torch.compiler.is_compiling()):  # type: ignore[attr-defined]
+        if not (self.is_scale_input_called or torch.compiler.is_compiling()):
             logger.warning("scale_model_input: expected to be called before step, and to scale the model's input")
 
 
