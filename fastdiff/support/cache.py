@@ -33,7 +33,7 @@ class Tables:
         """build(), kept while the stamps of the sources and the key are equal."""
         if is_compiling() or transforms.active():  # what is made there is of no use after it
             return build()
-        key += tuple(map(self._stamp, sources))
+        key = (*key, *map(self._stamp, sources))
         entry = self._entries.get(name)
         if entry is None or entry[1] != key:
             with torch.inference_mode(False), torch.no_grad():

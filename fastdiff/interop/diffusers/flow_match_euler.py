@@ -8,7 +8,6 @@ from torch.compiler import is_compiling
 
 from ... import ops
 from ...rows import make_rows
-from ..stock import promoted
 from .common import Generators
 from .sigmas import SigmaScheduler, in_float32
 
@@ -75,8 +74,8 @@ class FlowMatchEulerDiscreteScheduler(
         device, stochastic = sample.device, self.config.stochastic_sampling
         rows = self._table("steps", build, (self.sigmas,), device, stochastic)
         noise = self._noise(in_float32(sample), generator, i) if stochastic else {"noisy": False}
-        x, pred = promoted(sample, model_output)
-        return ops.update(x, pred, rows, i, **noise)
+        x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        return ops.update(x, model_output, rows, i, **noise)
 
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor | None = None) -> Tensor:
         """(1 - sigma) x_0 + sigma noise in one pass."""
