@@ -276,11 +276,10 @@ def group_norm_silu(
     """silu(GroupNorm(x + add) (1 + scale) + shift), scale and shift (B, C), add (B, C) or (C,) (Wu & He 2018,
     arXiv:1803.08494, eq. 7; Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.3). skip: further channels of x."""
     work, x = work_dtype(x), x if skip is None else torch.cat((x, skip), 1)
-    added = x.to(work) if add is None else with_channels(x, add)
-    u = torch.group_norm(added, groups, weight.to(work), bias.to(work), eps)
+    u = torch.group_norm(with_channels(x, add), groups, as_type(weight, work), as_type(bias, work), eps)
     if scale is not None and shift is not None:
-        u = u * (1 + _per_channel(scale.to(work), u)) + _per_channel(shift.to(work), u)
-    return (F.silu(u) if silu else u).to(x.dtype)
+        u = u * (1 + _per_channel(as_type(scale, work), u)) + _per_channel(as_type(shift, work), u)
+    return as_type(F.silu(u) if silu else u, x.dtype)
 
 
 def group_norm_silu_grad(
@@ -328,7 +327,13 @@ def group_norm_silu_grad(
 def with_channels(x: Tensor, add: Tensor | None) -> Tensor:
     """x + add, add (B, C) or (C,), in the type that is computed in."""
     work = work_dtype(x)
-    return x.to(work) if add is None else x.to(work) + _per_channel(add.to(work), x)
+    wide = as_type(x, work)
+    return wide if add is None else wide + _per_channel(as_type(add, work), x)
+
+
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which costs as much as a small operation even where x has the type."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _per_channel(rows: Tensor, x: Tensor) -> Tensor:

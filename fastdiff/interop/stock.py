@@ -2,7 +2,7 @@
 
 A drop-in computes in one pass what stock computes by methods that call each other. If a subclass or an object overrides
 one of those methods, the drop-in must call it (`overridden`). It keeps tables, and must see every change of what they
-are made of (`values`). It takes the types and shapes that stock's arithmetic takes (`combine`, `noising`).
+are made of (`stamp`). It takes the types and shapes that stock's arithmetic takes (`combine`, `noising`).
 """
 
 import ctypes
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..support.cache import by_version
 
 T = TypeVar("T")
 
@@ -62,14 +63,15 @@ def remembered(kind: type[T]) -> type[T]:
     return kind
 
 
-def values(tensor: Tensor) -> bytes | None:
-    """The bytes of a CPU tensor, which show changes through `.data` and NumPy too.
+def stamp(tensor: Tensor) -> Any:
+    """For `Tables`: the bytes of a CPU tensor, which show changes through `.data` and NumPy too.
 
-    None for a tensor of another device, where reading would wait, and where a compiler traces.
+    Reading a tensor of another device would wait: there it is `by_version`.
     """
-    if type(tensor) is not Tensor or not tensor.is_cpu or torch.compiler.is_compiling():
-        return None
-    tensor = tensor.contiguous()
+    if type(tensor) is not Tensor or not tensor.is_cpu:
+        return by_version(tensor)
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)  # without a call that the dispatcher would see
 
 

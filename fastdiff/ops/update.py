@@ -155,13 +155,14 @@ def update(
         if hist is not None and kept is not None:
             transforms.overwrite("hist", hist, kept)
         return result if written is None else transforms.overwrite("x" if inplace else "out", written, result)
+    if inplace:
+        _IN_PLACE(x, *operands.values())
+        return x
+    if hist is not None and out is None:
+        out = in_huge_pages(torch.empty_like(x))
     if out is not None:
         _OUT(out, x, *operands.values())
         return out
-    if inplace or hist is not None:
-        x = x if inplace else x.clone()
-        _IN_PLACE(x, *operands.values())
-        return x
     return _OP(x, *[operands[name] for name in _NAMES_WITHOUT_HISTORY])
 
 

@@ -5,37 +5,39 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import transforms
 
 T = TypeVar("T")
 
 
-class Tables:
-    """Tables, each kept until a tensor it is made of is replaced or changed in place; copies and pickles are empty."""
+def by_version(tensor: Tensor) -> Any:
+    """A stamp: which tensor it is, and its version. A tensor of inference mode has none; on the CPU it has values."""
+    if not tensor.is_inference():
+        return id(tensor), tensor._version
+    return id(tensor), tensor.tolist() if tensor.device.type == "cpu" else None
 
-    def __init__(self) -> None:
+
+class Tables:
+    """Tables, each kept until the stamp of a tensor that it is made of differs; copies and pickles are empty."""
+
+    def __init__(self, stamp: Callable[[Tensor], Any] = by_version) -> None:
+        self._stamp = stamp
         self._entries: dict[str, tuple[Any, ...]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tables, ()
+        return Tables, (self._stamp,)
 
     def get(self, name: str, build: Callable[[], T], sources: tuple[Tensor, ...], *key: Any) -> T:
-        """build(), kept while the sources are the same, unchanged, and the key is equal."""
-        if torch.compiler.is_compiling() or transforms.active():  # what is made there is of no use after it
+        """build(), kept while the stamps of the sources and the key are equal."""
+        if is_compiling() or transforms.active():  # what is made there is of no use after it
             return build()
-        if sources:
-            key = (*key, *map(_stamp, sources), *map(id, sources))  # the entry keeps them, so no other has their ids
+        key = (*key, *map(self._stamp, sources))
         entry = self._entries.get(name)
         if entry is None or entry[1] != key:
             with torch.inference_mode(False), torch.no_grad():
+                # An entry keeps the sources, so that no other tensor gets their ids.
                 entry = self._entries[name] = (build(), key, sources)
         kept: T = entry[0]
         return kept
-
-
-def _stamp(tensor: Tensor) -> Any:
-    """What differs after a change in place: the version, or on the CPU the values of a tensor of inference mode."""
-    if not tensor.is_inference():
-        return tensor._version
-    return tensor.tolist() if tensor.device.type == "cpu" else None

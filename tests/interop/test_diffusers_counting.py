@@ -431,10 +431,39 @@ def test_a_step_is_one_operation(name: str, config: dict[str, Any], monkeypatch:
     """In the first half of Heun's step a lerp comes after it."""
     calls = []
     original = ops.update
+    add = torch.add  # is what flow matching's is, by a number of the host
     monkeypatch.setattr(ops, "update", lambda *args, **kw: calls.append(1) or original(*args, **kw))
+    monkeypatch.setattr(torch, "add", lambda *args, **kw: calls.append(1) or add(*args, **kw))
     monkeypatch.setattr(ops, "combine", None)
     scheduler, (x, output) = getattr(fused, name)(**config), draw(seeded(0))
     scheduler.set_timesteps(10)
     for t in scheduler.timesteps[3:5]:
         step(scheduler, output, t, x)
     assert len(calls) == 2
+
+
+def test_a_step_of_flow_matching_rounds_once() -> None:
+    """In small types too, where torch.add rounds the product as well."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        ours, (x, output) = both(FLOW, 3)[1], (a.to(dtype) for a in draw(seeded(0), (8, 3, 8, 8)))
+        sigma, to = ours.sigmas[1:3]
+        exact = x.double() + (to - sigma).double() * output.double()
+        got = ours.step(output, ours.timesteps[1], x).prev_sample.double()
+        half = torch.finfo(dtype).eps / 2 * (1 + 1e-3)
+        assert bool(((got - exact).abs() <= half * exact.abs() + 1e-7).all())
+
+
+@pytest.mark.parametrize("name", [EULER, ANCESTRAL, HEUN, EDM])
+def test_scaled_inputs(name: str) -> None:
+    """Stock's bits and types, from any place, and after a change that no version shows."""
+    stock, ours = both(name, 10)
+    for factor in (1.0, 0.9):
+        for start in (0, 7):
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                x, t = draw(seeded(0))[0].to(dtype), stock.timesteps[start]
+                for s in (stock, ours):
+                    s._step_index = None
+                    s.sigmas.data.mul_(factor)
+                want, got = (s.scale_model_input(x, t) for s in (stock, ours))
+                assert got.dtype == want.dtype and torch.equal(got, want)
+                assert ours.step_index == stock.step_index

@@ -13,7 +13,7 @@ from schedulers import NAMES, PARITY, both, draw, seeded
 from torch import Tensor
 
 from fastdiff.interop import diffusers as fused
-from fastdiff.interop.stock import reached, values
+from fastdiff.interop.stock import reached, stamp
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers with NumPy 2
 
@@ -190,16 +190,18 @@ def test_timesteps_changed_in_place_are_seen(edit: str) -> None:
             s.timesteps.data.add_(7) if edit == "data" else np.add(s.timesteps.numpy(), 7, out=s.timesteps.numpy())
 
 
-def test_values_of_any_tensor() -> None:
+def test_stamps_of_any_tensor() -> None:
     """The bytes of its numbers in order, whatever the type, the layout and the gradient."""
     whole = torch.arange(12.0).reshape(3, 4)
-    assert values(whole.T) == values(whole.T.contiguous()) != values(whole)
-    assert values(torch.tensor(1.5)) == np.float32(1.5).tobytes()
-    assert values(whole.bfloat16()) != values(whole.bfloat16() + 1)
-    assert values(whole.clone().requires_grad_()) == values(whole)
+    assert stamp(whole.T) == stamp(whole.T.contiguous()) != stamp(whole)
+    assert stamp(torch.tensor(1.5)) == np.float32(1.5).tobytes()
+    assert stamp(whole.bfloat16()) != stamp(whole.bfloat16() + 1)
+    assert stamp(whole.clone().requires_grad_()) == stamp(whole)
     with torch.inference_mode():
-        assert values(torch.ones(2)) == np.ones(2, np.float32).tobytes()
-    assert values(whole.to("meta")) is None
+        assert stamp(torch.ones(2)) == np.ones(2, np.float32).tobytes()
+    meta = whole.to("meta")
+    before = stamp(meta)
+    assert before == stamp(meta) != stamp(meta.add_(1)) and before != stamp(whole.to("meta"))
 
 
 # --- what stock takes ---------------------------------------------------------------------------------------------

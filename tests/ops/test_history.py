@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from strategies import BACKENDS, DEVICE, dtypes, index, layouts, salts, shapes, table, tensor
 from tolerance import ARITHMETIC, assert_close, assert_same_bits
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from update_errors import update_errors
 
 import fastdiff
@@ -92,6 +93,28 @@ def test_a_new_mix_is_a_second_output(backend, dtype):
     else:  # before is rounded
         torch.testing.assert_close(hist, before.float(), rtol=2**-7, atol=1e-30)
         assert not torch.equal(hist, before.float())
+
+
+@every
+def test_a_step_that_remembers_copies_nothing(backend):
+    """Without out= too: x stays, and the result is that of out=."""
+    rows, (x, pred, old) = table(2, WIDTH, 0), (tensor((2, 8), salt=i) for i in range(3))
+    called = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    given = {"keep": "x0hat", "noisy": False}
+    with fastdiff.backend(backend):
+        want, before = ops.update(x, pred, rows, 1, hist=old.clone(), out=torch.empty_like(x), **given), x.clone()
+        hist = old.clone()
+        with Seen():
+            got = ops.update(x, pred, rows, 1, hist=hist, **given)
+    assert_same_bits(got, want)
+    assert_same_bits(x, before)
+    assert "clone" not in called
 
 
 @every

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ... import ops
 from ...ops.checks import check_choice
 from ...support.cache import Tables
-from ..stock import broadcast, combine, noising, overridden, values
+from ..stock import broadcast, combine, noising, overridden, stamp
 from .images import check_reduction
 from .schedules import fill_buffers, make_buffers
 from .tables import (
@@ -82,7 +82,7 @@ class Discrete(nn.Module):
         self.sampling_timesteps = timesteps if sampling_timesteps is None else sampling_timesteps
         self.is_ddim_sampling = self.sampling_timesteps < timesteps
         self.ddim_sampling_eta = eta
-        self._tables = Tables()
+        self._tables = Tables(stamp)
         self._make_buffers = make
         for name, value in buffers.items():
             self.register_buffer(name, value.to(torch.empty(0).device))
@@ -306,7 +306,6 @@ class Discrete(nn.Module):
     def _table(self, name: str, build: Callable[..., Tensor], buffers: tuple[str, ...], *key: Any) -> Tensor:
         """build(*buffers), kept while neither they nor the key change."""
         sources = tuple(getattr(self, b) for b in buffers)
-        key = (*key, *map(values, sources))
         return self._tables.get(f"{name} of {', '.join(buffers)}", lambda: build(*sources), sources, *key)
 
     def _overridden(self, *names: str) -> bool:

@@ -19,7 +19,7 @@ from ...ops.checks import FLOATING
 from ...reference import work_dtype
 from ...rows import make_rows
 from ...support.cache import Tables
-from ..stock import noising, overridden, reached, values
+from ..stock import noising, overridden, reached, stamp
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 Generators = torch.Generator | list[torch.Generator] | None
@@ -61,7 +61,7 @@ class FusedScheduler:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().__new__(cls)
-        scheduler._tables, scheduler._tables_of, scheduler._last_run = Tables(), None, None
+        scheduler._tables, scheduler._tables_of, scheduler._last_run = Tables(stamp), None, None
         if "stock" in vars(cls):
             # Pipelines write this into model_index.json as the library that the class comes from.
             scheduler.__module__ = "diffusers"
@@ -70,9 +70,8 @@ class FusedScheduler:
     def _table(self, name: str, build: Callable[[], Any], sources: tuple[Tensor, ...], *key: Any) -> Any:
         """build(), kept while the key and the values of the sources stay as they are, also in tensors of later runs."""
         if self._tables_of is not self.config:
-            self._tables, self._tables_of = Tables(), self.config
-        seen = [values(source) for source in sources]
-        return self._tables.get(name, build, () if None not in seen else sources, *key, *seen)
+            self._tables, self._tables_of = Tables(stamp), self.config
+        return self._tables.get(name, build, sources, *key)
 
     def _host_timesteps(self) -> list[float]:
         return self._table("timesteps", self.timesteps.tolist, (self.timesteps,))
@@ -156,13 +155,13 @@ def say_once(what: str) -> None:
     warnings.warn(f"{what}: stock's step runs, which is not fused", stacklevel=4)
 
 
-def alike(*tensors: Tensor) -> bool:
+def alike(first: Tensor, *others: Tensor) -> bool:
     """Whether a fused step takes them: floating tensors of one shape, with a batch, on one device."""
-    shape, device = tensors[0].shape, tensors[0].device
-    for t in tensors:  # no generator: this comes with every step
+    shape, device = first.shape, first.device
+    for t in others:  # no generator: this comes with every step
         if t.dtype not in FLOATING or t.shape != shape or t.device != device:
             return False
-    return len(shape) > 0
+    return first.dtype in FLOATING and len(shape) > 0
 
 
 def addable(x: Tensor, noise: Tensor) -> bool:

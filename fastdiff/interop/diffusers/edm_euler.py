@@ -19,6 +19,7 @@ class EDMEulerScheduler(ChurningScheduler, diffusers.EDMEulerScheduler, stock=di
     """
 
     predictions = ("epsilon", "v_prediction")
+    scale_model_input = diffusers.EDMEulerScheduler.scale_model_input  # by c_in
 
     def step(
         self,

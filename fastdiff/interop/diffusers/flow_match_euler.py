@@ -4,6 +4,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ... import ops
 from ...rows import make_rows
@@ -46,6 +47,22 @@ class FlowMatchEulerDiscreteScheduler(
         if i + 1 >= self.sigmas.shape[0]:  # len() of a tensor costs more
             return NotImplemented  # stock's error
 
+        plain = sample.dtype == torch.float32 and self.sigmas.is_cpu  # torch.add rounds twice in smaller types
+        if plain and not (self.config.stochastic_sampling or is_compiling()):
+            dt = self._table("dt", lambda: self.sigmas.diff().tolist(), (self.sigmas,))
+            prev_sample = torch.add(sample, model_output, alpha=dt[i])
+        else:
+            prev_sample = self._by_row(model_output, sample, generator, i)
+        if prev_sample.dtype != model_output.dtype:
+            prev_sample = prev_sample.to(model_output.dtype)
+        self._step_index += 1
+        if not return_dict:
+            return (prev_sample,)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample)
+
+    def _by_row(self, model_output: Tensor, sample: Tensor, generator: Generators, i: int) -> Tensor:
+        """The step whose numbers are row i of a table on the device."""
+
         def build() -> Tensor:
             sigma, to = self.sigmas[:-1], self.sigmas[1:]
             if not stochastic:
@@ -57,16 +74,8 @@ class FlowMatchEulerDiscreteScheduler(
         device, stochastic = sample.device, self.config.stochastic_sampling
         rows = self._table("steps", build, (self.sigmas,), device, stochastic)
         noise = self._noise(in_float32(sample), generator, i) if stochastic else {"noisy": False}
-        dtype, x = model_output.dtype, sample
-        if x.dtype != dtype:
-            x = x.to(torch.promote_types(x.dtype, dtype))
-        prev_sample = ops.update(x, model_output, rows, i, **noise)
-        if x.dtype != dtype:
-            prev_sample = prev_sample.to(dtype)
-        self._step_index += 1
-        if not return_dict:
-            return (prev_sample,)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample)
+        x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        return ops.update(x, model_output, rows, i, **noise)
 
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor | None = None) -> Tensor:
         """(1 - sigma) x_0 + sigma noise in one pass."""

@@ -39,13 +39,13 @@ class HeunDiscreteScheduler(
         i = self._place(timestep)
         if i + 1 >= self.sigmas.shape[0]:  # len() of a tensor costs more
             return NotImplemented  # stock's error
-        prediction, clip = self.config.prediction_type, None
-        if self.config.clip_sample:
-            clip = self.config.clip_sample_range
-        device, both = sample.device, torch.promote_types(sample.dtype, model_output.dtype)
-        dtypes = both, model_output.dtype if prediction == "sample" else both
-        build = functools.partial(self._steps, device, clip is not None)
-        first, second, dts = self._table("steps", build, (self.sigmas,), device, prediction, clip is None)
+        config, device, dtype = self.config, sample.device, model_output.dtype
+        prediction, clip = config.prediction_type, config.clip_sample_range if config.clip_sample else None
+        both = dtype if sample.dtype == dtype else torch.promote_types(sample.dtype, dtype)
+        dtypes = both, dtype if prediction == "sample" else both
+        first, second, dts = self._table(
+            "steps", lambda: self._steps(device, clip is not None), (self.sigmas,), device, prediction, clip is None
+        )
         if self.dt is None:
             x = in_float32(sample)
             self._halfway, x0 = two_results(x, model_output, first, i, (x.dtype, dtypes[1]), clip)
@@ -62,7 +62,7 @@ class HeunDiscreteScheduler(
 
     def _fuses(self, model_output: Tensor, sample: Tensor) -> bool:
         """Whether a fused half takes them; a second half only goes on with a first half of the same shape."""
-        if not (self.config.prediction_type in PREDICTIONS and self._takes(model_output, None, sample)):
+        if self.config.prediction_type not in PREDICTIONS or not self._takes(model_output, None, sample):
             return False
         if self.dt is None:
             return True

@@ -57,8 +57,7 @@ class HistoryScheduler(FusedScheduler):
             )
             return out, None if slot is None or kept is None else kept[slot] if several else kept
         hist = self._history(x, past)
-        out = torch.empty_like(x)
-        ops.update(x, pred, rows, i, hist=hist if several else hist[0], keep=keep, out=out, **noise)
+        out = ops.update(x, pred, rows, i, hist=hist if several else hist[0], keep=keep, **noise)
         return out, None if slot is None else hist[slot]
 
     def _history(self, x: Tensor, past: list[Tensor | None]) -> Tensor:

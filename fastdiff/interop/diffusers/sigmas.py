@@ -1,6 +1,5 @@
 """What the schedulers that count their steps share: places in self.timesteps, sigmas, a step in one pass."""
 
-import functools
 import warnings
 from numbers import Integral
 from typing import Any
@@ -18,6 +17,7 @@ from ..stock import noising
 from .common import FusedScheduler, Generators, addable, alike, index_of
 
 SAMPLE = ("sample", "original_sample")
+WHOLE = (torch.int32, torch.int64)
 
 
 class CountingScheduler(FusedScheduler):
@@ -76,9 +76,8 @@ class SigmaScheduler(CountingScheduler):
 
     def _takes(self, model_output: Tensor, timestep: Any, sample: Tensor) -> bool:
         """Whether a fused step takes them. Stock refuses whole numbers: they look like places, not timesteps."""
-        whole = (torch.int32, torch.int64)
         if isinstance(timestep, Tensor):
-            refused = timestep.is_cpu and timestep.dtype in whole
+            refused = timestep.dtype in WHOLE and timestep.is_cpu
         else:
             refused = isinstance(timestep, Integral)
         return not refused and isinstance(self.sigmas, Tensor) and alike(sample, model_output)
@@ -87,12 +86,23 @@ class SigmaScheduler(CountingScheduler):
 class VarianceExplodingScheduler(SigmaScheduler):
     """A scheduler for x = x_0 + sigma noise."""
 
+    is_scale_input_called: bool
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_0 + sigma noise at the timesteps' places in self.timesteps, or at the current step of a pipeline."""
         return self._noised(original_samples, noise, timesteps)
 
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """x_t / sqrt(sigma_t^2 + 1), by a number that was made for the whole run."""
+        if torch.compiler.is_compiling() or not isinstance(self.sigmas, Tensor):
+            return NotImplemented
+        i = self._place(timestep)
+        scales = self._table("scales", lambda: ((self.sigmas**2 + 1) ** 0.5).unbind(), (self.sigmas,))
+        self.is_scale_input_called = True
+        return sample / scales[i]
+
     def _remind_of_scaling(self) -> None:
-        if not (self.is_scale_input_called or torch.compiler.is_compiling()):  # type: ignore[attr-defined]
+        if not (self.is_scale_input_called or torch.compiler.is_compiling()):
             logger.warning("scale_model_input: expected to be called before step, and to scale the model's input")
 
 
@@ -134,9 +144,10 @@ class ChurningScheduler(VarianceExplodingScheduler):
         i = self._place(timestep)
         if i + 1 >= self.sigmas.shape[0]:  # len() of a tensor costs more
             return NotImplemented  # stock's error
-        device, sigmas = sample.device, self.sigmas
-        build = functools.partial(self._steps, device, *churn)
-        rows, churning, churned = self._table("steps", build, (sigmas,), device, prediction, self._scale(), churn)
+        device = sample.device
+        rows, churning, churned = self._table(
+            "steps", lambda: self._steps(device, *churn), (self.sigmas,), device, prediction, self._scale(), churn
+        )
         if churned and churned[i]:
             noise = self._noise(model_output, generator, i)
             sample = ops.update(in_float32(sample), model_output, churning, i, **noise)
@@ -213,7 +224,6 @@ def two_results(
         )  # fmt: skip
         kept = ops.combine(in_float32(x), pred, mixing, i, clip=clip)
         return ops.update(x, pred, rows, i, clip=clip, **noise).to(dtypes[0]), kept.to(dtypes[1])
-    out = torch.empty_like(x)
     kept = torch.empty_like(x) if x.dtype == dtypes[1] else torch.empty_like(x, dtype=dtypes[1])
-    ops.update(x, pred, rows, i, hist=kept, keep="new mix", clip=clip, out=out, **noise)
+    out = ops.update(x, pred, rows, i, hist=kept, keep="new mix", clip=clip, **noise)
     return out if x.dtype == dtypes[0] else out.to(dtypes[0]), kept
