@@ -169,7 +169,8 @@ def unwatched() -> bool:
 def plain(args: tuple[Any, ...]) -> bool:
     """Whether nothing but the op itself needs to see this call, whose first argument is a tensor.
 
-    Nothing watches it. Its tensors lie on a CPU or GPU, and are no subclasses, views that negate or zeros without memory.
+    Nothing watches it. Its tensors lie on a CPU or GPU, and are no subclasses, views that negate, or zeros without
+    memory.
     """
     return (
         unwatched()

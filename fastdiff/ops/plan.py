@@ -162,7 +162,7 @@ class Plan:
         guards: Any = TensorGuards
         self.names["same"] = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         given, numbers = ", ".join(f"t{i}" for i in range(len(tensors))), range(len(tensors))
-        # The guards end the process where a tensor has no strides: a nested one, and a sparse one, which has no address.
+        # The guards end the process where a tensor has no strides: a nested one, or a sparse one, without an address.
         nested = " or ".join(f"t{i}.is_nested" for i in numbers)
         lines = [
             f"def repeat(stream, {given}):",

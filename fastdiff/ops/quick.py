@@ -89,7 +89,8 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
                     return function(*args, **options)
                 names = (*parameters, *[""] * len(args))[: len(args)]  # those of *args have none
                 form = forms[types] = Form(types[: len(values)], (*names, *options))
-            if form.tuples and not all(type(n) is int for i in form.tuples for n in values[i]):  # 2.0 and True equal ints
+            # In a key 2.0 and True are equal to integers.
+            if form.tuples and not all(type(n) is int for i in form.tuples for n in values[i]):
                 return function(*args, **options)
             first = values[form.first]
             stream = stream_of(first)

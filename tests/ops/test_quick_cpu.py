@@ -126,6 +126,7 @@ def test_a_view_that_negates_is_never_read_by_address(recorded):
     assert len(recorded) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_tensors_without_strides_or_memory_come_after_plain_ones():
     """PyTorch's guards end the process where a tensor has no strides."""
     x, levels = tensor((2, 5)), torch.tensor([[2.0, 1.0]])
