@@ -22,7 +22,8 @@ class Tables:
 
     def get(self, name: str, build: Callable[[], T], sources: tuple[Tensor, ...], *key: Any) -> T:
         """build(), kept while the sources are the same, unchanged, and the key is equal."""
-        if torch.compiler.is_compiling() or transforms.active():  # what is made there is of no use after it
+        # What is made by a compiler, a transform or a mode, as of fake tensors, is of no use after it.
+        if torch.compiler.is_compiling() or transforms.active() or torch._C._len_torch_dispatch_stack():
             return build()
         if sources:
             key = (*key, *map(_stamp, sources), *map(id, sources))  # the entry keeps them, so no other has their ids
