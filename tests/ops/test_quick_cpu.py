@@ -126,7 +126,17 @@ def test_a_view_that_negates_is_never_read_by_address(recorded):
     assert len(recorded) == 1
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_view_that_negates_is_not_written():
+    x, rows = tensor((2, 5)), table(6, 9, 2)
+    for name, options in (("out", {}), ("x", {"inplace": True}), ("hist", {"keep": "x0hat"})):
+        given = {"x": x, name: torch._neg_view(x.clone()), **options}
+        with pytest.raises(ValueError, match=f"^{name}: expected memory that holds the values"):
+            ops.update(pred=x + 1, rows=rows, step=0, noisy=False, **given)
+    with pytest.raises(ValueError, match=r"^out: expected memory"):
+        ops.normal(x.shape, 1, out=torch._neg_view(x))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
 def test_tensors_without_strides_or_memory_come_after_plain_ones():
     """PyTorch's guards end the process where a tensor has no strides."""
     x, levels = tensor((2, 5)), torch.tensor([[2.0, 1.0]])
