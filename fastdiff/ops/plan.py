@@ -5,7 +5,6 @@ A call is recorded, and a function is written for it that repeats it with other 
     def repeat(stream, t0, t1):                        # seed, out
      try: a0 = t0.data_ptr(); a1 = t1.data_ptr()
      except RuntimeError: return FULL                  # a sparse tensor
-     if t0.is_nested or t1.is_nested: return FULL
      if not same(t0, t1): return NotImplemented        # another shape, stride, type or device: another kind of call
      if (a0 | a1) & 15: return NotImplemented          # a kernel may need addresses that are multiples of 16
      if capturing(): return FULL                       # the step, an int, became a tensor that the plan keeps
@@ -81,11 +80,15 @@ class Recorded(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Watches one call, to make a plan of it. It sees PyTorch's operations, the launches, and the op itself."""
+    """Watches one call, to make a plan of it. It sees PyTorch's operations, the launches, and the op itself.
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    dense: those of the tensors in whose places there is never a nested one.
+    """
+
+    def __init__(self, tensors: list[Tensor], dense: list[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tensors = tensors
+        self.maybe_nested = [i for i, t in enumerate(tensors) if not any(t is known for known in dense)]
         self.made: list[Tensor] = []  # what was allocated
         self.numbers: list[Tensor] = []  # see `number`
         self.draws: list[Tensor] = []  # see `draw`
@@ -163,12 +166,12 @@ class Plan:
         self.names["same"] = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         given, numbers = ", ".join(f"t{i}" for i in range(len(tensors))), range(len(tensors))
         # The guards end the process where a tensor has no strides: a nested one, or a sparse one, without an address.
-        nested = " or ".join(f"t{i}.is_nested" for i in numbers)
+        nested = " or ".join(f"t{i}.is_nested" for i in recorder.maybe_nested)
         lines = [
             f"def repeat(stream, {given}):",
             "try: " + "; ".join(f"a{i} = t{i}.data_ptr()" for i in numbers),
             "except RuntimeError: return FULL",
-            f"if {nested}: return FULL",
+            *([f"if {nested}: return FULL"] if nested else []),
             f"if not same({given}): return NotImplemented",
         ]
         aligned = tuple([t.data_ptr() & 15 for t in tensors])

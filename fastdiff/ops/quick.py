@@ -117,7 +117,8 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
             if not tellable(tensors) or capturing() or not form.worth_recording():
                 return function(*args, **options)
             options = dict(zip(options, values[len(args) :], strict=True))
-            with Recorder(tensors) as recorder:
+            dense = [values[i] for i in (form.first, *form.numbers)]
+            with Recorder(tensors, dense) as recorder:
                 result = function(*values[: len(args)], **options)
             form.remember(key, recorder.plan(result))
             return result
