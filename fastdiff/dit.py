@@ -73,7 +73,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.out_channels = in_channels if out_channels is None else out_channels
-        width = num_attention_heads * attention_head_dim
+        self._width = width = num_attention_heads * attention_head_dim
         self.pos_embed = Patches(in_channels, width, patch_size)
         self.transformer_blocks = nn.ModuleList(
             Block(width, num_attention_heads, num_embeds_ada_norm, dropout, attention_bias, norm_eps)
@@ -177,9 +177,8 @@ class DiT(nn.Module):
 
     def _positions(self, h: int, w: int, device: torch.device) -> Tensor:
         """(N, D) of h x w patches, kept: as far apart as they are in an image of sample_size."""
-        width = self.proj_out_1.in_features
         base = self.config["sample_size"] // self.config["patch_size"]
-        build = partial(positions, h, w, width, base, device)
+        build = partial(positions, h, w, self._width, base, device)
         table: Tensor = self._tables.get(f"{h}x{w} on {device}", build, ())
         return table
 
@@ -190,8 +189,8 @@ class DiT(nn.Module):
         batch, c, h, w = x.shape
         if c != channels or h % patch or w % patch:
             raise ValueError(f"x: expected C = {channels}, H and W multiples of {patch}, got {describe(x)}")
-        shape = (len(self.transformer_blocks), self.proj_out_1.in_features)
-        if emb is not None and tuple(emb.shape) not in ((batch, *shape), (1, *shape)):
+        shape = (len(self.transformer_blocks), self._width)
+        if emb is not None and tuple(getattr(emb, "shape", ())) not in ((batch, *shape), (1, *shape)):
             raise ValueError(f"emb: expected shape ({batch} or 1, {shape[0]}, {shape[1]}), got {describe(emb)}")
         if class_labels is not None and (
             not isinstance(class_labels, Tensor)

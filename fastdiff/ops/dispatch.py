@@ -169,13 +169,14 @@ def unwatched() -> bool:
 def plain(args: tuple[Any, ...]) -> bool:
     """Whether nothing but the op itself needs to see this call, whose first argument is a tensor.
 
-    Nothing watches it, and its tensors lie on a CPU or GPU and are neither subclasses nor views that negate.
+    Nothing watches it. Its tensors lie on a CPU or GPU, and are no subclasses, views that negate, or zeros without
+    memory.
     """
     return (
         unwatched()
         and _PLAIN.issuperset(map(type, args))
         and (args[0].is_cuda or args[0].is_cpu)
-        and not any(a.is_neg() for a in args if type(a) in _TENSORS)
+        and not any(a.is_neg() or a._is_zerotensor() for a in args if type(a) in _TENSORS)
     )
 
 

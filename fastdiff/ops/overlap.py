@@ -18,12 +18,14 @@ def check_memory(name: str, written: Tensor, elementwise: Mapping[str, Any], oth
         elementwise: operands that are read just before the same element is written. Each may be `written` itself.
         others: operands that share nothing with it. What is no tensor is left to other checks.
 
-    Raises: ValueError that names both tensors.
+    Raises: ValueError that names the tensors.
     """
     if torch.compiler.is_compiling() or transforms.active():  # there, results are made first and then copied
         return
     if type(written) is not Tensor and type(written) is not torch.nn.Parameter:
         return
+    if written.is_neg():
+        raise ValueError(f"{name}: expected memory that holds the values, got a view that negates it")
     start, end = _extent(written)
     if start == end or start == 0:  # empty, or without memory
         return

@@ -3,12 +3,13 @@
 A call is recorded, and a function is written for it that repeats it with other tensors. That of `normal(out=...)`:
 
     def repeat(stream, t0, t1):                        # seed, out
+     try: a0 = t0.data_ptr(); a1 = t1.data_ptr()
+     except RuntimeError: return FULL                  # a sparse tensor
      if not same(t0, t1): return NotImplemented        # another shape, stride, type or device: another kind of call
-     a0 = t0.data_ptr()
-     a1 = t1.data_ptr()
      if (a0 | a1) & 15: return NotImplemented          # a kernel may need addresses that are multiples of 16
      if capturing(): return FULL                       # the step, an int, became a tensor that the plan keeps
      if a1 < a0 + 8 and a0 < a1 + 3072: return FULL
+     c4((t1, ))                                        # its version, for gradients that saved it
      x0 = (a1, a0, None, 93939058879360, ...)
      if c5():                                          # a profiler's hooks
       c6(x0, stream)
@@ -79,11 +80,15 @@ class Recorded(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Watches one call, to make a plan of it. It sees PyTorch's operations, the launches, and the op itself."""
+    """Watches one call, to make a plan of it. It sees PyTorch's operations, the launches, and the op itself.
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    dense: those of the tensors in whose places there is never a nested one.
+    """
+
+    def __init__(self, tensors: list[Tensor], dense: list[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tensors = tensors
+        self.maybe_nested = [i for i, t in enumerate(tensors) if not any(t is known for known in dense)]
         self.made: list[Tensor] = []  # what was allocated
         self.numbers: list[Tensor] = []  # see `number`
         self.draws: list[Tensor] = []  # see `draw`
@@ -160,10 +165,14 @@ class Plan:
         guards: Any = TensorGuards
         self.names["same"] = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         given, numbers = ", ".join(f"t{i}" for i in range(len(tensors))), range(len(tensors))
+        # The guards end the process where a tensor has no strides: a nested one, or a sparse one, without an address.
+        nested = " or ".join(f"t{i}.is_nested" for i in recorder.maybe_nested)
         lines = [
             f"def repeat(stream, {given}):",
+            "try: " + "; ".join(f"a{i} = t{i}.data_ptr()" for i in numbers),
+            "except RuntimeError: return FULL",
+            *([f"if {nested}: return FULL"] if nested else []),
             f"if not same({given}): return NotImplemented",
-            *[f"a{i} = t{i}.data_ptr()" for i in numbers],
         ]
         aligned = tuple([t.data_ptr() & 15 for t in tensors])
         if not all(n.aligned for n in recorder.launches):
@@ -179,7 +188,7 @@ class Plan:
         lines = ["if capturing(): return FULL"] if recorder.numbers and recorder.numbers[0].is_cuda else []
         # Which of the given tensors are written, and the bytes that each spans: the addresses may come to overlap.
         call = recorder.calls[0]
-        marked = [a for a, text in zip(call.args, call.op.arguments, strict=True) if "!" in text]
+        marked = [call.args[i] for i in call.op.written]
         written_before: set[int] = set()
         for i, written in enumerate(recorder.tensors):
             if any(a is written for a in marked):
@@ -206,9 +215,13 @@ class Plan:
         call = recorder.calls[0]
         shown = call.results if call.with_gradient else result
         results = shown if isinstance(shown, tuple) else (shown,)
+        if not results[0].numel():
+            raise KeyError("no address tells an empty result apart")
         allocations = self._allocations(recorder, results)  # first: launches have them too
         conditions, launches = self._launches(recorder)
-        lines = conditions + allocations + launches
+        written = [f"t{i}, " for i, t in enumerate(recorder.tensors) if any(call.args[j] is t for j in call.op.written)]
+        noted = [f"{self._constant(torch._C._increment_version)}(({''.join(written)}))"] if written else []
+        lines = conditions + noted + allocations + launches
         names = [self._name(t) for t in results]
         text = f"({', '.join(names)},)" if isinstance(shown, tuple) else names[0]
         if not call.with_gradient:

@@ -16,7 +16,7 @@ plan.py: how a call is recorded, and what repeats it. Here: which plan serves a 
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -89,6 +89,9 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
                     return function(*args, **options)
                 names = (*parameters, *[""] * len(args))[: len(args)]  # those of *args have none
                 form = forms[types] = Form(types[: len(values)], (*names, *options))
+            # In a key 2.0 and True are equal to integers.
+            if form.tuples and not all(type(n) is int for i in form.tuples for n in values[i]):
+                return function(*args, **options)
             first = values[form.first]
             stream = stream_of(first)
             if stream is None:
@@ -111,11 +114,11 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
                     return result
             if stream is None and not compiled_for_cpu(first):
                 return function(*args, **options)
-            # To record a call, tensors are told apart by their addresses.
-            if len({t.data_ptr() for t in tensors}) < len(tensors) or capturing() or not form.worth_recording():
+            if not tellable(tensors) or capturing() or not form.worth_recording():
                 return function(*args, **options)
             options = dict(zip(options, values[len(args) :], strict=True))
-            with Recorder(tensors) as recorder:
+            dense = [values[i] for i in (form.first, *form.numbers)]
+            with Recorder(tensors, dense) as recorder:
                 result = function(*values[: len(args)], **options)
             form.remember(key, recorder.plan(result))
             return result
@@ -125,12 +128,20 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
     return decorate
 
 
+def tellable(tensors: Sequence[Tensor]) -> bool:
+    """Whether a call can be recorded: its tensors are told apart by their addresses, where their values are."""
+    if any(t.layout is not torch.strided or t.is_neg() or t._is_zerotensor() for t in tensors):
+        return False
+    return len({t.data_ptr() for t in tensors}) == len(tensors)
+
+
 class Form:
     """The calls of a function whose arguments have the same names and types, and their plans."""
 
     def __init__(self, types: tuple[Any, ...], names: tuple[Any, ...]) -> None:
         tensors = [i for i, t in enumerate(types) if t in _TENSORS]
         self.first = tensors[0]
+        self.tuples = [i for i, t in enumerate(types) if t is tuple]
         # The places of numbers that become tensors on the CPU.
         self.numbers = [i for i, name in enumerate(names) if types[i] is int and name in NUMBERS]
         self.on_gpu, self.on_cpu = _split(len(types), tensors), _split(len(types), sorted(tensors + self.numbers))

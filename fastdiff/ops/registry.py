@@ -41,6 +41,7 @@ class Op:
         self.name = name
         self.schema, self.implementation = schema, implementation
         self.arguments = schema[1 : schema.index(") ->")].split(", ")
+        self.written = [i for i, argument in enumerate(self.arguments) if "!" in argument]
         self.function: type[torch.autograd.Function] | None = None
         self.inputs: tuple[int, ...] = ()
         if earlier := _libraries.pop(name, None):
@@ -65,6 +66,9 @@ class Op:
         _libraries[self.name].impl(self.name, self._autograd, "Autograd")
 
     def __call__(self, *args: Any) -> Any:
+        if self.written and not torch.compiler.is_compiling():
+            # Kernels write by address. A gradient that saved what they overwrite has to notice.
+            torch._C._increment_version([args[i] for i in self.written if args[i] is not None])
         recorder = recording()
         if recorder is not None:
             return self._recorded(recorder, args)

@@ -31,7 +31,8 @@ class Tables:
 
     def get(self, name: str, build: Callable[[], T], sources: tuple[Tensor, ...], *key: Any) -> T:
         """build(), kept while the stamps of the sources and the key are equal."""
-        if is_compiling() or transforms.active():  # what is made there is of no use after it
+        # What is made by a compiler, a transform or a mode, as of fake tensors, is of no use after it.
+        if is_compiling() or transforms.active() or torch._C._len_torch_dispatch_stack():
             return build()
         key = (*key, *map(self._stamp, sources))
         entry = self._entries.get(name)

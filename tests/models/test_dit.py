@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdiff import DDPM, DiT, Edm, FlowMatching
 from fastdiff.recipes import drop_labels
@@ -228,3 +229,34 @@ def test_wrong_inputs():
     ):
         with pytest.raises(ValueError, match=said):
             dit(*given)
+
+
+class Added(torch.nn.Module):
+    """A layer around another, as LoRA's are; it has no attributes of the one inside."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base, self.share = base, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.share * x.sum()
+
+
+def test_every_linear_layer_may_be_another():
+    dit = moved()
+    before = dit(*inputs())
+    for name, layer in [*dit.named_modules()]:
+        if isinstance(layer, torch.nn.Linear):
+            parent, _, last = name.rpartition(".")
+            setattr(dit.get_submodule(parent), last, Added(layer))
+    after = dit(*inputs())
+    after.sum().backward()
+    assert torch.equal(after, before)
+    assert all(p.grad is not None for name, p in dit.named_parameters() if name.endswith("share"))
+
+
+def test_fake_tensors_leave_no_table_behind():
+    dit, (x, t, labels) = moved(), inputs()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        dit(*map(fake.from_tensor, (x, t, labels)))
+    assert torch.equal(dit(x, t, labels), moved()(x, t, labels))

@@ -115,3 +115,63 @@ def test_what_the_reference_runs_is_not_recorded(recorded):
             for _ in range(2):
                 ops.noising(tensor((2, 3), dtype), 0, torch.tensor([[1.0, 1.0]]), seed=1)
     assert not recorded
+
+
+def test_a_view_that_negates_is_never_read_by_address(recorded):
+    """Its memory has the other sign. As the first call of a kind, and where a plan exists for a plain one."""
+    x, levels = tensor((2, 5)), torch.tensor([[2.0, 0.0]])
+    for data in (torch._neg_view(x), x, x, torch._neg_view(x)):
+        assert_same_bits(ops.noising(data, 0, levels, seed=1), data.resolve_neg() * 2)
+    assert_same_bits(ops.noising(x, 0, levels.flip(1), noise=torch._neg_view(x)), -2 * x)
+    assert len(recorded) == 1
+
+
+def test_a_view_that_negates_is_not_written():
+    x, rows = tensor((2, 5)), table(6, 9, 2)
+    for name, options in (("out", {}), ("x", {"inplace": True}), ("hist", {"keep": "x0hat"})):
+        given = {"x": x, name: torch._neg_view(x.clone()), **options}
+        with pytest.raises(ValueError, match=f"^{name}: expected memory that holds the values"):
+            ops.update(pred=x + 1, rows=rows, step=0, noisy=False, **given)
+    with pytest.raises(ValueError, match=r"^out: expected memory"):
+        ops.normal(x.shape, 1, out=torch._neg_view(x))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+def test_tensors_without_strides_or_memory_come_after_plain_ones():
+    """PyTorch's guards end the process where a tensor has no strides."""
+    x, levels = tensor((2, 5)), torch.tensor([[2.0, 1.0]])
+    for _ in range(2):
+        ops.noising(x, 0, levels, noise=x + 1)
+    nested = torch.nested.nested_tensor([x, x])
+    for given in (nested, x.to_sparse(), x.to_sparse_csr(), x.to_mkldnn()):
+        for first, second in ((given, x), (x, given)):
+            with pytest.raises(TypeError, match="expected a dense tensor"):
+                ops.noising(first, 0, levels, noise=second)
+    zeros = torch._efficientzerotensor((2, 5))
+    assert_same_bits(ops.noising(zeros, 0, levels, noise=x), x)
+
+
+@pytest.mark.parametrize(("shape", "wrong"), [((2, 3), (2.0, 3)), ((2, 1), (2, True))])
+def test_numbers_that_equal_an_integer_are_none(shape, wrong):
+    out = torch.empty(shape)
+    for _ in range(2):
+        ops.normal(shape, 1, out=out)
+    with pytest.raises(TypeError, match="shape: expected an integer"):
+        ops.normal(wrong, 1, out=out)
+
+
+def test_an_empty_result_is_a_tensor_of_its_own():
+    x = torch.empty(0, 3)
+    results = [ops.noising(x, 0, torch.tensor([[1.0, 1.0]]), seed=1) for _ in range(3)]
+    assert len({*map(id, results), id(x)}) == 4
+
+
+@pytest.mark.parametrize("name", ["out", "x", "hist"])
+def test_a_gradient_notices_what_was_overwritten(name):
+    x, pred, rows, written = tensor((2, 5)), tensor((2, 5), salt=1), table(6, 9, 2), tensor((2, 5), salt=2)
+    options = {"out": {"out": written}, "x": {"inplace": True}, "hist": {"hist": written, "keep": "x0hat"}}[name]
+    for _ in range(3):
+        saved = (written if name != "x" else x) * torch.ones(5, requires_grad=True)
+        ops.update(x, pred, rows, 0, noisy=False, **options)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            saved.sum().backward()
