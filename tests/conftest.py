@@ -46,6 +46,9 @@ def prepare() -> None:
         import quick_interpreter
         import sanitizer
 
+        import fastdiff
+
+        fastdiff.backend("reference")  # a conftest below may have imported it before the variable was set
         quick_interpreter.install()
         sanitizer.install()
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 import fastdiff
@@ -108,13 +109,13 @@ def test_links_of_the_root_pages_lead_somewhere(page):
 
 
 def test_the_performance_page_is_what_the_results_say():
-    run = subprocess.run([sys.executable, "docs/performance.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    run = forked.run("docs/performance.py", "--check", cwd=ROOT)
     assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.slow
 def test_the_page_of_scale_has_the_tables_of_its_program():
-    run = subprocess.run([sys.executable, "docs/scale.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    run = forked.run("docs/scale.py", "--check", cwd=ROOT)
     assert run.returncode == 0, run.stderr
 
 

@@ -4,10 +4,9 @@ that is not here, by a driver that launches nothing. It goes around Triton's lau
 
 import copy
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 SCRIPT = """
@@ -65,7 +64,7 @@ print(len(calls), len(kernels))
 def test_a_repeated_launch_is_the_one_that_triton_makes(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    done = forked.run("-c", SCRIPT, env=environment)
     assert done.returncode == 0, done.stderr
     calls, kernels = map(int, done.stdout.split())
     assert calls == 120 and kernels > 20  # there was something to confuse

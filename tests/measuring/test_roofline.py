@@ -9,11 +9,10 @@ import json
 import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from fastdiff.kernels.launch import on_nvidia
@@ -34,9 +33,8 @@ def dump(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(dump):
-    command = [sys.executable, SCRIPT, "--size", "quick", "--json", dump / "rows.json", "--dump", dump]
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forked.run(SCRIPT, "--size", "quick", "--json", dump / "rows.json", "--dump", dump, env=environment)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -235,7 +233,7 @@ print(len({k.hash for k in launched}), len(launched))
 def test_a_kernel_is_compiled_once_for_all_steps_batches_and_tables():
     """Else it would be in the middle of a sampling loop, or of the capture of a CUDA graph."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
-    done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True)
+    done = forked.run("-c", STEPS, env=environment)
     assert done.stdout.split() == ["3", "12"], done.stdout + done.stderr
 
 
@@ -243,7 +241,7 @@ def test_the_generators_in_their_order():
     """benchmarks/noise_cost.py: one Philox block for one element, for four, by polynomials, by the approximations."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
     script = SCRIPT.with_name("noise_cost.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    done = forked.run(script, env=environment)
     lines = [line.strip("|").split("|") for line in done.stdout.splitlines()[2:]]
     assert [line[0].strip() for line in lines] == [
         "tl.randn", "tl.randn4x and tl.join", "fastdiff polynomials", "fastdiff"

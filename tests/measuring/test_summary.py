@@ -3,9 +3,9 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from benchmarks import conftest, summary
@@ -94,9 +94,8 @@ conftest.COMPILE_SECONDS = 0
 
 def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     own = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
-    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "--benchmark-only", ".", *options]
-    environment = own | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    command = ["-m", "pytest", "-rs", "-p", "no:cacheprovider", "--benchmark-only", ".", *options]
+    return forked.run(*command, cwd=folder, env=own | {"PYTHONPATH": str(ROOT)})
 
 
 @pytest.fixture(scope="module")

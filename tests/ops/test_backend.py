@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from strategies import table
@@ -12,6 +13,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops, reference
 from fastdiff.ops import dispatch as _backend
+from fastdiff.ops import quick
 
 ROWS = 6
 CPU = torch.device("cpu")
@@ -62,6 +64,7 @@ def chosen(monkeypatch):
     monkeypatch.setattr(reference, "noising", plain)
 
     def look(x: Tensor = X) -> str:
+        quick.forget()  # a plan repeats the launches that were noted, and these launch nothing
         ops.noising(x, 0, rows(2, torch.float32), seed=1)
         return seen.pop()
 
@@ -117,24 +120,21 @@ def test_backends_that_cannot_be(interpreter):
         _backend.kernels_of(META)
 
 
-def run(script: str, **variables: str) -> subprocess.CompletedProcess:
-    """A fresh interpreter without this one's variables."""
-    mine = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
-    return subprocess.run(
-        [sys.executable, "-c", script], env={**mine, **variables}, capture_output=True, text=True, check=False
-    )
+def own_variables() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
 
 
 @pytest.mark.slow
 def test_import_needs_no_optional_package():
     optional = ("triton", "numba", "safetensors", "tqdm", "sklearn", "PIL")
-    done = run(
+    code = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"
         "import fastdiff, fastdiff.ddpm, fastdiff.unet, fastdiff.schedule, fastdiff.steps\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         f"print(sorted(new & set({optional})), len(new) > 0)"
     )
+    done = subprocess.run([sys.executable, "-c", code], env=own_variables(), capture_output=True, text=True)
     assert done.stdout.strip() == "[] True", done.stderr
 
 
@@ -147,10 +147,10 @@ def test_the_environment_chooses_the_backend():
         "try: ops.normal((1, 4), 1)\n"
         "except ValueError as error: print(error)\n"
     )
-    done = run(script, FASTDIFF_BACKEND="triton")
+    done = forked.run("-c", script, env=own_variables() | {"FASTDIFF_BACKEND": "triton"})
     assert done.stdout.splitlines() == [
         "triton",
         "backend: 'triton' expected a GPU tensor or TRITON_INTERPRET=1, got device cpu",
     ], done.stderr
-    done = run(script, FASTDIFF_BACKEND="fast")
+    done = forked.run("-c", script, env=own_variables() | {"FASTDIFF_BACKEND": "fast"})
     assert done.returncode == 1 and "ValueError: backend: expected one of triton, cpu, reference" in done.stderr

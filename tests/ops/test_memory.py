@@ -1,8 +1,6 @@
 """Memory that is written and read in one call, packed tensors, numbers of NumPy, and other devices."""
 
-import subprocess
-import sys
-
+import forked
 import numpy as np
 import pytest
 import torch
@@ -256,7 +254,8 @@ def test_other_devices_run_the_reference(kind):
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True)
+    strict = "import warnings; warnings.simplefilter('error', RuntimeWarning)\n"
+    done = forked.run("-c", strict + code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -3,10 +3,9 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from hypothesis import given
@@ -321,7 +320,7 @@ print("ok")
 def run(script: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run([sys.executable, "-c", SCRIPT + script], env=environment, capture_output=True, text=True)
+    done = forked.run("-c", SCRIPT + script, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -369,10 +368,7 @@ def test_equal_bits_on_another_stream_and_in_a_graph(dtype, layout):
 def test_host_time_runs(tmp_path):
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "host_time.py"
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
-    done = subprocess.run(
-        [sys.executable, script, "--rounds", "1", "--json", tmp_path / "rows.json"],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    done = forked.run(script, "--rounds", 1, "--json", tmp_path / "rows.json", env=environment)
     assert done.returncode == 0, done.stderr
     rows = {r["op"]: r for r in json.loads((tmp_path / "rows.json").read_text())}
     assert rows["loss, forward and backward"]["launches"] == 3

@@ -1,10 +1,9 @@
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,15 +12,10 @@ from fastdiff.cli import main
 from fastdiff.training import checkpoint
 
 TINY = ["--sample-every", "0", "--channels", "8", "--batch-size", "8", "--timesteps", "20", "--device", "cpu"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "fastdiff", *map(str, args)]
-
-
-def call(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+def call(*args: object) -> subprocess.CompletedProcess[str]:
+    return forked.run("-m", "fastdiff", *args)
 
 
 def refused(capsys, *args: object) -> str:
@@ -133,16 +127,15 @@ def test_an_unknown_command_names_the_others_and_where_measuring_is(name, capsys
 def test_interrupt_keeps_a_checkpoint_and_tells_how_to_resume(tmp_path):
     out = tmp_path / "a run"
     args = ["train", "--data", "digits", "--out", out, "--steps", 10**6, *TINY]
-    with subprocess.Popen(command(*args), stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
-        assert process.stderr is not None
-        said = b""
-        while b"loss" not in said:  # the bar shows the loss after ten steps
-            byte = process.stderr.read(1)
-            assert byte, said.decode()
-            said += byte
-        process.send_signal(signal.SIGINT)
-        rest = process.stderr.read().decode()
-    assert process.returncode == 130
+    process = forked.start("-m", "fastdiff", *args)
+    said = b""
+    while b"loss" not in said:  # the bar shows the loss after ten steps
+        byte = process.stderr.read(1)
+        assert byte, said.decode()
+        said += byte
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read().decode()
+    assert process.wait() == 130
     last = rest.splitlines()[-1]
     state = checkpoint.load(out / "model.safetensors")
     assert state.step >= 10 and "Traceback" not in rest

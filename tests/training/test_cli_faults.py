@@ -1,12 +1,12 @@
 """The command under faults: one line, whatever happens, and nothing that was trained is lost."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -19,13 +19,6 @@ from fastdiff.cli import main
 from fastdiff.training import checkpoint
 
 TINY = ["--sample-every", "0", "--channels", "8", "--batch-size", "8", "--timesteps", "20", "--device", "cpu"]
-# Outputs are buffered, as they are by default.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
-
-
-def start(*args: object, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fastdiff", *map(str, args)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def refused(capsys, *args: object) -> str:
@@ -167,12 +160,9 @@ def test_a_folder_in_use_is_one_line(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_is_one_line(tmp_path):
-    def little_room():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a checkpoint takes 700 kB
-
     args = ["train", "--out", tmp_path, "--data", "digits", "--steps", 1, *TINY]
-    process = start(*args, preexec_fn=little_room)
-    said = process.communicate()[1].decode().replace("\r", "\n")
+    process = forked.run("-m", "fastdiff", *args, file_size=100_000)  # a checkpoint takes 700 kB
+    said = process.stderr.replace("\r", "\n")
     assert process.returncode == 1 and "Traceback" not in said
     last = said.splitlines()[-1]
     assert last.startswith(f"fastdiff: error: {tmp_path / 'model.safetensors'}: ") and "File too large" in last
@@ -190,18 +180,18 @@ def read_until(stream, text: bytes) -> bytes:
 
 @pytest.mark.slow
 def test_a_hangup_saves_and_says_how_to_go_on(tmp_path):
-    process = start("train", "--data", "digits", "--out", tmp_path, "--steps", 10**6, *TINY)
+    process = forked.start("-m", "fastdiff", "train", "--data", "digits", "--out", tmp_path, "--steps", 10**6, *TINY)
     read_until(process.stderr, b"loss")
     process.send_signal(signal.SIGHUP)
-    said = process.communicate(timeout=300)[1].decode()
+    said = process.stderr.read().decode()
     step = checkpoint.load(tmp_path / "model.safetensors").step
-    assert process.returncode == 130 and "Traceback" not in said and step >= 10
+    assert process.wait() == 130 and "Traceback" not in said and step >= 10
     assert said.splitlines()[-1].startswith(f"fastdiff: interrupted at step {step} of 1000000; go on with:")
 
 
 @pytest.mark.slow
 def test_a_pipe_that_closes_loses_no_step(tmp_path):
-    process = start("train", "--data", "digits", "--out", tmp_path, "--steps", 10**6, *TINY)
+    process = forked.start("-m", "fastdiff", "train", "--data", "digits", "--out", tmp_path, "--steps", 10**6, *TINY)
     read_until(process.stderr, b"loss")
     process.stderr.close()  # as `2>&1 | head` does
     out = process.stdout.read()
@@ -212,13 +202,13 @@ def test_a_pipe_that_closes_loses_no_step(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["/dev/full", "pipe"])
 def test_an_output_that_takes_nothing_is_one_line(model, tmp_path, target):
-    command = [sys.executable, "-m", "fastdiff", "sample", model, "--n", "1", "--steps", "1", "--out", tmp_path / "x"]
     if target == "pipe":
         read, write = os.pipe()
         os.close(read)
     else:
         write = os.open(target, os.O_WRONLY)
-    done = subprocess.run(command, env=ENVIRONMENT, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    args = ["sample", model, "--n", 1, "--steps", 1, "--out", tmp_path / "x"]
+    done = forked.run("-m", "fastdiff", *args, stdout=write)
     os.close(write)
     lines = [
         line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith(("fastdiff", "Exception"))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -33,17 +34,29 @@ def start(processes: int, *args: object) -> subprocess.Popen:
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def launch(processes: int, *args: object) -> str:
-    process = start(processes, *args)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
-    return said
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
+def launch(processes: int, folder: Path, *args: object) -> str:
+    """With the environment that torchrun gives its processes. What all say."""
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    with open(folder / "said", "w+b") as said:
+        outputs = {"stdout": said.fileno(), "stderr": said.fileno()}
+        environments = [ENVIRONMENT | shared | {"RANK": str(k), "LOCAL_RANK": str(k)} for k in range(processes)]
+        codes = [p.wait() for p in [forked.start(*args, env=one, **outputs) for one in environments]]
+        said.seek(0)
+        text = said.read().decode()
+    assert codes == [0] * processes, text
+    return text
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:schedule")
 def test_two_processes_train_what_one_does(tmp_path):
-    launch(2, ROOT / "tests" / "helpers" / "several.py", tmp_path)
+    launch(2, tmp_path, ROOT / "tests" / "helpers" / "several.py", tmp_path)
     run(tmp_path / "one", steps=STEPS, **SAME)
     for name in ("replicated", "split"):
         assert checkpoint.load(tmp_path / name / NAME).step == STEPS
@@ -102,7 +115,7 @@ def test_images_are_the_same_bytes_on_any_number_of_processes(tmp_path):
     args = ["sample", str(tmp_path), "--count", "11", "--batch-size", "4", "--sampler", "ddim", "--steps", "2"]
     args += ["--device", "cpu", "--out"]
     assert main([*args, str(tmp_path / "1")]) == 0
-    said = launch(3, "-m", "fastdiff", *args, tmp_path / "3")
+    said = launch(3, tmp_path, "-m", "fastdiff", *args, tmp_path / "3")
     assert said.count("11 images, ") == 1
     assert np.load(tmp_path / "1.npy").shape == (11, 1, 8, 8)
     assert (tmp_path / "1.npy").read_bytes() == (tmp_path / "3.npy").read_bytes()
@@ -140,10 +153,7 @@ def test_processes_that_differ_are_named():
 
 @pytest.mark.slow
 def test_examples_of_training_run(tmp_path, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     for name, few, environment in (("fsdp", ["--steps", "2"], alone), ("accelerate", ["--epochs", "1"], {})):
         if name == "accelerate":
             pytest.importorskip("accelerate")
