@@ -19,6 +19,14 @@ def by_version(tensor: Tensor) -> Any:
     return id(tensor), tensor.tolist() if tensor.device.type == "cpu" else None
 
 
+def _stand_ins() -> bool:
+    """Whether a mode is active whose new tensors stand for others: fake tensors, and those of a trace."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    keys = torch._C._TorchDispatchModeKey.__members__.values()
+    return any(torch._C._get_dispatch_mode(key) is not None for key in keys)
+
+
 class Tables:
     """Tables, each kept until the stamp of a tensor that it is made of differs; copies and pickles are empty."""
 
@@ -31,8 +39,7 @@ class Tables:
 
     def get(self, name: str, build: Callable[[], T], sources: tuple[Tensor, ...], *key: Any) -> T:
         """build(), kept while the stamps of the sources and the key are equal."""
-        # What is made by a compiler, a transform or a mode, as of fake tensors, is of no use after it.
-        if is_compiling() or transforms.active() or torch._C._len_torch_dispatch_stack():
+        if is_compiling() or transforms.active() or _stand_ins():  # what is made there is of no use after it
             return build()
         key = (*key, *map(self._stamp, sources))
         entry = self._entries.get(name)
