@@ -9,6 +9,7 @@ from torch import Tensor
 from . import transforms
 
 T = TypeVar("T")
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 class Tables:
@@ -22,8 +23,8 @@ class Tables:
 
     def get(self, name: str, build: Callable[[], T], sources: tuple[Tensor, ...], *key: Any) -> T:
         """build(), kept while the sources are the same, unchanged, and the key is equal."""
-        # What is made by a compiler, a transform or a mode, as of fake tensors, is of no use after it.
-        if torch.compiler.is_compiling() or transforms.active() or torch._C._len_torch_dispatch_stack():
+        # What is made within a compiler, a transform or the mode of fake tensors is of no use after it.
+        if torch.compiler.is_compiling() or transforms.active() or torch._C._get_dispatch_mode(_FAKE) is not None:
             return build()
         if sources:
             key = (*key, *map(_stamp, sources), *map(id, sources))  # the entry keeps them, so no other has their ids
