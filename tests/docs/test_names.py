@@ -108,6 +108,7 @@ def test_links_of_the_root_pages_lead_somewhere(page):
             assert (ROOT / link).exists(), link
 
 
+@pytest.mark.slow
 def test_the_performance_page_is_what_the_results_say():
     run = forked.run("docs/performance.py", "--check", cwd=ROOT)
     assert run.returncode == 0, run.stderr

@@ -101,7 +101,7 @@ def server() -> socket.socket:
     command = [sys.executable, __file__, str(theirs.fileno())]
     process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     theirs.close()
-    spent += float(mine.recv(100) or b"nan")
+    spent += float(mine.recv(100))
     atexit.register(lambda: (mine.close(), process.wait()))
     return mine
 
@@ -113,8 +113,9 @@ def serve(requests: socket.socket) -> dict[str, Any]:
     """Fork for each request. Returns what is asked for, in the fork alone."""
     for name in IMPORTED:
         importlib.import_module(name)
-    threads = len(os.listdir("/proc/self/task"))
-    assert threads == 1, f"expected one thread after the imports, got {threads}"
+    if os.path.exists("/proc/self/task"):
+        threads = len(os.listdir("/proc/self/task"))
+        assert threads == 1, f"expected one thread after the imports, got {threads}"
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that watch
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -90,6 +90,7 @@ def check_normals(words: Tensor) -> None:
     assert_close(torch.from_numpy(z), reference.box_muller(words, torch.float64).flatten(), NORMAL, roundings=0)
 
 
+@pytest.mark.slow
 @given(salt=salts)
 def test_box_muller(salt):
     check_normals(random_words(salt, 128, 4).cpu())

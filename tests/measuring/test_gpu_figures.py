@@ -60,6 +60,7 @@ def test_the_figures_of_a_job(monkeypatch):
     assert len(calls) == 2 + measure.REPEATS
 
 
+@pytest.mark.slow
 def test_kernels_are_counted():
     x = torch.ones(10)
     once, seconds = measure.profiled(x.neg, CPU.device)

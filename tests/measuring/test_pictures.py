@@ -1,5 +1,6 @@
 """The pictures: what they draw, that axes and rows are labelled, and that they fit a page."""
 
+import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -64,6 +65,7 @@ def test_roofline():
     assert "longer is better" in said and "inductor: noising plain" in said and "50%" in said
 
 
+@pytest.mark.slow
 def test_a_picture_fits_a_page(tmp_path):
     """However many operations, rows and kernels it shows."""
     names = {f"row {k}": f"row {k}" for k in range(20)}

@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import signal
 import subprocess
@@ -34,9 +36,10 @@ def refused(capsys, *args: object) -> str:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "run"
-    done = call("train", "--data", "digits", "--out", out, "--steps", 3, *TINY)
-    assert done.returncode == 0, done.stderr
-    assert "3/3" in done.stderr and "images/s" not in done.stdout
+    told, shown = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(shown):
+        assert main(["train", "--data", "digits", "--out", str(out), "--steps", "3", *TINY]) == 0
+    assert "3/3" in shown.getvalue() and "images/s" not in told.getvalue()
     return out / "model.safetensors"
 
 

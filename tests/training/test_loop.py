@@ -93,6 +93,7 @@ def test_another_runs_checkpoint_is_not_overwritten(tmp_path):
     assert (tmp_path / NAME).read_bytes() == later
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_in_another_folder_too(tmp_path):
     run(tmp_path / "a", steps=1)
     state = checkpoint.load(tmp_path / "a" / NAME)
@@ -194,6 +195,7 @@ def test_a_closed_output_ends_the_run_and_loses_no_step(tmp_path, monkeypatch, r
         assert done > 0
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_trains_and_how_long_it_takes(tmp_path, capsys, monkeypatch):
     clock = iter(range(0, 10**6, 60))  # each look at the clock is a minute after the last
     monkeypatch.setattr(logs.time, "perf_counter", lambda: float(next(clock)))
