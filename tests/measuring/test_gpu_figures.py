@@ -113,8 +113,7 @@ def test_without_the_sanitizer(monkeypatch):
 def test_what_the_sanitizer_is_given_launches_every_kernel():
     script = "import quick_interpreter, triton.runtime.interpreter as i\nquick_interpreter.install()\n" + (
         "run, seen = i.GridExecutor.__call__, set()\n"
-        "def call(self, *args, **kwargs):\n"
-        "    first = self.fn.__name__ not in seen and (seen.add(self.fn.__name__) or run(self, *args, **kwargs))\n"
+        "def call(self, *args, **kwargs):\n    seen.add(self.fn.__name__)\n    run(self, *args, **kwargs)\n"
         "i.GridExecutor.__call__ = call\n"
         "import torch\nfrom benchmarks.gpu import launches\n"
         "launches.SHAPES = (*launches.SHAPES[:1], (2, 3, 8, 32))\n"
