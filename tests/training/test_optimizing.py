@@ -90,9 +90,9 @@ def test_offset_noise_is_that_of_the_sample(tmp_path):
         ("offset", {"offset_noise": 0.5}),
         ("parts", {"offset_noise": 0.5, "accumulate": 2}),
     ):
-        run(tmp_path / name, steps=3, lr=2e-4, channels=16, **options)
-    run(tmp_path / "resumed", steps=1, lr=2e-4, channels=16, offset_noise=0.5)
-    run(tmp_path / "resumed", resume=True, steps=3, lr=2e-4, channels=16, offset_noise=0.5)
+        run(tmp_path / name, steps=3, lr=1e-4, channels=16, **options)
+    run(tmp_path / "resumed", steps=1, lr=1e-4, channels=16, offset_noise=0.5)
+    run(tmp_path / "resumed", resume=True, steps=3, lr=1e-4, channels=16, offset_noise=0.5)
     assert_same_weights(tmp_path / "offset" / NAME, tmp_path / "parts" / NAME)
     assert_same_files(tmp_path / "offset" / NAME, tmp_path / "resumed" / NAME)
     with pytest.raises(AssertionError):
