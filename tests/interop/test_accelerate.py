@@ -105,6 +105,7 @@ def parts(net) -> list[str]:
     return sorted([*blocks, *norms])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("training", [False, True])
 def test_same_outputs_gradients_and_names(name, training):
@@ -288,6 +289,7 @@ TREATMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("treatment", TREATMENTS)
 @pytest.mark.parametrize("name", ["unet", "resnet sampling"])
 def test_norms_that_are_changed_afterwards_are_called(name, treatment):
@@ -339,6 +341,7 @@ def test_plain_modules():
         assert is_plain(nn.GroupNorm(2, 4), nn.GroupNorm)
 
 
+@pytest.mark.slow
 def test_plain_norms_stay_fused_under_the_compiler():
     """Which would otherwise trace the slow way without a word."""
     norm = nn.GroupNorm(2, 4)
@@ -347,6 +350,7 @@ def test_plain_norms_stay_fused_under_the_compiler():
     assert traced(torch.zeros(1)) == 1
 
 
+@pytest.mark.slow
 def test_what_is_left_is_said():
     pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.KDPM2DiscreteScheduler())
     first, second, *_ = (n for n, m in pipeline.unet.named_modules() if isinstance(m, ResnetBlock2D))

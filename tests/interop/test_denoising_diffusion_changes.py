@@ -159,6 +159,7 @@ def test_wrong_networks_and_images() -> None:
         ours(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["subclass", "object", "patched class"])
 @pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
 @pytest.mark.parametrize(

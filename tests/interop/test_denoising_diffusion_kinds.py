@@ -289,6 +289,7 @@ COMMON = ("p_mean_variance", "p_sample", "q_sample")
 DENOISER = ("preconditioned_network_forward", "c_skip", "c_out", "c_in", "c_noise", "loss_weight", "sample_schedule")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "method"),
     [

@@ -227,6 +227,7 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("name", NAMES)

@@ -32,6 +32,7 @@ def test_rows_agree_with_the_reference(operation, dtype):
             rows[name].run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -87,6 +87,7 @@ def agrees(f: Callable[[Tensor], Tensor], rough: bool) -> None:
     torch.testing.assert_close(vmap(f)(torch.stack((X, V))), torch.stack((f(X), f(V))), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "method"), CASES)
 def test_methods(model, method):
     torch.manual_seed(0)

@@ -62,6 +62,7 @@ def options(model: Diffusion, sampler: Any) -> dict[str, Any]:
     return {"sampler": sampler, "steps": n}
 
 
+@pytest.mark.slow
 @EACH
 def test_a_seed_gives_its_samples_in_whatever_batch(kind, sampler):
     model = made(kind)
@@ -75,6 +76,7 @@ def test_a_seed_gives_its_samples_in_whatever_batch(kind, sampler):
     assert not torch.equal(whole[0], whole[1])
 
 
+@pytest.mark.slow
 @EACH
 def test_noise_may_be_given(kind, sampler):
     """As a tensor or as a function, and what the seed gives is among them."""

@@ -116,6 +116,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", FORMULATIONS)
 @pytest.mark.parametrize("used", [False, True])

@@ -84,6 +84,7 @@ def test_a_start_without_signal_is_the_limit_of_little_signal(sampler):
         torch.testing.assert_close(got[3:], want[3:], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["x0", "v"])
 @pytest.mark.parametrize("sampler", STARTS_IN_NOISE)
 def test_gaussian_data_from_pure_noise(sampler, objective):

@@ -294,6 +294,7 @@ def test_sampler_on_gaussian_data(run, objective):
     assert mean.tolist() == pytest.approx(expected_mean, rel=1e-9, abs=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [run for run, (_, sampler) in RUNS.items() if isinstance(sampler, str)])
 def test_sampler_in_float32(run):
     mean, std = moments(exact(DDPM, "linear", T, objective="v", dtype=torch.float32), RUNS[run][1], N)

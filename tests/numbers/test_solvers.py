@@ -358,6 +358,7 @@ class Guided(nn.Module):
         return uncond + self.w * (cond - uncond)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [name for name in steps.SAMPLERS if name != "annealed_langevin"] + ["ncsn"])
 def test_guidance_is_two_calls_combined(sampler):
     model, cond, uncond = Curved(), torch.tensor([1.0, -2.0, 0.5]), torch.zeros(3)

@@ -284,6 +284,7 @@ def test_compiled_training(one_compilation):
             assert_close(other, eager.double(), 1e-6 * (1 + eager.double().abs()))
 
 
+@pytest.mark.slow
 def test_compiled_sampling(one_compilation):
     compiled = torch.compile(sample_step, fullgraph=True, backend="aot_eager")
     weight = data(2, 3, 4, 4, salt=1)

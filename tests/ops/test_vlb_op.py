@@ -104,6 +104,7 @@ def sample_inputs() -> list[tuple]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", sample_inputs())
 def test_opcheck(args):
     torch.library.opcheck(torch.ops.fastdiff.vlb.default, args)

@@ -71,6 +71,7 @@ def test_a_network_that_does_not_fit_is_never_built(spoiled, nothing_built, name
     assert "usable fastdiff checkpoint" in message(spoiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -113,6 +114,7 @@ def test_metadata_of_wrong_types_is_one_line(spoiled, changes):
     assert next(iter(changes)) in message(spoiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.int64, torch.float8_e4m3fn])
 @pytest.mark.parametrize("name", ["ema.conv_in.weight", "model.conv_in.weight", "optimizer.0.exp_avg"])
 def test_weights_of_no_floating_type_are_refused(spoiled, name, dtype):
