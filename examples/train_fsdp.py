@@ -7,6 +7,7 @@ The noise of a sample is a function of its number, so any number of processes tr
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -56,4 +57,5 @@ drawn = ddpm.sample(16, steps=20, sampler="ddim", seed=0)  # all processes call 
 if rank == 0:
     args.out.mkdir(parents=True, exist_ok=True)
     save_grid(args.out / "samples.png", drawn.cpu())
+time.sleep(0.2)  # gloo's threads free the last tensors; the next line would keep them from it, and wait for them
 dist.destroy_process_group()

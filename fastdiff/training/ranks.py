@@ -4,6 +4,7 @@ torchrun, accelerate and SLURM's launchers start processes and tell each by RANK
 """
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ distributed: Any = dist
 PATIENCE = timedelta(minutes=10)
 # After an error, a process looks this long for the others.
 GRACE = timedelta(seconds=10)
+# Gloo's threads free the tensors of the last operations a little later, and need Python's lock for that. Whoever ends a
+# group holds the lock and waits for the threads, for ever if they still wait for it. So they get this long first.
+QUIET = 0.2
 # The key under which processes that failed are counted.
 FAILED = "fastdiff/failed"
 
@@ -108,6 +112,7 @@ def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[Ranks]:
     _store = store
     yield Ranks(rank, size)
     dist.barrier()
+    time.sleep(QUIET)
     dist.destroy_process_group()  # after an error others may be waiting: then the end of the process ends the group
     _store = None
 

@@ -14,7 +14,7 @@ from tiny_run import CPU, TINY, assert_same_files, assert_same_weights, run
 
 from fastdiff import DDPM, training
 from fastdiff.cli import main
-from fastdiff.training import Options, checkpoint, draws, loop
+from fastdiff.training import Options, checkpoint, draws, loop, ranks
 from fastdiff.training.data import Arrays, Stream, open_source
 from fastdiff.training.drawing import ABOUT, Batches
 from fastdiff.training.ranks import Ranks
@@ -257,3 +257,15 @@ def test_processes_take_turns_at_batches(tmp_path):
     assert [list(each.missing()) for each in batches] == [[0, 3, 6], [1, 4], [2, 5]]
     batches[1].write(4, torch.zeros(2, 1), None)
     assert list(batches[1].missing()) == [1] and {each.left() for each in batches} == {6}
+
+
+def test_a_group_ends_when_its_threads_are_quiet(monkeypatch):
+    """Ended at once, it now and then waited for ever, for a thread that waited for Python's lock."""
+    calls = []
+    monkeypatch.setattr(ranks.time, "sleep", lambda seconds: calls.append(("sleep", seconds)))
+    for name in ("barrier", "destroy_process_group"):
+        call = getattr(dist, name)
+        monkeypatch.setattr(dist, name, lambda *args, name=name, call=call: (calls.append(name), call(*args)))
+    with ranks.joined(CPU, alone_too=True) as alone:
+        assert (alone.rank, alone.size) == (0, 1) and not calls
+    assert calls == ["barrier", ("sleep", ranks.QUIET), "destroy_process_group"] and not dist.is_initialized()
