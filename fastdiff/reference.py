@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .rows import WIDTH, History, Row
 from .support import transforms
+from .support.shapes import flat
 
 MASK = 0xFFFFFFFF
 FAR = 1e30
@@ -267,6 +268,18 @@ def density_ratio(z: Tensor) -> Tensor:
     over = math.sqrt(2 / math.pi) / torch.special.erfcx(-left / math.sqrt(2))
     density = (-0.5 * right * right - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(right)).exp()
     return torch.where(z < 0, over, density)
+
+
+def inner(a: Tensor, b: Tensor, guidance: Tensor | None, centred: bool) -> Tensor:
+    """(B, 3): <a, a>, <a, p> and <p, p> of each sample, p = b + guidance (a - b), or b without guidance; centred: of a
+    and p less their means over the sample."""
+    work = work_dtype(a)
+    a, p = flat(a.to(work)), flat(b.to(work))
+    if guidance is not None:
+        p = p + guidance.to(work) * (a - p)
+    if centred:
+        a, p = (v - v.mean(1, keepdim=True) for v in (a, p))
+    return torch.stack([(u * v).sum(1) for u, v in ((a, a), (a, p), (p, p))], 1)
 
 
 def group_norm_silu(

@@ -30,7 +30,7 @@ kernel = functools.partial(
     triton.jit,
     do_not_specialize=["batch", "levels", "steps", "first"],
     do_not_specialize_on_alignment=[
-        f"{name}_ptr" for name in ("t", "step", "table", "rows", "seed", "ids", "incoming")
+        f"{name}_ptr" for name in ("t", "step", "table", "rows", "seed", "ids", "incoming", "guidance")
     ],
 )
 

@@ -10,6 +10,7 @@ Arguments that several operations have:
 """
 
 from .group_norm import group_norm_silu
+from .inner import inner
 from .loss import LOSSES, loss
 from .noise import FORWARD, PRIOR, REVERSE, normal
 from .noising import noising
@@ -24,6 +25,7 @@ __all__ = [
     "REVERSE",
     "combine",
     "group_norm_silu",
+    "inner",
     "loss",
     "noising",
     "normal",
