@@ -124,6 +124,7 @@ def cases(device: str) -> dict[str, Case]:
         "noising": (lambda: ops.noising(x0, t, levels, seed=seed), eager_noising),
         "update": (lambda: ops.update(x0, pred, rows, step, seed=seed, clip=1.0), eager_update),
         "combine": (lambda: ops.combine(x0, pred, rows, step, clip=1.0), eager_combine),
+        "inner": (lambda: ops.inner(pred, noise), lambda: reference.inner(pred, noise, None, False)),
         "loss": (lambda: loss(pred), lambda: eager_loss(pred)),
         "loss, forward and backward": (lambda: both(loss(wanted)), lambda: both(eager_loss(wanted))),
         "vlb": (lambda: vlb(pred), lambda: eager_vlb(pred)),

@@ -112,6 +112,30 @@ def bound_forward_backward(shape: tuple[int, ...], dtype: torch.dtype, device: t
     }
 
 
+def inner_products(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """Sums of each sample for a rule of guidance: <cond, cond>, <cond, p> and <p, p> of p = uncond + w (cond - uncond),
+    less their means."""
+    uncond, cond, _ = inputs(shape, dtype, device)
+    w, n = torch.full((1,), 4.0, device=device), len(few(cond))
+
+    def fused(cond: Tensor = cond, uncond: Tensor = uncond) -> Tensor:
+        return ops.inner(cond, uncond, guidance=w, centred=True)
+
+    def eager(cond: Tensor = cond, uncond: Tensor = uncond) -> Tensor:
+        a, b = cond.float().flatten(1), uncond.float().flatten(1)
+        a, p = (v - v.mean(1, keepdim=True) for v in (a, b + w * (a - b)))
+        return torch.stack([(a * a).sum(1), (a * p).sum(1), (p * p).sum(1)], 1)
+
+    def row(name: str, function: Callable[..., Tensor]) -> Row:
+        def check() -> None:
+            want = reference.inner(cond[:n].double(), uncond[:n].double(), w, True)
+            agree(f"inner_products {name}", [function(cond[:n], uncond[:n])], [want], BOUND[torch.float32])
+
+        return Row(function, check)
+
+    return _rows(row, fused, eager)
+
+
 def group_norm_silu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
     """GroupNorm and SiLU of as many elements in 48 channels and 8 groups, forward and backward."""
     batch, channels, height, width = shape
@@ -151,7 +175,14 @@ KERNELS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]]
     "normal": normal,
     "loss_without_gradient": loss_without_gradient,
     "bound_forward_backward": bound_forward_backward,
+    "inner_products": inner_products,
     "group_norm_silu": group_norm_silu,
 }
-# The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; x, y and dy, x, dx.
-KERNEL_TENSORS = {"normal": 1, "loss_without_gradient": 1, "bound_forward_backward": 6, "group_norm_silu": 5}
+# The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; cond, uncond; x, y and dy, x, dx.
+KERNEL_TENSORS = {
+    "normal": 1,
+    "loss_without_gradient": 1,
+    "bound_forward_backward": 6,
+    "inner_products": 2,
+    "group_norm_silu": 5,
+}

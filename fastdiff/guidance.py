@@ -3,8 +3,8 @@
     pred = uncond + w (cond - uncond)        w = 1 is the condition alone, 0 none, below 0 leads away from it
 
 `sample(guidance=)` takes w: a number, one for each step, or a function of the step. This sum is a part of the update.
-A rule, `sample(guidance_rule=)`, makes the prediction in another way, with a few operations of PyTorch and no wait for
-the device:
+A rule, `sample(guidance_rule=)`, makes the prediction in another way. It takes its sums over each sample from one
+operation, `ops.inner`, and the rest from a few of PyTorch, with no wait for the device:
 
     Rescaled        keeps the spread of cond
     ZeroStar        scales uncond to fit cond
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
+from .ops import inner
 from .process import Process
 from .reference import work_dtype
 from .rows import Row, columns
@@ -64,9 +65,9 @@ class Rescaled:
         _check_share("share", self.share)
 
     def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
-        p = uncond + row.guidance * (cond - uncond)
-        wanted, found = (_spread(flat(v)) for v in (cond, p))
-        factor = torch.where(found > 0, wanted / found, 1.0)
+        p = torch.lerp(uncond, cond, row.guidance)
+        wanted, _, found = inner(cond, uncond, guidance=row.guidance, centred=True).unbind(1)
+        factor = torch.where(found > 0, _ratio(wanted, found), 1.0).sqrt()
         return p * _for_each(self.share * factor + (1 - self.share), p)
 
 
@@ -92,8 +93,8 @@ class ZeroStar:
             raise ValueError(f"zero_start: expected an integer of at least 0, got {self.zero_start!r}")
 
     def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
-        scaled = uncond * _for_each(_share_of(cond, uncond), uncond)
-        return scaled + row.guidance * (cond - scaled)
+        _, along, size = inner(cond, uncond).unbind(1)
+        return torch.lerp(uncond * _for_each(_ratio(along, size), uncond), cond, row.guidance)
 
 
 @dataclass(frozen=True)
@@ -133,15 +134,16 @@ class Projected:
         return self.momentum != 0
 
     def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row, memory: Tensor | None = None) -> Tensor:
-        x0, d = row.x0_from_x * x + row.x0_from_pred * cond, cond - uncond
+        x0, d = torch.addcmul(row.x0_from_x * x, row.x0_from_pred, cond), cond - uncond
         if memory is not None:
-            memory.mul_(self.momentum).add_(row.x0_from_pred * d)
+            memory.mul_(self.momentum).addcmul_(row.x0_from_pred, d)
             d = torch.where(row.x0_from_pred != 0, memory / row.x0_from_pred, d)
-        if self.radius is not None:
-            norm = row.x0_from_pred.abs().flatten() * torch.linalg.vector_norm(flat(d), dim=1)
-            d = d * _for_each((self.radius / norm).clamp(max=1.0), d)
-        along = x0 * _for_each(_share_of(d, x0), x0)
-        return cond + (row.guidance - 1) * (d - (1 - self.parallel) * along)
+        dd, along, size = inner(d, x0).unbind(1)
+        weight = row.guidance.flatten() - 1
+        if self.radius is not None:  # the clamp comes before the root, whose slope at 0 is infinite
+            weight = weight * ((row.x0_from_pred.flatten() / self.radius).square() * dd).clamp(min=1.0).rsqrt()
+        part = (self.parallel - 1) * weight * _ratio(along, size)
+        return torch.addcmul(torch.addcmul(cond, _for_each(weight, d), d), _for_each(part, x0), x0)
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Thresholded:
     Args:
         share: of the elements that are not clipped, above 0 to 1; 0.995 is published.
 
-    Where a row has no x0hat it is plain guidance.
+    The quantile is PyTorch's (`torch.kthvalue`). Where a row has no x0hat it is plain guidance.
     Raises: ValueError for a share outside of (0, 1].
     Reference: Saharia et al. 2022, arXiv:2205.11487, section 2.3.
     """
@@ -167,11 +169,11 @@ class Thresholded:
             raise ValueError(f"share: expected a number above 0 and up to 1, got {self.share}")
 
     def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
-        p = uncond + row.guidance * (cond - uncond)
-        x0 = row.x0_from_x * x + row.x0_from_pred * p
+        p = torch.lerp(uncond, cond, row.guidance)
+        x0 = torch.addcmul(row.x0_from_x * x, row.x0_from_pred, p)
         size = flat(x0).abs()
         s = _for_each(size.kthvalue(max(1, math.ceil(self.share * size.shape[1])), 1).values.clamp(min=1.0), x0)
-        change = torch.minimum(torch.maximum(x0, -s), s) / s - x0
+        change = x0.clamp(-s, s) / s - x0
         return p + torch.where(row.x0_from_pred != 0, change / row.x0_from_pred, 0.0)
 
 
@@ -314,16 +316,9 @@ def _equal(one: Any, other: Any) -> bool:
         return False
 
 
-def _share_of(v: Tensor, along: Tensor) -> Tensor:
-    """<v, along> / |along|^2 of each sample, (B,); 0 where along is 0."""
-    v, along = flat(v), flat(along)
-    size = along.square().sum(1)
-    return torch.where(size > 0, (v * along).sum(1) / size, 0.0)
-
-
-def _spread(v: Tensor) -> Tensor:
-    """The standard deviation of each sample, (B,)."""
-    return (v - v.mean(1, keepdim=True)).square().mean(1).sqrt()
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole of each sample, (B,); 0 with a gradient of 0 where both are 0."""
+    return part / (whole + (whole == 0))
 
 
 def _for_each(numbers: Tensor, like: Tensor) -> Tensor:

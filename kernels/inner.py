@@ -13,8 +13,10 @@ from torch import Tensor
 
 from .launch import FUSED, block_of, grid_of, kernel, launch, sizes_of
 from .layout import channels_of, lay_out
-from .reduce import BLOCK_COLUMNS, reduce
+from .reduce import reduce
 from .tile import load_float32, owner, tile, to_float32
+
+BLOCK_MERGED = 256  # blocks of a sample that a warp merges at a time
 
 
 @kernel
@@ -90,7 +92,7 @@ def inner(out: Tensor, a: Tensor, b: Tensor, guidance: Tensor | None, centred: b
     if channels_of(a) == 0 or a.stride() != b.stride():
         _, (a, b) = lay_out(a, b, generated=False)
     batch, size = sizes_of(a)
-    constants = block_of(size, 1, True, a, b)  # 16 elements of both a thread
+    constants = block_of(size, 1, False, a, b)
     block, warps = constants["BLOCK"], constants["num_warps"]
     grid = grid_of(batch, size, block)
     partial = torch.empty(batch, 5 if centred else 3, grid[0], dtype=torch.float32, device=a.device)
@@ -103,5 +105,5 @@ def inner(out: Tensor, a: Tensor, b: Tensor, guidance: Tensor | None, centred: b
         return
     launch(
         merge_kernel, (batch, 1, 1), partial_ptr=partial, out_ptr=out,
-        size=size, blocks=grid[0], OWNED=block, BLOCK=BLOCK_COLUMNS, **FUSED,
+        size=size, blocks=grid[0], OWNED=block, BLOCK=BLOCK_MERGED, num_warps=1, **FUSED,
     )  # fmt: skip

@@ -49,6 +49,12 @@ def update(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     ops.update(x.detach(), x.detach(), torch.ones(1, 9, device=device), t, clip=1.0, inplace=True)
 
 
+def inner(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    x, _ = draw(shape, dtype, device)
+    for centred in (False, True):
+        ops.inner(x.detach(), x.detach() + 1, guidance=torch.ones(1, device=device), centred=centred)
+
+
 def group_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     one, rows = torch.ones(shape[1], device=device), torch.ones(2, *shape[:2], device=device)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -63,6 +69,7 @@ LAUNCHES: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], None]
     "loss": loss,
     "vlb": vlb,
     "update": update,
+    "inner": inner,
     "group_norm": group_norm,
 }
 

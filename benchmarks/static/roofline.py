@@ -82,6 +82,7 @@ def output(v: Variant) -> tuple[Tensor, Tensor | None]:
 def launch(v: Variant) -> None:
     """Call the launcher as ops does."""
     from fastdiff.kernels.group_norm import norm, norm_grad
+    from fastdiff.kernels.inner import inner
     from fastdiff.kernels.loss import loss, scale_
     from fastdiff.kernels.noise import normal_
     from fastdiff.kernels.noising import noising
@@ -108,6 +109,8 @@ def launch(v: Variant) -> None:
         grads = [torch.empty_like(pred, dtype=wide) if v.has(by) else None for by in ("by_pred", "by_raw")]
         t, table, clip = integers(BATCH), floats(LEVELS, 6), 1.0 if v.has("clip") else None
         vlb(floats(1), *grads, pred, raw, v.data(), v.data(), t, table, clip, 0.5)
+    elif v.kernel in ("inner", "merge"):
+        inner(floats(BATCH, 3), v.data(), v.data(), floats(1) if v.has("guidance") else None, v.has("centred"))
     elif v.kernel in NORMS:
         y, wide = v.data(), torch.float32 if v.has("mixed") else v.dtype
         batch, channels = y.shape[:2]

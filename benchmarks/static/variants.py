@@ -62,6 +62,7 @@ COMMON = [
     # The bound alone, evaluated and trained on, and beside another loss, which leaves the mean to that.
     ("vlb", ("none",), ["clip", "clip+raw", "raw+by_pred+by_raw", "raw+by_raw"]),
     ("update", DRAWN, subsets("clip")),
+    ("inner", ("none",), ["", "guidance+centred"]),
     ("norm", ("none",), [*subsets("scale", "channels_last"), *MAPS, "scale+add+channels_last"]),
     ("norm_grad", ("none",), [*subsets("scale", "channels_last"), *MAPS, "scale+add+channels_last"]),
 ]
@@ -76,6 +77,8 @@ RARE = [
     ("update", ("none",), subsets("clip", "uncond", "x0hat")),
     ("update", ("none", "generated"), ["clip+x0hat+slots", "clip+mix+slots"]),
     ("update", ("generated",), ["clip+x", "clip+ids", "clip+channels_last", "clip+mixed"]),
+    ("inner", ("none",), ["channels_last", "centred", "guidance"]),
+    ("merge", ("none",), ["centred"]),
     ("norm", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed", "linear"]),
     ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed", "linear"]),
     ("moments", ("none",), [*subsets("parts", "channels_last", "add")[4:], "128x128"]),
@@ -96,6 +99,6 @@ def variants(common: bool) -> list[Variant]:
         for dtype, kernel, noises, options in itertools.chain(*products)
         for noise in noises
         for option in options
-        if kernel != "reduce" or dtype == torch.float32  # partial sums are
+        if kernel not in ("reduce", "merge") or dtype == torch.float32  # partial sums are
     ]
     return list(dict.fromkeys(chosen))

@@ -94,6 +94,15 @@ def test_vlb_and_its_gradients(launches, shape, dtype, layout, reduction):
         assert half.data_ptr() in launches[0].starts, "a copy was read"
 
 
+@every
+@pytest.mark.parametrize("centred", [True, False])
+def test_inner(launches, shape, dtype, layout, centred):
+    a, b = (tensor(shape, dtype, layout, salt=i) for i in range(2))
+    ops.inner(a, b, guidance=torch.tensor([2.0]), centred=centred)
+    assert len(launches) == 2  # with the sum of the partial sums
+    assert {a.data_ptr(), b.data_ptr()} <= launches[0].starts, "a copy was read"
+
+
 @pytest.mark.slow
 @every
 @drawn
@@ -112,7 +121,7 @@ def test_update(launches, shape, dtype, layout, generated, keep, inplace):
 
 def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     """The last row of a grid of more than 32,768 samples has them."""
-    for file in ("noise", "noising", "loss", "update", "vlb"):
+    for file in ("noise", "noising", "loss", "update", "vlb", "inner"):
         module = importlib.import_module(f"fastdiff.kernels.{file}")
         monkeypatch.setattr(module, "grid_of", lambda batch, n, block: (triton.cdiv(n, block), batch + 2, 1))
     x = tensor((2, 300)).requires_grad_()
@@ -121,7 +130,8 @@ def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     x = x.detach()
     ops.update(ops.noising(x, 1, table(ROWS, 2, salt=0)), x, table(ROWS, 9, salt=0), 1)
     ops.vlb(x, x, x, 1, table(ROWS, 6, salt=0))
-    assert len(launches) == 8
+    ops.inner(x, x)
+    assert len(launches) == 10
 
 
 @pytest.mark.slow

@@ -79,6 +79,8 @@ BUDGETS = {
     ("vlb", "clip+raw", "none"): (44, 46),
     ("vlb", "raw+by_raw", "none"): (48, 50),
     ("vlb", "raw+by_pred+by_raw", "none"): (52, 54),
+    ("inner", "plain", "none"): (12, 13),
+    ("inner", "guidance+centred", "none"): (23, 23),
     # A large image, whose groups are read twice, takes moments and norm_sums besides (the full table).
     ("norm", "plain", "none"): (21, 14),
     ("norm", "channels_last", "none"): (21, 15),
@@ -127,7 +129,7 @@ NORMS = ("norm", "norm_grad")
 
 def minimum_bytes(row):
     """What has to be read and written at least: the tensors, once each."""
-    tensors = {"normal": 1, "noising": 2, "loss": 1, "scale": 2, "update": 3, "reduce": 1, "vlb": 3, "norm": 2}
+    tensors = {"normal": 1, "noising": 2, "loss": 1, "scale": 2, "update": 3, "reduce": 1, "vlb": 3, "norm": 2, "inner": 2}
     tensors = (tensors | {"norm_grad": 3})[row["kernel"]]
     tensors += (row["noise"] == "given") + len({"grad", "raw", "by_pred", "by_raw"} & set(row["variant"].split("+")))
     return tensors * SIZE[row["dtype"]]
@@ -151,7 +153,7 @@ def test_nothing_spills(rows):
 
 
 def test_elementwise_kernels_have_no_barrier(rows):
-    wrong = [r for r in rows if r["kernel"] not in ("loss", "reduce", "vlb", *NORMS) and (r["barriers"] or r["shared"])]
+    wrong = [r for r in rows if r["kernel"] not in ("loss", "reduce", "vlb", "inner", *NORMS) and (r["barriers"] or r["shared"])]
     assert not wrong, shown(wrong)
 
 
@@ -178,7 +180,7 @@ def test_predicted_roofline_of_the_h100(rows):
 
 
 def test_every_kernel_for_every_target(rows):
-    kernels = {"normal", "noising", "loss", "reduce", "scale", "update", "vlb", *NORMS}
+    kernels = {"normal", "noising", "loss", "reduce", "scale", "update", "vlb", "inner", *NORMS}
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert {r["kernel"] for r in chosen(rows, source="fastdiff", target=target)} == kernels
 
@@ -302,7 +304,7 @@ class Addresses:
                 self.values[name] = (*pointer, amount)
 
 
-@pytest.mark.parametrize("kernel", ["normal", "noising", "loss", "scale", "update", "vlb"])
+@pytest.mark.parametrize("kernel", ["normal", "noising", "loss", "scale", "update", "vlb", "inner"])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_addresses_are_exact_beyond_32_bits(rows, dump, kernel, target):
     """Sample 70,000 of 2^30 - 16 elements lies at 7.5e13: its element of block i is element i BLOCK + lane of it."""
@@ -311,12 +313,12 @@ def test_addresses_are_exact_beyond_32_bits(rows, dump, kernel, target):
     ttir = (dump / (re.sub(r"\W+", "-", "-".join(names)) + ".ttir")).read_text()
     n, block, sample, stride = 2**30 - 16, 200_001, 70_000, 2**31 - 16
     program = (block, sample % 32768, sample // 32768)
-    accesses = Addresses(ttir, program, size=n, batch=sample + 1, pred_stride=stride).accesses
-    assert len(accesses) >= {"noising": 2, "scale": 2, "update": 3, "vlb": 3}.get(kernel, 1)
+    accesses = Addresses(ttir, program, size=n, batch=sample + 1, pred_stride=stride, sample_stride=stride).accesses
+    assert len(accesses) >= {"noising": 2, "scale": 2, "update": 3, "vlb": 3, "inner": 2}.get(kernel, 1)
     for name, start, lanes in accesses:
         size = len(lanes)
         assert lanes == range(size)
-        sliced = kernel in ("update", "vlb") and name in ("%pred_ptr", "%raw_ptr")
+        sliced = name in ("%pred_ptr", "%raw_ptr") and kernel in ("update", "vlb") or kernel == "inner"
         assert start == sample * (stride if sliced else n) + block * size
 
 

@@ -7,9 +7,11 @@ from collections import deque
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff import DDPM, FlowMatching, ScoreSDE, guidance
 from fastdiff.guidance import Projected, Rescaled, Thresholded, ZeroStar
+from fastdiff.rows import WIDTH, Row, columns
 
 SHAPE = (3, 2, 5)
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. alpha_bar_T")
@@ -189,6 +191,64 @@ def test_another_network_is_the_other_branch(rule, y):
     rows = len(diffusion.step_table(diffusion.default_sampler, 4))
     assert model.calls == weak.calls == rows and weak.training
     assert [name for name, _ in diffusion.named_modules()] == ["", "model"]  # it is not a part of the model
+
+
+def operands(w: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Row]:
+    """x, cond and uncond with gradients, and a row of a step through x0hat."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = (torch.randn(SHAPE, generator=generator, dtype=dtype).requires_grad_() for _ in range(3))
+    numbers = torch.zeros(1, WIDTH, dtype=dtype)
+    columns(numbers).x0_from_x[:], columns(numbers).x0_from_pred[:], columns(numbers).guidance[:] = 0.8, -0.6, w
+    return *tensors, Row(*(c.reshape(1, 1, 1) for c in columns(numbers)))
+
+
+class Passes(TorchDispatchMode):
+    """The operations that read something of the size of the data, and any that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        large = any(isinstance(a, Tensor) and a.numel() == math.prod(SHAPE) for a in args)
+        if (large and not func.is_view) or "local_scalar" in func.name():
+            self.seen.append(func.name().partition("::")[2].partition(".")[0])
+        return result
+
+
+@pytest.mark.parametrize(
+    ("rule", "passes"),
+    [
+        (Rescaled(), "lerp inner mul"),
+        (ZeroStar(), "inner mul lerp"),
+        (Projected(radius=1.0), "mul addcmul sub inner addcmul addcmul"),
+    ],
+    ids=str,
+)
+def test_a_rule_reads_the_data_few_times(rule, passes):
+    x, cond, uncond, row = operands(3.0)
+    with torch.no_grad(), Passes() as mode:
+        rule(x, cond, uncond, row)
+    assert mode.seen == passes.split()
+
+
+RULES = (Rescaled(), ZeroStar(), Projected(), Projected(0.3, radius=0.5), Thresholded(0.9))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_rule_has_the_gradient_of_its_formula(rule):
+    *tensors, row = operands(3.0)
+    assert torch.autograd.gradcheck(lambda *three: rule(*three, row), tensors)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_gradients_are_finite_where_predictions_are_equal_or_nothing(rule):
+    for cond in (torch.ones(2, 1), torch.zeros(2, 3)):
+        leaves = [cond.clone().requires_grad_() for _ in range(3)]
+        row = Row(*(c.reshape(1, 1) for c in operands(2.0, torch.float32)[-1]))
+        for grad in torch.autograd.grad(rule(*leaves, row).sum(), leaves, allow_unused=True):  # of x, by some
+            assert grad is None or grad.isfinite().all()
 
 
 def test_equal_rules_are_one_kind():

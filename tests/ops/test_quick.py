@@ -51,6 +51,7 @@ def calls(shape, dtype, layout, salt):
         "combine": lambda: (ops.combine(x, pred, table(ROWS, 9, salt), t, z=noise),),
         "loss": lambda: with_gradient(ops.loss(leaf, t, table(ROWS, 3, salt), seed=seed, x0=x, reduction="none")),
         "vlb": lambda: with_gradient(ops.vlb(leaf, x, noise, t, vlb_rows)),
+        "inner": lambda: (ops.inner(x, pred, guidance=table(1, 1, salt), centred=True),),
     }
     if len(shape) > 1:
         weight, bias = tensor(shape[1:2], salt=salt), tensor(shape[1:2], salt=salt + 1)
@@ -171,6 +172,7 @@ for case in range(30):
     vector = [torch.zeros(6, requires_grad=True) for _ in range(2)]
     def make():
         given = dict(x=data(), y=data(), z=data(), leaf=data().requires_grad_(), t=t.clone(), seed=seed.clone())
+        given |= dict(one=torch.zeros(1, 1))
         given |= dict(rows=tables[9].clone(), two=tables[2].clone(), three=tables[3].clone(), six=tables[6].clone())
         weight, bias = (v.detach().clone().requires_grad_() for v in vector)
         return given | dict(weight=weight, bias=bias, grad=data())
@@ -186,6 +188,7 @@ for case in range(30):
             g["x"], g["y"], g["rows"], g["t"], noisy=False, hist=g["z"], keep="x", inplace=True),
         "loss": lambda g: backward(ops.loss(g["leaf"], g["t"], g["three"], seed=g["seed"], x0=g["x"]), g, g["leaf"]),
         "vlb": lambda g: backward(ops.vlb(g["leaf"], g["x"], g["y"], g["t"], g["six"], reduction="mean"), g, g["leaf"]),
+        "inner": lambda g: ops.inner(g["x"], g["y"], guidance=g["one"], centred=True),
         "norm": lambda g: backward(
             ops.group_norm_silu(g["leaf"], 2, g["weight"], g["bias"], 0.1), g, g["leaf"], g["weight"], g["bias"]),
     }
@@ -329,7 +332,7 @@ def run(script: str) -> str:
 def test_repeated_launches_are_those_of_the_full_way():
     """The same kernels, grids and operands: aligned or not, in every layout, type and batch."""
     kinds, repeats = map(int, run(LAUNCHES).split())
-    assert kinds == 270 and repeats > 200
+    assert kinds == 300 and repeats > 220
 
 
 @pytest.mark.slow
