@@ -178,7 +178,8 @@ KERNELS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]]
     "inner_products": inner_products,
     "group_norm_silu": group_norm_silu,
 }
-# The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; cond, uncond; x, y and dy, x, dx.
+# The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; cond and uncond; x, y and dy, x,
+# dx.
 KERNEL_TENSORS = {
     "normal": 1,
     "loss_without_gradient": 1,

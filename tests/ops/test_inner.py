@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from fastdiff.kernels import inner as kernels
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import BACKENDS, DEVICE, dtypes, layouts, salts, shapes, tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import ops, reference
+from fastdiff.kernels import inner as kernels
 
 every = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -21,7 +21,8 @@ every = pytest.mark.parametrize("backend", BACKENDS)
 def bound(a: Tensor, b: Tensor, w: float | None, centred: bool) -> Tensor:
     """How far the three sums may be from those in float64, (B, 3)."""
     p = b if w is None else b + w * (a - b)
-    errors = [torch.zeros_like(a), torch.zeros_like(a) if w is None else ARITHMETIC * (b.abs() + abs(w) * (a - b).abs())]
+    of_p = 0 if w is None else ARITHMETIC * (b.abs() + abs(w) * (a - b).abs())
+    errors = [torch.zeros_like(a), of_p + torch.zeros_like(p)]
     parts = [a, p]
     if centred:  # a mean is off by what its sum is, and what it is taken from is rounded
         errors = [e + SUMMATION * u.abs().mean(1, keepdim=True) for e, u in zip(errors, parts, strict=True)]
