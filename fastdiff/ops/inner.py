@@ -40,7 +40,7 @@ def inner(a: Tensor, b: Tensor, *, guidance: Tensor | None = None, centred: bool
         raise TypeError(f"centred: expected a bool, got {centred!r}")
     if wants_gradient(a, b, guidance) or transforms.active():
         return reference.inner(a, b, guidance, centred)
-    return _OP(a, b, guidance, centred)  # type: ignore[no-any-return]
+    return _OP(a, b, guidance, centred)
 
 
 def _empty(a: Tensor, *operands: Any) -> Tensor:

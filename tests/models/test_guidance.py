@@ -6,9 +6,11 @@ from collections import deque
 
 import pytest
 import torch
+from strategies import BACKENDS, DEVICE
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastdiff
 from fastdiff import DDPM, FlowMatching, ScoreSDE, guidance
 from fastdiff.guidance import Projected, Rescaled, Thresholded, ZeroStar
 from fastdiff.rows import WIDTH, Row, columns
@@ -196,8 +198,8 @@ def test_another_network_is_the_other_branch(rule, y):
 def operands(w: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Row]:
     """x, cond and uncond with gradients, and a row of a step through x0hat."""
     generator = torch.Generator().manual_seed(1)
-    tensors = (torch.randn(SHAPE, generator=generator, dtype=dtype).requires_grad_() for _ in range(3))
-    numbers = torch.zeros(1, WIDTH, dtype=dtype)
+    tensors = (torch.randn(SHAPE, generator=generator).to(DEVICE, dtype).requires_grad_() for _ in range(3))
+    numbers = torch.zeros(1, WIDTH, dtype=dtype, device=DEVICE)
     columns(numbers).x0_from_x[:], columns(numbers).x0_from_pred[:], columns(numbers).guidance[:] = 0.8, -0.6, w
     return *tensors, Row(*(c.reshape(1, 1, 1) for c in columns(numbers)))
 
@@ -242,9 +244,25 @@ def test_a_rule_has_the_gradient_of_its_formula(rule):
     assert torch.autograd.gradcheck(lambda *three: rule(*three, row), tensors)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_rule_in_float32_is_that_in_float64(rule, backend):
+    """By the kernel, and where a gradient is wanted."""
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        *tensors, row = operands(3.0, dtype)
+        with fastdiff.backend(backend):
+            with torch.no_grad():
+                plain = rule(*tensors, row)
+            pred = rule(*tensors, row)
+        results.append((plain, pred.detach(), *torch.autograd.grad(pred.square().sum(), tensors[1:])))
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_gradients_are_finite_where_predictions_are_equal_or_nothing(rule):
-    for cond in (torch.ones(2, 1), torch.zeros(2, 3)):
+    for cond in (torch.ones(2, 1, device=DEVICE), torch.zeros(2, 3, device=DEVICE)):
         leaves = [cond.clone().requires_grad_() for _ in range(3)]
         row = Row(*(c.reshape(1, 1) for c in operands(2.0, torch.float32)[-1]))
         for grad in torch.autograd.grad(rule(*leaves, row).sum(), leaves, allow_unused=True):  # of x, by some
