@@ -224,7 +224,7 @@ def norm_grad(
     add, scale, shift = _row(add), _row(scale), _row(shift)
     weight, bias = weight.contiguous(), bias.contiguous()
     batch, channels = grad.shape[:2]
-    sums = torch.empty(plan.spans, 2 if add is None else 3, batch, channels, dtype=torch.float32, device=x.device)
+    sums = torch.empty(plan.spans, 2 if add is None else 4, batch, channels, dtype=torch.float32, device=x.device)
     partial = _partial(plan, mean)
     operands = {
         "sums_ptr": sums, "partial_ptr": partial, "grad_ptr": grad, "x_ptr": x, "skip_ptr": skip, "add_ptr": add,

@@ -15,15 +15,17 @@ import triton.language as tl
 
 from .launch import kernel
 from .norm_tile import (
+    MINUS_LOG2_E,
     affine,
     by_channel,
     by_group,
     load_row,
     load_tiles,
     owned,
-    sigmoid,
+    silu,
     tile_masks,
     tile_pointers,
+    times,
 )
 from .tile import to_float32
 
@@ -126,12 +128,11 @@ def store_normed(
     pointers, tiles, masks, factor, offset, SILU: tl.constexpr, QUICK: tl.constexpr,
     BLOCKS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Stores u = x factor + offset of the tiles, or, if SILU, silu(u)."""
+    """Stores v = x factor + offset of the tiles, or, if SILU, its silu."""
     for k in tl.static_range(BLOCKS):
         for t in tl.static_range(TILES):
-            u = to_float32(tiles[k * TILES + t]) * factor[k][:, None] + offset[k][:, None]
-            y = u * sigmoid(u, QUICK) if SILU else u
-            tl.store(pointers[k * TILES + t], y, mask=masks[k * TILES + t])
+            v = to_float32(tiles[k * TILES + t]) * factor[k][:, None] + offset[k][:, None]
+            tl.store(pointers[k * TILES + t], silu(v, QUICK) if SILU else v, mask=masks[k * TILES + t])
 
 
 @kernel
@@ -150,7 +151,7 @@ def norm_kernel(
     SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
-    QUICK: tl.constexpr = FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    QUICK: tl.constexpr = SILU and FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
     groups = sample * (CHANNELS // DEPTH) + group
     add = None
@@ -187,6 +188,8 @@ def norm_kernel(
             center -= add[k]
         factor = factor + (weight[k] * rstds[k],)
         offset = offset + (bias[k] - center * (weight[k] * rstds[k]),)
+    if QUICK:
+        factor, offset = times(factor, MINUS_LOG2_E, BLOCKS), times(offset, MINUS_LOG2_E, BLOCKS)
     if partial_ptr is None:
         pointers = tile_pointers(
             out_ptr, None, sample, channel, 0, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
