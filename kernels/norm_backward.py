@@ -12,7 +12,6 @@ Moves, per element: norm_grad_kernel reads x and the gradient by y, and writes t
 a program are read twice, once before that by norm_sums_kernel. parameters_kernel reads nothing but sums.
 """
 
-
 import triton
 import triton.language as tl
 
@@ -54,9 +53,11 @@ def lines_of(
     add_stride, scale_stride, shift_stride,
     DEPTH: tl.constexpr, GROUPS: tl.constexpr, QUICK: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Rows (center, slant, offset, rstd): xhat = (x - center) rstd and u = (x - center) slant + offset; if QUICK,
-    slant and offset are -log2(e) times that."""
+    """Rows (center, slant, offset, rstd): xhat = (x - center) rstd and u = (x - center) slant + offset; or, if QUICK,
+    -log2(e) times that, which the last three rows then contain."""
+    UNIT: tl.constexpr = MINUS_LOG2_E if QUICK else 1.0
     rstd = group_row(rstd_ptr, groups, channels, DEPTH, GROUPS, BLOCKS, LANES)
+    rstd = times(rstd, UNIT, BLOCKS)
     center = group_row(mean_ptr, groups, channels, DEPTH, GROUPS, BLOCKS, LANES)
     factor, offset = affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample, channel, channels, scale_stride, shift_stride, BLOCKS, LANES
@@ -64,15 +65,13 @@ def lines_of(
     slant = ()
     for k in tl.static_range(BLOCKS):
         slant = slant + (factor[k] * rstd[k],)
-    if QUICK:
-        slant, offset = times(slant, MINUS_LOG2_E, BLOCKS), times(offset, MINUS_LOG2_E, BLOCKS)
     if add_ptr is not None:
         add = load_row(add_ptr, sample * add_stride + channel, channels, BLOCKS, LANES)
         less = ()
         for k in tl.static_range(BLOCKS):
             less = less + (center[k] - add[k],)
         center = less
-    return center, slant, offset, rstd
+    return center, slant, times(offset, UNIT, BLOCKS), rstd
 
 
 @triton.jit
@@ -93,9 +92,23 @@ def load_both(
 
 
 @triton.jit
+def pixel_sums(tile, LAST: tl.constexpr):
+    """[LANES]: the sums of a tile [LANES, TILE] over its pixels.
+
+    With channels last a thread holds several channels of a pixel, and a sum among threads passes on all of them at each
+    step. A split moves both of its parts, which are neighbouring pixels, into one thread."""
+    if LAST and tile.shape[1] % 8 == 0:
+        tile = tl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 2, 2, 2])
+        for _ in tl.static_range(3):
+            even, odd = tl.split(tile)
+            tile = even + odd
+    return tl.sum(tile, 1)
+
+
+@triton.jit
 def sums_of(
     grads, tiles, masks, center, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr, ADD: tl.constexpr,
-    BLOCKS: tl.constexpr, TILES: tl.constexpr,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """(slopes of the tiles, rows of the sums of slope, of slope (x - center) and, if ADD, of x - center over their
     pixels). A slope is 0 where the gradient is, so beyond the slab. If QUICK, slopes are by -log2(e) u."""
@@ -113,9 +126,9 @@ def sums_of(
             if ADD:
                 away += tl.where(masks[k * TILES + t], x, 0.0)
             slopes = slopes + (slope,)
-        ones = ones + (tl.sum(one, 1),)
-        others = others + (tl.sum(other, 1),)
-        aways = aways + (tl.sum(away, 1) if ADD else 0.0,)
+        ones = ones + (pixel_sums(one, LAST),)
+        others = others + (pixel_sums(other, LAST),)
+        aways = aways + (pixel_sums(away, LAST) if ADD else 0.0,)
     return slopes, ones, others, aways
 
 
@@ -166,7 +179,7 @@ def norm_sums_kernel(
             x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES,
             TILE, LAST,
         )  # fmt: skip
-        _, one, other, away = sums_of(grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES)
+        _, one, other, away = sums_of(grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, LAST)
         ones, others = added(ones, one, BLOCKS), added(others, other, BLOCKS)
         if ADD:
             aways = added(aways, away, BLOCKS)
@@ -211,12 +224,11 @@ def added(a, b, BLOCKS: tl.constexpr):
 def store_sums(
     row, stride, ones, others, rstd, channels, QUICK: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr
 ):
-    """Stores the sums of slope and of slope xhat as the first two rows; slopes as in sums_of."""
-    others = product(rstd, others, BLOCKS)
-    if QUICK:
-        ones, others = times(ones, MINUS_LOG2_E, BLOCKS), times(others, MINUS_LOG2_E, BLOCKS)
-    store_row(row, ones, channels, BLOCKS, LANES)
-    store_row(row + stride, others, channels, BLOCKS, LANES)
+    """Stores the sums of slope and of slope xhat as the first two rows; ones and others as in sums_of, rstd as in
+    lines_of."""
+    UNIT: tl.constexpr = MINUS_LOG2_E if QUICK else 1.0
+    store_row(row, times(ones, UNIT, BLOCKS), channels, BLOCKS, LANES)
+    store_row(row + stride, product(rstd, others, BLOCKS), channels, BLOCKS, LANES)
 
 
 @triton.jit
@@ -258,6 +270,7 @@ def norm_grad_kernel(
 ):  # fmt: skip
     FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
     QUICK: tl.constexpr = SILU and FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    PER_UNIT: tl.constexpr = MINUS_LN_2 if QUICK else 1.0  # see lines_of
     ADD: tl.constexpr = add_ptr is not None
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
     groups = sample * (CHANNELS // DEPTH) + group
@@ -275,7 +288,7 @@ def norm_grad_kernel(
     )  # fmt: skip
     if partial_ptr is None:
         slopes, ones, others, aways = sums_of(
-            grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES
+            grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, LAST
         )  # fmt: skip
         store_sums(row, stride, ones, others, rstd, channels, QUICK, BLOCKS, LANES)
         one = weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
@@ -283,11 +296,10 @@ def norm_grad_kernel(
     else:
         one, other = merged_sums(partial_ptr, groups, GROUPS, SLOTS, CHUNKS * SPANS, PARTS)
         if ADD:
-            ones = load_row(row, 0, channels, BLOCKS, LANES)
-            ones = times(ones, MINUS_LN_2, BLOCKS) if QUICK else ones
+            ones = times(load_row(row, 0, channels, BLOCKS, LANES), PER_UNIT, BLOCKS)
             aways = load_row(row, 3 * stride, channels, BLOCKS, LANES)
     m_1 = by_channel(one * (1.0 / (DEPTH * PIXELS)), DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
-    m_2 = by_channel(other * (1.0 / (DEPTH * PIXELS)), DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
+    m_2 = by_channel(other * (PER_UNIT * PER_UNIT / (DEPTH * PIXELS)), DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
     # dL/dx = slant slope - m_1 - (x - center) rstd^2 m_2, m_1 with its rstd
     by_x, constant = (), ()
     for k in tl.static_range(BLOCKS):
@@ -311,7 +323,7 @@ def norm_grad_kernel(
                 x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES,
                 TILES, TILE, LAST,
             )  # fmt: skip
-            slopes, _, _, _ = sums_of(grad, x, masks, center, slant, offset, SILU, QUICK, False, BLOCKS, TILES)
+            slopes, _, _, _ = sums_of(grad, x, masks, center, slant, offset, SILU, QUICK, False, BLOCKS, TILES, LAST)
             pointers = tile_pointers(
                 x_grad_ptr, skip_grad_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE,
                 LAST,

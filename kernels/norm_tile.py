@@ -12,7 +12,6 @@ BLOCKS x LANES channels by TILES x TILE pixels. A tuple holds the tiles; tile (k
 The grid is (slabs, CHUNKS x SPANS). A row is a tuple of BLOCKS tensors [LANES]: one number of every channel.
 """
 
-
 import triton
 import triton.language as tl
 
@@ -186,8 +185,8 @@ def times(row, factor, BLOCKS: tl.constexpr):
 def quick_sigmoid(v):
     """-ln(2) / (1 + 2^v), which is -ln(2) sigmoid(u) of v = -log2(e) u.
 
-    By NVIDIA's approximate power of two and reciprocal, for 16-bit results alone: its error, below 2^-20 for |u| < 8, is
-    far below their rounding."""
+    By NVIDIA's approximate power of two and reciprocal, for 16-bit results alone: its error, below 2^-20 for |u| < 8,
+    is far below their rounding."""
     e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True, pack=1)
     below = e * MINUS_LOG2_E + MINUS_LOG2_E
     return tl.inline_asm_elementwise(
@@ -197,7 +196,7 @@ def quick_sigmoid(v):
 
 @triton.jit
 def silu(v, QUICK: tl.constexpr):
-    """silu(u) of v = u, or, if QUICK, of v = -log2(e) u."""
+    """u sigmoid(u) of v = u, or, if QUICK, of v = -log2(e) u."""
     return v * (quick_sigmoid(v) if QUICK else tl.sigmoid(v))
 
 
