@@ -89,11 +89,9 @@ def _tiles(
 
 @functools.lru_cache(maxsize=1024)
 def plan_of(
-    batch: int, channels: int, pixels: int, groups: int, last: bool, size: int, backward: bool, added: bool,
-    limits: Limits,
+    batch: int, channels: int, pixels: int, groups: int, last: bool, size: int, backward: bool, limits: Limits,
 ) -> Plan:  # fmt: skip
-    """The plan for images (batch, channels, pixels) of elements of `size` bytes; last: channels last; added: there is
-    an add, whose gradient takes registers too."""
+    """The plan for images (batch, channels, pixels) of elements of `size` bytes; last: channels last."""
     depth, vector = channels // groups, 16 // size
     most, held = limits.backward if backward else limits.forward, limits.held
     if backward and size == 4:  # half as many elements to a thread of twice as many: x itself takes a register each
@@ -109,7 +107,7 @@ def plan_of(
         fit = functools.partial(_tiles, blocks, lanes, pixels, vector, least, warp=limits.warp, most=most)
         # A thread of a backward kernel that has all channels of its pixels sums them without others, and may hold more.
         alone = backward and last and lanes == vector and 1 < blocks <= 3
-        tiling = (None if enough else fit(held=limits.few)) or fit(held=held * 3 // 2 if alone and not added else held)
+        tiling = (None if enough else fit(held=limits.few)) or fit(held=held * 3 // 2 if alone else held)
         worth = (
             not last or width % vector == 0,
             tiling is not None,
@@ -153,15 +151,13 @@ def plan_of(
     return Plan(slabs, chunks * spans, spans, piece, shape)
 
 
-def _prepared(
-    x: Tensor, skip: Tensor | None, groups: int, backward: bool, added: bool
-) -> tuple[Tensor, Tensor | None, Plan]:
+def _prepared(x: Tensor, skip: Tensor | None, groups: int, backward: bool) -> tuple[Tensor, Tensor | None, Plan]:
     """(x contiguous or channels last and gapless, skip laid out so too, the plan of both together)."""
     x = x if channels_of(x) and is_dense(x) else x.contiguous()
     skip = None if skip is None else _laid(x, skip)
     (batch, first), last = x.shape[:2], not x.is_contiguous()
     pixels, channels = x.numel() // (batch * first), first + (0 if skip is None else skip.shape[1])
-    return x, skip, plan_of(batch, channels, pixels, groups, last, x.element_size(), backward, added, LIMITS)
+    return x, skip, plan_of(batch, channels, pixels, groups, last, x.element_size(), backward, LIMITS)
 
 
 def _laid(x: Tensor, t: Tensor) -> Tensor:
@@ -189,7 +185,7 @@ def norm(
 ) -> None:  # fmt: skip
     """Write silu(GroupNorm(x + add) (1 + scale) + shift) into out (B, C, ...), and the statistics of the groups of
     x + add into mean and rstd, (B, groups) float32. skip: further channels of x; silu: False leaves SiLU out."""
-    x, skip, plan = _prepared(x, skip, groups, backward=False, added=add is not None)
+    x, skip, plan = _prepared(x, skip, groups, backward=False)
     same = _laid(x, out)
     add, scale, shift = _row(add), _row(scale), _row(shift)
     partial = _partial(plan, mean)
@@ -218,13 +214,13 @@ def norm_grad(
 ) -> None:  # fmt: skip
     """Write the gradients by x and skip into x_grad and skip_grad, and those by the other operands into tensors shaped
     like them, contiguous; None for an operand that is not there, or for all of these if none is wanted."""
-    x, skip, plan = _prepared(x, skip, groups, backward=True, added=add is not None)
+    x, skip, plan = _prepared(x, skip, groups, backward=True)
     same, grad = laid_like(x, x_grad), _laid(x, grad)
     same_skip = None if skip is None or skip_grad is None else laid_like(skip, skip_grad)
     add, scale, shift = _row(add), _row(scale), _row(shift)
     weight, bias = weight.contiguous(), bias.contiguous()
     batch, channels = grad.shape[:2]
-    sums = torch.empty(plan.spans, 2 if add is None else 3, batch, channels, dtype=torch.float32, device=x.device)
+    sums = torch.empty(plan.spans, 2 if add is None else 4, batch, channels, dtype=torch.float32, device=x.device)
     partial = _partial(plan, mean)
     operands = {
         "sums_ptr": sums, "partial_ptr": partial, "grad_ptr": grad, "x_ptr": x, "skip_ptr": skip, "add_ptr": add,

@@ -4,28 +4,32 @@ which is the gradient by y itself if there is no SiLU:
     dL/dx = rstd (f slope - m_1 - xhat m_2),   m_1 = mean(f slope), m_2 = mean(f slope xhat) over the group
 
 The gradients of weight, bias, scale and shift follow from the sums of slope and of slope xhat over the pixels of each
-channel, that of add from the sum of dL/dx.
+channel, and with the sums of xhat that of add:
+
+    dL/dadd = sum(dL/dx) = rstd (f sum(slope) - pixels m_1 - sum(xhat) m_2)
 
 Moves, per element: norm_grad_kernel reads x and the gradient by y, and writes the gradient by x. Groups that do not fit
 a program are read twice, once before that by norm_sums_kernel. parameters_kernel reads nothing but sums.
 """
-
 
 import triton
 import triton.language as tl
 
 from .launch import kernel
 from .norm_tile import (
+    MINUS_LN_2,
+    MINUS_LOG2_E,
     affine,
     by_channel,
     by_group,
     load_row,
     load_tiles,
     owned,
-    sigmoid,
+    silu_slope,
     store_row,
     tile_masks,
     tile_pointers,
+    times,
 )
 from .tile import to_float32
 
@@ -47,10 +51,13 @@ def group_row(
 def lines_of(
     mean_ptr, rstd_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, groups, sample, channel, channels,
     add_stride, scale_stride, shift_stride,
-    DEPTH: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+    DEPTH: tl.constexpr, GROUPS: tl.constexpr, QUICK: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Rows (center, slant, offset, rstd): xhat = (x - center) rstd and u = (x - center) slant + offset."""
+    """Rows (center, slant, offset, rstd): xhat = (x - center) rstd and u = (x - center) slant + offset; or, if QUICK,
+    -log2(e) times that, which the last three rows then contain."""
+    UNIT: tl.constexpr = MINUS_LOG2_E if QUICK else 1.0
     rstd = group_row(rstd_ptr, groups, channels, DEPTH, GROUPS, BLOCKS, LANES)
+    rstd = times(rstd, UNIT, BLOCKS)
     center = group_row(mean_ptr, groups, channels, DEPTH, GROUPS, BLOCKS, LANES)
     factor, offset = affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample, channel, channels, scale_stride, shift_stride, BLOCKS, LANES
@@ -64,7 +71,7 @@ def lines_of(
         for k in tl.static_range(BLOCKS):
             less = less + (center[k] - add[k],)
         center = less
-    return center, slant, offset, rstd
+    return center, slant, times(offset, UNIT, BLOCKS), rstd
 
 
 @triton.jit
@@ -85,29 +92,44 @@ def load_both(
 
 
 @triton.jit
+def pixel_sums(tile, LAST: tl.constexpr):
+    """[LANES]: the sums of a tile [LANES, TILE] over its pixels.
+
+    With channels last a thread holds several channels of a pixel, and a sum among threads passes on all of them at each
+    step. A split moves both of its parts, which are neighbouring pixels, into one thread."""
+    if LAST and tile.shape[1] % 8 == 0:
+        tile = tl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 2, 2, 2])
+        for _ in tl.static_range(3):
+            even, odd = tl.split(tile)
+            tile = even + odd
+    return tl.sum(tile, 1)
+
+
+@triton.jit
 def sums_of(
-    grads, tiles, center, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr, BLOCKS: tl.constexpr,
-    TILES: tl.constexpr,
+    grads, tiles, masks, center, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr, ADD: tl.constexpr,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """(slopes of the tiles, rows of the sums of slope and of slope (x - center) over their pixels). A slope is 0 where
-    the gradient is, so beyond the slab."""
-    slopes, ones, others = (), (), ()
+    """(slopes of the tiles, rows of the sums of slope, of slope (x - center) and, if ADD, of x - center over their
+    pixels). A slope is 0 where the gradient is, so beyond the slab. If QUICK, slopes are by -log2(e) u."""
+    slopes, ones, others, aways = (), (), (), ()
     for k in tl.static_range(BLOCKS):
         one = tl.zeros_like(tiles[0]).to(tl.float32)
-        other = one
+        other, away = one, one
         for t in tl.static_range(TILES):
             x = to_float32(tiles[k * TILES + t]) - center[k][:, None]
             slope = to_float32(grads[k * TILES + t])
             if SILU:
-                u = x * slant[k][:, None] + offset[k][:, None]
-                s = sigmoid(u, QUICK)
-                slope *= s * (u * (1.0 - s) + 1.0)
+                slope *= silu_slope(x * slant[k][:, None] + offset[k][:, None], QUICK)
             one = slope if t == 0 else one + slope
             other = slope * x if t == 0 else other + slope * x
+            if ADD:
+                away += tl.where(masks[k * TILES + t], x, 0.0)
             slopes = slopes + (slope,)
-        ones = ones + (tl.sum(one, 1),)
-        others = others + (tl.sum(other, 1),)
-    return slopes, ones, others
+        ones = ones + (pixel_sums(one, LAST),)
+        others = others + (pixel_sums(other, LAST),)
+        aways = aways + (pixel_sums(away, LAST) if ADD else 0.0,)
+    return slopes, ones, others, aways
 
 
 @triton.jit
@@ -124,7 +146,8 @@ def weighed(
 
 @kernel
 def norm_sums_kernel(
-    sums_ptr,  # (SPANS, 2 or, with add, 3, B, C) float32; written: sums of slope and of slope xhat of a span
+    sums_ptr,  # (SPANS, 2 or, with add, 4, B, C) float32; written, but the third: sums of slope, slope xhat, dL/dx and
+    # x - center over a span
     partial_ptr,  # (B, groups, CHUNKS SPANS, 2) float32, written: sums of f slope and of f slope xhat of a part
     grad_ptr,  # (B, C, pixels), any floating type
     x_ptr, skip_ptr,  # (B, FIRST, pixels) and (B, C - FIRST, pixels), any floating type; or (B, C, pixels) and None
@@ -139,27 +162,32 @@ def norm_sums_kernel(
     SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
-    QUICK: tl.constexpr = FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
-    ROWS: tl.constexpr = 2 if add_ptr is None else 3
+    QUICK: tl.constexpr = SILU and FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    ADD: tl.constexpr = add_ptr is not None
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
     groups = sample * (CHANNELS // DEPTH) + group
     center, slant, offset, rstd = lines_of(
         mean_ptr, rstd_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, groups, sample, channel, channels,
-        add_stride, scale_stride, shift_stride, DEPTH, GROUPS, BLOCKS, LANES,
+        add_stride, scale_stride, shift_stride, DEPTH, GROUPS, QUICK, BLOCKS, LANES,
     )  # fmt: skip
     ones = zero_row(BLOCKS, LANES)
     others = zero_row(BLOCKS, LANES)
+    aways = zero_row(BLOCKS, LANES)
     for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
         masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
         x, grad = load_both(
             x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES,
             TILE, LAST,
         )  # fmt: skip
-        _, one, other = sums_of(grad, x, center, slant, offset, SILU, QUICK, BLOCKS, TILES)
+        _, one, other, away = sums_of(grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, LAST)
         ones, others = added(ones, one, BLOCKS), added(others, other, BLOCKS)
-    row = sums_ptr + (tl.cast(span, tl.int64) * ROWS * batch + sample) * CHANNELS + channel
-    store_row(row, ones, channels, BLOCKS, LANES)
-    store_row(row + tl.cast(batch, tl.int64) * CHANNELS, product(rstd, others, BLOCKS), channels, BLOCKS, LANES)
+        if ADD:
+            aways = added(aways, away, BLOCKS)
+    row = sums_ptr + (tl.cast(span, tl.int64) * (4 if ADD else 2) * batch + sample) * CHANNELS + channel
+    stride = tl.cast(batch, tl.int64) * CHANNELS
+    store_sums(row, stride, ones, others, rstd, channels, QUICK, BLOCKS, LANES)
+    if ADD:
+        store_row(row + 3 * stride, aways, channels, BLOCKS, LANES)
     slot = tl.arange(0, SLOTS)
     at = partial_ptr + ((groups + slot) * (CHUNKS * SPANS) + tl.program_id(1)) * 2
     tl.store(at, weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES), mask=slot < GROUPS)
@@ -193,6 +221,17 @@ def added(a, b, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def store_sums(
+    row, stride, ones, others, rstd, channels, QUICK: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr
+):
+    """Stores the sums of slope and of slope xhat as the first two rows; ones and others as in sums_of, rstd as in
+    lines_of."""
+    UNIT: tl.constexpr = MINUS_LOG2_E if QUICK else 1.0
+    store_row(row, times(ones, UNIT, BLOCKS), channels, BLOCKS, LANES)
+    store_row(row + stride, product(rstd, others, BLOCKS), channels, BLOCKS, LANES)
+
+
+@triton.jit
 def merged_sums(
     partial_ptr, groups, GROUPS: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr
 ):
@@ -207,26 +246,20 @@ def merged_sums(
 
 @triton.jit
 def store_gradient(
-    pointers, slopes, tiles, masks, slant, by_x, constant, ADD: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr
+    pointers, slopes, tiles, masks, slant, by_x, constant, BLOCKS: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
-    """Stores slant slope + by_x x + constant of the tiles; returns the row of its sums over the pixels if ADD."""
-    row = ()
+    """Stores slant slope + by_x x + constant of the tiles."""
     for k in tl.static_range(BLOCKS):
-        total = tl.zeros_like(slopes[0])
         for t in tl.static_range(TILES):
             rest = to_float32(tiles[k * TILES + t]) * by_x[k][:, None] + constant[k][:, None]
             gradient = slopes[k * TILES + t] * slant[k][:, None] + rest
             tl.store(pointers[k * TILES + t], gradient, mask=masks[k * TILES + t])
-            if ADD:
-                total += tl.where(masks[k * TILES + t], gradient, 0.0)
-        row = row + (tl.sum(total, 1) if ADD else 0.0,)
-    return row
 
 
 @kernel
 def norm_grad_kernel(
     x_grad_ptr, skip_grad_ptr,  # like x_ptr and skip_ptr, written
-    sums_ptr,  # as in norm_sums_kernel; written, but for what that left there; the third row: sums of dL/dx
+    sums_ptr,  # as in norm_sums_kernel; the first three rows are written, but for what that left there
     partial_ptr,  # of norm_sums_kernel; or None: the slab is whole groups
     grad_ptr, x_ptr, skip_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,  # as there
     batch, first, add_stride, scale_stride, shift_stride,
@@ -236,11 +269,12 @@ def norm_grad_kernel(
     SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
-    QUICK: tl.constexpr = FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    QUICK: tl.constexpr = SILU and FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    PER_UNIT: tl.constexpr = MINUS_LN_2 if QUICK else 1.0  # see lines_of
     ADD: tl.constexpr = add_ptr is not None
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
     groups = sample * (CHANNELS // DEPTH) + group
-    row = sums_ptr + (tl.cast(span, tl.int64) * (3 if ADD else 2) * batch + sample) * CHANNELS + channel
+    row = sums_ptr + (tl.cast(span, tl.int64) * (4 if ADD else 2) * batch + sample) * CHANNELS + channel
     stride = tl.cast(batch, tl.int64) * CHANNELS
     if partial_ptr is None:
         masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
@@ -250,45 +284,51 @@ def norm_grad_kernel(
         )  # fmt: skip
     center, slant, offset, rstd = lines_of(
         mean_ptr, rstd_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, groups, sample, channel, channels,
-        add_stride, scale_stride, shift_stride, DEPTH, GROUPS, BLOCKS, LANES,
+        add_stride, scale_stride, shift_stride, DEPTH, GROUPS, QUICK, BLOCKS, LANES,
     )  # fmt: skip
     if partial_ptr is None:
-        slopes, ones, others = sums_of(grad, x, center, slant, offset, SILU, QUICK, BLOCKS, TILES)
-        store_row(row, ones, channels, BLOCKS, LANES)
-        store_row(row + stride, product(rstd, others, BLOCKS), channels, BLOCKS, LANES)
+        slopes, ones, others, aways = sums_of(
+            grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, LAST
+        )  # fmt: skip
+        store_sums(row, stride, ones, others, rstd, channels, QUICK, BLOCKS, LANES)
         one = weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
         other = weighed(slant, others, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
     else:
         one, other = merged_sums(partial_ptr, groups, GROUPS, SLOTS, CHUNKS * SPANS, PARTS)
+        if ADD:
+            ones = times(load_row(row, 0, channels, BLOCKS, LANES), PER_UNIT, BLOCKS)
+            aways = load_row(row, 3 * stride, channels, BLOCKS, LANES)
     m_1 = by_channel(one * (1.0 / (DEPTH * PIXELS)), DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
-    m_2 = by_channel(other * (1.0 / (DEPTH * PIXELS)), DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
+    m_2 = by_channel(other * (PER_UNIT * PER_UNIT / (DEPTH * PIXELS)), DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
     # dL/dx = slant slope - m_1 - (x - center) rstd^2 m_2, m_1 with its rstd
     by_x, constant = (), ()
     for k in tl.static_range(BLOCKS):
         by_x = by_x + (-m_2[k] * rstd[k] * rstd[k],)
         constant = constant + (m_2[k] * rstd[k] * rstd[k] * center[k] - m_1[k],)
+    if ADD:
+        pixels = tl.minimum(PIXELS - span * SPAN, SPAN)
+        totals = ()
+        for k in tl.static_range(BLOCKS):
+            totals = totals + (slant[k] * ones[k] + by_x[k] * aways[k] - pixels * m_1[k],)
+        store_row(row + 2 * stride, totals, channels, BLOCKS, LANES)
     if partial_ptr is None:
         pointers = tile_pointers(
             x_grad_ptr, skip_grad_ptr, sample, channel, 0, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
         )
-        total = store_gradient(pointers, slopes, x, masks, slant, by_x, constant, ADD, BLOCKS, TILES)
+        store_gradient(pointers, slopes, x, masks, slant, by_x, constant, BLOCKS, TILES)
     else:
-        total = zero_row(BLOCKS, LANES)
         for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
             masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
             x, grad = load_both(
                 x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES,
                 TILES, TILE, LAST,
             )  # fmt: skip
-            slopes, _, _ = sums_of(grad, x, center, slant, offset, SILU, QUICK, BLOCKS, TILES)
+            slopes, _, _, _ = sums_of(grad, x, masks, center, slant, offset, SILU, QUICK, False, BLOCKS, TILES, LAST)
             pointers = tile_pointers(
                 x_grad_ptr, skip_grad_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE,
                 LAST,
             )  # fmt: skip
-            more = store_gradient(pointers, slopes, x, masks, slant, by_x, constant, ADD, BLOCKS, TILES)
-            total = added(total, more, BLOCKS)
-    if ADD:
-        store_row(row + 2 * stride, total, channels, BLOCKS, LANES)
+            store_gradient(pointers, slopes, x, masks, slant, by_x, constant, BLOCKS, TILES)
 
 
 @kernel
@@ -296,7 +336,7 @@ def parameters_kernel(
     weight_grad_ptr, bias_grad_ptr,  # (C,), the types of weight and bias, written
     scale_grad_ptr, shift_grad_ptr,  # (B, C), the types of scale and shift, written; or None
     add_grad_ptr,  # (B, C) or, if add is SHARED by the batch, (C,), the type of add, written; or None
-    sums_ptr,  # (spans, 2 or, with add, 3, B, C) float32, of norm_grad_kernel
+    sums_ptr,  # (spans, 2 or, with add, 4, B, C) float32, of norm_grad_kernel
     weight_ptr, bias_ptr,  # (C,), any floating type
     scale_ptr,  # (B, C), any floating type, channels adjacent; or None
     batch, spans, channels, scale_stride,
@@ -310,7 +350,7 @@ def parameters_kernel(
     by_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     by_bias = tl.zeros([ROWS, BLOCK], tl.float32)
     by_add = tl.zeros([ROWS, BLOCK], tl.float32)
-    KINDS: tl.constexpr = 2 if add_grad_ptr is None else 3
+    KINDS: tl.constexpr = 2 if add_grad_ptr is None else 4
     stride = tl.cast(batch, tl.int64) * channels
     for sample in range(0, batch, ROWS):
         row = (sample + tl.arange(0, ROWS)).to(tl.int64)[:, None]

@@ -9,19 +9,19 @@ Moves, per element: norm_kernel reads x and writes y. Groups that do not fit a p
 by moments_kernel. In norm_tile.py: what a program owns.
 """
 
-
 import triton
 import triton.language as tl
 
 from .launch import kernel
 from .norm_tile import (
+    MINUS_LOG2_E,
     affine,
     by_channel,
     by_group,
     load_row,
     load_tiles,
     owned,
-    sigmoid,
+    silu,
     tile_masks,
     tile_pointers,
 )
@@ -41,15 +41,12 @@ def moments(
     sums = ()
     for k in tl.static_range(BLOCKS):
         total = to_float32(tiles[k * TILES])
+        if add is not None:  # a share of it in every column
+            total += add[k][:, None] * (pixels * (1.0 / TILE))
         for t in tl.static_range(1, TILES):
             total += to_float32(tiles[k * TILES + t])
         sums = sums + (total,)
     mean = by_group(sums, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILE)
-    if add is not None:
-        columns = ()
-        for k in tl.static_range(BLOCKS):
-            columns = columns + (add[k][:, None],)
-        mean += pixels * by_group(columns, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, 1)
     mean = mean / count
     center = by_channel(mean, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
     squares = ()
@@ -126,12 +123,11 @@ def store_normed(
     pointers, tiles, masks, factor, offset, SILU: tl.constexpr, QUICK: tl.constexpr,
     BLOCKS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Stores u = x factor + offset of the tiles, or, if SILU, silu(u)."""
+    """Stores v = x factor + offset of the tiles, or, if SILU, its silu."""
     for k in tl.static_range(BLOCKS):
         for t in tl.static_range(TILES):
-            u = to_float32(tiles[k * TILES + t]) * factor[k][:, None] + offset[k][:, None]
-            y = u * sigmoid(u, QUICK) if SILU else u
-            tl.store(pointers[k * TILES + t], y, mask=masks[k * TILES + t])
+            v = to_float32(tiles[k * TILES + t]) * factor[k][:, None] + offset[k][:, None]
+            tl.store(pointers[k * TILES + t], silu(v, QUICK) if SILU else v, mask=masks[k * TILES + t])
 
 
 @kernel
@@ -150,7 +146,8 @@ def norm_kernel(
     SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
-    QUICK: tl.constexpr = FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    QUICK: tl.constexpr = SILU and FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    UNIT: tl.constexpr = MINUS_LOG2_E if QUICK else 1.0  # of u, see silu
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
     groups = sample * (CHANNELS // DEPTH) + group
     add = None
@@ -179,14 +176,14 @@ def norm_kernel(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, sample, channel, channels, scale_stride, shift_stride, BLOCKS, LANES
     )
     centers = by_channel(mean, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
-    rstds = by_channel(rstd, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
+    rstds = by_channel(rstd * UNIT, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
     factor, offset = (), ()
     for k in tl.static_range(BLOCKS):
         center = centers[k]
         if add is not None:
             center -= add[k]
         factor = factor + (weight[k] * rstds[k],)
-        offset = offset + (bias[k] - center * (weight[k] * rstds[k]),)
+        offset = offset + (bias[k] * UNIT - center * (weight[k] * rstds[k]),)
     if partial_ptr is None:
         pointers = tile_pointers(
             out_ptr, None, sample, channel, 0, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.norm_tile import MINUS_LOG2_E, sigmoid
+from fastdiff.kernels.norm_tile import MINUS_LN_2, MINUS_LOG2_E, quick_sigmoid, silu, silu_slope
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import DEVICE, dtypes, laid, salts, tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.kernels import group_norm as kernels
+from fastdiff.kernels import norm_tile
 from fastdiff.nn import ResnetBlock
 
 # NumPy, in the interpreter, on exp(-u) beyond the range of float32.
@@ -233,19 +234,23 @@ def test_equal_bits_from_run_to_run(layout, limits):
 def test_the_bounds_of_the_approximate_sigmoid_are_below_the_rounding_of_16_bit_types():
     """PTX: ex2.approx.ftz.f32 is within 2^-22 of the power, rcp.approx.ftz.f32 within one unit in the last place."""
     u = torch.linspace(-86, 88, 20_001)
-    exponent = (u * MINUS_LOG2_E.value).double()  # rounded to float32, as in the kernel
+    v = (u * MINUS_LOG2_E.value).double()  # rounded to float32, as in the kernel
+    log2_e = torch.tensor(MINUS_LOG2_E.value).double()
     for power, reciprocal in itertools.product((-1, 1), repeat=2):
-        e = (exponent.exp2() * (1 + power * 2.0**-22)).float()
-        s = (1 / (1 + e).double()) * (1 + reciprocal * 2.0**-23)
-        error = (s / u.double().sigmoid() - 1).abs()
+        e = (v.exp2() * (1 + power * 2.0**-22)).float()
+        s = (1 / (e.double() * log2_e + log2_e).float().double()) * (1 + reciprocal * 2.0**-23)
+        error = (s / MINUS_LN_2.value / u.double().sigmoid() - 1).abs()
         assert error.max() < ROUNDING[torch.float16] / 32
         assert error[u.abs() < 8].max() < 2.0**-20
 
 
 @triton.jit
-def approximate(out_ptr, u_ptr, BLOCK: tl.constexpr):
+def approximate(sigmoid_ptr, silu_ptr, slope_ptr, u_ptr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
-    tl.store(out_ptr + at, sigmoid(tl.load(u_ptr + at), True))
+    v = tl.load(u_ptr + at) * MINUS_LOG2_E
+    tl.store(sigmoid_ptr + at, quick_sigmoid(v) / MINUS_LN_2)
+    tl.store(silu_ptr + at, silu(v, True))
+    tl.store(slope_ptr + at, silu_slope(v, True) / MINUS_LN_2)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -253,20 +258,38 @@ def approximate(out_ptr, u_ptr, BLOCK: tl.constexpr):
 def test_the_second_read_of_a_large_image_finds_it_in_the_cache(channels, last):
     """As those that an autoencoder decodes; and a pair of launches fills the GPU."""
     limits, pixels = kernels.Limits(), 512 * 512
-    plan = kernels.plan_of(1, channels, pixels, 32, last, 2, False, False, limits)
+    plan = kernels.plan_of(1, channels, pixels, 32, last, 2, False, limits)
     width = plan.shape["GROUPS"] * plan.shape["DEPTH"]
     assert plan.piece * width * pixels * 2 <= limits.resident < channels * pixels * 2
     assert plan.piece * plan.parts >= 0.9 * limits.enough
     assert sum(grid[0] for _, grid in plan.grids()) == plan.slabs == channels // width
 
 
+@triton.jit
+def exact_sigmoid(v):
+    return MINUS_LN_2 / (1.0 + tl.exp2(v))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled kernels keep their globals")
+@pytest.mark.parametrize("limits", LIMITS[:2])
+def test_the_units_of_the_approximate_sigmoid(monkeypatch, limits):
+    """With an exact one in its place, a group in one program and in parts: u, slopes and their sums are rescaled."""
+    monkeypatch.setattr(kernels, "on_nvidia", lambda x: True)
+    monkeypatch.setattr(norm_tile, "quick_sigmoid", exact_sigmoid)
+    check("triton", (1, 8, 9, 7), 2, torch.float16, torch.float32, "channels_last", 3.0, True, 3, "rows", limits)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.version.hip is not None, reason="NVIDIA's instructions")
-def test_the_approximate_sigmoid():
+def test_the_approximate_sigmoid_and_what_is_made_of_it():
     u = torch.linspace(-86, 88, 8192, device=DEVICE)
-    out = torch.empty_like(u)
-    approximate[(1,)](out, u, BLOCK=8192)
-    assert ((out.double() / u.double().sigmoid() - 1).abs() < ROUNDING[torch.float16] / 32).all()
+    results = torch.empty(3, len(u), device=DEVICE)
+    approximate[(1,)](*results, u, BLOCK=len(u))
+    u = u.double()
+    s = u.sigmoid()
+    wanted, size = (s, u * s, s * (1 + u * (1 - s))), (s, u * s, s * (1 + u.abs()))
+    for result, value, scale in zip(results, wanted, size, strict=True):
+        assert ((result.double() - value).abs() <= scale.abs() * ROUNDING[torch.float16] / 32).all()
 
 
 def test_the_reference_is_the_formula():
