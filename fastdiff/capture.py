@@ -58,6 +58,7 @@ class CapturedSteps:
 
     def begin(self, run: Run, required: bool) -> "CapturedSteps":
         """Take the inputs of a run of the same kind. required: whether a step that cannot be captured is an error."""
+        self.recorder.follow()
         self.run, self.required = run, required
         self.x.copy_(run.x)
         self.rows.copy_(run.table.rows)
@@ -78,7 +79,8 @@ class CapturedSteps:
     def start(self) -> None:
         computed = self.run.denoiser.time_arguments(self.condition[:, 0])
         if self.time_arguments is None:
-            self.time_arguments = {name: rows.clone() for name, rows in computed.items()}
+            with torch.inference_mode(False), torch.no_grad():
+                self.time_arguments = {name: rows.clone() for name, rows in computed.items()}
         else:
             for name, rows in self.time_arguments.items():
                 rows.copy_(computed[name])
@@ -89,7 +91,6 @@ class CapturedSteps:
             self.noise.copy_(given)
         if kind not in self.graphs:
             self.graphs[kind] = Captured(self.recorder)
-        # A step that fails may be run again: it writes at its end.
         self.graphs[kind](functools.partial(self._advance, kind), self._refuse)
 
     def finish(self) -> Tensor:
@@ -137,7 +138,8 @@ class Captures:
             steps = self.kept.get(kind)
             # A run of another thread, or around this one, goes on in its tensors.
             if steps is None or steps.busy or steps.weights != weights:
-                steps = CapturedSteps(run, self.recorder(run.x.device))
+                with torch.inference_mode(False):  # whose tensors no later run outside of it could write
+                    steps = CapturedSteps(run, self.recorder(run.x.device))
             steps.busy = True
             self.kept[kind] = steps
             self.kept.move_to_end(kind)
