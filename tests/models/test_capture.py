@@ -7,6 +7,7 @@ import copy
 import functools
 import pickle
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -256,6 +257,33 @@ def test_a_step_that_cannot_be_captured_runs_without(taped):
         assert torch.equal(model.sample(SHAPE, seed=4), want)
     with pytest.raises(RuntimeError, match="reads a number"):
         DDPM(Looks(), "cosine", 9).sample(SHAPE, seed=4, graph=True)
+
+
+def test_a_run_within_inference_mode_and_one_after_it(taped):
+    model = DDPM(unet(), "cosine", 5)
+    want = model.sample(SHAPE, seed=1, graph=False)
+    with torch.inference_mode():
+        assert torch.equal(model.sample(SHAPE, seed=1), want)
+    assert torch.equal(model.sample(SHAPE, seed=1), want) and taped.recorded == 1
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A rule that writes into its memory before it waits for the device."""
+
+    remembers = True
+
+    def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Any, memory: Tensor) -> Tensor:
+        memory.add_(cond)
+        return cond + 0.1 * memory * float(memory.isfinite().all())
+
+
+def test_a_rule_that_waits_is_applied_once_in_each_step(taped):
+    model, weak = DDPM(Net(), "cosine", 6), Net()
+    how = {"seed": 2, "guidance": 1.0, "guidance_rule": Waiting(), "uncond": weak}
+    want = model.sample(SHAPE, graph=False, y=torch.ones(2), **how)
+    with pytest.warns(UserWarning, match="reads a number"):
+        assert torch.equal(model.sample(SHAPE, y=torch.ones(2), **how), want)
 
 
 class Refusing(Tape):

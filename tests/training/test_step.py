@@ -169,6 +169,33 @@ def test_what_cannot_be_captured_runs_as_it_is(taped, change, said):
             required.take(seed)
 
 
+def test_a_step_that_waits_at_its_end_is_taken_once(taped):
+    captured, plain = Trained(None), Trained(False)
+    for one in (captured, plain):
+        one.step.average = lambda decay, one=one: one.average(torch.as_tensor(decay).item())
+    with pytest.warns(UserWarning, match="which needs .*reads a number"):
+        same(captured, plain, range(CAPTURED_AT + 1))
+    assert not taped.recorded
+
+
+def test_a_checkpoint_of_steps_that_cannot_be_captured_is_loaded(taped):
+    """Of an optimizer without `capturable`, before and after the step is made: its numbers of steps lie on the host."""
+    layer = nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.AdamW(layer.parameters())
+    for parameter in layer.parameters():
+        optimizer.state[parameter] = {"step": torch.tensor(3.0)}
+    saved = copy.deepcopy(optimizer.state_dict())
+    TrainingStep(layer, optimizer)
+    assert all(state["step"].is_meta for state in optimizer.state.values())
+    one = Trained(None)
+    plain = copy.deepcopy(one.optimizer.state_dict())
+    plain["param_groups"][0] |= {"capturable": False, "lr": 0.5}
+    one.optimizer.load_state_dict(plain)
+    one.take(0)
+    (group,) = one.optimizer.param_groups
+    assert group["capturable"] and group["lr"] == 0.5 and saved["state"][0]["step"].device.type == "cpu"
+
+
 @pytest.mark.slow
 def test_the_loop_takes_captured_steps(taped, tmp_path, monkeypatch):
     steps = CAPTURED_AT + 1
@@ -199,6 +226,13 @@ def test_one_process_after_another(monkeypatch):
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Net)
     with pytest.raises(ValueError, match="graph: expected one process; DistributedDataParallel"):
         Trained(True)
+    monkeypatch.undo()
+    monkeypatch.setattr("fastdiff.training.step.what_forbids_here", lambda device: None)
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="graph: expected one process"):
+        TrainingStep(lambda x: layer(x).mean(), torch.optim.AdamW(layer.parameters()), graph=True)
 
 
 def test_the_average_with_a_tensor_of_decay():
