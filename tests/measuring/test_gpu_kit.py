@@ -102,7 +102,7 @@ def test_a_device_that_is_lost_ends_the_process(monkeypatch):
 def test_after_a_row_that_failed_on_a_gpu_the_process_ends():
     failed = {"error": "RuntimeError: CUDA error: operation not permitted when stream is capturing"}
     assert not reusable(failed, torch.device("cuda"))
-    assert reusable(failed, CPU) and reusable({"figures": {}}, CPU)
+    assert reusable(failed, CPU.device) and reusable({"figures": {}}, CPU.device)
 
 
 # --- budget, and rows that are there, on a clock of the tests -----------------------------------------------------
