@@ -156,9 +156,16 @@ def what_forbids(denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -
         return "at least one sample, got none"
     if reason is None and is_sharded(denoiser):
         return "a model that FSDP does not split"
+    if reason is None and any(map(is_compiled, denoiser.model.modules())):
+        return "a network that is not compiled, as its code may be a graph already"
     if reason is None and wrong:
         return f"tensors and plain values as arguments of the model, got {wrong[0]}"
     return reason
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was called on it."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def kind_of(run: Run) -> Any:

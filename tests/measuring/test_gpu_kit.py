@@ -99,7 +99,8 @@ def test_a_device_that_is_lost_ends_the_process(monkeypatch):
     assert not forget(torch.device("cpu"))
 
 
-def test_after_a_row_that_failed_on_a_gpu_the_process_ends():
+def test_after_a_row_that_failed_on_a_gpu_the_process_ends(monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.worker.forget", lambda device: True)
     failed = {"error": "RuntimeError: CUDA error: operation not permitted when stream is capturing"}
     assert not reusable(failed, torch.device("cuda"))
     assert reusable(failed, CPU.device) and reusable({"figures": {}}, CPU.device)

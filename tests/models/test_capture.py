@@ -7,6 +7,7 @@ import copy
 import functools
 import pickle
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -327,6 +328,12 @@ def test_what_forbids_a_capture_on_cuda(monkeypatch):
     handle = net.conv.register_forward_hook(lambda *_: None)
     assert "without forward hooks" in str(what_forbids(model, {}, 2))
     handle.remove()
+    # As torch.compile and Module.compile leave a network.
+    wrapped = ScoreSDE(nn.Sequential(OrderedDict(_orig_mod=net)))
+    assert "a network that is not compiled" in str(what_forbids(wrapped, {}, 2))
+    net.conv._compiled_call_impl = net.conv.forward
+    assert "a network that is not compiled" in str(what_forbids(model, {}, 2))
+    net.conv._compiled_call_impl = None
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     assert "no autocast" in str(what_forbids(model, {}, 2))
     net.conv.bias = nn.Parameter(torch.zeros(3))
