@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -74,8 +74,9 @@ class CudaGraphs:
     def warm_up(self, function: Function, watched: bool = False) -> str | None:
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
+        block: AbstractContextManager[list[str]] = watching() if watched else nullcontext([])
         try:
-            with watching() if watched else nullcontext([]) as waits, torch.cuda.stream(self.stream):
+            with block as waits, torch.cuda.stream(self.stream):
                 function()
         finally:
             current.wait_stream(self.stream)
@@ -309,6 +310,8 @@ def what_forbids_here(device: torch.device) -> str | None:
     """What a call on a device would need to be captured, and lacks; None if nothing forbids it."""
     if device.type != "cuda":
         return f"a model on CUDA, got one on {device.type}"
+    if torch.version.hip is not None:  # there an error within a capture need not be told
+        return "an NVIDIA GPU, got one of ROCm, on which no capture was ever tried"
     if torch.compiler.is_compiling() or capturing():
         return "a call that is not compiled or captured as a part of something else"
     if torch.is_autocast_enabled(device.type):

@@ -105,8 +105,7 @@ class Waiting(nn.Module):
 
 def refused(setup: Setup) -> Figures:
     """A step whose capture fails runs without one. Random numbers and other captures are right after it."""
-    network = cifar10(small(setup)).eval()
-    shape = (2, *network.sample_shape)
+    network, shape = cifar10(small(setup)).eval(), (2, 3, 8, 8)
     bad, good = (DDPM(model).to(setup.device) for model in (Waiting(network), network))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -149,5 +149,6 @@ def exchanges_gradients(loss: Callable[..., Tensor]) -> bool:
 
 def leave_out(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
     """Let the next step of a fused optimizer change nothing where bad () is true, without a wait for the device."""
-    known: Any = vars(optimizer)
-    known.setdefault("found_inf", torch.zeros((), device=bad.device)).copy_(bad)
+    if all(group.get("fused") for group in optimizer.param_groups):  # others refuse to step
+        known: Any = vars(optimizer)
+        known.setdefault("found_inf", torch.zeros((), device=bad.device)).copy_(bad)

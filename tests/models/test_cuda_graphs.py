@@ -195,6 +195,8 @@ def test_one_thread_at_a_time_captures():
 def test_what_forbids_a_capture_here(monkeypatch):
     monkeypatch.setattr("fastdiff.graphs.capturing", lambda: True)
     assert "captured as a part of something else" in str(what_forbids_here(CUDA))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "an NVIDIA GPU" in str(what_forbids_here(CUDA))
     given = torch.zeros(2, requires_grad=True)
     assert "no gradient is wanted" in str(what_forbids_arguments([given], given.device))
     with torch.no_grad():

@@ -178,6 +178,14 @@ def test_a_step_that_waits_at_its_end_is_taken_once(taped):
     assert not taped.recorded
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_that_is_not_fused_takes_steps_too(kind):
+    layer = nn.Linear(2, 1)
+    step = TrainingStep(lambda x: layer(x).square(), kind(layer.parameters(), lr=0.1), graph=False)
+    first, _ = (step(torch.ones(3, 2)).mean() for _ in range(2))
+    assert step(torch.ones(3, 2)).mean() < first and not step.bad
+
+
 def test_a_checkpoint_of_steps_that_cannot_be_captured_is_loaded(taped):
     """Of an optimizer without `capturable`, before and after the step is made: its numbers of steps lie on the host."""
     layer = nn.Linear(2, 2, device="meta")
