@@ -74,6 +74,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 def test_the_watch_sees_a_copy():
     with Watch() as watch:
         torch.ones(2).to(META)
