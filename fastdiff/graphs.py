@@ -35,6 +35,9 @@ WAIT = "called a synchronizing CUDA operation"
 # What an argument may be beside a tensor; a graph has its value as a constant.
 PLAIN = (bool, int, float, str, type(None))
 
+# Networks whose forward may talk to other devices or processes.
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 Function = Callable[[], None]
 Refuse = Callable[[RuntimeError], None]
 
@@ -106,7 +109,8 @@ class CudaGraphs:
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
             torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool)
         self.pool = torch.cuda.graph_pool_handle()
-        with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
+        another = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local")
+        with suppress(RuntimeError), another:
             torch.zeros(1, device=self.device)
 
 
@@ -323,6 +327,8 @@ def what_forbids_model(model: nn.Module, device: torch.device) -> str | None:
     """What a model would need to be captured, and lacks; None if nothing forbids it."""
     if any(p.device != device for p in model.parameters()):
         return "all weights on one device, got several"
+    if any(isinstance(m, PARALLEL) for m in model.modules()):
+        return "a network on one GPU in one process"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "a model without forward hooks, which a replay would not call"
     return None

@@ -9,8 +9,18 @@ from typing import Any
 import pytest
 import torch
 from tape import Tape
+from torch import nn
 
-from fastdiff.graphs import WAIT, WARM_UP, Captured, CudaGraphs, settings, what_forbids_arguments, what_forbids_here
+from fastdiff.graphs import (
+    WAIT,
+    WARM_UP,
+    Captured,
+    CudaGraphs,
+    settings,
+    what_forbids_arguments,
+    what_forbids_here,
+    what_forbids_model,
+)
 
 CUDA = torch.device("cuda", 1)
 PROTOTYPE = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
@@ -197,6 +207,8 @@ def test_what_forbids_a_capture_here(monkeypatch):
     assert "captured as a part of something else" in str(what_forbids_here(CUDA))
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "an NVIDIA GPU" in str(what_forbids_here(CUDA))
+    network = nn.DataParallel(nn.Linear(2, 2), device_ids=[])
+    assert "one GPU" in str(what_forbids_model(network, torch.device("cpu")))
     given = torch.zeros(2, requires_grad=True)
     assert "no gradient is wanted" in str(what_forbids_arguments([given], given.device))
     with torch.no_grad():
