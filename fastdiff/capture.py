@@ -32,6 +32,7 @@ from .graphs import (
 )
 from .guidance import Pair
 from .sampling import Operands, Run, Steps, advance, conditions, given_noise
+from .support.footprint import Footprint
 from .support.sharded import is_sharded
 
 
@@ -43,6 +44,7 @@ class CapturedSteps:
         self.busy = False  # a run goes on, or was broken off
         self.weights = weights_of(run.denoiser.model)
         self.graphs: dict[str, Captured] = {}
+        self.reads: dict[str, Footprint] = {}
         self.run = run
         self.x = torch.empty_like(run.x)
         first = Steps(run)
@@ -91,7 +93,11 @@ class CapturedSteps:
             self.noise.copy_(given)
         if kind not in self.graphs:
             self.graphs[kind] = Captured(self.recorder)
-        self.graphs[kind](functools.partial(self._advance, kind), self._refuse)
+        captured = self.graphs[kind]
+        captured(functools.partial(self._advance, kind), self._refuse)
+        if captured.replay is not None and kind not in self.reads:
+            # The network may drop what it keeps of a shape, such as positions; the graph goes on to read it.
+            self.reads[kind] = Footprint(self.run.denoiser.model)
 
     def finish(self) -> Tensor:
         x = self.run.x.copy_(self.x)

@@ -100,6 +100,7 @@ class CudaGraphs:
                 raise
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
+                torch.cuda.set_stream(current)
         replay: Function = graph.replay
         return replay
 

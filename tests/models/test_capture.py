@@ -7,6 +7,7 @@ import copy
 import functools
 import pickle
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -266,6 +267,28 @@ def test_a_run_within_inference_mode_and_one_after_it(taped):
     with torch.inference_mode():
         assert torch.equal(model.sample(SHAPE, seed=1), want)
     assert torch.equal(model.sample(SHAPE, seed=1), want) and taped.recorded == 1
+
+
+class Positions(Net):
+    """Keeps a table for images of one size."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if getattr(self, "table", x[:0]).shape != x.shape[2:]:
+            self.table = torch.arange(x[0, 0].numel()).reshape(x.shape[2:]).float()
+        return super().forward(x, t) + 0.01 * self.table
+
+
+def test_what_a_graph_reads_stays(monkeypatch, taped):
+    class Forgetful(Tape):  # as a graph is, it keeps no tensor
+        def record(self, function):
+            return function
+
+    monkeypatch.setattr(Captures.__init__, "__defaults__", (Forgetful,))
+    model = DDPM(Positions(), "cosine", 4)
+    model.sample(SHAPE, seed=0)
+    table = weakref.ref(model.model.table)
+    model.sample((2, 3, 8, 8), seed=0)
+    assert model.model.table.shape == (8, 8) and table() is not None
 
 
 @dataclass(frozen=True)
