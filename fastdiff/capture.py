@@ -32,6 +32,7 @@ from .graphs import (
 )
 from .guidance import Pair
 from .sampling import Operands, Run, Steps, advance, conditions, given_noise
+from .support.footprint import Footprint
 from .support.sharded import is_sharded
 
 
@@ -43,6 +44,7 @@ class CapturedSteps:
         self.busy = False  # a run goes on, or was broken off
         self.weights = weights_of(run.denoiser.model)
         self.graphs: dict[str, Captured] = {}
+        self.reads: dict[str, Footprint] = {}
         self.run = run
         self.x = torch.empty_like(run.x)
         first = Steps(run)
@@ -58,6 +60,7 @@ class CapturedSteps:
 
     def begin(self, run: Run, required: bool) -> "CapturedSteps":
         """Take the inputs of a run of the same kind. required: whether a step that cannot be captured is an error."""
+        self.recorder.follow()
         self.run, self.required = run, required
         self.x.copy_(run.x)
         self.rows.copy_(run.table.rows)
@@ -78,7 +81,8 @@ class CapturedSteps:
     def start(self) -> None:
         computed = self.run.denoiser.time_arguments(self.condition[:, 0])
         if self.time_arguments is None:
-            self.time_arguments = {name: rows.clone() for name, rows in computed.items()}
+            with torch.inference_mode(False), torch.no_grad():
+                self.time_arguments = {name: rows.clone() for name, rows in computed.items()}
         else:
             for name, rows in self.time_arguments.items():
                 rows.copy_(computed[name])
@@ -89,8 +93,11 @@ class CapturedSteps:
             self.noise.copy_(given)
         if kind not in self.graphs:
             self.graphs[kind] = Captured(self.recorder)
-        # A step that fails may be run again: it writes at its end.
-        self.graphs[kind](functools.partial(self._advance, kind), self._refuse)
+        captured = self.graphs[kind]
+        captured(functools.partial(self._advance, kind), self._refuse)
+        if captured.replay is not None and kind not in self.reads:
+            # The network may drop what it keeps of a shape, such as positions; the graph goes on to read it.
+            self.reads[kind] = Footprint(self.run.denoiser.model)
 
     def finish(self) -> Tensor:
         x = self.run.x.copy_(self.x)
@@ -137,7 +144,8 @@ class Captures:
             steps = self.kept.get(kind)
             # A run of another thread, or around this one, goes on in its tensors.
             if steps is None or steps.busy or steps.weights != weights:
-                steps = CapturedSteps(run, self.recorder(run.x.device))
+                with torch.inference_mode(False):  # whose tensors no later run outside of it could write
+                    steps = CapturedSteps(run, self.recorder(run.x.device))
             steps.busy = True
             self.kept[kind] = steps
             self.kept.move_to_end(kind)
@@ -154,9 +162,16 @@ def what_forbids(denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -
         return "at least one sample, got none"
     if reason is None and is_sharded(denoiser):
         return "a model that FSDP does not split"
+    if reason is None and any(map(is_compiled, denoiser.model.modules())):
+        return "a network that is not compiled, as its code may be a graph already"
     if reason is None and wrong:
         return f"tensors and plain values as arguments of the model, got {wrong[0]}"
     return reason
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was called on it."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def kind_of(run: Run) -> Any:

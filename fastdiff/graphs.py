@@ -7,8 +7,11 @@
 A Recorder makes the graphs. Whatever cannot be captured runs as it is, and the reason is told.
 """
 
+import threading
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .ops.dispatch import forced
+from .ops.plan import capturing
 from .support.footprint import Footprint
 from .support.plain import is_wrapped
 
@@ -26,18 +30,30 @@ MOST_CAPTURES = 4
 WARM_UP = 2
 # A function is not captured any more if what it reads changes between this many calls in a row.
 MOST_CHANGES = 8
+# What PyTorch warns of, if it is told to, where the host waits for the device.
+WAIT = "called a synchronizing CUDA operation"
 # What an argument may be beside a tensor; a graph has its value as a constant.
 PLAIN = (bool, int, float, str, type(None))
+
+# Networks whose forward may talk to other devices or processes.
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 Function = Callable[[], None]
 Refuse = Callable[[RuntimeError], None]
 
 
+# One thread at a time is watched or records: to begin a capture waits for the device, which another capture forbids.
+_turn = threading.Lock()
+
+
 class Recorder(Protocol):
     """Records what a function does on the device, so that it can be done again without Python."""
 
-    def warm_up(self, function: Function, strict: bool = False) -> None:
-        """Run it as it will be recorded. strict: raise RuntimeError if it waits for the device."""
+    def follow(self) -> None:
+        """Let what comes on this stream wait for the calls before, which may have been on others."""
+
+    def warm_up(self, function: Function, watched: bool = False) -> str | None:
+        """Run it as it will be recorded. watched: returns what in it waits for the device, or None."""
 
     def record(self, function: Function) -> Function:
         """Record it, without running it, and return what replays it."""
@@ -50,35 +66,80 @@ class CudaGraphs:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self.last: Any = None  # the stream of the calls before
 
-    def warm_up(self, function: Function, strict: bool = False) -> None:
-        current, mode = torch.cuda.current_stream(self.device), torch.cuda.get_sync_debug_mode()
+    def follow(self) -> None:
+        current = torch.cuda.current_stream(self.device)
+        if self.last is not None and self.last != current:
+            current.wait_stream(self.last)
+        self.last = current
+
+    def warm_up(self, function: Function, watched: bool = False) -> str | None:
+        current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
+        block: AbstractContextManager[list[str]] = watching() if watched else nullcontext([])
         try:
-            if strict:
-                torch.cuda.set_sync_debug_mode("error")
-            with torch.cuda.stream(self.stream):
+            with block as waits, torch.cuda.stream(self.stream):
                 function()
         finally:
-            torch.cuda.set_sync_debug_mode(mode)
             current.wait_stream(self.stream)
+        return waits[0] if waits else None
 
     def record(self, function: Function) -> Function:
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        # cuBLAS takes its workspace from the graph's own memory: PyTorch may free the one outside.
-        torch._C._cuda_clearCublasWorkspaces()
-        try:
-            # Other threads, such as those that pin memory for a DataLoader, go on meanwhile.
-            with (
-                torch.cuda.device(self.device),
-                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
-            ):
-                function()
-        finally:
+        with torch.cuda.device(self.device):
+            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            # cuBLAS takes its workspace from the graph's own memory: PyTorch may free the one outside.
             torch._C._cuda_clearCublasWorkspaces()
-            torch.cuda.set_stream(current)  # a failed capture leaves its own
+            try:
+                # Other threads, such as those that pin memory for a DataLoader, go on meanwhile.
+                with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                    function()
+            except RuntimeError:
+                torch.cuda.set_stream(current)  # a failed capture leaves its own
+                self._end_failed_capture()
+                raise
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
+                torch.cuda.set_stream(current)
         replay: Function = graph.replay
         return replay
+
+    def _end_failed_capture(self) -> None:
+        """PyTorch's allocator and generator take a failed capture for one that goes on. The end of another ends it."""
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool)
+        self.pool = torch.cuda.graph_pool_handle()
+        another = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local")
+        with suppress(RuntimeError), another:
+            torch.zeros(1, device=self.device)
+
+
+@contextmanager
+def watching() -> Iterator[list[str]]:
+    """A list of the places where this thread waits for the device in the block, as far as PyTorch knows of it.
+
+    PyTorch warns of them, in all threads. Those of others are not shown.
+    """
+    waits: list[str] = []
+    mode, thread = torch.cuda.get_sync_debug_mode(), threading.get_ident()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(message: Any, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+            if WAIT not in str(message):
+                show(message, category, filename, lineno, *more)
+            elif threading.get_ident() == thread:
+                waits.append(f"it waits for the device in {filename}, line {lineno}")
+
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        warnings.filterwarnings("always", WAIT)
+        warnings.showwarning = note  # type: ignore[assignment]
+        try:
+            torch.cuda.set_sync_debug_mode("warn")
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 class Captured:
@@ -87,32 +148,40 @@ class Captured:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.calls = 0
-        self.refused = False
+        self.watched = self.refused = False
         self.replay: Function | None = None
 
     def __call__(self, function: Function, refuse: Refuse) -> None:
         """Do what the function does.
 
         Args:
-            function: the same at every call. If it raises RuntimeError, it is run again, and has to do the same then.
+            function: the same at every call.
             refuse: gets the error if the function cannot be captured, and may raise it; else it runs as it is.
         """
         if self.replay is not None:
             self.replay()
             return
         self.calls += 1
-        strict = self.calls == WARM_UP and not self.refused
+        if self.refused or self.calls < WARM_UP or not _turn.acquire(blocking=False):
+            self.recorder.warm_up(function)
+            return
         try:
-            if self.calls <= WARM_UP or self.refused:
-                self.recorder.warm_up(function, strict)
+            if not self.watched:
+                self.watched = True
+                if waits := self.recorder.warm_up(function, watched=True):
+                    self._refuse(RuntimeError(waits), refuse)
                 return
-            self.replay = self.recorder.record(function)
-        except RuntimeError as error:
-            if self.calls < WARM_UP or self.refused:
-                raise
-            refuse(error)
-            self.refused = True
+            try:
+                self.replay = self.recorder.record(function)
+            except RuntimeError as error:
+                self._refuse(error, refuse)
+        finally:
+            _turn.release()
         self(function, refuse)
+
+    def _refuse(self, error: RuntimeError, refuse: Refuse) -> None:
+        self.refused = True
+        refuse(error)
 
 
 class CapturedCall:
@@ -127,6 +196,7 @@ class CapturedCall:
         self.out: Any = None
 
     def __call__(self, values: list[Any]) -> Any:
+        self.captured.recorder.follow()
         pairs = [(own, value) for own, value in zip(self.own, values, strict=True) if isinstance(own, Tensor)]
         for own, value in pairs:
             own.copy_(value)
@@ -232,13 +302,23 @@ def kind_of_value(value: Any) -> Any:
 
 def settings() -> tuple[Any, ...]:
     """The settings of the process that a graph follows as they were when it was captured."""
-    return forced(), torch.get_float32_matmul_precision()
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by PyTorch's newer names, beside which it does not know these
+        precision = torch.backends.cuda.matmul.fp32_precision
+    attention = (getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("flash", "mem_efficient", "cudnn"))
+    exact = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    return forced(), precision, *exact, *attention
 
 
 def what_forbids_here(device: torch.device) -> str | None:
     """What a call on a device would need to be captured, and lacks; None if nothing forbids it."""
     if device.type != "cuda":
         return f"a model on CUDA, got one on {device.type}"
+    if torch.version.hip is not None:  # there an error within a capture need not be told
+        return "an NVIDIA GPU, got one of ROCm, on which no capture was ever tried"
+    if torch.compiler.is_compiling() or capturing():
+        return "a call that is not compiled or captured as a part of something else"
     if torch.is_autocast_enabled(device.type):
         return "no autocast, whose copies of the weights do not outlive it; use dtype"
     return None
@@ -248,6 +328,8 @@ def what_forbids_model(model: nn.Module, device: torch.device) -> str | None:
     """What a model would need to be captured, and lacks; None if nothing forbids it."""
     if any(p.device != device for p in model.parameters()):
         return "all weights on one device, got several"
+    if any(isinstance(m, PARALLEL) for m in model.modules()):
+        return "a network on one GPU in one process"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "a model without forward hooks, which a replay would not call"
     return None
@@ -259,6 +341,8 @@ def what_forbids_arguments(arguments: Any, device: torch.device) -> str | None:
         if isinstance(value, Tensor):
             if value.device != device:
                 return f"all tensors on {device}, got one on {value.device}"
+            if value.requires_grad and torch.is_grad_enabled():
+                return "arguments of which no gradient is wanted"
         elif not isinstance(value, PLAIN):
             return f"tensors and plain values as arguments, got {type(value).__name__}"
     return None

@@ -54,7 +54,7 @@ class Stage:
 
 # In order of their worth.
 STAGES = [
-    Stage("smoke", "benchmarks.gpu.smoke", seconds=120),
+    Stage("smoke", "benchmarks.gpu.smoke", seconds=180),
     Stage("sampling", "benchmarks.gpu.sampling"),
     Stage("training", "benchmarks.gpu.training"),
     Stage("operations", "benchmarks.gpu.operations"),

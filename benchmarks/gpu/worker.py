@@ -52,6 +52,12 @@ def forget(device: torch.device) -> bool:
     return True
 
 
+def reusable(outcome: dict[str, Any], device: torch.device) -> bool:
+    """Whether the process may run another row. On a GPU a failed one may leave more than can be seen, as a capture that
+    did not end."""
+    return not ("error" in outcome and device.type == "cuda") and forget(device)
+
+
 def serve(pipe: Connection, stage: Stage, setup: Setup) -> None:
     """Answer each name of a row with its outcome, until the other end of the pipe closes."""
     os.setpgrp()  # so that the processes that a row starts die with this one
@@ -61,7 +67,7 @@ def serve(pipe: Connection, stage: Stage, setup: Setup) -> None:
     with contextlib.suppress(EOFError):
         while True:
             outcome = measure(rows[pipe.recv()])
-            pipe.send((outcome, forget(setup.device)))
+            pipe.send((outcome, reusable(outcome, setup.device)))
 
 
 class Worker:

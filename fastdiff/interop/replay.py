@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graphs import CudaGraphs, WatchedCalls, what_forbids_here
+from ..ops.plan import capturing
 from ..support.footprint import REPLAY
 from ..support.plain import is_wrapped
 
@@ -112,7 +113,7 @@ class Replay:
 
 def within_another() -> bool:
     """Whether this call is being compiled, or captured, as a part of something else."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    return torch.compiler.is_compiling() or capturing()
 
 
 def needs(reason: str) -> str:

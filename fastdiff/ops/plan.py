@@ -47,7 +47,8 @@ def recording() -> "Recorder | None":
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured: it would read a kept number again after we dropped it."""
-    return torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
+    # Without a driver PyTorch's function may raise.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def number(value: int, device: torch.device) -> Tensor:

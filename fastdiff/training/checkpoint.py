@@ -288,18 +288,19 @@ def _copied(
 ) -> dict[str, dict[str, Tensor]]:
     """The whole tensors on the CPU of the process that writes, one after the other; nothing elsewhere."""
     found: dict[str, dict[str, Tensor]] = {}
+    gpus = set()
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
             gathered = whole(tensor.detach())
             if ranks.leads:
                 key = f"{group}.{name}"
+                if gathered.is_cuda:
+                    gpus.add(gathered.device)
                 if key not in buffers:  # pinned, so that a GPU copies without a stop at each tensor
-                    buffers[key] = torch.empty(
-                        gathered.shape, dtype=gathered.dtype, pin_memory=gathered.device.type == "cuda"
-                    )
+                    buffers[key] = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=gathered.is_cuda)
                 found.setdefault(group, {})[name] = buffers[key].copy_(gathered, non_blocking=True)
-    if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
+    for gpu in gpus:  # need not be the current one
+        torch.cuda.current_stream(gpu).synchronize()
     return found
 
 

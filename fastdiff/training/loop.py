@@ -262,7 +262,7 @@ class Run:
         seed, ids = noise_key(self.options.seed, self.step * size, size)
         self.levels = self._draw_levels()[0]
         x0, classes = self._next()
-        given = {"t": self.levels, "reduction": "none", **self._noise(x0, seed, ids.to(self.device))}
+        given = {"t": self.levels, "reduction": "none", **self._noise(x0, seed, ids)}
         self.losses = take(x0, decay=decay, **given, **classes)
         self.norm = take.norm
         return take.bad
@@ -276,6 +276,7 @@ class Run:
 
     def _noise(self, x0: Tensor, seed: int, ids: Tensor) -> dict[str, Any]:
         """The arguments of the loss that say what its noise is."""
+        ids = ids.to(self.device, non_blocking=True)  # else the host would wait for the step before
         if not self.options.offset_noise:
             return {"seed": seed, "sample_ids": ids}
         return {"noise": offset_noise(x0, self.options.offset_noise, seed=seed, sample_ids=ids)}
@@ -314,7 +315,8 @@ class Run:
     def _draw_levels(self) -> tuple[Tensor, Tensor]:
         """(times, weights), each (B,), of the step's samples."""
         options = self.options
-        quantiles = uniforms(options.seed, self.step, options.batch_size, LEVELS).to(self.device)
+        drawn = uniforms(options.seed, self.step, options.batch_size, LEVELS)
+        quantiles = drawn.to(self.device, non_blocking=True)  # else the host would wait for the step before
         history = importance(self.diffusion)
         if history is not None:
             return history.sample_at(quantiles)

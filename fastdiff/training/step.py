@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdiff.graphs import CudaGraphs, WatchedCalls, what_forbids_here
@@ -80,9 +81,7 @@ class TrainingStep:
     def _captured(self, batch: tuple[Any, ...], decay: float, model_kwargs: dict[str, Any]) -> Any:
         if not self.rates:  # never to be captured
             return self._take(decay, *batch, **model_kwargs)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            if group["lr"] is not rate:
-                group["lr"] = rate.fill_(group["lr"])
+        self._make_capturable()
         on_device = torch.full((), decay, device=self.device)
         self._say(self.calls.what_forbids((batch, model_kwargs), self.device))
         if self.reason is not None:
@@ -95,17 +94,27 @@ class TrainingStep:
         """Make the optimizer one that can be captured. Returns what forbids it."""
         reason = what_forbids_here(self.device)
         groups = self.optimizer.param_groups
-        parts = self.loss.modules() if isinstance(self.loss, nn.Module) else ()
-        if reason is None and any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
+        if reason is None and exchanges_gradients(self.loss):
             reason = "one process; DistributedDataParallel exchanges gradients while they are computed"
         if reason is None and any("capturable" not in group for group in groups):
             reason = f"an optimizer with the option capturable, got {type(self.optimizer).__name__}"
         if reason is None:
-            self.rates = [torch.empty((), device=self.device).fill_(group["lr"]) for group in groups]
-            for group in groups:
-                group["capturable"] = True
+            self.rates = [torch.empty((), device=self.device) for _ in groups]
+            self._make_capturable()
             vars(self.optimizer)["_warned_capturable_if_run_uncaptured"] = True  # its first steps are not captured
         return reason
+
+    def _make_capturable(self) -> None:
+        """Bring what the optimizer counts with to the device, again if a checkpoint was loaded into it."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if group["lr"] is not rate:
+                group["lr"] = rate.fill_(group["lr"])
+            if not group["capturable"]:
+                group["capturable"] = True
+                for parameter in group["params"]:
+                    state = self.optimizer.state.get(parameter, {})
+                    if isinstance(steps := state.get("step"), Tensor):
+                        state["step"] = steps.to(parameter.device)
 
     def _say(self, reason: str | None) -> None:
         """Keep `reason` up to date. A new one is a warning, or an error if a graph is required."""
@@ -130,7 +139,16 @@ class TrainingStep:
         return losses.detach(), norm, bad
 
 
+def exchanges_gradients(loss: Callable[..., Tensor]) -> bool:
+    """Whether the backward pass of a loss may exchange gradients with other processes."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return True
+    parts = loss.modules() if isinstance(loss, nn.Module) else ()
+    return any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts)
+
+
 def leave_out(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
     """Let the next step of a fused optimizer change nothing where bad () is true, without a wait for the device."""
-    known: Any = vars(optimizer)
-    known.setdefault("found_inf", torch.zeros((), device=bad.device)).copy_(bad)
+    if all(group.get("fused") for group in optimizer.param_groups):  # others refuse to step
+        known: Any = vars(optimizer)
+        known.setdefault("found_inf", torch.zeros((), device=bad.device)).copy_(bad)

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -14,13 +14,16 @@ def gpu_settings(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    torch.set_float32_matmul_precision("high")
+    benchmark, precision = torch.backends.cudnn.benchmark, None
+    with suppress(RuntimeError):  # set by PyTorch's newer names, beside which it does not know these: it stays
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.benchmark = benchmark
 
 

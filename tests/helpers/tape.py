@@ -24,10 +24,14 @@ def waits(func: Any, args: Any) -> bool:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the operators that run, what they made, and the first values of what they were given."""
+    """Notes the operators that run, what they made, and the first values of what they were given.
 
-    def __init__(self) -> None:
+    waits: takes those that wait for the device; without it they are errors.
+    """
+
+    def __init__(self, waits: list[str] | None = None) -> None:
         super().__init__()
+        self.waits = waits
         self.operators: list[tuple[Any, Any, Any, list[Tensor | None]]] = []
         self.own: set[int] = set()
         self.given: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
@@ -35,7 +39,9 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if waits(func, args):
-            raise RuntimeError(f"{func} reads a number")
+            if self.waits is None:
+                raise RuntimeError(f"{func} reads a number")
+            self.waits.append(f"{func} reads a number")
         for t in tensors(args, kwargs):
             storage = t.untyped_storage()  # whole: weights may be parts of one
             if storage.data_ptr() not in self.own and storage.data_ptr() not in self.given:
@@ -54,27 +60,35 @@ class Tape:
     def __init__(self, device: torch.device) -> None:
         self.warmed = self.recorded = self.replayed = 0
 
-    def warm_up(self, function: Callable[[], None], strict: bool = False) -> None:
+    def follow(self) -> None: ...
+
+    def warm_up(self, function: Callable[[], None], watched: bool = False) -> str | None:
         self.warmed += 1
-        with _Watch() if strict else nullcontext():
+        found: list[str] = []
+        with _Watch(found) if watched else nullcontext():
             function()
+        return found[0] if found else None
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         random = torch.get_rng_state()
-        with _Watch() as watch:
-            function()
-        torch.set_rng_state(random)
-        for storage, values in watch.given.values():  # a capture runs nothing
-            storage.copy_(values)
+        try:
+            with _Watch() as watch:
+                function()
+        finally:
+            torch.set_rng_state(random)
+            for storage, values in watch.given.values():  # a capture runs nothing
+                storage.copy_(values)
         self.recorded += 1
+        # A graph does not know of such modes.
+        mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
 
-        @torch.no_grad()
         def replay() -> None:
             self.replayed += 1
-            for func, args, kwargs, made in watch.operators:
-                for old, new in zip(made, tensors(func(*args, **kwargs)), strict=True):
-                    if old is not None:
-                        old.copy_(new)
+            with mode():
+                for func, args, kwargs, made in watch.operators:
+                    for old, new in zip(made, tensors(func(*args, **kwargs)), strict=True):
+                        if old is not None:
+                            old.copy_(new)
 
         return replay
 

@@ -59,6 +59,13 @@ def test_the_figures_of_a_job(monkeypatch):
     assert figures["gpu_ms_per_step"] == 100 and figures["kernels_per_step"] == 300 and figures["peak_mb"] > 0
     assert len(calls) == 2 + measure.REPEATS
 
+    def locked(run, device):
+        raise RuntimeError("CUPTI_ERROR_NOT_INITIALIZED\nand more")
+
+    monkeypatch.setattr(measure, "profiled", locked)
+    figures = measure.job(run, CPU.device, steps=2, units=8)
+    assert figures["profiler"] == "CUPTI_ERROR_NOT_INITIALIZED" and "per_s" in figures
+
 
 @pytest.mark.slow
 def test_kernels_are_counted():

@@ -17,7 +17,7 @@ from benchmarks.gpu import __main__ as kit
 from benchmarks.gpu import packages, report, results, runner
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.rows import STAGES, Row, Setup, Stage
-from benchmarks.gpu.worker import UNKNOWN_OPTION, Worker, forget
+from benchmarks.gpu.worker import UNKNOWN_OPTION, Worker, forget, reusable
 from benchmarks.gpu.worker import measure as outcome_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +97,13 @@ def test_a_device_that_is_lost_ends_the_process(monkeypatch):
 
     monkeypatch.setattr(torch.compiler, "reset", lost)
     assert not forget(torch.device("cpu"))
+
+
+def test_after_a_row_that_failed_on_a_gpu_the_process_ends(monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.worker.forget", lambda device: True)
+    failed = {"error": "RuntimeError: CUDA error: operation not permitted when stream is capturing"}
+    assert not reusable(failed, torch.device("cuda"))
+    assert reusable(failed, CPU.device) and reusable({"figures": {}}, CPU.device)
 
 
 # --- budget, and rows that are there, on a clock of the tests -----------------------------------------------------

@@ -9,9 +9,16 @@ from benchmarks.gpu import smoke
 from benchmarks.gpu.rows import Setup
 from fastdiff.capture import Captures
 from fastdiff.graphs import CapturedCall
+from fastdiff.ops.plan import Plan
+from fastdiff.ops.quick import forget
 
 SETUP = Setup(torch.device("cpu"), toy=True)
-CAPTURED = {"sample": smoke.graph, "network": smoke.network, "training step": smoke.training_step}
+CAPTURED = {
+    "sample": smoke.graph,
+    "network": smoke.network,
+    "training step": smoke.training_step,
+    "failed capture": smoke.refused,
+}
 
 
 class Idle(Tape):
@@ -64,7 +71,7 @@ def test_graphs_that_are_right_pass(row, taped):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", CAPTURED)
+@pytest.mark.parametrize("row", ["sample", "network", "training step"])
 def test_a_graph_that_does_nothing_is_found(row, taped):
     taped.kind = Idle
     with pytest.raises((RuntimeError, AssertionError), match=r"off|Tensor-likes"):
@@ -85,3 +92,13 @@ def test_a_graph_that_overwrites_its_results_is_found(row, taped, monkeypatch):
     monkeypatch.setattr("fastdiff.graphs.tree_map_only", lambda kind, function, tree: tree)
     with pytest.raises((RuntimeError, AssertionError), match=r"off|Tensor-likes"):
         CAPTURED[row](SETUP)
+
+
+@pytest.mark.slow
+def test_a_repeated_launch_that_writes_nothing_is_found(monkeypatch):
+    monkeypatch.setattr(Plan, "_launches", lambda *_: ([], []))
+    forget()
+    with fastdiff.backend("cpu"), pytest.raises(RuntimeError, match="off the float64 reference"):
+        smoke.operation("forward_noising", SETUP)
+    forget()
+    assert not torch.are_deterministic_algorithms_enabled()

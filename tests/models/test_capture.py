@@ -7,6 +7,9 @@ import copy
 import functools
 import pickle
 import threading
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -258,6 +261,55 @@ def test_a_step_that_cannot_be_captured_runs_without(taped):
         DDPM(Looks(), "cosine", 9).sample(SHAPE, seed=4, graph=True)
 
 
+def test_a_run_within_inference_mode_and_one_after_it(taped):
+    model = DDPM(unet(), "cosine", 5)
+    want = model.sample(SHAPE, seed=1, graph=False)
+    with torch.inference_mode():
+        assert torch.equal(model.sample(SHAPE, seed=1), want)
+    assert torch.equal(model.sample(SHAPE, seed=1), want) and taped.recorded == 1
+
+
+class Positions(Net):
+    """Keeps a table for images of one size."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if getattr(self, "table", x[:0]).shape != x.shape[2:]:
+            self.table = torch.arange(x[0, 0].numel()).reshape(x.shape[2:]).float()
+        return super().forward(x, t) + 0.01 * self.table
+
+
+def test_what_a_graph_reads_stays(monkeypatch, taped):
+    class Forgetful(Tape):  # as a graph is, it keeps no tensor
+        def record(self, function):
+            return function
+
+    monkeypatch.setattr(Captures.__init__, "__defaults__", (Forgetful,))
+    model = DDPM(Positions(), "cosine", 4)
+    model.sample(SHAPE, seed=0)
+    table = weakref.ref(model.model.table)
+    model.sample((2, 3, 8, 8), seed=0)
+    assert model.model.table.shape == (8, 8) and table() is not None
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A rule that writes into its memory before it waits for the device."""
+
+    remembers = True
+
+    def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Any, memory: Tensor) -> Tensor:
+        memory.add_(cond)
+        return cond + 0.1 * memory * float(memory.isfinite().all())
+
+
+def test_a_rule_that_waits_is_applied_once_in_each_step(taped):
+    model, weak = DDPM(Net(), "cosine", 6), Net()
+    how = {"seed": 2, "guidance": 1.0, "guidance_rule": Waiting(), "uncond": weak}
+    want = model.sample(SHAPE, graph=False, y=torch.ones(2), **how)
+    with pytest.warns(UserWarning, match="reads a number"):
+        assert torch.equal(model.sample(SHAPE, y=torch.ones(2), **how), want)
+
+
 class Refusing(Tape):
     def record(self, function):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
@@ -299,6 +351,12 @@ def test_what_forbids_a_capture_on_cuda(monkeypatch):
     handle = net.conv.register_forward_hook(lambda *_: None)
     assert "without forward hooks" in str(what_forbids(model, {}, 2))
     handle.remove()
+    # As torch.compile and Module.compile leave a network.
+    wrapped = ScoreSDE(nn.Sequential(OrderedDict(_orig_mod=net)))
+    assert "a network that is not compiled" in str(what_forbids(wrapped, {}, 2))
+    net.conv._compiled_call_impl = net.conv.forward
+    assert "a network that is not compiled" in str(what_forbids(model, {}, 2))
+    net.conv._compiled_call_impl = None
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     assert "no autocast" in str(what_forbids(model, {}, 2))
     net.conv.bias = nn.Parameter(torch.zeros(3))

@@ -162,12 +162,46 @@ def test_what_cannot_be_captured_runs_as_it_is(taped, change, said):
     for one in (captured, plain, required):
         change(one)
     with pytest.warns(UserWarning, match=f"graph: the step runs without, which needs .*{said}"):
-        # A failed warm-up has drawn its times and noise already, so these are given.
-        same(captured, plain, range(CAPTURED_AT + 2), t=torch.tensor([1, 5]), seed=torch.tensor([7]))
+        same(captured, plain, range(CAPTURED_AT + 2))
     assert not taped.recorded and said in captured.step.reason
     with pytest.raises(ValueError, match=f"graph: expected .*{said}"):
         for seed in range(CAPTURED_AT + 2):
             required.take(seed)
+
+
+def test_a_step_that_waits_at_its_end_is_taken_once(taped):
+    captured, plain = Trained(None), Trained(False)
+    for one in (captured, plain):
+        one.step.average = lambda decay, one=one: one.average(torch.as_tensor(decay).item())
+    with pytest.warns(UserWarning, match="which needs .*reads a number"):
+        same(captured, plain, range(CAPTURED_AT + 1))
+    assert not taped.recorded
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_that_is_not_fused_takes_steps_too(kind):
+    layer = nn.Linear(2, 1)
+    step = TrainingStep(lambda x: layer(x).square(), kind(layer.parameters(), lr=0.1), graph=False)
+    first, _ = (step(torch.ones(3, 2)).mean() for _ in range(2))
+    assert step(torch.ones(3, 2)).mean() < first and not step.bad
+
+
+def test_a_checkpoint_of_steps_that_cannot_be_captured_is_loaded(taped):
+    """Of an optimizer without `capturable`, before and after the step is made: its numbers of steps lie on the host."""
+    layer = nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.AdamW(layer.parameters())
+    for parameter in layer.parameters():
+        optimizer.state[parameter] = {"step": torch.tensor(3.0)}
+    saved = copy.deepcopy(optimizer.state_dict())
+    TrainingStep(layer, optimizer)
+    assert all(state["step"].is_meta for state in optimizer.state.values())
+    one = Trained(None)
+    plain = copy.deepcopy(one.optimizer.state_dict())
+    plain["param_groups"][0] |= {"capturable": False, "lr": 0.5}
+    one.optimizer.load_state_dict(plain)
+    one.take(0)
+    (group,) = one.optimizer.param_groups
+    assert group["capturable"] and group["lr"] == 0.5 and saved["state"][0]["step"].device.type == "cpu"
 
 
 @pytest.mark.slow
@@ -200,6 +234,13 @@ def test_one_process_after_another(monkeypatch):
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Net)
     with pytest.raises(ValueError, match="graph: expected one process; DistributedDataParallel"):
         Trained(True)
+    monkeypatch.undo()
+    monkeypatch.setattr("fastdiff.training.step.what_forbids_here", lambda device: None)
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="graph: expected one process"):
+        TrainingStep(lambda x: layer(x).mean(), torch.optim.AdamW(layer.parameters()), graph=True)
 
 
 def test_the_average_with_a_tensor_of_decay():
