@@ -34,7 +34,7 @@ class DiT(nn.Module):
         attention_bias: of the queries, keys and values.
         sample_size: side of the image, a multiple of patch_size; read by `sample_shape` and for the positions.
         patch_size: side of a patch.
-        num_embeds_ada_norm: number of classes. There is one more label, the last, which stands for no class.
+        num_embeds_ada_norm: number of classes, also 0. There is one more label, the last, which stands for no class.
         norm_eps: of the norm before the MLP.
 
     Raises ValueError naming the argument for anything else; of activation_fn, upcast_attention, norm_type and
@@ -337,8 +337,10 @@ def _check_config(c: dict[str, Any]) -> None:
         check(c[name] == value, name, repr(value))
     check(c["attention_bias"] in (False, True), "attention_bias", "True or False")
     counts = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size")
-    for name in (*counts, "num_embeds_ada_norm", *(("out_channels",) if c["out_channels"] is not None else ())):
+    for name in (*counts, *(("out_channels",) if c["out_channels"] is not None else ())):
         check((integer(c[name]) or 0) > 0, name, "a positive int")
+    classes = integer(c["num_embeds_ada_norm"])
+    check(classes is not None and classes >= 0, "num_embeds_ada_norm", "an int of at least 0")
     width = c["num_attention_heads"] * c["attention_head_dim"]
     check(width % 4 == 0, "attention_head_dim", "a width num_attention_heads * attention_head_dim divisible by 4")
     check(c["sample_size"] % c["patch_size"] == 0, "sample_size", f"a multiple of patch_size={c['patch_size']}")

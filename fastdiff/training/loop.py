@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from fastdiff.cast import channels_last_convolutions
 from fastdiff.files import locked, sweep, writable
+from fastdiff.networks import Network
 from fastdiff.recipes import offset_noise
 from fastdiff.support.run_file import NAME, RunFile
+from fastdiff.training.build import build
 from fastdiff.training.checkpoint import State, importance, read_shares, rng_state, set_rng_state
 from fastdiff.training.draws import LEVELS, noise_key, uniforms
 from fastdiff.training.ema import names as average_names
@@ -28,7 +30,7 @@ from fastdiff.training.ema import warmed
 from fastdiff.training.feed import open_stream
 from fastdiff.training.layout import exchanging, laid_out, recompute_blocks, replicate, shard, whole
 from fastdiff.training.logs import EVERY, Progress
-from fastdiff.training.options import Options, build
+from fastdiff.training.options import Options
 from fastdiff.training.ranks import Ranks, joined, local_device
 from fastdiff.training.record import SAMPLES, Record, grids
 from fastdiff.training.report import write_report
@@ -36,7 +38,6 @@ from fastdiff.training.samples import averaged, draw_grid
 from fastdiff.training.saver import Saver
 from fastdiff.training.step import TrainingStep, leave_out
 from fastdiff.training.surroundings import gpu_settings, interrupts
-from fastdiff.unet import UNet
 
 # In place of a signal's number: nobody reads the output of the run any more.
 LOST = 1000
@@ -165,7 +166,7 @@ class Run:
             raise ValueError(f"data: expected the classes {resume.classes} of the run, got {self.classes}")
         place = torch.device("cpu") if options.fsdp else device  # FSDP brings each process its share alone
         self.diffusion = (resume.diffusion if resume else build(options, len(self.classes))).to(place).train()
-        self.ema = resume.ema.to(place) if resume else cast(UNet, copy.deepcopy(self.diffusion.model))
+        self.ema = resume.ema.to(place) if resume else cast(Network, copy.deepcopy(self.diffusion.model))
         if history := importance(self.diffusion):
             history.to_device(device)
         self.trained = self._lay_out()
