@@ -238,6 +238,7 @@ class Pair(nn.Module):
     def __init__(self, model: nn.Module, other: nn.Module) -> None:
         super().__init__()
         self.model, self.other = model, other
+        self.self_condition = bool(getattr(model, "self_condition", False))
 
     def forward(self, x: Tensor, condition: Tensor, **model_kwargs: Any) -> Tensor:
         outputs = []

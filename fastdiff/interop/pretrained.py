@@ -121,6 +121,8 @@ def write_dit(folder: str | Path, config: dict[str, Any], weights: Mapping[str, 
 
 
 def _write_network(folder: str | Path, kind: str, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+    if config.get("self_condition"):
+        raise ValueError("self_condition: expected False, as diffusers has no network that takes x_self_cond, got True")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", {"_class_name": kind, "_diffusers_version": VERSION, **config})
@@ -258,8 +260,8 @@ def write_ddpm(
         "prediction_type": objectives[objective],
     }
     folder = Path(folder)
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     write_unet(folder / "unet", config, weights)
+    (folder / "scheduler").mkdir(exist_ok=True)
     version = {"_diffusers_version": VERSION}
     path = folder / "scheduler" / "scheduler_config.json"
     _write_json(path, {"_class_name": "DDPMScheduler", **version, **scheduler})

@@ -31,6 +31,7 @@ TRAIN_HELP = {
     "network": "unet, or dit, a transformer",
     "channels": "channels of the U-Net at full resolution, a multiple of 8; of a dit the sixth part of its width",
     "patch": "side of the patches of a dit, in pixels; 0 is 2 for images up to 32x32, else 4",
+    "self_conditioning": "tell the network its own estimate of the image; half of the steps take one more pass",
     "formulation": "ddpm, ncsn (score-based), a score SDE (vp, subvp or ve), flow (flow matching) or edm",
     "objective": "what the network predicts: eps, x0, v, score, flow or edm",
     "schedule": "noise schedule of ddpm: linear, scaled_linear, cosine, sigmoid, proportional or raised_cosine",

@@ -44,6 +44,7 @@ def unet(options: Options, classes: int) -> UNet:
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         norm_num_groups=8,
         num_class_embeds=classes + 1 if classes else None,
+        self_condition=options.self_conditioning,
         # The network's output is divided by sigma, as a score wants.
         time_embedding_type="fourier" if options.formulation in OF_SIGMA else "positional",
     )
@@ -62,6 +63,7 @@ def dit(options: Options, classes: int) -> DiT:
         sample_size=side,
         patch_size=options.patch,
         num_embeds_ada_norm=classes,
+        self_condition=options.self_conditioning,
     )
 
 

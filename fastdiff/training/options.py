@@ -26,7 +26,7 @@ OWNERS = {
 # The formulations whose network is told sigma, which a U-Net embeds; a DiT embeds timesteps alone.
 OF_SIGMA = ("ncsn", "ve")
 # Options that runs of before do not have, and what they did.
-LATER: dict[str, Any] = {"network": "unet", "patch": 0}
+LATER: dict[str, Any] = {"network": "unet", "patch": 0, "self_conditioning": False}
 # Integers that count something, and the largest of them.
 COUNTS = ("steps", "batch_size", "channels", "timesteps", "save_every", "keep", "accumulate", "max_bad_steps")
 # Integers from 0.
@@ -62,6 +62,7 @@ class Options:
         network: "unet" or "dit", see `fastdiff.training.build`.
         channels: of the U-Net at full resolution, a multiple of 8; a DiT's tokens have 6 times as many.
         patch: side of a DiT's patches in pixels; 0 is 2 for images up to 32x32, else 4.
+        self_conditioning: tell the network its own estimate of the image, see `fastdiff.recipes.self_conditioned`.
         formulation: "ddpm", "ncsn", an SDE ("vp", "subvp", "ve"), "flow" (flow matching), or "edm".
         objective, loss, weighting: as in fastdiff.DDPM; objective "" is the one that suits the formulation.
         schedule, variance: of ddpm; variance "learned" doubles the network's output channels.
@@ -106,6 +107,7 @@ class Options:
     network: str = "unet"
     channels: int = 64
     patch: int = 0
+    self_conditioning: bool = False
     formulation: str = "ddpm"
     objective: str = ""
     schedule: str = "cosine"
