@@ -7,7 +7,7 @@ share (torch.distributed.checkpoint). They are written first: the file names a s
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +166,8 @@ def load(path: str | Path) -> State:
         checkpoint, or does not fit the networks that its own metadata describes.
     """
     stored = RunFile.open(path)
-    network, average = (stored.network(NETWORKS[stored.kind], group) for group in ("model", "ema"))
+    kind: Callable[..., Network] = NETWORKS[stored.kind]
+    network, average = (stored.network(kind, group) for group in ("model", "ema"))
     with stored.blamed():
         diffusion = MODELS[stored.model](network, **stored.config)
         _load_importance(stored, diffusion)
