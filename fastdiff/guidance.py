@@ -205,8 +205,8 @@ def with_guidance(table: StepTable, guidance: Guidance, rule: Rule | None, proce
     numbers: list[Any]
     if callable(guidance):
         numbers = [guidance(k, level) for k, level in enumerate(levels)]
-    elif isinstance(guidance, list | tuple):
-        numbers = list(guidance)
+    elif isinstance(guidance, list | tuple) or getattr(guidance, "ndim", 0) == 1:
+        numbers = guidance.tolist() if isinstance(guidance, Tensor) else list(guidance)
         if len(numbers) != len(levels):
             raise ValueError(f"guidance: expected a number for each of {len(levels)} steps, got {len(numbers)} of them")
     else:

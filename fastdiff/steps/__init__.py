@@ -15,11 +15,12 @@ One loop, fastdiff.sampling, runs every table. All samplers take every objective
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from ..grids import with_middles
 from ..process import Grid, Process
-from ..rows import LOG_ZERO
+from ..rows import LOG_ZERO, columns
 from ..schedule import NoiseSchedule
 from ..support.scalars import as_number, integer
 from .adams import deis, lms, plms
@@ -211,7 +212,18 @@ def make_steps(
         eta = LOOKS_BETWEEN[function]
         between = middles(schedule, levels, 0.0 if eta is None else as_number("eta", given.get("eta", eta)))
         schedule, levels = with_middles(process, (schedule, levels), between)
-    return sampler(schedule, levels, objective, clip, **options)
+    table = sampler(schedule, levels, objective, clip, **options)
+    left_out = int(levels[-1]) == 0 and bool(table.levels[-1] > 0)  # the step to data
+    return _unscaled(table, process) if left_out and process.first_scale != 1 else table
+
+
+def _unscaled(table: StepTable, process: Process) -> StepTable:
+    """The table whose last step gives x / alpha, which is data, in place of the state."""
+    rows = table.rows.clone()
+    last, alpha = columns(rows[-1]), process.at(table.levels[-1:]).alpha[0]
+    for column in (last.from_x0, last.from_x, last.from_pred, last.noise, last.from_hist):
+        column.div_(alpha)
+    return replace(table, rows=rows)
 
 
 def part_of(

@@ -199,6 +199,7 @@ def test_equal_rules_are_one_kind():
     ("given", "said"),
     [
         ({"guidance": [1.0, 2.0]}, "guidance: expected a number for each of 3 steps, got 2 of them"),
+        ({"guidance": torch.ones(2)}, "guidance: expected a number for each of 3 steps, got 2 of them"),
         ({"guidance": [1.0, math.nan, 1.0]}, "guidance: expected a finite number, got nan"),
         ({"guidance": lambda k, level: "2"}, "guidance: expected a finite number, got '2'"),
         ({"guidance": "two"}, "guidance: expected a finite number, got 'two'"),
