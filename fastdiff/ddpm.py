@@ -128,6 +128,7 @@ class DDPM(ChainDiffusion):
 
         Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for what UNet or DDPM lacks.
         """
+        pretrained.check_torch_dtype(torch_dtype)
         if run := run_file.find(folder):
             if variant is not None:
                 raise ValueError(f"variant: expected None for a run of `fastdiff train`, got {variant!r}")

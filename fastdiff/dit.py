@@ -117,6 +117,7 @@ class DiT(nn.Module):
         Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for an option that DiT lacks, and
             for weights that do not fit the configuration.
         """
+        pretrained.check_torch_dtype(torch_dtype)
         config, weights = pretrained.read_dit(folder, variant)
         with config.blamed():
             expected = shapes_of(cls, config, len(weights))

@@ -199,8 +199,10 @@ def with_guidance(table: StepTable, guidance: Guidance, rule: Rule | None, proce
         rule: how two predictions become one.
         process: of the table.
 
-    Raises: ValueError for anything else.
+    Raises: ValueError for anything else; TypeError for a rule that is none.
     """
+    if rule is not None and (not callable(rule) or isinstance(rule, type)):
+        raise TypeError(f"guidance_rule: expected a rule, such as Rescaled(), got {rule!r}")
     levels = table.levels[:-1].tolist()
     numbers: list[Any]
     if callable(guidance):

@@ -10,7 +10,7 @@ from .denoiser import TOLD
 from .diffusion import Diffusion
 from .ops.checks import as_seed, check_floating
 from .reference import work_dtype
-from .support.scalars import as_number
+from .support.scalars import as_integer, as_number
 
 
 def offset_noise(
@@ -50,9 +50,14 @@ def drop_labels(labels: Tensor, none: int, share: float = 0.1) -> Tensor:
         none: the label that stands for no condition.
         share: the probability of each label to be dropped, in [0, 1].
 
+    Raises: TypeError or ValueError, naming the argument.
     Reference: Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
     """
     _check_share(share)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels: expected a tensor of integers, got {got}")
+    none = as_integer("none", none, -(2**31), 2**31 - 1)
     dropped = torch.rand(labels.shape, device=labels.device) < share
     return labels.masked_fill(dropped, none)
 
@@ -106,9 +111,12 @@ def self_conditioned(
         share: the probability of each sample to be told, in [0, 1].
         t, seed, noise, sample_ids, options: as in Diffusion.forward.
 
+    Raises: TypeError or ValueError, naming the argument.
     Reference: Chen et al. 2023, arXiv:2208.04202, algorithm 1.
     """
     _check_share(share)
+    if not isinstance(diffusion, Diffusion):
+        raise TypeError(f"diffusion: expected a fastdiff Diffusion, got {type(diffusion).__name__}")
     t = diffusion.checked_times("x0", x0, t)
     seed = as_seed(seed, x0.device) if noise is None else None
     drawn: dict[str, Any] = {"seed": seed, "noise": noise, "sample_ids": sample_ids}

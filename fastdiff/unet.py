@@ -177,6 +177,7 @@ class UNet(nn.Module):
         Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for a block or an option that UNet
             lacks, and for weights that do not fit the configuration.
         """
+        pretrained.check_torch_dtype(torch_dtype)
         config, weights = pretrained.read_unet(folder, variant)
         with config.blamed():
             expected = shapes_of(cls, config, len(weights))

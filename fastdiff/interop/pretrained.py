@@ -82,6 +82,12 @@ class Content(dict[str, Any]):
 # --- networks ---------------------------------------------------------------------------------------------------
 
 
+def check_torch_dtype(dtype: torch.dtype | None) -> None:
+    """Raise TypeError unless it is None or a floating type."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"torch_dtype: expected None or a floating type, such as torch.bfloat16, got {dtype!r}")
+
+
 def read_unet(folder: str | Path, variant: str | None = None) -> tuple[Content, Content]:
     """The constructor arguments and the weights of a UNet2DModel directory, or of the unet/ of a pipeline's.
 

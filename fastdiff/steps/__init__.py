@@ -37,6 +37,7 @@ from .singlestep import (
 from .table import (
     MAX_GAIN,
     StepTable,
+    check_decreasing,
     check_finite_ratio,
     check_signal,
     denoise_rows,
@@ -131,6 +132,8 @@ LOOKS_BETWEEN: dict[Any, float | None] = {
     dpm_solver_pp_2s_ancestral: 1.0,
     dpm_solver_pp_sde: None,
 }
+# Those that may go to a level of more noise, as the levels of churn do.
+RISING: tuple[Sampler, ...] = (heun, dpm_solver_pp_2m, consistency, lcm, tcd)
 
 # What other libraries call a sampler, and what to use here.
 OTHER_NAMES = {
@@ -206,9 +209,12 @@ def make_steps(
     function, keywords = _unwrapped(sampler)
     given = {**keywords, **options}
     schedule, levels = _grid(process, function, steps)
-    if any(function is one for one in LOOKS_BETWEEN):
+    name = next((name for name, known in SAMPLERS.items() if known is function), None)
+    if name and bool((levels.diff() > 0).any()) and not any(function is one for one in RISING):
+        check_decreasing(name, levels)
+    if name and any(function is one for one in LOOKS_BETWEEN):
         check_signal(schedule, levels[:-1], objective)
-        check_finite_ratio(next(name for name in SAMPLERS if SAMPLERS[name] is function), schedule, levels[:-1])
+        check_finite_ratio(name, schedule, levels[:-1])
         eta = LOOKS_BETWEEN[function]
         between = middles(schedule, levels, 0.0 if eta is None else as_number("eta", given.get("eta", eta)))
         schedule, levels = with_middles(process, (schedule, levels), between)

@@ -217,6 +217,9 @@ def test_wrong_guidance(given, said):
 def test_wrong_rules():
     with pytest.raises(ValueError, match="guidance_rule: expected None without guidance"):
         chain(Curved()).sample(SHAPE, steps=3, guidance_rule=ZeroStar())
+    for wrong in (3, "Rescaled", Rescaled):
+        with pytest.raises(TypeError, match=r"guidance_rule: expected a rule, such as Rescaled\(\), got"):
+            chain(Curved()).sample(SHAPE, steps=3, guidance=2.0, guidance_rule=wrong, **BRANCHES)
     with pytest.raises(ValueError, match=r"share: expected a number from 0 to 1, got 1\.5"):
         Rescaled(1.5)
     with pytest.raises(ValueError, match="parallel: expected a number from 0 to 1, got -1"):
