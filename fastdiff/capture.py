@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
+from .estimates import own_estimate_rows
 from .graphs import (
     MOST_CAPTURES,
     PLAIN,
@@ -49,6 +50,7 @@ class CapturedSteps:
         self.x = torch.empty_like(run.x)
         first = Steps(run)
         self.rows, self.condition, self.hist, self.memory = first.rows, first.condition, first.hist, first.memory
+        self.told, self.told_rows = first.told, first.told_rows
         self.counter = torch.zeros(1, dtype=torch.int64, device=run.x.device)
         self.noise = torch.empty_like(self.x) if run.noise is not None else None
         self.seed = None if run.seed is None else run.seed.clone()
@@ -66,7 +68,10 @@ class CapturedSteps:
         self.rows.copy_(run.table.rows)
         self.condition.copy_(conditions(run))
         self.counter.zero_()
-        for kept in (self.hist, self.memory):
+        told_rows = own_estimate_rows(run.denoiser, run.table, run.x, run.model_kwargs)
+        if self.told_rows is not None and told_rows is not None:
+            self.told_rows.copy_(told_rows)
+        for kept in (self.hist, self.memory, self.told):
             if kept is not None:
                 kept.zero_()
         if self.seed is not None and run.seed is not None:
@@ -116,7 +121,8 @@ class CapturedSteps:
         """The step that the counter names, with nothing that depends on the run but by these tensors."""
         run, at = self.run, self.counter
         seed = self.seed if self.noise is None and run.options.noisy else None
-        operands = Operands(self.rows, at, seed, self.sample_ids, self.noise, self.hist, self.memory)
+        kept = (self.hist, self.memory, self.told, self.told_rows)
+        operands = Operands(self.rows, at, seed, self.sample_ids, self.noise, *kept)
         ahead = {name: rows.index_select(0, at) for name, rows in (self.time_arguments or {}).items()}
         condition = self.condition.index_select(0, at)[0]
         advance(kind, run.denoiser, self.x, condition, operands, run.options, {**ahead, **self.model_kwargs})

@@ -13,6 +13,7 @@ from .arguments import merged, named
 from .chain import ChainDiffusion
 from .interop import pretrained
 from .interpolation import along_the_circle, mixing_weight
+from .networks import NETWORKS
 from .objective import Weighting
 from .ops.checks import as_seed, check_choice, check_floating
 from .process import Chain
@@ -127,10 +128,11 @@ class DDPM(ChainDiffusion):
 
         Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for what UNet or DDPM lacks.
         """
+        pretrained.check_torch_dtype(torch_dtype)
         if run := run_file.find(folder):
             if variant is not None:
                 raise ValueError(f"variant: expected None for a run of `fastdiff train`, got {variant!r}")
-            made = run_file.RunFile.open(run).formulation(cls, UNet)
+            made = run_file.RunFile.open(run).formulation(cls, NETWORKS)
             return made if torch_dtype is None else made.to(torch_dtype)
         arguments = pretrained.read_ddpm(folder, variant)
         unet = UNet.from_pretrained(folder, torch_dtype=torch_dtype, variant=variant)

@@ -21,6 +21,9 @@ from .support import modes, transforms
 from .support.settable import settable
 from .support.sharded import is_sharded
 
+# The argument by which a network is told its own estimate of x_0, see fastdiff.estimates.
+TOLD = "x_self_cond"
+
 
 class Prediction(NamedTuple):
     """What the model says of a state.
@@ -78,6 +81,11 @@ class Denoiser(nn.Module):
         """Whether the model returns twice the channels, the second half for the variance."""
         return self.variance == "learned"
 
+    @property
+    def self_conditioned(self) -> bool:
+        """Whether the model says that it takes its own estimate of x_0."""
+        return bool(getattr(self.model, "self_condition", False))
+
     # --- what the model says ----------------------------------------------------------------------------------
 
     def predict_x0(self, x_t: Tensor, t: float | Tensor, *, out: Tensor | None = None, **model_kwargs: Any) -> Tensor:
@@ -116,7 +124,12 @@ class Denoiser(nn.Module):
         return ops.update(x_t, pred, rows, index, noisy=False, out=out)
 
     def call_model(
-        self, x: Tensor, condition: Tensor, model_kwargs: dict[str, Any], guided: bool = False
+        self,
+        x: Tensor,
+        condition: Tensor,
+        model_kwargs: dict[str, Any],
+        guided: bool = False,
+        told: Tensor | None = None,
     ) -> Prediction:
         """One call of the model.
 
@@ -125,12 +138,15 @@ class Denoiser(nn.Module):
             condition: (B,), see `condition`; (2 B,) if guided.
             model_kwargs: the model's further arguments; if guided, those of both branches stacked along the batch.
             guided: whether to ask for the prediction without the condition too, in the same call.
+            told: (B, ...), the estimate of x_0 that a self-conditioned model is told, in both branches.
 
         Raises: TypeError or ValueError if the model returns anything but a prediction of the right shape.
         """
-        x = self._as_model(x)
+        x, told = self._as_model(x), None if told is None else self._as_model(told)
         if guided:
-            x = torch.cat((x, x))
+            x, told = torch.cat((x, x)), None if told is None else torch.cat((told, told))
+        if told is not None:
+            model_kwargs = {**model_kwargs, TOLD: told}
         try:
             out = modes.call(self.model, x, condition, **model_kwargs)
         except (RuntimeError, IndexError, TypeError) as error:

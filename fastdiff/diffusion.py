@@ -13,6 +13,7 @@ from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
 from .editing import check_edit, keeping, noise_levels, resampled
+from .estimates import Callback, wants_estimate, with_estimates
 from .forward_noise import kept_noise
 from .guidance import Guidance, Rule, beside, stack_branches, with_guidance
 from .objective import uses_noise, uses_x0
@@ -29,7 +30,7 @@ from .ops.checks import (
 )
 from .ops.overlap import check_memory
 from .process import Grid, Process
-from .sampling import Callback, Noise, Run, StepOptions, Steps, StepsWithGradient
+from .sampling import Noise, Run, StepOptions, Steps, StepsWithGradient
 from .steps import Sampler, StepTable, ddim_inversion, make_steps, part_of
 from .support.scalars import as_number
 from .support.settable import settable
@@ -105,18 +106,25 @@ class Diffusion(Denoiser, ABC):
         model_kwargs = merged(model_kwargs)
         t = self.checked_times("x0", x0, t)
         check_labels(self.model, model_kwargs)
+        x_t, seed, ids, noise = self.noised(x0, t, seed, sample_ids, noise)
+        pred, raw, _ = self.call_model(x_t, self.condition(t), model_kwargs)
+        return self._loss(pred, raw, x_t, x0, t, seed, noise, mask, reduction, ids=ids)
+
+    def noised(
+        self, x0: Tensor, t: Tensor, seed: int | Tensor | None, sample_ids: Any, noise: Tensor | None
+    ) -> tuple[Tensor, int | Tensor | None, Tensor | None, Tensor | None]:
+        """(x_t, seed, sample_ids, noise): the states at times t (B,) that the loss of these arguments asks about, and
+        the noise of them, or what draws it again."""
         ids = as_sample_ids(sample_ids, len(x0), x0.device)
         table, row = self.noising_rows(t, x0.dtype)
         if noise is None:
-            seed = as_seed(seed, x0.device)
+            seed = drawn = as_seed(seed, x0.device)
             placed = ids is not None and not self._rows_are_levels  # a row is a place in the batch
             if placed or uses_noise(self.objective):
-                noise = kept_noise(x0, 0 if placed else row, seed, ids, always=placed)
+                noise = kept_noise(x0, 0 if placed else row, drawn, ids, always=placed)
             seed = seed if noise is None else None
         ids = ids if noise is None else None
-        x_t = ops.noising(x0, row, table, seed=seed, sample_ids=ids, noise=noise)
-        pred, raw, _ = self.call_model(x_t, self.condition(t), model_kwargs)
-        return self._loss(pred, raw, x_t, x0, t, seed, noise, mask, reduction, ids=ids)
+        return ops.noising(x0, row, table, seed=seed, sample_ids=ids, noise=noise), seed, ids, noise
 
     def _loss(
         self, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor,
@@ -250,8 +258,8 @@ class Diffusion(Denoiser, ABC):
         if x_init is not None or stop_at is not None:
             steps = part_of(self.process, sampler, steps, strength, stop_at)
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
-        table, told = resampled(table, self.process, resample), sampling.wants_estimate(callback)
-        table = sampling.with_estimates(table, self.process, self.objective) if told else table
+        table, told = resampled(table, self.process, resample), wants_estimate(callback)
+        table = with_estimates(table, self.process, self.objective) if told else table
         if grad_steps:
             check_gradients(grad_steps, table, callback, return_trajectory, out, dtype, known, graph or None)
             graph = False

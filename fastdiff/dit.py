@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .interop import pretrained
-from .nn import TimeEmbedding, attention, describe, sinusoidal_embedding, timesteps_of
+from .nn import TimeEmbedding, attention, describe, sinusoidal_embedding, timesteps_of, with_estimate
 from .support.cache import Tables
 from .support.scalars import integer, plain_number
 from .support.weights import check_shapes, shapes_of
@@ -34,8 +34,9 @@ class DiT(nn.Module):
         attention_bias: of the queries, keys and values.
         sample_size: side of the image, a multiple of patch_size; read by `sample_shape` and for the positions.
         patch_size: side of a patch.
-        num_embeds_ada_norm: number of classes. There is one more label, the last, which stands for no class.
+        num_embeds_ada_norm: number of classes, also 0. There is one more label, the last, which stands for no class.
         norm_eps: of the norm before the MLP.
+        self_condition: as of fastdiff.UNet.
 
     Raises ValueError naming the argument for anything else; of activation_fn, upcast_attention, norm_type and
     norm_elementwise_affine only the default is supported, and norm_num_groups is not read. `config` holds the
@@ -67,14 +68,18 @@ class DiT(nn.Module):
         norm_type: str = "ada_norm_zero",
         norm_elementwise_affine: bool = False,
         norm_eps: float = 1e-5,
+        self_condition: bool = False,
     ) -> None:
         config = {k: plain_number(v) for k, v in locals().items() if k not in ("self", "__class__")}
         _check_config(config)
         super().__init__()
         self.config = config
+        if not self_condition:
+            del config["self_condition"]  # as diffusers has it
+        self.self_condition = bool(self_condition)
         self.out_channels = in_channels if out_channels is None else out_channels
         self._width = width = num_attention_heads * attention_head_dim
-        self.pos_embed = Patches(in_channels, width, patch_size)
+        self.pos_embed = Patches(in_channels * (1 + self.self_condition), width, patch_size)
         self.transformer_blocks = nn.ModuleList(
             Block(width, num_attention_heads, num_embeds_ada_norm, dropout, attention_bias, norm_eps)
             for _ in range(num_layers)
@@ -112,6 +117,7 @@ class DiT(nn.Module):
         Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for an option that DiT lacks, and
             for weights that do not fit the configuration.
         """
+        pretrained.check_torch_dtype(torch_dtype)
         config, weights = pretrained.read_dit(folder, variant)
         with config.blamed():
             expected = shapes_of(cls, config, len(weights))
@@ -146,7 +152,12 @@ class DiT(nn.Module):
         return list(self.transformer_blocks)
 
     def forward(
-        self, x: Tensor, t: Tensor | float | None, class_labels: Tensor | None = None, emb: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor | float | None,
+        class_labels: Tensor | None = None,
+        emb: Tensor | None = None,
+        x_self_cond: Tensor | None = None,
     ) -> Tensor:
         """The model's prediction at x_t, shape (B, out_channels, H, W).
 
@@ -155,6 +166,7 @@ class DiT(nn.Module):
             t: timesteps, tensor of shape (B,), (1,) or (), or a number.
             class_labels: integer (B,), from 0 to num_embeds_ada_norm, which stands for no class; None is that for all.
             emb: what time_arguments(t) gives of that name, (B or 1, layers, D). t is then ignored.
+            x_self_cond: an estimate of x_0, shaped like x, if self_condition; None is zeros.
 
         Raises ValueError for any other shape or type.
         """
@@ -164,7 +176,7 @@ class DiT(nn.Module):
         if class_labels is None:
             class_labels = torch.full(x.shape[:1], self.config["num_embeds_ada_norm"], device=x.device)
         patch, (h, w) = self.config["patch_size"], (side // self.config["patch_size"] for side in x.shape[2:])
-        tokens = self.pos_embed(x)
+        tokens = self.pos_embed(with_estimate(x, x_self_cond, self.self_condition))
         tokens = (tokens + self._positions(h, w, x.device)).to(tokens.dtype)
         conditions: list[Tensor] = []
         for i, block in enumerate(self.transformer_blocks):
@@ -335,10 +347,13 @@ def _check_config(c: dict[str, Any]) -> None:
     }  # fmt: skip
     for name, value in only.items():
         check(c[name] == value, name, repr(value))
-    check(c["attention_bias"] in (False, True), "attention_bias", "True or False")
+    for name in ("attention_bias", "self_condition"):
+        check(c[name] in (False, True), name, "True or False")
     counts = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size")
-    for name in (*counts, "num_embeds_ada_norm", *(("out_channels",) if c["out_channels"] is not None else ())):
+    for name in (*counts, *(("out_channels",) if c["out_channels"] is not None else ())):
         check((integer(c[name]) or 0) > 0, name, "a positive int")
+    classes = integer(c["num_embeds_ada_norm"])
+    check(classes is not None and classes >= 0, "num_embeds_ada_norm", "an int of at least 0")
     width = c["num_attention_heads"] * c["attention_head_dim"]
     check(width % 4 == 0, "attention_head_dim", "a width num_attention_heads * attention_head_dim divisible by 4")
     check(c["sample_size"] % c["patch_size"] == 0, "sample_size", f"a multiple of patch_size={c['patch_size']}")

@@ -27,6 +27,7 @@ from .process import Process
 from .reference import work_dtype
 from .rows import make_rows
 from .steps import StepTable
+from .support import transforms
 from .support.scalars import as_number, integer
 
 
@@ -52,7 +53,11 @@ def check_edit(
     if known is None and resample != 1:
         raise ValueError("known: expected a mask with resample, got None")
     if known is not None and x_init is not None:
-        as_mask(known.to(x_init.device) if isinstance(known, Tensor) else known, x_init, "known")
+        mask = as_mask(known.to(x_init.device) if isinstance(known, Tensor) else known, x_init, "known")
+        seen = transforms.bare(mask)
+        # A look at a GPU's tensor would wait for it.
+        if seen is not None and seen.is_cpu and not bool(((seen >= 0) & (seen <= 1)).all()):
+            raise ValueError(f"known: expected numbers in [0, 1], got {seen.min():g} to {seen.max():g}")
 
 
 def noise_levels(process: Process, times: Tensor) -> Tensor:

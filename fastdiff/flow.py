@@ -146,6 +146,8 @@ def optimal_coupling(x0: Tensor, noise: Tensor) -> Tensor:
     dtype = work_dtype(x0.dtype)
     # The squares do not depend on the order: what is left is -2 x_0 noise.
     cost = -(flat(x0.detach()).to(dtype) @ flat(noise.detach()).to(dtype).T)
+    if not bool(cost.isfinite().all()):
+        raise ValueError("x0, noise: expected finite numbers, got NaN or infinity")
     order = need("scipy.optimize", "coupling").linear_sum_assignment(cost.cpu().numpy())[1]
     return noise[torch.from_numpy(order).to(noise.device)]
 
@@ -228,7 +230,11 @@ class FlowMatching(ContinuousDiffusion):
     def times_at(self, quantiles: Tensor) -> Tensor:
         """The times (B,) to train at, those of `times`, shifted, for quantiles (B,) in [0, 1)."""
         draw = TIMES[self.times] if isinstance(self.times, str) else self.times
-        return self.process.shifted(draw(quantiles.double())).clamp(min=self.process.first)
+        times = draw(quantiles.double())
+        if not isinstance(times, Tensor) or times.shape != quantiles.shape:
+            got = tuple(times.shape) if isinstance(times, Tensor) else type(times).__name__
+            raise ValueError(f"times: expected shape {tuple(quantiles.shape)} of the function, got {got}")
+        return self.process.shifted(times).clamp(min=self.process.first)
 
     def interpolate(
         self, x0: Tensor, x1: Tensor, weight: float | Tensor = 0.5, *, steps: int | None = None, **model_kwargs: Any

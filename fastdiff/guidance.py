@@ -201,14 +201,16 @@ def with_guidance(table: StepTable, guidance: Guidance, rule: Rule | None, proce
         rule: how two predictions become one.
         process: of the table.
 
-    Raises: ValueError for anything else.
+    Raises: ValueError for anything else; TypeError for a rule that is none.
     """
+    if rule is not None and (not callable(rule) or isinstance(rule, type)):
+        raise TypeError(f"guidance_rule: expected a rule, such as Rescaled(), got {rule!r}")
     levels = table.levels[:-1].tolist()
     numbers: list[Any]
     if callable(guidance):
         numbers = [guidance(k, level) for k, level in enumerate(levels)]
-    elif isinstance(guidance, list | tuple):
-        numbers = list(guidance)
+    elif isinstance(guidance, list | tuple) or getattr(guidance, "ndim", 0) == 1:
+        numbers = guidance.tolist() if isinstance(guidance, Tensor) else list(guidance)
         if len(numbers) != len(levels):
             raise ValueError(f"guidance: expected a number for each of {len(levels)} steps, got {len(numbers)} of them")
     else:
@@ -240,6 +242,7 @@ class Pair(nn.Module):
     def __init__(self, model: nn.Module, other: nn.Module) -> None:
         super().__init__()
         self.model, self.other = model, other
+        self.self_condition = bool(getattr(model, "self_condition", False))
 
     def forward(self, x: Tensor, condition: Tensor, **model_kwargs: Any) -> Tensor:
         outputs = []

@@ -61,6 +61,18 @@ def describe(value: object) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
+def with_estimate(x: Tensor, estimate: Tensor | None, taken: bool) -> Tensor:
+    """x (B, C, ...) with an estimate of x_0, zeros if None, before it: (B, 2 C, ...). Just x if none is taken.
+
+    Raises: ValueError for an estimate that is not taken, or of another shape than x.
+    """
+    if estimate is not None and not taken:
+        raise ValueError("x_self_cond: expected None, as self_condition is False, got a tensor")
+    if estimate is not None and (not isinstance(estimate, Tensor) or estimate.shape != x.shape):
+        raise ValueError(f"x_self_cond: expected shape {tuple(x.shape)}, got {describe(estimate)}")
+    return torch.cat((torch.zeros_like(x) if estimate is None else estimate.to(x.dtype), x), 1) if taken else x
+
+
 class FourierProjection(nn.Module):
     """Random Fourier features of log t: [sin(2 pi w log t), cos(2 pi w log t)], fixed w ~ N(0, 16^2).
 

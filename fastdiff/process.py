@@ -139,8 +139,12 @@ class Process(ABC):
         churn_min, churn_max = as_number("churn_min", churn_min), as_number("churn_max", churn_max)
         if not (math.isfinite(rho) and rho > 0):
             raise ValueError(f"rho: expected a finite number above 0, got {rho}")
+        if not max(abs(math.log(low)), abs(math.log(high))) < 700 * rho:  # beyond, no float64 has sigma^(1/rho)
+            raise ValueError(f"rho: expected a larger number for sigmas from {low:g} to {high:g}, got {rho}")
         if not churn >= 0:
             raise ValueError(f"churn: expected a number of at least 0, got {churn}")
+        if math.isnan(churn_min) or math.isnan(churn_max):
+            raise ValueError(f"churn_min, churn_max: expected numbers, got {churn_min} and {churn_max}")
         share = torch.linspace(0, 1, 1 if low == high else n, dtype=torch.float64, device="cpu")
         ratios = (high ** (1 / rho) + share * (low ** (1 / rho) - high ** (1 / rho))) ** rho
         gamma = min(churn / n, math.sqrt(2) - 1)

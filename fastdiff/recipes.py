@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .denoiser import TOLD
 from .diffusion import Diffusion
 from .ops.checks import as_seed, check_floating
 from .reference import work_dtype
-from .support.scalars import as_number
+from .support.scalars import as_integer, as_number
 
 
 def offset_noise(
@@ -49,22 +50,50 @@ def drop_labels(labels: Tensor, none: int, share: float = 0.1) -> Tensor:
         none: the label that stands for no condition.
         share: the probability of each label to be dropped, in [0, 1].
 
+    Raises: TypeError or ValueError, naming the argument.
     Reference: Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
     """
     _check_share(share)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels: expected a tensor of integers, got {got}")
+    none = as_integer("none", none, -(2**31), 2**31 - 1)
     dropped = torch.rand(labels.shape, device=labels.device) < share
     return labels.masked_fill(dropped, none)
+
+
+def own_estimate(
+    diffusion: Diffusion,
+    x0: Tensor,
+    t: Tensor,
+    *,
+    name: str = TOLD,
+    seed: int | Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    noise: Tensor | None = None,
+    **model_kwargs: Any,
+) -> Tensor:
+    """The network's estimate of x_0 that self-conditioned training tells it, (B, ...), without a gradient.
+
+        x0hat = predict_x0(x_t, t, zeros),      x_t as in the loss of the same arguments
+
+    Args: as of `self_conditioned`.
+    """
+    x_t = diffusion.noised(x0, t, seed, sample_ids, noise)[0]
+    with torch.no_grad():
+        return diffusion.predict_x0(x_t, t, **{**model_kwargs, name: torch.zeros_like(x_t)})
 
 
 def self_conditioned(
     diffusion: Diffusion,
     x0: Tensor,
     *,
-    name: str = "x_self_cond",
+    name: str = TOLD,
     share: float = 0.5,
     t: float | Tensor | None = None,
     seed: int | Tensor | None = None,
     noise: Tensor | None = None,
+    sample_ids: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """The training loss of a network that is told its own estimate of x_0, or zeros.
@@ -72,26 +101,30 @@ def self_conditioned(
         x0hat = predict_x0(x_t, t, zeros), without a gradient
         loss  = of model(x_t, t, x0hat) for a share of the samples, of model(x_t, t, zeros) for the others
 
+    A network that has the attribute `self_condition`, as UNet(self_condition=True) has, is told the estimate of the
+    step before in sampling too. Bounds, likelihoods and the sampler "ode" ask it with zeros.
+
     Args:
         diffusion: the formulation.
         x0: (B, ...), data.
         name: of the model's argument, (B, ...).
         share: the probability of each sample to be told, in [0, 1].
-        t, seed, noise, options: as in Diffusion.forward.
+        t, seed, noise, sample_ids, options: as in Diffusion.forward.
 
+    Raises: TypeError or ValueError, naming the argument.
     Reference: Chen et al. 2023, arXiv:2208.04202, algorithm 1.
     """
     _check_share(share)
+    if not isinstance(diffusion, Diffusion):
+        raise TypeError(f"diffusion: expected a fastdiff Diffusion, got {type(diffusion).__name__}")
     t = diffusion.checked_times("x0", x0, t)
     seed = as_seed(seed, x0.device) if noise is None else None
-    table, row = diffusion.noising_rows(t, x0.dtype)
-    x_t = ops.noising(x0, row, table, seed=seed, noise=noise)
+    drawn: dict[str, Any] = {"seed": seed, "noise": noise, "sample_ids": sample_ids}
     shared = {key: value for key, value in options.items() if key not in ("mask", "reduction")}
-    with torch.no_grad():
-        estimate = diffusion.predict_x0(x_t, t, **{**shared, name: torch.zeros_like(x_t)})
+    estimate = own_estimate(diffusion, x0, t, name=name, **drawn, **shared)
     told = torch.rand(len(x0), device=x0.device) < share
     estimate = torch.where(told.reshape(-1, *[1] * (x0.ndim - 1)), estimate, 0.0)
-    loss: Tensor = diffusion(x0, t=t, seed=seed, noise=noise, **options, **{name: estimate})
+    loss: Tensor = diffusion(x0, t=t, **drawn, **options, **{name: estimate})
     return loss
 
 

@@ -10,9 +10,8 @@ It returns keyword arguments of its forward that follow from t (N,) alone, such 
 for all steps, with what the model sees of the times, and passes row k, (1, ...), at step k.
 """
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,9 +19,8 @@ from torch import Tensor
 
 from . import ops
 from .denoiser import Denoiser, Prediction, own_rows
+from .estimates import Callback, own_estimate_rows
 from .guidance import Rule, guided, remembers
-from .objective import conversion_rows
-from .process import Process
 from .reference import work_dtype
 from .rows import columns, history_columns, make_rows
 from .steps import StepTable
@@ -30,35 +28,6 @@ from .support.progress import bar
 from .support.shapes import flat
 
 Noise = Tensor | Callable[[int], Tensor] | None
-Callback = Callable[..., Tensor | None]
-
-
-def wants_estimate(callback: Callback | None) -> bool:
-    """Whether a callback is one of (k, level, x, x0hat) rather than of (k, level, x)."""
-    if callback is None:
-        return False
-    try:
-        given = inspect.signature(callback).parameters.values()
-    except ValueError:  # a function of C
-        return False
-    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in places and p.default is p.empty for p in given) > 3
-
-
-def with_estimates(table: StepTable, process: Process, objective: str) -> StepTable:
-    """The table whose steps leave x0hat in hist, for a callback that asks for it.
-
-    Raises: ValueError for samplers that keep something else there.
-    """
-    if table.keep not in ("none", "x0hat"):
-        raise ValueError("callback: expected one of (k, level, x) with this sampler, which keeps no estimate of x_0")
-    rows = table.rows.clone()
-    row = columns(rows)
-    direct = (row.x0_from_x == 0) & (row.x0_from_pred == 0)  # steps that take no way through x0hat
-    if bool(direct.any()):
-        levels = process.at(table.levels[:-1][direct].double())
-        row.x0_from_x[direct], row.x0_from_pred[direct] = conversion_rows(levels, objective, "x0")
-    return replace(table, rows=rows, keep="x0hat")
 
 
 class StepOptions(NamedTuple):
@@ -78,7 +47,8 @@ class StepOptions(NamedTuple):
 
 class Operands(NamedTuple):
     """The tensors of one step beside the state, as in ops.update: the rows of all steps, the number (1,) of
-    this one, and seed, sample_ids, noise and hist, each of them or None. memory: that of the rule, or None."""
+    this one, and seed, sample_ids, noise and hist, each of them or None. memory: that of the rule, or None. told: the
+    estimate of x_0 that the network is told, and told_rows, what makes the next one; or None."""
 
     rows: Tensor
     step: Tensor
@@ -87,10 +57,12 @@ class Operands(NamedTuple):
     noise: Tensor | None = None
     hist: Tensor | None = None
     memory: Tensor | None = None
+    told: Tensor | None = None
+    told_rows: Tensor | None = None
 
     def kept(self) -> tuple[Tensor, ...]:
         """What a step overwrites for the next one."""
-        return tuple(t for t in (self.hist, self.memory) if t is not None)
+        return tuple(t for t in (self.hist, self.memory, self.told) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -132,6 +104,8 @@ class Steps:
         self.index = torch.arange(n, device=device)[:, None]
         self.hist = no_history(run)
         self.memory = torch.zeros_like(run.x) if remembers(run.options.rule) else None
+        self.told_rows = own_estimate_rows(run.denoiser, run.table, run.x, run.model_kwargs)
+        self.told = None if self.told_rows is None else torch.zeros_like(run.x)
         self.condition = conditions(run)
         self.time_arguments: dict[str, Tensor] = {}
 
@@ -143,7 +117,8 @@ class Steps:
         """The operands of step k, and the arguments of the model."""
         run, given = self.run, given_noise(self.run, k)
         seed = run.seed if given is None and run.options.noisy else None
-        operands = Operands(self.rows, self.index[k], seed, run.sample_ids, given, self.hist, self.memory)
+        kept = (self.hist, self.memory, self.told, self.told_rows)
+        operands = Operands(self.rows, self.index[k], seed, run.sample_ids, given, *kept)
         ahead = {name: rows[k : k + 1] for name, rows in self.time_arguments.items()}
         return operands, {**ahead, **run.model_kwargs}
 
@@ -188,6 +163,7 @@ class StepsWithGradient(Steps):
                 self.x = update(x, Prediction(x), operands, run.options)
             else:
                 self.x, *kept = step(run.denoiser, x, self.condition[k], operands, run.options, model_kwargs)
+                self.told = None if self.told is None else kept.pop()
                 self.memory = kept[0] if kept else None  # no sampler with hist has gradients
 
 
@@ -322,25 +298,52 @@ def step(
 
     inplace: overwrite x, hist and memory. A CUDA graph must leave its inputs as they are, so it is made without.
     """
-    predicted = denoiser.call_model(x, condition, model_kwargs, options.guided)
     if not inplace:
         hist, memory = (None if t is None else t.clone() for t in (operands.hist, operands.memory))
         operands = operands._replace(hist=hist, memory=memory)
+    predicted = ask(denoiser, x, condition, operands, options, model_kwargs)
+    if operands.told is not None and operands.told_rows is not None:
+        told = ops.update(
+            x,
+            predicted.pred,
+            operands.told_rows,
+            operands.step,
+            uncond=predicted.uncond,
+            clip=options.clip,
+            noisy=False,
+            out=operands.told if inplace else None,
+        )
+        operands = operands._replace(told=told)
     return update(x, predicted, operands, options, inplace), *operands.kept()
 
 
+def ask(
+    denoiser: Denoiser,
+    x: Tensor,
+    condition: Tensor,
+    operands: Operands,
+    options: StepOptions,
+    model_kwargs: dict[str, Any],
+) -> Prediction:
+    """One prediction. A rule makes one of both branches."""
+    predicted = denoiser.call_model(x, condition, model_kwargs, options.guided, operands.told)
+    if options.rule is None or predicted.uncond is None:
+        return predicted
+    pred, uncond, (rows, step) = predicted.pred, predicted.uncond, operands[:2]
+    return predicted._replace(pred=guided(options.rule, x, pred, uncond, rows, step, operands.memory), uncond=None)
+
+
 def update(x: Tensor, predicted: Prediction, operands: Operands, options: StepOptions, inplace: bool = False) -> Tensor:
-    """ops.update with the operands and options of a run; hist and memory are overwritten."""
-    pred, uncond = _by_rule(x, predicted, operands, options)
+    """ops.update with the operands and options of a run; hist is overwritten."""
     return ops.update(
         x,
-        pred,
+        predicted.pred,
         operands.rows,
         operands.step,
         seed=operands.seed,
         sample_ids=operands.sample_ids,
         noise=operands.noise,
-        uncond=uncond,
+        uncond=predicted.uncond,
         raw_variance=predicted.raw_variance if options.learned else None,
         hist=operands.hist,
         clip=options.clip,
@@ -348,16 +351,6 @@ def update(x: Tensor, predicted: Prediction, operands: Operands, options: StepOp
         noisy=options.noisy,
         inplace=inplace,
     )
-
-
-def _by_rule(
-    x: Tensor, predicted: Prediction, operands: Operands, options: StepOptions
-) -> tuple[Tensor, Tensor | None]:
-    """(pred, uncond) for ops.update: a rule makes one prediction of both."""
-    pred, uncond, rule = predicted.pred, predicted.uncond, options.rule
-    if rule is None or uncond is None:
-        return pred, uncond
-    return guided(rule, x, pred, uncond, operands.rows, operands.step, operands.memory), None
 
 
 def correct(
@@ -377,9 +370,8 @@ def correct(
     Reference: Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5.
     """
     rows, number, noise = operands.rows, operands.step, operands.noise
-    predicted = denoiser.call_model(x, condition, model_kwargs, options.guided)
-    pred, uncond = _by_rule(x, predicted, operands, options)
-    score = ops.update(x, pred, rows, number, uncond=uncond, clip=options.clip, noisy=False)
+    predicted = ask(denoiser, x, condition, operands, options, model_kwargs)
+    score = ops.update(x, predicted.pred, rows, number, uncond=predicted.uncond, clip=options.clip, noisy=False)
     if noise is None:
         noise = ops.normal(
             x.shape,

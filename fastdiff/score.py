@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from .arguments import named
 from .chain import ChainDiffusion
 from .continuous import ContinuousDiffusion
+from .networks import NETWORKS
 from .objective import Weighting
 from .ops.checks import check_choice
 from .process import KARRAS_RANGE, SDES, VE, Ladder, Process
 from .support import run_file
 from .support.run_file import RunFile
-from .unet import UNet
 
 
 class NCSN(ChainDiffusion):
@@ -81,7 +81,7 @@ class NCSN(ChainDiffusion):
 
         Raises: OSError if it cannot be read; ValueError naming the file if it is not the run of a NCSN.
         """
-        return RunFile.open(run_file.find(path) or path).formulation(cls, UNet)
+        return RunFile.open(run_file.find(path) or path).formulation(cls, NETWORKS)
 
     @property
     def config(self) -> dict[str, Any]:

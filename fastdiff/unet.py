@@ -28,6 +28,7 @@ from .nn import (
     describe,
     sinusoidal_embedding,
     timesteps_of,
+    with_estimate,
 )
 from .ops.group_norm import is_fused
 from .support.scalars import plain_number
@@ -55,6 +56,8 @@ class UNet(nn.Module):
         attn_norm_num_groups: of the middle attention; None is norm_num_groups, or no norm with "scale_shift".
         resnet_time_scale_shift: how the embedding enters, added ("default") or "scale_shift".
         num_class_embeds: number of classes, makes the model class-conditional.
+        self_condition: the network takes an estimate of x_0 too, x_self_cond, as in denoising-diffusion-pytorch; see
+            fastdiff.recipes.self_conditioned. diffusers has no such networks.
 
     Raises ValueError naming the argument for anything else; of mid_block_type, act_fn, class_embed_type and
     num_train_timesteps only the default is supported. `config` holds the arguments, ready for JSON, and
@@ -91,11 +94,15 @@ class UNet(nn.Module):
         class_embed_type: None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: None = None,
+        self_condition: bool = False,
     ) -> None:
         config = {k: plain_number(v) for k, v in locals().items() if k not in ("self", "__class__")}
         _check_config(config)
         super().__init__()
         self.config = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in config.items()}
+        if not self_condition:
+            del self.config["self_condition"]  # as diffusers has it
+        self.self_condition = bool(self_condition)
         widths, last = list(block_out_channels), len(block_out_channels) - 1
         self.emb_dim = time_embedding_dim or 4 * widths[0]
         scale_shift = resnet_time_scale_shift == "scale_shift"
@@ -121,7 +128,7 @@ class UNet(nn.Module):
             attended = inputs if kind.startswith("Attn") else []
             return [resnet(n, width) for n in inputs], [attention(width) for _ in attended]
 
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels * (1 + self.self_condition), widths[0], 3, padding=1)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         channels, skips = widths[0], [widths[0]]
         for i, (kind, width) in enumerate(zip(down_block_types, widths, strict=True)):
@@ -170,6 +177,7 @@ class UNet(nn.Module):
         Raises: FileNotFoundError if a file is missing. ValueError, naming the file, for a block or an option that UNet
             lacks, and for weights that do not fit the configuration.
         """
+        pretrained.check_torch_dtype(torch_dtype)
         config, weights = pretrained.read_unet(folder, variant)
         with config.blamed():
             expected = shapes_of(cls, config, len(weights))
@@ -209,8 +217,9 @@ class UNet(nn.Module):
 
     @property
     def _in_channels(self) -> int:
-        """Those of conv_in, which may be another layer now, also one that does not say."""
-        return int(getattr(self.conv_in, "in_channels", self.config["in_channels"]))  # type: ignore[arg-type]
+        """Those of x, by conv_in, which may be another layer now, also one that does not say."""
+        taken = 1 + self.self_condition
+        return int(getattr(self.conv_in, "in_channels", taken * self.config["in_channels"])) // taken  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -219,6 +228,7 @@ class UNet(nn.Module):
         class_labels: Tensor | None = None,
         emb: Tensor | None = None,
         shifts: Tensor | None = None,
+        x_self_cond: Tensor | None = None,
     ) -> Tensor:
         """The model's prediction at x_t, shape (B, out_channels, H, W).
 
@@ -229,6 +239,7 @@ class UNet(nn.Module):
             emb: time_embedding(t), (B, D) or (1, D). t is then ignored, except by "fourier", which still
                 divides the output by it.
             shifts: what time_arguments(t) gives of that name, a row for each sample or one for all, in place of emb.
+            x_self_cond: an estimate of x_0, shaped like x, if self_condition; None is zeros.
 
         Raises ValueError for any other shape or type.
         """
@@ -251,6 +262,7 @@ class UNet(nn.Module):
             debt = of_blocks[-1].owed
 
         x = 2 * x - 1 if self.config["center_input_sample"] else x
+        x = with_estimate(x, x_self_cond, self.self_condition)
         h = self.conv_in(x) if debt is None else without_bias(self.conv_in, x)
         skips = [h]
         for block in self.down_blocks:
@@ -296,6 +308,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "add_attention": (False, True),
     "class_embed_type": (None,),
     "num_train_timesteps": (None,),
+    "self_condition": (False, True),
 }
 _POSITIVE_INTS = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
 _OPTIONAL_INTS = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")

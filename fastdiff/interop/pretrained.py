@@ -82,6 +82,12 @@ class Content(dict[str, Any]):
 # --- networks ---------------------------------------------------------------------------------------------------
 
 
+def check_torch_dtype(dtype: torch.dtype | None) -> None:
+    """Raise TypeError unless it is None or a floating type."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"torch_dtype: expected None or a floating type, such as torch.bfloat16, got {dtype!r}")
+
+
 def read_unet(folder: str | Path, variant: str | None = None) -> tuple[Content, Content]:
     """The constructor arguments and the weights of a UNet2DModel directory, or of the unet/ of a pipeline's.
 
@@ -121,6 +127,8 @@ def write_dit(folder: str | Path, config: dict[str, Any], weights: Mapping[str, 
 
 
 def _write_network(folder: str | Path, kind: str, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+    if config.get("self_condition"):
+        raise ValueError("self_condition: expected False, as diffusers has no network that takes x_self_cond, got True")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", {"_class_name": kind, "_diffusers_version": VERSION, **config})
@@ -258,8 +266,8 @@ def write_ddpm(
         "prediction_type": objectives[objective],
     }
     folder = Path(folder)
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     write_unet(folder / "unet", config, weights)
+    (folder / "scheduler").mkdir(exist_ok=True)
     version = {"_diffusers_version": VERSION}
     path = folder / "scheduler" / "scheduler_config.json"
     _write_json(path, {"_class_name": "DDPMScheduler", **version, **scheduler})

@@ -15,11 +15,12 @@ One loop, fastdiff.sampling, runs every table. All samplers take every objective
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from ..grids import with_middles
 from ..process import Grid, Process
-from ..rows import LOG_ZERO
+from ..rows import LOG_ZERO, columns
 from ..schedule import NoiseSchedule
 from ..support.scalars import as_number, integer
 from .adams import deis, lms, plms
@@ -36,6 +37,7 @@ from .singlestep import (
 from .table import (
     MAX_GAIN,
     StepTable,
+    check_decreasing,
     check_finite_ratio,
     check_signal,
     denoise_rows,
@@ -130,6 +132,8 @@ LOOKS_BETWEEN: dict[Any, float | None] = {
     dpm_solver_pp_2s_ancestral: 1.0,
     dpm_solver_pp_sde: None,
 }
+# Those that may go to a level of more noise, as the levels of churn do.
+RISING: tuple[Sampler, ...] = (heun, dpm_solver_pp_2m, consistency, lcm, tcd)
 
 # What other libraries call a sampler, and what to use here.
 OTHER_NAMES = {
@@ -205,13 +209,27 @@ def make_steps(
     function, keywords = _unwrapped(sampler)
     given = {**keywords, **options}
     schedule, levels = _grid(process, function, steps)
-    if any(function is one for one in LOOKS_BETWEEN):
+    name = next((name for name, known in SAMPLERS.items() if known is function), None)
+    if name and bool((levels.diff() > 0).any()) and not any(function is one for one in RISING):
+        check_decreasing(name, levels)
+    if name and any(function is one for one in LOOKS_BETWEEN):
         check_signal(schedule, levels[:-1], objective)
-        check_finite_ratio(next(name for name in SAMPLERS if SAMPLERS[name] is function), schedule, levels[:-1])
+        check_finite_ratio(name, schedule, levels[:-1])
         eta = LOOKS_BETWEEN[function]
         between = middles(schedule, levels, 0.0 if eta is None else as_number("eta", given.get("eta", eta)))
         schedule, levels = with_middles(process, (schedule, levels), between)
-    return sampler(schedule, levels, objective, clip, **options)
+    table = sampler(schedule, levels, objective, clip, **options)
+    left_out = int(levels[-1]) == 0 and bool(table.levels[-1] > 0)  # the step to data
+    return _unscaled(table, process) if left_out and process.first_scale != 1 else table
+
+
+def _unscaled(table: StepTable, process: Process) -> StepTable:
+    """The table whose last step gives x / alpha, which is data, in place of the state."""
+    rows = table.rows.clone()
+    last, alpha = columns(rows[-1]), process.at(table.levels[-1:]).alpha[0]
+    for column in (last.from_x0, last.from_x, last.from_pred, last.noise, last.from_hist):
+        column.div_(alpha)
+    return replace(table, rows=rows)
 
 
 def part_of(

@@ -3,7 +3,8 @@
 Tensors are in groups: model.* (trained weights), ema.* (their moving average, to sample from), averages.* (further
 averages, by their names), optimizer.N.* (of parameter N), rng.* (states of generators), and importance.* (the losses
 that importance sampling remembers). There is no pickle. The metadata is JSON: the format's version, the step, the
-configurations of the network and of the formulation around it, and the options of the run.
+configurations of the network (under its name, "unet" or "dit") and of the formulation around it, and the options of the
+run.
 """
 
 import json
@@ -30,7 +31,8 @@ NAME = "model.safetensors"
 VERSION = 2
 METADATA_KEY = "fastdiff"
 GROUPS = ("model", "ema", "averages", "optimizer", "rng", "importance")
-METADATA = {"version": int, "step": int, "unet": dict, "model": str, "config": dict, "options": dict, "classes": list}
+METADATA = {"version": int, "step": int, "model": str, "config": dict, "options": dict, "classes": list}
+NETWORKS = ("unet", "dit")
 # What each formulation has to be told. A wrong default would go unseen: no tensor's shape depends on these.
 REQUIRED = {
     "DDPM": ("schedule", "timesteps", "objective", "variance"),
@@ -54,7 +56,7 @@ def write(path: Path, groups: Mapping[str, Mapping[str, Tensor]], metadata: dict
 
     Args:
         groups: tensors by name, by group.
-        metadata: as in METADATA, without the version.
+        metadata: as in METADATA without the version, and the arguments of the network by its name.
 
     Raises: ValueError for a tensor with NaN or infinity; OSError if the disk does not take the file.
     """
@@ -70,7 +72,7 @@ class RunFile:
     Args:
         file: its tensors' names, shapes and types.
         model: the formulation, a name of REQUIRED; config: the arguments of its constructor but the network.
-        unet: the arguments of the network's constructor.
+        kind: of network, a name of NETWORKS; arguments: those of its constructor.
         options, step: the options of the run, and the step at whose end it was written.
         classes: the names of the classes that the network knows, in the order of their numbers.
     """
@@ -78,7 +80,8 @@ class RunFile:
     file: TensorFile
     model: str
     config: dict[str, Any]
-    unet: dict[str, Any]
+    kind: str
+    arguments: dict[str, Any]
     options: dict[str, Any]
     step: int
     classes: list[str]
@@ -98,7 +101,8 @@ class RunFile:
             for name in ("timesteps", "levels"):
                 if name in metadata["config"]:
                     check_length(name, metadata["config"][name], file.size)
-        return cls(file, *(metadata[name] for name in ("model", "config", "unet", "options", "step", "classes")))
+        kind, rest = _kind(metadata), (metadata[name] for name in ("options", "step", "classes"))
+        return cls(file, metadata["model"], metadata["config"], kind, metadata[kind], *rest)
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -110,28 +114,28 @@ class RunFile:
         """The network with the weights of a group.
 
         Args:
-            kind: fastdiff.UNet.
+            kind: what builds it, as fastdiff.networks.NETWORKS has it by the name `kind`.
             group: "ema", or "model" for the weights without the average.
 
         Raises: ValueError naming the file if configuration, shapes, types or numbers do not fit each other.
         """
         with self.blamed():
-            network = build_to_fit(kind, self.unet, self.file.floating(f"{group}."))
+            network = build_to_fit(kind, self.arguments, self.file.floating(f"{group}."))
             network.load_state_dict(self.tensors(group))
         return network
 
-    def formulation(self, kind: type[Formulation], network: Callable[..., nn.Module]) -> Formulation:
+    def formulation(self, kind: type[Formulation], networks: Mapping[str, Callable[..., nn.Module]]) -> Formulation:
         """The model of the run with the averaged weights, in eval mode on the CPU.
 
         Args:
             kind: the class of the formulation, that the run has to be of.
-            network: fastdiff.UNet.
+            networks: fastdiff.networks.NETWORKS.
 
         Raises: ValueError naming the file if it is of another formulation, or its content does not fit.
         """
         if self.model not in {base.__name__ for base in kind.__mro__}:
             raise ValueError(f"{self.file.path} is the run of a {self.model}, expected a {kind.__name__}")
-        built = self.network(network)
+        built = self.network(networks[self.kind])
         with self.blamed():
             return kind(built, **self.config).eval()
 
@@ -161,6 +165,7 @@ def _metadata(header: Mapping[str, str]) -> dict[str, Any]:
         value = metadata.get(name) if isinstance(metadata, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"its metadata has no {name!r} of type {kind.__name__}")
+    _kind(metadata)
     if metadata["version"] != VERSION:
         raise ValueError(f"format version {metadata['version']}, expected {VERSION}")
     if metadata["step"] < 0:
@@ -171,3 +176,11 @@ def _metadata(header: Mapping[str, str]) -> dict[str, Any]:
         if name not in metadata["config"]:
             raise ValueError(f"its configuration of {metadata['model']} has no {name!r}")
     return metadata
+
+
+def _kind(metadata: Mapping[str, Any]) -> str:
+    """The name of the network that the metadata describe. Raises ValueError unless there is one."""
+    found = [name for name in NETWORKS if isinstance(metadata.get(name), dict)]
+    if len(found) != 1:
+        raise ValueError(f"its metadata has {len(found)} of {NETWORKS} of type dict, expected 1")
+    return found[0]

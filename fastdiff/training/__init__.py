@@ -1,10 +1,11 @@
 """Training: the options of a run, its images, the loop, checkpoints, and figures of the samples."""
 
+from fastdiff.training.build import build
 from fastdiff.training.checkpoint import State, load_model
 from fastdiff.training.data import Images, digits, folder, save_grid
 from fastdiff.training.evaluate import Report, frechet_distance
 from fastdiff.training.loop import train, update_ema
-from fastdiff.training.options import DIGITS, Options, build, digits_options, resumed_options
+from fastdiff.training.options import DIGITS, Options, digits_options, resumed_options
 from fastdiff.training.step import TrainingStep
 
 __all__ = [

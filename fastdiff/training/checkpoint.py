@@ -7,7 +7,7 @@ share (torch.distributed.checkpoint). They are written first: the file names a s
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from fastdiff.ddpm import DDPM
 from fastdiff.diffusion import Diffusion
 from fastdiff.edm import Edm
 from fastdiff.flow import FlowMatching
+from fastdiff.networks import NETWORKS, Network, name_of
 from fastdiff.score import NCSN, ScoreSDE
 from fastdiff.support import run_file
 from fastdiff.support.run_file import RunFile
@@ -29,7 +30,6 @@ from fastdiff.training.ema import names as average_names
 from fastdiff.training.ema import note as note_averages
 from fastdiff.training.layout import whole
 from fastdiff.training.ranks import ALONE, Ranks
-from fastdiff.unet import UNet
 
 MODELS: dict[str, type[Diffusion]] = {c.__name__: c for c in (DDPM, NCSN, ScoreSDE, FlowMatching, Edm)}
 OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
@@ -43,7 +43,7 @@ class State:
 
     Args:
         diffusion: the model with the trained weights, and what its importance sampling remembers.
-        ema: the UNet whose weights are the moving average, the one to sample from.
+        ema: the network whose weights are the moving average, the one to sample from.
         optimizer: tensors of torch.optim.AdamW, optimizer[i][key] for parameter i; or the folder with the shares of
             FSDP's processes, for `read_shares`.
         rng: states of PyTorch's default generators, by device type.
@@ -54,7 +54,7 @@ class State:
     """
 
     diffusion: Diffusion
-    ema: UNet
+    ema: Network
     optimizer: dict[int, dict[str, Tensor]] | Path
     rng: dict[str, Tensor]
     options: dict[str, Any]
@@ -123,7 +123,7 @@ def snapshot(state: State, ranks: Ranks = ALONE, buffers: dict[str, Tensor] | No
         groups |= {f"optimizer.{index}": tensors for index, tensors in state.optimizer.items()}
     metadata = {
         "step": state.step,
-        "unet": state.ema.config,
+        name_of(state.ema): state.ema.config,
         "model": type(state.diffusion).__name__,
         "config": state.diffusion.config,
         "options": state.options,
@@ -166,18 +166,19 @@ def load(path: str | Path) -> State:
         checkpoint, or does not fit the networks that its own metadata describes.
     """
     stored = RunFile.open(path)
-    unet, average = (stored.network(UNet, group) for group in ("model", "ema"))
+    kind: Callable[..., Network] = NETWORKS[stored.kind]
+    network, average = (stored.network(kind, group) for group in ("model", "ema"))
     with stored.blamed():
-        diffusion = MODELS[stored.model](unet, **stored.config)
+        diffusion = MODELS[stored.model](network, **stored.config)
         _load_importance(stored, diffusion)
-        averages = _averages(stored, unet)
+        averages = _averages(stored, network)
         rng = stored.tensors("rng")
         if "cpu" not in rng:
             raise ValueError("it has no tensor 'rng.cpu'")
         torch.Generator().set_state(rng["cpu"])  # raises if it is no such state
         folder = shares_of(stored.file.path, stored.step)
         whole_file = any(name.startswith("optimizer.") for name in stored.file.shapes) or not folder.is_dir()
-        optimizer = _optimizer(stored, unet) if whole_file else folder
+        optimizer = _optimizer(stored, network) if whole_file else folder
         return State(diffusion, average, optimizer, rng, stored.options, stored.step, averages, stored.classes)
 
 
@@ -190,7 +191,7 @@ def load_model(path: str | Path) -> Diffusion:
     Raises: as `load`.
     """
     stored = RunFile.open(run_file.find(path) or path)
-    return stored.formulation(MODELS[stored.model], UNet)
+    return stored.formulation(MODELS[stored.model], NETWORKS)
 
 
 def importance(diffusion: Diffusion) -> LossSecondMoment | None:
@@ -212,17 +213,17 @@ def _load_importance(stored: RunFile, diffusion: Diffusion) -> None:
         warnings.warn(f"{stored.file.path} has no history of importance sampling: it starts anew", stacklevel=3)
 
 
-def _optimizer(stored: RunFile, unet: UNet) -> dict[int, dict[str, Tensor]]:
+def _optimizer(stored: RunFile, network: Network) -> dict[int, dict[str, Tensor]]:
     """The optimizer's tensors by parameter. Raises ValueError if they do not fit the parameters."""
-    shapes = {i: tuple(parameter.shape) for i, parameter in enumerate(unet.parameters())}
+    shapes = {i: tuple(parameter.shape) for i, parameter in enumerate(network.parameters())}
     expected = {f"{i}.{key}": () if key == "step" else shapes[i] for i in shapes for key in OPTIMIZER_KEYS}
     tensors = stored.fitting("optimizer", expected)
     return {i: {key: tensors[f"{i}.{key}"] for key in OPTIMIZER_KEYS} for i in shapes}
 
 
-def _averages(stored: RunFile, unet: UNet) -> dict[str, dict[str, Tensor]]:
+def _averages(stored: RunFile, network: Network) -> dict[str, dict[str, Tensor]]:
     """The further averages that the options of the run name. Raises ValueError if they do not fit the parameters."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     texts = (str(stored.options.get(name, "")) for name in ("ema_decays", "ema_sigma_rel"))
     return {name: stored.fitting(f"averages.{name}", shapes) for name in average_names(*texts)}
 

@@ -136,8 +136,8 @@ def extract(run: str | Path, name: str, out: Path) -> None:
         buffers = {key: tensor for key, tensor in stored.tensors("ema").items() if key not in tensors}
         tensors = {**buffers, **tensors}
         check_shapes(shapes, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    metadata = {name: getattr(stored, name) for name in ("step", "unet", "model", "config", "options")}
-    run_file.write(out, {"ema": tensors}, metadata)
+    metadata = {name: getattr(stored, name) for name in ("step", "model", "config", "options", "classes")}
+    run_file.write(out, {"ema": tensors}, {**metadata, stored.kind: stored.arguments})
 
 
 def _put_together(folder: Path, sigma_rel: float, step: int) -> dict[str, Tensor]:

@@ -18,17 +18,19 @@ from torch import Tensor, nn
 
 from fastdiff.cast import channels_last_convolutions
 from fastdiff.files import locked, sweep, writable
-from fastdiff.recipes import offset_noise
+from fastdiff.networks import Network
+from fastdiff.recipes import offset_noise, own_estimate
 from fastdiff.support.run_file import NAME, RunFile
+from fastdiff.training.build import build
 from fastdiff.training.checkpoint import State, importance, read_shares, rng_state, set_rng_state
-from fastdiff.training.draws import LEVELS, noise_key, uniforms
+from fastdiff.training.draws import LEVELS, TOLD, noise_key, uniforms
 from fastdiff.training.ema import names as average_names
 from fastdiff.training.ema import update as update_averages
 from fastdiff.training.ema import warmed
 from fastdiff.training.feed import open_stream
 from fastdiff.training.layout import exchanging, laid_out, recompute_blocks, replicate, shard, whole
 from fastdiff.training.logs import EVERY, Progress
-from fastdiff.training.options import Options, build
+from fastdiff.training.options import Options
 from fastdiff.training.ranks import Ranks, joined, local_device
 from fastdiff.training.record import SAMPLES, Record, grids
 from fastdiff.training.report import write_report
@@ -36,7 +38,6 @@ from fastdiff.training.samples import averaged, draw_grid
 from fastdiff.training.saver import Saver
 from fastdiff.training.step import TrainingStep, leave_out
 from fastdiff.training.surroundings import gpu_settings, interrupts
-from fastdiff.unet import UNet
 
 # In place of a signal's number: nobody reads the output of the run any more.
 LOST = 1000
@@ -165,7 +166,7 @@ class Run:
             raise ValueError(f"data: expected the classes {resume.classes} of the run, got {self.classes}")
         place = torch.device("cpu") if options.fsdp else device  # FSDP brings each process its share alone
         self.diffusion = (resume.diffusion if resume else build(options, len(self.classes))).to(place).train()
-        self.ema = resume.ema.to(place) if resume else cast(UNet, copy.deepcopy(self.diffusion.model))
+        self.ema = resume.ema.to(place) if resume else cast(Network, copy.deepcopy(self.diffusion.model))
         if history := importance(self.diffusion):
             history.to_device(device)
         self.trained = self._lay_out()
@@ -262,8 +263,8 @@ class Run:
         seed, ids = noise_key(self.options.seed, self.step * size, size)
         self.levels = self._draw_levels()[0]
         x0, classes = self._next()
-        given = {"t": self.levels, "reduction": "none", **self._noise(x0, seed, ids)}
-        self.losses = take(x0, decay=decay, **given, **classes)
+        given = {"t": self.levels, **self._noise(x0, seed, ids), **classes}
+        self.losses = take(x0, decay=decay, reduction="none", **given, **self._told(x0, given))
         self.norm = take.norm
         return take.bad
 
@@ -280,6 +281,15 @@ class Run:
         if not self.options.offset_noise:
             return {"seed": seed, "sample_ids": ids}
         return {"noise": offset_noise(x0, self.options.offset_noise, seed=seed, sample_ids=ids)}
+
+    def _told(self, x0: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
+        """What a self-conditioned network is told: in half of the steps its own estimate of x_0, else zeros."""
+        if not self.options.self_conditioning:
+            return {}
+        if uniforms(self.options.seed, self.step, 1, TOLD).item() < 0.5:
+            return {"x_self_cond": torch.zeros_like(x0)}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return {"x_self_cond": own_estimate(self.diffusion, x0, **given)}
 
     def _step_in_parts(self) -> Tensor:
         """The passes of all ranks, and the update. Returns: (), whether it was left out."""
@@ -300,11 +310,11 @@ class Run:
         self.optimizer.zero_grad()
         for k, part in enumerate(self.parts):
             x0, classes = self._next()
+            given = {"t": self.levels[part], **self._noise(x0, seed, ids[part]), **classes}
+            told = self._told(x0, given)
             with exchanging(self.trained, self.diffusion.model, k == options.accumulate - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    own: Tensor = self.trained(
-                        x0, t=self.levels[part], reduction="none", **self._noise(x0, seed, ids[part]), **classes
-                    )
+                    own: Tensor = self.trained(x0, reduction="none", **given, **told)
                 # The mean over the ranks of this is the sum over their samples by the size of the whole batch.
                 (own.mul(weight[part]).sum() * (ranks.size / size)).backward()
             losses[part] = own.detach()

@@ -1,4 +1,4 @@
-"""What defines a run: its options, their checks, and the untrained model that they describe."""
+"""What defines a run: its options and their checks."""
 
 import math
 import operator
@@ -8,15 +8,10 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from numbers import Real
 from typing import Any
 
-from fastdiff.ddpm import DDPM
-from fastdiff.diffusion import Diffusion
-from fastdiff.edm import Edm
-from fastdiff.flow import FlowMatching
-from fastdiff.score import NCSN, ScoreSDE
+from fastdiff.networks import NETWORKS
 from fastdiff.training.checkpoint import State
 from fastdiff.training.data.opening import ARRAYS, KINDS, SETS, is_path
 from fastdiff.training.ema import names as average_names
-from fastdiff.unet import UNet
 
 # What the network of each formulation predicts by default.
 OBJECTIVES = {"ddpm": "v", "ncsn": "score", "vp": "v", "subvp": "v", "ve": "score", "flow": "flow", "edm": "edm"}
@@ -28,10 +23,14 @@ OWNERS = {
     "sigma_min": ("ncsn", "ve"),
     "sigma_max": ("ncsn", "ve"),
 }
+# The formulations whose network is told sigma, which a U-Net embeds; a DiT embeds timesteps alone.
+OF_SIGMA = ("ncsn", "ve")
+# Options that runs of before do not have, and what they did.
+LATER: dict[str, Any] = {"network": "unet", "patch": 0, "self_conditioning": False}
 # Integers that count something, and the largest of them.
 COUNTS = ("steps", "batch_size", "channels", "timesteps", "save_every", "keep", "accumulate", "max_bad_steps")
 # Integers from 0.
-AMOUNTS = ("warmup", "workers", "sample_every", "lr_hold")
+AMOUNTS = ("warmup", "workers", "sample_every", "lr_hold", "patch")
 # What may differ when a run goes on: how long it takes, what it keeps and shows, and how it is spread.
 FREE = (
     *("steps", "save_every", "sample_every", "keep", "max_bad_steps", "workers", "cache", "log"),
@@ -60,7 +59,10 @@ class Options:
         lr, warmup: peak learning rate of AdamW; steps over which it rises.
         ema: decay of the moving average of the weights, in [0, 1).
         clip_grad: largest norm of the gradient.
-        channels: of the U-Net at full resolution, a multiple of 8.
+        network: "unet" or "dit", see `fastdiff.training.build`.
+        channels: of the U-Net at full resolution, a multiple of 8; a DiT's tokens have 6 times as many.
+        patch: side of a DiT's patches in pixels; 0 is 2 for images up to 32x32, else 4.
+        self_conditioning: tell the network its own estimate of the image, see `fastdiff.recipes.self_conditioned`.
         formulation: "ddpm", "ncsn", an SDE ("vp", "subvp", "ve"), "flow" (flow matching), or "edm".
         objective, loss, weighting: as in fastdiff.DDPM; objective "" is the one that suits the formulation.
         schedule, variance: of ddpm; variance "learned" doubles the network's output channels.
@@ -102,7 +104,10 @@ class Options:
     warmup: int = 1000
     ema: float = 0.9999
     clip_grad: float = 1.0
+    network: str = "unet"
     channels: int = 64
+    patch: int = 0
+    self_conditioning: bool = False
     formulation: str = "ddpm"
     objective: str = ""
     schedule: str = "cosine"
@@ -142,6 +147,8 @@ class Options:
             raise ValueError(f"gray: expected False with {self.image_channels} image_channels, got True")
         if self.log not in LOGS:
             raise ValueError(f"log: expected one of {', '.join(LOGS)}, got {self.log!r}")
+        if self.network not in NETWORKS:
+            raise ValueError(f"network: expected one of {', '.join(NETWORKS)}, got {self.network!r}")
         if self.formulation not in OBJECTIVES:
             raise ValueError(f"formulation: expected one of {', '.join(OBJECTIVES)}, got {self.formulation!r}")
         self.objective = self.objective or OBJECTIVES[self.formulation]
@@ -193,9 +200,23 @@ class Options:
             raise ValueError(f"image_channels: expected 0 to {largest}, got {self.image_channels}")
         if self.channels % 8:
             raise ValueError(f"channels: expected a multiple of 8, got {self.channels}")
+        if self.network == "dit":
+            self._check_patches()
+            return
+        if self.patch:
+            raise ValueError(f"patch: an option of network dit, which network {self.network} does not have")
         factor = 2 ** (resolutions(max(self.sides)) - 1)
         if any(side % factor for side in self.sides):
             raise ValueError(f"size: expected a multiple of {factor}, got {self.size}")
+
+    def _check_patches(self) -> None:
+        if self.formulation in OF_SIGMA:
+            raise ValueError(f"network: expected unet with formulation {self.formulation}, got {self.network!r}")
+        if isinstance(self.size, list):
+            raise ValueError(f"size: expected a square for network dit, got {self.size}")
+        self.patch = self.patch or (2 if self.size <= 32 else 4)
+        if self.size % self.patch:
+            raise ValueError(f"size: expected a multiple of patch {self.patch}, got {self.size}")
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step `step`, from 0: it rises over `warmup` steps, and falls after `lr_hold`.
@@ -210,8 +231,9 @@ class Options:
         return rate
 
     def used(self) -> dict[str, Any]:
-        """The options that the formulation has, by name."""
-        return {k: v for k, v in asdict(self).items() if self.formulation in OWNERS.get(k, (self.formulation,))}
+        """The options that the formulation and the network have, by name."""
+        given = {k: v for k, v in asdict(self).items() if self.formulation in OWNERS.get(k, (self.formulation,))}
+        return given if self.network == "dit" else {k: v for k, v in given.items() if k != "patch"}
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -296,20 +318,20 @@ def resumed_options(state: State, given: dict[str, Any]) -> Options:
 
     Raises: ValueError naming an option that differs, or saying that the checkpoint's are not those of a run.
     """
-    known = {field.name for field in fields(Options)}
-    if set(state.options) != known:
-        raise ValueError(f"the checkpoint's options are {sorted(state.options)}, expected {sorted(known)}")
-    refuse_foreign(state.options["formulation"], given)
+    known, before = {field.name for field in fields(Options)}, {**LATER, **state.options}
+    if set(before) != known:
+        raise ValueError(f"the checkpoint's options are {sorted(before)}, expected {sorted(known)}")
+    refuse_foreign(before["formulation"], given)
     for name, value in given.items():
-        moved = name == "data" and value and all(map(is_path, (value, state.options["data"])))
-        if name not in FREE and not moved and value != state.options[name]:
+        moved = name == "data" and value and all(map(is_path, (value, before["data"])))
+        if name not in FREE and not moved and value != before[name]:
             raise ValueError(
-                f"{name}: the run was started with {state.options[name]!r}, got {value!r}; "
+                f"{name}: the run was started with {before[name]!r}, got {value!r}; "
                 "leave the option out, or train into another folder"
             )
-    unused = {name for name, owners in OWNERS.items() if state.options["formulation"] not in owners}
+    unused = {name for name, owners in OWNERS.items() if before["formulation"] not in owners}
     try:
-        options = Options(**{**{k: v for k, v in state.options.items() if k not in unused}, **given})
+        options = Options(**{**{k: v for k, v in before.items() if k not in unused}, **given})
     except TypeError as error:
         raise ValueError(f"the checkpoint's options are of wrong types: {error}") from error
     if (shape := state.ema.sample_shape) not in (None, options.shape):
@@ -320,35 +342,3 @@ def resumed_options(state: State, given: dict[str, Any]) -> Options:
 def resolutions(size: int) -> int:
     """How many resolutions the U-Net has: 2 for 8x8 images, 3 up to 32, else 4."""
     return 2 if size <= 8 else 3 if size <= 32 else 4
-
-
-def build(options: Options, classes: int = 0) -> Diffusion:
-    """The untrained model of a run, with `classes` classes and "no label".
-
-    Channels double once; levels of 16x16 and below attend, except for 8x8 images.
-    """
-    side, channels = max(options.sides), options.shape[0]
-    count = resolutions(side)
-    attends = [side > 8 and side >> level <= 16 for level in range(count)]
-    unet = UNet(
-        sample_size=options.size,
-        in_channels=channels,
-        out_channels=channels * (2 if options.variance == "learned" else 1),
-        block_out_channels=tuple(options.channels * min(2, level + 1) for level in range(count)),
-        layers_per_block=1 if side <= 8 else 2,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        norm_num_groups=8,
-        num_class_embeds=classes + 1 if classes else None,
-        # These models get sigma as their time; the network's output is divided by it, as a score wants.
-        time_embedding_type="fourier" if options.formulation in ("ncsn", "ve") else "positional",
-    )
-    same: dict[str, Any] = {"objective": options.objective, "loss": options.loss, "weighting": options.weighting}
-    sigmas: dict[str, Any] = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max}
-    if options.formulation == "ddpm":
-        return DDPM(unet, schedule=options.schedule, timesteps=options.timesteps, variance=options.variance, **same)
-    if options.formulation == "ncsn":
-        return NCSN(unet, levels=options.timesteps, **sigmas, **same)
-    if options.formulation in ("flow", "edm"):
-        return (FlowMatching if options.formulation == "flow" else Edm)(unet, **same)
-    return ScoreSDE(unet, options.formulation, **same, **(sigmas if options.formulation == "ve" else {}))

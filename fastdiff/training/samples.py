@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion import Diffusion
-from fastdiff.unet import UNet
+from fastdiff.networks import Network
 
 # The sampler, and its steps, that suits a formulation unless one is named.
 SUITED: dict[str, tuple[str, int]] = {
@@ -66,7 +66,7 @@ def suited(model: Diffusion) -> tuple[str, int]:
     return sampler, min(steps, getattr(model, "timesteps", steps)) if sampler == "ddim" else steps
 
 
-def averaged(diffusion: Diffusion, ema: UNet) -> Diffusion:
+def averaged(diffusion: Diffusion, ema: Network) -> Diffusion:
     """The same formulation around the moving average of the weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the same options, heard before

@@ -16,6 +16,8 @@ from fastdiff.training import Options, checkpoint, layout, loop, ranks
 
 STEPS = 12
 SAME = {"channels": 16, "lr": 2e-4}
+# Another network, which is told its estimate in some of its steps.
+TOLD = {"channels": 16, "lr": 2e-4, "network": "dit", "classes": True, "self_conditioning": True, "steps": 3}
 
 
 def importance(out: Path) -> None:
@@ -40,6 +42,7 @@ def main(folder: Path) -> None:
         run(folder / "replicated", steps=STEPS, accumulate=2, **SAME)
         run(folder / "split", steps=STEPS // 2, fsdp=True, **SAME)
         run(folder / "split", resume=True, steps=STEPS, fsdp=True, accumulate=2, **SAME)
+        run(folder / "told", fsdp=True, **TOLD)
         importance(folder / "importance")
         assert evaluate(folder / "replicated", folder / "two.json") == 0
         model = checkpoint.load_model(folder / "split")

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from fastdiff import DDPM, NoiseSchedule, UNet
+from fastdiff import DDPM, DiT, NoiseSchedule, UNet
 from fastdiff.interop import pretrained
 from fastdiff.schedule import make_schedule
 
@@ -355,6 +355,13 @@ def test_variant_and_type_of_a_pipeline(tmp_path):
     DDPMPipeline(stock(), DDPMScheduler()).save_pretrained(tmp_path, variant="fp16")
     ddpm = DDPM.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.bfloat16)
     assert ddpm.parameter_dtype == torch.bfloat16 and not ddpm.training
+
+
+@pytest.mark.parametrize("kind", [UNet, DiT, DDPM])
+@pytest.mark.parametrize("wrong", [torch.int32, "bfloat16", torch.complex64])
+def test_types_that_are_none_are_refused(kind, wrong):
+    with pytest.raises(TypeError, match=r"^torch_dtype: expected None or a floating type, such as torch.bfloat16, got"):
+        kind.from_pretrained("nothing is read", torch_dtype=wrong)
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_recomputed_blocks_give_the_same_gradients():
         ({"attention_head_dim": 7}, "attention_head_dim: expected a width"),
         ({"sample_size": 9}, "sample_size: expected a multiple of patch_size=2, got 9"),
         ({"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1.0"),
-        ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm: expected a positive int, got None"),
+        ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm: expected an int of at least 0, got None"),
         ({"activation_fn": "geglu"}, "activation_fn: expected 'gelu-approximate', got 'geglu'"),
     ],
 )

@@ -184,6 +184,7 @@ def test_resampling_refuses_samplers_with_a_memory(sampler: object) -> None:
         ({"x_init": torch.zeros(SHAPE), "strength": 1.1}, "strength: expected a number above 0 and up to 1, got 1.1"),
         ({"strength": 0.5}, "x_init: expected an image with strength, got None"),
         ({"known": HALF}, "x_init: expected an image with known, got None"),
+        ({"x_init": torch.zeros(SHAPE), "known": HALF - 1}, r"known: expected numbers in \[0, 1\], got -1 to 0"),
         ({"x_init": torch.zeros(SHAPE), "resample": 2}, "known: expected a mask with resample, got None"),
         ({"x_init": torch.zeros(SHAPE), "known": HALF, "resample": 0}, "resample: expected an integer of at least 1.*"),
         ({"x_init": torch.zeros(SHAPE), "known": HALF[0]}, "known: expected a shape that expands to .*"),

@@ -167,6 +167,18 @@ def test_gaussian_data(sampler, objective):
         assert std.tolist() == pytest.approx(want_std, rel=1e-4)
 
 
+def test_samplers_that_leave_out_the_step_to_data_end_in_units_of_data():
+    """Where they stop early by themselves, not where they are stopped."""
+    edm = exact(Edm)
+    how = {"sampler": "probability_flow", "steps": edm.process.karras(100), "seed": 1}
+    x = edm.sample((3, 4), **how)
+    torch.testing.assert_close(x, edm.sample((3, 4), **how | {"sampler": "ddim"}), rtol=0.05, atol=0.02)
+    state = edm.sample((3, 4), **how, stop_at=0.0023)  # twice x: alpha is 1 / sigma_data
+    torch.testing.assert_close(state, 2 * x, rtol=0.01, atol=0.01)
+    _, std = moments(edm, functools.partial(steps.euler_maruyama, denoise=False), edm.process.karras(100))
+    torch.testing.assert_close(std, edm.model.var.sqrt(), rtol=0.1, atol=0.01)
+
+
 @pytest.mark.parametrize("sigma_data", [0.5, 2.0])
 def test_edm_is_ve_in_other_coordinates(sigma_data):
     """The same denoiser under every deterministic sampler, with the state scaled by c_in."""

@@ -123,6 +123,10 @@ def test_times_may_be_a_function():
     assert (net.condition > 900).all()
     with pytest.raises(ValueError, match="config: expected times given by name, got a function"):
         _ = flow.config
+    for result, got in ((lambda u: u[:1], r"\(1,\)"), (lambda u: 0.5, "float")):
+        flow.times = result
+        with pytest.raises(ValueError, match=rf"^times: expected shape \(4,\) of the function, got {got}$"):
+            flow(torch.zeros(SHAPE))
 
 
 def test_shift_by_resolution():
@@ -307,6 +311,8 @@ def test_optimal_coupling_is_the_best_of_all_orders():
     FlowMatching(Net())(x0, noise=got).backward()
     with pytest.raises(ValueError, match="noise: expected shape"):
         optimal_coupling(x0, noise[:3])
+    with pytest.raises(ValueError, match="x0, noise: expected finite numbers, got NaN or infinity"):
+        optimal_coupling(x0, noise / 0)
 
 
 def test_coupling_without_scipy(monkeypatch):

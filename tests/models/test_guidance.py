@@ -277,6 +277,7 @@ def test_equal_rules_are_one_kind():
     ("given", "said"),
     [
         ({"guidance": [1.0, 2.0]}, "guidance: expected a number for each of 3 steps, got 2 of them"),
+        ({"guidance": torch.ones(2)}, "guidance: expected a number for each of 3 steps, got 2 of them"),
         ({"guidance": [1.0, math.nan, 1.0]}, "guidance: expected a finite number, got nan"),
         ({"guidance": lambda k, level: "2"}, "guidance: expected a finite number, got '2'"),
         ({"guidance": "two"}, "guidance: expected a finite number, got 'two'"),
@@ -294,6 +295,9 @@ def test_wrong_guidance(given, said):
 def test_wrong_rules():
     with pytest.raises(ValueError, match="guidance_rule: expected None without guidance"):
         chain(Curved()).sample(SHAPE, steps=3, guidance_rule=ZeroStar())
+    for wrong in (3, "Rescaled", Rescaled):
+        with pytest.raises(TypeError, match=r"guidance_rule: expected a rule, such as Rescaled\(\), got"):
+            chain(Curved()).sample(SHAPE, steps=3, guidance=2.0, guidance_rule=wrong, **BRANCHES)
     with pytest.raises(ValueError, match=r"share: expected a number from 0 to 1, got 1\.5"):
         Rescaled(1.5)
     with pytest.raises(ValueError, match="parallel: expected a number from 0 to 1, got -1"):

@@ -36,6 +36,15 @@ def test_labels_are_dropped_at_their_share() -> None:
     assert torch.equal(drop_labels(labels, 10, 0.0), labels) and (drop_labels(labels, 10, 1.0) == 10).all()
     with pytest.raises(ValueError, match=r"^share: expected a number from 0 to 1, got 1.5$"):
         drop_labels(labels, 10, 1.5)
+    for given, said in (
+        (([1, 2], 10), "labels: expected a tensor of integers, got list"),
+        ((labels.float(), 10), "labels: expected a tensor of integers, got torch.float32"),
+        ((labels, 9.5), "none: expected an integer, got float"),
+    ):
+        with pytest.raises(TypeError, match=f"^{said}$"):
+            drop_labels(*given)
+    with pytest.raises(TypeError, match=r"^diffusion: expected a fastdiff Diffusion, got Told$"):
+        self_conditioned(Told(), data())
 
 
 class Told(nn.Module):

@@ -327,6 +327,8 @@ def test_karras_grids_end_where_their_chain_does(name, timesteps):
         ({"sigma_min": 9.0, "sigma_max": 1.0}, "sigma_min, sigma_max: expected"),
         ({"rho": 0.0}, "rho: expected a finite number above 0"),
         ({"rho": math.nan}, "rho: expected a finite number above 0"),
+        ({"rho": 1e-3}, "rho: expected a larger number for sigmas from 0.01.* to 80, got 0.001"),
+        ({"churn_min": math.nan}, "churn_min, churn_max: expected numbers, got nan and inf"),
         ({"churn": -1.0}, "churn: expected a number of at least 0"),
         ({"churn": math.nan}, "churn: expected a number of at least 0"),
         ({"sigma_max": 400.0}, "sigma: expected levels from 0.01 to 157.4, those of the schedule"),

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from several import SAME, STEPS, evaluate, importance
+from several import SAME, STEPS, TOLD, evaluate, importance
 from tiny_run import assert_same_weights, run
 
 from fastdiff.cli import main, one_line
@@ -61,6 +61,8 @@ def test_two_processes_train_what_one_does(tmp_path):
     for name in ("replicated", "split"):
         assert checkpoint.load(tmp_path / name / NAME).step == STEPS
         assert_same_weights(tmp_path / "one" / NAME, tmp_path / name / NAME)
+    run(tmp_path / "told alone", **TOLD)
+    assert_same_weights(tmp_path / "told alone" / NAME, tmp_path / "told" / NAME)
     importance(tmp_path / "alone")
     alone, shared = (load_file(tmp_path / name / NAME) for name in ("alone", "importance"))
     assert torch.equal(alone["importance.seen"], shared["importance.seen"]) and alone["importance.seen"].sum() == 128

@@ -1,0 +1,66 @@
+"""The estimate of x_0 in the steps of a run: for a callback, and for a network that is told its own.
+
+A self-conditioned network has the attribute `self_condition`, and is called with x_self_cond, (B, ...): x0hat of the
+step before, or zeros in the first step (Chen et al. 2023, arXiv:2208.04202, algorithm 2).
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from .denoiser import TOLD, Denoiser
+from .objective import conversion_rows
+from .process import Process
+from .reference import work_dtype
+from .rows import columns
+from .steps import StepTable, denoise_rows
+
+Callback = Callable[..., Tensor | None]
+
+
+def wants_estimate(callback: Callback | None) -> bool:
+    """Whether a callback is one of (k, level, x, x0hat) rather than of (k, level, x)."""
+    if callback is None:
+        return False
+    try:
+        given = inspect.signature(callback).parameters.values()
+    except ValueError:  # a function of C
+        return False
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in places and p.default is p.empty for p in given) > 3
+
+
+def with_estimates(table: StepTable, process: Process, objective: str) -> StepTable:
+    """The table whose steps leave x0hat in hist, for a callback that asks for it.
+
+    Raises: ValueError for samplers that keep something else there.
+    """
+    if table.keep not in ("none", "x0hat"):
+        raise ValueError("callback: expected one of (k, level, x) with this sampler, which keeps no estimate of x_0")
+    rows = table.rows.clone()
+    row = columns(rows)
+    direct = (row.x0_from_x == 0) & (row.x0_from_pred == 0)  # steps that take no way through x0hat
+    if bool(direct.any()):
+        levels = process.at(table.levels[:-1][direct].double())
+        row.x0_from_x[direct], row.x0_from_pred[direct] = conversion_rows(levels, objective, "x0")
+    return replace(table, rows=rows, keep="x0hat")
+
+
+def own_estimate_rows(denoiser: Denoiser, table: StepTable, x: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:
+    """The rows that make x0hat in the steps of a table, of guided predictions too, for the network to be told.
+
+    Args:
+        denoiser, table: of the run.
+        x: its state.
+        model_kwargs: the model's further arguments. If they say what the network is told, that stays.
+
+    Returns: as table.rows, on the state's device; None if the network is told nothing.
+    """
+    if TOLD in model_kwargs or not denoiser.self_conditioned:
+        return None
+    rows = denoise_rows(denoiser.process.at(table.levels[:-1].double()), denoiser.objective)
+    columns(rows).guidance.copy_(columns(table.rows).guidance)
+    return rows.to(x.device, work_dtype(x.dtype))
