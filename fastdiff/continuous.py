@@ -11,7 +11,6 @@ from .denoiser import own_rows
 from .diffusion import Diffusion
 from .objective import Weighting, check_weighting, target_rows, weights
 from .process import Process
-from .support import run_file
 from .support.run_file import RunFile
 from .support.settable import settable
 from .unet import UNet
@@ -54,7 +53,7 @@ class ContinuousDiffusion(Diffusion):
 
         Raises: OSError if it cannot be read; ValueError naming the file if it is the run of another formulation.
         """
-        return RunFile.open(run_file.find(path) or path).formulation(cls, UNet)
+        return RunFile.open(path).formulation(cls, UNet)
 
     def q_sample(
         self,

@@ -189,7 +189,7 @@ def load_model(path: str | Path) -> Diffusion:
 
     Raises: as `load`.
     """
-    stored = RunFile.open(run_file.find(path) or path)
+    stored = RunFile.open(path)
     return stored.formulation(MODELS[stored.model], UNet)
 
 

@@ -49,7 +49,10 @@ def features_of(name: str, data: str, device: torch.device) -> Features:
     if name.endswith(".pt"):
         if not Path(name).is_file():
             raise FileNotFoundError(2, "No such file or directory", name)
-        network = torch.jit.load(name, map_location=device).eval()
+        try:
+            network = torch.jit.load(name, map_location=device).eval()
+        except RuntimeError as error:
+            raise ValueError(f"features: expected a file that torch.jit.save wrote, got {name}") from error
         return lambda images: _pair(network(images.to(device)))
     module, colon, attribute = name.partition(":")
     if not colon:

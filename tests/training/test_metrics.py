@@ -98,6 +98,9 @@ def test_features_of_pixels_a_function_and_a_file(tmp_path, monkeypatch):
     assert torch.equal(features.features_of(str(tmp_path / "net.pt"), "x", device)(images)[0], images.flatten(1))
     with pytest.raises(FileNotFoundError):
         features.features_of("missing.pt", "x", device)
+    torch.save({"weight": images}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"expected a file that torch.jit.save wrote, got .*weights\.pt"):
+        features.features_of(str(tmp_path / "weights.pt"), "x", device)
     with pytest.raises(ValueError, match=r"features: expected inception, .*, got 'x'"):
         features.features_of("x", "x", device)
     with pytest.raises(ValueError, match="classifier is trained on digits or mnist, got images"):
