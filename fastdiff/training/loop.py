@@ -9,7 +9,7 @@ import copy
 import errno
 import itertools
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -94,7 +94,13 @@ def train(
                     f"fastdiff: warning: left out {name}: {why} ({count} so far)"
                 )
                 while run.step < options.steps and not caught:
-                    run.advance()
+                    try:
+                        run.advance()
+                    except (OSError, ValueError):  # of the data; the steps before are good
+                        if ranks.size == 1 and run.step > run.saved:
+                            with suppress(OSError, ValueError):
+                                run.save(saver)
+                        raise
                     progress.advance(run.step, run.loss)
                     record.step(run.step, run.losses, run.noisiness(), run.norm, options.learning_rate(run.step - 1))
                     saver.check()

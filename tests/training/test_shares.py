@@ -148,6 +148,8 @@ def test_split_weights_train_and_go_on_as_whole_ones(tmp_path):
     assert_same_weights(tmp_path / "other" / NAME, tmp_path / "parts" / NAME)
     run(tmp_path / "plain", resume=True, steps=8, fsdp=True, **WIDE)
     assert_same_weights(tmp_path / "plain" / NAME, tmp_path / "parts" / NAME)
+    run(tmp_path / "plain", resume=True, steps=9, **WIDE)
+    assert list((tmp_path / "plain" / "checkpoints").iterdir()) == []  # no shares of a step before the last
 
 
 @pytest.mark.slow
