@@ -61,6 +61,8 @@ def features_of(name: str, data: str, device: torch.device) -> Features:
         function = getattr(importlib.import_module(module), attribute)
     except AttributeError as error:
         raise ValueError(f"features: {module} has no {attribute!r}") from error
+    if not callable(function):
+        raise TypeError(f"features: expected a function, got {name} of type {type(function).__name__}")
     return lambda images: _pair(function(images.to(device)))
 
 

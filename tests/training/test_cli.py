@@ -67,7 +67,8 @@ def test_train_on_a_folder_of_images(tmp_path, capsys):
     pixels = ["eval", str(out), "--device", "cpu", "--n", "6", "--steps", "1", "--features", "pixels"]
     (tmp_path / "4.png").write_bytes((tmp_path / "2.png").read_bytes())
     assert main([*pixels, "--reference", str(tmp_path / "real.npz")]) == 0
-    first = capsys.readouterr().out
+    first, said = capsys.readouterr()
+    assert f"files: {out}: the folder of a run" in said
     assert "precision" in first and "frechet_distance" in first and np.load(tmp_path / "real.npz")["mu"].shape == (192,)
     assert main([*pixels, "--reference", str(tmp_path / "real.npz")]) == 0
     again = capsys.readouterr().out

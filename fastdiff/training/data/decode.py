@@ -11,6 +11,8 @@ from fastdiff.files import need
 
 # How the names of image files end.
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
+# What the folder of a run holds. Its samples are no data.
+RUN = {"config.json", "log.csv"}
 # White in the image modes of PIL that have more than 8 bits.
 DEEP = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 # The modes of PIL by their number of channels.
@@ -26,6 +28,10 @@ def listed(path: Path) -> tuple[list[Path], dict[Path, str]]:
 
     for root, folders, names in os.walk(path, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if RUN.issubset(names) and Path(root) != path:
+            skipped[Path(root)] = "the folder of a run"
+            folders.clear()
+            continue
         for entry in (Path(root, name) for name in (*folders, *names) if not name.startswith(".")):
             if os.path.isfile(entry):
                 files.append(entry)
