@@ -5,6 +5,7 @@ import io
 import math
 import os
 import runpy
+import signal
 import sys
 import tarfile
 import threading
@@ -142,6 +143,17 @@ def test_nothing_readable_is_an_error_that_names_a_file(tmp_path):
     stream = data.Stream(open_source(str(tmp_path), (8, 8), 3), 2)
     with pytest.raises(ValueError, match=r"no readable image among the 1 files, as .*a\.txt: cannot identify"):
         stream.batch(0)
+
+
+@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
+def test_a_worker_that_is_killed_is_an_error():
+    class Killed(data.Arrays):
+        def read(self, _):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    stream = data.Stream(Killed(np.zeros((4, 1), np.float32)), 2, workers=1)
+    with pytest.raises(OSError, match="data: a process that reads images has ended: DataLoader worker"):
+        next(stream.batches())
 
 
 # sources

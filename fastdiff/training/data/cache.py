@@ -57,6 +57,9 @@ class Cached:
     def name(self, index: int) -> str:
         return self._source.name(index)
 
+    def stamp(self, index: int) -> str:
+        return self._source.stamp(index)
+
 
 def _reserve(path: Path, length: int) -> None:
     """Make a file of zeros whose room on the disk is taken, so that a later write cannot fail."""

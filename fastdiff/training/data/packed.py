@@ -44,7 +44,7 @@ class Shards:
         if not names:
             raise ValueError(f"data: no image in the {len(paths)} shards {paths[0]}, ...")
         self._names, self._places = Names(names), np.array(places, np.int64)
-        self._stamps = [stamped(path) for path in paths]
+        self._stamps: list[str] = [stamped(path) for path in paths]
         self.labels = np.array(labels, np.int64) if classes else None
         self.classes = numbered_classes(max(labels)) if classes else None
 
@@ -61,7 +61,7 @@ class Shards:
         return self._names[index]
 
     def stamp(self, index: int) -> str:
-        return self._stamps[self._places[index][0]]
+        return self._stamps[int(self._places[index][0])]
 
 
 def _members(path: Path, classes: bool) -> dict[str, tuple[int, int, int]]:
