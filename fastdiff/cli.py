@@ -41,7 +41,7 @@ ASKING = ("SIGTERM", "SIGUSR1")
 # Images that a grid shows at most.
 GRID = 1024
 # What can go wrong without a fault in this program.
-FAILURES = (OSError, ValueError, ImportError, MemoryError, RuntimeError, ArithmeticError)
+FAILURES = (OSError, ValueError, TypeError, ImportError, MemoryError, RuntimeError, ArithmeticError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns: 0, 1 after an error, or 130 if it was interrupted. Wrong usage exits with 2.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError):  # a name that an output cannot encode must not end a command
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         status: int = args.run(args)
@@ -281,8 +284,11 @@ def sample(args: argparse.Namespace) -> int:
 
 def evaluation(args: argparse.Namespace) -> int:
     """`fastdiff eval`. Returns: the exit status."""
-    if args.json:
-        writable(args.json)
+    for place in (args.json, args.reference):
+        if place and (place is args.json or not place.exists()):
+            writable(place)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module of --features may be in this folder, as for python -m
     model = ready(args)
     with ranks.joined(device_of(args)) as processes:
 

@@ -12,7 +12,6 @@ from .diffusion import Diffusion
 from .networks import NETWORKS
 from .objective import Weighting, check_weighting, target_rows, weights
 from .process import Process
-from .support import run_file
 from .support.run_file import RunFile
 from .support.settable import settable
 
@@ -54,7 +53,7 @@ class ContinuousDiffusion(Diffusion):
 
         Raises: OSError if it cannot be read; ValueError naming the file if it is the run of another formulation.
         """
-        return RunFile.open(run_file.find(path) or path).formulation(cls, NETWORKS)
+        return RunFile.open(path).formulation(cls, NETWORKS)
 
     def q_sample(
         self,

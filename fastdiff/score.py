@@ -18,7 +18,6 @@ from .networks import NETWORKS
 from .objective import Weighting
 from .ops.checks import check_choice
 from .process import KARRAS_RANGE, SDES, VE, Ladder, Process
-from .support import run_file
 from .support.run_file import RunFile
 
 
@@ -81,7 +80,7 @@ class NCSN(ChainDiffusion):
 
         Raises: OSError if it cannot be read; ValueError naming the file if it is not the run of a NCSN.
         """
-        return RunFile.open(run_file.find(path) or path).formulation(cls, NETWORKS)
+        return RunFile.open(path).formulation(cls, NETWORKS)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -7,7 +7,9 @@ configurations of the network (under its name, "unet" or "dit") and of the formu
 run.
 """
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,9 +92,16 @@ class RunFile:
     def open(cls, path: str | Path) -> "RunFile":
         """Read the header and check the metadata.
 
+        Args:
+            path: the file of a run, or the run's folder.
+
         Raises: OSError if the file cannot be read; ValueError naming the file if it is not the file of a run.
         """
-        file = TensorFile.open(path)
+        path = Path(path)
+        found = find(path)
+        if found is None and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"{os.strerror(errno.EISDIR)} without {NAME}", str(path))
+        file = TensorFile.open(found or path)
         with blaming(file.path, "a usable fastdiff checkpoint"):
             metadata = _metadata(file.metadata)
             for name in file.shapes:

@@ -37,7 +37,7 @@ def collect(batches: Iterable[tuple[int, Tensor]], features: Features, ranks: Ra
         features: of images.
         ranks: the processes.
 
-    Raises: ValueError if there are no images.
+    Raises: ValueError if there are no images, or features are not finite.
     """
     sums: Sums | None = None
     kept: dict[int, Tensor] = {}
@@ -45,6 +45,9 @@ def collect(batches: Iterable[tuple[int, Tensor]], features: Features, ranks: Ra
     for number, images in batches:
         with torch.no_grad():
             found, scores = features(images)
+        if len(found) != len(images) or not found.isfinite().all():
+            got = f"{len(found)} rows" if len(found) != len(images) else "NaN or infinity"
+            raise ValueError(f"features: expected finite numbers of {len(images)} images, got {got}")
         sums = sums or Sums(found.shape[1])
         if sums.count < KEPT:
             kept[number] = found.cpu()
@@ -71,7 +74,10 @@ def in_order(source: Source, batch_size: int, ranks: Ranks = ALONE) -> Iterator[
         values: list[Tensor] = []
         for index in range(number * batch_size, min((number + 1) * batch_size, len(source))):
             try:
-                values.append(source.read(index))
+                value = source.read(index)
+                if not value.isfinite().all():
+                    raise ValueError("it holds NaN or infinity")
+                values.append(value)
             except Exception as error:  # decoders of broken files raise whatever they meet
                 skipped[index] = (source.name(index), reason(error))
         if values:
@@ -140,4 +146,6 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: expected the arrays mu and sigma ({' '.join(str(error).split())})") from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"{path}: expected mu (D,) and sigma (D, D), got {mean.shape} and {covariance.shape}")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"{path}: expected finite numbers, got NaN or infinity")
     return mean, covariance

@@ -190,7 +190,7 @@ def load_model(path: str | Path) -> Diffusion:
 
     Raises: as `load`.
     """
-    stored = RunFile.open(run_file.find(path) or path)
+    stored = RunFile.open(path)
     return stored.formulation(MODELS[stored.model], NETWORKS)
 
 
@@ -320,7 +320,7 @@ def _keep(path: Path, step: int, keep: int) -> None:
     for entry in (*folder.glob("step-*"), *folder.glob(".step-*")):
         with suppress(ValueError):
             found.setdefault(int(entry.name.lstrip(".").removeprefix("step-").partition(".")[0]), []).append(entry)
-    kept = sorted((number for number in found if number <= step), reverse=True)[:keep]
+    kept = sorted({step, *(number for number in found if number <= step)}, reverse=True)[:keep]
     for number in found.keys() - set(kept):  # later ones are of a run that was killed before it wrote its file
         for entry in found[number]:
             if entry.is_dir():

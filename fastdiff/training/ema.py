@@ -123,7 +123,7 @@ def extract(run: str | Path, name: str, out: Path) -> None:
 
     Raises: OSError if a file cannot be read or written. ValueError if the run kept no such average.
     """
-    stored = RunFile.open(run_file.find(run) or run)
+    stored = RunFile.open(run)
     folder = stored.file.path.parent / FOLDER
     shapes = stored.file.floating("ema.")
     if name.startswith(WIDTH):

@@ -49,7 +49,10 @@ def features_of(name: str, data: str, device: torch.device) -> Features:
     if name.endswith(".pt"):
         if not Path(name).is_file():
             raise FileNotFoundError(2, "No such file or directory", name)
-        network = torch.jit.load(name, map_location=device).eval()
+        try:
+            network = torch.jit.load(name, map_location=device).eval()
+        except RuntimeError as error:
+            raise ValueError(f"features: expected a file that torch.jit.save wrote, got {name}") from error
         return lambda images: _pair(network(images.to(device)))
     module, colon, attribute = name.partition(":")
     if not colon:
@@ -58,6 +61,8 @@ def features_of(name: str, data: str, device: torch.device) -> Features:
         function = getattr(importlib.import_module(module), attribute)
     except AttributeError as error:
         raise ValueError(f"features: {module} has no {attribute!r}") from error
+    if not callable(function):
+        raise TypeError(f"features: expected a function, got {name} of type {type(function).__name__}")
     return lambda images: _pair(function(images.to(device)))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion import Diffusion
-from fastdiff.support.run_file import RunFile, find
+from fastdiff.support.run_file import RunFile
 from fastdiff.training.assess import assess, collect
 from fastdiff.training.data.opening import SETS, is_path, known_set, open_source
 from fastdiff.training.data.sources import Arrays, Source
@@ -38,7 +38,7 @@ def figures(
 
     Raises: ValueError or OSError if the real data cannot be read, or are of another shape.
     """
-    options = RunFile.open(find(args.checkpoint) or args.checkpoint).options
+    options = RunFile.open(args.checkpoint).options
     data = args.data or options.get("data", "")
     halves = known_set(data)[::2] if data in SETS else None
     number = args.n or (len(halves[0]) if halves else SAMPLES)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fastdiff.support.run_file import RunFile, find
+from fastdiff.support.run_file import RunFile
 from fastdiff.training.data.opening import array_shape, is_missing, is_path
 
 
@@ -31,7 +31,7 @@ def label_of(label: str | None, checkpoint: Path) -> int | None:
     """The number that --label gives, or the number of the class that it names."""
     if label is None:
         return None
-    classes = RunFile.open(find(checkpoint) or checkpoint).classes
+    classes = RunFile.open(checkpoint).classes
     if label in classes:
         return classes.index(label)
     if not label.isdecimal():

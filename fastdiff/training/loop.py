@@ -8,7 +8,8 @@ the same weights to rounding, and a run goes on from a checkpoint bit for bit.
 import copy
 import errno
 import itertools
-from contextlib import closing, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -94,18 +95,26 @@ def train(
                     f"fastdiff: warning: left out {name}: {why} ({count} so far)"
                 )
                 while run.step < options.steps and not caught:
-                    run.advance()
+                    try:
+                        run.advance()
+                    except (OSError, ValueError):  # of the data; the steps before are good
+                        if ranks.size == 1 and run.step > run.saved:
+                            with suppress(OSError, ValueError):
+                                run.save(saver)
+                        raise
                     progress.advance(run.step, run.loss)
                     record.step(run.step, run.losses, run.noisiness(), run.norm, options.learning_rate(run.step - 1))
                     saver.check()
                     if run.step % EVERY == 0:
                         run.check()
+                        run.tell(progress.say)
                     if run.step % options.save_every == 0 and run.step < options.steps:
                         run.save(saver)
                     if options.sample_every and (run.step % options.sample_every == 0 or run.step == options.steps):
                         run.show(record)
                     if reason := ranks.largest(signals[0] if signals else LOST if progress.lost else 0):
                         caught.append(reason)
+                run.tell(progress.say)
                 if run.step > run.saved:
                     run.save(saver)
                 saver.wait()
@@ -189,6 +198,7 @@ class Run:
         self.batches = self.stream.batches(self.start, self.parts)
         self.losses = self.levels = torch.zeros(options.batch_size, device=device)
         self.loss, self.norm, self.bad, self.skipped = torch.zeros(4, device=device)
+        self.told = 0  # of the steps that were left out
         cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.bf16 = cuda_bf16 if options.bf16 is None else options.bf16
         if resume:
@@ -357,6 +367,12 @@ class Run:
         """Raise ValueError after too many steps in a row without a finite loss and gradient."""
         if int(self.bad) >= self.options.max_bad_steps:
             self._give_up()
+
+    def tell(self, say: Callable[[str], object]) -> None:
+        """Say how many steps were left out, if there are more than before."""
+        if (skipped := int(self.skipped)) > self.told:
+            self.told = skipped
+            say(f"fastdiff: warning: left out {skipped} steps so far, whose loss or gradient is not finite")
 
     def _give_up(self) -> None:
         mean = self.losses.mean().item()

@@ -140,7 +140,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            setattr(self, field.name, _typed(field.name, field.type, getattr(self, field.name)))
+            setattr(self, field.name, typed(field.name, field.type, getattr(self, field.name)))
         if not self.data:
             raise ValueError(f"data: expected {KINDS}, got ''")
         if self.gray and self.image_channels > 1:
@@ -264,7 +264,7 @@ def as_size(value: Any) -> int | list[int]:
     return height if height == width else [height, width]
 
 
-def _typed(name: str, kind: Any, value: Any) -> Any:
+def typed(name: str, kind: Any, value: Any) -> Any:
     """The value as the plain Python type of an option. Raises TypeError for a value of another kind."""
     if name == "size":
         return as_size(value)

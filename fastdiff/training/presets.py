@@ -1,12 +1,13 @@
 """Options that suit a set of images, by name; and options that a file gives."""
 
 import json
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fastdiff.files import need
-from fastdiff.training.options import DIGITS, Options
+from fastdiff.training.options import DIGITS, Options, typed
 
 MNIST: dict[str, Any] = {
     "size": 28,
@@ -51,19 +52,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 def read_config(path: Path) -> dict[str, Any]:
     """The options in a file: JSON, as a run's config.json, or YAML.
 
-    Raises: OSError if it cannot be read; ValueError naming the file if it holds something else.
+    Raises: OSError if it cannot be read; ValueError naming the file if it holds something else, or an option of a wrong
+        type.
     """
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         given = json.loads(text) if path.suffix == ".json" else need("yaml").safe_load(text)
-    except ImportError:
+    except (ImportError, OSError):
         raise
     except Exception as error:  # the errors of yaml have no base in common with those of json
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path}: expected options by name, got {type(given).__name__}")
-    known = {field.name for field in fields(Options)}
-    for name in given:
-        if name not in known:
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(Options)}
+    for name, value in given.items():
+        if name not in kinds:
             raise ValueError(f"{path}: unknown option {name!r}")
+        if kinds[name] is float and isinstance(value, str):  # YAML takes 2e-4 for a text
+            with suppress(ValueError):
+                value = float(value)
+        try:
+            given[name] = typed(name, kinds[name], value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
     return given

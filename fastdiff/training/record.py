@@ -146,7 +146,7 @@ class _Writer:
 def read_log(folder: Path) -> list[dict[str, float]]:
     """The rows of log.csv, without one that is cut short; none if there is no such file."""
     rows = []
-    with suppress(FileNotFoundError), open(folder / LOG, newline="", encoding="utf-8") as file:
+    with suppress(FileNotFoundError), open(folder / LOG, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
             with suppress(TypeError, ValueError, KeyError):
                 rows.append({name: float(row[name]) for name in COLUMNS})

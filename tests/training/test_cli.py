@@ -57,6 +57,8 @@ def test_train_resume_needs_only_the_folder(model, tmp_path, capsys):
 def test_train_on_a_folder_of_images(tmp_path, capsys):
     for i in range(3):
         Image.new("RGB", (20, 10), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    with contextlib.suppress(OSError):  # a system that takes no such name
+        Path(tmp_path, "broken-\udcff.png").write_bytes(b"no image")
     size = ["--size", "8", "--steps", "2", *TINY]
     out = tmp_path / "run"
     assert main(["train", "--data", str(tmp_path), "--out", str(out), "--bf16", *size]) == 0
@@ -65,7 +67,8 @@ def test_train_on_a_folder_of_images(tmp_path, capsys):
     pixels = ["eval", str(out), "--device", "cpu", "--n", "6", "--steps", "1", "--features", "pixels"]
     (tmp_path / "4.png").write_bytes((tmp_path / "2.png").read_bytes())
     assert main([*pixels, "--reference", str(tmp_path / "real.npz")]) == 0
-    first = capsys.readouterr().out
+    first, said = capsys.readouterr()
+    assert f"files: {out}: the folder of a run" in said
     assert "precision" in first and "frechet_distance" in first and np.load(tmp_path / "real.npz")["mu"].shape == (192,)
     assert main([*pixels, "--reference", str(tmp_path / "real.npz")]) == 0
     again = capsys.readouterr().out
@@ -74,6 +77,10 @@ def test_train_on_a_folder_of_images(tmp_path, capsys):
     ]
     line = refused(capsys, "eval", out, "--device", "cpu", "--features", "pixel")
     assert "features: expected inception, dinov2, pixels" in line
+    line = refused(capsys, "eval", out, "--device", "cpu", "--features", "pixels", "--reference", tmp_path / "0.png/x")
+    assert "0.png" in line  # before anything is drawn
+    line = refused(capsys, "sample", tmp_path, "--out", tmp_path / "x")
+    assert line == f"fastdiff: error: {tmp_path}: Is a directory without model.safetensors\n"
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """Streams of data: their order, what workers read, what cannot be read, and every kind of source."""
 
+import errno
 import io
 import math
+import os
 import runpy
+import signal
 import sys
 import tarfile
 import threading
@@ -142,6 +145,17 @@ def test_nothing_readable_is_an_error_that_names_a_file(tmp_path):
         stream.batch(0)
 
 
+@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
+def test_a_worker_that_is_killed_is_an_error():
+    class Killed(data.Arrays):
+        def read(self, _):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    stream = data.Stream(Killed(np.zeros((4, 1), np.float32)), 2, workers=1)
+    with pytest.raises(OSError, match="data: a process that reads images has ended: DataLoader worker"):
+        next(stream.batches())
+
+
 # sources
 
 
@@ -151,11 +165,18 @@ def test_names_are_kept_as_they_are():
     assert len(names) == 4 and [names[k] for k in range(4)] == texts
 
 
-def test_sub_folders_are_classes(tmp_path):
+def test_sub_folders_are_classes(tmp_path, capsys):
     images_in(tmp_path, ["cat/x/1.png", "cat/2.png", "ant/3.png"])
     source = open_source(str(tmp_path), (8, 8), 1, classes=True)
     assert source.classes == ["ant", "cat"] and source.labels.tolist() == [0, 1, 1]
     assert open_source(str(tmp_path), (8, 8), 1).labels is None
+    for name in (".DS_Store", ".git/config", "cat/.2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("hidden")
+    (tmp_path / "README.md").write_text("no image")
+    source = open_source(str(tmp_path), (8, 8), 1, classes=True)
+    assert source.classes == ["ant", "cat"] and len(source) == 3
+    assert "left out 1 of 4 files" in (said := capsys.readouterr().err) and "README.md: not in the folder of" in said
     images_in(tmp_path, ["lone.png"])
     with pytest.raises(ValueError, match=r"classes: expected every image in a folder of its class, got .*lone\.png"):
         open_source(str(tmp_path), (8, 8), 1, classes=True)
@@ -170,6 +191,9 @@ def test_images_have_the_channels_and_the_sides_that_are_asked_for(tmp_path, cha
     assert item.shape == (channels, 4, 6) and item.dtype == torch.uint8
     expected = [166] if channels == 1 else pixel  # one channel: laid on white first
     assert np.abs(item[:, 0, 0].numpy().astype(int) - expected).max() <= 1
+    Image.fromarray(np.full((20, 40), 128 * 257, np.uint16)).save(tmp_path / "a.png")
+    shade, *alpha = open_source(str(tmp_path), (4, 6), channels).read(0)[:, 0, 0].tolist()
+    assert shade == 128 and alpha == [[], [255], [128, 128], [128, 128, 255]][channels - 1]
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (5, 2, 3, 4, 5), (5, 4, 8, 8)])
@@ -202,7 +226,8 @@ def test_arrays_bring_labels(tmp_path):
         (np.zeros((2, 3), np.int32), None, "data: expected uint8 or floating numbers, got int32"),
         (np.zeros((0, 3), np.uint8), None, r"data: expected \(N, ...\)"),
         (np.zeros((2, 3), np.uint8), [0], "labels: expected 2 integers from 0"),
-        (np.zeros((2, 3), np.uint8), [0, -1], "labels: expected 2 integers from 0"),
+        (np.zeros((2, 3), np.uint8), [0, -1], "labels: expected 2 integers from 0, got -1"),
+        (np.zeros((2, 3), np.uint8), [0, 2**40], f"labels: expected numbers below 1048576, got {2**40}"),
         (np.zeros((2, 3), np.uint8), [0.5, 1], "labels: expected 2 integers from 0"),
     ],
 )
@@ -239,7 +264,7 @@ def test_shards_are_read_at_random(tmp_path):
             (f"{k}{j}.{end}", what) for j in range(2) for end, what in (("png", png(100 * k + j)), ("cls", b"%d" % j))
         ]
         shard(tmp_path / f"train-{k}.tar", [*items, (f"{k}0.json", b"{}")])
-    for name in (tmp_path, tmp_path / "train-*.tar"):
+    for name in (tmp_path, tmp_path / "train-*.tar", tmp_path / "train-{0..1}.tar"):
         source = open_source(str(name), (8, 8), 1, classes=True)
         assert [source.read(k)[0, 0, 0].item() for k in (3, 0, 2, 1)] == [101, 0, 100, 1]
         assert source.labels.tolist() == [0, 1, 0, 1] and source.classes == ["0", "1"]
@@ -263,6 +288,8 @@ def test_shards_of_webdataset_are_read(tmp_path):
 
 class Rows:
     """What is used of a dataset of the library `datasets`."""
+
+    cache_files = ()
 
     def __init__(self, features, columns):
         self.features, self._columns = features, columns
@@ -357,11 +384,32 @@ def test_a_cache_reads_once_and_is_found_again(tmp_path):
     assert len(list((tmp_path / "run").iterdir())) == 2
 
 
+def test_a_cache_does_not_keep_a_file_that_has_changed(tmp_path):
+    for shade in (0, 200):
+        Image.new("L", (8, 8 + shade), shade).save(tmp_path / "a.png")
+        with tarfile.open(tmp_path / "a.tar", "w") as shard:
+            shard.add(tmp_path / "a.png", "a.png")
+        packed = open_source(str(tmp_path / "a.tar"), (8, 8), 1)
+        (tmp_path / "a.tar").rename(tmp_path / ".tar")
+        for source in (packed, open_source(str(tmp_path), (8, 8), 1)):
+            assert Cached(source, tmp_path / ".run").read(0)[0, 0, 0] == shade
+
+
 def test_a_cache_without_room_is_an_error_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 10}))
     with pytest.raises(OSError, match="the cache takes 15 bytes"):
         Cached(Counted(np.zeros((3, 1, 2, 2), np.uint8)), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_the_disk_does_not_take_is_named_and_not_left(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr("os.posix_fallocate", refuse)
+    with pytest.raises(OSError, match=r"File too large, the cache takes 15 bytes: '.*cache-") as met:
+        Cached(Counted(np.zeros((3, 1, 2, 2), np.uint8)), tmp_path)
+    assert met.value.errno == errno.EFBIG and list(tmp_path.iterdir()) == []
 
 
 # memory

@@ -86,18 +86,23 @@ def test_features_of_pixels_a_function_and_a_file(tmp_path, monkeypatch):
     images, device = torch.rand(4, 1, 8, 8) * 2 - 1, torch.device("cpu")
     found, logits = features.features_of("pixels", "x", device)(images)
     assert torch.equal(found, images.flatten(1)) and logits is None
-    module = type("mine", (), {"halves": lambda x: (x.flatten(1) / 2, x[:, 0, 0]), "image": lambda x: x})
+    module = type("mine", (), {"halves": lambda x: (x.flatten(1) / 2, x[:, 0, 0]), "image": lambda x: x, "k": 3})
     monkeypatch.setitem(sys.modules, "mine", module)
     found, logits = features.features_of("mine:halves", "x", device)(images)
     assert torch.equal(found, images.flatten(1) / 2) and logits.shape == (4, 8)
     with pytest.raises(TypeError, match=r"features: expected a tensor \(B, D\), got torch.Size\(\[4, 1, 8, 8\]\)"):
         features.features_of("mine:image", "x", device)(images)
+    with pytest.raises(TypeError, match="features: expected a function, got mine:k of type int"):
+        features.features_of("mine:k", "x", device)
     with pytest.raises(ValueError, match="features: mine has no 'other'"):
         features.features_of("mine:other", "x", device)
     torch.jit.trace(nn.Flatten(), images).save(str(tmp_path / "net.pt"))
     assert torch.equal(features.features_of(str(tmp_path / "net.pt"), "x", device)(images)[0], images.flatten(1))
     with pytest.raises(FileNotFoundError):
         features.features_of("missing.pt", "x", device)
+    torch.save({"weight": images}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"expected a file that torch.jit.save wrote, got .*weights\.pt"):
+        features.features_of(str(tmp_path / "weights.pt"), "x", device)
     with pytest.raises(ValueError, match=r"features: expected inception, .*, got 'x'"):
         features.features_of("x", "x", device)
     with pytest.raises(ValueError, match="classifier is trained on digits or mnist, got images"):
@@ -130,6 +135,9 @@ def test_figures_of_samples_and_a_reference_that_is_kept(tmp_path):
     np.savez(tmp_path / "other.npz", mu=np.zeros(3))
     with pytest.raises(ValueError, match=r"other\.npz: expected the arrays mu and sigma"):
         assess.assess(drawn, None, function, 32, tmp_path / "other.npz")
+    np.savez(tmp_path / "other.npz", mu=np.zeros(9), sigma=np.full((9, 9), np.nan))
+    with pytest.raises(ValueError, match=r"other\.npz: expected finite numbers"):
+        assess.assess(drawn, None, function, 32, tmp_path / "other.npz")
 
 
 def test_scores_are_those_of_the_logits():
@@ -150,6 +158,17 @@ def test_real_data_that_cannot_be_read_are_left_out_and_named(capsys):
                 raise OSError("broken")
             return super().read(index)
 
-    batches = list(assess.in_order(Broken(np.zeros((5, 1, 2, 2), np.uint8)), 3))
-    assert [(number, len(batch)) for number, batch in batches] == [(0, 2), (1, 2)]
-    assert "left out 1 of 5 files: item 2: broken" in capsys.readouterr().err
+    values = np.zeros((5, 1, 2, 2), np.float32)
+    values[4, 0, 1] = np.inf
+    batches = list(assess.in_order(Broken(values), 3))
+    assert [(number, len(batch)) for number, batch in batches] == [(0, 2), (1, 1)]
+    said = capsys.readouterr().err
+    assert "left out 2 of 5 files: item 2: broken; item 4: it holds NaN or infinity" in said
+
+
+@pytest.mark.parametrize(
+    ("function", "got"), [(lambda x: x.flatten(1) / 0, "NaN or infinity"), (lambda x: x.flatten(1)[1:], "3 rows")]
+)
+def test_features_that_are_none_are_named(function, got):
+    with pytest.raises(ValueError, match=f"features: expected finite numbers of 4 images, got {got}"):
+        assess.collect([(0, torch.ones(4, 1, 2, 2))], lambda images: (function(images), None))

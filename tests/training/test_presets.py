@@ -26,10 +26,10 @@ def test_presets_build_networks(tmp_path, name):
 
 def test_flags_go_over_a_file_and_a_file_over_a_preset(tmp_path):
     config = tmp_path / "options.yaml"
-    config.write_text("batch_size: 7\nsteps: 11\nclasses: true\n")
+    config.write_text("batch_size: 7\nsteps: 11\nclasses: true\nlr: 2e-4\n")  # a text to YAML
     options = options_of(tmp_path, "--preset", "digits", "--config", config, "--steps", 5)
     assert (options.data, options.batch_size, options.steps, options.classes) == ("digits", 7, 5, True)
-    assert options.channels == PRESETS["digits"]["channels"]
+    assert options.channels == PRESETS["digits"]["channels"] and options.lr == 2e-4
 
 
 def test_the_options_of_a_run_start_another(tmp_path):
@@ -45,6 +45,9 @@ def test_the_options_of_a_run_start_another(tmp_path):
         ("a.yaml", "colour: 1", "unknown option 'colour'"),
         ("a.yaml", "- 1", "expected options by name, got list"),
         ("a.yaml", "{", "a.yaml: "),
+        ("a.yaml", "data: 5", "a.yaml: data: expected str, got 5"),
+        ("a.yaml", "lr: fast", "a.yaml: lr: expected float, got 'fast'"),
+        ("a.yaml", "steps: {a: 1}", "a.yaml: steps: expected int, got {'a': 1}"),
         ("a.json", "{", "a.json: "),
     ],
 )

@@ -150,6 +150,19 @@ def test_processes_that_differ_are_named():
         Two(0, 2).agree("step", 0)
 
 
+def test_accelerate_starts_processes_with_the_flags_that_the_page_names(monkeypatch):
+    launcher = pytest.importorskip("accelerate.commands.launch")
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"accelerate (launch --multi_gpu .*)", page)
+    started = []
+    monkeypatch.setattr("torch.distributed.run.run", started.append)
+    monkeypatch.setattr(sys, "argv", line.split())
+    launcher.main()
+    (asked,) = started
+    assert (asked.nproc_per_node, asked.module, asked.training_script) == ("2", True, "fastdiff")
+    assert asked.training_script_args[0] == "train"
+
+
 # examples
 
 

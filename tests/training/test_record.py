@@ -43,8 +43,8 @@ def test_a_log_goes_on_where_the_run_does(tmp_path):
     run(tmp_path, steps=20, sample_every=10)
     model = (tmp_path / "model.safetensors").read_bytes()
     run(tmp_path, steps=30, resume=True, sample_every=10)
-    with open(tmp_path / "log.csv", "a") as log:
-        log.write("40,0.5,0")  # the run was killed here
+    with open(tmp_path / "log.csv", "ab") as log:
+        log.write(b"\0\xff\n40,0.5,0")  # the machine lost its power here
     (tmp_path / "model.safetensors").write_bytes(model)
     assert [row["step"] for row in read_log(tmp_path)] == [10, 20, 30]
     run(tmp_path, steps=21, resume=True, sample_every=10)  # goes on from step 20

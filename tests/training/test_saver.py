@@ -64,6 +64,24 @@ def test_an_error_of_the_thread_ends_the_run_at_its_next_step(tmp_path, monkeypa
 
 
 @pytest.mark.slow
+def test_data_that_are_lost_lose_no_step(tmp_path, monkeypatch):
+    original = loop.Run._next
+
+    def lose(self):
+        if self.step == 2:
+            raise ValueError("no readable image")
+        return original(self)
+
+    monkeypatch.setattr(loop.Run, "_next", lose)
+    with pytest.raises(ValueError, match="no readable image"):
+        run(tmp_path / "lost", steps=4)
+    monkeypatch.undo()
+    run(tmp_path / "lost", steps=4, resume=True)
+    run(tmp_path / "whole", steps=4)
+    assert_same_files(tmp_path / "lost" / NAME, tmp_path / "whole" / NAME)
+
+
+@pytest.mark.slow
 def test_an_error_of_the_loop_waits_for_the_thread_and_hides_nothing(tmp_path, monkeypatch, capsys, steps):
     def fail(self):
         if steps[1].is_set():

@@ -101,7 +101,7 @@ def test_a_batch_must_have_an_image_for_each_process_and_pass(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch, capsys):
     original, seen = loop.Run.advance, []
 
     def spoil(self):
@@ -117,6 +117,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch
     assert run(tmp_path, steps=4) == 4
     assert seen == [(True, 0, 0, True), (True, 0, 0, True), (False, 1, 1, True), (True, 0, 1, True)]
     assert checkpoint.load(tmp_path / NAME).step == 4
+    assert capsys.readouterr().out.count("left out 1 steps so far, whose loss or gradient is not finite") == 1
 
 
 # FSDP, of one process
@@ -147,6 +148,8 @@ def test_split_weights_train_and_go_on_as_whole_ones(tmp_path):
     assert_same_weights(tmp_path / "other" / NAME, tmp_path / "parts" / NAME)
     run(tmp_path / "plain", resume=True, steps=8, fsdp=True, **WIDE)
     assert_same_weights(tmp_path / "plain" / NAME, tmp_path / "parts" / NAME)
+    run(tmp_path / "plain", resume=True, steps=9, **WIDE)
+    assert list((tmp_path / "plain" / "checkpoints").iterdir()) == []  # no shares of a step before the last
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ class Cached:
 
     Args:
         source: of uint8 items.
-        folder: where the file is; its name is a hash of the items' names and their shape.
+        folder: where the file is; its name is a hash of the items' names and shape, and of the size and time
+            of their files.
 
     Raises: OSError if the disk has no room for all items.
     """
@@ -30,7 +31,8 @@ class Cached:
         self.shape, self.white, self.labels, self.classes = source.shape, source.white, source.labels, source.classes
         key = hashlib.sha256(repr((count, source.shape)).encode())
         for index in range(count):
-            key.update(source.name(index).encode("utf-8", "surrogateescape") + b"\0")
+            about = f"{source.name(index)}\0{source.stamp(index)}\0"
+            key.update(about.encode("utf-8", "surrogateescape"))
         path = Path(folder) / f"cache-{key.hexdigest()[:16]}.uint8"
         length = count * (1 + size)
         if not path.exists() or path.stat().st_size < length:
@@ -55,6 +57,9 @@ class Cached:
     def name(self, index: int) -> str:
         return self._source.name(index)
 
+    def stamp(self, index: int) -> str:
+        return self._source.stamp(index)
+
 
 def _reserve(path: Path, length: int) -> None:
     """Make a file of zeros whose room on the disk is taken, so that a later write cannot fail."""
@@ -64,5 +69,8 @@ def _reserve(path: Path, length: int) -> None:
             os.posix_fallocate(file, 0, length)
         else:
             os.truncate(file, length)
+    except OSError as error:
+        os.unlink(path)
+        raise OSError(error.errno, f"{error.strerror}, the cache takes {length:,} bytes", str(path)) from error
     finally:
         os.close(file)

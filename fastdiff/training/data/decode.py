@@ -9,6 +9,10 @@ import numpy as np
 
 from fastdiff.files import need
 
+# How the names of image files end.
+ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
+# What the folder of a run holds. Its samples are no data.
+RUN = {"config.json", "log.csv"}
 # White in the image modes of PIL that have more than 8 bits.
 DEEP = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 # The modes of PIL by their number of channels.
@@ -16,14 +20,19 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def listed(path: Path) -> tuple[list[Path], dict[Path, str]]:
-    """(the files under a folder, what is left out and why), each in the order of names."""
+    """(the files under a folder, what is left out and why), each in the order of names; without what is hidden."""
     files, skipped = [], {}
 
     def unreadable(error: OSError) -> None:
         skipped[Path(error.filename)] = str(error.strerror)
 
     for root, folders, names in os.walk(path, onerror=unreadable):
-        for entry in (Path(root, name) for name in (*folders, *names)):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if RUN.issubset(names) and Path(root) != path:
+            skipped[Path(root)] = "the folder of a run"
+            folders.clear()
+            continue
+        for entry in (Path(root, name) for name in (*folders, *names) if not name.startswith(".")):
             if os.path.isfile(entry):
                 files.append(entry)
             elif os.path.islink(entry):
@@ -51,7 +60,7 @@ def decoded(source: str | Path | bytes | Any, size: tuple[int, int], channels: i
     else:
         upright = ops.exif_transpose(source)
     mode = MODES[channels]
-    if channels in (1, 3):
+    if channels in (1, 3) or upright.mode in DEEP:  # convert() would cut deep modes off at 255
         upright = eight_bits(upright)
     fitted = ops.fit(upright.convert(mode), size[::-1], image_module.Resampling.LANCZOS)
     return np.ascontiguousarray(np.array(fitted).reshape(*size, channels).transpose(2, 0, 1))

@@ -68,4 +68,6 @@ def open_source(data: str, size: tuple[int, int], channels: int, classes: bool =
         return Shards(shards, size, channels, classes)
     if is_hugging_face(path):
         return HuggingFace(data, size, channels, classes)
+    if path.is_file():
+        raise ValueError(f"data: expected {KINDS}, got the file {path}")
     return Folder(path, size, channels, classes)

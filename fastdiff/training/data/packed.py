@@ -1,6 +1,8 @@
 """Images that are packed: WebDataset shards, read at random by an index of their members, and Hugging Face datasets."""
 
 import glob
+import itertools
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.files import need
-from fastdiff.training.data.decode import decoded
-from fastdiff.training.data.sources import Names
-
-# What a member of a shard is called if it is an image.
-ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
+from fastdiff.training.data.decode import ENDINGS, decoded
+from fastdiff.training.data.sources import Names, numbered_classes, stamped
 
 
 class Shards:
@@ -45,8 +44,9 @@ class Shards:
         if not names:
             raise ValueError(f"data: no image in the {len(paths)} shards {paths[0]}, ...")
         self._names, self._places = Names(names), np.array(places, np.int64)
+        self._stamps: list[str] = [stamped(path) for path in paths]
         self.labels = np.array(labels, np.int64) if classes else None
-        self.classes = [str(k) for k in range(max(labels) + 1)] if classes else None
+        self.classes = numbered_classes(max(labels)) if classes else None
 
     def __len__(self) -> int:
         return len(self._names)
@@ -59,6 +59,9 @@ class Shards:
 
     def name(self, index: int) -> str:
         return self._names[index]
+
+    def stamp(self, index: int) -> str:
+        return self._stamps[int(self._places[index][0])]
 
 
 def _members(path: Path, classes: bool) -> dict[str, tuple[int, int, int]]:
@@ -83,13 +86,29 @@ def _members(path: Path, classes: bool) -> dict[str, tuple[int, int, int]]:
 
 
 def shard_paths(data: str) -> list[Path]:
-    """The shards that `data` names: a tar file, a folder of them, or a pattern with * as in train-*.tar; else none."""
+    """The shards that `data` names; none if it names something else.
+
+    A tar file, a folder of them, or a pattern as in train-*.tar or train-{000..127}.tar.
+    """
     path = Path(data)
     if path.is_dir():
         return sorted(path.glob("*.tar"))
     if path.suffix != ".tar":
         return []
-    return [path] if path.is_file() else sorted(map(Path, glob.glob(data)))
+    if path.is_file():
+        return [path]
+    texts = re.split(r"\{(\d+)\.\.(\d+)\}", data)  # text, first, last, text, ...
+    ranges = [
+        [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        for first, last in zip(texts[1::3], texts[2::3], strict=True)
+    ]
+    if not ranges:
+        return sorted(map(Path, glob.glob(data)))
+    texts = texts[::3]
+    return [
+        Path("".join(text + number for text, number in zip(texts, (*numbers, ""), strict=True)))
+        for numbers in itertools.product(*ranges)
+    ]
 
 
 class HuggingFace:
@@ -109,6 +128,8 @@ class HuggingFace:
     def __init__(self, data: str, size: tuple[int, int], channels: int, classes: bool = False) -> None:
         datasets = need("datasets", "data")
         loaded = datasets.load_from_disk(data) if Path(data).is_dir() else datasets.load_dataset(data)
+        if isinstance(loaded, dict) and "train" not in loaded:
+            raise ValueError(f"data: {data} has no split train, it has {', '.join(loaded)}")
         rows: Any = loaded["train"] if isinstance(loaded, dict) else loaded
         columns = {type(feature).__name__: name for name, feature in reversed(rows.features.items())}
         for kind in ("Image", "ClassLabel")[: 1 + classes]:
@@ -117,6 +138,7 @@ class HuggingFace:
         self.shape, self._size, self._channels, self._data = (channels, *size), size, channels, data
         self._images = rows.select_columns(columns["Image"]).cast_column(columns["Image"], datasets.Image(decode=False))
         self._column = columns["Image"]
+        self._stamp = " ".join(stamped(file["filename"]) for file in rows.cache_files)
         self.labels = np.array(rows[columns["ClassLabel"]], np.int64) if classes else None
         self.classes = list(rows.features[columns["ClassLabel"]].names) if classes else None
         if self.labels is not None and self.labels.min() < 0:
@@ -132,6 +154,9 @@ class HuggingFace:
 
     def name(self, index: int) -> str:
         return f"{self._data}: row {index}"
+
+    def stamp(self, _: int) -> str:
+        return self._stamp
 
 
 def is_hugging_face(path: Path) -> bool:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fastdiff.files import need
 from fastdiff.support.scalars import as_integer
-from fastdiff.training.data.decode import decoded, listed
+from fastdiff.training.data.decode import ENDINGS, decoded, listed
 
 # Files that a warning names.
 NAMED = 3
+# Classes, at most, whose names are their numbers: a larger label is a mistake, not a class.
+MOST_CLASSES = 2**20
 
 
 class Source(Protocol):
@@ -42,6 +44,9 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What a warning calls the item."""
+
+    def stamp(self, index: int) -> str:
+        """Another text if the file of the item is another than before; "" without a file."""
 
 
 def scaled(values: Tensor, white: int) -> Tensor:
@@ -104,6 +109,9 @@ class Arrays:
     def name(self, index: int) -> str:
         return f"item {index}"
 
+    def stamp(self, _: int) -> str:
+        return ""
+
 
 def _labels(
     labels: np.ndarray | Tensor | None, classes: list[str] | None, count: int
@@ -112,12 +120,21 @@ def _labels(
     if labels is None:
         return None, None
     found = np.asarray(labels)
-    if found.shape != (count,) or found.dtype.kind not in "iu" or found.min() < 0:
+    if found.shape != (count,) or found.dtype.kind not in "iu":
         raise ValueError(f"labels: expected {count} integers from 0, got {found.dtype} {found.shape}")
-    names = [str(k) for k in range(int(found.max()) + 1)] if classes is None else list(classes)
+    if found.min() < 0:
+        raise ValueError(f"labels: expected {count} integers from 0, got {found.min()}")
+    names = numbered_classes(int(found.max())) if classes is None else list(classes)
     if found.max() >= len(names):
         raise ValueError(f"labels: expected numbers of {len(names)} classes, got {found.max()}")
     return found.astype(np.int64), names
+
+
+def numbered_classes(last: int) -> list[str]:
+    """The names of the classes 0 to `last`. Raises ValueError for more than MOST_CLASSES."""
+    if last >= MOST_CLASSES:
+        raise ValueError(f"labels: expected numbers below {MOST_CLASSES}, got {last}")
+    return [str(number) for number in range(last + 1)]
 
 
 def array_file(path: Path) -> Arrays:
@@ -163,7 +180,8 @@ class Names:
 class Folder:
     """Every image file under a folder, decoded when it is read: `fastdiff.training.data.decode` says how.
 
-    Links to folders, and what is neither file nor folder, are left out; a line on stderr counts and names them.
+    Links to folders, folders of runs, and what is neither file nor folder, are left out; a line on stderr counts and
+    names them. Files and folders whose names begin with a dot are left out without a word.
 
     Args:
         path: the folder, whose folders are read too.
@@ -181,6 +199,10 @@ class Folder:
         path = Path(path)
         next(path.iterdir(), None)  # a missing folder is reported in the system's own words
         files, skipped = listed(path)
+        if classes:
+            for file in [file for file in files if file.parent == path and file.suffix[1:].lower() not in ENDINGS]:
+                files.remove(file)
+                skipped[file] = "not in the folder of a class"
         if skipped:
             warn_left_out({str(file): reason for file, reason in skipped.items()}, len(files) + len(skipped))
         if not files:
@@ -206,6 +228,18 @@ class Folder:
 
     def name(self, index: int) -> str:
         return self._names[index]
+
+    def stamp(self, index: int) -> str:
+        return stamped(self._names[index])
+
+
+def stamped(path: str | Path) -> str:
+    """Size and time of a file; "" if it is missing."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def warn_left_out(skipped: dict[str, str], found: int) -> None:

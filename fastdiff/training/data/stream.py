@@ -113,7 +113,7 @@ class Stream:
             parts: the ranges of samples of each step, within 0 to B - 1, that this process sees; a batch for each. None
                 is all in one.
 
-        Raises: ValueError if nothing can be read.
+        Raises: ValueError if nothing can be read; OSError if a worker ends.
         """
         every = parts or [range(self.batch_size)]
         if self.workers == 0:
@@ -127,8 +127,11 @@ class Stream:
             worker_init_fn=_leave_signals,
             generator=torch.Generator(),  # else it draws from the default one, and a run that goes on differs
         )
-        for numbers, values in zip(self._asked(start, every), loader, strict=False):
-            yield self._batch(numbers, values)
+        try:
+            for numbers, values in zip(self._asked(start, every), loader, strict=False):
+                yield self._batch(numbers, values)
+        except RuntimeError as error:  # the loader's own: a worker was killed, or had no memory
+            raise OSError(f"data: a process that reads images has ended: {' '.join(str(error).split())}") from error
 
     def _asked(self, start: int, parts: Sequence[range | slice]) -> Iterator[np.ndarray]:
         """The global sample numbers of one batch after another."""
