@@ -109,7 +109,7 @@ def noted(plain, args, kwargs, handles):
         made = notes.made(result)
     except Unknown:
         return result, None
-    return result, None if notes.looked else again(builder, notes.steps, made)
+    return result, None if notes.looked else again(builder, len(handles), notes.steps, made)
 
 
 class Notes:
@@ -168,8 +168,8 @@ class Notes:
         raise Unknown
 
 
-def again(builder, steps, made):
-    """These steps, as a function of the handles that they begin with."""
+def again(builder, count, steps, made):
+    """These steps, as a function of the `count` handles that they begin with."""
 
     def tensor(made, handles):
         if made is None:
@@ -186,4 +186,11 @@ def again(builder, steps, made):
             handles.extend(result) if many else handles.append(result)
         return tensor(made, handles)
 
+    def run_one(handles):
+        args = [constant if place is None else handles[place] for place, constant in places]
+        return core.tensor(getattr(builder, name)(*args), type_)
+
+    if len(steps) == 1 and isinstance(made, tuple) and made[0] == count:  # most are a step and its result
+        ((name, places, _),), type_ = steps, made[2]
+        return run_one
     return run
