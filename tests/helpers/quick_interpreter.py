@@ -4,6 +4,7 @@ checks are left out.
 """
 
 import numpy as np
+import remembered
 from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -30,6 +31,7 @@ def install() -> None:
     remember_block_types()
     compare_first()
     patch_once()
+    remembered.install()
 
 
 def remember_block_types() -> None:

@@ -17,7 +17,11 @@ from fastdiff.interop import diffusers as ours
 from fastdiff.support.plain import is_plain
 
 # NumPy, in the interpreter, on exp(-u) beyond the range of float32.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    # Of diffusers with NumPy 2, once for each level of a schedule.
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 
 
 def unet(**changes) -> nn.Module:
