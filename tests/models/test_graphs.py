@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
+from benchmarks.gpu.packaged_step import QUICKLY
 from fastdiff import DDPM, UNet, ops
 from fastdiff.objective import OBJECTIVES
 
@@ -368,13 +369,6 @@ x = torch.linspace(-1, 1, 96).reshape(2, 3, 4, 4)
 torch.save(step(x, torch.tensor([3]), torch.tensor([7])).detach(), sys.argv[2])
 assert ("fastdiff" in sys.modules) == {with_fastdiff}
 """
-# The code around the kernels runs once, so its optimisation, and headers compiled ahead, would take longer than they save.
-QUICKLY = {
-    "aot_inductor.compile_wrapper_opt_level": "O0",
-    "aot_inductor.enable_line_tables": False,
-    "aot_inductor.precompile_headers": False,
-    "cpp.vec_isa_ok": True,  # no programs that try the processor
-}
 
 
 @pytest.mark.slow
