@@ -155,9 +155,12 @@ def run_python(command, cwd, **_):
 
 @pytest.fixture
 def short(monkeypatch):
-    """No time for the clock, and no compiler, which takes minutes and is tested elsewhere."""
+    """No time for the clock or for garbage, and no compiler, which takes minutes and is tested elsewhere."""
+    monkeypatch.setattr(measure, "gc", SimpleNamespace(collect=lambda: None))
     monkeypatch.setattr(measure, "SECONDS", 0)
     monkeypatch.setattr(measure, "REPEATS", 1)
+    monkeypatch.setattr(measure.host_microseconds, "__defaults__", (2, 1))  # calls, rounds
+    monkeypatch.setattr(training, "TOY_STEPS", 1)
     monkeypatch.setattr(operations, "SECONDS", 0.01)
     monkeypatch.setattr(checks, "subprocess", SimpleNamespace(run=run_python))
     with torch._dynamo.config.patch(disable=True):
