@@ -163,11 +163,11 @@ def test_one_captured_step_serves_all_steps_and_seeds(graphs, model, options):
     net = model()
     plain, compiled = DDPM(net, "cosine", 20), DDPM(net, "cosine", 20)
     compiled.compile(backend=graphs, fullgraph=True)
-    for seed in range(3):
+    for seed in range(2):
         chain = {"steps": 5, "seed": seed, "return_trajectory": True, **options}
         assert torch.equal(compiled.sample(SHAPE, **chain), plain.sample(SHAPE, **chain))
     table = plain.step_table(options["sampler"], 5, options.get("eta", 0.0))
-    assert (graphs.compiled, len(graphs.made), graphs.steps) == (1, 1, 3 * len(table))
+    assert (graphs.compiled, len(graphs.made), graphs.steps) == (1, 1, 2 * len(table))
 
 
 @pytest.mark.slow
