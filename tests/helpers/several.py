@@ -14,7 +14,7 @@ from tiny_run import CPU, TINY, run
 from fastdiff import DDPM, cli, training
 from fastdiff.training import Options, checkpoint, layout, loop, ranks
 
-STEPS = 12
+STEPS = 6
 SAME = {"channels": 16, "lr": 2e-4}
 # Another network, which is told its estimate in some of its steps.
 TOLD = {"channels": 16, "lr": 2e-4, "network": "dit", "classes": True, "self_conditioning": True, "steps": 3}

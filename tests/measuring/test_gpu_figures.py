@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 import triton
@@ -123,7 +125,7 @@ def test_what_the_sanitizer_is_given_launches_every_kernel():
         "def call(self, *args, **kwargs):\n    seen.add(self.fn.__name__)\n    run(self, *args, **kwargs)\n"
         "i.GridExecutor.__call__ = call\n"
         "import torch\nfrom benchmarks.gpu import launches\n"
-        "launches.SHAPES = (*launches.SHAPES[:1], (2, 3, 8, 32))\n"
+        "launches.DTYPES, launches.SHAPES = launches.DTYPES[:1], (*launches.SHAPES[:1], (2, 3, 8, 32))\n"
         "for name in launches.LAUNCHES: launches.launch(name, torch.device('cpu'))\n"
         "print(*sorted(seen))\n"
     )
@@ -153,12 +155,21 @@ def test_the_tests_that_are_asked_for_exist():
 # --- the rehearsal ------------------------------------------------------------------------------------------------
 
 
+def run_python(command, cwd, **_):
+    """As subprocess does, in a fork."""
+    return forked.run(*command[1:], cwd=cwd)
+
+
 @pytest.fixture
 def short(monkeypatch):
-    """No time for the clock, and no compiler, which takes minutes and is tested elsewhere."""
+    """No time for the clock or for garbage, and no compiler, which takes minutes and is tested elsewhere."""
+    monkeypatch.setattr(measure, "gc", SimpleNamespace(collect=lambda: None))
     monkeypatch.setattr(measure, "SECONDS", 0)
     monkeypatch.setattr(measure, "REPEATS", 1)
+    monkeypatch.setattr(measure.host_microseconds, "__defaults__", (2, 1))  # calls, rounds
+    monkeypatch.setattr(training, "TOY_STEPS", 1)
     monkeypatch.setattr(operations, "SECONDS", 0.01)
+    monkeypatch.setattr(checks, "subprocess", SimpleNamespace(run=run_python))
     with torch._dynamo.config.patch(disable=True):
         yield
 

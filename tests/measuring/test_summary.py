@@ -94,7 +94,8 @@ conftest.COMPILE_SECONDS = 0
 
 def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     own = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
-    command = ["-m", "pytest", "-rs", "-p", "no:cacheprovider", "--benchmark-only", ".", *options]
+    brief = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+    command = ["-m", "pytest", "-rs", "-p", "no:cacheprovider", "--benchmark-only", *brief, ".", *options]
     return forked.run(*command, cwd=folder, env=own | {"PYTHONPATH": str(ROOT)})
 
 

@@ -1,3 +1,4 @@
+import functools
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,16 @@ def hangups_are_heard() -> Iterator[None]:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def digits_are_read_once() -> Iterator[None]:
+    """The file of scikit-learn, by which every run of a test begins."""
+    import sklearn.datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits))
+        yield
 
 
 @pytest.fixture

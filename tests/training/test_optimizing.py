@@ -160,7 +160,7 @@ def test_profiles_are_put_together():
 @pytest.mark.slow
 def test_averages_of_a_run_are_kept_and_written(tmp_path, capsys):
     out, widths = tmp_path / "run", "0.05,0.1,0.15"
-    how = {"steps": 40, "save_every": 2, "lr": 1e-2}
+    how = {"steps": 20, "save_every": 1, "lr": 1e-2}
     run(out, **how, ema_decays="0.5,0.9", ema_sigma_rel="0.05,0.1")
     run(tmp_path / "more", **how, ema_sigma_rel=widths)
     assert len(list((out / "averages").iterdir())) == 20
@@ -214,7 +214,7 @@ def test_the_last_checkpoints_remain(tmp_path):
 @pytest.mark.slow
 def test_resume_auto_starts_or_goes_on(tmp_path, capsys):
     args = ["train", "--data", "digits", "--out", str(tmp_path), "--resume", "auto", "--device", "cpu"]
-    args += ["--channels", "8", "--batch-size", "8", "--timesteps", "20"]
+    args += ["--channels", "8", "--batch-size", "8", "--timesteps", "20", "--sample-every", "0"]
     assert main([*args, "--steps", "1"]) == 0 and main([*args, "--steps", "2", "--keep", "2"]) == 0
     assert checkpoint.load(tmp_path / NAME).step == 2
     assert main(["train", "--out", str(tmp_path / "new"), "--resume", "auto", "--device", "cpu"]) == 1

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pictures")
-    few = {"channels": 8, "steps": 1, "timesteps": 100}
+    few = {"channels": 8, "steps": 1, "timesteps": 100, "sample_every": 0}
     training.train(training.Options(**{**training.DIGITS, "data": "digits", **few}), out, CPU)
     return out / "model.safetensors"
 
@@ -50,7 +50,7 @@ def test_editing(model, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_inversion(tmp_path, monkeypatch):
-    few = {"data": "digits", "classes": True, "channels": 8, "steps": 1, "timesteps": 100}
+    few = {"data": "digits", "classes": True, "channels": 8, "steps": 1, "timesteps": 100, "sample_every": 0}
     training.train(training.Options(**{**training.DIGITS, **few}), tmp_path, CPU)
     example = runpy.run_path(str(ROOT / "examples" / "inversion.py"))
     monkeypatch.setitem(example["main"].__globals__, "STEPS", 10)
@@ -108,7 +108,7 @@ def test_steps_of_a_number_of_calls():
 @pytest.mark.slow
 def test_quality_wants_the_digits(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
-    options = {**training.DIGITS, "data": str(tmp_path), "gray": False, "channels": 8, "steps": 1}
+    options = {**training.DIGITS, "data": str(tmp_path), "gray": False, "channels": 8, "steps": 1, "sample_every": 0}
     training.train(training.Options(**options), tmp_path, CPU)
     args = argparse.Namespace(quality=[tmp_path / "model.safetensors"], json=None, plot=None)
     with pytest.raises(ValueError, match="expected a model of the 8x8 digits, it draws"):

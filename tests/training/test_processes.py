@@ -6,9 +6,9 @@ import re
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import forked
 import numpy as np
@@ -28,10 +28,13 @@ PATH = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "helpers")))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
 
 
-def start(processes: int, *args: object) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launcher, *map(str, args)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(processes: int, *args: object) -> tuple[forked.Program, IO[bytes]]:
+    """torchrun, and what it and its processes say."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    read, write = os.pipe()
+    program = forked.start(*launcher, *args, env=ENVIRONMENT, stdout=write, stderr=write)
+    os.close(write)
+    return program, os.fdopen(read, "rb", buffering=0)
 
 
 def free_port() -> str:
@@ -80,15 +83,16 @@ def test_two_processes_train_what_one_does(tmp_path):
 def test_a_killed_process_ends_the_run_which_goes_on(tmp_path):
     args = ["-m", "fastdiff", "train", "--data", "digits", "--out", tmp_path / "two", "--resume", "auto"]
     args += ["--device", "cpu", "--channels", 16, "--lr", 2e-4, "--batch-size", 16, "--timesteps", 20, "--warmup", 2]
-    process = start(2, *args, "--steps", 10**6, "--save-every", 5)
-    said = ""
+    process, output = start(2, *args, "--steps", 10**6, "--save-every", 5)
+    heard = b""
     while not (tmp_path / "two" / NAME).exists():
-        read = process.stdout.read(1)
-        assert read, said
-        said += read
+        read = output.read(1)
+        assert read, heard.decode()
+        heard += read
     os.kill(child_of(process.pid), signal.SIGKILL)
-    said += process.communicate()[0]
-    assert process.returncode != 0
+    said = (heard + output.read()).decode()
+    output.close()
+    assert process.wait() != 0
     lines = [line for line in said.replace("\r", "\n").splitlines() if "fastdiff: " in line]
     assert len([line for line in lines if "error" in line]) <= 1 and len(lines) <= 3, said
     done = checkpoint.load(tmp_path / "two" / NAME).step

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_run import TINY, run
 
 from fastdiff.cli import main
-from fastdiff.training import Options, checkpoint, record, samples
+from fastdiff.training import Options, checkpoint, loop, record, samples
 from fastdiff.training.record import COLUMNS, Record, grids, read_log
 from fastdiff.training.report import smooth, write_report
 
@@ -39,7 +39,8 @@ def test_a_run_leaves_options_log_grids_and_a_report(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_log_goes_on_where_the_run_does(tmp_path):
+def test_a_log_goes_on_where_the_run_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "write_report", lambda folder: None)  # its picture takes longer than the steps
     run(tmp_path, steps=20, sample_every=10)
     model = (tmp_path / "model.safetensors").read_bytes()
     run(tmp_path, steps=30, resume=True, sample_every=10)
@@ -53,7 +54,8 @@ def test_a_log_goes_on_where_the_run_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_grid_does_not_change_the_run(tmp_path):
+def test_the_grid_does_not_change_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "write_report", lambda folder: None)
     run(tmp_path / "a", steps=4, sample_every=2)
     run(tmp_path / "b", steps=4)
     a, b = (checkpoint.load(tmp_path / name / "model.safetensors") for name in "ab")
@@ -96,6 +98,7 @@ def test_wandb_gets_the_rows_and_the_grids(tmp_path, monkeypatch):
         "finish": staticmethod(lambda: calls.append("finished")),
     })  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(loop, "write_report", lambda folder: None)
     run(tmp_path, steps=10, sample_every=10, log="wandb")
     assert calls == ["wandb", (10, sorted(COLUMNS[1:])), (10, ["samples"]), "finished"]
 
