@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
 from . import transforms
@@ -20,9 +21,7 @@ def by_version(tensor: Tensor) -> Any:
 
 
 def _stand_ins() -> bool:
-    """Whether a mode is active whose new tensors stand for others: fake tensors, and those of a trace."""
-    if not torch._C._len_torch_dispatch_stack():
-        return False
+    """Whether a mode that is active makes tensors that stand for others: fake tensors, and those of a trace."""
     keys = torch._C._TorchDispatchModeKey.__members__.values()
     return any(torch._C._get_dispatch_mode(key) is not None for key in keys)
 
@@ -39,8 +38,8 @@ class Tables:
 
     def get(self, name: str, build: Callable[[], T], sources: tuple[Tensor, ...], *key: Any) -> T:
         """build(), kept while the stamps of the sources and the key are equal."""
-        if is_compiling() or transforms.active() or _stand_ins():  # what is made there is of no use after it
-            return build()
+        if is_compiling() or transforms.active() or (_len_torch_dispatch_stack() and _stand_ins()):
+            return build()  # what is made there is of no use after it
         key = (*key, *map(self._stamp, sources))
         entry = self._entries.get(name)
         if entry is None or entry[1] != key:

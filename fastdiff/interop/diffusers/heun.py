@@ -7,7 +7,7 @@ import torch
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerOutput
 from torch import Tensor
 
-from .common import PREDICTIONS
+from .common import PREDICTIONS, alike
 from .sigmas import VarianceExplodingScheduler, derivative_rows, in_float32, two_results, x0_from_sigma
 
 
@@ -36,16 +36,15 @@ class HeunDiscreteScheduler(
         if not self._fuses(model_output, sample):
             self._hand_over()
             return NotImplemented
-        i = self._place(timestep)
-        if i + 1 >= self.sigmas.shape[0]:  # len() of a tensor costs more
-            return NotImplemented  # stock's error
-        config, device, dtype = self.config, sample.device, model_output.dtype
+        i, config, device, dtype = self._place(timestep), self.config, sample.device, model_output.dtype
         prediction, clip = config.prediction_type, config.clip_sample_range if config.clip_sample else None
         both = dtype if sample.dtype == dtype else torch.promote_types(sample.dtype, dtype)
         dtypes = both, dtype if prediction == "sample" else both
         first, second, dts = self._table(
             "steps", lambda: self._steps(device, clip is not None), (self.sigmas,), device, prediction, clip is None
         )
+        if i >= len(dts):
+            return NotImplemented  # stock's error
         if self.dt is None:
             x = in_float32(sample)
             self._halfway, x0 = two_results(x, model_output, first, i, (x.dtype, dtypes[1]), clip)
@@ -62,7 +61,8 @@ class HeunDiscreteScheduler(
 
     def _fuses(self, model_output: Tensor, sample: Tensor) -> bool:
         """Whether a fused half takes them; a second half only goes on with a first half of the same shape."""
-        if self.config.prediction_type not in PREDICTIONS or not self._takes(model_output, None, sample):
+        known = self.config.prediction_type in PREDICTIONS and isinstance(self.sigmas, Tensor)
+        if not (known and alike(sample, model_output)):
             return False
         if self.dt is None:
             return True

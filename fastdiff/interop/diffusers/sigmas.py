@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_euler_discrete import logger
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ... import ops
 from ...ops.checks import wants_gradient
@@ -24,6 +25,7 @@ class CountingScheduler(FusedScheduler):
     """A scheduler that counts its steps. A timestep says where to start."""
 
     step_index: int
+    _step_index: Any  # what step_index reads, an int or None
     begin_index: int | None
 
     def _init_step_index(self, timestep: float | Tensor) -> None:
@@ -35,9 +37,9 @@ class CountingScheduler(FusedScheduler):
 
     def _place(self, timestep: Any) -> int:
         """The number of this step."""
-        if self.step_index is None:
+        if self._step_index is None:
             self._init_step_index(timestep)
-        return self.step_index
+        return self._step_index
 
     def _left_to_stock(self, option: str) -> Any:
         """NotImplemented, with a word about it. Python shows a warning once for each place of the call."""
@@ -94,15 +96,16 @@ class VarianceExplodingScheduler(SigmaScheduler):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """x_t / sqrt(sigma_t^2 + 1), by a number that was made for the whole run."""
-        if torch.compiler.is_compiling() or not isinstance(self.sigmas, Tensor):
+        sigmas = self.sigmas
+        if is_compiling() or not isinstance(sigmas, Tensor):
             return NotImplemented
         i = self._place(timestep)
-        scales = self._table("scales", lambda: ((self.sigmas**2 + 1) ** 0.5).unbind(), (self.sigmas,))
+        scales = self._table("scales", lambda: ((sigmas**2 + 1) ** 0.5).unbind(), (sigmas,))
         self.is_scale_input_called = True
         return sample / scales[i]
 
     def _remind_of_scaling(self) -> None:
-        if not (self.is_scale_input_called or torch.compiler.is_compiling()):
+        if not (self.is_scale_input_called or is_compiling()):
             logger.warning("scale_model_input: expected to be called before step, and to scale the model's input")
 
 
