@@ -60,7 +60,7 @@ def shape_of(model: nn.Module, shape: int | tuple[int, ...]) -> tuple[int, ...]:
         shape = (number, *rest)
     sizes = [integer(d) for d in shape] if isinstance(shape, Iterable) else []
     if not sizes or any(d is None or d < 0 for d in sizes):
-        raise ValueError(f"shape: expected a number of samples or (B, ...), got {shape}")
+        raise ValueError(f"shape: expected a number of samples or (B, ...), got {shape!r}")
     return as_shape(sizes)
 
 

@@ -202,7 +202,7 @@ class Denoiser(nn.Module):
         if dtype is None or dtype == self.parameter_dtype:
             return self
         if dtype not in TYPES:
-            raise TypeError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}")
+            raise TypeError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype!r}")
         made = copy.copy(self)
         made.__dict__["_modules"] = {**self._modules, "model": self._casts.get(self.model, dtype)}
         made.__dict__["_original"] = self

@@ -52,7 +52,11 @@ def check_edit(
     if known is None and resample != 1:
         raise ValueError("known: expected a mask with resample, got None")
     if known is not None and x_init is not None:
-        as_mask(known.to(x_init.device) if isinstance(known, Tensor) else known, x_init, "known")
+        mask = as_mask(known.to(x_init.device) if isinstance(known, Tensor) else known, x_init, "known")
+        # A look at a GPU's tensor would wait for it.
+        if mask.is_cpu and not bool(((mask >= 0) & (mask <= 1)).all()):
+            low, high = (value.item() for value in mask.aminmax())
+            raise ValueError(f"known: expected numbers from 0 to 1, got {low:g} to {high:g}")
 
 
 def noise_levels(process: Process, times: Tensor) -> Tensor:

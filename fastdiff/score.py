@@ -4,6 +4,7 @@ All learn the score s(x, t) = grad log p_t(x) by denoising. Its best estimate is
 networks are score models too, and samplers of one formulation run the models of another.
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,10 @@ class ScoreSDE(ContinuousDiffusion):
             process = sde
         else:
             check_choice("sde", sde, SDES)
+            known = inspect.signature(SDES[sde]).parameters
+            for name in sde_options:
+                if name not in known:
+                    raise TypeError(f"{name}: expected options of {sde!r}, {' and '.join(known)}, got another")
             process = SDES[sde](**sde_options)
         super().__init__(model, process, objective, loss, weighting, clip)
         self._named = (sde, sde_options, process) if isinstance(sde, str) else None

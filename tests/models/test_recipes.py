@@ -36,6 +36,8 @@ def test_labels_are_dropped_at_their_share() -> None:
     assert torch.equal(drop_labels(labels, 10, 0.0), labels) and (drop_labels(labels, 10, 1.0) == 10).all()
     with pytest.raises(ValueError, match=r"^share: expected a number from 0 to 1, got 1.5$"):
         drop_labels(labels, 10, 1.5)
+    with pytest.raises(TypeError, match=r"^labels: expected a tensor of integers, got list$"):
+        drop_labels([0, 1], 10)
 
 
 class Told(nn.Module):
