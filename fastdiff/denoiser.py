@@ -98,12 +98,12 @@ class Denoiser(nn.Module):
     def predict(
         self, x_t: Tensor, t: float | Tensor, wanted: str, *, out: Tensor | None = None, **model_kwargs: Any
     ) -> Tensor:
-        """The prediction as "eps", "x0", "v" or "score", whichever the model was trained on, unclipped.
+        """The prediction as "eps", "x0", "v", "score", "flow" or "edm", whatever the model was trained on, unclipped.
 
         Args:
             x_t: (B, ...), the state.
             t: its times, a number, () or (B,).
-            wanted: a name of fastdiff.objective.OBJECTIVES, which says how they follow from each other.
+            wanted: one of them, a name of fastdiff.objective.OBJECTIVES.
             out: as in fastdiff.ops.
 
         Raises: ValueError for an unknown name.

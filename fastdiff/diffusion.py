@@ -174,11 +174,13 @@ class Diffusion(Denoiser, ABC):
 
         Args:
             shape: the number of samples, if model.sample_shape gives the rest, or (B, ...).
-            steps: how many. In a chain all T if None, else the levels round(linspace(0, T, steps + 1)); for an SDE
-                1000 equal strides if None. Or the decreasing levels or times to visit, or a grid of `process`.
+            steps: how many; process.default_steps if None: all T levels of a chain, 1000 for an SDE, 50 for flow
+                matching, 18 for EDM. n of a chain are the levels round(linspace(0, T, n + 1)), "heun" counts Karras'
+                levels, and "annealed_langevin" the steps at each level. Or the decreasing levels or times to
+                visit, or a grid of `process`.
             sampler: a name of fastdiff.steps.SAMPLERS, or one of those functions with options, as in
                 functools.partial(steps.heun, noise_scale=1.003). "ode" is the probability-flow ODE by an adaptive
-                solver (extra [ode]); steps is then left out.
+                solver (extra [ode]); steps is then left out. None is `default_sampler`.
             eta: the noise of "ddim", 0 to 1.
             seed: an int or int64 tensor; drawn from PyTorch's default generator if None.
             generator: draw the seed from this one. Equal generators give equal samples, though not those of `randn`.
