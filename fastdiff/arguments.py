@@ -1,5 +1,6 @@
 """Checks of the arguments of a formulation: what a user gives, as its methods take it."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops.checks import as_shape, check_shape, check_state
+from .ops.overlap import check_memory
 from .steps import StepTable
 from .support.scalars import integer
 
@@ -102,3 +104,28 @@ def check_sampling(
             raise ValueError("out: expected None with return_trajectory, whose result is of another shape")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback: expected a function, got {type(callback).__name__}")
+
+
+def check_out(out: Tensor, x_T: Tensor | None, uncond: Any, others: dict[str, Any]) -> None:
+    """`out` of `sample` shares no memory with what the steps read: it may be x_T itself, but no other argument."""
+    branch = uncond if isinstance(uncond, dict) else {}
+    check_memory("out", out, {"x_T": x_T}, {**{f"uncond's {name}": value for name, value in branch.items()}, **others})
+
+
+def wants_estimate(callback: Callable[..., Any] | None) -> bool:
+    """Whether a callback is one of (k, level, x, x0hat) rather than of (k, level, x). TypeError if it is neither."""
+    if callback is None:
+        return False
+    try:
+        signature = inspect.signature(callback)
+    except ValueError:  # a function of C
+        return False
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    wanted = sum(p.kind in places and p.default is p.empty for p in signature.parameters.values()) > 3
+    try:
+        signature.bind(*range(4 if wanted else 3))
+    except TypeError:
+        raise TypeError(
+            f"callback: expected a function of (k, level, x) or (k, level, x, x0hat), got one of {signature}"
+        ) from None
+    return wanted

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ode, ops, sampling
-from .arguments import check_gradients, check_labels, check_ode, check_sampling, merged, shape_of
+from .arguments import (
+    check_gradients,
+    check_labels,
+    check_ode,
+    check_out,
+    check_sampling,
+    merged,
+    shape_of,
+    wants_estimate,
+)
 from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
@@ -237,11 +246,8 @@ class Diffusion(Denoiser, ABC):
         if guidance is None and guidance_rule is not None:
             raise ValueError("guidance_rule: expected None without guidance")
         if out is not None:
-            branch = uncond if isinstance(uncond, dict) else {}
-            others = {f"uncond's {name}": value for name, value in branch.items()}
-            others |= {"noise": noise, "seed": seed, "sample_ids": sample_ids}
-            others |= {"x_init": x_init, "known": known, **model_kwargs}
-            check_memory("out", out, {"x_T": x_T}, others)
+            others = {"noise": noise, "seed": seed, "sample_ids": sample_ids, "x_init": x_init, "known": known}
+            check_out(out, x_T, uncond, {**others, **model_kwargs})
         eta = as_number("eta", eta)
         if sampler == "ode":
             flags = (eta, return_trajectory, graph, grad_steps)
@@ -252,8 +258,8 @@ class Diffusion(Denoiser, ABC):
         if x_init is not None or stop_at is not None:
             steps = part_of(self.process, sampler, steps, strength, stop_at)
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
-        table, told = resampled(table, self.process, resample), sampling.wants_estimate(callback)
-        table = sampling.with_estimates(table, self.process, self.objective) if told else table
+        table, estimates = resampled(table, self.process, resample), wants_estimate(callback)
+        table = sampling.with_estimates(table, self.process, self.objective) if estimates else table
         if grad_steps:
             check_gradients(grad_steps, table, callback, return_trajectory, out, dtype, known, graph or None)
             graph = False
@@ -276,7 +282,7 @@ class Diffusion(Denoiser, ABC):
         options = StepOptions(
             self.clip, table.keep, table.noisy or noise is not None, table.learned, guidance is not None, guidance_rule
         )
-        run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step, told)
+        run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step, estimates)
         walker: sampling.Walker = StepsWithGradient(run, grad_steps) if grad_steps else Steps(run)
         if captured:
             walker = self._captures.steps(run, required=graph is True)
