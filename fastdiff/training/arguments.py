@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.steps import SAMPLERS
+from fastdiff.steps import SAMPLERS, name_to_use
 from fastdiff.training.data.opening import KINDS
 from fastdiff.training.figures import SAMPLES
 from fastdiff.training.options import DIGITS, LARGEST, LOGS, OBJECTIVES, Options
@@ -105,7 +105,8 @@ def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
     text = "the same as --n, which torchrun takes for an abbreviation of a flag of its own"
     command.add_argument("--count", dest="n", type=positive, default=argparse.SUPPRESS, help=text)
     names = ", ".join(f"{sampler} for {name}" for name, (sampler, _) in SUITED.items())
-    command.add_argument("--sampler", choices=[*SAMPLERS, "ode"], help=f"(default: {names})")
+    text = f"{', '.join(SAMPLERS)} or ode (default: {names})"
+    command.add_argument("--sampler", type=sampler, help=text)
     names = ", ".join(f"{steps} for {sampler}" for sampler, steps in dict(SUITED.values()).items())
     others = "else all levels, 1000 of an SDE, 50 of flow, 18 of edm"
     text = f"of the sampler; for annealed_langevin at each level (default: {names}; {others})"
@@ -123,6 +124,14 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got ''")
     return Path(text)
+
+
+def sampler(text: str) -> str:
+    """An argument that names a sampler."""
+    if text not in (*SAMPLERS, "ode"):
+        names = ", ".join(SAMPLERS)
+        raise argparse.ArgumentTypeError(f"expected one of {names} or ode, got {text!r}{name_to_use(text)}")
+    return text
 
 
 def positive(text: str) -> int:
