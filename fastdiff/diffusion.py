@@ -215,8 +215,8 @@ class Diffusion(Denoiser, ABC):
             device: where the state lives. None takes the device of the weights, or where hooks of Accelerate bring
                 offloaded weights; for a model without weights that of x_T or out, else PyTorch's default device.
             graph: whether to capture a step as a CUDA graph and replay it, bit for bit the same. None does so on CUDA
-                unless something forbids it; True raises then. A graph runs no Python of the model: after a change of
-                the model that is neither of its weights nor of its modules, use a new one.
+                unless something forbids it; True raises then. A graph does not run the model's Python again: it sees
+                changed weights and modules, but no changed plain attribute. Then make a new formulation around it.
             progress: show a bar (needs tqdm).
             callback: called as callback(k, level, x) after step k, with the state at that level, without gradients. One
                 of (k, level, x, x0hat) is told the estimate of x_0 too, or None if the step made none. It
@@ -230,8 +230,8 @@ class Diffusion(Denoiser, ABC):
         Returns: (B, ...) float32, or float64 for a float64 model.
         Raises: ValueError or TypeError, naming the argument, before anything is drawn.
 
-        Threads may share the model. Its mode is as it was between the steps. During a step and its callback it is in
-        eval mode, and losses and predictions that other threads ask of it wait. Those that are compiled do not wait.
+        Threads may share the model. It is in eval mode during a step and its callback, and in its own mode between
+        steps. Meanwhile losses and predictions that other threads ask for wait, unless they are compiled.
         """
         model_kwargs = merged(model_kwargs)
         shape = shape_of(self.model, shape)
