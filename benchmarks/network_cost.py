@@ -1,7 +1,7 @@
 """What one forward of a U-Net launches and moves, counted without a GPU: `python benchmarks/network_cost.py`.
 
 Two tables. The first runs the 35.7M network of google/ddpm-cifar10-32, and diffusers' own of the same configuration, on
-tensors without values, and counts the GPU kernels that PyTorch launches for it and the bytes that they read and write.
+tensors without values. It counts the GPU kernels that PyTorch launches, and the bytes that they read and write.
 The second counts what Inductor writes for two resnet blocks on an H100, and how often that reads or writes a whole map.
 
 The count is an estimate by rules, see `cost`: a kernel for each operator that is no view, two for a convolution with a

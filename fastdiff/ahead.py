@@ -57,9 +57,9 @@ def project(net: Any, emb: Tensor) -> Tensor | None:
 def owed(net: Any) -> Tensor | None:
     """(total,), what the inputs of all readers of a UNet owe, one behind the other, and at last that of its last norm.
 
-    None if no map is to owe anything: with a gradient, if the norm of its tensors is not one kernel, and if a module
-    must be called, and what it returns may be read, as it has hooks, is of another class, or was given other
-    attributes.
+    None if no map may owe anything. That is so with a gradient, and if the norm of its tensors is not one kernel. It is
+    also so if a module must be called, since it has hooks, is of another class, or was given other attributes: what it
+    returns may be read.
     """
     plain = (_computes_from_weights(module) for module in net.modules() if module is not net)
     if torch.is_grad_enabled() or not all(plain) or not is_fused(net.conv_in.weight):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops.checks import as_shape, check_shape, check_state
+from .ops.overlap import check_memory
 from .steps import StepTable
 from .support.scalars import integer
 
@@ -60,7 +61,7 @@ def shape_of(model: nn.Module, shape: int | tuple[int, ...]) -> tuple[int, ...]:
         shape = (number, *rest)
     sizes = [integer(d) for d in shape] if isinstance(shape, Iterable) else []
     if not sizes or any(d is None or d < 0 for d in sizes):
-        raise ValueError(f"shape: expected a number of samples or (B, ...), got {shape}")
+        raise ValueError(f"shape: expected a number of samples or (B, ...), got {shape!r}")
     return as_shape(sizes)
 
 
@@ -102,3 +103,9 @@ def check_sampling(
             raise ValueError("out: expected None with return_trajectory, whose result is of another shape")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback: expected a function, got {type(callback).__name__}")
+
+
+def check_out(out: Tensor, x_T: Tensor | None, uncond: Any, others: dict[str, Any]) -> None:
+    """`out` of `sample` shares no memory with what the steps read: it may be x_T itself, but no other argument."""
+    branch = uncond if isinstance(uncond, dict) else {}
+    check_memory("out", out, {"x_T": x_T}, {**{f"uncond's {name}": value for name, value in branch.items()}, **others})

@@ -1,4 +1,4 @@
-"""The command line: fastdiff train, sample, eval, ema. An error is one line on stderr and a non-zero exit."""
+"""The command line: fastdiff train, sample, eval, plot, ema. An error is one line on stderr and a non-zero exit."""
 
 import argparse
 import json
@@ -134,7 +134,6 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=path, required=True, metavar="PREFIX", help=text)
     text = "npy; png, a folder of images; or webdataset, a folder of shards (default: %(default)s)"
     command.add_argument("--format", choices=FORMATS, default="npy", help=text)
-    ema_arguments(add("ema", write_average, "Write the weights of another average of a run, as a file for sample."))
     command = add("eval", evaluation, "Compare samples with real images.")
     sample_arguments(command, n=None)
     command.add_argument("--data", help=f"the real images: {KINDS} (default: those of the run)")
@@ -146,7 +145,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=path, metavar="FILE", help="write the figures to FILE too")
     command = add("plot", plot, "Draw the loss of a run and its grids of samples as one PNG.")
     command.add_argument("folder", type=path, metavar="RUN_DIR", help="the run's folder")
-    command.add_argument("--out", type=path, metavar="FILE", help="(default: RUN_DIR/report.png)")
+    command.add_argument("--out", type=path, metavar="FILE", help="the picture (default: RUN_DIR/report.png)")
+    ema_arguments(add("ema", write_average, "Write the weights of another average of a run, as a file for sample."))
     return root
 
 

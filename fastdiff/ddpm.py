@@ -44,8 +44,8 @@ class DDPM(ChainDiffusion):
         weighting: "simple" (1; sigma^2 for score), "min_snr" (Hang et al. 2023) or "vlb" (the bound's own weights);
             or a function of the levels, as fastdiff.objective.min_snr is.
         loss: "mse", "l1" or "huber" (with delta 1).
-            "hybrid" adds 1e-3 of the variational bound to "mse", with its gradient by the variance alone, and "vlb" is
-            the bound alone, in bits per dimension (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1).
+            "hybrid" is "mse" and 1e-3 of the variational bound, whose gradient is by the variance alone. "vlb" is the
+            bound alone, in bits per dimension (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1).
         variance: of the ancestral step: "posterior" (beta~), "beta", or "learned", between the two: the model then
             returns twice the channels; the second half is r in exp((r + 1)/2 log beta + (1 - r)/2 log beta~).
         importance: draw the levels in proportion to the root mean square of their last losses, which makes "vlb" less

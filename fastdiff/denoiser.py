@@ -106,12 +106,12 @@ class Denoiser(nn.Module):
     def predict(
         self, x_t: Tensor, t: float | Tensor, wanted: str, *, out: Tensor | None = None, **model_kwargs: Any
     ) -> Tensor:
-        """The prediction as "eps", "x0", "v" or "score", whichever the model was trained on, unclipped.
+        """The prediction as "eps", "x0", "v", "score", "flow" or "edm", whatever the model was trained on, unclipped.
 
         Args:
             x_t: (B, ...), the state.
             t: its times, a number, () or (B,).
-            wanted: a name of fastdiff.objective.OBJECTIVES, which says how they follow from each other.
+            wanted: one of them, a name of fastdiff.objective.OBJECTIVES.
             out: as in fastdiff.ops.
 
         Raises: ValueError for an unknown name.
@@ -218,7 +218,7 @@ class Denoiser(nn.Module):
         if dtype is None or dtype == self.parameter_dtype:
             return self
         if dtype not in TYPES:
-            raise TypeError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}")
+            raise TypeError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype!r}")
         made = copy.copy(self)
         made.__dict__["_modules"] = {**self._modules, "model": self._casts.get(self.model, dtype)}
         made.__dict__["_original"] = self

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ode, ops, sampling
-from .arguments import check_gradients, check_labels, check_ode, check_sampling, merged, shape_of
+from .arguments import (
+    check_gradients,
+    check_labels,
+    check_ode,
+    check_out,
+    check_sampling,
+    merged,
+    shape_of,
+)
 from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
@@ -182,11 +190,13 @@ class Diffusion(Denoiser, ABC):
 
         Args:
             shape: the number of samples, if model.sample_shape gives the rest, or (B, ...).
-            steps: how many. In a chain all T if None, else the levels round(linspace(0, T, steps + 1)); for an SDE
-                1000 equal strides if None. Or the decreasing levels or times to visit, or a grid of `process`.
+            steps: how many; process.default_steps if None: all T levels of a chain, 1000 for an SDE, 50 for flow
+                matching, 18 for EDM. n of a chain are the levels round(linspace(0, T, n + 1)), "heun" counts Karras'
+                levels, and "annealed_langevin" the steps at each level. Or the decreasing levels or times to
+                visit, or a grid of `process`.
             sampler: a name of fastdiff.steps.SAMPLERS, or one of those functions with options, as in
                 functools.partial(steps.heun, noise_scale=1.003). "ode" is the probability-flow ODE by an adaptive
-                solver (extra [ode]); steps is then left out.
+                solver (extra [ode]); steps is then left out. None is `default_sampler`.
             eta: the noise of "ddim", 0 to 1.
             seed: an int or int64 tensor; drawn from PyTorch's default generator if None.
             generator: draw the seed from this one. Equal generators give equal samples, though not those of `randn`.
@@ -212,8 +222,8 @@ class Diffusion(Denoiser, ABC):
             device: where the state lives. None takes the device of the weights, or where hooks of Accelerate bring
                 offloaded weights; for a model without weights that of x_T or out, else PyTorch's default device.
             graph: whether to capture a step as a CUDA graph and replay it, bit for bit the same. None does so on CUDA
-                unless something forbids it; True raises then. A graph runs no Python of the model: after a change of
-                the model that is neither of its weights nor of its modules, use a new one.
+                unless something forbids it; True raises then. A graph does not run the model's Python again: it sees
+                changed weights and modules, but no changed plain attribute. Then make a new formulation around it.
             progress: show a bar (needs tqdm).
             callback: called as callback(k, level, x) after step k, with the state at that level, without gradients. One
                 of (k, level, x, x0hat) is told the estimate of x_0 too, or None if the step made none. It
@@ -227,8 +237,8 @@ class Diffusion(Denoiser, ABC):
         Returns: (B, ...) float32, or float64 for a float64 model.
         Raises: ValueError or TypeError, naming the argument, before anything is drawn.
 
-        Threads may share the model. Its mode is as it was between the steps. During a step and its callback it is in
-        eval mode, and losses and predictions that other threads ask of it wait. Those that are compiled do not wait.
+        Threads may share the model. It is in eval mode during a step and its callback, and in its own mode between
+        steps. Meanwhile losses and predictions that other threads ask for wait, unless they are compiled.
         """
         model_kwargs = merged(model_kwargs)
         shape = shape_of(self.model, shape)
@@ -243,11 +253,8 @@ class Diffusion(Denoiser, ABC):
         if guidance is None and guidance_rule is not None:
             raise ValueError("guidance_rule: expected None without guidance")
         if out is not None:
-            branch = uncond if isinstance(uncond, dict) else {}
-            others = {f"uncond's {name}": value for name, value in branch.items()}
-            others |= {"noise": noise, "seed": seed, "sample_ids": sample_ids}
-            others |= {"x_init": x_init, "known": known, **model_kwargs}
-            check_memory("out", out, {"x_T": x_T}, others)
+            others = {"noise": noise, "seed": seed, "sample_ids": sample_ids, "x_init": x_init, "known": known}
+            check_out(out, x_T, uncond, {**others, **model_kwargs})
         eta = as_number("eta", eta)
         if sampler == "ode":
             flags = (eta, return_trajectory, graph, grad_steps)
@@ -258,8 +265,8 @@ class Diffusion(Denoiser, ABC):
         if x_init is not None or stop_at is not None:
             steps = part_of(self.process, sampler, steps, strength, stop_at)
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
-        table, told = resampled(table, self.process, resample), wants_estimate(callback)
-        table = with_estimates(table, self.process, self.objective) if told else table
+        table, estimates = resampled(table, self.process, resample), wants_estimate(callback)
+        table = with_estimates(table, self.process, self.objective) if estimates else table
         if grad_steps:
             check_gradients(grad_steps, table, callback, return_trajectory, out, dtype, known, graph or None)
             graph = False
@@ -282,7 +289,7 @@ class Diffusion(Denoiser, ABC):
         options = StepOptions(
             self.clip, table.keep, table.noisy or noise is not None, table.learned, guidance is not None, guidance_rule
         )
-        run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step, told)
+        run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step, estimates)
         walker: sampling.Walker = StepsWithGradient(run, grad_steps) if grad_steps else Steps(run)
         if captured:
             walker = self._captures.steps(run, required=graph is True)

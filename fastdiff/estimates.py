@@ -22,15 +22,22 @@ Callback = Callable[..., Tensor | None]
 
 
 def wants_estimate(callback: Callback | None) -> bool:
-    """Whether a callback is one of (k, level, x, x0hat) rather than of (k, level, x)."""
+    """Whether a callback is one of (k, level, x, x0hat) rather than of (k, level, x). TypeError if it is neither."""
     if callback is None:
         return False
     try:
-        given = inspect.signature(callback).parameters.values()
+        signature = inspect.signature(callback)
     except ValueError:  # a function of C
         return False
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in places and p.default is p.empty for p in given) > 3
+    wanted = sum(p.kind in places and p.default is p.empty for p in signature.parameters.values()) > 3
+    try:
+        signature.bind(*range(4 if wanted else 3))
+    except TypeError:
+        raise TypeError(
+            f"callback: expected a function of (k, level, x) or (k, level, x, x0hat), got one of {signature}"
+        ) from None
+    return wanted
 
 
 def with_estimates(table: StepTable, process: Process, objective: str) -> StepTable:

@@ -292,7 +292,8 @@ def stack_branches(
         uncond = dict(cond)
     elif not isinstance(uncond, dict) or uncond.keys() != cond.keys() or not cond:
         given = sorted(uncond) if isinstance(uncond, dict) else uncond
-        raise ValueError(f"uncond: expected a dict of the model's arguments {sorted(cond)}, got {given}")
+        hint = "" if cond else "; the condition is an argument of the model, as class_labels="
+        raise ValueError(f"uncond: expected a dict of the model's arguments {sorted(cond)}, got {given}{hint}")
     stacked = {}
     for name, one in cond.items():
         other = uncond[name]

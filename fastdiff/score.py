@@ -4,6 +4,7 @@ All learn the score s(x, t) = grad log p_t(x) by denoising. Its best estimate is
 networks are score models too, and samplers of one formulation run the models of another.
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,17 +109,22 @@ class ScoreSDE(ContinuousDiffusion):
     Args:
         model: called as model(x_t, c, **model_kwargs) with x_t (B, ...) and c (B,), float32 or float64 as the state:
             999 t for VP and sub-VP, sigma for VE; returns the prediction, shaped like x_t.
-        sde: "vp", "subvp", "ve", or a fastdiff.process.Process. sde_options: of the named one, beta_min and beta_max,
-            or sigma_min and sigma_max.
+        sde: "vp", "subvp", "ve", or a fastdiff.process.Process.
         objective: "score", "eps" = -sigma score, "x0" or "v".
         loss: "mse", "l1" or "huber".
         weighting: "simple" (sigma^2 on the error of the score), "likelihood" (g^2, which bounds the likelihood: Song et
             al. 2021, arXiv:2101.09258) or "min_snr".
         clip: the sampler keeps its estimate of x_0 in [-clip, clip]; None, as published, leaves it free.
+        sde_options: of the named SDE: beta_min and beta_max of "vp" and "subvp", sigma_min and sigma_max of "ve".
 
-    Times t are drawn uniformly from [sde.first, 1] in training.
+    Training draws times t uniformly from [process.first, 1]. `sample` takes Euler-Maruyama in 1000 steps unless it is
+    told otherwise.
 
-    Raises: ValueError for an unknown name.
+    Raises: ValueError for an unknown name; TypeError for an option of another SDE.
+
+    >>> sde = ScoreSDE(UNet(sample_size=32), "vp")
+    >>> sde(torch.rand(8, 3, 32, 32) * 2 - 1).backward()
+    >>> sde.sample(16, sampler="heun", steps=18)
     """
 
     default_sampler = "euler_maruyama"
@@ -140,6 +146,10 @@ class ScoreSDE(ContinuousDiffusion):
             process = sde
         else:
             check_choice("sde", sde, SDES)
+            known = inspect.signature(SDES[sde]).parameters
+            for name in sde_options:
+                if name not in known:
+                    raise TypeError(f"{name}: expected options of {sde!r}, {' and '.join(known)}, got another")
             process = SDES[sde](**sde_options)
         super().__init__(model, process, objective, loss, weighting, clip)
         self._named = (sde, sde_options, process) if isinstance(sde, str) else None

@@ -1,1 +1,1 @@
-"""Drop-in replacements for classes of other libraries. Each module needs the extra of that library's name."""
+"""Drop-in replacements for classes of other libraries; `diffusers` and `denoising_diffusion` need their extras."""

@@ -48,8 +48,8 @@ def accelerate(
       `pipe.scheduler = X.from_config(pipe.scheduler.config)`, is what X is: take X from fastdiff.interop.diffusers, or
       call `accelerate` again.
 
-    - With `graph` or `compile` the forward of the network becomes a replay of CUDA graphs, or compiled code. In a
-      pipeline that is the component "unet" or "transformer".
+    With `graph` or `compile` the forward of the network becomes a replay of CUDA graphs, or compiled code. In a
+    pipeline that is the component "unet" or "transformer".
 
     What is done to a block later still counts. If its norms or its activation get hooks, another class or other tensors
     (offloading, LoRA, quantization, pruning), or ResnetBlock2D.forward is patched, the block runs stock's forward. A

@@ -139,7 +139,7 @@ class Plan:
     """The plan of a kind of call.
 
     repeat: a function of the stream and the tensors. It returns NotImplemented if the call is of another kind, and FULL
-    if it has to go the full way, as all calls of a kind do that cannot be repeated.
+    if the call has to go the full way. A kind that cannot be repeated always gives FULL.
     """
 
     def __init__(self, recorder: Recorder, result: Any) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.steps import SAMPLERS
+from fastdiff.steps import SAMPLERS, name_to_use
 from fastdiff.training.data.opening import KINDS
 from fastdiff.training.figures import SAMPLES
 from fastdiff.training.options import DIGITS, LARGEST, LOGS, OBJECTIVES, Options
@@ -16,10 +16,10 @@ from fastdiff.training.samples import SUITED
 TRAIN_HELP = {
     "size": "images are cropped and resized to SIZE, a side or HxW",
     "gray": "one channel instead of RGB",
-    "image_channels": "of the images: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha; arrays have their own",
+    "image_channels": "1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha; arrays have their own",
     "classes": "train on the classes of the data: sub-folders, labels",
     "label_dropout": "share of the labels that training leaves out, for guidance",
-    "flip": "mirror every second image, left to right",
+    "flip": "mirror half of the images, left to right",
     "workers": "processes that read images",
     "cache": "keep decoded images in a file of RUN_DIR",
     "steps": "optimizer steps in all",
@@ -54,13 +54,21 @@ TRAIN_HELP = {
     "weight_decay": "of AdamW",
     "beta1": "of AdamW",
     "beta2": "of AdamW",
-    "ema_decays": "decays of further averages, with commas between them",
+    "ema_decays": "decays of further averages, as in 0.999,0.9999",
     "ema_sigma_rel": "relative widths of power-function averages, as in 0.05,0.1",
     "compile": "compile the network",
     "channels_last": "lay out convolutions channels last",
     "recompute": "compute the blocks again in the backward pass, for less memory",
     "sample_every": "steps between grids of samples in RUN_DIR/samples; 0 draws none",
     "log": f"where figures go besides RUN_DIR/log.csv: {', '.join(LOGS)}",
+}
+
+# Defaults that the value of the option does not say.
+DEFAULTS = {
+    "image_channels": "3, with --gray 1",
+    "objective": ", ".join(f"{objective} for {name}" for name, objective in OBJECTIVES.items()),
+    "ema_decays": "none",
+    "ema_sigma_rel": "none",
 }
 
 
@@ -71,7 +79,7 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config", type=path, metavar="FILE", help="options in YAML, or a run's config.json; flags go over them"
     )
-    command.add_argument("--out", type=path, required=True, metavar="RUN_DIR", help="for model.safetensors")
+    command.add_argument("--out", type=path, required=True, metavar="RUN_DIR", help="the folder of the run")
     text = "go on exactly from RUN_DIR/model.safetensors; auto: if it is there"
     command.add_argument("--resume", nargs="?", const="always", choices=("always", "auto"), help=text)
     device_argument(command)
@@ -82,7 +90,7 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
         if isinstance(field.default, bool | None):
             command.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
-        default = str(field.default) or ", ".join(f"{v} for {k}" for k, v in OBJECTIVES.items())
+        default = DEFAULTS.get(field.name, str(field.default))
         if field.name in DIGITS:
             default += f", for the digits {DIGITS[field.name]}"
         text = f"{text} (default: {default})"
@@ -100,8 +108,11 @@ def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
     text = "the same as --n, which torchrun takes for an abbreviation of a flag of its own"
     command.add_argument("--count", dest="n", type=positive, default=argparse.SUPPRESS, help=text)
     names = ", ".join(f"{sampler} for {name}" for name, (sampler, _) in SUITED.items())
-    command.add_argument("--sampler", choices=[*SAMPLERS, "ode"], help=f"(default: {names})")
-    text = "of the sampler; for annealed_langevin at each level (default: that of the sampler, 50 for ddim)"
+    text = f"{', '.join(SAMPLERS)} or ode (default: {names})"
+    command.add_argument("--sampler", type=sampler, help=text)
+    names = ", ".join(f"{steps} for {sampler}" for sampler, steps in dict(SUITED.values()).items())
+    others = "else all levels, 1000 of an SDE, 50 of flow, 18 of edm"
+    text = f"of the sampler; for annealed_langevin at each level (default: {names}; {others})"
     command.add_argument("--steps", type=positive, help=text)
     command.add_argument("--label", help="the class of all images, by name or number (default: each in turn)")
     command.add_argument("--guidance", type=float, help="of the class: 1 is none, more is closer to the class")
@@ -116,6 +127,14 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got ''")
     return Path(text)
+
+
+def sampler(text: str) -> str:
+    """An argument that names a sampler."""
+    if text not in (*SAMPLERS, "ode"):
+        names = ", ".join(SAMPLERS)
+        raise argparse.ArgumentTypeError(f"expected one of {names} or ode, got {text!r}{name_to_use(text)}")
+    return text
 
 
 def positive(text: str) -> int:

@@ -52,7 +52,7 @@ class Options:
         image_channels: of the data; 0 is 1 with `gray`, else 3. Image files have 1 to 4.
         classes: train a class-conditional network on the labels of the data.
         label_dropout: share of the labels that is replaced by "no label", for guidance.
-        flip: mirror every second image, left to right.
+        flip: mirror half of the images, left to right.
         workers: processes that read images ahead of the training; arrays need none.
         cache: keep decoded images in a file of the run's folder.
         steps, batch_size: optimizer steps in all; images per step.

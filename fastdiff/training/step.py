@@ -37,7 +37,8 @@ class TrainingStep:
     `reason` says what the last step would have needed to be a graph; None if nothing forbade it. `norm` () is the norm
     of its gradient before it was clipped, and `bad` () whether that or the loss was not finite.
 
-    Raises: ValueError with graph=True, if something forbids a capture; the step is then taken if that shows only in it.
+    Raises: TypeError for a loss or an optimizer that is none. ValueError with graph=True, if something forbids a
+        capture; the step is then taken if that shows only in it.
     """
 
     def __init__(
@@ -50,6 +51,10 @@ class TrainingStep:
         autocast: torch.dtype | None = None,
         graph: bool | None = None,
     ) -> None:
+        if not callable(loss):
+            raise TypeError(f"loss: expected a function or a module, got {type(loss).__name__}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.loss, self.optimizer, self.average, self.graph = loss, optimizer, average, graph
         self.clip_grad, self.autocast = clip_grad, autocast
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]

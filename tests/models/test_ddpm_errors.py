@@ -62,6 +62,7 @@ SAMPLE_ERRORS = [
     ({"noise": torch.zeros(10, *SHAPE, dtype=torch.int64)}, TypeError, "noise: expected one of float32"),
     ({"noise": 0.0}, TypeError, "noise: expected a tensor, got float"),
     ({"callback": 1}, TypeError, "callback: expected a function, got int"),
+    ({"callback": lambda x: None}, TypeError, r"callback: expected a function of .*, got one of \(x\)"),
 ]
 
 

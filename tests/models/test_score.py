@@ -248,6 +248,11 @@ def test_constructor_errors(make, said):
         make()
 
 
+def test_options_of_another_sde():
+    with pytest.raises(TypeError, match="sigma_min: expected options of 'vp', beta_min and beta_max, got another"):
+        ScoreSDE(Net(), "vp", sigma_min=0.01)
+
+
 # --- the forward chain, step by step ------------------------------------------------------------------------------
 
 

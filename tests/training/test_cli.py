@@ -133,6 +133,14 @@ def test_an_unknown_command_names_the_others_and_where_measuring_is(name, capsys
     assert "python -m benchmarks" in line
 
 
+def test_the_help_says_the_defaults_that_no_value_says(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "as in 0.999,0.9999 (default: none)" in text and "(default: 3, with --gray 1)" in text
+    assert "score, flow or edm (default: v for ddpm, score for ncsn," in text
+
+
 @pytest.mark.slow
 def test_interrupt_keeps_a_checkpoint_and_tells_how_to_resume(tmp_path):
     out = tmp_path / "a run"
@@ -185,6 +193,7 @@ def test_a_traceback_is_never_shown(model, tmp_path):
         (["sample", "MODEL", "--out", "file/x"], "file"),
         (["sample", "MODEL", "--out", "x", "--n", "0"], "expected at least 1"),
         (["sample", "MODEL", "--out", "x", "--sampler", "magic"], "--sampler"),
+        (["sample", "MODEL", "--out", "x", "--sampler", "euler"], "got 'euler'; use 'ddim'"),
         (["sample", "MODEL", "--out", "x", "--steps", "21"], "steps"),
         (["sample", "MODEL", "--out", "x", "--sampler", "ddim", "--eta", "-1"], "eta"),
         (["eval", "MODEL", "--json", "folder"], "folder: Is a directory"),

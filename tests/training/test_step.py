@@ -227,6 +227,8 @@ def test_what_forbids_a_capture(monkeypatch):
     layer = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="graph: expected an optimizer with the option capturable, got SGD"):
         TrainingStep(layer, torch.optim.SGD(layer.parameters()), graph=True)
+    with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer, got float"):
+        TrainingStep(layer, 1e-3)
 
 
 def test_one_process_after_another(monkeypatch):

@@ -71,7 +71,7 @@ class Stream:
         source: the data.
         batch_size: B, of all processes together.
         seed: of the order, the flips and the dropped labels.
-        flip: mirror every second image, left to right.
+        flip: mirror half of the images, drawn by the seed, left to right.
         label_dropout: the share of labels that is replaced by "no label", the number of classes.
         workers: processes that read ahead; 0 reads in this one.
         warn: told (name, reason, how many so far) of each item that cannot be read.
