@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def prepare() -> None:
     gc.disable()  # the imports and the collection of tests, which make no garbage
     import torch
+    import torch.fx.traceback as stacks
     from hypothesis import HealthCheck, settings
 
     if not torch.cuda.is_available():
@@ -53,6 +54,9 @@ def prepare() -> None:
         quick_interpreter.install()
         sanitizer.install()
 
+    # Autograd notes the stack of each node of a graph that it traces, for messages alone, and spells it out each time.
+    spelled = stacks.format_stack
+    stacks.format_stack = lambda: spelled() if stacks.should_preserve_node_meta else []
     torch.set_num_threads(1)
     settings.register_profile("default", max_examples=20, deadline=None, derandomize=True)
     settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))

@@ -8,7 +8,6 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,16 +35,18 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(name: str, path: Path) -> Iterator[tuple[str, str | None, ast.AST]]:
+@functools.cache
+def imports(name: str, path: Path) -> list[tuple[str, str | None, ast.AST]]:
     """(module, imported name or None, node) of every import in a file, those inside functions too."""
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    package, found = name if path.name == "__init__.py" else name.rpartition(".")[0], []
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, None, node) for alias in node.names)
+            found += [(alias.name, None, node) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parents, *(node.module or "").split(".")]).strip(".")
-            yield from ((base, alias.name, node) for alias in node.names)
+            found += [(base, alias.name, node) for alias in node.names]
+    return found
 
 
 def uses(name: str, path: Path, known: dict[str, Path]) -> set[str]:
@@ -126,34 +127,36 @@ def test_imports_of_the_layers() -> None:
         assert not helpers & {base.split(".")[0] for base, _, _ in imports(name, path)}, name
 
 
-def fresh(code: str) -> str:
+@pytest.fixture(scope="module")
+def imported() -> list[tuple[float, list[str]]]:
+    """The seconds that `import fastdiff` takes and the modules it brings, in each child of a process that has imported
+    torch. Without fork it is the process."""
+    code = """
+import json, os, sys, time, torch
+before = set(sys.modules)
+for _ in range(3):
+    if not getattr(os, "fork", int)():
+        start = time.process_time()
+        import fastdiff
+        print(json.dumps([time.process_time() - start, sorted(set(sys.modules) - before)]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow
-def test_imports_of_fastdiff_bring_no_triton_and_no_extra() -> None:
-    code = "import sys, json, torch; before = set(sys.modules); import fastdiff; "
-    loaded = json.loads(fresh(code + "print(json.dumps(sorted(set(sys.modules) - before)))"))
-    assert not {module.split(".")[0] for module in loaded} & {"triton", *EXTRAS}
+def test_imports_of_fastdiff_bring_no_triton_and_no_extra(imported) -> None:
+    for _, loaded in imported:
+        assert "fastdiff" in loaded and not {module.split(".")[0] for module in loaded} & {"triton", *EXTRAS}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_imports_of_fastdiff_are_quick() -> None:
-    """Each time by a child of one process, which has imported torch."""
-    code = """
-import os, time, torch
-for _ in range(3):
-    if not os.fork():
-        start = time.process_time()
-        import fastdiff
-        print(time.process_time() - start, flush=True)
-        os._exit(0)
-    os.wait()
-"""
-    assert statistics.median(map(float, fresh(code).split())) < IMPORT_SECONDS
+def test_imports_of_fastdiff_are_quick(imported) -> None:
+    assert statistics.median(seconds for seconds, _ in imported) < IMPORT_SECONDS
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED | BENCHMARKS))
