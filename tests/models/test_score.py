@@ -171,7 +171,7 @@ def test_two_modes_are_sampled(name):
             return (alpha * side * MODE - x) / var
 
     model = two_modes(name, Mixture())
-    n = None if name == "ncsn" else 200
+    n = None if name == "ncsn" else 100
     for sampler, count in ((None, n or 30), ("ddpm", n), (CORRECTOR, n), ("heun", 18), ("dpm++2m", n)):
         near, first, width = near_a_mode(model.sample((512, 2), seed=0, sampler=sampler, steps=count))
         assert near > 0.99 and 0.4 < first < 0.6, sampler  # 4.5 standard errors
@@ -207,7 +207,7 @@ def test_two_modes_are_learned(name):
         decay.step()
         losses.append(loss.item())
     assert sum(losses[-20:]) < 0.85 * sum(losses[:20])
-    for sampler, count in ((None, 30 if name == "ncsn" else 200), ("heun", 18)):
+    for sampler, count in ((None, 30 if name == "ncsn" else 100), ("heun", 18)):
         near, first, _ = near_a_mode(model.sample((512, 2), seed=0, sampler=sampler, steps=count))
         assert near > 0.8 and 0.3 < first < 0.7, sampler
 

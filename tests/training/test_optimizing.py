@@ -160,10 +160,10 @@ def test_profiles_are_put_together():
 @pytest.mark.slow
 def test_averages_of_a_run_are_kept_and_written(tmp_path, capsys):
     out, widths = tmp_path / "run", "0.05,0.1,0.15"
-    how = {"steps": 20, "save_every": 1, "lr": 1e-2}
+    how = {"steps": 10, "save_every": 1, "lr": 1e-2}
     run(out, **how, ema_decays="0.5,0.9", ema_sigma_rel="0.05,0.1")
     run(tmp_path / "more", **how, ema_sigma_rel=widths)
-    assert len(list((out / "averages").iterdir())) == 20
+    assert len(list((out / "averages").iterdir())) == 10
     stored = load_file(out / NAME)
     for name, value in (("--decay", "0.5"), ("--sigma-rel", "0.15")):
         assert main(["ema", str(out), name, value, "--out", str(tmp_path / f"{value}.safetensors")]) == 0
