@@ -20,16 +20,28 @@ def as_forward(module: nn.Module, function: Callable[P, R]) -> Callable[P, R]:
     """The function, which calls the module's parts, with what FSDP does around a forward of the module.
 
     FSDP gathers the weights that the root holds itself when the root's forward begins. Without that, a part that is
-    called alone meets a piece of its weights.
+    called alone meets a piece of its weights. FSDP splits them again in the backward pass. Without one it is done here:
+    else an optimizer would meet whole weights.
     """
     fsdp = _fsdp()
-    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+    if fsdp is None or not is_sharded(module):
         return function
-    # FSDP wraps a method of the module by its name.
-    module.__dict__["_as_forward"] = function
-    fsdp.register_fsdp_forward_method(module, "_as_forward")
-    wrapped: Callable[P, R] = module.__dict__.pop("_as_forward")
-    return wrapped
+    wrapped = function
+    if isinstance(module, fsdp.FSDPModule):
+        # FSDP wraps a method of the module by its name.
+        module.__dict__["_as_forward"] = function
+        fsdp.register_fsdp_forward_method(module, "_as_forward")
+        wrapped = module.__dict__.pop("_as_forward")
+
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        result = wrapped(*args, **kwargs)
+        if not getattr(result, "requires_grad", False):
+            for part in module.modules():
+                if isinstance(part, fsdp.FSDPModule):
+                    part.reshard()
+        return result
+
+    return called
 
 
 def _fsdp() -> Any:

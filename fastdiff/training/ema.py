@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.support import run_file
 from fastdiff.support.run_file import RunFile
@@ -77,6 +77,19 @@ def update(averages: Mapping[str, Sequence[Tensor]], weights: Iterable[Tensor], 
     weights = list(weights)
     for name, average in averages.items():
         torch._foreach_lerp_(list(average), weights, 1 - decay_of(name, step))
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
+    """In place, for each parameter: ema <- decay ema + (1 - decay) model. A tensor () of decay stays on its device."""
+    averages: list[Tensor] = [*ema.parameters()]
+    weights: list[Tensor] = [*model.parameters()]
+    if isinstance(decay, Tensor):  # of which lerp has no form for many tensors at once
+        change = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(change, 1 - decay)
+        torch._foreach_add_(averages, change)
+    else:
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 # --- after the run ----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from fastdiff.training.checkpoint import State, importance, read_shares, rng_sta
 from fastdiff.training.draws import LEVELS, TOLD, noise_key, uniforms
 from fastdiff.training.ema import names as average_names
 from fastdiff.training.ema import update as update_averages
-from fastdiff.training.ema import warmed
+from fastdiff.training.ema import update_ema, warmed
 from fastdiff.training.feed import open_stream
 from fastdiff.training.layout import exchanging, laid_out, recompute_blocks, replicate, shard, whole
 from fastdiff.training.logs import EVERY, Progress
@@ -400,16 +400,3 @@ class Run:
             )
         )
         self.saved = self.step
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
-    """In place, for each parameter: ema <- decay ema + (1 - decay) model. A tensor () of decay stays on its device."""
-    averages: list[Tensor] = [*ema.parameters()]
-    weights: list[Tensor] = [*model.parameters()]
-    if isinstance(decay, Tensor):  # of which lerp has no form for many tensors at once
-        change = torch._foreach_sub(weights, averages)
-        torch._foreach_mul_(change, 1 - decay)
-        torch._foreach_add_(averages, change)
-    else:
-        torch._foreach_lerp_(averages, weights, 1 - decay)

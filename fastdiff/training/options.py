@@ -80,7 +80,7 @@ class Options:
         lr_hold: steps before the learning rate falls.
         weight_decay, beta1, beta2: of AdamW.
         ema_decays, ema_sigma_rel: further averages to keep, like "0.99,0.999"; see fastdiff.training.ema.
-        compile: compile the network. channels_last: lay out its convolutions channels last.
+        compile: compile the network. channels_last: lay out its convolutions channels last, without fsdp.
         recompute: keep the inputs of the blocks alone for the backward pass, for less memory.
         sample_every: steps between grids of samples; 0 draws none.
         log: where figures go besides log.csv: "csv" (nowhere else), "tensorboard" or "wandb".
@@ -179,6 +179,8 @@ class Options:
     def _check_optimizer(self) -> None:
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate: expected at most the batch size {self.batch_size}, got {self.accumulate}")
+        if self.fsdp and self.channels_last:
+            raise ValueError("channels_last: expected False with fsdp, which splits contiguous weights, got True")
         if self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}")
         if self.lr_schedule == "inverse_sqrt" and not self.lr_hold:

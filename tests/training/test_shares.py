@@ -95,6 +95,8 @@ def test_a_batch_must_have_an_image_for_each_process_and_pass(tmp_path):
         Options(**TINY, accumulate=17)
     with pytest.raises(ValueError, match="batch_size: expected at least 20, one image for each of 4 processes"):
         loop.check_shares(Options(**TINY, accumulate=5), Ranks(0, 4))
+    with pytest.raises(ValueError, match="channels_last: expected False with fsdp"):
+        Options(**TINY, fsdp=True, channels_last=True)
 
 
 # what is left out
@@ -155,11 +157,15 @@ def test_split_weights_train_and_go_on_as_whole_ones(tmp_path):
 @pytest.mark.slow
 def test_a_split_model_samples_before_and_after_training(group):
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     torch.manual_seed(0)
     ddpm = training.build(Options(**TINY))
     how = {"steps": 3, "sampler": "ddim", "seed": 4}
-    expected = ddpm.sample(2, **how)
+    expected, average = ddpm.sample(2, **how), copy.deepcopy(ddpm)
+    fully_shard(average.model)  # as a run does it, whose grids are drawn between two steps
+    torch.testing.assert_close(average.sample(2, **how), expected)
+    assert all(isinstance(weight, DTensor) for weight in average.parameters())
     for block in ddpm.model.down_blocks[0].resnets:
         fully_shard(block)
     fully_shard(ddpm)
@@ -167,6 +173,7 @@ def test_a_split_model_samples_before_and_after_training(group):
     for _ in range(2):
         torch.testing.assert_close(ddpm.sample(2, **how), expected)
         torch.testing.assert_close(ddpm.encode(x, steps=2), ddpm.encode(x, steps=2))
+        assert all(isinstance(weight, DTensor) for weight in ddpm.parameters())
         ddpm(x).backward()
     with pytest.raises(ValueError, match="graph: expected"):
         ddpm.sample(2, graph=True)
