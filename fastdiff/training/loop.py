@@ -35,7 +35,7 @@ from fastdiff.training.report import write_report
 from fastdiff.training.samples import averaged, draw_grid
 from fastdiff.training.saver import Saver
 from fastdiff.training.step import TrainingStep, leave_out
-from fastdiff.training.surroundings import gpu_settings, interrupts
+from fastdiff.training.surroundings import gpu_settings, has_bfloat16, interrupts
 from fastdiff.unet import UNet
 
 # In place of a signal's number: nobody reads the output of the run any more.
@@ -188,8 +188,7 @@ class Run:
         self.batches = self.stream.batches(self.start, self.parts)
         self.losses = self.levels = torch.zeros(options.batch_size, device=device)
         self.loss, self.norm, self.bad, self.skipped = torch.zeros(4, device=device)
-        cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.bf16 = cuda_bf16 if options.bf16 is None else options.bf16
+        self.bf16 = has_bfloat16(device) if options.bf16 is None else options.bf16
         if resume:
             self._take_over(resume)
         self.take = self._captured_step()
