@@ -82,6 +82,7 @@ def test_a_replay_gives_the_bits_of_the_step(taped):
     first = [t.clone() for t in plain.tensors()]
     same(captured, plain, range(CAPTURED_AT + 2))
     assert taped.recorded == 1 and sum(tape.replayed for tape in taped) == 3 and captured.step.reason is None
+    assert sum(tape.followed for tape in taped) == CAPTURED_AT + 2  # each waits for the one before
     assert not any(map(torch.equal, first, plain.tensors())) and plain.step.reason == "graph=False"
 
 
