@@ -38,7 +38,7 @@ from fastdiff.training.report import write_report
 from fastdiff.training.samples import averaged, draw_grid
 from fastdiff.training.saver import Saver
 from fastdiff.training.step import TrainingStep, leave_out
-from fastdiff.training.surroundings import gpu_settings, interrupts
+from fastdiff.training.surroundings import gpu_settings, has_bfloat16, interrupts
 
 # In place of a signal's number: nobody reads the output of the run any more.
 LOST = 1000
@@ -199,8 +199,7 @@ class Run:
         self.losses = self.levels = torch.zeros(options.batch_size, device=device)
         self.loss, self.norm, self.bad, self.skipped = torch.zeros(4, device=device)
         self.told = 0  # of the steps that were left out
-        cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.bf16 = cuda_bf16 if options.bf16 is None else options.bf16
+        self.bf16 = has_bfloat16(device) if options.bf16 is None else options.bf16
         if resume:
             self._take_over(resume)
         self.take = self._captured_step()

@@ -29,7 +29,7 @@ class TrainingStep:
         optimizer: of the parameters. To be captured it needs the option `capturable`, as Adam and AdamW have; the step
             sets it, and keeps learning rates as tensors on the device.
         average: called after each step with `decay`, to update a moving average. Captured too, so it has to write to
-            the same tensors each time.
+            the same tensors each time. A number that it counts or computes on the host stays as it was captured.
         clip_grad: largest norm of the gradient, or None.
         autocast: the type of autocast for the loss, such as torch.bfloat16, or None.
         graph: None captures on CUDA unless something forbids it, and warns if so; False never does; True raises then.

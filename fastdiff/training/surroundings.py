@@ -8,6 +8,14 @@ from contextlib import contextmanager, suppress
 import torch
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device is a GPU that computes in bfloat16. Older ones only imitate it."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 @contextmanager
 def gpu_settings(device: torch.device) -> Iterator[None]:
     """Settings of the process that training on a GPU wants: TF32 products, and convolutions that are tried out."""

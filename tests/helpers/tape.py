@@ -58,9 +58,10 @@ class Tape:
     """See fastdiff.capture.Recorder. A replay runs no Python of the function, and freezes what it read on the host."""
 
     def __init__(self, device: torch.device) -> None:
-        self.warmed = self.recorded = self.replayed = 0
+        self.followed = self.warmed = self.recorded = self.replayed = 0
 
-    def follow(self) -> None: ...
+    def follow(self) -> None:
+        self.followed += 1
 
     def warm_up(self, function: Callable[[], None], watched: bool = False) -> str | None:
         self.warmed += 1

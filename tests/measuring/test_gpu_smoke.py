@@ -6,7 +6,7 @@ from tape import Recorders, Tape
 
 import fastdiff
 from benchmarks.gpu import smoke
-from benchmarks.gpu.rows import Setup
+from benchmarks.gpu.rows import NotAvailable, Setup
 from fastdiff.capture import Captures
 from fastdiff.graphs import CapturedCall
 from fastdiff.ops.plan import Plan
@@ -92,6 +92,21 @@ def test_a_graph_that_overwrites_its_results_is_found(row, taped, monkeypatch):
     monkeypatch.setattr("fastdiff.graphs.tree_map_only", lambda kind, function, tree: tree)
     with pytest.raises((RuntimeError, AssertionError), match=r"off|Tensor-likes"):
         CAPTURED[row](SETUP)
+
+
+def test_on_a_gpu_a_capture_that_is_not_made_is_an_error():
+    def forbidden(setup: Setup) -> dict[str, bool]:
+        raise ValueError("graph: expected a network that can be captured")
+
+    def lacking(setup: Setup) -> dict[str, bool]:
+        raise NotAvailable("diffusers does not import")
+
+    with pytest.raises(RuntimeError, match="can be captured"):
+        smoke.required(forbidden, Setup(torch.device("cuda"), toy=True))
+    with pytest.raises(ValueError, match="can be captured"):
+        smoke.required(forbidden, SETUP)
+    with pytest.raises(NotAvailable):
+        smoke.required(lacking, Setup(torch.device("cuda"), toy=True))
 
 
 @pytest.mark.slow

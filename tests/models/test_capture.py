@@ -270,6 +270,7 @@ def test_a_run_within_inference_mode_and_one_after_it(taped):
     with torch.inference_mode():
         assert torch.equal(model.sample(SHAPE, seed=1), want)
     assert torch.equal(model.sample(SHAPE, seed=1), want) and taped.recorded == 1
+    assert taped[0].followed == 2  # each run waits for the one before
 
 
 class Positions(Net):

@@ -21,6 +21,7 @@ from fastdiff.graphs import (
     what_forbids_here,
     what_forbids_model,
 )
+from fastdiff.ops.plan import capturing
 
 CUDA = torch.device("cuda", 1)
 PROTOTYPE = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
@@ -213,6 +214,15 @@ def test_what_forbids_a_capture_here(monkeypatch):
     assert "no gradient is wanted" in str(what_forbids_arguments([given], given.device))
     with torch.no_grad():
         assert what_forbids_arguments([given], given.device) is None
+
+
+def test_a_cuda_build_of_pytorch_without_a_driver(monkeypatch):
+    def fails() -> bool:
+        raise RuntimeError("Found no NVIDIA driver on your system")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", fails)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    assert not capturing()
 
 
 def test_settings_of_a_capture_are_told_by_pytorchs_newer_names_too(monkeypatch):

@@ -4,6 +4,7 @@ On a CPU a tape stands for a CUDA graph; the tests marked `gpu` use CUDA's own.
 """
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from fastdiff import DDPM, ops
 from fastdiff.graphs import WARM_UP, WatchedCalls
 from fastdiff.training import TrainingStep
 from fastdiff.training.loop import update_ema
-from fastdiff.training.surroundings import gpu_settings
+from fastdiff.training.surroundings import gpu_settings, has_bfloat16
 
 SHAPE = (2, 2, 4, 4)
 # The first call makes the optimizer's state, so the network is looked at again at the second.
@@ -81,6 +82,7 @@ def test_a_replay_gives_the_bits_of_the_step(taped):
     first = [t.clone() for t in plain.tensors()]
     same(captured, plain, range(CAPTURED_AT + 2))
     assert taped.recorded == 1 and sum(tape.replayed for tape in taped) == 3 and captured.step.reason is None
+    assert sum(tape.followed for tape in taped) == CAPTURED_AT + 2  # each waits for the one before
     assert not any(map(torch.equal, first, plain.tensors())) and plain.step.reason == "graph=False"
 
 
@@ -266,6 +268,14 @@ def test_settings_of_a_gpu_come_and_go():
         assert settings() == (True, "high") != before
         raise KeyError
     assert settings() == before
+
+
+def test_bfloat16_is_for_the_gpus_that_have_it(monkeypatch):
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not has_bfloat16(torch.device("cuda", 1)) and asked == [torch.device("cuda", 1)]
+    assert not has_bfloat16(torch.device("cpu"))
 
 
 @pytest.mark.gpu
