@@ -210,7 +210,8 @@ def with_guidance(table: StepTable, guidance: Guidance, rule: Rule | None, proce
     if callable(guidance):
         numbers = [guidance(k, level) for k, level in enumerate(levels)]
     elif isinstance(guidance, list | tuple) or getattr(guidance, "ndim", 0) == 1:
-        numbers = guidance.tolist() if isinstance(guidance, Tensor) else list(guidance)
+        given: Any = guidance
+        numbers = given.tolist() if isinstance(given, Tensor) else list(given)
         if len(numbers) != len(levels):
             raise ValueError(f"guidance: expected a number for each of {len(levels)} steps, got {len(numbers)} of them")
     else:
