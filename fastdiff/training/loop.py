@@ -68,6 +68,8 @@ def train(
         not; the last checkpoint is then kept. OSError if the folder is in use, the checkpoint cannot be written, or
         nobody reads the output any more. Steps done by then are saved.
     """
+    if not isinstance(options, Options):
+        raise TypeError(f"options: expected fastdiff.training.Options, got {type(options).__name__}")
     path, device = Path(out) / NAME, local_device(torch.device(device))
     caught = [] if caught is None else caught
     with gpu_settings(device), joined(device, alone_too=options.fsdp) as ranks:
