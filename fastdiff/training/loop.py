@@ -94,19 +94,7 @@ def train(
                 run.stream.warn = lambda name, why, count: progress.say(
                     f"fastdiff: warning: left out {name}: {why} ({count} so far)"
                 )
-                while run.step < options.steps and not caught:
-                    run.advance()
-                    progress.advance(run.step, run.loss)
-                    record.step(run.step, run.losses, run.noisiness(), run.norm, options.learning_rate(run.step - 1))
-                    saver.check()
-                    if run.step % EVERY == 0:
-                        run.check()
-                    if run.step % options.save_every == 0 and run.step < options.steps:
-                        run.save(saver)
-                    if options.sample_every and (run.step % options.sample_every == 0 or run.step == options.steps):
-                        run.show(record)
-                    if reason := ranks.largest(signals[0] if signals else LOST if progress.lost else 0):
-                        caught.append(reason)
+                take_steps(run, record, progress, saver, signals, caught)
                 if run.step > run.saved:
                     run.save(saver)
                 saver.wait()
@@ -117,6 +105,24 @@ def train(
         lost = f" ({progress.lost.strerror})" if progress.lost else ""
         raise OSError(errno.EPIPE, f"the output is lost{lost}, training stopped at step {run.step}")
     return run.step
+
+
+def take_steps(run: "Run", record: Any, progress: Any, saver: Saver, signals: list[int], caught: list[int]) -> None:
+    """Steps to the last one, or until a process gets a signal or loses its output; `caught` takes which it was."""
+    options = run.options
+    while run.step < options.steps and not caught:
+        run.advance()
+        progress.advance(run.step, run.loss)
+        record.step(run.step, run.losses, run.noisiness(), run.norm, options.learning_rate(run.step - 1))
+        saver.check()
+        if run.step % EVERY == 0:
+            run.check()
+        if run.step % options.save_every == 0 and run.step < options.steps:
+            run.save(saver)
+        if options.sample_every and (run.step % options.sample_every == 0 or run.step == options.steps):
+            run.show(record)
+        if reason := run.ranks.largest(signals[0] if signals else LOST if progress.lost else 0):
+            caught.append(reason)
 
 
 def check_shares(options: Options, ranks: Ranks) -> None:
