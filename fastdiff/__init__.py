@@ -1,4 +1,14 @@
-"""fastdiff: fused Triton kernels for diffusion models under a small PyTorch API."""
+"""fastdiff: fused Triton kernels for diffusion models under a small PyTorch API.
+
+    DDPM, NCSN, ScoreSDE, FlowMatching, Edm     formulations: a network that trains, samples and has likelihoods
+    UNet, DiT                                   networks with the weights of diffusers
+    NoiseSchedule                               the noise levels of a chain
+    accelerate, restore                         the kernels inside a pipeline of diffusers, and out again
+    ops, reference, backend                     the operations, the same in plain PyTorch, and which of them runs
+
+Samplers are in fastdiff.steps, grids of levels in fastdiff.grids, rules of guidance in fastdiff.guidance, recipes of
+training in fastdiff.recipes, drop-ins for other libraries in fastdiff.interop, and the command in fastdiff.training.
+"""
 
 from . import ops, reference
 from .ddpm import DDPM

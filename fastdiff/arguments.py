@@ -65,12 +65,13 @@ def shape_of(model: nn.Module, shape: int | tuple[int, ...]) -> tuple[int, ...]:
     return as_shape(sizes)
 
 
-def check_ode(*given: Any) -> None:
-    """None of these arguments is given, since the adaptive solver takes none of them."""
-    if any(value is not None for value in given):
+def check_ode(**options: Any) -> None:
+    """None of these options of `sample` is given, since the adaptive solver takes none of them."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        *names, last = options
         raise ValueError(
-            "sampler: 'ode' chooses its own steps and expected no steps, eta, noise, x_init, stop_at, callback, "
-            "trajectory, guidance, dtype, graph or grad_steps"
+            f"sampler: 'ode' chooses its own steps and expected no {', '.join(names)} or {last}, got {', '.join(given)}"
         )
 
 

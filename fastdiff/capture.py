@@ -161,7 +161,7 @@ class Captures:
 
 
 def what_forbids(denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -> str | None:
-    """What a step would need to be captured, and lacks; None if nothing forbids it."""
+    """Why a step cannot be captured, as what it needs, for an error that says "expected ...". None if it can."""
     wrong = [name for name, value in model_kwargs.items() if not isinstance(value, (Tensor, *PLAIN))]
     reason = what_forbids_here(denoiser.device) or what_forbids_model(denoiser.model, denoiser.device)
     if reason is None and not batch:

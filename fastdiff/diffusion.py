@@ -8,15 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ode, ops, sampling
-from .arguments import (
-    check_gradients,
-    check_labels,
-    check_ode,
-    check_out,
-    check_sampling,
-    merged,
-    shape_of,
-)
+from .arguments import check_gradients, check_labels, check_ode, check_out, check_sampling, merged, shape_of
 from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
@@ -191,9 +183,8 @@ class Diffusion(Denoiser, ABC):
         Args:
             shape: the number of samples, if model.sample_shape gives the rest, or (B, ...).
             steps: how many; process.default_steps if None: all T levels of a chain, 1000 for an SDE, 50 for flow
-                matching, 18 for EDM. n of a chain are the levels round(linspace(0, T, n + 1)), "heun" counts Karras'
-                levels, and "annealed_langevin" the steps at each level. Or the decreasing levels or times to
-                visit, or a grid of `process`.
+                matching, 18 for EDM. n of a chain are the levels round(linspace(0, T, n + 1)). "heun" counts Karras'
+                levels, "annealed_langevin" steps at each level. Or decreasing levels or times, or a grid of `process`.
             sampler: a name of fastdiff.steps.SAMPLERS, or one of those functions with options, as in
                 functools.partial(steps.heun, noise_scale=1.003). "ode" is the probability-flow ODE by an adaptive
                 solver (extra [ode]); steps is then left out. None is `default_sampler`.
@@ -255,10 +246,12 @@ class Diffusion(Denoiser, ABC):
         if out is not None:
             others = {"noise": noise, "seed": seed, "sample_ids": sample_ids, "x_init": x_init, "known": known}
             check_out(out, x_T, uncond, {**others, **model_kwargs})
-        eta = as_number("eta", eta)
         if sampler == "ode":
-            flags = (eta, return_trajectory, graph, grad_steps)
-            check_ode(steps, noise, x_init, stop_at, callback, guidance, dtype, *(flag or None for flag in flags))
+            check_ode(
+                steps=steps, eta=eta or None, noise=noise, x_init=x_init, stop_at=stop_at, callback=callback,
+                return_trajectory=return_trajectory or None, guidance=guidance, dtype=dtype, graph=graph or None,
+                grad_steps=grad_steps or None,
+            )  # fmt: skip
             ode.check(self.process)
             x = self._start(shape, seed_of(seed, generator, device), ids, x_T, self.prior_std(), out, device)
             return x.copy_(as_forward(self, ode.sample)(self, x, kwargs))

@@ -262,7 +262,7 @@ class WatchedCalls:
         self.changes = 0
 
     def what_forbids(self, arguments: Any, device: torch.device) -> str | None:
-        """What a call would need to be captured, and lacks; None if nothing forbids it. Captures that are wrong go."""
+        """Why a call cannot be captured, as what it needs; None if it can. Outdated captures are dropped."""
         if torch_module._has_any_global_hook():
             return "no hooks on all modules"
         reason = what_forbids_here(device) or what_forbids_arguments(arguments, device)
@@ -312,7 +312,7 @@ def settings() -> tuple[Any, ...]:
 
 
 def what_forbids_here(device: torch.device) -> str | None:
-    """What a call on a device would need to be captured, and lacks; None if nothing forbids it."""
+    """Why no call on this device can be captured, as what it needs; None if it can."""
     if device.type != "cuda":
         return f"a model on CUDA, got one on {device.type}"
     if torch.version.hip is not None:  # there an error within a capture need not be told
@@ -325,7 +325,7 @@ def what_forbids_here(device: torch.device) -> str | None:
 
 
 def what_forbids_model(model: nn.Module, device: torch.device) -> str | None:
-    """What a model would need to be captured, and lacks; None if nothing forbids it."""
+    """Why calls of a model cannot be captured, as what they need; None if they can."""
     if any(p.device != device for p in model.parameters()):
         return "all weights on one device, got several"
     if any(isinstance(m, PARALLEL) for m in model.modules()):
@@ -336,7 +336,7 @@ def what_forbids_model(model: nn.Module, device: torch.device) -> str | None:
 
 
 def what_forbids_arguments(arguments: Any, device: torch.device) -> str | None:
-    """What arguments, in containers of any kind, would need to be captured, and lack; None if nothing forbids it."""
+    """Why a call with arguments, in containers of any kind, cannot be captured, as what it needs; None if it can."""
     for value in tree_flatten(arguments)[0]:
         if isinstance(value, Tensor):
             if value.device != device:

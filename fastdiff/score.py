@@ -38,7 +38,13 @@ class NCSN(ChainDiffusion):
         weighting: "simple" (sigma^2 on the error of the score, 1 on that of eps or x0), "min_snr" or "vlb".
         clip: the sampler keeps its estimate of x_0 in [-clip, clip]; None, as published, leaves it free.
 
+    `sample` takes annealed Langevin dynamics, 100 steps at each level, unless it is told otherwise.
+
     Raises: ValueError for an unknown name, and unless 0 < sigma_min < sigma_max.
+
+    >>> ncsn = NCSN(UNet(sample_size=32, time_embedding_type="fourier"), sigma_max=50.0, levels=200)
+    >>> ncsn(torch.rand(8, 3, 32, 32) * 2 - 1).backward()
+    >>> ncsn.sample(16, steps=10)
     """
 
     process: Ladder

@@ -72,7 +72,7 @@ class Replay:
         return self.run(*args, **kwargs)
 
     def _reason(self, arguments: Any) -> str | None:
-        """What this call would need to be a replay, and lacks; None if nothing forbids it."""
+        """Why this call cannot be a replay, as what it needs; None if it can."""
         if torch.is_grad_enabled():
             return "a call without gradients"
         if self.network.training:

@@ -69,9 +69,9 @@ class backend:
 
 @functools.cache
 def launchers(name: str) -> Any:
-    """The launchers of a backend by name, imported at first use: normal_, noising, loss, scale_ and update.
+    """The launchers of a backend by name, imported at first use.
 
-    "triton" has vlb, inner, norm and norm_grad too.
+    All have normal_, noising, loss, scale_ and update. "triton" has vlb, inner, norm and norm_grad too.
     """
     if name == "cpu":
         keep_freed_memory()

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..grids import with_middles
+from ..objective import OBJECTIVES
 from ..process import Grid, Process
 from ..rows import LOG_ZERO, columns
 from ..schedule import NoiseSchedule
@@ -203,8 +204,10 @@ def make_steps(
         clip: x0hat is kept in [-clip, clip]; None leaves it free.
         options: of the sampler.
 
-    Raises: ValueError or TypeError for an unknown sampler, and what the sampler raises.
+    Raises: ValueError or TypeError for an unknown sampler or objective, and what the sampler raises.
     """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
     sampler = _by_name(sampler)
     function, keywords = _unwrapped(sampler)
     given = {**keywords, **options}

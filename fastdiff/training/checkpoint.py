@@ -244,7 +244,7 @@ def read_shares(folder: Path, optimizer: dict[int, dict[str, Tensor]]) -> None:
     from torch.distributed import is_initialized
     from torch.distributed.checkpoint.state_dict_loader import load as read
 
-    with _told(folder), warnings.catch_warnings():
+    with _first_error(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads what several wrote
         read(_flat(optimizer), checkpoint_id=folder, no_dist=not is_initialized())
 
@@ -260,15 +260,15 @@ def _write_shares(folder: Path, shares: dict[str, Tensor], ranks: Ranks, group: 
             shutil.rmtree(old, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier(group)
-    with _told(folder):
+    with _first_error(folder):
         save_shares(shares, checkpoint_id=temporary, process_group=group)
     if ranks.leads:
         os.replace(temporary, folder)
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Turn PyTorch's collection of the errors of all processes into the first of them, with the folder's name."""
+def _first_error(folder: Path) -> Iterator[None]:
+    """Raise the first of the errors of all processes, which PyTorch collects, with the name of the folder."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:

@@ -82,3 +82,12 @@ def duration(seconds: float) -> str:
         if seconds < limit * length:
             return f"{seconds / length:.{int(unit == 'h')}f} {unit}"
     return f"{seconds / 86400:.0f} days"
+
+
+class Silent:
+    """The progress of a process that prints nothing."""
+
+    lost = None
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None

@@ -30,7 +30,7 @@ from fastdiff.training.ema import update as update_averages
 from fastdiff.training.ema import update_ema, warmed
 from fastdiff.training.feed import open_stream
 from fastdiff.training.layout import exchanging, laid_out, recompute_blocks, replicate, shard, whole
-from fastdiff.training.logs import EVERY, Progress
+from fastdiff.training.logs import EVERY, Progress, Silent
 from fastdiff.training.options import Options
 from fastdiff.training.ranks import Ranks, joined, local_device
 from fastdiff.training.record import SAMPLES, Record, grids
@@ -70,6 +70,8 @@ def train(
         not; the last checkpoint is then kept. OSError if the folder is in use, the checkpoint cannot be written, or
         nobody reads the output any more. Steps done by then are saved.
     """
+    if not isinstance(options, Options):
+        raise TypeError(f"options: expected fastdiff.training.Options, got {type(options).__name__}")
     path, device = Path(out) / NAME, local_device(torch.device(device))
     caught = [] if caught is None else caught
     with gpu_settings(device), joined(device, alone_too=options.fsdp) as ranks:
@@ -94,27 +96,7 @@ def train(
                 run.stream.warn = lambda name, why, count: progress.say(
                     f"fastdiff: warning: left out {name}: {why} ({count} so far)"
                 )
-                while run.step < options.steps and not caught:
-                    try:
-                        run.advance()
-                    except (OSError, ValueError):  # of the data; the steps before are good
-                        if ranks.size == 1 and run.step > run.saved:
-                            with suppress(OSError, ValueError):
-                                run.save(saver)
-                        raise
-                    progress.advance(run.step, run.loss)
-                    record.step(run.step, run.losses, run.noisiness(), run.norm, options.learning_rate(run.step - 1))
-                    saver.check()
-                    if run.step % EVERY == 0:
-                        run.check()
-                        run.tell(progress.say)
-                    if run.step % options.save_every == 0 and run.step < options.steps:
-                        run.save(saver)
-                    if options.sample_every and (run.step % options.sample_every == 0 or run.step == options.steps):
-                        run.show(record)
-                    if reason := ranks.largest(signals[0] if signals else LOST if progress.lost else 0):
-                        caught.append(reason)
-                run.tell(progress.say)
+                take_steps(run, record, progress, saver, signals, caught)
                 if run.step > run.saved:
                     run.save(saver)
                 saver.wait()
@@ -125,6 +107,32 @@ def train(
         lost = f" ({progress.lost.strerror})" if progress.lost else ""
         raise OSError(errno.EPIPE, f"the output is lost{lost}, training stopped at step {run.step}")
     return run.step
+
+
+def take_steps(run: "Run", record: Any, progress: Any, saver: Saver, signals: list[int], caught: list[int]) -> None:
+    """Steps to the last one, or until a process gets a signal or loses its output; `caught` takes which it was."""
+    options = run.options
+    while run.step < options.steps and not caught:
+        try:
+            run.advance()
+        except (OSError, ValueError):  # of the data; the steps before are good
+            if run.ranks.size == 1 and run.step > run.saved:
+                with suppress(OSError, ValueError):
+                    run.save(saver)
+            raise
+        progress.advance(run.step, run.loss)
+        record.step(run.step, run.losses, run.noisiness(), run.norm, options.learning_rate(run.step - 1))
+        saver.check()
+        if run.step % EVERY == 0:
+            run.check()
+            run.tell(progress.say)
+        if run.step % options.save_every == 0 and run.step < options.steps:
+            run.save(saver)
+        if options.sample_every and (run.step % options.sample_every == 0 or run.step == options.steps):
+            run.show(record)
+        if reason := run.ranks.largest(signals[0] if signals else LOST if progress.lost else 0):
+            caught.append(reason)
+    run.tell(progress.say)
 
 
 def check_shares(options: Options, ranks: Ranks) -> None:
@@ -146,15 +154,6 @@ def check_free(path: Path, resume: State | None) -> None:
     step = RunFile.open(path).step
     if step != resume.step:
         raise ValueError(f"{path} is of step {step}, expected {resume.step}: another training went on from it")
-
-
-class Silent:
-    """The progress of a process that prints nothing."""
-
-    lost = None
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
 
 
 class Run:
@@ -198,7 +197,7 @@ class Run:
         self.batches = self.stream.batches(self.start, self.parts)
         self.losses = self.levels = torch.zeros(options.batch_size, device=device)
         self.loss, self.norm, self.bad, self.skipped = torch.zeros(4, device=device)
-        self.told = 0  # of the steps that were left out
+        self.reported = 0  # of the steps that were left out
         self.bf16 = has_bfloat16(device) if options.bf16 is None else options.bf16
         if resume:
             self._take_over(resume)
@@ -369,8 +368,8 @@ class Run:
 
     def tell(self, say: Callable[[str], object]) -> None:
         """Say how many steps were left out, if there are more than before."""
-        if (skipped := int(self.skipped)) > self.told:
-            self.told = skipped
+        if (skipped := int(self.skipped)) > self.reported:
+            self.reported = skipped
             say(f"fastdiff: warning: left out {skipped} steps so far, whose loss or gradient is not finite")
 
     def _give_up(self) -> None:

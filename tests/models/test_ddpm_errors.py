@@ -131,8 +131,8 @@ def test_single_step_errors():
         ({"weight": 1.5}, ValueError, r"weight: expected one or 4 numbers in \[0, 1\], got 1.5"),
         ({"weight": -0.5}, ValueError, "weight: expected one or 4 numbers"),
         ({"weight": math.nan}, ValueError, "weight: expected one or 4 numbers"),
-        ({"weight": None}, TypeError, "weight: expected a number, got NoneType"),
-        ({"weight": "half"}, TypeError, "weight: expected one or 4 numbers in .*, got 'half'"),
+        ({"weight": None}, TypeError, "weight: expected numbers, got NoneType"),
+        ({"weight": "half"}, TypeError, "weight: expected numbers, got str"),
         ({"weight": torch.tensor([0.5, 0.5])}, ValueError, "weight: expected one or 4 numbers"),
     ],
 )

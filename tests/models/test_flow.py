@@ -275,6 +275,8 @@ def test_encode_and_interpolate():
     assert not torch.allclose(between, x0[:1], atol=0.05) and not torch.allclose(between, x0[1:], atol=0.05)
     with pytest.raises(ValueError, match=r"weight: expected one or 1 numbers in \[0, 1\]"):
         flow.interpolate(x0[:1], x0[1:], 1.5)
+    with pytest.raises(TypeError, match="weight: expected numbers, got str"):
+        flow.interpolate(x0[:1], x0[1:], "half")
     with pytest.raises(ValueError, match="objective: 'x0' cannot be inverted from level 0"):
         FlowMatching(Net(), "x0").encode(torch.zeros(SHAPE), steps=3)
 

@@ -268,3 +268,8 @@ def test_every_sampler_is_here_or_in_a_test_of_its_own():
         "lcm", "tcd",  # test_consistency
     }  # fmt: skip
     assert steps.SAMPLERS is SAMPLERS
+
+
+def test_an_unknown_objective_is_named():
+    with pytest.raises(ValueError, match=r"^objective: expected one of eps, x0, .* got 'epsilon'$"):
+        steps.make_steps(VP(), "ddim", 5, "epsilon", None)

@@ -223,6 +223,7 @@ def test_arrays_bring_labels(tmp_path):
 @pytest.mark.parametrize(
     ("values", "labels", "said"),
     [
+        ([0.0, 1.0], None, "data: expected an array or a tensor, got list"),
         (np.zeros((2, 3), np.int32), None, "data: expected uint8 or floating numbers, got int32"),
         (np.zeros((0, 3), np.uint8), None, r"data: expected \(N, ...\)"),
         (np.zeros((2, 3), np.uint8), [0], "labels: expected 2 integers from 0"),
@@ -234,6 +235,24 @@ def test_arrays_bring_labels(tmp_path):
 def test_arrays_that_do_not_fit_are_named(values, labels, said):
     with pytest.raises((TypeError, ValueError), match=said):
         data.Arrays(values, None if labels is None else np.array(labels))
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "said"),
+    [
+        ([1, 2], {"batch_size": 2}, "source: expected one of fastdiff.data, such as Arrays, got list"),
+        (data.Arrays(np.zeros((2, 3))), {"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
+        (data.Arrays(np.zeros((2, 3))), {"batch_size": 1, "label_dropout": 2}, "label_dropout: .* from 0 to 1, got 2"),
+    ],
+)
+def test_a_stream_names_what_is_wrong(source, options, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        data.Stream(source, **options)
+
+
+def test_no_shard_is_no_data():
+    with pytest.raises(ValueError, match="data: expected shards with images, got none in no shard"):
+        data.Shards([], (8, 8), 3)
 
 
 def test_a_damaged_array_names_its_file(tmp_path):

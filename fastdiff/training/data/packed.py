@@ -42,7 +42,8 @@ class Shards:
                 places.append((number, start, length))
                 labels.append(label)
         if not names:
-            raise ValueError(f"data: no image in the {len(paths)} shards {paths[0]}, ...")
+            shown = ", ".join(map(str, paths[:3])) or "no shard"
+            raise ValueError(f"data: expected shards with images, got none in {shown}")
         self._names, self._places = Names(names), np.array(places, np.int64)
         self._stamps: list[str] = [stamped(path) for path in paths]
         self.labels = np.array(labels, np.int64) if classes else None

@@ -92,6 +92,8 @@ class Arrays:
         classes: list[str] | None = None,
         white: int = 255,
     ) -> None:
+        if not isinstance(values, np.ndarray | Tensor):
+            raise TypeError(f"data: expected an array or a tensor, got {type(values).__name__}")
         self._values = values.numpy() if isinstance(values, Tensor) else values
         if self._values.dtype not in (np.uint8, np.float16, np.float32, np.float64):
             raise TypeError(f"data: expected uint8 or floating numbers, got {self._values.dtype}")
