@@ -69,8 +69,8 @@ class Process(ABC):
         0 < sigma_min <= sigma_max < inf. A process without a largest ratio needs sigma_max."""
         low, high = self.sigma_range()
         if sigma_max is None and not math.isfinite(high):
-            give = "steps=model.process.karras(18, sigma_max=80)"
-            raise ValueError(f"sigma_max: expected a number, since sigma / alpha ends at infinity; give one, as in {give}")
+            way = "as in steps=model.process.karras(18, sigma_max=80)"
+            raise ValueError(f"sigma_max: expected a finite number, since sigma / alpha ends at infinity; {way}")
         low = max(low, KARRAS_RANGE[0]) if sigma_min is None else as_number("sigma_min", sigma_min)
         high = min(high, KARRAS_RANGE[1]) if sigma_max is None else as_number("sigma_max", sigma_max)
         if not 0 < low <= high < math.inf:

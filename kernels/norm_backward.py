@@ -92,12 +92,12 @@ def load_both(
 
 
 @triton.jit
-def pixel_sums(tile, LAST: tl.constexpr):
+def pixel_sums(tile, SPLIT: tl.constexpr):
     """[LANES]: the sums of a tile [LANES, TILE] over its pixels.
 
     With channels last a thread holds several channels of a pixel, and a sum among threads passes on all of them at each
-    step. A split moves both of its parts, which are neighbouring pixels, into one thread."""
-    if LAST and tile.shape[1] % 8 == 0:
+    step. SPLIT: a split moves both of its parts, which are neighbouring pixels, into one thread first."""
+    if SPLIT and tile.shape[1] % 8 == 0:
         tile = tl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 2, 2, 2])
         for _ in tl.static_range(3):
             even, odd = tl.split(tile)
@@ -112,6 +112,7 @@ def sums_of(
 ):  # fmt: skip
     """(slopes of the tiles, rows of the sums of slope, of slope (x - center) and, if ADD, of x - center over their
     pixels). A slope is 0 where the gradient is, so beyond the slab. If QUICK, slopes are by -log2(e) u."""
+    SPLIT: tl.constexpr = LAST and BLOCKS * 128 // tiles[0].dtype.primitive_bitwidth >= 8  # channels of a thread
     slopes, ones, others, aways = (), (), (), ()
     for k in tl.static_range(BLOCKS):
         one = tl.zeros_like(tiles[0]).to(tl.float32)
@@ -126,9 +127,9 @@ def sums_of(
             if ADD:
                 away += tl.where(masks[k * TILES + t], x, 0.0)
             slopes = slopes + (slope,)
-        ones = ones + (pixel_sums(one, LAST),)
-        others = others + (pixel_sums(other, LAST),)
-        aways = aways + (pixel_sums(away, LAST) if ADD else 0.0,)
+        ones = ones + (pixel_sums(one, SPLIT),)
+        others = others + (pixel_sums(other, SPLIT),)
+        aways = aways + (pixel_sums(away, SPLIT) if ADD else 0.0,)
     return slopes, ones, others, aways
 
 

@@ -8,6 +8,7 @@ al. 2009, "Roofline"). Nothing is run, so latency, caches and launches do not co
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -162,7 +163,7 @@ def compile_cases(cases: Sequence[Case], dump: Path | None) -> list[dict[str, An
 
     target = machine_code.target_of(cases[0][1])
     machine_code.plan_for(target)
-    kernels, names = [], []
+    kernels, names, reading = [], [], []
     for v, target_name, polynomials in cases:
         with machine_code.compile_only(target, fast=target.backend == "cuda" and not polynomials) as compiled:
             launch(v)
@@ -171,6 +172,7 @@ def compile_cases(cases: Sequence[Case], dump: Path | None) -> list[dict[str, An
             continue  # a program of this target holds the whole group
         kernel, args = launched[0]
         kernels.append((kernel, machine_code.elements(args)))
+        reading.append(reads(v, compiled) if v.kernel in NORMS else {})
         names.append(
             {
                 "source": "fastdiff polynomials" if polynomials else "fastdiff",
@@ -181,7 +183,29 @@ def compile_cases(cases: Sequence[Case], dump: Path | None) -> list[dict[str, An
                 "noise": v.noise,
             }
         )
-    return rows_of(names, kernels, dump)
+    rows = rows_of(names, kernels, dump)
+    return [row | more for row, more in zip(rows, reading, strict=True)]
+
+
+def reads(v: Variant, compiled: Sequence[tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
+    """How often all launches of a norm load x, and whether its least slab fits a program, which then loads it once.
+
+    The least slab is whole groups, wide enough for accesses of 128 bits.
+    """
+    from fastdiff.kernels.group_norm import LIMITS
+
+    from . import machine_code
+
+    backward, size = v.kernel in ("norm_sums", "norm_grad"), v.dtype.itemsize
+    launched = {kernel.metadata.name: (kernel, args) for kernel, args in compiled if "PIXELS" in args}
+    loaded = 0.0
+    for kernel, args in launched.values():
+        threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
+        loaded += machine_code.tensor_bytes(kernel.asm["ttgir"], threads)["load"] / machine_code.elements(args)
+    _, args = launched[f"{v.kernel}_kernel"]
+    slab = math.lcm(args["DEPTH"], 16 // size if args["LAST"] else 1) * args["PIXELS"]
+    fits = slab <= (LIMITS.backward if backward else LIMITS.forward) * LIMITS.warp * LIMITS.held
+    return {"reads": loaded / (size * (2 if backward else 1)), "fits": "yes" if fits else "no"}
 
 
 def rows_of(
@@ -251,6 +275,8 @@ COLUMNS = {  # key: heading, width, format
     "dtype": ("dtype", -9, "s"),
     "noise": ("noise", -10, "s"),
     "bytes_per_element": ("B/el", 5, ".4g"),
+    "reads": ("reads", 6, ".3g"),
+    "fits": ("fits", 5, "s"),
     "load_bits": ("load", 5, ""),
     "store_bits": ("store", 6, ""),
     "instructions_per_element": ("ins/el", 7, ".2f"),
@@ -272,7 +298,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for r in rows:
         cells = []
         for key, (_, width, form) in COLUMNS.items():
-            text = "-" if r[key] is None else f"{r[key]:{form}}"
+            text = "-" if r.get(key) is None else f"{r[key]:{form}}"
             cells.append(f"{text:{'<' if width < 0 else '>'}{abs(width)}}")
         chip = chip_of.get(r["target"])
         lines.append("".join(cells) + (f"{r['predicted_roofline'][chip]:6.0%} {chip}" if chip else f"{'-':>6}"))

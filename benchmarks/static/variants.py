@@ -10,6 +10,7 @@ BATCH, SHAPE, LEVELS, STREAM = 64, (3, 128, 128), 1001, 1
 # Activations inside a U-Net: enough groups to fill a GPU, or one image, whose groups are cut into parts.
 GROUPS, INNER = 32, (BATCH, 128, 32, 32)
 SHAPES = {"concat": (64, 384, 32, 32), "64x64": (64, 128, 64, 64), "128x128": (64, 128, 128, 128)}
+SHAPES |= {"4x4": (64, 256, 4, 4), "16x16": (64, 384, 16, 16), "320x64x64": (64, 320, 64, 64)}
 SHAPES["parts"] = (1, 128, 256, 256)
 NORMS = ("moments", "norm", "norm_sums", "norm_grad")
 
@@ -81,8 +82,9 @@ RARE = [
     ("merge", ("none",), ["centred"]),
     ("norm", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed", "linear"]),
     ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed", "linear"]),
+    ("norm_grad", ("none",), ["4x4+channels_last", "16x16+add+channels_last"]),
     ("moments", ("none",), [*subsets("parts", "channels_last", "add")[4:], "128x128"]),
-    ("norm_sums", ("none",), subsets("parts", "scale", "channels_last", "add")[8:]),
+    ("norm_sums", ("none",), [*subsets("parts", "scale", "channels_last", "add")[8:], "320x64x64+channels_last"]),
 ]
 
 
