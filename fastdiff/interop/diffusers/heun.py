@@ -44,7 +44,8 @@ class HeunDiscreteScheduler(
             "steps", lambda: self._steps(device, clip is not None), (self.sigmas,), device, prediction, clip is None
         )
         if i >= len(dts):
-            return NotImplemented  # stock's error
+            self._hand_over()
+            return NotImplemented  # stock's error, or NaN
         if self.dt is None:
             x = in_float32(sample)
             self._halfway, x0 = two_results(x, model_output, first, i, (x.dtype, dtypes[1]), clip)
