@@ -40,7 +40,8 @@ class HeunDiscreteScheduler(
         prediction, clip = config.prediction_type, config.clip_sample_range if config.clip_sample else None
         both = dtype if sample.dtype == dtype else torch.promote_types(sample.dtype, dtype)
         dtypes = both, dtype if prediction == "sample" else both
-        first, second, dts = self._table(
+        # The key has all of the configuration that is in them.
+        first, second, dts = self._tables.get(
             "steps", lambda: self._steps(device, clip is not None), (self.sigmas,), device, prediction, clip is None
         )
         if i >= len(dts):

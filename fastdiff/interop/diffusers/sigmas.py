@@ -100,7 +100,8 @@ class VarianceExplodingScheduler(SigmaScheduler):
         if is_compiling() or not isinstance(sigmas, Tensor):
             return NotImplemented
         i = self._place(timestep)
-        scales = self._table("scales", lambda: ((sigmas**2 + 1) ** 0.5).unbind(), (sigmas,))
+        # Nothing of the configuration is in them.
+        scales = self._tables.get("scales", lambda: ((sigmas**2 + 1) ** 0.5).unbind(), (sigmas,))
         self.is_scale_input_called = True
         return sample / scales[i]
 
