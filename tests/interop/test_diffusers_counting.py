@@ -108,6 +108,12 @@ def test_edm_and_churning(prediction: str, churn: dict[str, Any]) -> None:
         same_runs(*both(EULER, steps, prediction_type=prediction, **config), **churn)
 
 
+def test_less_than_no_churn() -> None:
+    """Stock lowers sigma and draws nothing."""
+    for name in (EULER, EDM):
+        same_runs(*both(name, 7), s_churn=-1.0)
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_flow_matching(stochastic: bool) -> None:
     for config in (*SIGMAS, {"shift": 3.0}, {"invert_sigmas": True}, {"shift_terminal": 0.1}):
@@ -175,7 +181,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
 def test_they_start_where_stock_does(name: str) -> None:
     """At a timestep in the middle, at the second of two equal ones, and at a number of any kind."""
     for repeated in (False, True):
-        for kind in (lambda t: t, lambda t: t[None], lambda t: t.item(), lambda t: t.numpy()[()]):
+        for kind in (lambda t: t, lambda t: t[None], lambda t: t.item(), lambda t: t.numpy()[()], lambda t: t.numpy()):
             pair, x = both(name, 10), draw(seeded(0))
             t = pair[0].timesteps[3]
             if name != LCM and isinstance(kind(t), int):
@@ -266,6 +272,14 @@ def test_heun_hands_a_half_step_over() -> None:
         for t, out in ((pair[0].timesteps[0], first), (pair[0].timesteps[1], second)):
             want, got = (s.step(out, t, x).prev_sample for s in pair)
             assert worst(got, want) <= PARITY
+
+
+def test_a_step_of_heun_past_the_end() -> None:
+    """It is a second half of stock's, from level 0: no number, but no error either."""
+    x, output = draw(seeded(0))
+    for s in both(HEUN, 3):
+        ends = [s.step(output, t, x).prev_sample for t in (*s.timesteps, s.timesteps[-1])]
+        assert bool(ends[-2].isfinite().all()) and not bool(ends[-1].isfinite().any())
 
 
 def members(name: str) -> list[str]:

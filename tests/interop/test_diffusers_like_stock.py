@@ -273,6 +273,8 @@ def test_timesteps_that_are_no_integers_are_refused(name: str) -> None:
         ):
             with pytest.raises(IndexError):
                 call()
+        with pytest.raises((IndexError, RuntimeError)):
+            s.step(output, True, x)
 
 
 def test_given_noise_of_ddim_broadcasts() -> None:

@@ -79,6 +79,8 @@ class FusedScheduler:
     def _number(self, timestep: Any) -> Any:
         """The timestep as a number, or None if finding out would wait for a device or break a graph."""
         if not isinstance(timestep, Tensor):
+            if isinstance(timestep, np.ndarray):
+                return timestep.item() if timestep.size == 1 else None
             return float(timestep) if isinstance(timestep, float | np.floating) else operator.index(timestep)
         if torch.compiler.is_compiling() or timestep.numel() != 1:
             return None
@@ -173,7 +175,7 @@ def is_level(timestep: Any) -> bool:
     """Whether it is an integer or a tensor of integers."""
     if isinstance(timestep, Tensor):
         return not timestep.is_floating_point() and timestep.dtype not in (torch.bool, torch.uint8)  # these are masks
-    return isinstance(timestep, Integral)
+    return isinstance(timestep, Integral) and not isinstance(timestep, bool)
 
 
 class LevelScheduler(FusedScheduler):

@@ -45,11 +45,12 @@ class DDIMInverseScheduler(FusedScheduler, diffusers.DDIMInverseScheduler, stock
     def _steps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rows by timestep s: of x_0, and of x_s, whose column of noise takes x_0."""
         prediction = self.config.prediction_type
-        stride = self.config.num_train_timesteps // self.num_inference_steps
+        last = self.config.num_train_timesteps - 1
+        stride = (last + 1) // self.num_inference_steps
 
         def build() -> tuple[Tensor, Tensor]:
             to = self.alphas_cumprod
-            before = torch.arange(len(to), device=to.device) - stride
+            before = (torch.arange(len(to), device=to.device) - stride).clamp(max=last)
             alpha_bar = torch.where(before >= 0, to[before.clamp(min=0)], self.initial_alpha_cumprod.to(to))
             alpha, sigma, direction = alpha_bar**0.5, (1 - alpha_bar) ** 0.5, (1 - to) ** 0.5
             one = torch.ones_like(alpha)
@@ -66,6 +67,6 @@ class DDIMInverseScheduler(FusedScheduler, diffusers.DDIMInverseScheduler, stock
             return x0_rows.to(device), rows.to(device)
 
         found: tuple[Tensor, Tensor] = self._table(
-            "steps", build, (self.alphas_cumprod, self.initial_alpha_cumprod), device, stride, prediction
+            "steps", build, (self.alphas_cumprod, self.initial_alpha_cumprod), device, stride, last, prediction
         )
         return found

@@ -1,6 +1,7 @@
 """DEISMultistepScheduler: exponential integrators of orders 1 to 3, in log rho."""
 
 import functools
+from typing import Any
 
 import diffusers
 import torch
@@ -47,6 +48,13 @@ class DEISMultistepScheduler(
         if not return_dict:
             return (prev_sample,)
         return SchedulerOutput(prev_sample=prev_sample)
+
+    def _columns(self, alpha: Tensor, sigma: Tensor, of_noise: bool) -> tuple[Tensor | float, Tensor | float, Any]:
+        """As those of all, but eps of v comes by way of x_0: for flow sigmas alpha^2 + sigma^2 is not 1."""
+        config = self.config
+        if of_noise and config.prediction_type == "v_prediction" and config.use_flow_sigmas:
+            return ((1 - alpha.double() ** 2) / sigma).float(), alpha, 1.0
+        return super()._columns(alpha, sigma, of_noise)
 
     def _steps(self, device: torch.device) -> list[Tensor]:
         """Rows of the steps by each order."""

@@ -40,11 +40,13 @@ class HeunDiscreteScheduler(
         prediction, clip = config.prediction_type, config.clip_sample_range if config.clip_sample else None
         both = dtype if sample.dtype == dtype else torch.promote_types(sample.dtype, dtype)
         dtypes = both, dtype if prediction == "sample" else both
-        first, second, dts = self._table(
+        # The key has all of the configuration that is in them.
+        first, second, dts = self._tables.get(
             "steps", lambda: self._steps(device, clip is not None), (self.sigmas,), device, prediction, clip is None
         )
         if i >= len(dts):
-            return NotImplemented  # stock's error
+            self._hand_over()
+            return NotImplemented  # stock's error, or NaN
         if self.dt is None:
             x = in_float32(sample)
             self._halfway, x0 = two_results(x, model_output, first, i, (x.dtype, dtypes[1]), clip)

@@ -100,7 +100,8 @@ class VarianceExplodingScheduler(SigmaScheduler):
         if is_compiling() or not isinstance(sigmas, Tensor):
             return NotImplemented
         i = self._place(timestep)
-        scales = self._table("scales", lambda: ((sigmas**2 + 1) ** 0.5).unbind(), (sigmas,))
+        # Nothing of the configuration is in them.
+        scales = self._tables.get("scales", lambda: ((sigmas**2 + 1) ** 0.5).unbind(), (sigmas,))
         self.is_scale_input_called = True
         return sample / scales[i]
 
@@ -166,11 +167,11 @@ class ChurningScheduler(VarianceExplodingScheduler):
         """Rows (n, WIDE) of the steps, rows (n, WIDTH) of the churning before them, and which steps have it."""
         sigma, sigma_next = self.sigmas[:-1].double(), self.sigmas[1:]
         gamma = min(s_churn / (len(self.sigmas) - 1), 2**0.5 - 1)
-        within = (s_tmin <= sigma) & (sigma <= s_tmax) & (gamma > 0)
+        within = (s_tmin <= sigma) & (sigma <= s_tmax)
         sigma_hat = torch.where(within, sigma * (gamma + 1), sigma)
         a, b = self._x0_columns(sigma, sigma_hat)
         rows = derivative_rows(a, b, (sigma_next - sigma_hat) / sigma_hat, kept_from_x0=1.0)
-        std = s_noise * (sigma_hat**2 - sigma**2) ** 0.5
+        std = s_noise * (sigma_hat**2 - sigma**2).clamp(min=0) ** 0.5  # stock adds no noise if gamma < 0
         churning = make_rows(sigma, torch.float32, from_x=1.0, noise=std)
         return rows.to(device), churning.to(device), within.tolist() if gamma > 0 else []  # a compiler cannot read it
 

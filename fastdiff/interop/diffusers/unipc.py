@@ -57,7 +57,8 @@ class UniPCMultistepScheduler(
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """One step: x_0 or eps from the prediction, the corrected state and the next one, in one pass."""
         config, of_noise = self.config, not self.predict_x0
-        if config.prediction_type not in (PREDICTIONS if of_noise else (*PREDICTIONS, "flow_prediction")):
+        known = PREDICTIONS if of_noise else (*PREDICTIONS, "flow_prediction")
+        if config.prediction_type not in known or config.solver_type not in ("bh1", "bh2"):
             return NotImplemented  # stock's error
         if self.solver_p is not None:
             say_once("UniPCMultistepScheduler with solver_p")
@@ -67,6 +68,7 @@ class UniPCMultistepScheduler(
         i, n = self._place(timestep), len(self.timesteps)
         if i >= n:
             return NotImplemented  # stock's error
+        dtype = sample.dtype
         sample, output = promoted(sample, model_output)
         corrected, start, noise = 0, "sample", {}
         if i > 0 and i - 1 not in self.disable_corrector:
@@ -89,7 +91,7 @@ class UniPCMultistepScheduler(
             sample.device, config.prediction_type, config.solver_type, config.use_flow_sigmas, config.thresholding,
             self.predict_x0, len(self.model_outputs),
         )  # fmt: skip
-        prev_sample = self._step_with(sample, output, rows[corrected][order - 1], i, **noise)
+        prev_sample = self._step_with(sample, output, rows[corrected][order - 1], i, **noise).to(dtype)
         self.timestep_list[:] = [*self.timestep_list[1:], timestep]
         self.this_order = order
         self.__dict__["last_sample"], self._predicted, self._predicted_by = None, prev_sample, (i, order)
