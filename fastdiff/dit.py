@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fused import keys
 from .interop import pretrained
 from .nn import TimeEmbedding, attention, describe, sinusoidal_embedding, timesteps_of, with_estimate
 from .support.cache import Tables
@@ -270,7 +271,8 @@ class SelfAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(dropout)])
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        maps = self.to_q(x), keys(self.to_k, x), self.to_v(x)
+        q, k, v = (made.unflatten(-1, (self.heads, -1)).transpose(1, 2) for made in maps)
         out: Tensor = attention(q, k, v).transpose(1, 2).flatten(2)
         for layer in self.to_out:
             out = layer(out)

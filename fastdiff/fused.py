@@ -119,3 +119,15 @@ def maps_pixels(conv: nn.Module) -> bool:
 def is_linear(layer: nn.Module) -> bool:
     """Whether it may be computed from its weight and bias."""
     return isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear) and layer.bias is not None
+
+
+def keys(layer: nn.Module, h: Tensor) -> Tensor:
+    """layer(h), the keys of attention. Their bias changes no weight of attention, so its gradient is 0.
+
+    Without this it would be rounding, of which Adam makes whole steps: others on every number of processes.
+    """
+    if not torch.is_grad_enabled() or not is_linear(layer):
+        made: Tensor = layer(h)
+        return made
+    bias: Any = layer.bias
+    return F.linear(h, layer.weight, bias.detach() + 0 * bias)  # type: ignore[arg-type]

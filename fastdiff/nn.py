@@ -24,6 +24,7 @@ from .fused import (
     by_pixel,
     channels_last,
     is_linear,
+    keys,
     maps_pixels,
     norm_silu,
     without_bias,
@@ -293,7 +294,7 @@ class Attention(nn.Module):
         if not torch.is_grad_enabled() and is_fused(h) and all(map(is_linear, layers)):
             weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
             return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
-        return tuple(layer(h) for layer in layers)
+        return self.to_q(h), keys(self.to_k, h), self.to_v(h)
 
     def forward(self, x: Tensor, emb: Embedding | None = None) -> Tensor:
         owed = ahead_of(self, emb).owed

@@ -42,7 +42,7 @@ def unet(options: Options, classes: int) -> UNet:
         layers_per_block=1 if side <= 8 else 2,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        norm_num_groups=8,
+        norm_num_groups=min(8, options.channels // 2),  # a norm of single channels would undo the time's shift
         num_class_embeds=classes + 1 if classes else None,
         self_condition=options.self_conditioning,
         # The network's output is divided by sigma, as a score wants.
