@@ -152,6 +152,9 @@ def test_networks_take_an_estimate(name: str, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"^self_condition: expected False, as diffusers has no network"):
         (DDPM(net) if name == "unet" else net).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+    want = plain(x, t)
+    del plain.self_condition  # as in pickles of 0.1
+    assert plain.sample_shape == (2, 4, 4) and torch.equal(plain(x, t), want)
     model = FlowMatching(net)
     drawn = [model.sample(4, steps=3, seed=1, dtype=dtype) for dtype in (None, torch.bfloat16)]
     torch.testing.assert_close(*drawn, rtol=0.1, atol=0.1)
