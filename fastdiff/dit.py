@@ -51,6 +51,8 @@ class DiT(nn.Module):
     >>> ddpm(x0, class_labels=drop_labels(labels, none=10)).backward()
     """
 
+    self_condition = False  # of networks that an earlier version pickled
+
     def __init__(
         self,
         num_attention_heads: int = 16,

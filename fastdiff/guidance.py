@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .denoiser import Denoiser
+from .denoiser import TOLD, Denoiser
 from .ops import inner
 from .process import Process
 from .reference import work_dtype
@@ -238,12 +238,15 @@ def _stand_still(rows: Tensor, process: Process) -> None:
 
 
 class Pair(nn.Module):
-    """Two networks as one, for autoguidance: the first half of the batch goes to one, the second half to the other."""
+    """Two networks as one, for autoguidance: the first half of the batch goes to one, the second half to the other.
+
+    If one of them takes its own estimate, both halves make it, and a network that takes none is told nothing.
+    """
 
     def __init__(self, model: nn.Module, other: nn.Module) -> None:
         super().__init__()
         self.model, self.other = model, other
-        self.self_condition = bool(getattr(model, "self_condition", False))
+        self.self_condition = any(_takes_estimate(network) for network in (model, other))
 
     def forward(self, x: Tensor, condition: Tensor, **model_kwargs: Any) -> Tensor:
         outputs = []
@@ -253,9 +256,16 @@ class Pair(nn.Module):
                 split = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(x)
                 return value.chunk(2)[half] if split else value
 
-            out = network(part(x), part(condition), **{name: part(value) for name, value in model_kwargs.items()})
+            given = {name: part(value) for name, value in model_kwargs.items()}
+            if self.self_condition and not _takes_estimate(network):
+                given.pop(TOLD, None)
+            out = network(part(x), part(condition), **given)
             outputs.append(out if isinstance(out, Tensor) else out.sample)
         return torch.cat(outputs)
+
+
+def _takes_estimate(network: nn.Module) -> bool:
+    return bool(getattr(network, "self_condition", False))
 
 
 def beside(denoiser: Denoiser, other: nn.Module, dtype: torch.dtype | None) -> Denoiser:

@@ -53,9 +53,6 @@ def drop_labels(labels: Tensor, none: int, share: float = 0.1) -> Tensor:
     Raises: TypeError or ValueError, naming the argument.
     Reference: Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
     """
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: expected a tensor of integers, got {got}")
     _check_share(share)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__

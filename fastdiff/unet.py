@@ -64,6 +64,8 @@ class UNet(nn.Module):
     UNet(**config) builds the same model. `time_embedding(t)` gives the embeddings (N, D) of timesteps t (N,).
     """
 
+    self_condition = False  # of networks that an earlier version pickled
+
     def __init__(
         self,
         sample_size: int | Sequence[int] | None = None,

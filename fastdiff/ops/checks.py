@@ -274,8 +274,9 @@ def as_sample_ids(
     if given.shape != (batch,):
         raise ValueError(f"sample_ids: expected shape ({batch},), got {tuple(given.shape)}")
     if not strict:
-        if given.device.type == "cpu" and bool(((given < 0) | (given >= 2**32)).any()):
-            raise ValueError(f"sample_ids: expected values in [0, 2^32), got {given.tolist()}")
+        seen = transforms.bare(given)  # None in a trace, which a look would break
+        if seen is not None and seen.is_cpu and bool(((seen < 0) | (seen >= 2**32)).any()):
+            raise ValueError(f"sample_ids: expected values in [0, 2^32), got {seen.tolist()}")
         given = given.to(device)
     check_device("sample_ids", given, device)
     return given.contiguous()

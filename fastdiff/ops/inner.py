@@ -30,6 +30,8 @@ def inner(a: Tensor, b: Tensor, *, guidance: Tensor | None = None, centred: bool
     """
     check_floating("a", a)
     check_like("b", b, a)
+    if isinstance(guidance, Tensor) and guidance.ndim == 0:
+        guidance = guidance[None]
     if guidance is not None:
         check_floating("guidance", guidance)
         check_device("guidance", guidance, a.device)

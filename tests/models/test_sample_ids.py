@@ -65,3 +65,13 @@ def test_importance_draws_at_quantiles():
     p = model.importance.probabilities().double()
     torch.testing.assert_close(torch.bincount(levels, minlength=5)[1:] / 10000, p, rtol=0, atol=1e-4, check_dtype=False)
     torch.testing.assert_close(weights.double(), 1 / (4 * p[levels - 1]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_numbers_of_samples_break_no_graph():
+    """A look at their values would, on the CPU."""
+    model = MODELS["ddpm"]()
+    given = {"t": torch.tensor([3, 9]), "seed": 1, "sample_ids": torch.tensor([4, 2])}
+    x0 = torch.zeros(2, 2, 9)
+    loss = torch.compile(model.forward, backend="eager", fullgraph=True)(x0, **given)
+    torch.testing.assert_close(loss, model(x0, **given))

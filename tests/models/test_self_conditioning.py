@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import SHAPE
+from small_models import SHAPE, Pointwise
 from tape import Recorders
 from torch import Tensor, nn
 
@@ -152,6 +152,9 @@ def test_networks_take_an_estimate(name: str, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"^self_condition: expected False, as diffusers has no network"):
         (DDPM(net) if name == "unet" else net).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+    want = plain(x, t)
+    del plain.self_condition  # as in pickles of 0.1
+    assert plain.sample_shape == (2, 4, 4) and torch.equal(plain(x, t), want)
     model = FlowMatching(net)
     drawn = [model.sample(4, steps=3, seed=1, dtype=dtype) for dtype in (None, torch.bfloat16)]
     torch.testing.assert_close(*drawn, rtol=0.1, atol=0.1)
@@ -162,3 +165,11 @@ def test_another_network_of_guidance_is_told_the_same() -> None:
     model.sample(SHAPE, sampler="ddim", steps=3, seed=1, guidance=2.0, uncond=other)
     assert all(torch.equal(a[2], b[2]) for a, b in zip(model.model.seen, other.seen, strict=True))
     assert model.model.seen[-1][2].any()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_two_networks_of_guidance_one_may_take_no_estimate(first: bool) -> None:
+    told = Told()
+    model, other = (told, Pointwise()) if first else (Pointwise(), told)
+    DDPMS(model).sample(SHAPE, sampler="ddim", steps=3, seed=1, guidance=2.0, uncond=other)
+    assert [bool(seen.any()) for *_, seen in told.seen] == [False, True, True]

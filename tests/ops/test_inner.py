@@ -68,7 +68,8 @@ def test_the_oracle_is_the_formula():
     assert ops.inner(a, b, centred=True).tolist() == [[14.0, 5.0, 2.0]]
     p = torch.tensor([[2.0, 3.0, 10.0]]).double()  # 2 a - b
     for centred in (False, True):
-        assert torch.equal(ops.inner(a, b, guidance=a[:, 1:2], centred=centred), ops.inner(a, p, centred=centred))
+        for w in (a[:, 1:2], a[0, 1]):  # one number, of any shape
+            assert torch.equal(ops.inner(a, b, guidance=w, centred=centred), ops.inner(a, p, centred=centred))
 
 
 def test_blocks_are_merged_in_several_rounds(monkeypatch):
