@@ -67,7 +67,8 @@ class Rescaled:
     def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
         p = torch.lerp(uncond, cond, row.guidance)
         wanted, _, found = inner(cond, uncond, guidance=row.guidance, centred=True).unbind(1)
-        factor = torch.where(found > 0, _ratio(wanted, found), 1.0).sqrt()
+        least = torch.finfo(p.dtype).tiny  # at 0 the slope of the root is infinite
+        factor = torch.where(found > 0, _ratio(wanted, found), 1.0).clamp(min=least).sqrt()
         return p * _for_each(self.share * factor + (1 - self.share), p)
 
 

@@ -63,7 +63,8 @@ def log_likelihood(
         model_kwargs: the model's further arguments.
 
     Returns: (B,) in the type of the state.
-    Raises: ValueError for an unknown trace, and for a process that ends at alpha = 0. ImportError without torchdiffeq.
+    Raises: ValueError for an unknown trace, and for a process that ends at alpha = 0. RuntimeError for an ODE that is
+        too steep for the solver. ImportError without torchdiffeq.
     Reference: Song et al. 2021, eq. 39; Grathwohl et al. 2019, arXiv:1810.01367.
     """
     check_floating("x0", x0)
@@ -131,15 +132,18 @@ def _solve(
 
     ends = torch.tensor([process.first, process.last], dtype=torch.float64, device=state[0].device)
     levels = ends if process.straight else -process.at(ends).log_snr / 2
-    path = _solver().odeint(
-        velocity,
-        state,
-        levels.flip(0) if backwards else levels,
-        rtol=tolerance,
-        atol=tolerance,
-        method=METHOD,
-        options={"step_t": levels},  # its last step ends there, and does not look beyond the process
-    )
+    try:
+        path = _solver().odeint(
+            velocity,
+            state,
+            levels.flip(0) if backwards else levels,
+            rtol=tolerance,
+            atol=tolerance,
+            method=METHOD,
+            options={"step_t": levels},  # its last step ends there, and does not look beyond the process
+        )
+    except AssertionError as error:  # how the solver says that it gets no further
+        raise RuntimeError(f"the ODE is too steep for the solver: {error}") from error
     return tuple(part[-1] for part in path)
 
 

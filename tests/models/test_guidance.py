@@ -261,9 +261,11 @@ def test_a_rule_in_float32_is_that_in_float64(rule, backend):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_gradients_are_finite_where_predictions_are_equal_or_nothing(rule):
-    for cond in (torch.ones(2, 1, device=DEVICE), torch.zeros(2, 3, device=DEVICE)):
-        leaves = [cond.clone().requires_grad_() for _ in range(3)]
+def test_gradients_are_finite_where_predictions_are_equal_constant_or_nothing(rule):
+    ramp = torch.arange(6.0, device=DEVICE).view(2, 3)
+    ones, nothing = torch.ones(2, 1, device=DEVICE), torch.zeros(2, 3, device=DEVICE)
+    for three in ([ones] * 3, [nothing] * 3, [ramp, nothing + 1, ramp]):
+        leaves = [given.clone().requires_grad_() for given in three]
         row = Row(*(c.reshape(1, 1) for c in operands(2.0, torch.float32)[-1]))
         for grad in torch.autograd.grad(rule(*leaves, row).sum(), leaves, allow_unused=True):  # of x, by some
             assert grad is None or grad.isfinite().all()

@@ -200,6 +200,16 @@ def test_wrong_arguments(options, error, said):
         ScoreSDE(Forbidden()).log_likelihood(**{"x0": torch.zeros(2, 3), **options})
 
 
+class Steep(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return -1e12 * x * x
+
+
+def test_an_ode_that_is_too_steep_is_said():
+    with pytest.raises(RuntimeError, match="the ODE is too steep for the solver"):
+        ScoreSDE(Steep(), "vp", "score", clip=None).sample((1, 2), sampler="ode", seed=0)
+
+
 def test_without_torchdiffeq(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     model, state = ScoreSDE(Forbidden()), torch.get_rng_state()
