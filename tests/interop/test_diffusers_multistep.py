@@ -28,6 +28,7 @@ PARITY = 2e-6
 DPM, DEIS, UNIPC = "DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"
 PNDM, INVERSE = "PNDMScheduler", "DDIMInverseScheduler"
 SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
+BH1_ON_BETA = {"solver_type": "bh1", "use_beta_sigmas": True, **SIGMA_MIN}
 SOLVERS: list[tuple[str, dict[str, Any]]] = [
     *((DPM, {"solver_order": order, "solver_type": kind}) for order in (1, 2, 3) for kind in ("midpoint", "heun")),
     *((DPM, {"algorithm_type": "dpmsolver", "solver_order": order, **SIGMA_MIN}) for order in (1, 2, 3)),
@@ -379,8 +380,14 @@ def test_what_is_not_fused_is_said_once(recwarn: pytest.WarningsRecorder) -> Non
     for _ in range(2):
         images(fused.UniPCMultistepScheduler(solver_p=diffusers.DPMSolverMultistepScheduler()))
         images(fused.UniPCMultistepScheduler(solver_order=4))
+        images(fused.UniPCMultistepScheduler(**BH1_ON_BETA))
     said = [str(w.message) for w in recwarn if "stock's step runs" in str(w.message)]
-    assert len(said) == len(set(said)) <= 2
+    assert len(said) == len(set(said)) <= 3
+
+
+def test_bh1_on_beta_sigmas_has_the_bits_of_stock() -> None:
+    ours, stock = (images(library.UniPCMultistepScheduler(**BH1_ON_BETA)) for library in (fused, diffusers))
+    torch.testing.assert_close(ours, stock, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("name", "config"), ALL)

@@ -25,8 +25,8 @@ fused noise is z(seed, sample, place in self.timesteps).
 If a subclass, a patch or the object overrides a method that stock's step (or add_noise) calls, such as _get_variance,
 previous_timestep or convert_model_output, stock's step runs and calls it. It also runs for arguments that no kernel
 takes: tensors that broadcast, whole numbers. It draws the noise itself, so with fused_noise=True a warning says so.
-A setting that is not fused runs stock's step too, and one warning says so: UniPCMultistepScheduler with solver_p or of
-an order above 3.
+A setting that is not fused runs stock's step too, and one warning says so: UniPCMultistepScheduler with solver_p, of an
+order above 3, or with bh1 on beta sigmas.
 
 What a multistep scheduler remembers lies in one tensor. model_outputs are views of it, overwritten after as many steps
 as the solver has orders: clone what you keep.

@@ -63,6 +63,10 @@ class UniPCMultistepScheduler(
         if self.solver_p is not None:
             say_once("UniPCMultistepScheduler with solver_p")
             return NotImplemented
+        # Over the last gaps of these sigmas bh1 predicts large states, from which ours would come back less exactly.
+        if config.solver_type == "bh1" and config.get("use_beta_sigmas"):
+            say_once("UniPCMultistepScheduler with bh1 on beta sigmas")
+            return NotImplemented
         if not self._takes(model_output, sample):
             return NotImplemented
         i, n = self._place(timestep), len(self.timesteps)
