@@ -19,6 +19,7 @@ from .rows import make_rows
 from .steps import VARIANCES, denoise_rows
 from .support import modes, transforms
 from .support.settable import settable
+from .support.shapes import fits
 from .support.sharded import is_sharded
 
 # The argument by which a network is told its own estimate of x_0, see fastdiff.estimates.
@@ -249,7 +250,7 @@ class Denoiser(nn.Module):
             return torch.full(x.shape[:1], t, dtype=torch.float64, device=x.device)
         if not t.is_floating_point() or t.device != x.device:
             raise TypeError(f"t: expected a floating tensor on {x.device}, got {t.dtype} on {t.device}")
-        if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
+        if t.ndim > 1 or (t.ndim == 1 and not fits(len(t), len(x))):
             raise ValueError(f"t: expected shape () or ({len(x)},), got {tuple(t.shape)}")
         # A look at a GPU's tensor would wait for it.
         seen = transforms.bare(t)

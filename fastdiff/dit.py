@@ -17,6 +17,7 @@ from .interop import pretrained
 from .nn import TimeEmbedding, attention, describe, sinusoidal_embedding, timesteps_of, with_estimate
 from .support.cache import Tables
 from .support.scalars import integer, plain_number
+from .support.shapes import fits
 from .support.weights import check_shapes, shapes_of
 
 # Of the sinusoids of the timestep.
@@ -205,7 +206,8 @@ class DiT(nn.Module):
         if c != channels or h % patch or w % patch:
             raise ValueError(f"x: expected C = {channels}, H and W multiples of {patch}, got {describe(x)}")
         shape = (len(self.transformer_blocks), self._width)
-        if emb is not None and tuple(getattr(emb, "shape", ())) not in ((batch, *shape), (1, *shape)):
+        given = tuple(getattr(emb, "shape", ()))
+        if emb is not None and (given[1:] != shape or not fits(given[0], batch)):
             raise ValueError(f"emb: expected shape ({batch} or 1, {shape[0]}, {shape[1]}), got {describe(emb)}")
         if class_labels is not None and (
             not isinstance(class_labels, Tensor)

@@ -31,6 +31,7 @@ from .fused import (
 )
 from .ops.group_norm import is_fused
 from .support import transforms
+from .support.shapes import fits
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to_cos: bool = True) -> Tensor:
@@ -49,7 +50,7 @@ def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to
 def timesteps_of(t: Tensor | float | None, x: Tensor) -> Tensor:
     """t as a tensor (B,) or (1,) on x's device. Raises: ValueError for any other."""
     if isinstance(t, Tensor):
-        if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, x.shape[0])):
+        if t.dim() > 1 or (t.dim() == 1 and not fits(t.shape[0], x.shape[0])):
             raise ValueError(f"t: expected shape ({x.shape[0]},), (1,) or (), got {describe(t)}")
         return t.to(x.device).reshape(-1)
     if not isinstance(t, Real):

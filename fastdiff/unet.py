@@ -32,6 +32,7 @@ from .nn import (
 )
 from .ops.group_norm import is_fused
 from .support.scalars import plain_number
+from .support.shapes import fits
 from .support.weights import check_shapes, shapes_of
 
 
@@ -282,11 +283,11 @@ class UNet(nn.Module):
         batch, c, h, w = x.shape
         if c != channels or h % factor or w % factor:
             raise ValueError(f"x: expected C = {channels}, H and W multiples of {factor}, got {describe(x)}")
-        if emb is not None and emb.shape not in ((batch, self.emb_dim), (1, self.emb_dim)):
+        if emb is not None and (emb.shape[1:] != (self.emb_dim,) or not fits(emb.shape[0], batch)):
             raise ValueError(f"emb: expected shape ({batch} or 1, {self.emb_dim}), got {describe(emb)}")
         if shifts is not None and (emb is not None or self.class_embedding is not None):
             raise ValueError("shifts: expected None with emb, or with num_class_embeds; got a tensor")
-        if shifts is not None and (shifts.ndim != 2 or shifts.shape[0] not in (1, batch)):
+        if shifts is not None and (shifts.ndim != 2 or not fits(shifts.shape[0], batch)):
             raise ValueError(f"shifts: expected shape ({batch} or 1, width), got {describe(shifts)}")
         if self.class_embedding is None:
             if class_labels is not None:

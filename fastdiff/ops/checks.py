@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..support import transforms
 from ..support.scalars import as_integer, as_number, integer
+from ..support.shapes import fits
 from .plan import draw, number, recording
 
 _STRIDED = torch.strided
@@ -53,7 +54,7 @@ def as_mask(mask: Tensor, x: Tensor, name: str = "mask") -> Tensor:
     check_floating(name, mask)
     check_device(name, mask, x.device)
     if mask.shape != x.shape:
-        if mask.ndim != x.ndim or any(n not in (1, whole) for n, whole in zip(mask.shape, x.shape, strict=True)):
+        if mask.ndim != x.ndim or not all(fits(n, whole) for n, whole in zip(mask.shape, x.shape, strict=True)):
             raise ValueError(f"{name}: expected a shape that expands to {tuple(x.shape)}, got {tuple(mask.shape)}")
         mask = mask.expand(x.shape)
     return mask.detach() if mask.requires_grad else mask
@@ -215,7 +216,7 @@ def as_index(name: str, index: int | Tensor, x: Tensor) -> Tensor:
     check_device(name, index, x.device)
     if index.ndim == 0:
         return index.reshape(1)
-    if index.ndim > 1 or index.shape[0] not in (1, x.shape[0]):
+    if index.ndim > 1 or not fits(index.shape[0], x.shape[0]):
         raise ValueError(f"{name}: expected shape () or ({x.shape[0]},), got {tuple(index.shape)}")
     return index.contiguous()
 

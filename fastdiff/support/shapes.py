@@ -5,6 +5,11 @@ import math
 from torch import Tensor
 
 
+def fits(size: int, whole: int) -> bool:
+    """Whether a dimension of `size` expands to `whole`. No `in`: Dynamo finds no number among sizes that may vary."""
+    return size == 1 or size == whole
+
+
 def flat(x: Tensor) -> Tensor:
     """(B, n) of (B, ...), also where B is 0 or a sample is one number."""
     return x.reshape(len(x), math.prod(x.shape[1:]))

@@ -75,3 +75,15 @@ def test_numbers_of_samples_break_no_graph():
     x0 = torch.zeros(2, 2, 9)
     loss = torch.compile(model.forward, backend="eager", fullgraph=True)(x0, **given)
     torch.testing.assert_close(loss, model(x0, **given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddpm", "vp"])
+def test_a_compiled_loss_takes_times_after_batches_of_other_sizes(name):
+    """The batch is a symbol then, which the lengths of t, ids and mask have to fit."""
+    model, given = MODELS[name](), {"seed": 1, "sample_ids": torch.tensor([4, 2]), "mask": torch.ones(1, 2, 9)}
+    loss = torch.compile(model.forward, backend="eager", fullgraph=True)
+    for batch in (3, 4):
+        loss(torch.zeros(batch, 2, 9))
+    x0, t = torch.zeros(2, 2, 9), model.times_at(torch.tensor([0.3, 0.6]))
+    torch.testing.assert_close(loss(x0, t=t, **given), model(x0, t=t, **given))
