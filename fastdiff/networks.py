@@ -3,10 +3,11 @@
 from torch import nn
 
 from .dit import DiT
+from .support import run_file
 from .unet import UNet
 
 Network = UNet | DiT
-NETWORKS: dict[str, type[UNet] | type[DiT]] = {"unet": UNet, "dit": DiT}
+NETWORKS: dict[str, type[UNet] | type[DiT]] = dict(zip(run_file.NETWORKS, (UNet, DiT), strict=True))
 
 
 def name_of(network: nn.Module) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # What numbers are for: levels, and whether a step tells the network its estimate. Each purpose has its own.
-LEVELS, TOLD = 1, 2
+LEVELS, SELF_CONDITIONING = 1, 2
 WORD = 2**64 - 1
 
 
@@ -20,7 +20,7 @@ def uniforms(seed: int, step: int, count: int, purpose: int) -> Tensor:
         seed: of the run.
         step: a number below 2^64.
         count: how many, one for each sample.
-        purpose: LEVELS, TOLD, or a number of your own.
+        purpose: LEVELS, SELF_CONDITIONING, or a number of your own.
 
     Reference: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox4x64-10).
     """

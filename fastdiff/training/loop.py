@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.cast import channels_last_convolutions
+from fastdiff.denoiser import TOLD
 from fastdiff.files import locked, sweep, writable
 from fastdiff.networks import Network
 from fastdiff.recipes import offset_noise, own_estimate
 from fastdiff.support.run_file import NAME, RunFile
 from fastdiff.training.build import build
 from fastdiff.training.checkpoint import State, importance, read_shares, rng_state, set_rng_state
-from fastdiff.training.draws import LEVELS, TOLD, noise_key, uniforms
+from fastdiff.training.draws import LEVELS, SELF_CONDITIONING, noise_key, uniforms
 from fastdiff.training.ema import names as average_names
 from fastdiff.training.ema import update as update_averages
 from fastdiff.training.ema import update_ema, warmed
@@ -294,10 +295,10 @@ class Run:
         """What a self-conditioned network is told: in half of the steps its own estimate of x_0, else zeros."""
         if not self.options.self_conditioning:
             return {}
-        if uniforms(self.options.seed, self.step, 1, TOLD).item() < 0.5:
-            return {"x_self_cond": torch.zeros_like(x0)}
+        if uniforms(self.options.seed, self.step, 1, SELF_CONDITIONING).item() < 0.5:
+            return {TOLD: torch.zeros_like(x0)}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return {"x_self_cond": own_estimate(self.diffusion, x0, **given)}
+            return {TOLD: own_estimate(self.diffusion, x0, **given)}
 
     def _step_in_parts(self) -> Tensor:
         """The passes of all ranks, and the update. Returns: (), whether it was left out."""
@@ -333,8 +334,7 @@ class Run:
     def _draw_levels(self) -> tuple[Tensor, Tensor]:
         """(times, weights), each (B,), of the step's samples."""
         options = self.options
-        drawn = uniforms(options.seed, self.step, options.batch_size, LEVELS)
-        quantiles = drawn.to(self.device, non_blocking=True)  # else the host would wait for the step before
+        quantiles = uniforms(options.seed, self.step, options.batch_size, LEVELS).to(self.device, non_blocking=True)
         history = importance(self.diffusion)
         if history is not None:
             return history.sample_at(quantiles)

@@ -113,7 +113,7 @@ def test_half_of_the_steps_tell_the_network_its_estimate(tmp_path, monkeypatch):
     told, original = [], loop.own_estimate
     monkeypatch.setattr(loop, "own_estimate", lambda *args, **given: told.append(0) or original(*args, **given))
     options = {"self_conditioning": True, "lr": 1e-4, "channels": 16}
-    steps = [k for k in range(4) if draws.uniforms(0, k, 1, draws.TOLD) >= 0.5]
+    steps = [k for k in range(4) if draws.uniforms(0, k, 1, draws.SELF_CONDITIONING) >= 0.5]
     assert 0 < len(steps) < 4
     run(tmp_path / "one", steps=4, **options)
     assert len(told) == len(steps)
