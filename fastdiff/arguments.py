@@ -65,18 +65,10 @@ def shape_of(model: nn.Module, shape: int | tuple[int, ...]) -> tuple[int, ...]:
     return as_shape(sizes)
 
 
-def check_ode(**options: Any) -> None:
-    """None of these options of `sample` is given, since the adaptive solver takes none of them."""
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        *names, last = options
-        raise ValueError(
-            f"sampler: 'ode' chooses its own steps and expected no {', '.join(names)} or {last}, got {', '.join(given)}"
-        )
-
-
 def check_gradients(steps: Any, table: StepTable, *excluded: Any) -> None:
     """A number of steps of the table can have a gradient, and nothing is given that would change its tensors."""
+    if not steps:
+        return
     number = integer(steps)
     if number is None or not 0 <= number <= len(table):
         raise ValueError(f"grad_steps: expected an integer from 0 to {len(table)}, got {steps!r}")
@@ -106,7 +98,15 @@ def check_sampling(
         raise TypeError(f"callback: expected a function, got {type(callback).__name__}")
 
 
-def check_out(out: Tensor, x_T: Tensor | None, uncond: Any, others: dict[str, Any]) -> None:
+def check_out(out: Tensor | None, x_T: Tensor | None, uncond: Any, others: dict[str, Any]) -> None:
     """`out` of `sample` shares no memory with what the steps read: it may be x_T itself, but no other argument."""
+    if out is None:
+        return
     branch = uncond if isinstance(uncond, dict) else {}
     check_memory("out", out, {"x_T": x_T}, {**{f"uncond's {name}": value for name, value in branch.items()}, **others})
+
+
+def check_noise(noise: Any, steps: int, shape: tuple[int, ...]) -> None:
+    """The noise of `sample` is None, a function, or a tensor of that of each step."""
+    if noise is not None and not callable(noise):
+        check_shape("noise", noise, (steps, *shape))

@@ -121,11 +121,11 @@ class CapturedSteps:
         """The step that the counter names, with nothing that depends on the run but by these tensors."""
         run, at = self.run, self.counter
         seed = self.seed if self.noise is None and run.options.noisy else None
-        kept = (self.hist, self.memory, self.told, self.told_rows)
-        operands = Operands(self.rows, at, seed, self.sample_ids, self.noise, *kept)
         ahead = {name: rows.index_select(0, at) for name, rows in (self.time_arguments or {}).items()}
-        condition = self.condition.index_select(0, at)[0]
-        advance(kind, run.denoiser, self.x, condition, operands, run.options, {**ahead, **self.model_kwargs})
+        asked = (self.condition.index_select(0, at)[0], {**ahead, **self.model_kwargs})
+        kept = (self.hist, self.memory, self.told, self.told_rows)
+        operands = Operands(*asked, self.rows, at, seed, self.sample_ids, self.noise, *kept)
+        advance(kind, run.denoiser, self.x, operands, run.options)
         at.add_(1)
 
 

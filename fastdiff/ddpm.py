@@ -281,7 +281,7 @@ class DDPM(ChainDiffusion):
         z = torch.lerp(first, second, mix) / (mix**2 + (1 - mix) ** 2).sqrt()
         x = self.q_sample(torch.lerp(x0.to(z.dtype), x1.to(z.dtype), mix), level, noise=z).detach()
         table = self.step_table("ddpm", range(level, -1, -1))
-        options = StepOptions(self.clip, table.keep, table.noisy, table.learned)
+        options = StepOptions.of(table, self.clip)
         run = Run(self, table, x, options, seed, model_kwargs=merged(model_kwargs), compiled=self._compiled_step)
         return sampling.walk(Steps(run))
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ode, ops, sampling
-from .arguments import check_gradients, check_labels, check_ode, check_out, check_sampling, merged, shape_of
+from .arguments import check_gradients, check_labels, check_noise, check_out, check_sampling, merged, shape_of
 from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
-from .editing import check_edit, keeping, noise_levels, resampled
+from .editing import Edit
 from .estimates import Callback, wants_estimate, with_estimates
 from .forward_noise import kept_noise
 from .guidance import Guidance, Rule, beside, stack_branches, with_guidance
@@ -24,14 +24,13 @@ from .ops.checks import (
     check_choice,
     check_floating,
     check_generator,
-    check_shape,
     check_state,
     seed_of,
 )
 from .ops.overlap import check_memory
 from .process import Grid, Process
-from .sampling import Noise, Run, StepOptions, Steps, StepsWithGradient
-from .steps import Sampler, StepTable, ddim_inversion, make_steps, part_of
+from .sampling import Noise, Run, StepOptions, Steps, steps_of
+from .steps import Sampler, StepTable, ddim_inversion, make_steps
 from .support.scalars import as_number
 from .support.settable import settable
 from .support.sharded import as_forward
@@ -231,61 +230,44 @@ class Diffusion(Denoiser, ABC):
         Threads may share the model. It is in eval mode during a step and its callback, and in its own mode between
         steps. Meanwhile losses and predictions that other threads ask for wait, unless they are compiled.
         """
-        model_kwargs = merged(model_kwargs)
-        shape = shape_of(self.model, shape)
+        model_kwargs, shape = merged(model_kwargs), shape_of(self.model, shape)
         sampler = self.default_sampler if sampler is None else sampler
         device = self.device_for(x_T, out) if device is None else as_device(device)
         ids = None if sample_ids is None else as_sample_ids(sample_ids, shape[0], device)
         check_sampling(shape, x_T, callback, return_trajectory, out, self.dtype, device)
         check_generator(seed, generator)
         check_labels(self.model, model_kwargs)
-        check_edit(shape, x_T, x_init, strength, known, resample)
-        kwargs = stack_branches(guidance, uncond, model_kwargs, shape[0], device)
-        if guidance is None and guidance_rule is not None:
-            raise ValueError("guidance_rule: expected None without guidance")
-        if out is not None:
-            others = {"noise": noise, "seed": seed, "sample_ids": sample_ids, "x_init": x_init, "known": known}
-            check_out(out, x_T, uncond, {**others, **model_kwargs})
+        edit = Edit(x_init, strength, known, resample)
+        edit.check(shape, x_T)
+        kwargs = stack_branches(guidance, guidance_rule, uncond, model_kwargs, shape[0], device)
+        others = {"noise": noise, "seed": seed, "sample_ids": sample_ids, "x_init": x_init, "known": known}
+        check_out(out, x_T, uncond, {**others, **model_kwargs})
         if sampler == "ode":
-            check_ode(
-                steps=steps, eta=eta or None, noise=noise, x_init=x_init, stop_at=stop_at, callback=callback,
-                return_trajectory=return_trajectory or None, guidance=guidance, dtype=dtype, graph=graph or None,
-                grad_steps=grad_steps or None,
+            ode.check_sampling(
+                self.process, steps=steps, eta=eta or None, noise=noise, x_init=x_init, stop_at=stop_at,
+                callback=callback, return_trajectory=return_trajectory or None, guidance=guidance, dtype=dtype,
+                graph=graph or None, grad_steps=grad_steps or None,
             )  # fmt: skip
-            ode.check(self.process)
-            x = self._start(shape, seed_of(seed, generator, device), ids, x_T, self.prior_std(), out, device)
+            x = self._start(shape, seed_of(seed, generator, device), ids, x_T, self.prior_std(), out)
             return x.copy_(as_forward(self, ode.sample)(self, x, kwargs))
-        if x_init is not None or stop_at is not None:
-            steps = part_of(self.process, sampler, steps, strength, stop_at)
-        table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
-        table, estimates = resampled(table, self.process, resample), wants_estimate(callback)
-        table = with_estimates(table, self.process, self.objective) if estimates else table
-        if grad_steps:
-            check_gradients(grad_steps, table, callback, return_trajectory, out, dtype, known, graph or None)
-            graph = False
-        if isinstance(uncond, nn.Module):
-            denoiser = beside(denoiser, uncond, dtype)
-        captured = self._is_captured(graph, denoiser, kwargs, shape[0])
-        if noise is not None and not callable(noise):
-            check_shape("noise", noise, (len(table), *shape))
-        if guidance is not None:
-            table = with_guidance(table, guidance, guidance_rule, self.process)
+        # The table.
+        table = self.step_table(sampler, edit.steps(self.process, sampler, steps, stop_at), eta)
+        denoiser, table = self.cast(dtype), edit.table(table, self.process)
+        if estimates := wants_estimate(callback):
+            table = with_estimates(table, self.process, self.objective)
+        check_gradients(grad_steps, table, callback, return_trajectory, out, dtype, known, graph or None)
+        denoiser = beside(denoiser, uncond, dtype)
+        captured = not grad_steps and self._is_captured(graph, denoiser, kwargs, shape[0])
+        check_noise(noise, len(table), shape)
+        table = with_guidance(table, guidance, guidance_rule, self.process)
+        # The start.
         seed = seed_of(seed, generator, device)
-        if x_init is None:
-            x = self._start(shape, seed, ids, x_T, table.start, out, device)
-        else:
-            x_init = x_init.detach().to(device, self.dtype)
-            ((alpha, sigma),) = noise_levels(self.process, table.levels[:1]).tolist()
-            x = self._start(shape, seed, ids, None, sigma, out, device).add_(x_init, alpha=alpha)
-            if known is not None:
-                callback = keeping(self.process, table, x_init, known, seed, ids, callback)
-        options = StepOptions(
-            self.clip, table.keep, table.noisy or noise is not None, table.learned, guidance is not None, guidance_rule
-        )
+        x = self._start(shape, seed, ids, x_T, table.start, out)
+        callback = edit.begin(x, table, self.process, seed, ids, callback)
+        # The run.
+        options = StepOptions.of(table, self.clip, noise, guidance is not None, guidance_rule)
         run = Run(denoiser, table, x, options, seed, ids, noise, kwargs, self._compiled_step, estimates)
-        walker: sampling.Walker = StepsWithGradient(run, grad_steps) if grad_steps else Steps(run)
-        if captured:
-            walker = self._captures.steps(run, required=graph is True)
+        walker = self._captures.steps(run, required=graph is True) if captured else steps_of(run, grad_steps)
         walk = as_forward(self, sampling.walk)
         return walk(walker, progress=progress, callback=callback, return_trajectory=return_trajectory)
 
@@ -322,7 +304,7 @@ class Diffusion(Denoiser, ABC):
         x = x0.detach().to(device, self.dtype, copy=True) if out is None else out.copy_(x0.detach())
         if not self._starts_at_data:
             x.mul_(self.process.first_scale)
-        options = StepOptions(clip=None, keep=table.keep, noisy=False)
+        options = StepOptions.of(table, clip=None)
         run = Run(self, table, x, options, model_kwargs=model_kwargs, compiled=self._compiled_step)
         return as_forward(self, sampling.walk)(Steps(run), progress=progress)
 
@@ -372,19 +354,13 @@ class Diffusion(Denoiser, ABC):
     _rows_are_levels = False
 
     def _start(
-        self,
-        shape: tuple[int, ...],
-        seed: Tensor,
-        sample_ids: Tensor | None,
-        x_T: Tensor | None,
-        std: float,
+        self, shape: tuple[int, ...], seed: Tensor, ids: Tensor | None, x_T: Tensor | None, std: float,
         out: Tensor | None,
-        device: torch.device,
-    ) -> Tensor:
-        """The state to start from: x_T, or a draw from the prior of that standard deviation; in `out` if given."""
+    ) -> Tensor:  # fmt: skip
+        """The state to start from, where the seed is: x_T, or a draw of that standard deviation; in `out` if given."""
         if x_T is not None:
-            return x_T.detach().to(device, self.dtype, copy=True) if out is None else out.copy_(x_T.detach())
-        x = ops.normal(shape, seed, sample_ids=sample_ids, dtype=self.dtype, device=device, out=out)
+            return x_T.detach().to(seed.device, self.dtype, copy=True) if out is None else out.copy_(x_T.detach())
+        x = ops.normal(shape, seed, sample_ids=ids, dtype=self.dtype, device=seed.device, out=out)
         return x.mul_(std)
 
     def _is_captured(self, graph: bool | None, denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -> bool:

@@ -14,50 +14,79 @@ Reference: SDEdit, Meng et al. 2022, arXiv:2108.01073, algorithm 1; replacement,
     section I.2; RePaint, Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .estimates import Callback
 from .ops.checks import as_mask, check_shape
 from .process import Process
 from .reference import work_dtype
 from .rows import make_rows
-from .steps import StepTable
+from .steps import Sampler, StepTable, part_of
 from .support import transforms
 from .support.scalars import as_number, integer
 
 
-def check_edit(
-    shape: tuple[int, ...],
-    x_T: Tensor | None,
-    x_init: Tensor | None,
-    strength: float,
-    known: Tensor | None,
-    resample: int,
-) -> None:
-    """Arguments of `sample` that edit fit each other. TypeError or ValueError, naming the argument."""
-    if x_init is not None:
-        check_shape("x_init", x_init, shape)
-        if x_T is not None:
-            raise ValueError("x_T: expected None with x_init, which the start is made of")
-    if not 0 < as_number("strength", strength) <= 1:
-        raise ValueError(f"strength: expected a number above 0 and up to 1, got {strength}")
-    if (integer(resample) or 0) < 1:
-        raise ValueError(f"resample: expected an integer of at least 1, got {resample!r}")
-    if x_init is None and (strength != 1 or known is not None):
-        raise ValueError(f"x_init: expected an image with {'strength' if known is None else 'known'}, got None")
-    if known is None and resample != 1:
-        raise ValueError("known: expected a mask with resample, got None")
-    if known is not None and x_init is not None:
-        mask = as_mask(known.to(x_init.device) if isinstance(known, Tensor) else known, x_init, "known")
-        seen = transforms.bare(mask)
-        # A look at a GPU's tensor would wait for it.
-        if seen is not None and seen.is_cpu and not bool(((seen >= 0) & (seen <= 1)).all()):
-            raise ValueError(f"known: expected numbers in [0, 1], got {seen.min():g} to {seen.max():g}")
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What of the samples is given: the arguments of `sample` of these names."""
+
+    x_init: Tensor | None
+    strength: float
+    known: Tensor | None
+    resample: int
+
+    def check(self, shape: tuple[int, ...], x_T: Tensor | None) -> None:
+        """They fit each other, and samples of a shape. TypeError or ValueError, naming the argument."""
+        x_init, known = self.x_init, self.known
+        if x_init is not None:
+            check_shape("x_init", x_init, shape)
+            if x_T is not None:
+                raise ValueError("x_T: expected None with x_init, which the start is made of")
+        if not 0 < as_number("strength", self.strength) <= 1:
+            raise ValueError(f"strength: expected a number above 0 and up to 1, got {self.strength}")
+        if (integer(self.resample) or 0) < 1:
+            raise ValueError(f"resample: expected an integer of at least 1, got {self.resample!r}")
+        if x_init is None and (self.strength != 1 or known is not None):
+            raise ValueError(f"x_init: expected an image with {'strength' if known is None else 'known'}, got None")
+        if known is None and self.resample != 1:
+            raise ValueError("known: expected a mask with resample, got None")
+        if known is not None and x_init is not None:
+            mask = as_mask(known.to(x_init.device) if isinstance(known, Tensor) else known, x_init, "known")
+            seen = transforms.bare(mask)
+            # A look at a GPU's tensor would wait for it.
+            if seen is not None and seen.is_cpu and not bool(((seen >= 0) & (seen <= 1)).all()):
+                raise ValueError(f"known: expected numbers in [0, 1], got {seen.min():g} to {seen.max():g}")
+
+    def steps(self, process: Process, sampler: str | Sampler, steps: Any, stop_at: float | None) -> Any:
+        """The steps of `sample` that are taken: those at the end, down to stop_at."""
+        if self.x_init is None and stop_at is None:
+            return steps
+        return part_of(process, sampler, steps, self.strength, stop_at)
+
+    def table(self, table: StepTable, process: Process) -> StepTable:
+        """The table that starts from x_init at the noise of its first level, with each step `resample` times."""
+        if self.x_init is None:
+            return table
+        table = resampled(table, process, self.resample)
+        return replace(table, start=noise_levels(process, table.levels[:1])[0, 1].item())
+
+    def begin(
+        self, x: Tensor, table: StepTable, process: Process, seed: Tensor, sample_ids: Tensor | None,
+        callback: Callback | None,
+    ) -> Callback | None:  # fmt: skip
+        """Add x_init to the noise x of the first level. Returns the callback that also keeps what is known."""
+        if self.x_init is None:
+            return callback
+        x_init = self.x_init.detach().to(x.device, x.dtype)
+        x.add_(x_init, alpha=noise_levels(process, table.levels[:1])[0, 0].item())
+        if self.known is None:
+            return callback
+        return keeping(process, table, x_init, self.known, seed, sample_ids, callback)
 
 
 def noise_levels(process: Process, times: Tensor) -> Tensor:
@@ -98,8 +127,8 @@ def keeping(
     known: Tensor,
     seed: Tensor,
     sample_ids: Tensor | None,
-    callback: Callable[..., Any] | None,
-) -> Callable[..., Any]:
+    callback: Callback | None,
+) -> Callback:
     """A callback that brings back what is known after each step, then calls the given one.
 
     Its noise is that of ops.FORWARD in step k, apart from the sampler's.

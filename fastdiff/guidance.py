@@ -193,17 +193,19 @@ def guided(
     return rule(x.to(work), cond.to(work), uncond.to(work), row, **given)
 
 
-def with_guidance(table: StepTable, guidance: Guidance, rule: Rule | None, process: Process) -> StepTable:
-    """A copy of the table with the weight w of each step, and the zero start of a rule.
+def with_guidance(table: StepTable, guidance: Guidance | None, rule: Rule | None, process: Process) -> StepTable:
+    """A copy of the table with the weight w of each step, and the zero start of a rule; itself without guidance.
 
     Args:
-        guidance: a finite number, a list or tuple with one for each row, or a function of the row's number and of the
-            level at which the model is asked, to one.
+        guidance: None, a finite number, a list or tuple with one for each row, or a function of the row's number and of
+            the level at which the model is asked, to one.
         rule: how two predictions become one.
         process: of the table.
 
     Raises: ValueError for anything else; TypeError for a rule that is none.
     """
+    if guidance is None:
+        return table
     if rule is not None and (not callable(rule) or isinstance(rule, type)):
         raise TypeError(f"guidance_rule: expected a rule, such as Rescaled(), got {rule!r}")
     levels = table.levels[:-1].tolist()
@@ -269,26 +271,31 @@ def _takes_estimate(network: nn.Module) -> bool:
     return bool(getattr(network, "self_condition", False))
 
 
-def beside(denoiser: Denoiser, other: nn.Module, dtype: torch.dtype | None) -> Denoiser:
-    """The denoiser with a network beside its own, whose predictions are those without the condition.
+def beside(denoiser: Denoiser, uncond: dict[str, Any] | nn.Module | None, dtype: torch.dtype | None) -> Denoiser:
+    """The denoiser with the network `uncond` beside its own, whose predictions are those without the condition; itself
+    if that is no network.
 
     Raises: ValueError unless dtype is None: both run in their own.
     Reference: Karras et al. 2024, arXiv:2406.02507 (autoguidance).
     """
+    if not isinstance(uncond, nn.Module):
+        return denoiser
     if dtype is not None:
         raise ValueError("dtype: expected None with another network as uncond")
     made = copy.copy(denoiser)
-    made.__dict__["_modules"] = {**denoiser._modules, "model": Pair(denoiser.model, other)}
+    made.__dict__["_modules"] = {**denoiser._modules, "model": Pair(denoiser.model, uncond)}
     return made
 
 
 def stack_branches(
-    guidance: Any, uncond: dict[str, Any] | nn.Module | None, cond: dict[str, Any], batch: int, device: torch.device
-) -> dict[str, Any]:
+    guidance: Any, rule: Rule | None, uncond: dict[str, Any] | nn.Module | None, cond: dict[str, Any], batch: int,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
     """The model's arguments for both branches of guidance, stacked along the batch; `cond` itself without guidance.
 
     Args:
         guidance: None, or anything else.
+        rule: how two predictions become one; None without guidance.
         uncond: the arguments of the branch without the condition, by the names of cond; or a network, asked with cond.
         cond: those of the branch with it.
         batch: B. Tensors of B samples are stacked. Two numbers that differ become one for each sample, (2 B,), on the
@@ -299,6 +306,8 @@ def stack_branches(
     if guidance is None:
         if uncond is not None:
             raise ValueError("uncond: expected None without guidance, got the arguments of a branch")
+        if rule is not None:
+            raise ValueError("guidance_rule: expected None without guidance")
         return cond
     if isinstance(uncond, nn.Module):
         uncond = dict(cond)

@@ -90,6 +90,17 @@ def log_likelihood(
     return divergence - 0.5 * squares - n * (math.log(std / scale) + 0.5 * math.log(2 * math.pi))
 
 
+def check_sampling(process: Process, **options: Any) -> None:
+    """None of these options of `sample` is given, since the solver takes none of them; then as `check`."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        *names, last = options
+        raise ValueError(
+            f"sampler: 'ode' chooses its own steps and expected no {', '.join(names)} or {last}, got {', '.join(given)}"
+        )
+    check(process)
+
+
 def check(process: Process) -> None:
     """ImportError without the solver; ValueError if the process ends without signal, at an infinite rate."""
     _solver()

@@ -44,12 +44,25 @@ class StepOptions(NamedTuple):
     guided: bool = False
     rule: Rule | None = None
 
+    @classmethod
+    def of(
+        cls, table: StepTable, clip: float | None, noise: Noise = None, guided: bool = False, rule: Rule | None = None
+    ) -> "StepOptions":
+        """Those of the steps of a table, with noise that is given or None."""
+        return cls(clip, table.keep, table.noisy or noise is not None, table.learned, guided, rule)
+
 
 class Operands(NamedTuple):
-    """The tensors of one step beside the state, as in ops.update: the rows of all steps, the number (1,) of
-    this one, and seed, sample_ids, noise and hist, each of them or None. memory: that of the rule, or None. told: the
-    estimate of x_0 that the network is told, and told_rows, what makes the next one; or None."""
+    """What one step reads beside the state.
 
+    condition, model_kwargs: as in Denoiser.call_model.
+    rows, step, seed, sample_ids, noise, hist: as in ops.update, the rows of all steps and the number (1,) of this one.
+    memory: that of the rule, or None.
+    told, told_rows: the estimate of x_0 that the network is told, and what makes the next one; or None.
+    """
+
+    condition: Tensor
+    model_kwargs: dict[str, Any]
     rows: Tensor
     step: Tensor
     seed: Tensor | None = None
@@ -113,24 +126,24 @@ class Steps:
         """Before the first step."""
         self.time_arguments = self.run.denoiser.time_arguments(self.condition[:, 0]) if len(self.x) else {}
 
-    def given(self, k: int) -> tuple[Operands, dict[str, Any]]:
-        """The operands of step k, and the arguments of the model."""
-        run, given = self.run, given_noise(self.run, k)
-        seed = run.seed if given is None and run.options.noisy else None
-        kept = (self.hist, self.memory, self.told, self.told_rows)
-        operands = Operands(self.rows, self.index[k], seed, run.sample_ids, given, *kept)
+    def operands(self, k: int) -> Operands:
+        """What step k reads."""
+        run, noise = self.run, given_noise(self.run, k)
+        seed = run.seed if noise is None and run.options.noisy else None
         ahead = {name: rows[k : k + 1] for name, rows in self.time_arguments.items()}
-        return operands, {**ahead, **run.model_kwargs}
+        kept = (self.hist, self.memory, self.told, self.told_rows)
+        asked = (self.condition[k], {**ahead, **run.model_kwargs})
+        return Operands(*asked, self.rows, self.index[k], seed, run.sample_ids, noise, *kept)
 
     def take(self, k: int) -> None:
         """Step k, from the state that step k - 1 left."""
-        run, (operands, model_kwargs) = self.run, self.given(k)
+        run, operands = self.run, self.operands(k)
         if run.compiled is None or run.table.kinds[k] != "predict":
-            advance(run.table.kinds[k], run.denoiser, run.x, self.condition[k], operands, run.options, model_kwargs)
+            advance(run.table.kinds[k], run.denoiser, run.x, operands, run.options)
             return
         # The graph's outputs live in its own memory until the next replay.
         torch.compiler.cudagraph_mark_step_begin()
-        new, *kept = run.compiled(run.denoiser, run.x, self.condition[k], operands, run.options, model_kwargs)
+        new, *kept = run.compiled(run.denoiser, run.x, operands, run.options)
         for place, value in zip((run.x, *operands.kept()), (new, *kept), strict=True):
             place.copy_(value)
 
@@ -157,12 +170,11 @@ class StepsWithGradient(Steps):
             return
         self.time_arguments = {}
         with torch.enable_grad():
-            operands, model_kwargs = self.given(k)
-            run, x = self.run, self.x
+            run, x, operands = self.run, self.x, self.operands(k)
             if run.table.kinds[k] == "add":
                 self.x = update(x, Prediction(x), operands, run.options)
             else:
-                self.x, *kept = step(run.denoiser, x, self.condition[k], operands, run.options, model_kwargs)
+                self.x, *kept = step(run.denoiser, x, operands, run.options)
                 self.told = None if self.told is None else kept.pop()
                 self.memory = kept[0] if kept else None  # no sampler with hist has gradients
 
@@ -179,6 +191,11 @@ class Walker(Protocol):
     def take(self, k: int) -> None: ...
 
     def finish(self) -> Tensor: ...
+
+
+def steps_of(run: Run, grad_steps: int = 0) -> Steps:
+    """The steps of a run, one by one, of which the last grad_steps have a gradient."""
+    return StepsWithGradient(run, grad_steps) if grad_steps else Steps(run)
 
 
 def walk(
@@ -267,32 +284,18 @@ def given_noise(run: Run, k: int) -> Tensor | None:
 # --- one step ---------------------------------------------------------------------------------------------------
 
 
-def advance(
-    kind: str,
-    denoiser: Denoiser,
-    x: Tensor,
-    condition: Tensor,
-    operands: Operands,
-    options: StepOptions,
-    model_kwargs: dict[str, Any],
-) -> None:
+def advance(kind: str, denoiser: Denoiser, x: Tensor, operands: Operands, options: StepOptions) -> None:
     """One step of a kind, see StepTable, in place."""
     if kind == "add":
         update(x, Prediction(x), operands, options, inplace=True)
     elif kind == "correct":
-        correct(denoiser, x, condition, operands, options, model_kwargs)
+        correct(denoiser, x, operands, options)
     else:
-        step(denoiser, x, condition, operands, options, model_kwargs, inplace=True)
+        step(denoiser, x, operands, options, inplace=True)
 
 
 def step(
-    denoiser: Denoiser,
-    x: Tensor,
-    condition: Tensor,
-    operands: Operands,
-    options: StepOptions,
-    model_kwargs: dict[str, Any],
-    inplace: bool = False,
+    denoiser: Denoiser, x: Tensor, operands: Operands, options: StepOptions, inplace: bool = False
 ) -> tuple[Tensor, ...]:
     """One prediction and one update: x', then hist' and memory' if there are such.
 
@@ -301,7 +304,7 @@ def step(
     if not inplace:
         hist, memory = (None if t is None else t.clone() for t in (operands.hist, operands.memory))
         operands = operands._replace(hist=hist, memory=memory)
-    predicted = ask(denoiser, x, condition, operands, options, model_kwargs)
+    predicted = ask(denoiser, x, operands, options)
     if operands.told is not None and operands.told_rows is not None:
         told = ops.update(
             x,
@@ -317,20 +320,13 @@ def step(
     return update(x, predicted, operands, options, inplace), *operands.kept()
 
 
-def ask(
-    denoiser: Denoiser,
-    x: Tensor,
-    condition: Tensor,
-    operands: Operands,
-    options: StepOptions,
-    model_kwargs: dict[str, Any],
-) -> Prediction:
+def ask(denoiser: Denoiser, x: Tensor, operands: Operands, options: StepOptions) -> Prediction:
     """One prediction. A rule makes one of both branches."""
-    predicted = denoiser.call_model(x, condition, model_kwargs, options.guided, operands.told)
+    predicted = denoiser.call_model(x, operands.condition, operands.model_kwargs, options.guided, operands.told)
     if options.rule is None or predicted.uncond is None:
         return predicted
-    pred, uncond, (rows, step) = predicted.pred, predicted.uncond, operands[:2]
-    return predicted._replace(pred=guided(options.rule, x, pred, uncond, rows, step, operands.memory), uncond=None)
+    pred = guided(options.rule, x, predicted.pred, predicted.uncond, operands.rows, operands.step, operands.memory)
+    return predicted._replace(pred=pred, uncond=None)
 
 
 def update(x: Tensor, predicted: Prediction, operands: Operands, options: StepOptions, inplace: bool = False) -> Tensor:
@@ -353,14 +349,7 @@ def update(x: Tensor, predicted: Prediction, operands: Operands, options: StepOp
     )
 
 
-def correct(
-    denoiser: Denoiser,
-    x: Tensor,
-    condition: Tensor,
-    operands: Operands,
-    options: StepOptions,
-    model_kwargs: dict[str, Any],
-) -> None:
+def correct(denoiser: Denoiser, x: Tensor, operands: Operands, options: StepOptions) -> None:
     """A step of Langevin dynamics in place, sized on the device by norms of each sample:
 
         e = 2 alpha (snr |z| / |score|)^2
@@ -370,7 +359,7 @@ def correct(
     Reference: Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5.
     """
     rows, number, noise = operands.rows, operands.step, operands.noise
-    predicted = ask(denoiser, x, condition, operands, options, model_kwargs)
+    predicted = ask(denoiser, x, operands, options)
     score = ops.update(x, predicted.pred, rows, number, uncond=predicted.uncond, clip=options.clip, noisy=False)
     if noise is None:
         noise = ops.normal(
