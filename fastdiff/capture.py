@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
-from .estimates import own_estimate_rows
 from .graphs import (
     MOST_CAPTURES,
     PLAIN,
@@ -50,7 +49,7 @@ class CapturedSteps:
         self.x = torch.empty_like(run.x)
         first = Steps(run)
         self.rows, self.condition, self.hist, self.memory = first.rows, first.condition, first.hist, first.memory
-        self.told, self.told_rows = first.told, first.told_rows
+        self.told, self.told_rows = first.told, None if first.told_rows is None else first.told_rows.clone()
         self.counter = torch.zeros(1, dtype=torch.int64, device=run.x.device)
         self.noise = torch.empty_like(self.x) if run.noise is not None else None
         self.seed = None if run.seed is None else run.seed.clone()
@@ -68,9 +67,8 @@ class CapturedSteps:
         self.rows.copy_(run.table.rows)
         self.condition.copy_(conditions(run))
         self.counter.zero_()
-        told_rows = own_estimate_rows(run.denoiser, run.table, run.x, run.model_kwargs)
-        if self.told_rows is not None and told_rows is not None:
-            self.told_rows.copy_(told_rows)
+        if self.told_rows is not None and run.told_rows is not None:
+            self.told_rows.copy_(run.told_rows)
         for kept in (self.hist, self.memory, self.told):
             if kept is not None:
                 kept.zero_()
@@ -194,6 +192,7 @@ def kind_of(run: Run) -> Any:
         tuple(run.table.rows.shape),
         run.table.slots,
         run.options,
+        run.told_rows is None,
         run.denoiser.model.__class__,
         run.denoiser.parameter_dtype,
         run.noise is None,

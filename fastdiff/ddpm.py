@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import bound, ops, sampling, steps
 from .arguments import merged, named
 from .chain import ChainDiffusion
+from .estimates import with_own_estimates
 from .interop import pretrained
 from .interpolation import along_the_circle, mixing_weight
 from .networks import NETWORKS
@@ -280,9 +281,10 @@ class DDPM(ChainDiffusion):
         mix = mix.to(first.dtype)
         z = torch.lerp(first, second, mix) / (mix**2 + (1 - mix) ** 2).sqrt()
         x = self.q_sample(torch.lerp(x0.to(z.dtype), x1.to(z.dtype), mix), level, noise=z).detach()
-        table = self.step_table("ddpm", range(level, -1, -1))
+        model_kwargs = merged(model_kwargs)
+        table = with_own_estimates(self.step_table("ddpm", range(level, -1, -1)), self, model_kwargs)
         options = StepOptions.of(table, self.clip)
-        run = Run(self, table, x, options, seed, model_kwargs=merged(model_kwargs), compiled=self._compiled_step)
+        run = Run(self, table, x, options, seed, model_kwargs=model_kwargs, compiled=self._compiled_step)
         return sampling.walk(Steps(run))
 
     def _bound_table(self) -> Tensor:

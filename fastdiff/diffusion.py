@@ -13,7 +13,7 @@ from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser
 from .editing import Edit
-from .estimates import Callback, wants_estimate, with_estimates
+from .estimates import Callback, wants_estimate, with_estimates, with_own_estimates
 from .forward_noise import kept_noise
 from .guidance import Guidance, Rule, beside, stack_branches, with_guidance
 from .objective import uses_noise, uses_x0
@@ -237,8 +237,7 @@ class Diffusion(Denoiser, ABC):
         check_sampling(shape, x_T, callback, return_trajectory, out, self.dtype, device)
         check_generator(seed, generator)
         check_labels(self.model, model_kwargs)
-        edit = Edit(x_init, strength, known, resample)
-        edit.check(shape, x_T)
+        edit = Edit(x_init, strength, known, resample).checked(shape, x_T)
         kwargs = stack_branches(guidance, guidance_rule, uncond, model_kwargs, shape[0], device)
         others = {"noise": noise, "seed": seed, "sample_ids": sample_ids, "x_init": x_init, "known": known}
         check_out(out, x_T, uncond, {**others, **model_kwargs})
@@ -260,6 +259,7 @@ class Diffusion(Denoiser, ABC):
         captured = not grad_steps and self._is_captured(graph, denoiser, kwargs, shape[0])
         check_noise(noise, len(table), shape)
         table = with_guidance(table, guidance, guidance_rule, self.process)
+        table = table if grad_steps else with_own_estimates(table, denoiser, kwargs, guidance_rule)
         # The start.
         seed = seed_of(seed, generator, device)
         x = self._start(shape, seed, ids, x_T, table.start, out)
@@ -304,6 +304,7 @@ class Diffusion(Denoiser, ABC):
         x = x0.detach().to(device, self.dtype, copy=True) if out is None else out.copy_(x0.detach())
         if not self._starts_at_data:
             x.mul_(self.process.first_scale)
+        table = with_own_estimates(table, self, model_kwargs)
         options = StepOptions.of(table, clip=None)
         run = Run(self, table, x, options, model_kwargs=model_kwargs, compiled=self._compiled_step)
         return as_forward(self, sampling.walk)(Steps(run), progress=progress)

@@ -40,8 +40,8 @@ class Edit:
     known: Tensor | None
     resample: int
 
-    def check(self, shape: tuple[int, ...], x_T: Tensor | None) -> None:
-        """They fit each other, and samples of a shape. TypeError or ValueError, naming the argument."""
+    def checked(self, shape: tuple[int, ...], x_T: Tensor | None) -> "Edit":
+        """Itself, if they fit each other and samples of a shape. TypeError or ValueError, naming the argument."""
         x_init, known = self.x_init, self.known
         if x_init is not None:
             check_shape("x_init", x_init, shape)
@@ -61,6 +61,7 @@ class Edit:
             # A look at a GPU's tensor would wait for it.
             if seen is not None and seen.is_cpu and not bool(((seen >= 0) & (seen <= 1)).all()):
                 raise ValueError(f"known: expected numbers in [0, 1], got {seen.min():g} to {seen.max():g}")
+        return self
 
     def steps(self, process: Process, sampler: str | Sampler, steps: Any, stop_at: float | None) -> Any:
         """The steps of `sample` that are taken: those at the end, down to stop_at."""

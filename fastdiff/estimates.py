@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .denoiser import TOLD, Denoiser
+from .guidance import Rule
 from .objective import conversion_rows
 from .process import Process
-from .reference import work_dtype
-from .rows import columns
+from .rows import WIDE, WIDTH, columns, history_columns
 from .steps import StepTable, denoise_rows
 
 Callback = Callable[..., Tensor | None]
@@ -47,27 +48,62 @@ def with_estimates(table: StepTable, process: Process, objective: str) -> StepTa
     """
     if table.keep not in ("none", "x0hat"):
         raise ValueError("callback: expected one of (k, level, x) with this sampler, which keeps no estimate of x_0")
-    rows = table.rows.clone()
+    rows, direct = table.rows.clone(), is_direct(table)
     row = columns(rows)
-    direct = (row.x0_from_x == 0) & (row.x0_from_pred == 0)  # steps that take no way through x0hat
     if bool(direct.any()):
         levels = process.at(table.levels[:-1][direct].double())
         row.x0_from_x[direct], row.x0_from_pred[direct] = conversion_rows(levels, objective, "x0")
-    return replace(table, rows=rows, keep="x0hat")
+    if table.keep == "x0hat":
+        return replace(table, rows=rows)
+    rows = torch.cat((rows, rows.new_zeros(len(rows), WIDE - WIDTH)), 1)
+    history_columns(rows).kept_from_x0.fill_(1.0)
+    return replace(table, rows=rows, keep="new mix")  # nothing reads hist, so the kernel need not
 
 
-def own_estimate_rows(denoiser: Denoiser, table: StepTable, x: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:
+def is_direct(table: StepTable) -> Tensor:
+    """(n,): the steps that take no way through x0hat."""
+    row = columns(table.rows)
+    return (row.x0_from_x == 0) & (row.x0_from_pred == 0)
+
+
+def with_own_estimates(
+    table: StepTable, denoiser: Denoiser, model_kwargs: dict[str, Any], rule: Rule | None = None
+) -> StepTable:
+    """The table whose steps leave in hist what a self-conditioned network is told next, which costs no launch.
+
+    The table itself if the network is told nothing, if its sampler keeps something else or several estimates, and if
+    the rule of guidance would see other numbers.
+    """
+    if not is_told(denoiser, model_kwargs) or table.keep not in ("none", "x0hat") or table.slots > 1:
+        return table
+    if rule is not None and bool(is_direct(table).any()):
+        return table
+    made = with_estimates(table, denoiser.process, denoiser.objective)
+    return made if own_estimate_rows(denoiser, made, model_kwargs) is None else table
+
+
+def own_estimate_rows(denoiser: Denoiser, table: StepTable, model_kwargs: dict[str, Any]) -> Tensor | None:
     """The rows that make x0hat in the steps of a table, of guided predictions too, for the network to be told.
 
     Args:
         denoiser, table: of the run.
-        x: its state.
         model_kwargs: the model's further arguments. If they say what the network is told, that stays.
 
-    Returns: as table.rows, on the state's device; None if the network is told nothing.
+    Returns: as table.rows; None if the network is told nothing, or what the steps leave in hist.
     """
-    if TOLD in model_kwargs or not denoiser.self_conditioned:
+    if not is_told(denoiser, model_kwargs):
         return None
     rows = denoise_rows(denoiser.process.at(table.levels[:-1].double()), denoiser.objective)
-    columns(rows).guidance.copy_(columns(table.rows).guidance)
-    return rows.to(x.device, work_dtype(x.dtype))
+    own, kept = columns(rows), columns(table.rows)
+    own.guidance.copy_(kept.guidance)
+    if table.keep in ("x0hat", "new mix") and table.slots == 1 and "add" not in table.kinds:
+        asked = torch.tensor([kind == "predict" for kind in table.kinds])
+        pairs = ((own.x0_from_x, kept.x0_from_x), (own.x0_from_pred, kept.x0_from_pred))
+        if all(torch.equal(one[asked].float(), other[asked].float()) for one, other in pairs):
+            return None
+    return rows
+
+
+def is_told(denoiser: Denoiser, model_kwargs: dict[str, Any]) -> bool:
+    """Whether the loop tells the network its own estimate."""
+    return denoiser.self_conditioned and TOLD not in model_kwargs

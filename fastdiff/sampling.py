@@ -10,6 +10,7 @@ It returns keyword arguments of its forward that follow from t (N,) alone, such 
 for all steps, with what the model sees of the times, and passes row k, (1, ...), at step k.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from . import ops
 from .denoiser import Denoiser, Prediction, own_rows
-from .estimates import Callback, own_estimate_rows
+from .estimates import Callback, is_told, own_estimate_rows
 from .guidance import Rule, guided, remembers
 from .reference import work_dtype
 from .rows import columns, history_columns, make_rows
@@ -58,7 +59,8 @@ class Operands(NamedTuple):
     condition, model_kwargs: as in Denoiser.call_model.
     rows, step, seed, sample_ids, noise, hist: as in ops.update, the rows of all steps and the number (1,) of this one.
     memory: that of the rule, or None.
-    told, told_rows: the estimate of x_0 that the network is told, and what makes the next one; or None.
+    told: the estimate of x_0 that the network is told, or None. It may be hist.
+    told_rows: what makes the next one, if hist is another; or None.
     """
 
     condition: Tensor
@@ -75,7 +77,8 @@ class Operands(NamedTuple):
 
     def kept(self) -> tuple[Tensor, ...]:
         """What a step overwrites for the next one."""
-        return tuple(t for t in (self.hist, self.memory, self.told) if t is not None)
+        told = None if self.told_rows is None else self.told
+        return tuple(t for t in (self.hist, self.memory, told) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,12 @@ class Run:
     compiled: Callable[..., tuple[Tensor, ...]] | None = None
     estimates: bool = False
 
+    @functools.cached_property
+    def told_rows(self) -> Tensor | None:
+        """See own_estimate_rows; on the state's device."""
+        rows = own_estimate_rows(self.denoiser, self.table, self.model_kwargs)
+        return None if rows is None else rows.to(self.x.device, work_dtype(self.x.dtype))
+
 
 class Steps:
     """The steps of a run, one after another, with all that they read on its device."""
@@ -117,8 +126,10 @@ class Steps:
         self.index = torch.arange(n, device=device)[:, None]
         self.hist = no_history(run)
         self.memory = torch.zeros_like(run.x) if remembers(run.options.rule) else None
-        self.told_rows = own_estimate_rows(run.denoiser, run.table, run.x, run.model_kwargs)
-        self.told = None if self.told_rows is None else torch.zeros_like(run.x)
+        self.told_rows = run.told_rows
+        self.told = self.hist if is_told(run.denoiser, run.model_kwargs) else None
+        if self.told_rows is not None:
+            self.told = torch.zeros_like(run.x)
         self.condition = conditions(run)
         self.time_arguments: dict[str, Tensor] = {}
 
@@ -305,7 +316,7 @@ def step(
         hist, memory = (None if t is None else t.clone() for t in (operands.hist, operands.memory))
         operands = operands._replace(hist=hist, memory=memory)
     predicted = ask(denoiser, x, operands, options)
-    if operands.told is not None and operands.told_rows is not None:
+    if operands.told_rows is not None:
         told = ops.update(
             x,
             predicted.pred,

@@ -28,7 +28,7 @@ class StepTable:
         levels: (n + 1,) int64, or times of an SDE, float64.
         rows: (n, WIDTH or WIDE) float64, see fastdiff.rows.
         noisy: whether any step adds noise.
-        keep: what a step leaves in hist for later ones: "none", "x0hat", "x" or "mix".
+        keep: what a step leaves in hist for later ones, as in ops.update.
         slots: how many of them hist holds, 1 to 3.
         start: standard deviation of the state to start from.
         kinds: of each step. "predict" is one call of the model and one update. "add" scales the state and adds noise,

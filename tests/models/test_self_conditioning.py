@@ -1,6 +1,7 @@
 """Networks that are told their own estimate of x_0: in every sampler that of the step before, and what takes it."""
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ from small_models import SHAPE, Pointwise
 from tape import Recorders
 from torch import Tensor, nn
 
-from fastdiff import DDPM, DiT, Edm, FlowMatching, ScoreSDE, UNet
+from fastdiff import DDPM, NCSN, DiT, Edm, FlowMatching, ScoreSDE, UNet, ops
 from fastdiff.capture import Captures
 from fastdiff.diffusion import Diffusion
-from fastdiff.guidance import Rescaled
+from fastdiff.guidance import Rescaled, Thresholded, ZeroStar
 from fastdiff.recipes import self_conditioned
+from fastdiff.steps import SAMPLERS
 
 
 class Told(nn.Module):
@@ -39,6 +41,8 @@ CASES = [
     (DDPMS, "ddpm"), (DDPMS, "dpm++2m"), (DDPMS, "unipc"), (VP, "euler_maruyama"), (VP, "predictor_corrector"),
     (FlowMatching, "ddim"), (FlowMatching, "heun"), (Edm, "heun"), (Edm, "dpm++sde"),
 ]  # fmt: skip
+
+HALF = (torch.arange(SHAPE[-1]) < SHAPE[-1] // 2).float().expand(SHAPE)
 
 
 def given(guided: bool) -> dict[str, Any]:
@@ -69,6 +73,56 @@ def test_a_step_is_told_the_estimate_of_the_step_before(make: Any, sampler: str,
             want = fixed.predict_x0(x[:n], level).detach()
 
 
+# Those that keep several tensors, or another one than x0hat, make the estimate by an operation of its own.
+APART = {"dpm++3m_sde", "unipc", "deis", "lms", "plms", "heun", "dpm2", "dpm2_ancestral", "dpm++2s",
+         "dpm++2s_ancestral", "dpm++sde"}  # fmt: skip
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_to_tell_costs_no_launch_where_the_step_makes_the_estimate(
+    name: str, guided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = NCSN(Told(), levels=3) if name == "annealed_langevin" else ScoreSDE(Told(), "vp", "v")
+    table, update, made = model.step_table(name, 3), ops.update, []
+    monkeypatch.setattr(ops, "update", lambda *args, **how: made.append(how) or update(*args, **how))
+    model.sample(SHAPE, sampler=name, steps=3, seed=1, **given(guided))
+    launches = [1 + (kind == "correct" or (kind == "predict" and name in APART)) for kind in table.kinds]
+    assert len(made) == sum(launches)
+
+
+SHARED = {
+    "ddpm": (DDPMS, {"sampler": "ddpm"}),
+    "direct": (ScoreSDE, {"sampler": "probability_flow", **given(True)}),
+    "corrected": (VP, {"sampler": "predictor_corrector"}),
+    # Hist would have other numbers here, and the estimate is apart.
+    "noise comes back": (VP, {"sampler": "ddim", "x_init": torch.ones(SHAPE), "known": HALF, "resample": 2}),
+    "rule sees rows": (ScoreSDE, {"sampler": "probability_flow", "guidance_rule": Thresholded(0.5), **given(True)}),
+    "stands still": (FlowMatching, {"sampler": "ddim", "guidance_rule": ZeroStar(1), **given(True)}),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_an_estimate_from_hist_has_the_bits_of_one_apart(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, how = SHARED[case]
+    model = make(Told(), objective="v") if make is ScoreSDE else make(Told())
+    got = model.sample(SHAPE, steps=3, seed=1, **how)
+    monkeypatch.setattr("fastdiff.diffusion.with_own_estimates", lambda table, *_: table)
+    assert torch.equal(got, model.sample(SHAPE, steps=3, seed=1, **how))
+
+
+@pytest.mark.slow
+def test_a_compiled_step_tells_what_is_in_hist() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import
+
+    torch._dynamo.reset()
+    plain, compiled, counter = DDPMS(Told()), DDPMS(Told()), CompileCounterWithBackend("aot_eager")
+    compiled.compile(backend=counter, fullgraph=True)
+    want, got = (model.sample(SHAPE, sampler="ddim", steps=4, seed=1) for model in (plain, compiled))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert counter.frame_count == 1  # for all steps
+
+
 class Predicting(nn.Module):
     def __init__(self, out: Tensor) -> None:
         super().__init__()
@@ -89,9 +143,10 @@ def test_each_run_begins_with_zeros_and_captures_give_the_same_bits(monkeypatch:
     monkeypatch.setattr("fastdiff.diffusion.what_forbids", lambda *_: None)
     monkeypatch.setattr(Captures.__init__, "__defaults__", (Recorders(),))
     model = Edm(Told())
-    for sigma_max in (80.0, 10.0):  # the rows of one capture are those of each run
+    for sampler, sigma_max in itertools.product(("heun", "ddim"), (80.0, 10.0)):  # the rows are those of each run
         for guided in (False, True):
-            how = {"steps": model.process.karras(4, sigma_max=sigma_max), "seed": 3, **given(guided)}
+            steps = model.process.karras(4, sigma_max=sigma_max)
+            how: dict[str, Any] = {"sampler": sampler, "steps": steps, "seed": 3, **given(guided)}
             want = model.sample(SHAPE, graph=False, **how)
             assert torch.equal(model.sample(SHAPE, **how), want)
 
