@@ -49,7 +49,8 @@ class CapturedSteps:
         self.x = torch.empty_like(run.x)
         first = Steps(run)
         self.rows, self.condition, self.hist, self.memory = first.rows, first.condition, first.hist, first.memory
-        self.told, self.told_rows = first.told, None if first.told_rows is None else first.told_rows.clone()
+        self.own_estimate, rows = first.own_estimate, first.own_estimate_rows
+        self.own_estimate_rows = None if rows is None else rows.clone()
         self.counter = torch.zeros(1, dtype=torch.int64, device=run.x.device)
         self.noise = torch.empty_like(self.x) if run.noise is not None else None
         self.seed = None if run.seed is None else run.seed.clone()
@@ -67,9 +68,9 @@ class CapturedSteps:
         self.rows.copy_(run.table.rows)
         self.condition.copy_(conditions(run))
         self.counter.zero_()
-        if self.told_rows is not None and run.told_rows is not None:
-            self.told_rows.copy_(run.told_rows)
-        for kept in (self.hist, self.memory, self.told):
+        if self.own_estimate_rows is not None and run.own_estimate_rows is not None:
+            self.own_estimate_rows.copy_(run.own_estimate_rows)
+        for kept in (self.hist, self.memory, self.own_estimate):
             if kept is not None:
                 kept.zero_()
         if self.seed is not None and run.seed is not None:
@@ -121,7 +122,7 @@ class CapturedSteps:
         seed = self.seed if self.noise is None and run.options.noisy else None
         ahead = {name: rows.index_select(0, at) for name, rows in (self.time_arguments or {}).items()}
         asked = (self.condition.index_select(0, at)[0], {**ahead, **self.model_kwargs})
-        kept = (self.hist, self.memory, self.told, self.told_rows)
+        kept = (self.hist, self.memory, self.own_estimate, self.own_estimate_rows)
         operands = Operands(*asked, self.rows, at, seed, self.sample_ids, self.noise, *kept)
         advance(kind, run.denoiser, self.x, operands, run.options)
         at.add_(1)
@@ -192,7 +193,7 @@ def kind_of(run: Run) -> Any:
         tuple(run.table.rows.shape),
         run.table.slots,
         run.options,
-        run.told_rows is None,
+        run.own_estimate_rows is None,
         run.denoiser.model.__class__,
         run.denoiser.parameter_dtype,
         run.noise is None,

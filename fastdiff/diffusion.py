@@ -259,7 +259,7 @@ class Diffusion(Denoiser, ABC):
         captured = not grad_steps and self._is_captured(graph, denoiser, kwargs, shape[0])
         check_noise(noise, len(table), shape)
         table = with_guidance(table, guidance, guidance_rule, self.process)
-        table = table if grad_steps else with_own_estimates(table, denoiser, kwargs, guidance_rule)
+        table = table if grad_steps else with_own_estimates(table, denoiser, kwargs, guidance_rule is not None)
         # The start.
         seed = seed_of(seed, generator, device)
         x = self._start(shape, seed, ids, x_T, table.start, out)

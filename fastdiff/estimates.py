@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .denoiser import TOLD, Denoiser
-from .guidance import Rule
 from .objective import conversion_rows
 from .process import Process
 from .rows import WIDE, WIDTH, columns, history_columns
@@ -67,16 +66,16 @@ def is_direct(table: StepTable) -> Tensor:
 
 
 def with_own_estimates(
-    table: StepTable, denoiser: Denoiser, model_kwargs: dict[str, Any], rule: Rule | None = None
+    table: StepTable, denoiser: Denoiser, model_kwargs: dict[str, Any], ruled: bool = False
 ) -> StepTable:
     """The table whose steps leave in hist what a self-conditioned network is told next, which costs no launch.
 
-    The table itself if the network is told nothing, if its sampler keeps something else or several estimates, and if
-    the rule of guidance would see other numbers.
+    The table itself if the network is told nothing, or if its sampler keeps something else or several estimates.
+    ruled: a rule of guidance reads the rows, so they stay as they are.
     """
-    if not is_told(denoiser, model_kwargs) or table.keep not in ("none", "x0hat") or table.slots > 1:
+    if not takes_own_estimate(denoiser, model_kwargs) or table.keep not in ("none", "x0hat") or table.slots > 1:
         return table
-    if rule is not None and bool(is_direct(table).any()):
+    if ruled and bool(is_direct(table).any()):
         return table
     made = with_estimates(table, denoiser.process, denoiser.objective)
     return made if own_estimate_rows(denoiser, made, model_kwargs) is None else table
@@ -91,7 +90,7 @@ def own_estimate_rows(denoiser: Denoiser, table: StepTable, model_kwargs: dict[s
 
     Returns: as table.rows; None if the network is told nothing, or what the steps leave in hist.
     """
-    if not is_told(denoiser, model_kwargs):
+    if not takes_own_estimate(denoiser, model_kwargs):
         return None
     rows = denoise_rows(denoiser.process.at(table.levels[:-1].double()), denoiser.objective)
     own, kept = columns(rows), columns(table.rows)
@@ -104,6 +103,6 @@ def own_estimate_rows(denoiser: Denoiser, table: StepTable, model_kwargs: dict[s
     return rows
 
 
-def is_told(denoiser: Denoiser, model_kwargs: dict[str, Any]) -> bool:
+def takes_own_estimate(denoiser: Denoiser, model_kwargs: dict[str, Any]) -> bool:
     """Whether the loop tells the network its own estimate."""
     return denoiser.self_conditioned and TOLD not in model_kwargs

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import ops
 from .denoiser import Denoiser, Prediction, own_rows
-from .estimates import Callback, is_told, own_estimate_rows
+from .estimates import Callback, own_estimate_rows, takes_own_estimate
 from .guidance import Rule, guided, remembers
 from .reference import work_dtype
 from .rows import columns, history_columns, make_rows
@@ -59,8 +59,8 @@ class Operands(NamedTuple):
     condition, model_kwargs: as in Denoiser.call_model.
     rows, step, seed, sample_ids, noise, hist: as in ops.update, the rows of all steps and the number (1,) of this one.
     memory: that of the rule, or None.
-    told: the estimate of x_0 that the network is told, or None. It may be hist.
-    told_rows: what makes the next one, if hist is another; or None.
+    own_estimate: of x_0, that the network is told, or None. It may be hist.
+    own_estimate_rows: what makes the next one, if hist is another; or None.
     """
 
     condition: Tensor
@@ -72,13 +72,13 @@ class Operands(NamedTuple):
     noise: Tensor | None = None
     hist: Tensor | None = None
     memory: Tensor | None = None
-    told: Tensor | None = None
-    told_rows: Tensor | None = None
+    own_estimate: Tensor | None = None
+    own_estimate_rows: Tensor | None = None
 
     def kept(self) -> tuple[Tensor, ...]:
         """What a step overwrites for the next one."""
-        told = None if self.told_rows is None else self.told
-        return tuple(t for t in (self.hist, self.memory, told) if t is not None)
+        apart = None if self.own_estimate_rows is None else self.own_estimate
+        return tuple(t for t in (self.hist, self.memory, apart) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Run:
     estimates: bool = False
 
     @functools.cached_property
-    def told_rows(self) -> Tensor | None:
+    def own_estimate_rows(self) -> Tensor | None:
         """See own_estimate_rows; on the state's device."""
         rows = own_estimate_rows(self.denoiser, self.table, self.model_kwargs)
         return None if rows is None else rows.to(self.x.device, work_dtype(self.x.dtype))
@@ -126,10 +126,10 @@ class Steps:
         self.index = torch.arange(n, device=device)[:, None]
         self.hist = no_history(run)
         self.memory = torch.zeros_like(run.x) if remembers(run.options.rule) else None
-        self.told_rows = run.told_rows
-        self.told = self.hist if is_told(run.denoiser, run.model_kwargs) else None
-        if self.told_rows is not None:
-            self.told = torch.zeros_like(run.x)
+        self.own_estimate_rows = run.own_estimate_rows
+        self.own_estimate = self.hist if takes_own_estimate(run.denoiser, run.model_kwargs) else None
+        if self.own_estimate_rows is not None:
+            self.own_estimate = torch.zeros_like(run.x)
         self.condition = conditions(run)
         self.time_arguments: dict[str, Tensor] = {}
 
@@ -142,7 +142,7 @@ class Steps:
         run, noise = self.run, given_noise(self.run, k)
         seed = run.seed if noise is None and run.options.noisy else None
         ahead = {name: rows[k : k + 1] for name, rows in self.time_arguments.items()}
-        kept = (self.hist, self.memory, self.told, self.told_rows)
+        kept = (self.hist, self.memory, self.own_estimate, self.own_estimate_rows)
         asked = (self.condition[k], {**ahead, **run.model_kwargs})
         return Operands(*asked, self.rows, self.index[k], seed, run.sample_ids, noise, *kept)
 
@@ -186,7 +186,7 @@ class StepsWithGradient(Steps):
                 self.x = update(x, Prediction(x), operands, run.options)
             else:
                 self.x, *kept = step(run.denoiser, x, operands, run.options)
-                self.told = None if self.told is None else kept.pop()
+                self.own_estimate = None if self.own_estimate is None else kept.pop()
                 self.memory = kept[0] if kept else None  # no sampler with hist has gradients
 
 
@@ -238,8 +238,8 @@ def walk(
             with eval_mode:
                 steps.take(k)
                 if callback is not None:
-                    told = (estimate(steps, k),) if run.estimates else ()
-                    replace_state(steps.x, callback(k, run.table.levels[k + 1].item(), steps.x, *told))
+                    more = (estimate(steps, k),) if run.estimates else ()
+                    replace_state(steps.x, callback(k, run.table.levels[k + 1].item(), steps.x, *more))
             if path is not None:
                 path[k + 1] = steps.x
         x = steps.finish()
@@ -316,24 +316,24 @@ def step(
         hist, memory = (None if t is None else t.clone() for t in (operands.hist, operands.memory))
         operands = operands._replace(hist=hist, memory=memory)
     predicted = ask(denoiser, x, operands, options)
-    if operands.told_rows is not None:
-        told = ops.update(
+    if operands.own_estimate_rows is not None:
+        own_estimate = ops.update(
             x,
             predicted.pred,
-            operands.told_rows,
+            operands.own_estimate_rows,
             operands.step,
             uncond=predicted.uncond,
             clip=options.clip,
             noisy=False,
-            out=operands.told if inplace else None,
+            out=operands.own_estimate if inplace else None,
         )
-        operands = operands._replace(told=told)
+        operands = operands._replace(own_estimate=own_estimate)
     return update(x, predicted, operands, options, inplace), *operands.kept()
 
 
 def ask(denoiser: Denoiser, x: Tensor, operands: Operands, options: StepOptions) -> Prediction:
     """One prediction. A rule makes one of both branches."""
-    predicted = denoiser.call_model(x, operands.condition, operands.model_kwargs, options.guided, operands.told)
+    predicted = denoiser.call_model(x, operands.condition, operands.model_kwargs, options.guided, operands.own_estimate)
     if options.rule is None or predicted.uncond is None:
         return predicted
     pred = guided(options.rule, x, predicted.pred, predicted.uncond, operands.rows, operands.step, operands.memory)
