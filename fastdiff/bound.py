@@ -1,5 +1,4 @@
-"""The variational bound (Ho et al. 2020, arXiv:2006.11239, eq. 5): the rows of its terms, its constant, and the choice
-of the terms that training sees.
+"""The variational bound (Ho et al. 2020, arXiv:2006.11239, eq. 5): the rows of its terms, its constant, and its value.
 
 bound(x_0) = KL(q(x_T | x_0) || N(0, 1)) + sum over t = 2..T of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
 - log p(x_0 | x_1): `prior_kl`, and `ops.vlb` with `vlb_rows`. All in nats per dimension; over ln 2 they are bits.
@@ -11,18 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
 from .arguments import merged
 from .denoiser import Denoiser
+from .importance import LossSecondMoment as LossSecondMoment
 from .objective import x0_rows
 from .ops.checks import as_seed, check_floating
 from .reference import work_dtype
 from .schedule import NoiseSchedule
 from .steps import VARIANCES, check_signal
 from .support.progress import bar
-from .support.scalars import integer
 from .support.shapes import flat
 
 
@@ -74,106 +73,6 @@ def prior_kl(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
     """
     second_moment = flat(x0.to(work_dtype(x0))).square().mean(1)
     return schedule.prior_kl(0.0) + 0.5 * schedule.alpha_bar[-1].item() / schedule.prior_std() ** 2 * second_moment
-
-
-class LossSecondMoment(nn.Module):
-    """Levels drawn in proportion to sqrt(E[L_t^2]), which makes the estimate of the bound least noisy.
-
-    E is the mean over the last 10 losses of a level. Until each of the levels 1..T has 10 losses, all are drawn evenly;
-    after that one draw in a thousand is.
-
-    Reference: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 18.
-    """
-
-    HISTORY = 10
-    UNIFORM = 0.001
-    losses: Tensor  # (T, HISTORY) float32, a ring for each level
-    seen: Tensor  # (T,) int64, losses that came in
-
-    def __init__(self, timesteps: int) -> None:
-        super().__init__()
-        number = integer(timesteps)
-        if number is None or number < 1:
-            raise ValueError(f"timesteps: expected an integer of at least 1, got {timesteps!r}")
-        # State, but no buffers: an average of weights would average it, and .half() would round it.
-        self.losses = torch.zeros(number, self.HISTORY, device="cpu")
-        self.seen = torch.zeros(number, dtype=torch.int64, device="cpu")
-
-    def to_device(self, device: torch.device) -> None:
-        """Bring the history to a device. On the meta device, which has no values, it stays where it is."""
-        if self.losses.device != device and device.type != "meta":
-            with torch.inference_mode(False), torch.no_grad():
-                self.losses, self.seen = self.losses.to(device), self.seen.to(device)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "LossSecondMoment":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.to_device(fn(torch.empty(0, device=self.losses.device)).device)
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}losses"], destination[f"{prefix}seen"] = self.losses, self.seen
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        for name, own in (("losses", self.losses), ("seen", self.seen)):
-            key = prefix + name
-            given = state_dict.get(key)
-            if given is None:
-                missing_keys += [key] if strict else []
-            elif given.shape != own.shape:
-                error_msgs.append(f"{key}: expected shape {tuple(own.shape)}, got {tuple(given.shape)}")
-            elif given.device.type != "meta":
-                own.copy_(given.detach())
-        unexpected_keys += [
-            key for key in state_dict
-            if strict and key.startswith(prefix) and key[len(prefix) :] not in ("losses", "seen")
-        ]  # fmt: skip
-
-    def probabilities(self) -> Tensor:
-        """p_t for t = 1..T, (T,)."""
-        size = self.losses.square().mean(1).sqrt()
-        even = torch.full_like(size, 1 / len(size))
-        known = (self.seen >= self.HISTORY).all() & (size.sum() > 0)
-        return torch.where(known, (1 - self.UNIFORM) * size / size.sum() + self.UNIFORM * even, even)
-
-    def sample(self, batch: int) -> tuple[Tensor, Tensor]:
-        """(t, weights), each (batch,): levels in 1..T from PyTorch's default generator, and 1 / (T p_t).
-
-        With these weights E[weight L_t] is the mean of L over the levels. Nothing waits for the device.
-        """
-        p = self.probabilities()
-        index = torch.multinomial(p, batch, replacement=True)
-        return index + 1, 1 / (len(p) * p[index])
-
-    def sample_at(self, quantiles: Tensor) -> tuple[Tensor, Tensor]:
-        """As `sample`, at given quantiles (batch,) in [0, 1) of the distribution of the levels."""
-        p = self.probabilities()
-        ends = p.double().cumsum(0)
-        index = torch.searchsorted(ends, quantiles.double() * ends[-1], right=True).clamp(max=len(p) - 1)
-        return index + 1, 1 / (len(p) * p[index])
-
-    @torch.no_grad()
-    def update(self, t: Tensor, losses: Tensor) -> None:
-        """Note the losses (B,) of the levels t (B,) in 1..T, without weights and in the order of the batch.
-
-        Losses that are not finite are left out. Nothing waits for the device.
-        """
-        if losses.device.type == "meta":
-            return
-        losses = losses.detach().to(self.losses.dtype)
-        valid = losses.isfinite()
-        same = (t[:, None] == t[None, :]) & valid[None, :]
-        before = same.tril(-1).sum(1)
-        fits = valid & (same.sum(1) - before <= self.HISTORY)  # if a ring is too small for them all, the last ones
-        level = t - 1
-        slot = torch.where(fits, (self.seen[level] + before) % self.HISTORY, self.HISTORY)
-        padded = nn.functional.pad(self.losses, (0, 1))  # one more column takes the others
-        padded[level, slot] = losses
-        self.losses.copy_(padded[:, :-1])
-        self.seen.index_add_(0, level, valid.long())
 
 
 @dataclass(frozen=True)

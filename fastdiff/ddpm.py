@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from . import bound, ops, sampling, steps
 from .arguments import merged, named
 from .chain import ChainDiffusion
+from .denoiser import Prediction
 from .estimates import with_own_estimates
+from .forward_noise import Noised
+from .importance import LossSecondMoment
 from .interop import pretrained
 from .interpolation import along_the_circle, mixing_weight
 from .networks import NETWORKS
@@ -88,7 +91,7 @@ class DDPM(ChainDiffusion):
         made = make_schedule(schedule, timesteps)
         super().__init__(model, Chain(made), objective, loss, weighting, clip)
         self._named = (schedule, made) if isinstance(schedule, str) else None
-        self.importance = bound.LossSecondMoment(self.timesteps) if importance else None
+        self.importance = LossSecondMoment(self.timesteps) if importance else None
         self.variance = variance  # all options are there: checks them together
         remaining = made.alpha_bar[-1].item()
         if made.vp and remaining > MAX_REMAINING_SIGNAL:
@@ -107,7 +110,7 @@ class DDPM(ChainDiffusion):
                 f"loss: expected 'hybrid' or 'vlb', which train a learned variance, got {self.loss_kind!r}"
             )
         if self.importance is not None and len(self.importance.seen) != self.timesteps:
-            self.importance = bound.LossSecondMoment(self.timesteps)
+            self.importance = LossSecondMoment(self.timesteps)
 
     @property
     def schedule_name(self) -> str | None:
@@ -190,21 +193,21 @@ class DDPM(ChainDiffusion):
         return (weight * losses).mean() if reduction == "mean" else weight * losses
 
     def _loss(
-        self, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor,
-        seed: int | Tensor | None, noise: Tensor | None, mask: Tensor | None, reduction: str,
-        kind: str | None = None, ids: Tensor | None = None,
+        self, predicted: Prediction, noised: Noised, x0: Tensor, t: Tensor, mask: Tensor | None, reduction: str,
+        kind: str | None = None,
     ) -> Tensor:  # fmt: skip
         if self.loss_kind in ops.LOSSES:
-            return super()._loss(pred, raw, x_t, x0, t, seed, noise, mask, reduction, ids=ids)
+            return super()._loss(predicted, noised, x0, t, mask, reduction)
         if mask is not None:
             raise ValueError(f"mask: expected None with loss {self.loss_kind!r}, whose bound has no mask")
         hybrid = self.loss_kind == "hybrid"
+        pred, raw, _ = predicted
         rows = self._table("bound", pred.dtype, t.device)
-        nats = ops.vlb(pred, x_t, x0, t, rows, raw_variance=raw, detach_mean=hybrid, reduction=reduction)
+        nats = ops.vlb(pred, noised.x_t, x0, t, rows, raw_variance=raw, detach_mean=hybrid, reduction=reduction)
         bits = nats * (self.timesteps / math.log(2))
         if not hybrid:
             return bits
-        simple = super()._loss(pred, raw, x_t, x0, t, seed, noise, None, reduction, "mse", ids)
+        simple = super()._loss(predicted, noised, x0, t, None, reduction, "mse")
         return simple + HYBRID_WEIGHT * bits
 
     def p_sample(

@@ -11,10 +11,10 @@ from . import bound, ode, ops, sampling
 from .arguments import check_gradients, check_labels, check_noise, check_out, check_sampling, merged, shape_of
 from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
-from .denoiser import Denoiser
+from .denoiser import Denoiser, Prediction
 from .editing import Edit
 from .estimates import Callback, wants_estimate, with_estimates, with_own_estimates
-from .forward_noise import kept_noise
+from .forward_noise import Noised, kept_noise
 from .guidance import Guidance, Rule, beside, stack_branches, with_guidance
 from .objective import uses_noise, uses_x0
 from .ops.checks import (
@@ -105,15 +105,12 @@ class Diffusion(Denoiser, ABC):
         model_kwargs = merged(model_kwargs)
         t = self.checked_times("x0", x0, t)
         check_labels(self.model, model_kwargs)
-        x_t, seed, ids, noise = self.noised(x0, t, seed, sample_ids, noise)
-        pred, raw, _ = self.call_model(x_t, self.condition(t), model_kwargs)
-        return self._loss(pred, raw, x_t, x0, t, seed, noise, mask, reduction, ids=ids)
+        noised = self.noised(x0, t, seed, sample_ids, noise)
+        predicted = self.call_model(noised.x_t, self.condition(t), model_kwargs)
+        return self._loss(predicted, noised, x0, t, mask, reduction)
 
-    def noised(
-        self, x0: Tensor, t: Tensor, seed: int | Tensor | None, sample_ids: Any, noise: Tensor | None
-    ) -> tuple[Tensor, int | Tensor | None, Tensor | None, Tensor | None]:
-        """(x_t, seed, sample_ids, noise): the states at times t (B,) that the loss of these arguments asks about, and
-        the noise of them, or what draws it again."""
+    def noised(self, x0: Tensor, t: Tensor, seed: int | Tensor | None, sample_ids: Any, noise: Tensor | None) -> Noised:
+        """The states at times t (B,) that the loss of these arguments asks about."""
         ids = as_sample_ids(sample_ids, len(x0), x0.device)
         table, row = self.noising_rows(t, x0.dtype)
         if noise is None:
@@ -123,23 +120,23 @@ class Diffusion(Denoiser, ABC):
                 noise = kept_noise(x0, 0 if placed else row, drawn, ids, always=placed)
             seed = seed if noise is None else None
         ids = ids if noise is None else None
-        return ops.noising(x0, row, table, seed=seed, sample_ids=ids, noise=noise), seed, ids, noise
+        x_t = ops.noising(x0, row, table, seed=seed, sample_ids=ids, noise=noise)
+        return Noised(x_t, seed, ids, noise)
 
     def _loss(
-        self, pred: Tensor, raw: Tensor | None, x_t: Tensor, x0: Tensor, t: Tensor,
-        seed: int | Tensor | None, noise: Tensor | None, mask: Tensor | None, reduction: str,
-        kind: str | None = None, ids: Tensor | None = None,
+        self, predicted: Prediction, noised: Noised, x0: Tensor, t: Tensor, mask: Tensor | None, reduction: str,
+        kind: str | None = None,
     ) -> Tensor:  # fmt: skip
-        table, row = self.loss_rows(t, pred.dtype)
+        table, row = self.loss_rows(t, predicted.pred.dtype)
         noisy = uses_noise(self.objective)
         return ops.loss(
-            pred,
+            predicted.pred,
             row,
             table,
             x0=x0 if uses_x0(self.objective) else None,
-            seed=seed if noisy else None,
-            sample_ids=ids if noisy else None,
-            noise=noise if noisy else None,
+            seed=noised.seed if noisy else None,
+            sample_ids=noised.sample_ids if noisy else None,
+            noise=noised.noise if noisy else None,
             mask=mask,
             kind=kind or self.loss_kind,
             reduction=reduction,

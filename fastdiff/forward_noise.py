@@ -1,10 +1,21 @@
 """The noise of a training step: drawn once and kept, or drawn again by the loss."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from . import ops
 from .ops.memory import LARGEST
 from .reference import work_dtype
+
+
+class Noised(NamedTuple):
+    """The states that a loss asks about, and the noise in them, or what draws it again."""
+
+    x_t: Tensor
+    seed: int | Tensor | None
+    sample_ids: Tensor | None
+    noise: Tensor | None
 
 
 def kept_noise(

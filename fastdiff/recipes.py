@@ -79,7 +79,7 @@ def own_estimate(
 
     Args: as of `self_conditioned`.
     """
-    x_t = diffusion.noised(x0, t, seed, sample_ids, noise)[0]
+    x_t = diffusion.noised(x0, t, seed, sample_ids, noise).x_t
     with torch.no_grad():
         return diffusion.predict_x0(x_t, t, **{**model_kwargs, name: torch.zeros_like(x_t)})
 

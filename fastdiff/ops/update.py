@@ -104,16 +104,7 @@ def update(
         if given is not None:
             check_like(name, given, x)
     check_choice("keep", keep, KEEPS)
-    if (hist is None) != (keep == "none"):
-        raise ValueError(f"hist: expected exactly where keep is not 'none', got keep = {keep!r}")
-    if hist is not None:
-        slots = (len(hist),) if several and 2 <= len(hist) <= MAX_SLOTS and keep != "new mix" else ()
-        check_shape("hist", hist, (*slots, *x.shape))
-        check_device("hist", hist, x.device)
-        if keep == "new mix":
-            check_floating("hist", hist)
-        elif hist.dtype != x.dtype:
-            raise TypeError(f"hist: expected the dtype of x, {x.dtype}, got {hist.dtype}")
+    _check_history(hist, keep, x)
     clip = as_clip(clip)
     inputs = (x, pred, uncond, raw_variance, noise)
     with_grad = wants_gradient(*inputs)
@@ -135,26 +126,13 @@ def update(
         seed = noise_source(x, seed, noise)
     elif seed is not None:
         raise ValueError("seed: expected None with noisy=False")
+    clip = None if clip == math.inf else clip  # the kernel multiplies the bound by from_x0, which may be 0
     operands: dict[str, Any] = {  # in the order of _OPERANDS
-        "pred": pred,
-        "rows": rows,
-        "step": step,
-        "seed": seed,
-        "ids": ids,
-        "uncond": uncond,
-        "raw": raw_variance,
-        "noise": noise,
-        "hist": hist,
-        "clip": None if clip == math.inf else clip,  # the kernel multiplies the bound by from_x0, which may be 0
-        "keep": keep,
-        "stream": REVERSE,
-    }
+        "pred": pred, "rows": rows, "step": step, "seed": seed, "ids": ids, "uncond": uncond, "raw": raw_variance,
+        "noise": noise, "hist": hist, "clip": clip, "keep": keep, "stream": REVERSE,
+    }  # fmt: skip
     if with_grad or transforms.active():
-        check_levels("step", step, rows.shape[0], ids)
-        result, kept = reference.update(x, **operands)
-        if hist is not None and kept is not None:
-            transforms.overwrite("hist", hist, kept)
-        return result if written is None else transforms.overwrite("x" if inplace else "out", written, result)
+        return _by_reference("x" if inplace else "out", written, x, operands)
     if inplace:
         _IN_PLACE(x, *operands.values())
         return x
@@ -164,6 +142,22 @@ def update(
         _OUT(out, x, *operands.values())
         return out
     return _OP(x, *[operands[name] for name in _NAMES_WITHOUT_HISTORY])
+
+
+def _check_history(hist: Tensor | None, keep: str, x: Tensor) -> None:
+    """hist is what `keep` asks for: like x, or several slots of such."""
+    if (hist is None) != (keep == "none"):
+        raise ValueError(f"hist: expected exactly where keep is not 'none', got keep = {keep!r}")
+    if hist is None:
+        return
+    several = isinstance(hist, Tensor) and hist.ndim > x.ndim
+    slots = (len(hist),) if several and 2 <= len(hist) <= MAX_SLOTS and keep != "new mix" else ()
+    check_shape("hist", hist, (*slots, *x.shape))
+    check_device("hist", hist, x.device)
+    if keep == "new mix":
+        check_floating("hist", hist)
+    elif hist.dtype != x.dtype:
+        raise TypeError(f"hist: expected the dtype of x, {x.dtype}, got {hist.dtype}")
 
 
 def _check_memory(
@@ -176,6 +170,15 @@ def _check_memory(
         check_memory("out", written, {}, {"x": x, "hist": hist, **data, **others})
     if hist is not None:
         check_memory("hist", hist, data if written is x else {"x": x, **data}, others)
+
+
+def _by_reference(name: str, written: Tensor | None, x: Tensor, operands: dict[str, Any]) -> Tensor:
+    """x' with gradients and transforms, in `written`, the argument of that name, unless it is None."""
+    check_levels("step", operands["step"], len(operands["rows"]), operands["ids"])
+    result, kept = reference.update(x, **operands)
+    if operands["hist"] is not None and kept is not None:
+        transforms.overwrite("hist", operands["hist"], kept)
+    return result if written is None else transforms.overwrite(name, written, result)
 
 
 @quick(on_cpu=True)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.bound import LossSecondMoment
 from fastdiff.ddpm import DDPM
 from fastdiff.diffusion import Diffusion
 from fastdiff.edm import Edm
 from fastdiff.flow import FlowMatching
+from fastdiff.importance import LossSecondMoment
 from fastdiff.networks import NETWORKS, Network, name_of
 from fastdiff.score import NCSN, ScoreSDE
 from fastdiff.support import run_file
