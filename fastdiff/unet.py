@@ -106,7 +106,7 @@ class UNet(nn.Module):
         if not self_condition:
             del self.config["self_condition"]  # as diffusers has it
         self.self_condition = bool(self_condition)
-        widths, last = list(block_out_channels), len(block_out_channels) - 1
+        widths = list(block_out_channels)
         self.emb_dim = time_embedding_dim or 4 * widths[0]
         scale_shift = resnet_time_scale_shift == "scale_shift"
         resnet = partial(
@@ -127,44 +127,54 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(proj, (1 + fourier) * widths[0], self.emb_dim)
         self.class_embedding = nn.Embedding(num_class_embeds, self.emb_dim) if num_class_embeds else None
 
-        def layers(kind: str, inputs: list[int], width: int) -> tuple[list[ResnetBlock], list[Attention]]:
-            attended = inputs if kind.startswith("Attn") else []
-            return [resnet(n, width) for n in inputs], [attention(width) for _ in attended]
-
         self.conv_in = nn.Conv2d(in_channels * (1 + self.self_condition), widths[0], 3, padding=1)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        channels, skips = widths[0], [widths[0]]
-        for i, (kind, width) in enumerate(zip(down_block_types, widths, strict=True)):
-            inputs = [channels] + [width] * (layers_per_block - 1)
-            down = DownBlock(*layers(kind, inputs, width))
-            if i < last and kind == "AttnDownBlock2D" and downsample_type == "resnet":
-                down.downsamplers.append(resnet(width, width, resample=nn.AvgPool2d(2)))
-            elif i < last:
-                down.downsamplers.append(Downsample(width, downsample_padding))
-            self.down_blocks.append(down)
-            channels = width
-            skips += [width] * (layers_per_block + len(down.downsamplers))
-
+        skips = self._add_down_blocks(resnet, attention)
         scale = mid_block_scale_factor
         groups = attn_norm_num_groups or (None if scale_shift else norm_num_groups)
         self.mid_block = MidBlock(
-            [resnet(channels, channels, scale=scale) for _ in range(2)],
-            [attention(channels, groups=groups, scale=scale)] if add_attention else [],
+            [resnet(widths[-1], widths[-1], scale=scale) for _ in range(2)],
+            [attention(widths[-1], groups=groups, scale=scale)] if add_attention else [],
         )
+        self._add_up_blocks(resnet, attention, skips)
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        for index, reader in enumerate(self.readers()):
+            reader.index = index
 
-        for i, (kind, width) in enumerate(zip(up_block_types, reversed(widths), strict=True)):
-            inputs = [n + skips.pop() for n in [channels] + [width] * layers_per_block]
-            up = UpBlock(*layers(kind, inputs, width))
-            if i < last and kind == "AttnUpBlock2D" and upsample_type == "resnet":
+    def _add_down_blocks(self, resnet: Callable[..., ResnetBlock], attention: Callable[..., Attention]) -> list[int]:
+        """The levels from the image down. Returns: the channels of all that they keep for the way up."""
+        config, widths = self.config, self.config["block_out_channels"]
+        channels, skips = widths[0], [widths[0]]
+        for i, (kind, width) in enumerate(zip(config["down_block_types"], widths, strict=True)):
+            inputs = [channels] + [width] * (config["layers_per_block"] - 1)
+            attended = inputs if kind == "AttnDownBlock2D" else []
+            down = DownBlock([resnet(n, width) for n in inputs], [attention(width) for _ in attended])
+            if i < len(widths) - 1 and attended and config["downsample_type"] == "resnet":
+                down.downsamplers.append(resnet(width, width, resample=nn.AvgPool2d(2)))
+            elif i < len(widths) - 1:
+                down.downsamplers.append(Downsample(width, config["downsample_padding"]))
+            self.down_blocks.append(down)
+            channels = width
+            skips += [width] * (len(inputs) + len(down.downsamplers))
+        return skips
+
+    def _add_up_blocks(
+        self, resnet: Callable[..., ResnetBlock], attention: Callable[..., Attention], skips: list[int]
+    ) -> None:
+        """The levels from the middle up, which take the skips from the end."""
+        config, widths = self.config, self.config["block_out_channels"]
+        channels = widths[-1]
+        for i, (kind, width) in enumerate(zip(config["up_block_types"], reversed(widths), strict=True)):
+            inputs = [n + skips.pop() for n in [channels] + [width] * config["layers_per_block"]]
+            attended = inputs if kind == "AttnUpBlock2D" else []
+            up = UpBlock([resnet(n, width) for n in inputs], [attention(width) for _ in attended])
+            if i < len(widths) - 1 and attended and config["upsample_type"] == "resnet":
                 up.upsamplers.append(resnet(width, width, resample=nn.Upsample(scale_factor=2.0)))
-            elif i < last:
+            elif i < len(widths) - 1:
                 up.upsamplers.append(Upsample(width))
             self.up_blocks.append(up)
             channels = width
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
-        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
-        for index, reader in enumerate(self.readers()):
-            reader.index = index
 
     @classmethod
     def from_pretrained(
