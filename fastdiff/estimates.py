@@ -15,7 +15,7 @@ from torch import Tensor
 from .denoiser import TOLD, Denoiser
 from .objective import conversion_rows
 from .process import Process
-from .rows import WIDE, WIDTH, columns, history_columns
+from .rows import columns
 from .steps import StepTable, denoise_rows
 
 Callback = Callable[..., Tensor | None]
@@ -52,11 +52,7 @@ def with_estimates(table: StepTable, process: Process, objective: str) -> StepTa
     if bool(direct.any()):
         levels = process.at(table.levels[:-1][direct].double())
         row.x0_from_x[direct], row.x0_from_pred[direct] = conversion_rows(levels, objective, "x0")
-    if table.keep == "x0hat":
-        return replace(table, rows=rows)
-    rows = torch.cat((rows, rows.new_zeros(len(rows), WIDE - WIDTH)), 1)
-    history_columns(rows).kept_from_x0.fill_(1.0)
-    return replace(table, rows=rows, keep="new mix")  # nothing reads hist, so the kernel need not
+    return replace(table, rows=rows, keep="x0hat" if table.keep == "x0hat" else "new x0hat")
 
 
 def is_direct(table: StepTable) -> Tensor:
@@ -95,7 +91,7 @@ def own_estimate_rows(denoiser: Denoiser, table: StepTable, model_kwargs: dict[s
     rows = denoise_rows(denoiser.process.at(table.levels[:-1].double()), denoiser.objective)
     own, kept = columns(rows), columns(table.rows)
     own.guidance.copy_(kept.guidance)
-    if table.keep in ("x0hat", "new mix") and table.slots == 1 and "add" not in table.kinds:
+    if table.keep in ("x0hat", "new x0hat") and table.slots == 1 and "add" not in table.kinds:
         asked = torch.tensor([kind == "predict" for kind in table.kinds])
         pairs = ((own.x0_from_x, kept.x0_from_x), (own.x0_from_pred, kept.x0_from_pred))
         if all(torch.equal(one[asked].float(), other[asked].float()) for one, other in pairs):

@@ -173,10 +173,10 @@ def update(
         out = out + std * noise
     if hist is None:
         return out.to(x.dtype), None
-    kept = x0 if keep == "x0hat" else state
+    kept = x0 if keep in ("x0hat", "new x0hat") else state
     if history is not None and keep in ("mix", "new mix"):
         kept = history.kept_from_x0 * x0 + history.kept_from_x * state
-    if keep == "new mix":
+    if keep in ("new mix", "new x0hat"):
         return out.to(x.dtype), kept.to(hist.dtype)
     kept = kept.to(x.dtype)
     if history is None or hist.ndim == x.ndim:

@@ -28,6 +28,7 @@ from .cpu_compiled import (
     HUBER,
     KEEP_MIX,
     KEEP_NEW_MIX,
+    KEEP_NEW_X0,
     KEEP_NONE,
     KEEP_X,
     KEEP_X0,
@@ -46,7 +47,9 @@ PARALLEL_FROM = 32768
 CLAIMS = 8
 CODES = {torch.float32: F32, torch.bfloat16: BF16} | ({torch.float16: F16} if compiled.CONVERTS_F16 else {})
 RHOS = {"mse": MSE, "l1": L1, "huber": HUBER}
-KEEPS = {"none": KEEP_NONE, "x0hat": KEEP_X0, "x": KEEP_X, "mix": KEEP_MIX, "new mix": KEEP_NEW_MIX}
+KEEPS = {
+    "none": KEEP_NONE, "x0hat": KEEP_X0, "x": KEEP_X, "mix": KEEP_MIX, "new mix": KEEP_NEW_MIX, "new x0hat": KEEP_NEW_X0
+}  # fmt: skip
 
 _local = threading.local()
 

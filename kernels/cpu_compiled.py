@@ -29,7 +29,7 @@ CHUNK = 4096
 SHORT = 256
 F32, BF16, F16 = 0, 1, 2
 MSE, L1, HUBER = 0, 1, 2
-KEEP_NONE, KEEP_X0, KEEP_X, KEEP_MIX, KEEP_NEW_MIX = range(5)
+KEEP_NONE, KEEP_X0, KEEP_X, KEEP_MIX, KEEP_NEW_MIX, KEEP_NEW_X0 = range(6)
 # The place of each column in a row of `update`, and their number.
 (
     X0_FROM_X, X0_FROM_PRED, FROM_X0, FROM_X, FROM_PRED, NOISE, FROM_HIST, NOISE_HIGH, GUIDANCE, WIDTH
@@ -691,14 +691,14 @@ def update_chunks(operands):
             else:
                 advance(row, clip, state, p, row[NOISE] if noisy else NO_NOISE, eps, x0, result)
             if a.hist != 0:
-                kept = x0 if a.keep == KEEP_X0 else state
-                if a.keep >= KEEP_MIX:
+                kept = x0 if a.keep == KEEP_X0 or a.keep == KEEP_NEW_X0 else state
+                if a.keep == KEEP_MIX or a.keep == KEEP_NEW_MIX:
                     kept = floats(scratch + GUIDED, m)
                     mix(row[KEPT_FROM_X0], x0, row[KEPT_FROM_X], state, kept)
                 for slot in range(a.slots):
                     there = at + slot * a.n * (a.count // a.chunks)
                     share = row[FROM_HIST] if slot == 0 else row[FROM_HIST2 + slot - 1]
-                    if a.keep != KEEP_NEW_MIX:
+                    if a.keep < KEEP_NEW_MIX:
                         past = read(a.hist, a.hist_code, there, first, m, a.channels, plane, scratch, OTHER)
                         add(share, past, result)
                     if a.slots == 1 or row[SLOT] == slot:

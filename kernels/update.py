@@ -14,7 +14,7 @@ With several slots of history, or a mix that is kept, a row has more of them:
     s           slot: the one that is overwritten
     p, q        kept_from_x0, kept_from_x: the mix that is kept, p x0hat + q x
 
-With KEEP = "new mix" hist is a second output: the mix is written, and nothing is read.
+With KEEP = "new mix" or "new x0hat" hist is a second output: it is written, and nothing is read.
 
 Moves, per element: reads x and pred (and uncond, raw, noise and all slots of hist if they are given); writes x', and
 one slot of hist if it is given.
@@ -83,7 +83,12 @@ def update_kernel(
         uncond = load_float32(uncond_ptr + at + offsets, mask)
         pred = uncond + w * (pred - uncond)
 
-    if KEEP == "none" or KEEP == "x":  # Only c x0hat is needed: c goes into a, b and the bound, once per program.
+    if KEEP == "new x0hat":  # x' has the same bits as with "none"
+        kept = a * x + b * pred
+        if CLIP:
+            kept = clamp(kept, clip, BLOCK)
+    # Where only c x0hat is needed, c goes into a, b and the bound, once per program.
+    if KEEP == "none" or KEEP == "x" or KEEP == "new x0hat":
         a, b, clip, c = c * a, c * b, tl.abs(c) * clip, 1.0
     x0 = a * x + b * pred
     if CLIP:
@@ -105,10 +110,13 @@ def update_kernel(
             out += f * z
     if hist_ptr is not None:
         hist = hist_ptr + start + offsets
-        if KEEP != "new mix":
+        if KEEP != "new mix" and KEEP != "new x0hat":
             g = tl.load(row + G)
             out += g * load_float32(hist, mask)
-        kept = x0 if KEEP == "x0hat" else x
+        if KEEP == "x0hat":
+            kept = x0
+        if KEEP == "x":
+            kept = x
         if KEEP == "mix" or KEEP == "new mix":
             kept = tl.load(row + P) * x0 + tl.load(row + Q) * x
         if SLOTS == 1:

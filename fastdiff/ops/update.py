@@ -36,7 +36,8 @@ from .overlap import check_memory
 from .quick import quick
 from .registry import NOISE, Op, names_of
 
-KEEPS = ("none", "x0hat", "x", "mix", "new mix")
+NEW = ("new mix", "new x0hat")  # hist is written only
+KEEPS = ("none", "x0hat", "x", "mix", *NEW)
 # What follows x in the schema of every form of the op.
 _OPERANDS = (
     f"Tensor pred, Tensor rows, Tensor step, {NOISE}, Tensor? uncond, Tensor? raw, Tensor? noise, "
@@ -84,8 +85,8 @@ def update(
         hist: read, then overwritten with what `keep` names. Or (K, B, ...), 2 or 3 slots: all are read, and the one
             that the row names is overwritten.
         clip: x0hat is kept in [-clip, clip].
-        keep: "x0hat", "x" or "mix" (kept_from_x0 x0hat + kept_from_x x) with hist, else "none". With "new mix" hist is
-            a second output: one tensor like x of any floating type, which is not read.
+        keep: "x0hat", "x" or "mix" (kept_from_x0 x0hat + kept_from_x x) with hist, else "none". With "new mix"
+            and "new x0hat" it is a second output: one tensor like x of any floating type, which is not read.
         noisy: False leaves noise z out.
         inplace: x becomes x', and nothing is allocated.
 
@@ -151,10 +152,10 @@ def _check_history(hist: Tensor | None, keep: str, x: Tensor) -> None:
     if hist is None:
         return
     several = isinstance(hist, Tensor) and hist.ndim > x.ndim
-    slots = (len(hist),) if several and 2 <= len(hist) <= MAX_SLOTS and keep != "new mix" else ()
+    slots = (len(hist),) if several and 2 <= len(hist) <= MAX_SLOTS and keep not in NEW else ()
     check_shape("hist", hist, (*slots, *x.shape))
     check_device("hist", hist, x.device)
-    if keep == "new mix":
+    if keep in NEW:
         check_floating("hist", hist)
     elif hist.dtype != x.dtype:
         raise TypeError(f"hist: expected the dtype of x, {x.dtype}, got {hist.dtype}")

@@ -113,7 +113,7 @@ REFUSED = [
     (update, {"seed": 1, "noisy": False}, ValueError, "seed: expected None with noisy=False"),
     (update, {"uncond": X[:1]}, ValueError, "uncond: expected shape (2, 3), got (1, 3)"),
     (update, {"raw_variance": META}, ValueError, "raw_variance: expected device cpu, got meta"),
-    (update, {"keep": "x0"}, ValueError, "keep: expected one of none, x0hat, x, mix, new mix, got 'x0'"),
+    (update, {"keep": "x0"}, ValueError, "keep: expected one of none, x0hat, x, mix, new mix, new x0hat, got 'x0'"),
     (update, {"keep": "x"}, ValueError, "hist: expected exactly where keep is not 'none', got keep = 'x'"),
     (update, {"hist": X}, ValueError, "hist: expected exactly where keep is not 'none', got keep = 'none'"),
     (update, {"hist": X[0], "keep": "x"}, ValueError, "hist: expected shape (2, 3), got (3,)"),

@@ -96,6 +96,21 @@ def test_a_new_mix_is_a_second_output(backend, dtype):
 
 
 @every
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_new_x0hat_leaves_the_step_as_it_is(backend, clip):
+    """hist is not read, and the new state has the bits of a step that keeps nothing."""
+    x, pred, uncond = (tensor((3, 2049), salt=i) for i in range(3))
+    rows, before, hist = table(2, WIDTH, 0), torch.zeros_like(x), torch.full_like(x, torch.nan)
+    given = {"uncond": uncond, "clip": clip, "seed": 5}
+    with fastdiff.backend(backend):
+        want = ops.update(x, pred, rows, 1, **given)
+        ops.update(x, pred, rows, 1, hist=before, keep="x0hat", **given)
+        out = ops.update(x, pred, rows, 1, hist=hist, keep="new x0hat", **given)
+    assert_same_bits(out, want)
+    assert_same_bits(hist, before)
+
+
+@every
 def test_a_step_that_remembers_copies_nothing(backend):
     """Without out= too: x stays, and the result is that of out=."""
     rows, (x, pred, old) = table(2, WIDTH, 0), (tensor((2, 8), salt=i) for i in range(3))
