@@ -102,7 +102,7 @@ class UNet(nn.Module):
         config = {k: plain_number(v) for k, v in locals().items() if k not in ("self", "__class__")}
         _check_config(config)
         super().__init__()
-        self.config = {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in config.items()}
+        self.config: dict[str, Any] = {k: list(v) if isinstance(v, list | tuple) else v for k, v in config.items()}
         if not self_condition:
             del self.config["self_condition"]  # as diffusers has it
         self.self_condition = bool(self_condition)
