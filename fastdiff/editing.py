@@ -28,7 +28,7 @@ from .reference import work_dtype
 from .rows import make_rows
 from .steps import Sampler, StepTable, part_of
 from .support import transforms
-from .support.scalars import as_number, integer
+from .support.scalars import as_count, as_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,7 @@ class Edit:
                 raise ValueError("x_T: expected None with x_init, which the start is made of")
         if not 0 < as_number("strength", self.strength) <= 1:
             raise ValueError(f"strength: expected a number above 0 and up to 1, got {self.strength}")
-        if (integer(self.resample) or 0) < 1:
-            raise ValueError(f"resample: expected an integer of at least 1, got {self.resample!r}")
+        as_count("resample", self.resample)
         if x_init is None and (self.strength != 1 or known is not None):
             raise ValueError(f"x_init: expected an image with {'strength' if known is None else 'known'}, got None")
         if known is None and self.resample != 1:

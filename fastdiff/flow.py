@@ -21,7 +21,7 @@ from .ops.checks import check_choice, check_floating, check_like
 from .process import KARRAS_RANGE, Grid, Process
 from .reference import work_dtype
 from .schedule import NoiseSchedule
-from .support.scalars import as_number, integer
+from .support.scalars import as_count, as_number
 from .support.settable import settable
 from .support.shapes import flat
 
@@ -68,9 +68,7 @@ class Flow(Process):
     def grid(self, steps: int | Iterable[float] | None) -> Grid:
         """As Process.grid, but n steps are n equal strides from `last` all the way to 0, shifted."""
         if not isinstance(steps, Iterable):
-            number = integer(self.default_steps if steps is None else steps)
-            if number is None or number < 1:
-                raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
+            number = as_count("steps", self.default_steps if steps is None else steps)
             start = self.last / (self.shift - (self.shift - 1) * self.last)
             steps = self.shifted(torch.linspace(start, 0, number + 1, dtype=torch.float64, device="cpu"))
             steps[0] = self.last  # without a rounding, by which alpha would not be 0
@@ -120,10 +118,7 @@ def resolution_shift(size: int, base: int) -> float:
 
     Reference: Esser et al. 2024, section 5.3.2.
     """
-    for name, count in (("size", size), ("base", base)):
-        if (integer(count) or 0) < 1:
-            raise ValueError(f"{name}: expected an integer of at least 1, got {count!r}")
-    return math.sqrt(size / base)
+    return math.sqrt(as_count("size", size) / as_count("base", base))
 
 
 def optimal_coupling(x0: Tensor, noise: Tensor) -> Tensor:

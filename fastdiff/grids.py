@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .process import Chain, Grid, Process
 from .schedule import as_float64
-from .support.scalars import as_number, integer
+from .support.scalars import as_count, as_number
 
 # sigma / alpha of ten steps and of their end, for which 0 stands.
 ALIGN_YOUR_STEPS = {
@@ -158,9 +158,7 @@ def with_middles(process: Process, grid: Grid, ratios: Tensor) -> Grid:
 
 def _count(steps: int, low: float = 0.0, high: float = 1.0) -> int:
     """How many levels; a range of one ratio is one level."""
-    number = integer(steps)
-    if number is None or number < 1:
-        raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
+    number = as_count("steps", steps)
     return 1 if low == high else number
 
 

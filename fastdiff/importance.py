@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .support.scalars import integer
+from .support.scalars import as_count
 
 
 class LossSecondMoment(nn.Module):
@@ -24,9 +24,7 @@ class LossSecondMoment(nn.Module):
 
     def __init__(self, timesteps: int) -> None:
         super().__init__()
-        number = integer(timesteps)
-        if number is None or number < 1:
-            raise ValueError(f"timesteps: expected an integer of at least 1, got {timesteps!r}")
+        number = as_count("timesteps", timesteps)
         # State, but no buffers: an average of weights would average it, and .half() would round it.
         self.losses = torch.zeros(number, self.HISTORY, device="cpu")
         self.seen = torch.zeros(number, dtype=torch.int64, device="cpu")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .schedule import NoiseSchedule, as_float64, grid
-from .support.scalars import as_number, integer
+from .support.scalars import as_count, as_number, integer
 from .support.settable import fixed
 
 # Noise levels sigma / alpha between which Karras et al. 2022 sample.
@@ -102,7 +102,7 @@ class Process(ABC):
             times = self._given(steps)
             times = times[:-1] if times[-1] == 0 else times
         else:
-            n = _count("steps", self.default_steps if steps is None else steps)
+            n = as_count("steps", self.default_steps if steps is None else steps)
             times = torch.linspace(self.last, self.first, n + 1, dtype=torch.float64, device="cpu")
         made = self.discretize(times.flip(0))
         return made, torch.arange(len(times), -1, -1, device="cpu")
@@ -134,7 +134,7 @@ class Process(ABC):
         without signal has no largest ratio: give sigma_max.
         Reference: Karras et al. 2022, eq. 5 and algorithm 2; the end of a chain: its reference code's `round_sigma`.
         """
-        n = _count("steps", 18 if steps is None else steps)
+        n = as_count("steps", 18 if steps is None else steps)
         low, high = self.ratio_range(sigma_min, sigma_max)
         rho, churn = as_number("rho", rho), as_number("churn", churn)
         churn_min, churn_max = as_number("churn_min", churn_min), as_number("churn_max", churn_max)
@@ -273,7 +273,7 @@ class Chain(Process):
         return self.schedule, grid(self.schedule.timesteps, steps)  # type: ignore[arg-type]
 
     def ladder(self, steps: int | None) -> Grid:
-        n = _count("steps", 100 if steps is None else steps)
+        n = as_count("steps", 100 if steps is None else steps)
         levels = torch.arange(self.schedule.timesteps, 0, -1, device="cpu").repeat_interleave(n)
         return self.schedule, torch.cat((levels, torch.tensor([1, 0], device="cpu")))
 
@@ -288,7 +288,7 @@ class Ladder(Chain):
     def __init__(self, sigma_max: float = 1.0, sigma_min: float = 0.01, levels: int = 10) -> None:
         self.sigma_min, self.sigma_max = _sigmas(sigma_min, sigma_max)
         ends = math.log(sigma_min), math.log(sigma_max)
-        levels = _count("levels", levels)
+        levels = as_count("levels", levels)
         if levels == 1:
             raise ValueError("levels: expected at least 2, from sigma_min to sigma_max, got 1")
         sigma = torch.linspace(*ends, levels, dtype=torch.float64, device="cpu").exp()
@@ -384,13 +384,6 @@ class VE(Process):
 
 
 SDES: dict[str, type[Process]] = {"vp": VP, "subvp": SubVP, "ve": VE}
-
-
-def _count(name: str, value: Any) -> int:
-    number = integer(value)
-    if number is None or number < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-    return number
 
 
 def _sigmas(sigma_min: float, sigma_max: float) -> tuple[float, float]:

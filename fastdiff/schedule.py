@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .support.scalars import integer
+from .support.scalars import as_count, integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,10 +260,7 @@ def make_schedule(schedule: "str | NoiseSchedule | Tensor", timesteps: int) -> N
 
     Raises: ValueError for an unknown name, and unless timesteps is the length of what is given.
     """
-    length = integer(timesteps)
-    if length is None or length < 1:
-        raise ValueError(f"timesteps: expected an integer of at least 1, got {timesteps!r}")
-    timesteps = length
+    timesteps = as_count("timesteps", timesteps)
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..rows import make_rows
 from ..schedule import NoiseSchedule
-from ..support.scalars import integer
+from ..support.scalars import as_count
 from .table import StepTable, check_above_0, check_finite_ratio, make_table, score_columns, x0_columns
 from .through_x0 import ancestral
 
@@ -125,9 +125,7 @@ def predictor_corrector(
     """
     if predictor not in PREDICTORS:
         raise ValueError(f"predictor: expected one of {', '.join(PREDICTORS)}, got {predictor!r}")
-    repeats = integer(corrections)
-    if repeats is None or repeats < 1:
-        raise ValueError(f"corrections: expected an integer of at least 1, got {corrections!r}")
+    repeats = as_count("corrections", corrections)
     check_above_0("snr", snr)
     steps = PREDICTORS[predictor](schedule, levels, objective, clip).rows
     n = int((levels[1:] > 0).sum())  # the step to data has nothing to correct

@@ -27,6 +27,14 @@ def as_integer(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
+def as_count(name: str, value: Any) -> int:
+    """A Python integer of at least 1 of an integer of Python or NumPy. ValueError for anything else."""
+    number = integer(value)
+    if number is None or number < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    return number
+
+
 def integer(value: Any) -> int | None:
     """The integer that a number of Python or NumPy is; None for anything else, and for a bool."""
     if type(value) is int:

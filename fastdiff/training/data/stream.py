@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastdiff.support.scalars import as_number, integer
+from fastdiff.support.scalars import as_count, as_number
 from fastdiff.training.data.order import FLIP, LABEL, draws, shuffled
 from fastdiff.training.data.sources import Source, reason, scaled
 
@@ -96,8 +96,7 @@ class Stream:
     ) -> None:
         if not hasattr(source, "read"):
             raise TypeError(f"source: expected one of fastdiff.data, such as Arrays, got {type(source).__name__}")
-        if (integer(batch_size) or 0) < 1:
-            raise ValueError(f"batch_size: expected an integer of at least 1, got {batch_size!r}")
+        as_count("batch_size", batch_size)
         if not 0 <= as_number("label_dropout", label_dropout) <= 1:
             raise ValueError(f"label_dropout: expected a number from 0 to 1, got {label_dropout}")
         self.source, self.batch_size, self.seed, self.flip = source, batch_size, seed, flip
