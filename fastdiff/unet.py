@@ -232,7 +232,7 @@ class UNet(nn.Module):
     def _in_channels(self) -> int:
         """Those of x, by conv_in, which may be another layer now, also one that does not say."""
         taken = 1 + self.self_condition
-        return int(getattr(self.conv_in, "in_channels", taken * self.config["in_channels"])) // taken  # type: ignore[arg-type]
+        return int(getattr(self.conv_in, "in_channels", taken * self.config["in_channels"])) // taken
 
     def forward(
         self,
