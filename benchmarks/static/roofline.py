@@ -130,7 +130,7 @@ def launch(v: Variant) -> None:
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None
-        clip, keep = 1.0 if v.has("clip") else None, v.one_of("x0hat", "x", "mix", "none")
+        clip, keep = 1.0 if v.has("clip") else None, v.one_of("new x0hat", "x0hat", "x", "mix", "none")
         hist = None if keep == "none" else torch.stack([v.data()] * 3) if v.has("slots") else v.data()
         rows, step = floats(LEVELS, WIDE if v.has("slots") else WIDTH), integers(1)
         update(v.data(), v.data(), pred, rows, step, seed, ids, uncond, raw, noise, hist, clip, keep, STREAM)

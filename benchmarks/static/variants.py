@@ -77,7 +77,7 @@ RARE = [
     ("update", DRAWN, subsets("clip", "uncond", "raw", "x0hat")),
     ("update", ("none",), subsets("clip", "uncond", "x0hat")),
     ("update", ("none", "generated"), ["clip+x0hat+slots", "clip+mix+slots"]),
-    ("update", ("generated",), ["clip+x", "clip+ids", "clip+channels_last", "clip+mixed"]),
+    ("update", ("generated",), ["clip+x", "clip+new x0hat", "clip+ids", "clip+channels_last", "clip+mixed"]),
     ("inner", ("none",), ["channels_last", "centred", "guidance"]),
     ("merge", ("none",), ["centred"]),
     ("norm", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed", "linear"]),
