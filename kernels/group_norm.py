@@ -40,6 +40,8 @@ class Limits(NamedTuple):
     blocks: int = 8  # of lanes in a slab at most
     parts: int = 32  # of a group, unless slabs are so large that more have to share one
     resident: int = 24 * 2**20  # bytes that stay in the L2 cache between two launches
+    # Whether a kernel reads x and skip where they lie. Triton's AMD compiler cannot choose between pointers.
+    halves: bool = torch.version.hip is None
 
 
 LIMITS = Limits()
@@ -152,7 +154,9 @@ def plan_of(
 
 
 def _prepared(x: Tensor, skip: Tensor | None, groups: int, backward: bool) -> tuple[Tensor, Tensor | None, Plan]:
-    """(x contiguous or channels last and gapless, skip laid out so too, the plan of both together)."""
+    """(x contiguous or channels last and gapless, skip laid out so too or joined to x, the plan of both together)."""
+    if skip is not None and not LIMITS.halves:
+        x, skip = torch.cat((x, skip), 1), None
     x = x if channels_of(x) and is_dense(x) else x.contiguous()
     skip = None if skip is None else _laid(x, skip)
     (batch, first), last = x.shape[:2], not x.is_contiguous()
@@ -215,7 +219,8 @@ def norm_grad(
     """Write the gradients by x and skip into x_grad and skip_grad, and those by the other operands into tensors shaped
     like them, contiguous; None for an operand that is not there, or for all of these if none is wanted."""
     x, skip, plan = _prepared(x, skip, groups, backward=True)
-    same, grad = laid_like(x, x_grad), _laid(x, grad)
+    joined = skip_grad is not None and skip is None
+    same, grad = torch.empty_like(x) if joined else laid_like(x, x_grad), _laid(x, grad)
     same_skip = None if skip is None or skip_grad is None else laid_like(skip, skip_grad)
     add, scale, shift = _row(add), _row(scale), _row(shift)
     weight, bias = weight.contiguous(), bias.contiguous()
@@ -236,10 +241,11 @@ def norm_grad(
             norm_grad_kernel, grid, x_grad_ptr=same, skip_grad_ptr=same_skip, first=first, PARTS=_power(plan.parts),
             **operands,
         )  # fmt: skip
-    if same is not x_grad:
-        x_grad.copy_(same)
-    if skip_grad is not None and same_skip is not None and same_skip is not skip_grad:
-        skip_grad.copy_(same_skip)
+    if joined:
+        same, same_skip = same.tensor_split([x_grad.shape[1]], 1)
+    for gradient, written in ((x_grad, same), (skip_grad, same_skip)):
+        if gradient is not None and written is not None and written is not gradient:
+            gradient.copy_(written)
     if weight_grad is not None:
         launch(
             parameters_kernel, (-(-channels // COLUMNS), 1, 1),

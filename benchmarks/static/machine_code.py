@@ -95,10 +95,10 @@ def measure(kernels: Sequence[tuple[Any, int]]) -> list[dict[str, Any]]:
 
 
 def plan_for(target: GPUTarget) -> None:
-    """Let the norm plan for the target's warps, not for those of the PyTorch at hand."""
+    """Let the norm plan for the target, not for the PyTorch at hand."""
     from fastdiff.kernels import group_norm
 
-    group_norm.LIMITS = group_norm.LIMITS._replace(warp=target.warp_size)
+    group_norm.LIMITS = group_norm.LIMITS._replace(warp=target.warp_size, halves=target.backend == "cuda")
 
 
 def elements(arguments: dict[str, Any]) -> int:

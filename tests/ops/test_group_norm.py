@@ -33,6 +33,7 @@ LIMITS = [
     SMALL,
     SMALL._replace(forward=1, backward=1, held=8, rows=2, blocks=3, line=16, resident=256),
     SMALL._replace(enough=1, blocks=1, rows=1, parts=2, resident=1),
+    SMALL._replace(halves=False),
 ]
 
 
