@@ -9,7 +9,7 @@ import torch
 from fastdiff.steps import SAMPLERS, name_to_use
 from fastdiff.training.data.opening import KINDS
 from fastdiff.training.figures import SAMPLES
-from fastdiff.training.options import DIGITS, LARGEST, LOGS, OBJECTIVES, Options
+from fastdiff.training.options import DIGITS, DIGITS_SPREAD, LARGEST, LOGS, OBJECTIVES, Options
 from fastdiff.training.presets import PRESETS
 from fastdiff.training.samples import SUITED
 
@@ -39,6 +39,7 @@ TRAIN_HELP = {
     "timesteps": "length of ddpm's chain, or of ncsn's ladder",
     "sigma_min": "smallest noise of ncsn and ve",
     "sigma_max": "largest noise of ncsn and ve",
+    "sigma_data": "of edm, the standard deviation of the data in [-1, 1]",
     "loss": "mse, l1 or huber; hybrid or vlb of ddpm",
     "weighting": "of noise levels: simple or min_snr (min_snr:3 for gamma 3); vlb of ddpm and ncsn; likelihood of SDEs",
     "offset_noise": "strength of noise that all pixels of a channel share, for darker and brighter images",
@@ -83,6 +84,7 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
     text = "go on exactly from RUN_DIR/model.safetensors; auto: if it is there"
     command.add_argument("--resume", nargs="?", const="always", choices=("always", "auto"), help=text)
     device_argument(command)
+    digits = DIGITS | DIGITS_SPREAD
     for field in fields(Options):
         if field.name == "data":
             continue
@@ -91,8 +93,8 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
             command.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
         default = DEFAULTS.get(field.name, str(field.default))
-        if field.name in DIGITS:
-            default += f", for the digits {DIGITS[field.name]}"
+        if field.name in digits:
+            default += f", for the digits {digits[field.name]}"
         text = f"{text} (default: {default})"
         kind = size if field.name == "size" else type(field.default)
         command.add_argument(flag, type=kind, metavar=field.name.upper(), help=text)

@@ -24,8 +24,10 @@ def build(options: Options, classes: int = 0) -> Diffusion:
         return DDPM(network, schedule=options.schedule, timesteps=options.timesteps, variance=options.variance, **same)
     if options.formulation == "ncsn":
         return NCSN(network, levels=options.timesteps, **sigmas, **same)
-    if options.formulation in ("flow", "edm"):
-        return (FlowMatching if options.formulation == "flow" else Edm)(network, **same)
+    if options.formulation == "flow":
+        return FlowMatching(network, **same)
+    if options.formulation == "edm":
+        return Edm(network, sigma_data=options.sigma_data, **same)
     return ScoreSDE(network, options.formulation, **same, **(sigmas if options.formulation == "ve" else {}))
 
 

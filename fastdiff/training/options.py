@@ -22,11 +22,12 @@ OWNERS = {
     "timesteps": ("ddpm", "ncsn"),
     "sigma_min": ("ncsn", "ve"),
     "sigma_max": ("ncsn", "ve"),
+    "sigma_data": ("edm",),
 }
 # The formulations whose network is told sigma, which a U-Net embeds; a DiT embeds timesteps alone.
 OF_SIGMA = ("ncsn", "ve")
 # Options that runs of before do not have, and what they did.
-LATER: dict[str, Any] = {"network": "unet", "patch": 0, "self_conditioning": False}
+LATER: dict[str, Any] = {"network": "unet", "patch": 0, "self_conditioning": False, "sigma_data": 0.5}
 # Integers that count something, and the largest of them.
 COUNTS = ("steps", "batch_size", "channels", "timesteps", "save_every", "keep", "accumulate", "max_bad_steps")
 # Integers from 0.
@@ -68,6 +69,7 @@ class Options:
         schedule, variance: of ddpm; variance "learned" doubles the network's output channels.
         timesteps: length of ddpm's chain, or of ncsn's ladder.
         sigma_min, sigma_max: smallest and largest noise of ncsn and ve.
+        sigma_data: of edm, the standard deviation of the data in [-1, 1].
         offset_noise: strength of `fastdiff.recipes.offset_noise`.
         seed: of weights, batches and noise.
         bf16: autocast to bfloat16; None means wherever CUDA supports it.
@@ -115,6 +117,7 @@ class Options:
     timesteps: int = 1000
     sigma_min: float = 0.01
     sigma_max: float = 50.0
+    sigma_data: float = 0.5
     loss: str = "mse"
     weighting: str = "simple"
     offset_noise: float = 0.0
@@ -172,7 +175,7 @@ class Options:
         if not 0 <= self.offset_noise < math.inf:
             raise ValueError(f"offset_noise: expected a finite number of at least 0, got {self.offset_noise}")
         self._check_optimizer()
-        for name in ("lr", "clip_grad"):
+        for name in ("lr", "clip_grad", "sigma_data"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
 
@@ -304,11 +307,13 @@ DIGITS: dict[str, Any] = {
 # Distances between digits are about 8, and neighbouring levels should overlap in 64 dimensions (Song & Ermon 2020,
 # arXiv:2006.09011, techniques 1 and 2).
 DIGITS_LADDER: dict[str, Any] = {"sigma_max": 8.0, "timesteps": 28}
+# The standard deviation of the pixels of the train half, 0.7505.
+DIGITS_SPREAD: dict[str, Any] = {"sigma_data": 0.75}
 
 
 def digits_options(formulation: str) -> dict[str, Any]:
     """The options that suit the digits, by name."""
-    return DIGITS | (DIGITS_LADDER if formulation == "ncsn" else {})
+    return DIGITS | {"ncsn": DIGITS_LADDER, "edm": DIGITS_SPREAD}.get(formulation, {})
 
 
 def resumed_options(state: State, given: dict[str, Any]) -> Options:

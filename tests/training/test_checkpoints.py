@@ -163,6 +163,15 @@ def test_options_of_another_formulation_do_not_resume(spoiled):
         training.resumed_options(state, {"sigma_max": Options.sigma_max})
 
 
+def test_a_run_of_before_goes_on_with_the_deviation_it_had(spoiled):
+    state = checkpoint.load(spoiled)
+    state.options.update(formulation="edm", objective="edm")
+    assert state.options.pop("sigma_data", 0.5) == 0.5
+    assert training.resumed_options(state, {}).sigma_data == 0.5
+    with pytest.raises(ValueError, match=r"sigma_data: the run was started with 0.5, got 0.75"):
+        training.resumed_options(state, {"sigma_data": 0.75})
+
+
 def test_options_that_do_not_fit_the_network_do_not_resume(spoiled):
     state = checkpoint.load(spoiled)
     state.options.update(data="/images", size=16, gray=False)

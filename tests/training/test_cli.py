@@ -221,7 +221,7 @@ def test_a_run_is_not_overwritten(model, capsys):
         (["--formulation", "ve", "--sigma-max", "5"], "ScoreSDE", "predictor_corrector"),
         (["--formulation", "subvp", "--objective", "eps"], "ScoreSDE", "ddim"),
         (["--formulation", "flow"], "FlowMatching", "heun"),
-        (["--formulation", "edm", "--objective", "x0"], "Edm", "ddim"),
+        (["--formulation", "edm", "--objective", "x0", "--sigma-data", "0.6"], "Edm", "ddim"),
         (["--variance", "learned", "--loss", "hybrid"], "DDPM", "ddpm"),
     ],
 )
@@ -234,6 +234,8 @@ def test_every_formulation_is_trained_resumed_and_sampled(options, kind, sampler
     assert type(state.diffusion).__name__ == kind and state.step == 3
     if "--sigma-max" in options:
         assert state.diffusion.process.sigma_range()[1] == pytest.approx(float(options[-1]))
+    if "--sigma-data" in options:
+        assert state.diffusion.process.sigma_data == state.options["sigma_data"] == 0.6
     for more in ([], ["--sampler", sampler]):  # its own sampler, and another
         prefix = tmp_path / f"drawn{len(more)}"
         command = ["sample", str(run / "model.safetensors"), "--n", "2", "--out", str(prefix), "--device", "cpu"]
@@ -257,6 +259,7 @@ def test_formulations_refuse_what_is_not_theirs(capsys, tmp_path):
         ("subvp", "--sigma-min", "0.1"),
         ("flow", "--schedule", "linear"),
         ("edm", "--sigma-max", "5"),
+        ("ddpm", "--sigma-data", "0.5"),
     ]
     for formulation, flag, value in foreign:
         line = refused(capsys, *train, "--formulation", formulation, flag, value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdiff.cli import parse, train_options
-from fastdiff.training import Options, build
+from fastdiff.training import Options, build, digits
 from fastdiff.training.options import as_size
 from fastdiff.training.presets import PRESETS, read_config
 
@@ -22,6 +22,18 @@ def test_presets_build_networks(tmp_path, name):
     assert {key: getattr(options, key) for key in PRESETS[name]} == PRESETS[name]
     with torch.device("meta"):
         assert build(options).model.sample_shape == options.shape
+
+
+def test_edm_is_told_the_standard_deviation_of_the_data(tmp_path):
+    edm = options_of(tmp_path, "--data", "digits", "--formulation", "edm")
+    assert edm.sigma_data == pytest.approx(digits()[0][:].std().item(), rel=1e-2)
+    flag = ("--formulation", "edm", "--sigma-data", 0.6)
+    assert options_of(tmp_path, "--preset", "digits", *flag).sigma_data == 0.6
+    with torch.device("meta"):
+        assert build(edm).process.sigma_data == edm.sigma_data
+    assert options_of(tmp_path, "--data", tmp_path, *flag[:2]).sigma_data == 0.5
+    with pytest.raises(ValueError, match=r"^sigma_data: expected a finite number above 0, got 0\.0"):
+        options_of(tmp_path, "--data", "digits", *flag[:3], 0)
 
 
 def test_flags_go_over_a_file_and_a_file_over_a_preset(tmp_path):
