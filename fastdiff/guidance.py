@@ -173,6 +173,8 @@ class Thresholded:
         p = torch.lerp(uncond, cond, row.guidance)
         x0 = torch.addcmul(row.x0_from_x * x, row.x0_from_pred, p)
         size = flat(x0).abs()
+        if not size.shape[1]:
+            return p
         s = _for_each(size.kthvalue(max(1, math.ceil(self.share * size.shape[1])), 1).values.clamp(min=1.0), x0)
         change = x0.clamp(-s, s) / s - x0
         return p + torch.where(row.x0_from_pred != 0, change / row.x0_from_pred, 0.0)

@@ -357,3 +357,5 @@ def test_thresholding_brings_the_estimate_back(share):
     assert all(x0.abs().amax() <= 1 + 1e-9 for x0 in told[4:])
     with pytest.raises(ValueError, match=r"^share: expected a number above 0 and up to 1, got 0$"):
         Thresholded(0)
+    x, row = torch.zeros(2, 0), Row(*torch.ones(WIDTH, 1, 1))
+    assert Thresholded(share)(x, x, x, row).shape == (2, 0)

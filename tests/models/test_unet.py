@@ -427,6 +427,7 @@ X, T = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
         ("x", None, {"x": X.long()}),
         ("x", None, {"x": [[0.0]]}),
         ("x", None, {"x": X[:, :, :7]}),
+        ("x", None, {"x": X[:, :, :0]}),
         ("x", None, {"x": X[:, :, :, :7]}),
         ("t", None, {"t": T.repeat(2)}),
         ("t", None, {"t": T[:, None]}),
