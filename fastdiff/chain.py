@@ -170,7 +170,7 @@ class ChainDiffusion(Diffusion):
         return self._make(kind, name, device)
 
     def _make(self, kind: str, name: str, device: torch.device) -> Tensor:
-        """The table, made unless it is there, and kept unless it has a gradient: that of learned weights of the loss."""
+        """The table, made unless it is there, and kept unless it has a gradient, as learned weights of a loss have."""
         schedule = self.process.schedule
         versions = tuple([t._version for t in (schedule.log_alpha, schedule.sigma) if not t.is_inference()])
         if self._tables.versions != versions:

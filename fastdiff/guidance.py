@@ -223,7 +223,8 @@ def with_guidance(table: StepTable, guidance: Guidance, rule: Rule | None, proce
         if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
             raise ValueError(f"guidance: expected a finite number, got {number!r}")
     rows = table.rows.clone()
-    columns(rows).guidance.copy_(torch.tensor([float(number) for number in numbers], dtype=rows.dtype))
+    weights = [float(number) for number in numbers]
+    columns(rows).guidance.copy_(torch.tensor(weights, dtype=rows.dtype, device=rows.device))
     if isinstance(rule, ZeroStar) and rule.zero_start:
         _stand_still(rows[: rule.zero_start], process)
     return replace(table, rows=rows)
