@@ -72,6 +72,8 @@ def test_a_weight_of_each_step(sampler):
     same = diffusion.sample(SHAPE, guidance=[3.0] * len(levels), **BRANCHES, **how)
     assert torch.equal(same, diffusion.sample(SHAPE, guidance=3.0, **BRANCHES, **how))
     assert not torch.allclose(same, want)
+    with torch.device("meta"):  # nothing follows the default device
+        assert torch.equal(diffusion.sample(SHAPE, guidance=numbers, **BRANCHES, **how), want)
 
 
 def test_a_step_of_the_list_is_guided_by_its_number():
