@@ -230,4 +230,4 @@ class ChainDiffusion(Diffusion):
             wrong = seen is not None and seen.is_cpu and bool(((seen < 1) | (seen > self.timesteps)).any())
         if wrong:
             raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t}")
-        return levels.expand(len(x))
+        return levels.expand(x.shape[0])

@@ -115,7 +115,7 @@ class Diffusion(Denoiser, ABC):
     ) -> tuple[Tensor, int | Tensor | None, Tensor | None, Tensor | None]:
         """(x_t, seed, sample_ids, noise): the states at times t (B,) that the loss of these arguments asks about, and
         the noise of them, or what draws it again."""
-        ids = as_sample_ids(sample_ids, len(x0), x0.device)
+        ids = as_sample_ids(sample_ids, x0.shape[0], x0.device)
         table, row = self.noising_rows(t, x0.dtype)
         if noise is None:
             seed = drawn = as_seed(seed, x0.device)

@@ -257,7 +257,7 @@ class Pair(nn.Module):
         for half, network in enumerate((self.model, self.other)):
 
             def part(value: Any, half: int = half) -> Any:
-                split = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(x)
+                split = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == x.shape[0]
                 return value.chunk(2)[half] if split else value
 
             given = {name: part(value) for name, value in model_kwargs.items()}

@@ -200,7 +200,7 @@ class ResnetBlock(nn.Module):
         h = self.resample(norm_silu(self.norm1, x, add=owed, skip=skip))
         s, b, add = None, None, e
         if self.scale_shift:
-            s, b = e.expand(len(x), -1).chunk(2, dim=1)
+            s, b = e.expand(x.shape[0], -1).chunk(2, dim=1)
             add = None if owed is None else self.conv1.bias
         h = self.conv1(h) if shift is None or add is None else without_bias(self.conv1, h)
         h = norm_silu(self.norm2, h, s, b, add)

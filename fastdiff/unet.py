@@ -200,8 +200,8 @@ class UNet(nn.Module):
         shifts = None if self.class_embedding is not None else project(self, F.silu(emb))
         if shifts is None:
             return {"emb": emb}
-        debts = owed(self) if len(shifts) else None
-        return {"shifts": shifts if debts is None else torch.cat((shifts, debts.expand(len(shifts), -1)), 1)}
+        debts = owed(self) if shifts.shape[0] else None
+        return {"shifts": shifts if debts is None else torch.cat((shifts, debts.expand(shifts.shape[0], -1)), 1)}
 
     def levels(self) -> list[Any]:
         """The levels, in the order in which they run."""

@@ -87,7 +87,7 @@ def loss(
     ids = as_sample_ids(sample_ids, pred.shape[0], pred.device, strict=True)
     per_sample = reduction == "none"
     if transforms.active() or wants_gradient(table):
-        check_levels("t", t, len(table), ids)
+        check_levels("t", t, table.shape[0], ids)
         terms, _ = reference.loss(pred, x0, t, table, seed, ids, noise, FORWARD, kind, delta, mask)
         return (reference.mean_of_samples(terms) if per_sample else terms.mean()).float()
     return _OP(pred, x0, t, table, seed, ids, noise, mask, FORWARD, kind, delta, per_sample, with_grad)[0]

@@ -64,7 +64,7 @@ def noising(
         )
     seed = noise_source(x0, seed, noise)
     if transforms.active() or wants_gradient(table):
-        check_levels("t", t, len(table), ids)
+        check_levels("t", t, table.shape[0], ids)
         value = reference.noising(x0, t, table, seed, ids, noise, FORWARD)
         return value if out is None else transforms.overwrite("out", out, value)
     if out is not None:

@@ -74,7 +74,7 @@ def vlb(
     pred = pred.detach() if detach_mean else pred
     with_grad = torch.is_grad_enabled()
     if wants_gradient(x_t, x0, rows) or transforms.active():
-        check_levels("t", t, len(rows))
+        check_levels("t", t, rows.shape[0])
         value = reference.vlb(pred, raw_variance, x_t, x0, t, rows, clip)[0]
         return value.mean() if reduction == "mean" else reference.mean_of_samples(value)
     by_pred, by_raw = (with_grad and i is not None and i.requires_grad for i in (pred, raw_variance))
