@@ -61,6 +61,10 @@ def _cast_copy(model: nn.Module, tensors: list[Tensor], dtype: torch.dtype) -> n
     for tensor in tensors:
         cast = tensor.detach().to(dtype, copy=True)
         known[id(tensor)] = nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
-    made = copy.deepcopy(model, known)
-    channels_last_convolutions(made)
-    return made
+    for module in model.modules():  # weights that a hook makes anew before each call, as of pruning and weight norm
+        for made in vars(module).values():
+            if isinstance(made, Tensor) and not made.is_leaf:
+                known[id(made)] = made.detach().to(dtype, copy=True)
+    result = copy.deepcopy(model, known)
+    channels_last_convolutions(result)
+    return result

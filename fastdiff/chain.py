@@ -163,33 +163,37 @@ class ChainDiffusion(Diffusion):
         """A table for data of a type on a device, float64 for float64 and else float32."""
         name = f"{kind}_exact" if dtype == torch.float64 else kind
         if torch.compiler.is_compiling():
-            self._is_made(kind, name, device)
-            made: Tensor = getattr(self._tables, name)  # an input of the graph, and no constant in it
-            return made
+            if self._is_kept(kind, name, device):
+                made: Tensor = getattr(self._tables, name)  # an input of the graph, and no constant in it
+                return made
+            return self._build(kind, name, device)
         return self._make(kind, name, device)
 
     def _make(self, kind: str, name: str, device: torch.device) -> Tensor:
-        """The table, made and kept unless it is there."""
+        """The table, made unless it is there, and kept unless it has a gradient, as learned weights of a loss have."""
         schedule = self.process.schedule
         versions = tuple([t._version for t in (schedule.log_alpha, schedule.sigma) if not t.is_inference()])
         if self._tables.versions != versions:
             self._tables = Tables(versions)
         made: Tensor | None = getattr(self._tables, name, None)
         if made is None or made.device != device:
-            with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-                rows: Tensor = getattr(self, f"_{kind}_table")()
-                made = rows.to(device, torch.float64 if name != kind else torch.float32).contiguous()
-            if not transforms.active():  # there, all that is made belongs to the transform
+            with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+                made = self._build(kind, name, device)
+            if not (made.requires_grad or transforms.active()):  # there, all that is made belongs to the transform
                 setattr(self._tables, name, made)
         return made
 
-    def _is_made(self, kind: str, name: str, device: torch.device) -> bool:
-        """Make a table. A trace runs this as it is, and does not look inside."""
+    def _build(self, kind: str, name: str, device: torch.device) -> Tensor:
+        rows: Tensor = getattr(self, f"_{kind}_table")()
+        return rows.to(device, torch.float64 if name != kind else torch.float32).contiguous()
+
+    def _is_kept(self, kind: str, name: str, device: torch.device) -> bool:
+        """Whether a table is kept; it is made. A trace runs this as it is, and does not look inside."""
         self._make(kind, name, device)
-        return True
+        return hasattr(self._tables, name)
 
     # torch.compiler.assume_constant_result would import the compiler.
-    _is_made._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _is_kept._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _noising_table(self) -> Tensor:
         return torch.stack((self.schedule.alpha, self.schedule.sigma), 1)
@@ -226,4 +230,4 @@ class ChainDiffusion(Diffusion):
             wrong = seen is not None and seen.is_cpu and bool(((seen < 1) | (seen > self.timesteps)).any())
         if wrong:
             raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t}")
-        return levels.expand(len(x))
+        return levels.expand(x.shape[0])

@@ -250,13 +250,13 @@ class Denoiser(nn.Module):
             return torch.full(x.shape[:1], t, dtype=torch.float64, device=x.device)
         if not t.is_floating_point() or t.device != x.device:
             raise TypeError(f"t: expected a floating tensor on {x.device}, got {t.dtype} on {t.device}")
-        if t.ndim > 1 or (t.ndim == 1 and not fits(len(t), len(x))):
-            raise ValueError(f"t: expected shape () or ({len(x)},), got {tuple(t.shape)}")
+        if t.ndim > 1 or (t.ndim == 1 and not fits(t.shape[0], x.shape[0])):
+            raise ValueError(f"t: expected shape () or ({x.shape[0]},), got {tuple(t.shape)}")
         # A look at a GPU's tensor would wait for it.
         seen = transforms.bare(t)
         if seen is not None and seen.is_cpu and not bool(((seen > 0) & (seen <= last)).all()):
             raise ValueError(f"t: expected times in (0, {last:g}], got {t}")
-        return t.double().expand(len(x))
+        return t.double().expand(x.shape[0])
 
     def times_at(self, quantiles: Tensor) -> Tensor:
         """The times (B,) at quantiles (B,) in [0, 1) of the distribution that training draws them from."""
@@ -328,7 +328,7 @@ def _execution_device(model: nn.Module) -> torch.device | None:
 
 def own_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(rows, the row of each sample), if each sample has a row of its own; in the type of the state of such data."""
-    index = torch.arange(len(rows), device=rows.device)
-    if not len(rows):  # a table has a row, also for no samples
+    index = torch.arange(rows.shape[0], device=rows.device)
+    if rows.shape[0] == 0:  # a table has a row, also for no samples
         rows = rows.new_zeros(1, rows.shape[1])
     return rows.to(work_dtype(dtype)), index

@@ -111,7 +111,7 @@ class Diffusion(Denoiser, ABC):
 
     def noised(self, x0: Tensor, t: Tensor, seed: int | Tensor | None, sample_ids: Any, noise: Tensor | None) -> Noised:
         """The states at times t (B,) that the loss of these arguments asks about."""
-        ids = as_sample_ids(sample_ids, len(x0), x0.device)
+        ids = as_sample_ids(sample_ids, x0.shape[0], x0.device)
         table, row = self.noising_rows(t, x0.dtype)
         if noise is None:
             seed = drawn = as_seed(seed, x0.device)

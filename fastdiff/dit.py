@@ -203,8 +203,8 @@ class DiT(nn.Module):
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
             raise ValueError(f"x: expected a floating tensor (B, C, H, W), got {describe(x)}")
         batch, c, h, w = x.shape
-        if c != channels or h % patch or w % patch:
-            raise ValueError(f"x: expected C = {channels}, H and W multiples of {patch}, got {describe(x)}")
+        if c != channels or h % patch or w % patch or not h * w:
+            raise ValueError(f"x: expected C = {channels}, H and W multiples of {patch} above 0, got {describe(x)}")
         shape = (len(self.transformer_blocks), self._width)
         given = tuple(getattr(emb, "shape", ()))
         if emb is not None and (given[1:] != shape or not fits(given[0], batch)):

@@ -55,7 +55,7 @@ def norm_silu(
             scale, shift = (t.reshape(*t.shape, *[1] * (u.ndim - 2)) for t in (scale, shift))
             u = u * (1 + scale) + shift
         return F.silu(u) if silu else u
-    add = add[0] if add is not None and add.ndim == 2 and len(add) == 1 else add
+    add = add[0] if add is not None and add.ndim == 2 and add.shape[0] == 1 else add
     if x.is_cpu and not is_fused(x):  # what the op comes to, without its checks, which a layer does not need
         return reference.group_norm_silu(x, norm.num_groups, weight, bias, scale, shift, add, norm.eps, skip, silu)
     return ops.group_norm_silu(x, norm.num_groups, weight, bias, norm.eps, scale, shift, add, skip, silu=silu)

@@ -173,6 +173,8 @@ class Thresholded:
         p = torch.lerp(uncond, cond, row.guidance)
         x0 = torch.addcmul(row.x0_from_x * x, row.x0_from_pred, p)
         size = flat(x0).abs()
+        if not size.shape[1]:
+            return p
         s = _for_each(size.kthvalue(max(1, math.ceil(self.share * size.shape[1])), 1).values.clamp(min=1.0), x0)
         change = x0.clamp(-s, s) / s - x0
         return p + torch.where(row.x0_from_pred != 0, change / row.x0_from_pred, 0.0)
@@ -223,7 +225,8 @@ def with_guidance(table: StepTable, guidance: Guidance | None, rule: Rule | None
         if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
             raise ValueError(f"guidance: expected a finite number, got {number!r}")
     rows = table.rows.clone()
-    columns(rows).guidance.copy_(torch.tensor([float(number) for number in numbers], dtype=rows.dtype))
+    weights = [float(number) for number in numbers]
+    columns(rows).guidance.copy_(torch.tensor(weights, dtype=rows.dtype, device=rows.device))
     if isinstance(rule, ZeroStar) and rule.zero_start:
         _stand_still(rows[: rule.zero_start], process)
     return replace(table, rows=rows)
@@ -256,7 +259,7 @@ class Pair(nn.Module):
         for half, network in enumerate((self.model, self.other)):
 
             def part(value: Any, half: int = half) -> Any:
-                split = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(x)
+                split = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == x.shape[0]
                 return value.chunk(2)[half] if split else value
 
             given = {name: part(value) for name, value in model_kwargs.items()}

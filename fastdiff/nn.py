@@ -5,8 +5,9 @@ or what every module takes that is ready before the image, by the module's `inde
 make up the state_dict keys of published checkpoints; keep them.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -31,6 +32,7 @@ from .fused import (
 )
 from .ops.group_norm import is_fused
 from .support import transforms
+from .support.adjacent import adjacent, joined, with_own_storage
 from .support.shapes import fits
 
 
@@ -198,7 +200,7 @@ class ResnetBlock(nn.Module):
         h = self.resample(norm_silu(self.norm1, x, add=owed, skip=skip))
         s, b, add = None, None, e
         if self.scale_shift:
-            s, b = e.expand(len(x), -1).chunk(2, dim=1)
+            s, b = e.expand(x.shape[0], -1).chunk(2, dim=1)
             add = None if owed is None else self.conv1.bias
         h = self.conv1(h) if shift is None or add is None else without_bias(self.conv1, h)
         h = norm_silu(self.norm2, h, s, b, add)
@@ -285,16 +287,24 @@ class Attention(nn.Module):
             return
         for name in ("weight", "bias"):
             parts = [getattr(layer, name) for layer in layers]
-            if not _adjacent(parts):
+            if not adjacent(parts):
                 for part, new in zip(parts, torch.cat([p.data for p in parts]).chunk(3), strict=True):
                     part.data = new
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        state: dict[str, Any] = super().state_dict(*args, **options)  # type: ignore[no-untyped-call]
+        for layer, name in itertools.product(("to_q", "to_k", "to_v"), ("weight", "bias")):
+            key = f"{options.get('prefix', '')}{layer}.{name}"
+            if key in state:
+                state[key] = with_own_storage(state[key])
+        return state
 
     def _qkv(self, h: Tensor) -> tuple[Tensor, ...]:
         """The maps of h (B, N, channels), each (B, N, channels): in one product, on a GPU and without a gradient."""
         layers = (self.to_q, self.to_k, self.to_v)
         if not torch.is_grad_enabled() and is_fused(h) and all(map(is_linear, layers)):
             weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
-            return F.linear(h, _joined(weights), _joined(biases)).chunk(3, dim=-1)
+            return F.linear(h, joined(weights), joined(biases)).chunk(3, dim=-1)
         return self.to_q(h), keys(self.to_k, h), self.to_v(h)
 
     def forward(self, x: Tensor, emb: Embedding | None = None) -> Tensor:
@@ -320,26 +330,6 @@ class Attention(nn.Module):
     def owes(self, owed: Tensor) -> Tensor:
         """What the output owes, (C,), for an input that owes (C,)."""
         return (owed + self.to_out[0].bias) / self.scale  # type: ignore[operator]
-
-
-def _adjacent(parts: Sequence[Tensor]) -> bool:
-    """Whether tensors of one shape lie one behind the other in the same memory."""
-    first = parts[0]
-    memory = first.untyped_storage()._cdata
-    return all(
-        p.untyped_storage()._cdata == memory
-        and p.storage_offset() == first.storage_offset() + i * first.numel()
-        and p.is_contiguous()
-        for i, p in enumerate(parts)
-    )
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Equal tensors as one; where they lie if they are adjacent, else copied."""
-    if torch.compiler.is_compiling() or not _adjacent(parts):
-        return torch.cat(list(parts))
-    first = parts[0].detach()
-    return first.as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride())
 
 
 class _Level(nn.Module):

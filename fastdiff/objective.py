@@ -167,7 +167,8 @@ def weights(schedule: NoiseSchedule, objective: str, weighting: str | Weighting)
             "vlb": x_0, (SNR_{t-1} - SNR_t) / 2 times: the terms of the variational bound in nats with the posterior
                 variance. At t = 1, where that variance is 0, beta_1 stands for it, which gives 1 / (2 beta_1).
             "likelihood": the score, g^2 times; for levels of an SDE.
-            Or a function of the schedule and the objective that returns w_t, as `min_snr` is.
+            Or a function of the schedule and the objective that returns w_t, as `min_snr` is. w_t may have a gradient
+            (learned weights); else a chain asks once and keeps the answer.
 
     Raises: ValueError for "likelihood" without rates of an SDE, and for a function that returns anything but a number
         for each level.

@@ -122,7 +122,7 @@ def self_conditioned(
     drawn: dict[str, Any] = {"seed": seed, "noise": noise, "sample_ids": sample_ids}
     shared = {key: value for key, value in options.items() if key not in ("mask", "reduction")}
     estimate = own_estimate(diffusion, x0, t, name=name, **drawn, **shared)
-    told = torch.rand(len(x0), device=x0.device) < share
+    told = torch.rand(x0.shape[0], device=x0.device) < share
     estimate = torch.where(told.reshape(-1, *[1] * (x0.ndim - 1)), estimate, 0.0)
     loss: Tensor = diffusion(x0, t=t, **drawn, **options, **{name: estimate})
     return loss

@@ -313,7 +313,7 @@ def group_norm_silu_grad(
     f, o = _per_channel(factor, x), _per_channel(offset, x)
 
     def grouped(t: Tensor) -> Tensor:
-        return t.reshape(len(x), groups, -1)
+        return t.reshape(x.shape[0], groups, -1)
 
     def over_pixels(t: Tensor) -> Tensor:
         return t.reshape(*x.shape[:2], -1).sum(2)
@@ -369,7 +369,7 @@ def mean_of_samples(terms: Tensor) -> Tensor:
 
 def coefficients(table: Tensor, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     """The columns of table[index], each shaped (1 or B, 1, ...) to multiply `like`; NaN if the index is outside."""
-    known = (index >= 0) & (index < len(table))
+    known = (index >= 0) & (index < table.shape[0])
     rows = table[torch.where(known, index, 0)].to(work_dtype(like))
     rows = torch.where(known[:, None], rows, math.nan)
     return tuple(column.reshape(-1, *[1] * (like.ndim - 1)) for column in rows.unbind(1))

@@ -210,8 +210,8 @@ class UNet(nn.Module):
         shifts = None if self.class_embedding is not None else project(self, F.silu(emb))
         if shifts is None:
             return {"emb": emb}
-        debts = owed(self) if len(shifts) else None
-        return {"shifts": shifts if debts is None else torch.cat((shifts, debts.expand(len(shifts), -1)), 1)}
+        debts = owed(self) if shifts.shape[0] else None
+        return {"shifts": shifts if debts is None else torch.cat((shifts, debts.expand(shifts.shape[0], -1)), 1)}
 
     def levels(self) -> list[Any]:
         """The levels, in the order in which they run."""
@@ -291,8 +291,8 @@ class UNet(nn.Module):
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
             raise ValueError(f"x: expected a floating tensor (B, C, H, W), got {describe(x)}")
         batch, c, h, w = x.shape
-        if c != channels or h % factor or w % factor:
-            raise ValueError(f"x: expected C = {channels}, H and W multiples of {factor}, got {describe(x)}")
+        if c != channels or h % factor or w % factor or not h * w:
+            raise ValueError(f"x: expected C = {channels}, H and W multiples of {factor} above 0, got {describe(x)}")
         if emb is not None and (emb.shape[1:] != (self.emb_dim,) or not fits(emb.shape[0], batch)):
             raise ValueError(f"emb: expected shape ({batch} or 1, {self.emb_dim}), got {describe(emb)}")
         if shifts is not None and (emb is not None or self.class_embedding is not None):

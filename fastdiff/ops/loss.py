@@ -50,7 +50,8 @@ def loss(
     """L = w_t mean(m rho(pred - y)) with y = p_t x_0 + q_t z, and m = 1 or the mask.
 
     With the seed of `noising` the noise is drawn again, not read. The gradient by pred is computed in the same pass. A
-    second backward, or one with create_graph, computes it again. Differentiable by pred, x0 and noise.
+    second backward, or one with create_graph, computes it again. Differentiable by pred, x0 and noise; if a gradient by
+    the table is wanted too, the differentiable reference runs instead of a kernel.
 
     Args:
         pred: (B, ...) output of the model.
@@ -85,8 +86,8 @@ def loss(
     with_grad = wants_gradient(pred, x0, noise)
     ids = as_sample_ids(sample_ids, pred.shape[0], pred.device, strict=True)
     per_sample = reduction == "none"
-    if transforms.active():
-        check_levels("t", t, len(table), ids)
+    if transforms.active() or wants_gradient(table):
+        check_levels("t", t, table.shape[0], ids)
         terms, _ = reference.loss(pred, x0, t, table, seed, ids, noise, FORWARD, kind, delta, mask)
         return (reference.mean_of_samples(terms) if per_sample else terms.mean()).float()
     return _OP(pred, x0, t, table, seed, ids, noise, mask, FORWARD, kind, delta, per_sample, with_grad)[0]

@@ -16,6 +16,7 @@ from .checks import (
     check_range,
     check_table,
     noise_source,
+    wants_gradient,
 )
 from .dispatch import launcher
 from .memory import in_huge_pages
@@ -38,7 +39,8 @@ def noising(
 ) -> Tensor:
     """x_t = alpha_t x_0 + sigma_t z.
 
-    Without `noise`, z is the noise of stream FORWARD at step t. Differentiable by x0 and noise.
+    Without `noise`, z is the noise of stream FORWARD at step t. Differentiable by x0 and noise; if a gradient
+    by the table is wanted too, the differentiable reference runs instead of a kernel.
 
     Args:
         x0: (B, ...) data.
@@ -56,13 +58,13 @@ def noising(
     check_table("table", table, 2, x0)
     ids = as_sample_ids(sample_ids, x0.shape[0], x0.device, strict=True)
     if out is not None:
-        check_out(out, x0, x0, noise)
+        check_out(out, x0, x0, noise, table)
         check_memory(
             "out", out, {}, {"x0": x0, "t": t, "table": table, "seed": seed, "sample_ids": ids, "noise": noise}
         )
     seed = noise_source(x0, seed, noise)
-    if transforms.active():
-        check_levels("t", t, len(table), ids)
+    if transforms.active() or wants_gradient(table):
+        check_levels("t", t, table.shape[0], ids)
         value = reference.noising(x0, t, table, seed, ids, noise, FORWARD)
         return value if out is None else transforms.overwrite("out", out, value)
     if out is not None:

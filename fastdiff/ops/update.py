@@ -72,8 +72,8 @@ def update(
         x0hat = clip(x0_from_x x + x0_from_pred pred)
         x'    = from_x0 x0hat + from_x x + from_pred pred + noise z + from_hist hist
 
-    Without `noise`, z is the noise of stream REVERSE at `step`. If a gradient by x, pred, uncond, raw_variance or noise
-    is wanted, the differentiable reference runs instead of a kernel.
+    Without `noise`, z is the noise of stream REVERSE at `step`. If a gradient by x, pred, uncond, raw_variance, noise
+    or rows is wanted, the differentiable reference runs instead of a kernel.
 
     Args:
         x, pred: (B, ...), the state and the output of the model.
@@ -108,14 +108,14 @@ def update(
     _check_history(hist, keep, x)
     clip = as_clip(clip)
     inputs = (x, pred, uncond, raw_variance, noise)
-    with_grad = wants_gradient(*inputs)
+    with_grad = wants_gradient(*inputs, rows)
     if with_grad and (inplace or hist is not None):
         raise ValueError("inplace, hist: a tensor would be overwritten that the gradient needs")
     ids = as_sample_ids(sample_ids, x.shape[0], x.device, strict=True)
     if out is not None:
         if inplace:
             raise ValueError("out: expected None with inplace=True")
-        check_out(out, x, *inputs)
+        check_out(out, x, *inputs, rows)
     written = x if inplace else out
     if written is not None or hist is not None:
         _check_memory(

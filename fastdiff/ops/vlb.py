@@ -16,6 +16,7 @@ from .checks import (
     check_range,
     check_reduction,
     check_table,
+    wants_gradient,
 )
 from .dispatch import launcher
 from .quick import quick
@@ -46,7 +47,7 @@ def vlb(
     x_0's bin under N(x0hat, exp(delta)). A bin reaches 1/255 to each side; the first and the last are open.
 
     The gradients by pred and raw_variance are computed in the same pass. A second backward, or one with create_graph,
-    computes them again. If a gradient by x_t or x0 is wanted too, the differentiable reference runs instead.
+    computes them again. If a gradient by x_t, x0 or rows is wanted too, the differentiable reference runs instead.
 
     Args:
         pred, x_t, x0: (B, ...).
@@ -72,8 +73,8 @@ def vlb(
     check_reduction(reduction)
     pred = pred.detach() if detach_mean else pred
     with_grad = torch.is_grad_enabled()
-    if (with_grad and (x_t.requires_grad or x0.requires_grad)) or transforms.active():
-        check_levels("t", t, len(rows))
+    if wants_gradient(x_t, x0, rows) or transforms.active():
+        check_levels("t", t, rows.shape[0])
         value = reference.vlb(pred, raw_variance, x_t, x0, t, rows, clip)[0]
         return value.mean() if reduction == "mean" else reference.mean_of_samples(value)
     by_pred, by_raw = (with_grad and i is not None and i.requires_grad for i in (pred, raw_variance))

@@ -92,13 +92,13 @@ def plms(schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | 
     twice = rho[1] > 0
     starts = [0, 1, *range(1, len(rho) - 1)] if twice else [0]  # of each row; the second one goes nowhere
     ends = [1, 1, *range(2, len(rho))] if twice else [1]
-    shares = torch.zeros(len(starts), 4, dtype=torch.float64)
-    kept = torch.arange(len(starts)) != 1
+    shares = torch.zeros(len(starts), 4, dtype=torch.float64, device="cpu")
+    kept = torch.arange(len(starts), device="cpu") != 1
     for k, (i, j) in enumerate(zip(starts, ends, strict=True)):
         weights = EQUAL[max(0, min(k - 1, 3))]
-        shares[k, : len(weights)] = (rho[j] - rho[i]) * torch.tensor(weights, dtype=torch.float64)
+        shares[k, : len(weights)] = (rho[j] - rho[i]) * torch.tensor(weights, dtype=torch.float64, device="cpu")
     if twice:
-        shares[1, :2] = 0.5 * (rho[1] - rho[0]) * torch.tensor([1.0, -1.0], dtype=torch.float64)
+        shares[1, :2] = 0.5 * (rho[1] - rho[0]) * torch.tensor([1.0, -1.0], dtype=torch.float64, device="cpu")
     return _eps_table(schedule, levels[starts], levels[ends], objective, clip, shares, kept)
 
 
@@ -114,7 +114,7 @@ def _adams(
     for i in range(len(rho) - 1):
         weights = rule(rho, i, min(count, i + 1))
         shares.append([*weights, *[0.0] * (max(2, count) - len(weights))])
-    by_age = torch.tensor(shares, dtype=torch.float64)
+    by_age = torch.tensor(shares, dtype=torch.float64, device="cpu")
     return _eps_table(schedule, levels[:-1], levels[1:], objective, clip, by_age)
 
 

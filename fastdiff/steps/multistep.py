@@ -117,7 +117,7 @@ def dpm_solver_pp_3m_sde(
             curve = total * phi(2, -total), total * phi(3, -total)
             own = [o + curve[0] * a + curve[1] * b for o, a, b in zip(own, slope, bend, strict=True)]
         rows.append(own)
-    shares = torch.tensor(rows, dtype=torch.float64) * schedule.alpha[s][:, None]
+    shares = torch.tensor(rows, dtype=torch.float64, device="cpu") * schedule.alpha[s][:, None]
     values = {"from_x0": shares[:, 0], "from_x": from_x, "noise": noise, **ring(shares[:, 1:])}
     return make_table(schedule, levels, keep="x0hat", slots=2, **denoised, **values)
 
@@ -187,8 +187,8 @@ def unipc(
                 own[age + 1] -= keep[i] * weight
         rows.append(own)
         before = following
-    shares = torch.tensor(rows, dtype=torch.float64)
-    values = {"from_x0": shares[:, 0], "from_x": torch.tensor(keep, dtype=torch.float64), **ring(shares[:, 1:])}
+    shares, from_x = (torch.tensor(made, dtype=torch.float64, device="cpu") for made in (rows, keep))
+    values = {"from_x0": shares[:, 0], "from_x": from_x, **ring(shares[:, 1:])}
     return make_table(schedule, levels, keep="x0hat", slots=count, **denoised, **values)
 
 

@@ -48,9 +48,9 @@ def ring(by_age: Tensor, kept: Tensor | None = None) -> dict[str, Any]:
     Returns: from_hist and, with several slots, from_hist2, from_hist3 and slot.
     """
     n, slots = by_age.shape
-    kept = torch.ones(n, dtype=torch.bool) if kept is None else kept
+    kept = torch.ones(n, dtype=torch.bool, device=by_age.device) if kept is None else kept
     before = kept.cumsum(0) - kept.long()  # how many were kept before each step
-    age = (before[:, None] - torch.arange(slots) - 1) % slots  # of what each slot holds, from 0
+    age = (before[:, None] - torch.arange(slots, device=by_age.device) - 1) % slots  # of what each slot holds, from 0
     found: dict[str, Any] = dict(zip(_NAMES, by_age.gather(1, age).unbind(1), strict=False))
     if slots > 1:
         found["slot"] = torch.where(kept, before % slots, -1)

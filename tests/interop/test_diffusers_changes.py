@@ -1,5 +1,6 @@
 """add_noise and get_velocity against stock's, and schedulers that are changed between calls."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from schedulers import NAMES, PARITY, both, draw, few, same_steps
 from tolerance import assert_same_bits
 from torch import Tensor
 
+from fastdiff.interop import diffusers as fused
 from fastdiff.interop.diffusers import EulerDiscreteScheduler, common, ddpm
 from fastdiff.rows import make_rows
 
@@ -242,3 +244,19 @@ def test_tables_outlive_a_run_but_no_change_of_levels_or_configuration(monkeypat
     assert len(made) == 3
     scheduler.register_to_config(beta_start=0.1)  # which an option may be that levels do not show
     assert [run(6), run(6)] == [4, 4]
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "DEISMultistep", "UniPCMultistep", "PNDM"])
+def test_tensors_decide_where_a_step_is_taken_and_not_the_default_device(name: str) -> None:
+    results = []
+    for default in ("cpu", "meta"):
+        x, output = draw(torch.Generator().manual_seed(0))
+        scheduler = getattr(fused, f"{name}Scheduler")()
+        scheduler.set_timesteps(5)
+        random = "generator" in inspect.signature(scheduler.step).parameters
+        options = {"generator": torch.Generator().manual_seed(1)} if random else {}
+        with torch.device(default):
+            for t in scheduler.timesteps:
+                x = scheduler.step(output, t, x, **options).prev_sample
+        results.append(x)
+    assert torch.equal(*results)

@@ -221,6 +221,7 @@ def test_wrong_inputs():
     dit, (x, t, labels) = moved(), inputs()
     for given, said in (
         ((x[:, :2], t, labels), "x: expected C = 3, H and W multiples of 2"),
+        ((x[..., :0], t, labels), "x: expected C = 3, H and W multiples of 2"),
         ((x[0], t, labels), r"x: expected a floating tensor \(B, C, H, W\)"),
         ((x, t[None], labels), r"t: expected shape \(2,\)"),
         ((x, t, labels[:1]), r"class_labels: expected integers \(2,\)"),

@@ -72,6 +72,8 @@ def test_a_weight_of_each_step(sampler):
     same = diffusion.sample(SHAPE, guidance=[3.0] * len(levels), **BRANCHES, **how)
     assert torch.equal(same, diffusion.sample(SHAPE, guidance=3.0, **BRANCHES, **how))
     assert not torch.allclose(same, want)
+    with torch.device("meta"):  # nothing follows the default device
+        assert torch.equal(diffusion.sample(SHAPE, guidance=numbers, **BRANCHES, **how), want)
 
 
 def test_a_step_of_the_list_is_guided_by_its_number():
@@ -357,3 +359,5 @@ def test_thresholding_brings_the_estimate_back(share):
     assert all(x0.abs().amax() <= 1 + 1e-9 for x0 in told[4:])
     with pytest.raises(ValueError, match=r"^share: expected a number above 0 and up to 1, got 0$"):
         Thresholded(0)
+    x, row = torch.zeros(2, 0), Row(*torch.ones(WIDTH, 1, 1))
+    assert Thresholded(share)(x, x, x, row).shape == (2, 0)

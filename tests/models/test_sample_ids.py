@@ -87,3 +87,24 @@ def test_a_compiled_loss_takes_times_after_batches_of_other_sizes(name):
         loss(torch.zeros(batch, 2, 9))
     x0, t = torch.zeros(2, 2, 9), model.times_at(torch.tensor([0.3, 0.6]))
     torch.testing.assert_close(loss(x0, t=t, **given), model(x0, t=t, **given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddpm", "vp"])
+def test_an_exported_program_takes_batches_of_any_size(name):
+    """torch.export without Dynamo takes the `len` of a tensor for a constant."""
+
+    class Program(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = MODELS[name]()
+
+        def forward(self, x, t):
+            return self.model(x, t=t, seed=1), self.model.predict_x0(x, t), self.model.predict(x, t, "eps")
+
+    program, batch = Program(), torch.export.Dim("batch", min=2, max=64)
+    x, t = torch.rand(5, 2, 9), program.model.times_at(torch.tensor([0.3, 0.6, 0.2, 0.9, 0.5]))
+    shapes = {"x": {0: batch}, "t": {0: batch}}
+    exported = torch.export.export(program, (x[:2], t[:2]), dynamic_shapes=shapes, strict=False)
+    for got, want in zip(exported.module()(x, t), program(x, t), strict=True):
+        torch.testing.assert_close(got, want)

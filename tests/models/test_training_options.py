@@ -72,6 +72,28 @@ def test_weights_of_a_user_multiply_the_loss(name: str) -> None:
         _ = twice.config
 
 
+@every
+def test_learned_weights_have_a_gradient(name: str) -> None:
+    """w = exp(-a): dL/da = -L, and each loss is that of the weights as they are now."""
+    learned = nn.Parameter(torch.tensor(0.0))
+    model = made(name, weighting=lambda levels, objective: (-learned).exp() * torch.ones_like(levels.sigma))
+    for value in (0.0, 1.0):
+        learned.data.fill_(value)
+        loss = model(data(), t=times(name), seed=1)
+        (slope,) = torch.autograd.grad(loss, learned)
+        torch.testing.assert_close(slope, -loss.detach())
+        with torch.no_grad():
+            torch.testing.assert_close(model(data(), t=times(name), seed=1), loss.detach())
+
+
+@pytest.mark.slow
+def test_learned_weights_are_no_constant_of_a_graph() -> None:
+    learned = nn.Parameter(torch.tensor(0.0))
+    model = made("ddpm", weighting=lambda levels, objective: (-learned).exp() * torch.ones_like(levels.sigma))
+    loss = torch.compile(lambda x: model(x, t=times("ddpm"), seed=1), backend="aot_eager", fullgraph=True)(data())
+    torch.testing.assert_close(torch.autograd.grad(loss, learned)[0], -loss.detach())
+
+
 @pytest.mark.parametrize("objective", ["eps", "x0", "v"])
 def test_min_snr_of_another_gamma(objective: str) -> None:
     schedule = cosine(50)

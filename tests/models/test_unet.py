@@ -346,6 +346,19 @@ def test_half_precision_keeps_its_type(kind):
         torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.1)
 
 
+def test_writers_of_files_find_no_two_weights_in_one_storage():
+    """The weights of q, k and v lie one behind the other; a writer that goes by storages would keep one of them."""
+    net = small()
+    state = net.state_dict(prefix="net.")
+    assert len({t.untyped_storage().data_ptr() for t in state.values()}) == len(state)
+    assert all(t.nbytes == t.untyped_storage().nbytes() for t in state.values())
+    for name, p in net.named_parameters():  # as of any module: the same memory, and nothing of the graph
+        assert state[f"net.{name}"].data_ptr() == p.data_ptr() and torch.equal(state[f"net.{name}"], p)
+        assert not state[f"net.{name}"].requires_grad
+    assert all(p is net.get_parameter(name) for name, p in net.state_dict(keep_vars=True).items())
+    assert all(t.is_shared() for t in small().share_memory().state_dict().values())
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_copies_are_independent(duplicate):
     net, x, t = small(time_embedding_type="fourier"), torch.randn(1, 3, 8, 8), torch.tensor([2.0])
@@ -427,6 +440,7 @@ X, T = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
         ("x", None, {"x": X.long()}),
         ("x", None, {"x": [[0.0]]}),
         ("x", None, {"x": X[:, :, :7]}),
+        ("x", None, {"x": X[:, :, :0]}),
         ("x", None, {"x": X[:, :, :, :7]}),
         ("t", None, {"t": T.repeat(2)}),
         ("t", None, {"t": T[:, None]}),

@@ -15,7 +15,7 @@ from objectives import CLASSIC
 from torch import Tensor
 
 from fastdiff import DDPM, NCSN, ScoreSDE, steps
-from fastdiff.process import VE, VP
+from fastdiff.process import VE, VP, Ladder
 from fastdiff.steps import SAMPLERS
 
 mpmath.mp.dps = 40
@@ -268,6 +268,17 @@ def test_every_sampler_is_here_or_in_a_test_of_its_own():
         "lcm", "tcd",  # test_consistency
     }  # fmt: skip
     assert steps.SAMPLERS is SAMPLERS
+
+
+@pytest.mark.slow
+def test_tables_are_made_on_the_cpu_whatever_the_default_device():
+    process = Ladder(50.0, 0.01, 10)  # all samplers take it
+    for name in SAMPLERS:
+        count = None if name == "heun" else 5
+        made = steps.make_steps(process, name, count, "score", None)
+        with torch.device("meta"):
+            again = steps.make_steps(process, name, count, "score", None)
+        assert torch.equal(again.rows, made.rows) and torch.equal(again.levels, made.levels), name
 
 
 def test_an_unknown_objective_is_named():

@@ -131,6 +131,26 @@ def test_forward_and_reverse_jacobians_are_equal(name):
     torch.testing.assert_close(jacfwd(f)(x).double(), jacrev(f)(x).double(), rtol=1e-5, atol=1e-7)
 
 
+BY_NUMBERS = {
+    "noising": (2, lambda rows: ops.noising(data(1, rows.dtype), T, rows, seed=3)),
+    "loss": (3, lambda rows: ops.loss(data(1, rows.dtype), T, rows, x0=data(2, rows.dtype), seed=3, kind="huber")),
+    "vlb": (6, lambda rows: ops.vlb(data(1, rows.dtype), data(2, rows.dtype), data(3, rows.dtype), T, rows)),
+    "update": (9, lambda rows: ops.update(data(1, rows.dtype), data(2, rows.dtype), rows, T, seed=3, clip=0.6)),
+}
+
+
+@every
+@pytest.mark.parametrize("name", BY_NUMBERS)
+def test_gradients_by_the_numbers_of_a_table(name, backend):
+    """Learned weights, times and schedules."""
+    columns, f = BY_NUMBERS[name]
+    right = grad(lambda rows: f(rows).sum())(table(columns))
+    with fastdiff.backend(backend):
+        rows = table(columns, torch.float32).requires_grad_()
+        f(rows).sum().backward()
+    torch.testing.assert_close(rows.grad, right.float(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["loss mse", "vlb by pred", "vlb decoder", "norm"])
 def test_hessian_is_the_jacobian_of_the_gradient(name):
     f, x = FUNCTIONS[name], data(4)

@@ -62,7 +62,7 @@ class DPMSolverMultistepScheduler(
             noise = {"noise": variance_noise.to(torch.float32)}
         elif random:
             like = torch.empty_like(output, dtype=torch.float32)  # stock's draw, whatever the type of the output
-            noise = self._noise(like, generator, torch.tensor(i))
+            noise = self._noise(like, generator, i)
         sample, output = promoted(sample, output)
         if config.thresholding:
             output = self._thresholded(sample, output, i, of_noise)

@@ -179,7 +179,7 @@ class MultistepScheduler(HistoryScheduler):
         It is linear, so it is run on unit vectors, at all steps at once: the numbers are those of its own arithmetic.
         """
         steps = AllSteps(self)
-        x, z, *ms = torch.eye(order + 2, dtype=self.sigmas.dtype)[..., None].unbind()
+        x, z, *ms = torch.eye(order + 2, dtype=self.sigmas.dtype, device=self.sigmas.device)[..., None].unbind()
         noise = {"noise": z} if random else {}
         given = ms[0] if order == 1 else ms[::-1]
         found = rule(steps, given, sample=x, **noise)
@@ -239,5 +239,5 @@ class AllSteps:
 
     def __init__(self, scheduler: Any) -> None:
         self.sigmas, self.config = scheduler.sigmas, scheduler.config
-        self.step_index = torch.arange(len(self.sigmas) - 1)
+        self.step_index = torch.arange(len(self.sigmas) - 1, device=self.sigmas.device)
         self._sigma_to_alpha_sigma_t = scheduler._sigma_to_alpha_sigma_t

@@ -148,7 +148,7 @@ class PNDMScheduler(HistoryScheduler, diffusers.PNDMScheduler, stock=diffusers.P
             else:
                 start, end = alpha_bar, self._alpha_bar_before(stride)
             from_x, from_e = self._ddim(start, end)
-            ages = torch.zeros(n, SLOTS)
+            ages = from_e.new_zeros(n, SLOTS)
             for age, weight in enumerate(weights[1:]):
                 ages[:, age] = from_e * weight
             first, second, third = (ages[:, (slot - 1 - j) % SLOTS] for j in range(SLOTS))

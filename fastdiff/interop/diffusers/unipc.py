@@ -156,7 +156,7 @@ class UniPCMultistepScheduler(
         keep, k, size, places, b = self._intervals()
         rho2 = torch.full_like(k, 0.5)[:, None]
         rho3 = _solve(places, b[:, :2])
-        found = {1: (keep.double(), -k.double(), torch.zeros(len(k), 3, dtype=torch.float64))}
+        found = {1: (keep.double(), -k.double(), k.new_zeros(len(k), 3, dtype=torch.float64))}
         for order, rho in ((2, rho2), (3, rho3)):
             shares = -size.double()[:, None] * rho.double() / places[:, : order - 1].double()
             ages = torch.nn.functional.pad(shares, (0, 4 - order))

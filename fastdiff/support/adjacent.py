@@ -1,0 +1,42 @@
+"""Weights that lie one behind the other in memory."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+
+def adjacent(parts: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape lie one behind the other in the same memory."""
+    first = parts[0]
+    memory = first.untyped_storage()._cdata
+    return all(
+        p.untyped_storage()._cdata == memory
+        and p.storage_offset() == first.storage_offset() + i * first.numel()
+        and p.is_contiguous()
+        for i, p in enumerate(parts)
+    )
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Equal tensors as one; where they lie if they are adjacent, else copied."""
+    if torch.compiler.is_compiling() or not adjacent(parts):
+        return torch.cat(list(parts))
+    first = parts[0].detach()
+    return first.as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride())
+
+
+def with_own_storage(t: Tensor) -> Tensor:
+    """The same memory as a tensor whose storage ends where it ends. What is no plain tensor, or shared, stays as it is.
+
+    Writers of safetensors (Accelerate, huggingface_hub) take tensors of one storage for one tensor, and drop all but
+    the first.
+    """
+    if type(t) is not Tensor or t.requires_grad or t.device.type not in ("cpu", "cuda") or not t.is_contiguous():
+        return t
+    if t.is_cpu and t.is_shared():  # by processes, which send storages
+        return t
+    with unset_fake_temporarily(), torch.inference_mode(False):
+        # As bytes, since DLPack lacks some of the types.
+        return torch.from_dlpack(t.view(torch.uint8)).view(t.dtype)
