@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .support.choices import did_you_mean
 from .support.scalars import integer
 
 
@@ -266,7 +267,9 @@ def make_schedule(schedule: "str | NoiseSchedule | Tensor", timesteps: int) -> N
     timesteps = length
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
-            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+            raise ValueError(
+                f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}{did_you_mean(schedule, SCHEDULES)}"
+            )
         with torch.device("cpu"):
             return SCHEDULES[schedule](timesteps)
     with torch.device("cpu"):

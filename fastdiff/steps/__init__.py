@@ -23,6 +23,7 @@ from ..objective import OBJECTIVES
 from ..process import Grid, Process
 from ..rows import LOG_ZERO, columns
 from ..schedule import NoiseSchedule
+from ..support.choices import did_you_mean
 from ..support.scalars import as_number, integer
 from .adams import deis, lms, plms
 from .consistency import consistency, lcm, tcd
@@ -180,7 +181,7 @@ def name_to_use(name: str) -> str:
         if hint is None and known.replace("_", "") == base.replace("_", ""):
             hint = f"'{known}'"
     if hint is None:
-        return ""
+        return did_you_mean(plain, SAMPLERS)
     karras = " with steps=model.process.karras(n)" if plain.endswith("_karras") and "heun" not in plain else ""
     return f"; use {hint}{karras}"
 
