@@ -19,6 +19,8 @@ OTHER_NAMES = {
     "fixed_small": "posterior",
     "fixed_large": "beta",
     "learned_range": "learned",
+    "--learning-rate": "--lr",
+    "--epochs": "--steps",
 }
 
 
