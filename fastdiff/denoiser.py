@@ -103,6 +103,8 @@ class Denoiser(nn.Module):
             t: its times, a number, () or (B,).
             out: as in fastdiff.ops.
 
+        Returns: (B, ...), typed like x_t.
+        Raises: ValueError or TypeError, naming the argument.
         Reference: Ho et al. 2020, eq. 15.
         """
         t = self.checked_times("x_t", x_t, t)
@@ -121,7 +123,8 @@ class Denoiser(nn.Module):
             wanted: one of them, a name of fastdiff.objective.OBJECTIVES.
             out: as in fastdiff.ops.
 
-        Raises: ValueError for an unknown name.
+        Returns: (B, ...), typed like x_t.
+        Raises: ValueError or TypeError, naming the argument.
         """
         check_choice("wanted", wanted, OBJECTIVES)
         t = self.checked_times("x_t", x_t, t)
