@@ -51,8 +51,8 @@ This page is made by `python docs/performance.py` from the files in `benchmarks/
 - Every row is compared with the float64 reference before it is timed. A row that disagrees has no figure.
 - *The GPU's time* is that of calls captured in one CUDA graph, so no Python is in it.
 - *The host's time* is how long one call holds up the Python program while the GPU works on.
-- *Of a copy* compares with a plain copy that moves as many bytes as the operation has to move. 1.00 means that the
-  operation is as fast as memory.
+- *Of a copy* compares with a plain copy that moves as many bytes as the operation has to move. At 1.00 the operation
+  is as fast as memory.
 - *Eager* is the same mathematics in eager PyTorch, with the noise of `torch.randn_like`.
 - The small size, 64x3x64x64, stays in the cache of a GPU. The large one, 256x3x256x256, does not.
 

@@ -1,5 +1,6 @@
 """Checks of the arguments of a formulation: what a user gives, as its methods take it."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,20 @@ from torch import Tensor, nn
 from .ops.checks import as_shape, check_shape, check_state
 from .ops.overlap import check_memory
 from .steps import StepTable
+from .support.choices import did_you_mean
 from .support.scalars import integer
+
+# Arguments of other libraries, and ours.
+OTHER_OPTIONS = {
+    "num_inference_steps": "steps",
+    "num_steps": "steps",
+    "guidance_scale": "guidance",
+    "cfg_scale": "guidance",
+    "latents": "x_T",
+    "image": "x_init",
+    "mask": "known",
+    "mask_image": "known",
+}
 
 
 def merged(model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -27,6 +41,28 @@ def merged(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     if twice:
         raise ValueError(f"model_kwargs: expected {twice[0]} once, got it by name too")
     return {**rest, **given}
+
+
+def check_call(model: nn.Module, x: Tensor, condition: Tensor, model_kwargs: dict[str, Any]) -> None:
+    """The model takes the arguments of its call, model(x, condition, **model_kwargs), by their number and names.
+
+    Raises: TypeError, naming the argument.
+    """
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # of a function that was not written in Python
+        return
+    call = f"{type(model).__name__}.forward"
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    for name in () if inspect.Parameter.VAR_KEYWORD in kinds else model_kwargs.keys() - signature.parameters.keys():
+        option = OTHER_OPTIONS.get(name)
+        meant = f"; did you mean {option!r}?" if option else did_you_mean(name, signature.parameters)
+        raise TypeError(f"{name}: expected an option of this method or an argument of {call}, got neither{meant}")
+    try:
+        signature.bind(x, condition, **model_kwargs)
+    except TypeError as error:
+        names = ", ".join(("x", "t", *model_kwargs))
+        raise TypeError(f"model: expected {call} to take ({names}), got {error}") from None
 
 
 def named(option: str, value: Any) -> str:

@@ -105,6 +105,8 @@ class ChainDiffusion(Diffusion):
             t: levels in 0..T, an int, () or (B,).
             seed, noise, out: as in fastdiff.ops.
 
+        Returns: x_t, shaped and typed like x0.
+        Raises: ValueError or TypeError, naming the argument.
         Reference: Ho et al. 2020, eq. 4.
         """
         check_floating("x0", x0)
@@ -126,6 +128,8 @@ class ChainDiffusion(Diffusion):
             t: levels in 1..T, an int, () or (B,).
             seed, noise, out: as in fastdiff.ops.
 
+        Returns: x_t, shaped and typed like x.
+        Raises: ValueError or TypeError, naming the argument.
         Reference: Ho et al. 2020, eq. 2.
         """
         t = self.checked_times("x", x, t)
@@ -141,6 +145,7 @@ class ChainDiffusion(Diffusion):
             x0, x_t: (B, ...), data and state.
             t: levels in 1..T, an int, () or (B,).
 
+        Raises: ValueError or TypeError, naming the argument.
         Reference: Ho et al. 2020, eq. 6 and 7.
         """
         check_floating("x_t", x_t)

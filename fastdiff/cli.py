@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff.diffusion import Diffusion
 from fastdiff.files import replacing, writable
+from fastdiff.support.choices import did_you_mean
 from fastdiff.support.run_file import NAME
 from fastdiff.training import Options, State, digits_options, ema, ranks, resumed_options, save_grid
 from fastdiff.training import train as train_run
@@ -35,6 +37,15 @@ from fastdiff.training.report import write_report
 from fastdiff.training.samples import columns_of, conditions
 
 COMMANDS = ("train", "sample", "eval", "plot", "ema")
+EXAMPLES = """\
+a first run:
+  fastdiff train --data photos/ --size 64 --out runs/photos    (a folder of images)
+  fastdiff train --out runs/photos --resume                    (goes on after a stop)
+  fastdiff sample runs/photos --n 64 --out drawn               (writes drawn.png and drawn.npy)
+  fastdiff eval runs/photos --n 10000                          (FID; --features pixels needs no download)
+
+fastdiff COMMAND --help lists the options of a command.
+"""
 INTERRUPTED = 130
 # Signals by which a scheduler of jobs asks for a checkpoint.
 ASKING = ("SIGTERM", "SIGUSR1")
@@ -110,21 +121,31 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     root = parser()
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         root.error(
-            f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}; "
+            f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}{did_you_mean(argv[0], COMMANDS)}; "
             "in a checkout, python -m benchmarks measures the kernels"
         )
-    return root.parse_args(argv)
+    args, unknown = root.parse_known_args(argv)
+    if unknown:
+        meant = did_you_mean(unknown[0], re.findall(r"--[\w-]+", args.command.format_usage()))
+        args.command.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+    return args
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    root = Parser(prog="fastdiff", description="Train and sample diffusion models.", allow_abbrev=False)
+    root = Parser(
+        prog="fastdiff",
+        description="Train and sample diffusion models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     root.add_argument("--version", action="version", version=f"fastdiff {fastdiff.__version__}")
     commands = root.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, command=command)
         return command
 
     train_arguments(add("train", train, "Train a diffusion model on images."))

@@ -71,6 +71,8 @@ class ContinuousDiffusion(Diffusion):
             t: times, a number, () or (B,).
             seed, noise, out: as in fastdiff.ops.
 
+        Returns: x_t, shaped and typed like x0.
+        Raises: ValueError or TypeError, naming the argument.
         Reference: Song et al. 2021, arXiv:2011.13456, eq. 29.
         """
         rows, row = self.noising_rows(self.checked_times("x0", x0, t), x0.dtype)

@@ -181,8 +181,20 @@ class DDPM(ChainDiffusion):
     def forward(
         self, x0: Tensor, *, t: float | Tensor | None = None, reduction: str = "mean", **options: Any
     ) -> Tensor:
-        """As Diffusion.forward. With `importance`, the levels that training draws have weights 1 / (T p_t), and their
-        losses are noted for the next draws."""
+        """The training loss E[w_t rho(model(x_t, t) - y)], float32: of the levels that are drawn, or of t.
+
+        With `importance`, the levels that training draws have weights 1 / (T p_t), and their losses are noted for the
+        next draws.
+
+        Args:
+            x0: (B, ...), data, scaled to about [-1, 1]: images in [0, 1] as 2 x - 1. Nothing looks at the values.
+            t: levels in 1..T of the samples, an int, () or (B,); drawn if None.
+            reduction: "mean" gives (), "none" gives (B,).
+            options: seed, sample_ids, noise and mask as in FlowMatching.forward, and the model's further arguments.
+
+        Raises: ValueError or TypeError, naming the argument.
+        Reference: Ho et al. 2020, algorithm 1.
+        """
         if t is not None or self.importance is None or not self.training:
             return super().forward(x0, t=t, reduction=reduction, **options)
         check_floating("x0", x0)
@@ -228,6 +240,8 @@ class DDPM(ChainDiffusion):
             seed, noise, out: as in fastdiff.ops.
             model_kwargs: the model's further arguments.
 
+        Returns: (B, ...), typed like x_t.
+        Raises: ValueError or TypeError, naming the argument.
         Reference: Ho et al. 2020, algorithm 2, line 4.
         """
         t = self.checked_times("x_t", x_t, t)
@@ -297,6 +311,13 @@ class DDPM(ChainDiffusion):
         return self.step_table("ddpm").rows
 
     def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
+        """The table of numbers that `sample` applies, a row a step: see fastdiff.rows for the columns.
+
+        Args:
+            sampler, steps, eta: as in `sample`.
+
+        Raises: ValueError or TypeError, naming the argument.
+        """
         if sampler == "ddpm" and eta == 0.0:
             return make_steps(self.process, sampler, steps, self.objective, self.clip, variance=self.variance)
         return super().step_table(sampler, steps, eta)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .arguments import merged
+from .arguments import check_call, merged
 from .cast import TYPES, Casts
 from .objective import OBJECTIVES, conversion_rows
 from .ops.checks import FLOATING, as_clip, check_choice, check_floating
@@ -87,6 +87,12 @@ class Denoiser(nn.Module):
         """Whether the model says that it takes its own estimate of x_0."""
         return bool(getattr(self.model, "self_condition", False))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(getattr(type(self), name, None), "__set__"):  # an option, though its value may be a module
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     # --- what the model says ----------------------------------------------------------------------------------
 
     def predict_x0(self, x_t: Tensor, t: float | Tensor, *, out: Tensor | None = None, **model_kwargs: Any) -> Tensor:
@@ -97,6 +103,8 @@ class Denoiser(nn.Module):
             t: its times, a number, () or (B,).
             out: as in fastdiff.ops.
 
+        Returns: (B, ...), typed like x_t.
+        Raises: ValueError or TypeError, naming the argument.
         Reference: Ho et al. 2020, eq. 15.
         """
         t = self.checked_times("x_t", x_t, t)
@@ -115,7 +123,8 @@ class Denoiser(nn.Module):
             wanted: one of them, a name of fastdiff.objective.OBJECTIVES.
             out: as in fastdiff.ops.
 
-        Raises: ValueError for an unknown name.
+        Returns: (B, ...), typed like x_t.
+        Raises: ValueError or TypeError, naming the argument.
         """
         check_choice("wanted", wanted, OBJECTIVES)
         t = self.checked_times("x_t", x_t, t)
@@ -180,7 +189,13 @@ class Denoiser(nn.Module):
         return x if dtype is None else x.to(dtype)
 
     def _explain(self, error: Exception, x: Tensor, condition: Tensor, model_kwargs: dict[str, Any]) -> None:
-        """ValueError if the model failed for a time between the levels of a chain, and takes whole ones."""
+        """Say why the model failed, if it was its arguments, another device, or a time between the levels of a chain.
+
+        Raises: ValueError or TypeError, naming the argument.
+        """
+        check_call(self.model, x, condition, model_kwargs)
+        if x.device != self.device:
+            raise ValueError(f"x: expected device {self.device}, where the model is, got {x.device}") from error
         whole = condition.round().long()
         if not condition.is_floating_point() or self.process.condition(whole).is_floating_point():
             return

@@ -89,7 +89,7 @@ class Diffusion(Denoiser, ABC):
         """The training loss E[w_t rho(model(x_t, t) - y)], float32.
 
         Args:
-            x0: (B, ...), data.
+            x0: (B, ...), data, scaled to about [-1, 1]: images in [0, 1] as 2 x - 1. Nothing looks at the values.
             t: times of the samples, a number, () or (B,); drawn if None.
             seed, noise: of x_t; drawn if None.
             sample_ids: (B,), the number of each sample in the seed's noise, 0..B-1 if None.
@@ -99,6 +99,7 @@ class Diffusion(Denoiser, ABC):
             model_kwargs: the model's further arguments. Those that are named as one of ours go into a dict,
                 model_kwargs={"t": ...}.
 
+        Raises: ValueError or TypeError, naming the argument.
         Reference: Ho et al. 2020, algorithm 1; denoising score matching if the model predicts the score (Song & Ermon
             2019, arXiv:1907.05600, eq. 5).
         """

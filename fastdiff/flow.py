@@ -90,7 +90,15 @@ def uniform(u: Tensor) -> Tensor:
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """log(t / (1 - t)) ~ N(mean, std^2): times in the middle are drawn more often (Esser et al. 2024, section 3.1)."""
+    """log(t / (1 - t)) ~ N(mean, std^2): times in the middle are drawn more often (Esser et al. 2024, section 3.1).
+
+    Args:
+        u: (N,), uniform over [0, 1].
+        mean, std: of the logarithm; a mean below 0 draws more times near data.
+
+    Returns: the times (N,) in [0, 1].
+    Raises: ValueError unless std is above 0.
+    """
     if not std > 0:
         raise ValueError(f"std: expected a number above 0, got {std}")
     return torch.sigmoid(mean + std * torch.special.ndtri(u))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .schedule import NoiseSchedule
+from .support.choices import did_you_mean
 from .support.scalars import as_number
 
 
@@ -146,7 +147,9 @@ def check_weighting(weighting: str | Weighting, names: tuple[str, ...]) -> None:
     if callable(weighting) or weighting in names:
         return
     if not isinstance(weighting, str) or not weighting.startswith(WITH_GAMMA):
-        raise ValueError(f"weighting: expected one of {', '.join(names)}, got {weighting!r}")
+        raise ValueError(
+            f"weighting: expected one of {', '.join(names)}, got {weighting!r}{did_you_mean(weighting, names)}"
+        )
     try:
         ok = float(weighting.removeprefix(WITH_GAMMA)) > 0
     except ValueError:

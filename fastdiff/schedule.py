@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .support.choices import did_you_mean
 from .support.scalars import as_count, integer
 
 
@@ -201,12 +202,13 @@ class NoiseSchedule:
 
 
 def linear(timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-    """beta_t evenly spaced from beta_start to beta_end (Ho et al. 2020, section 4)."""
+    """beta_t evenly spaced from beta_start to beta_end, in (0, 1), for t = 1..T (Ho et al. 2020, section 4)."""
     return NoiseSchedule.from_betas(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
 
 
 def scaled_linear(timesteps: int, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
-    """sqrt(beta_t) evenly spaced (Rombach et al. 2022, latent diffusion, arXiv:2112.10752)."""
+    """sqrt(beta_t) evenly spaced, beta_t from beta_start to beta_end, for t = 1..T (Rombach et al. 2022, latent
+    diffusion, arXiv:2112.10752)."""
     root = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64)
     return NoiseSchedule.from_betas(root**2)
 
@@ -263,7 +265,9 @@ def make_schedule(schedule: "str | NoiseSchedule | Tensor", timesteps: int) -> N
     timesteps = as_count("timesteps", timesteps)
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
-            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+            raise ValueError(
+                f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}{did_you_mean(schedule, SCHEDULES)}"
+            )
         with torch.device("cpu"):
             return SCHEDULES[schedule](timesteps)
     with torch.device("cpu"):

@@ -305,7 +305,7 @@ class UNet(nn.Module):
         elif not isinstance(class_labels, Tensor) or (
             class_labels.dtype not in (torch.int32, torch.int64) or class_labels.shape != (batch,)
         ):
-            raise ValueError(f"class_labels: expected integers ({batch},), got {describe(class_labels)}")
+            raise ValueError(f"class_labels: expected an integer tensor ({batch},), got {describe(class_labels)}")
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {

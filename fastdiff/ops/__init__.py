@@ -1,12 +1,13 @@
 """The operations: each has a kernel, a reference in plain PyTorch (`fastdiff.reference`), and checks its arguments.
 
 Arguments that several operations have:
-    seed: the 64-bit key of the noise: an int, an int64 tensor of one element, or None. With None it is drawn on the
-        device from PyTorch's default generator.
-    sample_ids: (B,) int64 in [0, 2^32): the number of each sample in the noise; 0..B-1 if None.
-    noise: a floating tensor shaped like the data; it takes the place of generated noise.
-    out: a tensor shaped and typed like the result, which is written into it. It is none of the operands, and no
-        gradient is wanted.
+
+- seed: the 64-bit key of the noise: an int, an int64 tensor of one element, or None. With None it is drawn on the
+  device from PyTorch's default generator.
+- sample_ids: (B,) int64 in [0, 2^32): the number of each sample in the noise; 0..B-1 if None.
+- noise: a floating tensor shaped like the data; it takes the place of generated noise.
+- out: a tensor shaped and typed like the result, which is written into it. It is none of the operands, and no gradient
+  is wanted.
 """
 
 from .group_norm import group_norm_silu

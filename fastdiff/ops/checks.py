@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..support import transforms
+from ..support.choices import did_you_mean
 from ..support.scalars import as_integer, as_number, integer
 from ..support.shapes import fits
 from .plan import draw, number, recording
@@ -32,7 +33,8 @@ def check_floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
-        raise TypeError(f"{name}: expected one of {names(FLOATING)}, got {x.dtype}")
+        scaled = f"; images as {name}.float() / 127.5 - 1" if x.dtype == torch.uint8 else ""
+        raise TypeError(f"{name}: expected one of {names(FLOATING)}, got {x.dtype}{scaled}")
     check_dense(name, x)
     if x.ndim < 1:
         raise ValueError(f"{name}: expected a batch dimension, got shape ()")
@@ -152,7 +154,7 @@ def as_device(device: torch.device | str) -> torch.device:
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
     """ValueError if a name is not among the known ones."""
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}")
 
 
 def check_reduction(reduction: Any) -> None:

@@ -11,6 +11,18 @@ One loop, fastdiff.sampling, runs every table. All samplers take every objective
     singlestep      dpm2, dpm2_ancestral, dpm_solver_pp_2s, dpm_solver_pp_2s_ancestral, dpm_solver_pp_sde
     consistency     consistency, lcm, tcd
     through_score   euler_maruyama, reverse_diffusion, probability_flow, predictor_corrector, annealed_langevin
+
+Their common arguments:
+
+- schedule: the noise levels.
+- levels: (n + 1,) int64, decreasing, to visit in turn; 0 is data. `make_steps` counts them, and adds the middles that
+  the samplers of singlestep need: t, m, s, m, ...
+- objective: what the model predicts, a name of fastdiff.objective.OBJECTIVES.
+- clip: the estimate of x_0 is kept in [-clip, clip]; None leaves it free.
+- eta: of those with noise; 0 is the ODE, 1 has all the noise of the reverse SDE.
+- denoise: of through_score; whether the step to level 0 gives the estimate of x_0. Else it is left out.
+
+All raise ValueError if the prediction does not determine x_0, or the score, at a level.
 """
 
 import functools
@@ -23,6 +35,7 @@ from ..objective import OBJECTIVES
 from ..process import Grid, Process
 from ..rows import LOG_ZERO, columns
 from ..schedule import NoiseSchedule
+from ..support.choices import did_you_mean
 from ..support.scalars import as_number, integer
 from .adams import deis, lms, plms
 from .consistency import consistency, lcm, tcd
@@ -180,7 +193,7 @@ def name_to_use(name: str) -> str:
         if hint is None and known.replace("_", "") == base.replace("_", ""):
             hint = f"'{known}'"
     if hint is None:
-        return ""
+        return did_you_mean(plain, SAMPLERS)
     karras = " with steps=model.process.karras(n)" if plain.endswith("_karras") and "heun" not in plain else ""
     return f"; use {hint}{karras}"
 

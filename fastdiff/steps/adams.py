@@ -33,6 +33,7 @@ def deis(
     Row: from_x0 and from_x = what x_s takes through eps; hist = alpha_s w_a, order - 1 slots in a ring, each an eps.
 
     Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
         order: 1 to 4. The first steps have fewer values; the step to data, where log rho = -inf, has one.
 
     Returns: one row and one call of the model per step; of order `order` once all values are there.
@@ -60,6 +61,7 @@ def lms(
     Row: as that of `deis`.
 
     Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
         order: 1 to 4. The first steps have fewer values.
 
     Returns: one row and one call of the model per step; of order `order` once all values are there.
@@ -83,6 +85,9 @@ def plms(schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | 
 
     Rows: the first step is Euler's row and one that corrects it at s, from_hist = -alpha_s (rho_s - rho_t) / 2. The
     others are as those of `deis`, three slots in a ring; eps_s is not remembered.
+
+    Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
 
     Returns: one row and one call of the model per step, and one more at the first; second order.
     Raises: ValueError if sigma / alpha is infinite at a level.

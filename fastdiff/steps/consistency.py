@@ -23,6 +23,7 @@ def consistency(
     Row: from_x0 = alpha_s; noise = alpha_s sqrt(rho_s^2 - least^2).
 
     Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
         least: the rho at which the model returns its input: 0.002 for the models of Song et al.
 
     Returns: one row and one call of the model per step; no order, as the model is not a local estimate.
@@ -56,6 +57,10 @@ def lcm(
 
     Row: from_x0 = alpha_s c_out; from_x = alpha_s c_skip; noise = sigma_s.
 
+    Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
+        sigma_data, scaling: of the boundary condition, as the model was distilled; sigma_data of at least 0.
+
     Returns: one row and one call of the model per step.
     Raises: ValueError if sigma_data < 0.
     Reference: Luo et al. 2023, arXiv:2310.04378, algorithm 3 and section 4.1; the scaling of timesteps is diffusers'.
@@ -83,6 +88,7 @@ def tcd(
     Row: from_x = alpha_s rho_u / sigma_t; from_x0 = alpha_s - alpha_t from_x; noise = alpha_s sqrt(rho_s^2 - rho_u^2).
 
     Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
         gamma: from 0, `ddim`, to 1, new noise at every level.
 
     Returns: one row and one call of the model per step.

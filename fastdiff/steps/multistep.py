@@ -33,6 +33,9 @@ def dpm_solver_pp_2m(schedule: NoiseSchedule, levels: Tensor, objective: str, cl
     Row: with k = alpha_s (1 - exp(-h)): from_x0 = k (1 + w); from_x = sigma_s / sigma_t; from_hist = -k w, hist holds
     x0_before.
 
+    Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
+
     Returns: one row and one call of the model per step; second order. The first step and the one to data are of first
         order, w = 0.
     Reference: Lu et al. 2022, arXiv:2211.01095, algorithm 2.
@@ -52,6 +55,7 @@ def dpm_solver_pp_2m_sde(
     Row: as that of `dpm_solver_pp_2m` with k = alpha_s (1 - e^(-(1 + eta) h)).
 
     Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
         eta: 1 is the reverse SDE, 0 the ODE.
 
     Returns: one row and one call of the model per step; second order in mean and variance.
@@ -87,6 +91,7 @@ def dpm_solver_pp_3m_sde(
     Row: from_x0 and hist are what the last line takes from the estimates; two slots in a ring.
 
     Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
         eta: 1 is the reverse SDE, 0 the ODE.
 
     Returns: one row and one call of the model per step; second order in mean and variance.
@@ -154,6 +159,7 @@ def unipc(
     ring. The state between steps is the predicted one.
 
     Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
         order: points of Q, 1 to 3. The first steps, and the last ones before data, have fewer.
         variant: "bh1" or "bh2".
 

@@ -38,6 +38,9 @@ class Way(NamedTuple):
 def dpm2(schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None) -> StepTable:
     """DPM-Solver-2 as in k-diffusion, the midpoint rule for dy / d rho = eps: `dpm2_ancestral` with eta = 0.
 
+    Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
+
     Returns: two rows and two calls of the model per step, and Euler's alone to data; second order.
     Reference: k-diffusion's sample_dpm_2; after Karras et al. 2022, arXiv:2206.00364, algorithm 2, and Lu et al. 2022,
         arXiv:2206.00927.
@@ -57,6 +60,9 @@ def dpm2_ancestral(
     Rows: the first is that of `ddim`, and keeps x_t in hist. The second: with g = alpha_s (rho_d - rho_t): from_x0 =
     -g / rho_m; from_x = g / sigma_m; from_hist = alpha_s / alpha_t; noise = alpha_s rho_u.
 
+    Args:
+        schedule, levels, objective, clip, eta: see `fastdiff.steps`.
+
     Returns: two rows and two calls of the model per step, and Euler's alone to data; first order, second for eta = 0.
     Reference: k-diffusion's sample_dpm_2_ancestral.
     """
@@ -75,6 +81,9 @@ def dpm2_ancestral(
 def dpm_solver_pp_2s(schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None = None) -> StepTable:
     """DPM-Solver++(2S), an exponential integrator: `dpm_solver_pp_2s_ancestral` with eta = 0.
 
+    Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
+
     Returns: two rows and two calls of the model per step, and the first alone to data; second order.
     Reference: Lu et al. 2022, arXiv:2211.01095, algorithm 1 with r = 1/2.
     """
@@ -91,6 +100,9 @@ def dpm_solver_pp_2s_ancestral(
 
     Rows: the first is that of `ddim`, and keeps x_t in hist. The second: from_x0 = alpha_s (1 - rho_d / rho_t);
     from_hist = alpha_s rho_d / (alpha_t rho_t); noise = alpha_s rho_u.
+
+    Args:
+        schedule, levels, objective, clip, eta: see `fastdiff.steps`.
 
     Returns: two rows and two calls of the model per step, and the first alone to data; first order, second for eta = 0.
     Reference: k-diffusion's sample_dpmpp_2s_ancestral.
@@ -121,6 +133,9 @@ def dpm_solver_pp_sde(
 
     Rows: the first is the first line, and keeps the mix alpha_s ((q - k p) y_t - k (1 - p) denoise(x_t)). The second:
     from_x0 = alpha_s (1 - q); from_x = alpha_s k / alpha_m; from_hist = 1; noise = alpha_s v sqrt(1 - c^2).
+
+    Args:
+        schedule, levels, objective, clip, eta: see `fastdiff.steps`.
 
     Returns: two rows and two calls of the model per step, and Euler's alone to data; second order in mean and variance.
     Reference: k-diffusion's sample_dpmpp_sde with its Brownian tree; Lu et al. 2022, arXiv:2211.01095.

@@ -39,6 +39,9 @@ def euler_maruyama(
     Row: from_x = 1 - f dt, with what the score takes from x; from_pred (or from_x0) = g^2 dt times the score's;
     noise = sqrt(g^2 dt).
 
+    Args:
+        schedule, levels, objective, clip, denoise: see `fastdiff.steps`.
+
     Returns: one row and one call of the model per step.
     Raises: ValueError if sigma / alpha is infinite at a level.
     Reference: Song et al. 2021b, eq. 6.
@@ -59,6 +62,9 @@ def probability_flow(
         x_0   = denoise(x)    at the last step, if asked for
 
     Row: from_x = 1 - f dt, with what the score takes from x; from_pred (or from_x0) = g^2/2 dt times the score's.
+
+    Args:
+        schedule, levels, objective, clip, denoise: see `fastdiff.steps`.
 
     Returns: one row and one call of the model per step; deterministic, first order.
     Raises: ValueError if sigma / alpha is infinite at a level.
@@ -81,6 +87,9 @@ def reverse_diffusion(
 
     Row: from_x = 2 - alpha_ts, with what the score takes from x; from_pred (or from_x0) = beta_ts times the score's;
     noise = sqrt(beta_ts).
+
+    Args:
+        schedule, levels, objective, clip, denoise: see `fastdiff.steps`.
 
     Returns: one row and one call of the model per step.
     Reference: Song et al. 2021b, app. E.
@@ -115,6 +124,7 @@ def predictor_corrector(
     noise = 2 alpha_ts^2 snr^2.
 
     Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
         predictor: "reverse_diffusion", "euler_maruyama" or "ddpm" (ancestral).
         corrections: steps of Langevin dynamics at each level, at least 1.
         snr: the ratio of the norms of step and noise, above 0.
@@ -154,6 +164,7 @@ def annealed_langevin(
     The paper's step size alpha_i is 2 e.
 
     Args:
+        schedule, objective, clip: see `fastdiff.steps`.
         levels: (n + 1,) int64, never increasing; a level that is repeated gets as many steps.
         eps: the step size e at level 1, above 0.
 

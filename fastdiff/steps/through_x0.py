@@ -40,6 +40,7 @@ def ancestral(
     sqrt(beta~) and sqrt(beta_ts). Where alpha = 1 this is the ancestral sampler of VE.
 
     Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
         variance: sd^2 is "posterior" (beta~), "beta" (beta_ts) or "learned" (in between, as the model says).
 
     Returns: one row and one call of the model per step. Leaving out levels gives the respaced chain.
@@ -71,6 +72,7 @@ def ddim(
     Row: from_x0 = alpha_s - alpha_t q / sigma_t; from_x = q / sigma_t; noise = sd.
 
     Args:
+        schedule, levels, objective, clip: see `fastdiff.steps`.
         eta: 0 is deterministic, 1 is the ancestral sampler.
 
     Returns: one row and one call of the model per step; first order.
@@ -100,6 +102,9 @@ def euler_ancestral(
 
     Row: that of `ddim`; with eta = 1 also that of `ancestral`.
 
+    Args:
+        schedule, levels, objective, clip, eta: see `fastdiff.steps`.
+
     Returns: one row and one call of the model per step; first order.
     Raises: ValueError as `ddim`.
     Reference: k-diffusion's sample_euler_ancestral.
@@ -117,6 +122,7 @@ def ddim_inversion(schedule: NoiseSchedule, levels: Tensor, objective: str) -> S
     Row: from_x, from_pred = what alpha_s x0 + sigma_s eps takes from x_t and pred; nothing is clipped.
 
     Args:
+        schedule, objective: see `fastdiff.steps`.
         levels: (n + 1,) int64, increasing.
 
     Returns: one row and one call of the model per step. A first-order inverse of `ddim`: the error falls with the size
@@ -149,6 +155,7 @@ def heun(
     and g = (r_t / r_s - 1) / 2, from_x0 = alpha_s g; from_x = 1/2 - g; from_hist = alpha_s / (2 alpha_t).
 
     Args:
+        schedule, objective, clip: see `fastdiff.steps`.
         levels: (n + 1,) int64. Where they rise, noise is added to match (churn); Process.karras makes such a grid.
         noise_scale: the standard deviation of churn's noise is multiplied by it.
 

@@ -101,6 +101,9 @@ class RunFile:
         found = find(path)
         if found is None and path.is_dir():
             raise IsADirectoryError(errno.EISDIR, f"{os.strerror(errno.EISDIR)} without {NAME}", str(path))
+        if not path.exists():
+            said = f"{os.strerror(errno.ENOENT)}; expected the folder of a run, or its {NAME}"
+            raise FileNotFoundError(errno.ENOENT, said, str(path))
         file = TensorFile.open(found or path)
         with blaming(file.path, "a usable fastdiff checkpoint"):
             metadata = _metadata(file.metadata)

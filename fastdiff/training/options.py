@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from fastdiff.networks import NETWORKS
+from fastdiff.ops.checks import check_choice
 from fastdiff.training.checkpoint import State
 from fastdiff.training.data.opening import ARRAYS, KINDS, SETS, is_path
 from fastdiff.training.ema import names as average_names
@@ -148,12 +149,9 @@ class Options:
             raise ValueError(f"data: expected {KINDS}, got ''")
         if self.gray and self.image_channels > 1:
             raise ValueError(f"gray: expected False with {self.image_channels} image_channels, got True")
-        if self.log not in LOGS:
-            raise ValueError(f"log: expected one of {', '.join(LOGS)}, got {self.log!r}")
-        if self.network not in NETWORKS:
-            raise ValueError(f"network: expected one of {', '.join(NETWORKS)}, got {self.network!r}")
-        if self.formulation not in OBJECTIVES:
-            raise ValueError(f"formulation: expected one of {', '.join(OBJECTIVES)}, got {self.formulation!r}")
+        check_choice("log", self.log, LOGS)
+        check_choice("network", self.network, NETWORKS)
+        check_choice("formulation", self.formulation, OBJECTIVES)
         self.objective = self.objective or OBJECTIVES[self.formulation]
         changed = [f.name for f in fields(self) if f.default is not MISSING and getattr(self, f.name) != f.default]
         refuse_foreign(self.formulation, changed)
@@ -184,8 +182,7 @@ class Options:
             raise ValueError(f"accumulate: expected at most the batch size {self.batch_size}, got {self.accumulate}")
         if self.fsdp and self.channels_last:
             raise ValueError("channels_last: expected False with fsdp, which splits contiguous weights, got True")
-        if self.lr_schedule not in LR_SCHEDULES:
-            raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}")
+        check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         if self.lr_schedule == "inverse_sqrt" and not self.lr_hold:
             raise ValueError("lr_hold: expected at least 1 with lr_schedule inverse_sqrt, got 0")
         for name in ("beta1", "beta2"):

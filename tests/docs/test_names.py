@@ -1,9 +1,11 @@
 """One name, one version, one floor of torch; a short README; pages that point to what is there."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -141,3 +143,13 @@ def test_files_that_pages_name_are_there():
             if not (ROOT / path).exists():
                 missing.append(f"{page.relative_to(ROOT)}: {path}")
     assert not missing, "\n".join(missing)
+
+
+def test_the_api_pages_show_sections_and_examples_of_a_docstring(monkeypatch):
+    """mkdocstrings drops a section whose text stands on its line, and takes lines with >>> for quotations."""
+    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object, Object=object))
+    sections = runpy.run_path(str(ROOT / "docs" / "sections.py"))
+    text = "Half.\n\nReturns: x / 2,\n    as x.\nReference: none.\n\nMore.\n>>> a = half(2)\n>>> b = a"
+    made = "Half.\n\n\n**Returns:** x / 2, as x.\n\n**Reference:** none.\n\nMore.\n\n```python\na = half(2)\nb = a\n```"
+    assert sections["rewritten"](text) == made
+    assert "extensions: [docs/sections.py]" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

@@ -142,3 +142,13 @@ def test_every_objective_and_schedule_is_on_the_pages():
     choosing = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
     for name in (*objective.OBJECTIVES, *schedule.SCHEDULES):
         assert f'`"{name}"`' in choosing, name
+
+
+def test_no_member_of_an_api_page_names_a_file_too():
+    """fastdiff.ops.loss is a function when it runs, and a file to what makes the page, which would leave it out."""
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    listed = re.findall(r"^::: (\S+)\n +options:[^\[]*members: ?\[([^\]]+)\]", pages, flags=re.M)
+    assert len(listed) > 15
+    for module, members in listed:
+        folder = ROOT / module.replace(".", "/")
+        assert not [name for name in re.findall(r"\w+", members) if (folder / f"{name}.py").exists()], module

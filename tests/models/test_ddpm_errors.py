@@ -32,6 +32,10 @@ def seeded():
         ({"schedule": None}, TypeError, "betas: expected numbers"),
         ({"schedule": torch.full((5,), 0.1)}, ValueError, "timesteps: expected 5"),
         ({"timesteps": 0}, ValueError, "timesteps: expected an integer of at least 1"),
+        ({"objective": "v_prediction"}, ValueError, "got 'v_prediction'; did you mean 'v'"),
+        ({"schedule": "cosin"}, ValueError, "got 'cosin'; did you mean 'cosine'"),
+        ({"weighting": "minsnr"}, ValueError, "got 'minsnr'; did you mean 'min_snr'"),
+        ({"loss": torch.nn.MSELoss()}, ValueError, r"loss: expected one of .* got MSELoss\(\)$"),
         ({"model": None}, TypeError, "model: expected a torch.nn.Module, got NoneType"),
         ({"model": torch.sin}, TypeError, "model: expected a torch.nn.Module"),
     ],
@@ -45,6 +49,7 @@ SAMPLE_ERRORS = [
     ({"steps": 0}, ValueError, "steps: expected an integer from 1 to 10, got 0"),
     ({"steps": 11}, ValueError, "steps: expected an integer from 1 to 10, got 11"),
     ({"sampler": "euler"}, ValueError, "sampler: expected one of ddpm, ddim, .* got 'euler'"),
+    ({"sampler": "dimm"}, ValueError, "got 'dimm'; did you mean 'ddim'"),
     ({"eta": 0.5}, ValueError, "eta: expected 0 with sampler 'ddpm', got 0.5"),
     ({"eta": -0.5, "sampler": "ddim"}, ValueError, "eta: expected a finite number of at least 0"),
     ({"eta": 2.0, "sampler": "ddim"}, ValueError, "eta: 2.0 asks for more noise"),
@@ -85,7 +90,7 @@ def test_noise_function_of_the_wrong_shape():
     ("options", "error", "said"),
     [
         ({"x0": [1.0]}, TypeError, "x0: expected a tensor, got list"),
-        ({"x0": torch.zeros(SHAPE, dtype=torch.uint8)}, TypeError, "x0: expected one of float32, .* got torch.uint8"),
+        ({"x0": torch.zeros(SHAPE, dtype=torch.uint8)}, TypeError, r"uint8; images as x0.float\(\) / 127.5 - 1"),
         ({"x0": torch.tensor(1.0)}, ValueError, "x0: expected a batch dimension"),
         ({"t": 0}, ValueError, "t: expected levels from 1 to 10, got 0"),
         ({"t": 11}, ValueError, "t: expected levels from 1 to 10, got 11"),
@@ -157,3 +162,46 @@ def test_model_output_errors():
         ):
             with pytest.raises(error, match=said):
                 call(ddpm)
+
+
+class Texted(Pointwise):
+    def forward(self, x, t, text):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "said"),
+    [
+        (torch.nn.Conv2d(2, 2, 1), {}, r"model: expected Conv2d.forward to take \(x, t\), got too many"),
+        (Texted(), {}, r"model: expected Texted.forward to take \(x, t\), got missing a required argument: 'text'"),
+        (Texted(), {"texts": 1}, "texts: expected .* an argument of Texted.forward, got neither; did you mean 'text'"),
+        (Texted(), {"guidance_scale": 2.0}, "guidance_scale: expected an option .* did you mean 'guidance'"),
+    ],
+)
+def test_calls_that_the_model_does_not_take(model, given, said):
+    with pytest.raises(TypeError, match=said):
+        DDPM(model, timesteps=10).sample(SHAPE, **given)
+
+
+def test_data_on_another_device():
+    class Elsewhere(Pointwise):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1, device="meta"))
+
+        def forward(self, x, t):
+            raise RuntimeError("Expected all tensors to be on the same device")  # as on a GPU
+
+    with pytest.raises(ValueError, match="x: expected device meta, where the model is, got cpu"):
+        DDPM(Elsewhere(), timesteps=10)(torch.zeros(SHAPE))
+
+
+def test_an_option_may_be_a_module():
+    class Double(torch.nn.Module):
+        def forward(self, schedule, objective):
+            return torch.full_like(schedule.alpha, 2.0)
+
+    ddpm, x0 = DDPM(Pointwise(), timesteps=10), torch.ones(SHAPE)
+    before = ddpm(x0, t=3, seed=0)
+    ddpm.weighting = Double()
+    assert torch.allclose(ddpm(x0, t=3, seed=0), 2 * before)

@@ -224,8 +224,8 @@ def test_wrong_inputs():
         ((x[..., :0], t, labels), "x: expected C = 3, H and W multiples of 2"),
         ((x[0], t, labels), r"x: expected a floating tensor \(B, C, H, W\)"),
         ((x, t[None], labels), r"t: expected shape \(2,\)"),
-        ((x, t, labels[:1]), r"class_labels: expected integers \(2,\)"),
-        ((x, t, labels.float()), r"class_labels: expected integers \(2,\)"),
+        ((x, t, labels[:1]), r"class_labels: expected an integer tensor \(2,\)"),
+        ((x, t, labels.float()), r"class_labels: expected an integer tensor \(2,\)"),
         ((x, None, labels, torch.zeros(2, 16)), r"emb: expected shape \(2 or 1, 2, 16\)"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -176,6 +176,8 @@ def test_a_traceback_is_never_shown(model, tmp_path):
     [
         ([], "arguments are required"),
         (["fly"], "unknown command 'fly'"),
+        (["smaple"], "did you mean 'sample'?"),
+        (["train", "--out", "x", "--learning-rate", "1"], "did you mean '--lr'? (see fastdiff train --help)"),
         (["train"], "--out"),
         (["train", "--out", "x"], "--data"),
         (["train", "--out", "x", "--data", "missing"], "missing: No such file or directory"),

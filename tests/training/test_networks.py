@@ -97,7 +97,7 @@ def test_sizes_of_a_transformer(size, channels, expected):
         ({"patch": -1}, "patch: expected at least 0, got -1"),
         ({"formulation": "ncsn"}, "network: expected unet with formulation ncsn, got 'dit'"),
         ({"formulation": "ve"}, "network: expected unet with formulation ve, got 'dit'"),
-        ({"network": "vit"}, "network: expected one of unet, dit, got 'vit'"),
+        ({"network": "vit"}, r"network: expected one of unet, dit, got 'vit'; did you mean 'dit'\?"),
         ({"network": "unet", "patch": 2}, "patch: an option of network dit, which network unet does not have"),
     ],
 )
