@@ -174,6 +174,18 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
                     torch.testing.assert_close(got[key], want[key], rtol=0.02, atol=0.02)
 
 
+def test_flow_matching_draws_float32() -> None:
+    stock, ours = both(FLOW, 10, stochastic_sampling=True)
+    x, output = (t.double() for t in draw(seeded(0)))
+    generators = [seeded(7), seeded(7)]
+    want, got = (
+        s.step(output, s.timesteps[3], x, generator=g).prev_sample
+        for s, g in zip((stock, ours), generators, strict=True)
+    )
+    torch.testing.assert_close(got, want, rtol=PARITY, atol=PARITY)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
 # --- places -------------------------------------------------------------------------------------------------------
 
 
