@@ -262,6 +262,19 @@ def test_epsilon_at_alpha_0(name: str, limit: str) -> None:
         torch.testing.assert_close(got.pred_original_sample, want.pred_original_sample, equal_nan=True)
 
 
+def test_flow_matching_draws_float32() -> None:
+    """Whatever the type of the sample."""
+    stock, ours = both("FlowMatchEulerDiscreteScheduler", 10, stochastic_sampling=True)
+    x, output = (t.double() for t in draw(seeded(0)))
+    generators = [seeded(7), seeded(7)]
+    want, got = (
+        s.step(output, s.timesteps[3], x, generator=g).prev_sample
+        for s, g in zip((stock, ours), generators, strict=True)
+    )
+    torch.testing.assert_close(got, want, rtol=PARITY, atol=PARITY)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_mixed_dtypes(name: str) -> None:
     """A model under autocast: noise, generator and the type of the result are stock's."""

@@ -74,6 +74,7 @@ from .heun import HeunDiscreteScheduler
 from .lcm import LCMScheduler
 from .pndm import PNDMScheduler
 from .score_sde_ve import ScoreSdeVeScheduler
+from .tcd import TCDScheduler
 from .unipc import UniPCMultistepScheduler
 
 __all__ = [
@@ -91,6 +92,7 @@ __all__ = [
     "LCMScheduler",
     "PNDMScheduler",
     "ScoreSdeVeScheduler",
+    "TCDScheduler",
     "UniPCMultistepScheduler",
 ]
 
@@ -109,5 +111,6 @@ SCHEDULERS: tuple[type[FusedScheduler], ...] = (
     LCMScheduler,
     PNDMScheduler,
     ScoreSdeVeScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
