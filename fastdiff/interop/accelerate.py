@@ -19,7 +19,10 @@ DENOISERS = ("unet", "transformer")
 # Where a network keeps the convolutions whose layout was changed.
 LAID_OUT = "_channels_last_by_accelerate"
 # Attributes that a fused scheduler has beside those of its stock class.
-OWN = ("_tables", "_last_run", "_ring", "_in_ring", "_predicted", "_predicted_by", "fused_noise", "__module__")
+OWN = {
+    *("_tables", "_tables_of", "_last_run", "fused_noise", "__module__"),
+    *("_ring", "_in_ring", "_predicted", "_predicted_by", "_halfway"),
+}
 
 
 class Accelerated(list[str]):
@@ -251,6 +254,6 @@ def _put_back(part: Any, stock: Any, fused: Any) -> None:
 def _become(kind: Any, scheduler: Any) -> Any:
     """A scheduler of another class, with the configuration and state of the given one."""
     new = kind.from_config(scheduler.config)
-    # UniPC's last_sample is computed when it is asked for.
+    # UniPC's last_sample and Heun's prev_derivative are computed when they are asked for.
     new.__dict__.update({k: getattr(scheduler, k) for k in scheduler.__dict__ if k not in OWN})
     return new

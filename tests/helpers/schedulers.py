@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdiff.interop import diffusers as fused
 
 NAMES = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "ScoreSdeVeScheduler")
-# Those that count their steps and take any float as a timestep, but for LCM, whose timestep is a level.
+# Those that count their steps and take any float as a timestep, but for LCM and TCD, whose timestep is a level.
 COUNTING = (
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
@@ -17,6 +17,7 @@ COUNTING = (
     "EDMEulerScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "LCMScheduler",
+    "TCDScheduler",
 )
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")

@@ -1,4 +1,4 @@
-"""Euler, Euler ancestral, Heun, EDM, flow matching and LCM of diffusers against stock's, from the same generator."""
+"""Schedulers of diffusers that count their steps: Euler and others, LCM and TCD, against stock from one generator."""
 
 import copy
 import itertools
@@ -21,7 +21,8 @@ from fastdiff.interop.stock import reached
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers with NumPy 2
 
-EULER, ANCESTRAL, HEUN, EDM, FLOW, LCM = COUNTING
+EULER, ANCESTRAL, HEUN, EDM, FLOW, LCM, TCD = COUNTING
+LEVELS = (LCM, TCD)
 SIGMAS: tuple[dict[str, Any], ...] = (
     {}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}
 )  # fmt: skip
@@ -131,6 +132,16 @@ def test_lcm(prediction: str) -> None:
             same_runs(*both(LCM, steps, prediction_type=prediction, **config))
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_tcd(prediction: str) -> None:
+    for eta, steps in itertools.product((0.0, 0.3, 1.0), (50, 7, 1)):
+        same_runs(*both(TCD, steps, prediction_type=prediction), eta=eta)
+    pair = both(TCD, prediction_type=prediction)
+    for s in pair:
+        s.set_timesteps(timesteps=[999, 759, 499, 259], strength=0.6)  # draws in its last step too
+    same_runs(*pair)
+
+
 @pytest.mark.slow
 def test_heun_clips_and_is_nearer_to_the_truth() -> None:
     """Stock amplifies its rounding of x_0 by dt / 2 sigma, which is 40 in the last step here."""
@@ -184,7 +195,7 @@ def test_they_start_where_stock_does(name: str) -> None:
         for kind in (lambda t: t, lambda t: t[None], lambda t: t.item(), lambda t: t.numpy()[()], lambda t: t.numpy()):
             pair, x = both(name, 10), draw(seeded(0))
             t = pair[0].timesteps[3]
-            if name != LCM and isinstance(kind(t), int):
+            if name not in LEVELS and isinstance(kind(t), int):
                 continue
             for s in pair:
                 if repeated:
@@ -200,19 +211,19 @@ def test_errors() -> None:
     for name in COUNTING:
         for s in both(name, 10):
             with pytest.raises(IndexError):
-                step(s, output, 123 if name == LCM else 123.25, x)
-            if name not in (LCM, HEUN):
+                step(s, output, 123 if name in LEVELS else 123.25, x)
+            if name not in (*LEVELS, HEUN):
                 with pytest.raises(ValueError, match="Passing integer indices"):
                     step(s, output, 3, x)
-            if name != LCM:
+            if name not in LEVELS:
                 s.set_begin_index(len(s.timesteps))
                 with pytest.raises(IndexError):
                     step(s, output, s.timesteps[-1], x)
-    for name, prediction in ((EULER, "noise"), (ANCESTRAL, "sample"), (HEUN, "noise"), (LCM, "noise")):
+    for name, prediction in ((EULER, "noise"), (ANCESTRAL, "sample"), (HEUN, "noise"), (LCM, "noise"), (TCD, "noise")):
         for s in both(name, 10, prediction_type=prediction):
             with pytest.raises((ValueError, NotImplementedError), match="prediction_type"):
                 step(s, output, s.timesteps[0], x)
-    for s in both(LCM):
+    for s in (*both(LCM), *both(TCD)):
         with pytest.raises(ValueError, match="Number of inference steps is 'None'"):
             s.step(output, 1, x)
 
@@ -231,7 +242,7 @@ def test_noising(name: str) -> None:
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     for s in (stock, ours):
         s._begin_index = None
-        if name != LCM:
+        if name not in LEVELS:
             with pytest.raises((IndexError, ValueError)):
                 noised(s, x, noise, t + 0.25)
 
@@ -352,7 +363,7 @@ def test_accelerate_picks_them(name: str) -> None:
     assert max(worst(x, runs[0]) for x in runs[1:]) <= PARITY
 
 
-@pytest.mark.parametrize("name", [EULER, ANCESTRAL, LCM])
+@pytest.mark.parametrize("name", [EULER, ANCESTRAL, *LEVELS])
 def test_a_dit_pipeline_gives_the_same_images(name: str) -> None:
     torch.manual_seed(0)
     transformer = diffusers.DiTTransformer2DModel(
@@ -380,7 +391,7 @@ def test_a_dit_pipeline_gives_the_same_images(name: str) -> None:
 def test_changes_are_seen(name: str) -> None:
     """Of the tensors, in place and through .data, and of the configuration."""
     pair = both(name, 10)
-    source = "alphas_cumprod" if name == LCM else "sigmas"
+    source = "alphas_cumprod" if name in LEVELS else "sigmas"
     x, output = draw(seeded(0))
     changes: tuple[Callable[[Any], Any], ...] = (
         lambda s: None,

@@ -133,6 +133,8 @@ def test_flow_and_lu_sigmas(name: str) -> None:
     settings += [{"use_lu_lambdas": True}] if name == DPM else []
     # Only stock's DEIS finds eps of v by way of x_0, which differs where alpha^2 + sigma^2 is not 1.
     settings += [] if name == UNIPC else [{"use_flow_sigmas": True, "prediction_type": "v_prediction"}]
+    # Stock's DEIS divides by the flow's sigma on every grid.
+    settings += [{"prediction_type": "flow_prediction", "thresholding": t} for t in (False, True)]
     for config in settings:
         stock, ours = both(name, 9, **config)
         walk(stock, ours, list(range(9)))
@@ -253,6 +255,14 @@ def test_pndm_steps(skip: bool, prediction: str) -> None:
             close(got, want, (settings, int(t)), terms=growth * float(x.abs().max()) if steps == 1 else 1.0)
             assert stock.counter == ours.counter and type(stock.cur_model_output) is type(ours.cur_model_output)
             assert all(torch.equal(a, b) for a, b in zip(stock.ets, ours.ets, strict=True))
+
+
+def test_pndm_past_the_end_of_one_step_is_stocks_error() -> None:
+    x = torch.randn(SHAPE, generator=seeded(0))
+    for s in both(PNDM, 1, skip_prk_steps=True):
+        s.step(x, s.timesteps[0], x)
+        with pytest.raises(IndexError):
+            s.step(x, s.timesteps[0], x)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from schedulers import LIMITS, NAMES, PARITY, PREDICTIONS, SPACINGS, VARIANCES, both, draw, few, same_steps
+from schedulers import LIMITS, NAMES, PARITY, PREDICTIONS, SPACINGS, VARIANCES, both, draw, few, same_steps, seeded
 from tolerance import assert_same_bits
 
 import fastdiff
@@ -247,6 +247,32 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
     )
     assert got.dtype == want.dtype
     assert (got - better).abs().max() <= (want - better).abs().max() + PARITY
+
+
+@pytest.mark.parametrize("limit", ["none", "clip", "threshold"])
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+def test_epsilon_at_alpha_0(name: str, limit: str) -> None:
+    """Where stock divides by 0 and clips infinity, the clip finds the sign in half precision too."""
+    settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", **LIMITS[limit]}
+    for dtype in (torch.float32, torch.float16):
+        x, output = (t.to(dtype) for t in draw(torch.Generator().manual_seed(0)))
+        # The type in which stock's product with sigma, 1, is exact.
+        want, got = (s.step(output, 999, x, generator=seeded(2)) for s in both(name, 10, **settings))
+        assert bool(want.pred_original_sample.isnan().any()) == (limit == "threshold")
+        torch.testing.assert_close(got.pred_original_sample, want.pred_original_sample, equal_nan=True)
+
+
+def test_flow_matching_draws_float32() -> None:
+    """Whatever the type of the sample."""
+    stock, ours = both("FlowMatchEulerDiscreteScheduler", 10, stochastic_sampling=True)
+    x, output = (t.double() for t in draw(seeded(0)))
+    generators = [seeded(7), seeded(7)]
+    want, got = (
+        s.step(output, s.timesteps[3], x, generator=g).prev_sample
+        for s, g in zip((stock, ours), generators, strict=True)
+    )
+    torch.testing.assert_close(got, want, rtol=PARITY, atol=PARITY)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
 @pytest.mark.parametrize("name", NAMES)

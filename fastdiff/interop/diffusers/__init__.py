@@ -38,7 +38,8 @@ place of a tensor that was made in inference mode: assign a new tensor instead.
 Differences from stock, all of them defects there:
     - variance_type "fixed_large_log" gives what "fixed_large" gives. Stock takes the root of a logarithm: NaN.
     - bfloat16 and float16 are computed in float32; x_0 and the result are rounded once. In stock's bfloat16 add_noise
-      alpha_bar rounds to 1 for t = 0 to 9 of the default schedule, so no noise is added at all.
+      alpha_bar rounds to 1 for t = 0 to 9 of the default schedule, so no noise is added at all. A timestep of shape
+      (1,) makes stock's result float32. Here it keeps its type, as for a timestep without a shape.
     - Heun's second half takes the distance of x from x_0 out of the prediction. Stock takes it from the rounded x_0,
       and multiplies its rounding by dt / (2 sigma).
     - DPMSolverMultistepScheduler and DEISMultistepScheduler: a step between equal sigmas, as the last one with
@@ -73,6 +74,7 @@ from .heun import HeunDiscreteScheduler
 from .lcm import LCMScheduler
 from .pndm import PNDMScheduler
 from .score_sde_ve import ScoreSdeVeScheduler
+from .tcd import TCDScheduler
 from .unipc import UniPCMultistepScheduler
 
 __all__ = [
@@ -90,6 +92,7 @@ __all__ = [
     "LCMScheduler",
     "PNDMScheduler",
     "ScoreSdeVeScheduler",
+    "TCDScheduler",
     "UniPCMultistepScheduler",
 ]
 
@@ -108,5 +111,6 @@ SCHEDULERS: tuple[type[FusedScheduler], ...] = (
     LCMScheduler,
     PNDMScheduler,
     ScoreSdeVeScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )

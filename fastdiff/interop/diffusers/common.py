@@ -22,6 +22,7 @@ from ...support.cache import Tables
 from ..stock import noising, overridden, reached, stamp
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
+LARGE = 2.0**60  # a power of 2 beyond all 1 / alpha but infinity
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -227,10 +228,17 @@ class LevelScheduler(FusedScheduler):
             if cpu and isinstance(divisor, Tensor):
                 rows = make_rows(alpha_bar, torch.float32, x0_from_x=a, x0_from_pred=b, from_x0=1.0)
                 return rows.to(x.device), divisor.to(x.device)
-            rows = make_rows(alpha_bar, torch.float32, x0_from_x=a / divisor, x0_from_pred=b / divisor, from_x0=1.0)
+            scale, after = 1 / divisor, 1.0
+            if clip is None:
+                scale, after = 1.0, scale
+            elif isinstance(scale, Tensor):  # at alpha = 0 the clip says x_0 by the sign, which inf - inf does not have
+                scale = scale.clamp(max=LARGE)
+            rows = make_rows(
+                alpha_bar, torch.float32, x0_from_x=a * scale, x0_from_pred=b * scale, from_x0=after
+            )  # fmt: skip
             return rows.to(x.device), None
 
-        rows, divisor = self._table(name, build, (self.alphas_cumprod,), x.device, cpu)
+        rows, divisor = self._table(name, build, (self.alphas_cumprod,), x.device, cpu, clip is None)
         if divisor is None:
             return ops.combine(x, y, rows, index, clip=clip)
         out = ops.combine(x, y, rows, index).div_(divisor[index].reshape(-1, *[1] * (x.ndim - 1)))

@@ -26,8 +26,19 @@ class HeunDiscreteScheduler(
 
     dt: Tensor | None
     sample: Tensor | None
-    prev_derivative: Tensor | None  # of a first half that stock's step made
     _halfway: Tensor | None = None  # x_t + (sigma_s - sigma_t) d/2, of one that this step made
+
+    @property
+    def prev_derivative(self) -> Tensor | None:
+        """d of the first half, for stock's second half."""
+        if self._halfway is not None and self.sample is not None and self.dt is not None:
+            return (self._halfway - self.sample) * (2 / self.dt)
+        found: Tensor | None = self.__dict__.get("prev_derivative")
+        return found
+
+    @prev_derivative.setter
+    def prev_derivative(self, value: Tensor | None) -> None:
+        self.__dict__["prev_derivative"], self._halfway = value, None
 
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
@@ -73,9 +84,8 @@ class HeunDiscreteScheduler(
 
     def _hand_over(self) -> None:
         """Leave a second half to stock's step."""
-        if self._halfway is not None and self.sample is not None and self.dt is not None:
-            self.prev_derivative = (self._halfway - self.sample) * (2 / self.dt)
-        self._halfway = None
+        if self._halfway is not None:
+            self.prev_derivative = self.prev_derivative
 
     def _steps(self, device: torch.device, clipped: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Rows (n, WIDE) of half the way of first halves, (n, WIDE) of second halves, and dt of every step.

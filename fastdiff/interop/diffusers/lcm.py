@@ -7,11 +7,8 @@ from torch import Tensor
 
 from ...rows import make_rows
 from ..stock import promoted
-from .common import PREDICTIONS, Generators, LevelScheduler, alike, index_of, is_level
+from .common import LARGE, PREDICTIONS, Generators, LevelScheduler, alike, index_of, is_level
 from .sigmas import CountingScheduler, two_results
-
-# A power of 2 beyond all 1 / alpha but infinity.
-LARGE = 2.0**60
 
 
 class LCMScheduler(CountingScheduler, LevelScheduler, diffusers.LCMScheduler, stock=diffusers.LCMScheduler):

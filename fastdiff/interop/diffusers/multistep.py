@@ -129,6 +129,8 @@ class MultistepScheduler(HistoryScheduler):
             alpha, sigma = self._levels()
             x0 = self._columns(alpha, sigma, False)
             rows = make_rows(alpha, torch.float32, x0_from_x=x0[0], x0_from_pred=x0[1], from_x0=x0[2])
+            if config.prediction_type == "flow_prediction":  # see _columns
+                sigma = self.sigmas[:-1]
             eps = make_rows(alpha, torch.float32, x0_from_x=1.0, x0_from_pred=-alpha, from_x0=1 / sigma)
             return rows.to(device), eps.to(device)
 
@@ -159,7 +161,8 @@ class MultistepScheduler(HistoryScheduler):
         shift = self.sigmas[:-1]  # flow_prediction: x_0 = x - sigma pred
         if not of_noise:
             return 1.0, -shift, 1.0
-        return ((1 - alpha.double()) / sigma).float(), (alpha.double() * shift / sigma).float(), 1.0
+        # Like stock this divides x - alpha x_0 by the sigma of the flow, also if the levels are not those of the flow.
+        return ((1 - alpha.double()) / shift).float(), alpha, 1.0
 
     def _rows_by_order(
         self, rules: Sequence[Callable[..., Tensor]], device: torch.device, of_noise: bool, random: bool = False

@@ -108,7 +108,7 @@ class PNDMScheduler(HistoryScheduler, diffusers.PNDMScheduler, stock=diffusers.P
             or not (self.config.skip_prk_steps or len(self.ets) >= 3)
             or start is None
             or not (is_level(timestep) and alike(sample, model_output, start, *before))
-            or (again and len(before) != 1)
+            or (again and (len(before) != 1 or self.num_inference_steps == 1))  # past the end of one step: an error
         ):
             return NotImplemented
         index = index_of(timestep, sample.device)
