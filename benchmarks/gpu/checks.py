@@ -55,16 +55,18 @@ def packaged_step(device: str) -> Figures:
 
 def rows(setup: Setup) -> list[Row]:
     def sanitized(tool: str) -> list[Row]:
-        return [Row(tool, name, functools.partial(sanitizer, tool, name, setup), seconds=120) for name in LAUNCHES]
+        return [Row(tool, name, functools.partial(sanitizer, tool, name, setup), 120, turn=3) for name in LAUNCHES]
 
     def tested(case: str, method: str, arguments: list[str], seconds: float) -> Row:
         chosen = setup.size(arguments, ["--version"])
-        return Row(case, method, functools.partial(tests, chosen), seconds)
+        return Row(case, method, functools.partial(tests, chosen), seconds, turn=3)
 
     packaged = "tests/models/test_graphs.py::test_a_packaged_step_runs_in_another_process"
     # fastdiff's own test packages a step for the CPU, on every machine.
     devices = dict.fromkeys(["cpu", setup.device.type])
-    stock = [Row("packaged step", f"stock PyTorch, {d}", functools.partial(packaged_step, d), 120) for d in devices]
+    stock = [
+        Row("packaged step", f"stock PyTorch, {d}", functools.partial(packaged_step, d), 120, turn=3) for d in devices
+    ]
     return [
         *sanitized("racecheck"),
         tested("tests", "marked gpu", ["-m", "gpu", "tests"], 180),

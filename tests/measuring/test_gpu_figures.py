@@ -188,10 +188,10 @@ def test_the_rehearsal(stage, short):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_the_rows_of_a_gpu(stage):
-    """They can be named without a GPU, no two are alike, and each fits into a run of ten minutes."""
+    """They can be named without a GPU, no two are alike, and each may run in ten minutes."""
     rows = stage.rows(Setup(torch.device("cuda"), toy=False))
     assert len({row.name for row in rows}) == len(rows)
-    assert all(row.seconds <= min(300, stage.seconds) for row in rows)
+    assert all(row.seconds <= min(600, stage.seconds) for row in rows)
 
 
 @pytest.mark.slow
@@ -204,10 +204,18 @@ def test_all_methods_do_the_same_steps(short):
     assert accelerated["off_eager"] < 0.1
 
 
-def test_what_compiles_longest_comes_last():
-    rows = next(stage for stage in STAGES if stage.name == "sampling").rows(Setup(torch.device("cuda"), toy=False))
-    limits = [row.seconds for row in rows]
-    assert limits == sorted(limits) and "max-autotune" in rows[-1].name and len(rows) == 6 * 3 + 6 * 2
+def test_what_needs_no_compiler_comes_first_and_what_compiles_longest_last():
+    stages = {stage.name: stage.rows(Setup(torch.device("cuda"), toy=False)) for stage in STAGES}
+    by_turn: dict[int, set[str]] = {}
+    for stage in ("sampling", "training"):
+        for row in stages[stage]:
+            by_turn.setdefault(row.turn, set()).add(row.method)
+    plain = {"diffusers eager", "fastdiff eager", "fastdiff graph", "accelerate eager", "accelerate graph"}
+    assert by_turn[1] == plain and by_turn[2] == {"diffusers reduce-overhead", "diffusers compiled"}
+    assert by_turn[4] == {"diffusers max-autotune"}
+    assert {row.turn for name in ("smoke", "host") for row in stages[name]} == {1}
+    assert {row.turn for name in ("operations", "checks") for row in stages[name]} == {2, 3}
+    assert len(stages["sampling"]) == 6 * 3 + 6 * 2
 
 
 def test_a_training_step_trains(short):
