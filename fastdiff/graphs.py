@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from .ops.dispatch import forced
 from .ops.plan import capturing
+from .support import walk
 from .support.footprint import Footprint
 from .support.plain import is_wrapped
 
@@ -284,7 +285,7 @@ class WatchedCalls:
         self.calls = CapturedCalls(self.function, self.recorder(device), self._refuse)
         reasons = [what_forbids_model(network, device) for network in self.networks]
         self.forbidden = next((reason for reason in reasons if reason), None)
-        if any(is_wrapped(part) for network in self.networks for part in list(network.modules())[1:]):
+        if any(is_wrapped(part) for network in self.networks for part in walk.modules(network)[1:]):
             self.forbidden = "layers whose forward is not wrapped, as offloading does"
         if self.changes == MOST_CHANGES:
             self.forbidden = "a network that does not change at every call"
@@ -326,11 +327,12 @@ def what_forbids_here(device: torch.device) -> str | None:
 
 def what_forbids_model(model: nn.Module, device: torch.device) -> str | None:
     """Why calls of a model cannot be captured, as what they need; None if they can."""
-    if any(p.device != device for p in model.parameters()):
+    if any(p.device != device for p in walk.parameters(model)):
         return "all weights on one device, got several"
-    if any(isinstance(m, PARALLEL) for m in model.modules()):
+    parts = walk.modules(model)
+    if any(isinstance(m, PARALLEL) for m in parts):
         return "a network on one GPU in one process"
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+    if any(m._forward_hooks or m._forward_pre_hooks for m in parts):
         return "a model without forward hooks, which a replay would not call"
     return None
 
