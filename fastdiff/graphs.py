@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 import torch.nn.modules.module as torch_module
@@ -66,7 +67,8 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool: Any = None  # the memory of the graphs that live
+        self.graphs: WeakSet[Any] = WeakSet()
         self.last: Any = None  # the stream of the calls before
 
     def follow(self) -> None:
@@ -89,6 +91,8 @@ class CudaGraphs:
     def record(self, function: Function) -> Function:
         with torch.cuda.device(self.device):
             graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            if not self.graphs:  # PyTorch lets none into a pool whose graphs are gone, if a tensor of theirs is not
+                self.pool = torch.cuda.graph_pool_handle()
             # cuBLAS takes its workspace from the graph's own memory: PyTorch may free the one outside.
             torch._C._cuda_clearCublasWorkspaces()
             try:
@@ -102,6 +106,7 @@ class CudaGraphs:
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
                 torch.cuda.set_stream(current)
+        self.graphs.add(graph)
         replay: Function = graph.replay
         return replay
 
@@ -110,7 +115,7 @@ class CudaGraphs:
         with suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
             torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool, self.graphs = None, WeakSet()
         another = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local")
         with suppress(RuntimeError), another:
             torch.zeros(1, device=self.device)
