@@ -138,12 +138,13 @@ def test_what_the_sanitizer_is_given_launches_every_kernel():
 @pytest.mark.slow
 def test_the_outcome_of_the_tests_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "find_spec", lambda name: None)  # in one process, which is quicker for two tests
-    good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
+    good, bad, broken = (tmp_path / f"test_{name}.py" for name in ("good", "bad", "broken"))
     good.write_text("def test_a(): pass\n")
     bad.write_text("def test_b(): assert False\n")
+    broken.write_text("import no_such_package\n")
     assert checks.tests([str(good)]) == {"passed": 1}
-    with pytest.raises(RuntimeError, match=r"1 failed, 1 passed(.|\n)*test_bad\.py::test_b"):
-        checks.tests([str(good), str(bad)])
+    with pytest.raises(RuntimeError, match=r"1 failed, 1 passed, 1 error(.|\n)*test_bad\.py::test_b(.|\n)*test_broken"):
+        checks.tests([str(good), str(bad), str(broken)])
 
 
 def test_the_tests_that_are_asked_for_exist():
