@@ -29,6 +29,7 @@ from .nn import (
     Upsample,
 )
 from .ops.group_norm import is_fused
+from .support import walk
 from .support.plain import is_plain
 
 KINDS = {
@@ -61,7 +62,7 @@ def owed(net: Any) -> Tensor | None:
     also so if a module must be called, since it has hooks, is of another class, or was given other attributes: what it
     returns may be read.
     """
-    plain = (_computes_from_weights(module) for module in net.modules() if module is not net)
+    plain = (_computes_from_weights(module) for module in walk.modules(net) if module is not net)
     if torch.is_grad_enabled() or not all(plain) or not is_fused(net.conv_in.weight):
         return None
     now: Tensor = net.conv_in.bias

@@ -32,6 +32,7 @@ from .graphs import (
 )
 from .guidance import Pair
 from .sampling import Operands, Run, Steps, advance, conditions, given_noise
+from .support import walk
 from .support.footprint import Footprint
 from .support.sharded import is_sharded
 
@@ -167,7 +168,7 @@ def what_forbids(denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -
         return "at least one sample, got none"
     if reason is None and is_sharded(denoiser):
         return "a model that FSDP does not split"
-    if reason is None and any(map(is_compiled, denoiser.model.modules())):
+    if reason is None and any(map(is_compiled, walk.modules(denoiser.model))):
         return "a network that is not compiled, as its code may be a graph already"
     if reason is None and wrong:
         return f"tensors and plain values as arguments of the model, got {wrong[0]}"
@@ -206,8 +207,7 @@ def kind_of(run: Run) -> Any:
 
 def weights_of(model: nn.Module) -> tuple[Any, ...]:
     """Where the weights are, and which modules use them: a captured step stays valid while this stays the same."""
-    tensors = (*model.parameters(), *model.buffers())
     return (
-        tuple((t.data_ptr(), t.dtype, t.stride()) for t in tensors),
-        tuple((id(m), type(m)) for m in model.modules() if not isinstance(m, Pair)),
+        tuple([(t.data_ptr(), t.dtype, t.stride()) for t in walk.tensors(model)]),
+        tuple([(id(m), type(m)) for m in walk.modules(model) if not isinstance(m, Pair)]),
     )

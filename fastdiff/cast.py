@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .support import walk
+
 TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -18,7 +20,7 @@ def channels_last_convolutions(model: nn.Module) -> list[nn.Conv2d]:
     Returns: the convolutions whose weights had another layout.
     """
     changed = []
-    for module in model.modules():
+    for module in walk.modules(model):
         if isinstance(module, nn.Conv2d) and not module.weight.is_contiguous(memory_format=torch.channels_last):
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
             changed.append(module)
@@ -40,18 +42,22 @@ class Casts:
 
     def get(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """The model with all floating parameters and buffers in that type, and channels_last 2d convolutions."""
-        tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-        modules = tuple((id(m), type(m)) for m in model.modules())
+        tensors = [t for t in walk.tensors(model) if t.is_floating_point()]
+        modules = tuple((id(m), type(m)) for m in walk.modules(model))
         made, of_modules, of_tensors, cast = self._copies.get(dtype, (None, (), [], []))
         same = of_modules == modules and len(tensors) == len(of_tensors)
         if made is None or not (same and all(a is b for a, b in zip(tensors, of_tensors, strict=True))):
             with torch.inference_mode(False), torch.no_grad():
                 made = _cast_copy(model, tensors, dtype)
-            cast = [t for t in (*made.parameters(), *made.buffers()) if t.is_floating_point()]
+            cast = [t for t in walk.tensors(made) if t.is_floating_point()]
             self._copies = {dtype: (made, modules, tensors, cast)}
         else:
-            with torch.no_grad():
-                torch._foreach_copy_(cast, [t.detach() for t in tensors])
+            pairs = [(mine, t.detach()) for mine, t in zip(cast, tensors, strict=True)]
+            for alike in (True, False):  # on a GPU they are copied in one kernel if all strides are the same
+                some = [pair for pair in pairs if (pair[0].stride() == pair[1].stride()) is alike]
+                if some:
+                    with torch.no_grad():
+                        torch._foreach_copy_(*map(list, zip(*some, strict=True)))
         return made
 
 

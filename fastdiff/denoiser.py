@@ -17,7 +17,7 @@ from .process import Process
 from .reference import work_dtype
 from .rows import make_rows
 from .steps import VARIANCES, denoise_rows
-from .support import modes, transforms
+from .support import modes, transforms, walk
 from .support.settable import settable
 from .support.shapes import fits
 from .support.sharded import is_sharded
@@ -311,13 +311,9 @@ class Denoiser(nn.Module):
     @property
     def parameter_dtype(self) -> torch.dtype | None:
         """The type of the model's floating parameters; None if there are none, several, or one without arithmetic."""
-        first = None
-        for p in self.model.parameters():
-            if p.is_floating_point():
-                if first is not None and p.dtype != first:
-                    return None
-                first = p.dtype
-        return first if first in FLOATING else None
+        found = {p.dtype for p in walk.parameters(self.model)}
+        floating = [dtype for dtype in found if dtype.is_floating_point]
+        return floating[0] if len(floating) == 1 and floating[0] in FLOATING else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -327,7 +323,7 @@ class Denoiser(nn.Module):
 
 def _is_autocast(device: torch.device) -> bool:
     """Whether autocast is on; there is none on the meta device."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _execution_device(model: nn.Module) -> torch.device | None:

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 import torch.nn.modules.module as torch_module
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from .ops.dispatch import forced
 from .ops.plan import capturing
+from .support import walk
 from .support.footprint import Footprint
 from .support.plain import is_wrapped
 
@@ -65,7 +67,8 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool: Any = None  # the memory of the graphs that live
+        self.graphs: WeakSet[Any] = WeakSet()
         self.last: Any = None  # the stream of the calls before
 
     def follow(self) -> None:
@@ -88,6 +91,8 @@ class CudaGraphs:
     def record(self, function: Function) -> Function:
         with torch.cuda.device(self.device):
             graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            if not self.graphs:  # PyTorch lets none into a pool whose graphs are gone, if a tensor of theirs is not
+                self.pool = torch.cuda.graph_pool_handle()
             # cuBLAS takes its workspace from the graph's own memory: PyTorch may free the one outside.
             torch._C._cuda_clearCublasWorkspaces()
             try:
@@ -101,6 +106,7 @@ class CudaGraphs:
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
                 torch.cuda.set_stream(current)
+        self.graphs.add(graph)
         replay: Function = graph.replay
         return replay
 
@@ -109,7 +115,7 @@ class CudaGraphs:
         with suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
             torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool, self.graphs = None, WeakSet()
         another = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local")
         with suppress(RuntimeError), another:
             torch.zeros(1, device=self.device)
@@ -284,7 +290,7 @@ class WatchedCalls:
         self.calls = CapturedCalls(self.function, self.recorder(device), self._refuse)
         reasons = [what_forbids_model(network, device) for network in self.networks]
         self.forbidden = next((reason for reason in reasons if reason), None)
-        if any(is_wrapped(part) for network in self.networks for part in list(network.modules())[1:]):
+        if any(is_wrapped(part) for network in self.networks for part in walk.modules(network)[1:]):
             self.forbidden = "layers whose forward is not wrapped, as offloading does"
         if self.changes == MOST_CHANGES:
             self.forbidden = "a network that does not change at every call"
@@ -326,11 +332,12 @@ def what_forbids_here(device: torch.device) -> str | None:
 
 def what_forbids_model(model: nn.Module, device: torch.device) -> str | None:
     """Why calls of a model cannot be captured, as what they need; None if they can."""
-    if any(p.device != device for p in model.parameters()):
+    if any(p.device != device for p in walk.parameters(model)):
         return "all weights on one device, got several"
-    if any(isinstance(m, PARALLEL) for m in model.modules()):
+    parts = walk.modules(model)
+    if any(isinstance(m, PARALLEL) for m in parts):
         return "a network on one GPU in one process"
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+    if any(m._forward_hooks or m._forward_pre_hooks for m in parts):
         return "a model without forward hooks, which a replay would not call"
     return None
 

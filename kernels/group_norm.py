@@ -45,7 +45,7 @@ class Limits(NamedTuple):
 
 
 LIMITS = Limits()
-COLUMNS, ROWS = 32, 32  # channels and samples that parameters_kernel sums at a time
+COLUMNS, ROWS, MANY_ROWS = 32, 32, 128  # channels and samples that parameters_kernel sums at a time, of a large batch
 
 
 class Plan(NamedTuple):
@@ -247,12 +247,13 @@ def norm_grad(
         if gradient is not None and written is not None and written is not gradient:
             gradient.copy_(written)
     if weight_grad is not None:
+        rows, warps = (ROWS, 4) if batch <= ROWS else (MANY_ROWS, 8)  # few programs: what they wait for counts
         launch(
             parameters_kernel, (-(-channels // COLUMNS), 1, 1),
             weight_grad_ptr=weight_grad, bias_grad_ptr=bias_grad, scale_grad_ptr=scale_grad, shift_grad_ptr=shift_grad,
             add_grad_ptr=add_grad, sums_ptr=sums, weight_ptr=weight, bias_ptr=bias, scale_ptr=scale,
             batch=batch, spans=plan.spans, channels=channels, scale_stride=_stride(scale),
-            SHARED=add is not None and add.ndim == 1, ROWS=ROWS, BLOCK=COLUMNS, num_warps=4, **FUSED,
+            SHARED=add is not None and add.ndim == 1, ROWS=rows, BLOCK=COLUMNS, num_warps=warps, **FUSED,
         )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ NORM_SHAPES: list[tuple[int, ...]] = [
 TOY_NORM_SHAPES: list[tuple[int, ...]] = [(2, 32, 4, 4)]
 TOY_CASES: list[tuple[torch.dtype, tuple[int, ...]]] = [(torch.float32, (2, 3, 4, 4))]
 SECONDS = 0.6
+TURNS = {torch.bfloat16: 2, torch.float32: 3}
 
 
 def norm(shape: tuple[int, ...], dtype: torch.dtype, layout: str, gradients: bool, setup: Setup) -> Figures:
@@ -63,9 +64,9 @@ def rows(setup: Setup) -> list[Row]:
                 for gradients in (False, True):
                     run = functools.partial(norm, shape, dtype, layout, gradients, setup)
                     what = "norm with gradients" if gradients else "norm"
-                    found.append(Row(f"{what}, {layout}", size_name(dtype, shape), run, seconds=40))
+                    found.append(Row(f"{what}, {layout}", size_name(dtype, shape), run, 40, TURNS[dtype]))
     for name in OPERATIONS | KERNELS:
         for dtype, shape in setup.size(cases(setup.device, "quick"), TOY_CASES):
             run = functools.partial(operation, name, dtype, shape, setup)
-            found.append(Row(name, size_name(dtype, shape), run, seconds=60))
+            found.append(Row(name, size_name(dtype, shape), run, 60, TURNS[dtype]))
     return found

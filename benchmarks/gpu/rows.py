@@ -28,12 +28,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Row:
-    """run() returns the figures of `method` on `case`, as JSON values. It is killed after `seconds`."""
+    """run() returns the figures of `method` on `case`, as JSON values. It is killed after `seconds`.
+
+    turn: all rows of turn 1, of every stage, come before those of turn 2, and so on.
+    """
 
     case: str
     method: str
     run: Callable[[], Figures]
     seconds: float
+    turn: int = 1
 
     @property
     def name(self) -> str:
@@ -42,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Stage:
-    """The rows of a module's `rows(setup)`, in order of their worth. The stage takes `seconds` at most."""
+    """The rows of a module's `rows(setup)`, in order of their worth. In a turn the stage takes `seconds` at most."""
 
     name: str
     module: str

@@ -1,12 +1,13 @@
 """The one loop of the kit: every row of the stages once, within a budget of seconds."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .results import Results
 from .rows import Row, Setup, Stage
-from .worker import Worker
+from .worker import START, Worker
 
 
 def run(
@@ -14,46 +15,50 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measure what `results` has not, and write each row as soon as it is there. Returns the outcomes of this run.
 
-    A row whose time limit is longer than what is left of the budget, or of its stage, is recorded as not run.
+    A row is recorded as not run if less than half of its limit is left of the budget, or of its stage; or if what was
+    left was not enough.
     """
     end = time.monotonic() + budget
-    outcomes = []
+    outcomes: list[dict[str, Any]] = []
+    listed = []
     for stage in stages:
-        last = end if setup.toy else min(end, time.monotonic() + stage.seconds)
         try:
-            rows = stage.rows(setup)
+            rows = [row for row in stage.rows(setup) if not results.has(f"{stage.name} / {row.name}")]
         except Exception as error:  # something that it imports is not there: the other stages go on
             outcomes.append({"error": f"the stage has no rows: {type(error).__name__}: {error}"})
             say(f"{stage.name}: {_short(outcomes[-1])}")
-            continue
+        else:
+            listed += [(turn, stage, [row for row in rows if row.turn == turn]) for turn in {row.turn for row in rows}]
+    for _, stage, rows in sorted(listed, key=lambda part: part[0]):
+        last = end if setup.toy else min(end, time.monotonic() + stage.seconds)
         with Worker(stage, setup) as worker:
             for row in rows:
-                key = f"{stage.name} / {row.name}"
-                if results.has(key):
-                    continue
-                left = last - time.monotonic()
-                outcome = worker.start(left) if _limit(row, left, setup) else None
-                left = last - time.monotonic()
-                limit = _limit(row, left, setup)
-                if outcome is None and limit:
-                    outcome = worker.run(row.name, limit)
-                elif outcome is None:
-                    reason = f"its limit is {row.seconds:.0f} s and {max(0, left):.0f} s were left"
-                    outcome = {"not_run": reason}
+                key, outcome = f"{stage.name} / {row.name}", _outcome(worker, row, last, setup)
                 results.put(key, outcome)
                 outcomes.append(outcome)
                 say(f"{key}: {_short(outcome)}")
     return outcomes
 
 
-def _limit(row: Row, left: float, setup: Setup) -> float | None:
-    """Seconds that a row may take, or None if too few are left.
+def _outcome(worker: Worker, row: Row, last: float, setup: Setup) -> dict[str, Any]:
+    """What a worker makes of a row until the time `last`.
 
     A rehearsal shares its processors with who knows what: all that is left is its row's.
     """
-    if setup.toy:
-        return max(row.seconds, left) if left > 0 else None
-    return row.seconds if row.seconds <= left else None
+    needed = 0.0 if setup.toy else row.seconds / 2
+    for step, limit in ((worker.start, START), (functools.partial(worker.run, row.name), row.seconds)):
+        left = last - time.monotonic()
+        if left <= 0 or left < needed:
+            return {"not_run": f"its limit is {row.seconds:.0f} s and {max(0, left):.0f} s were left"}
+        try:
+            outcome = step(left if setup.toy else min(left, limit))
+        except TimeoutError as error:
+            if left < limit:
+                return {"not_run": f"{left:.0f} s were left and not enough"}
+            return {"error": str(error)}
+        if outcome:
+            return outcome
+    raise AssertionError("a row has an outcome")
 
 
 def _short(outcome: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -58,9 +59,18 @@ def reusable(outcome: dict[str, Any], device: torch.device) -> bool:
     return not ("error" in outcome and device.type == "cuda") and forget(device)
 
 
+def end_with_parent() -> None:
+    """Kill this process and those that it started once the kit is gone: killed, it cannot."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.killpg(0, signal.SIGKILL)
+
+
 def serve(pipe: Connection, stage: Stage, setup: Setup) -> None:
     """Answer each name of a row with its outcome, until the other end of the pipe closes."""
     os.setpgrp()  # so that the processes that a row starts die with this one
+    threading.Thread(target=end_with_parent, daemon=True).start()
     rows = {row.name: row for row in stage.rows(setup)}
     torch.zeros(1, device=setup.device)
     pipe.send(({}, True))
@@ -84,35 +94,37 @@ class Worker:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def start(self, seconds: float) -> dict[str, Any] | None:
-        """Be ready for a row. Returns an outcome if the process could not start within min(seconds, START)."""
+    def start(self, seconds: float) -> dict[str, Any]:
+        """Be ready for a row within so many seconds, or raise TimeoutError. Returns {}, or an outcome if it cannot."""
         if self.process is not None:
-            return None
+            return {}
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
         self.process = spawn.Process(target=serve, args=(theirs, self.stage, self.setup))
         self.process.start()
         theirs.close()
-        return self._answer(min(seconds, START)) or None
+        return self._answer(seconds)
 
     def run(self, name: str, seconds: float) -> dict[str, Any]:
-        """The outcome of a row. The process is killed if it has none after `seconds`."""
+        """The outcome of a row. TimeoutError if it has none after `seconds`: the process is killed then."""
         return self._answer(seconds, name)
 
     def _answer(self, seconds: float, name: str | None = None) -> dict[str, Any]:
-        outcome, healthy = {"error": f"killed after {seconds:.0f} s"}, False
+        late = False
         try:
             if name is not None:
                 self.pipe.send(name)  # fails if the process has died since its last row
-            if self.pipe.poll(seconds):
-                outcome, healthy = self.pipe.recv()
+            late = not self.pipe.poll(seconds)
+            outcome, healthy = ({}, False) if late else self.pipe.recv()
         except (EOFError, OSError):
             self.process.join(5)
             code = self.process.exitcode
             how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-            outcome = {"error": f"the process ended with {how}"}
+            outcome, healthy = {"error": f"the process ended with {how}"}, False
         if not healthy:
             self.stop()
+        if late:
+            raise TimeoutError(f"killed after {seconds:.0f} s")
         return outcome
 
     def stop(self) -> None:

@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from . import walk
+
 
 class _Turns:
     """How many blocks `evaluating` a network, and how many other calls of it, run now; and how many calls wait."""
@@ -68,7 +70,7 @@ class evaluating:
 
     def __init__(self, network: nn.Module, around: nn.Module | None = None) -> None:
         self.turns = _turns_of(network)
-        self.modules = [*(network if around is None else around).modules()]
+        self.modules = walk.modules(network if around is None else around)
         # nn.Module's __setattr__ looks at every parameter and costs more than all else here.
         own = [vars(m) if "training" in vars(m) else _Attributes(m) for m in self.modules]
         self.own: list[tuple[int, Any]] = [*zip(map(id, self.modules), own, strict=True)]

@@ -6,6 +6,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
+from . import walk
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -13,7 +15,7 @@ R = TypeVar("R")
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP splits the weights of a module or of a part of it."""
     fsdp = _fsdp()
-    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
+    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in walk.modules(module))
 
 
 def as_forward(module: nn.Module, function: Callable[P, R]) -> Callable[P, R]:

@@ -138,12 +138,13 @@ def test_what_the_sanitizer_is_given_launches_every_kernel():
 @pytest.mark.slow
 def test_the_outcome_of_the_tests_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "find_spec", lambda name: None)  # in one process, which is quicker for two tests
-    good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
+    good, bad, broken = (tmp_path / f"test_{name}.py" for name in ("good", "bad", "broken"))
     good.write_text("def test_a(): pass\n")
     bad.write_text("def test_b(): assert False\n")
+    broken.write_text("import no_such_package\n")
     assert checks.tests([str(good)]) == {"passed": 1}
-    with pytest.raises(RuntimeError, match=r"1 failed, 1 passed(.|\n)*test_bad\.py::test_b"):
-        checks.tests([str(good), str(bad)])
+    with pytest.raises(RuntimeError, match=r"1 failed, 1 passed, 1 error(.|\n)*test_bad\.py::test_b(.|\n)*test_broken"):
+        checks.tests([str(good), str(bad), str(broken)])
 
 
 def test_the_tests_that_are_asked_for_exist():
@@ -188,10 +189,10 @@ def test_the_rehearsal(stage, short):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_the_rows_of_a_gpu(stage):
-    """They can be named without a GPU, no two are alike, and each fits into a run of ten minutes."""
+    """They can be named without a GPU, no two are alike, and each may run in ten minutes."""
     rows = stage.rows(Setup(torch.device("cuda"), toy=False))
     assert len({row.name for row in rows}) == len(rows)
-    assert all(row.seconds <= min(300, stage.seconds) for row in rows)
+    assert all(row.seconds <= min(600, stage.seconds) for row in rows)
 
 
 @pytest.mark.slow
@@ -204,10 +205,18 @@ def test_all_methods_do_the_same_steps(short):
     assert accelerated["off_eager"] < 0.1
 
 
-def test_what_compiles_longest_comes_last():
-    rows = next(stage for stage in STAGES if stage.name == "sampling").rows(Setup(torch.device("cuda"), toy=False))
-    limits = [row.seconds for row in rows]
-    assert limits == sorted(limits) and "max-autotune" in rows[-1].name and len(rows) == 6 * 3 + 6 * 2
+def test_what_needs_no_compiler_comes_first_and_what_compiles_longest_last():
+    stages = {stage.name: stage.rows(Setup(torch.device("cuda"), toy=False)) for stage in STAGES}
+    by_turn: dict[int, set[str]] = {}
+    for stage in ("sampling", "training"):
+        for row in stages[stage]:
+            by_turn.setdefault(row.turn, set()).add(row.method)
+    plain = {"diffusers eager", "fastdiff eager", "fastdiff graph", "accelerate eager", "accelerate graph"}
+    assert by_turn[1] == plain and by_turn[2] == {"diffusers reduce-overhead", "diffusers compiled"}
+    assert by_turn[4] == {"diffusers max-autotune"}
+    assert {row.turn for name in ("smoke", "host") for row in stages[name]} == {1}
+    assert {row.turn for name in ("operations", "checks") for row in stages[name]} == {2, 3}
+    assert len(stages["sampling"]) == 6 * 3 + 6 * 2
 
 
 def test_a_training_step_trains(short):

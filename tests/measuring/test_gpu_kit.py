@@ -3,6 +3,7 @@
 import functools
 import multiprocessing
 import os
+import select
 import subprocess
 import sys
 import zipfile
@@ -66,6 +67,30 @@ def test_a_row_that_hangs_is_killed_with_its_children(outcomes):
 
 
 @pytest.mark.slow
+def test_without_the_kit_a_process_ends_with_its_children():
+    """The kit may be killed, as a command is that takes too long."""
+    code = """
+import multiprocessing, os, subprocess, sys, threading
+from benchmarks.gpu.worker import end_with_parent
+def hangs(pipe):
+    os.setpgrp()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    pipe.send((os.getpid(), subprocess.Popen(["tail", "-f", "/dev/null"]).pid))
+    threading.Event().wait()
+ours, theirs = multiprocessing.Pipe()
+multiprocessing.get_context("fork").Process(target=hangs, args=(theirs,)).start()
+print(*ours.recv(), flush=True)
+os.kill(os.getpid(), 9)
+"""
+    program = forked.start("-c", code, cwd=ROOT)
+    children = program.stdout.readline().split()
+    ended, _, _ = select.select([program.stdout], [], [], 30)  # all who could write are gone
+    for child in () if ended else map(int, children):
+        os.kill(child, 9)
+    assert ended and len(children) == 2
+
+
+@pytest.mark.slow
 def test_a_row_that_dies_is_recorded_with_its_signal(outcomes):
     rows, _ = outcomes
     assert rows["dies"]["error"] == "the process ended with SIGSEGV"
@@ -119,6 +144,7 @@ class Here:
     now = 0.0
     started: list[str] = []  # noqa: RUF012
     ran: list[str] = []  # noqa: RUF012
+    limits: list[float] = []  # noqa: RUF012
 
     def __init__(self, stage, setup):
         self.stage, self.setup = stage, setup
@@ -134,8 +160,13 @@ class Here:
 
     def run(self, name, seconds):
         Here.ran.append(name)
-        row = next(row for row in self.stage.rows(self.setup) if row.name == name)
-        return outcome_of(row)
+        Here.limits.append(seconds)
+        row, start = next(row for row in self.stage.rows(self.setup) if row.name == name), Here.now
+        outcome = outcome_of(row)
+        if Here.now - start > seconds:
+            Here.now = start + seconds
+            raise TimeoutError(f"killed after {seconds:.0f} s")
+        return outcome
 
 
 class Listed(Stage):
@@ -143,21 +174,25 @@ class Listed(Stage):
         return self.module
 
 
-def stage(*rows: tuple[str, float, float], seconds: float = float("inf")) -> Stage:
-    """Rows of (name, limit, the seconds that they take)."""
+def stage(*rows: tuple[str, float, float], seconds: float = float("inf"), turns: tuple[int, ...] = ()) -> Stage:
+    """Rows of (name, limit, the seconds that they take), in turn 1 or in these turns."""
 
     def run(taken):
         Here.now += taken
         return {"taken": taken}
 
-    return Listed("s", [Row(name, "m", functools.partial(run, taken), limit) for name, limit, taken in rows], seconds)
+    found = [
+        Row(name, "m", functools.partial(run, taken), limit, turn)
+        for (name, limit, taken), turn in zip(rows, turns or [1] * len(rows), strict=True)
+    ]
+    return Listed("s", found, seconds)
 
 
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(runner, "Worker", Here)
     monkeypatch.setattr(runner.time, "monotonic", lambda: Here.now)
-    Here.now, Here.started, Here.ran = 0.0, [], []
+    Here.now, Here.started, Here.ran, Here.limits = 0.0, [], [], []
     return Here
 
 
@@ -166,11 +201,24 @@ def quiet(line: str) -> None:
 
 
 def test_the_budget_holds(here, file):
-    """A row runs only if its limit fits into what is left; a later one with a smaller limit may still fit."""
-    runner.run([stage(("a", 50, 40), ("b", 70, 1), ("c", 60, 10), ("d", 60, 1))], CPU, 100, file, quiet)
-    assert here.ran == ["a / m", "c / m"]
-    assert file.content["rows"]["s / b / m"]["not_run"] == "its limit is 70 s and 60 s were left"
-    assert "50 s were left" in file.content["rows"]["s / d / m"]["not_run"]
+    """A row runs if half of its limit is left, and no longer than that; one with a smaller limit may still fit."""
+    runner.run([stage(("a", 50, 40), ("b", 122, 1), ("c", 120, 50), ("d", 22, 1), ("e", 20, 1))], CPU, 100, file, quiet)
+    assert here.ran == ["a / m", "c / m", "e / m"] and here.limits == [50, 60, 10]
+    assert file.content["rows"]["s / b / m"]["not_run"] == "its limit is 122 s and 60 s were left"
+    assert "10 s were left" in file.content["rows"]["s / d / m"]["not_run"]
+
+
+def test_a_row_that_the_budget_ends_was_not_run_and_one_that_its_limit_ends_failed(here, file):
+    runner.run([stage(("a", 50, 51), ("b", 70, 60))], CPU, 100, file, quiet)
+    assert here.ran == ["a / m", "b / m"] and here.limits == [50, 50]
+    assert file.content["rows"]["s / a / m"] == {"run": "run", "error": "killed after 50 s"}
+    assert file.content["rows"]["s / b / m"]["not_run"] == "50 s were left and not enough"
+
+
+def test_a_turn_of_all_stages_comes_before_the_next(here, file):
+    stages = [stage(("a", 1, 1), ("b", 1, 1), turns=(2, 1)), stage(("c", 1, 1), ("d", 1, 1), turns=(1, 3))]
+    runner.run(stages, CPU, 10, file, quiet)
+    assert here.ran == ["b / m", "c / m", "a / m", "d / m"]
 
 
 def test_a_row_of_a_rehearsal_may_take_what_is_left(here, file):
@@ -180,7 +228,7 @@ def test_a_row_of_a_rehearsal_may_take_what_is_left(here, file):
 
 
 def test_a_stage_has_a_limit_of_its_own(here, file):
-    stages = [stage(("a", 50, 40), ("b", 30, 1), seconds=60), Listed("t", stage(("c", 50, 1)).module)]
+    stages = [stage(("a", 50, 40), ("b", 42, 1), seconds=60), Listed("t", stage(("c", 50, 1)).module)]
     runner.run(stages, CPU, 1000, file, quiet)
     assert here.ran == ["a / m", "c / m"]
 
@@ -212,9 +260,9 @@ def test_without_budget_no_process_starts(here, file):
 
 
 def test_rows_that_are_there_are_skipped(here, file):
-    runner.run([stage(("a", 5, 5), ("b", 10, 1))], CPU, 10, file, quiet)  # no time is left for b
+    runner.run([stage(("a", 6, 6), ("b", 10, 1))], CPU, 10, file, quiet)  # no time is left for b
     again = Results(file.path, "run", MACHINE)
-    runner.run([stage(("a", 5, 5), ("b", 10, 1))], CPU, 10, again, quiet)
+    runner.run([stage(("a", 6, 6), ("b", 10, 1))], CPU, 10, again, quiet)
     assert here.ran == ["a / m", "b / m"]
 
 
@@ -231,7 +279,7 @@ def test_a_row_that_failed_is_not_tried_again_by_the_same_code(here, file):
 def test_rows_of_other_code_are_measured_again(here, file):
     runner.run([stage(("a", 5, 1), ("b", 9, 1))], CPU, 10, file, quiet)
     later = Results(file.path, "later", MACHINE)
-    runner.run([stage(("a", 5, 2), ("b", 9, 2))], CPU, 8, later, quiet)  # no time is left for b
+    runner.run([stage(("a", 5, 2), ("b", 14, 2))], CPU, 8, later, quiet)  # no time is left for b
     a, b = (results.read(file.path)["rows"][f"s / {name} / m"] for name in "ab")
     assert (a["run"], a["figures"]) == ("later", {"taken": 2})
     assert (b["run"], b["figures"]) == ("run", {"taken": 1})  # an older figure is not lost

@@ -83,6 +83,21 @@ def test_the_copy_follows_the_weights():
     follows()
 
 
+def test_weights_that_lie_alike_are_copied_together(monkeypatch):
+    """On a GPU one tensor of other strides would make a kernel of each."""
+    model, calls = DDPM(unet(), "cosine", 20), []
+    model.cast(torch.bfloat16)
+    copy_ = torch._foreach_copy_
+
+    def noted(mine: list[Tensor], given: list[Tensor]) -> None:
+        calls.append([a.stride() == b.stride() for a, b in zip(mine, given, strict=True)])
+        copy_(mine, given)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", noted)
+    model.cast(torch.bfloat16)
+    assert sorted(map(set, calls), key=str) == [{False}, {True}]
+
+
 class Tied(nn.Module):
     """One tensor under two names, a buffer, and an integer that no type takes."""
 

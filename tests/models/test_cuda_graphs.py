@@ -148,6 +148,10 @@ def test_waits_of_other_threads_do_not_count_and_other_warnings_are_shown(cuda):
     assert len(shown) == 1
 
 
+def wait_forbidden() -> None:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
 def test_a_capture_leaves_device_and_streams(cuda):
     recorder = CudaGraphs(CUDA)
     recorder.record(lambda: cuda.calls.append("function"))
@@ -156,16 +160,34 @@ def test_a_capture_leaves_device_and_streams(cuda):
 
 
 def test_a_failed_capture_is_ended(cuda):
-    def fails() -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
     recorder = CudaGraphs(CUDA)
+    replay = recorder.record(lambda: None)
     pool = recorder.pool
+    cuda.calls.clear()
     with pytest.raises(RuntimeError, match="not permitted"):
-        recorder.record(fails)
+        recorder.record(wait_forbidden)
     assert cuda.calls[1:-1] == ["begin", "endAllocateToPool", "releasePool", "begin", "zeros on cuda:1", "end"]
     assert cuda.device == 0 and [s.name for s in cuda.streams.values()] == ["main 0", "main 1"]
-    assert recorder.pool is not pool
+    recorder.record(lambda: None)
+    assert recorder.pool is not pool and replay is not None
+
+
+def test_graphs_share_memory_with_those_that_live(cuda):
+    """PyTorch takes none into the memory of graphs that are gone, while a tensor lies there that a layer keeps."""
+    recorder, pools = CudaGraphs(CUDA), []
+
+    def record() -> Any:
+        replay = recorder.record(lambda: None)
+        pools.append(recorder.pool)
+        return replay
+
+    kept = [record(), record()]
+    kept.clear()
+    kept.append(record())
+    with pytest.raises(RuntimeError):
+        recorder.record(wait_forbidden)
+    record()
+    assert pools[0] is pools[1] and len({*map(id, pools)}) == 3 and None not in pools
 
 
 def test_a_call_on_another_stream_waits_for_the_call_before(cuda):

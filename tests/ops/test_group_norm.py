@@ -186,6 +186,21 @@ def test_output_and_every_gradient(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [32, 130])
+def test_the_parameters_of_a_large_batch(batch):
+    """Their gradients are sums over a few samples at a time, or over many."""
+    seen, real = [], kernels.launch
+
+    def launch(kernel, grid, **given):
+        seen.append(given.get("ROWS"))
+        real(kernel, grid, **given)
+
+    with mock.patch.object(kernels, "launch", launch):
+        check("triton", (batch, 4), 2, torch.float32, torch.float32, "contiguous", 3.0, True, 9, "rows")
+    assert seen[-1] == (32 if batch == 32 else 128)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("limits", [LIMITS[0], LIMITS[0]._replace(held=8)])
 def test_images_of_several_tiles(layout, limits):
