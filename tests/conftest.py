@@ -94,7 +94,8 @@ def reference_backend() -> Iterator[None]:
 
 @pytest.fixture
 def cpu_kernels() -> Iterator[None]:
-    """For a whole training of a tiny network, which spends most of its time on plain PyTorch's noise."""
+    """For hundreds of steps of a tiny network, whose time would be that of plain PyTorch's noise and updates. What they
+    have no code for, such as float64, is plain PyTorch all the same."""
     import fastdiff
 
     with fastdiff.backend("cpu"):
