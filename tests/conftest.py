@@ -18,6 +18,9 @@ import pytest
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+# Inductor compiles its headers ahead by default, which takes longer than the few kernels of the tests.
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+
 # A pytest that a test starts is no worker of pytest-xdist.
 for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
     os.environ.pop(name, None)
@@ -86,4 +89,14 @@ def reference_backend() -> Iterator[None]:
     import fastdiff
 
     with fastdiff.backend("reference"):
+        yield
+
+
+@pytest.fixture
+def cpu_kernels() -> Iterator[None]:
+    """For hundreds of steps of a tiny network, whose time would be that of plain PyTorch's noise and updates. What they
+    have no code for, such as float64, is plain PyTorch all the same."""
+    import fastdiff
+
+    with fastdiff.backend("cpu"):
         yield

@@ -1,8 +1,9 @@
 """Python programs that start at once: forks of one process that has imported what others wrote, PyTorch above all.
 
 `run` and `start` take what follows `python` on a command line. The fork has its own arguments, environment, folder,
-outputs and limits, imports fastdiff itself, and ends as any program does. A test of what PyTorch, Triton or an
-environment is at the start of Python takes `subprocess` instead. Triton in a fork is the compiler, not the interpreter.
+outputs and limits, and imports fastdiff itself. It ends as any program does, but does not take its modules apart. A
+test of that, or of what PyTorch, Triton or an environment is at the start of Python, takes `subprocess` instead. Triton
+in a fork is the compiler, not the interpreter.
 """
 
 import atexit
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from typing import IO, Any
 
 # What the command `fastdiff` imports of others. Not numba, which reads the environment as it is imported.
@@ -174,5 +176,23 @@ def become(args: list[str], env: dict[str, str], cwd: str, file_size: int | None
         runpy.run_path(args[0], run_name="__main__")
 
 
+def leave(code: int) -> None:
+    """What Python does at its end, but for taking modules apart: that copies the memory that the forks share."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        sys.exit(code)  # Python says what is wrong with them
+    os._exit(code & 0xFF)
+
+
 if __name__ == "__main__":
-    become(**serve(socket.socket(fileno=int(sys.argv[1]))))
+    try:
+        become(**serve(socket.socket(fileno=int(sys.argv[1]))))
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        leave(end.code or 0)
+    leave(0)

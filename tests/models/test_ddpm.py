@@ -216,6 +216,7 @@ def test_interpolate_mixes_data_and_keeps_the_noise_level():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("objective", ["x0", "v"])
 def test_a_schedule_that_ends_in_pure_noise(objective):
     net = Net()
@@ -239,6 +240,7 @@ def test_eps_is_refused_for_a_schedule_that_ends_in_pure_noise():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("objective", CLASSIC)
 def test_two_modes_are_learned(objective):
     """Data at (0.6, -0.6) and (-0.6, 0.6), each with standard deviation 0.05."""

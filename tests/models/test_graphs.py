@@ -144,14 +144,16 @@ CHAINS = [
     {"sampler": "heun"},
     {"sampler": "probability_flow"},
 ]
-MODELS = {"net": Net, "unet": lambda: UNet(**UNET)}
+# All chains are captured with a network of one level, the first with one of two.
+SHALLOW = {**UNET, "block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+MODELS = {"net": [Net] * 6, "unet": [lambda: UNet(**UNET), *[lambda: UNet(**SHALLOW)] * 5]}
 # heun asks between the levels of a chain, where an embedding of indices has no answer.
 ON_CHAINS = pytest.mark.parametrize(
     ("model", "options"),
     [
         pytest.param(make, options, id=f"{name}-{options}")
-        for name, make in MODELS.items()
-        for options in CHAINS
+        for name, makes in MODELS.items()
+        for make, options in zip(makes, CHAINS, strict=True)
         if name == "unet" or options["sampler"] != "heun"
     ],
 )

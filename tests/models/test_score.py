@@ -159,6 +159,7 @@ def near_a_mode(x: Tensor) -> tuple[float, float, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("name", ["vp", "subvp", "ve", "ncsn"])
 def test_two_modes_are_sampled(name):
     """With the exact score of the mixture every sampler finds both modes at nearly their width."""
@@ -179,6 +180,7 @@ def test_two_modes_are_sampled(name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("name", ["vp", "subvp", "ve", "ncsn"])
 def test_two_modes_are_learned(name):
     class Mlp(nn.Module):

@@ -117,6 +117,7 @@ WAYS = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", FORMULATIONS)
 @pytest.mark.parametrize("used", [False, True])

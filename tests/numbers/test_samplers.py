@@ -197,6 +197,7 @@ def test_the_recursions_give_the_published_digits(run):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("objective", CLASSIC)
 @pytest.mark.parametrize("run", RUNS)

@@ -88,6 +88,7 @@ def test_sampler_on_gaussian_data(name, variance, n, sampler, objective):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize(("name", "variance", "n", "sampler", "objective"), CASES)
 def test_sampler_in_float32(name, variance, n, sampler, objective):
     mean, std = outcome(name, objective, variance, n, sampler, torch.float32)
