@@ -50,9 +50,9 @@ def subsets(*options: str) -> list[str]:
 
 DRAWN = ("generated", "given")
 VLB = [o for o in subsets("clip", "raw", "by_pred", "by_raw") if "by_raw" not in o or "+raw" in f"+{o}"]
-# Of a norm: the concatenations of a U-Net, whose groups are of 12 channels, as one tensor and as two, and larger
-# images, in both layouts.
-MAPS = [m + c for m in ("concat", "concat+skip", "64x64", "128x128") for c in ("", "+channels_last")]
+# Of a norm: larger images, and the concatenations of a U-Net, whose groups are of 12 channels, as one tensor and as two,
+# in both layouts.
+MAPS = [m + c for m in ("64x64", "128x128", "concat", "concat+skip") for c in ("", "+channels_last")]
 # Kernel, sources of noise, options: what training and sampling loops launch every day, and what else can be launched.
 COMMON = [
     ("normal", ("generated",), [""]),
@@ -64,8 +64,8 @@ COMMON = [
     ("vlb", ("none",), ["clip", "clip+raw", "raw+by_pred+by_raw", "raw+by_raw"]),
     ("update", DRAWN, subsets("clip")),
     ("inner", ("none",), ["", "guidance+centred"]),
-    ("norm", ("none",), [*subsets("scale", "channels_last"), *MAPS, "scale+add+channels_last"]),
-    ("norm_grad", ("none",), [*subsets("scale", "channels_last"), *MAPS, "scale+add+channels_last"]),
+    ("norm", ("none",), [*subsets("scale", "channels_last"), "scale+add+channels_last", *MAPS]),
+    ("norm_grad", ("none",), [*subsets("scale", "channels_last"), "scale+add+channels_last", *MAPS]),
 ]
 RARE = [
     ("normal", ("generated",), ["channels_last", "ids"]),
