@@ -31,7 +31,7 @@ from .ops.checks import (
 from .ops.overlap import check_memory
 from .process import Grid, Process
 from .sampling import Noise, Run, StepOptions, Steps, StepsWithGradient
-from .steps import Sampler, StepTable, ddim_inversion, make_steps, part_of
+from .steps import Sampler, StepTable, ddim_inversion, decreasing, make_steps, part_of
 from .support.scalars import as_number
 from .support.settable import settable
 from .support.sharded import as_forward
@@ -259,7 +259,6 @@ class Diffusion(Denoiser, ABC):
             steps = part_of(self.process, sampler, steps, strength, stop_at)
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
         table, estimates = resampled(table, self.process, resample), wants_estimate(callback)
-        table = with_estimates(table, self.process, self.objective) if estimates else table
         if grad_steps:
             check_gradients(grad_steps, table, callback, return_trajectory, out, dtype, known, graph or None)
             graph = False
@@ -269,7 +268,8 @@ class Diffusion(Denoiser, ABC):
         if noise is not None and not callable(noise):
             check_shape("noise", noise, (len(table), *shape))
         if guidance is not None:
-            table = with_guidance(table, guidance, guidance_rule, self.process)
+            table = with_guidance(table, guidance, guidance_rule, self.process, self.objective)
+        table = with_estimates(table, self.process, self.objective) if estimates else table
         seed = seed_of(seed, generator, device)
         if x_init is None:
             x = self._start(shape, seed, ids, x_T, table.start, out, device)
@@ -293,7 +293,7 @@ class Diffusion(Denoiser, ABC):
         self,
         x0: Tensor,
         *,
-        steps: int | Iterable[float] | None = None,
+        steps: int | Iterable[float] | Grid | None = None,
         progress: bool = False,
         out: Tensor | None = None,
         **model_kwargs: Any,
@@ -312,7 +312,7 @@ class Diffusion(Denoiser, ABC):
         """
         model_kwargs = merged(model_kwargs)
         check_floating("x0", x0)
-        schedule, levels = self.process.grid(steps)
+        schedule, levels = decreasing(self.process, steps)
         levels = levels.flip(0)
         table = ddim_inversion(schedule, levels if self._starts_at_data else levels[levels > 0], self.objective)
         device = self.device_for(x0, out)

@@ -47,13 +47,18 @@ def with_estimates(table: StepTable, process: Process, objective: str) -> StepTa
     """
     if table.keep not in ("none", "x0hat"):
         raise ValueError("callback: expected one of (k, level, x) with this sampler, which keeps no estimate of x_0")
+    return replace(estimating(table, process, objective), keep="x0hat")
+
+
+def estimating(table: StepTable, process: Process, objective: str) -> StepTable:
+    """The table whose rows all make x0hat, also those that do not use it."""
     rows = table.rows.clone()
     row = columns(rows)
     direct = (row.x0_from_x == 0) & (row.x0_from_pred == 0)  # steps that take no way through x0hat
     if bool(direct.any()):
         levels = process.at(table.levels[:-1][direct].double())
         row.x0_from_x[direct], row.x0_from_pred[direct] = conversion_rows(levels, objective, "x0")
-    return replace(table, rows=rows, keep="x0hat")
+    return replace(table, rows=rows)
 
 
 def own_estimate_rows(denoiser: Denoiser, table: StepTable, x: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:

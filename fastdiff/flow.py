@@ -237,7 +237,13 @@ class FlowMatching(ContinuousDiffusion):
         return self.process.shifted(times).clamp(min=self.process.first)
 
     def interpolate(
-        self, x0: Tensor, x1: Tensor, weight: float | Tensor = 0.5, *, steps: int | None = None, **model_kwargs: Any
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        weight: float | Tensor = 0.5,
+        *,
+        steps: int | Iterable[float] | Grid | None = None,
+        **model_kwargs: Any,
     ) -> Tensor:
         """Samples between two images: both are encoded, mixed along the great circle, and decoded.
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import TOLD, Denoiser
+from .estimates import estimating
 from .ops import inner
 from .process import Process
 from .reference import work_dtype
@@ -42,7 +43,8 @@ class Rule(Protocol):
     """
 
     def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
-        """The prediction (B, ...) from the state, both predictions and the step's row, numbers (1, ...) each."""
+        """The prediction (B, ...) from the state, both predictions and the step's row, numbers (1, ...) each. The row
+        makes x0hat, whether the sampler uses it or not."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,6 @@ class Projected:
         radius: the largest norm of d, of each sample; None for none.
         momentum: the share of the last step's d (before it was shortened); below 0 as published, -0.75 or -0.5.
 
-    Works in samplers through x0hat. Where a row has none, the parallel part and d_before are 0.
     Raises: ValueError for parallel outside of [0, 1], for a radius that is not above 0, and for a momentum outside of
         (-1, 1).
     Reference: Sadat et al. 2024, arXiv:2410.02416, eq. 4 to 8 and algorithm 1.
@@ -158,7 +159,7 @@ class Thresholded:
     Args:
         share: of the elements that are not clipped, above 0 to 1; 0.995 is published.
 
-    The quantile is PyTorch's (`torch.kthvalue`). Where a row has no x0hat it is plain guidance.
+    The quantile is PyTorch's (`torch.kthvalue`).
     Raises: ValueError for a share outside of (0, 1].
     Reference: Saharia et al. 2022, arXiv:2205.11487, section 2.3.
     """
@@ -193,14 +194,16 @@ def guided(
     return rule(x.to(work), cond.to(work), uncond.to(work), row, **given)
 
 
-def with_guidance(table: StepTable, guidance: Guidance, rule: Rule | None, process: Process) -> StepTable:
-    """A copy of the table with the weight w of each step, and the zero start of a rule.
+def with_guidance(
+    table: StepTable, guidance: Guidance, rule: Rule | None, process: Process, objective: str
+) -> StepTable:
+    """A copy of the table with the weight w of each step, and for a rule its zero start and x0hat in every row.
 
     Args:
         guidance: a finite number, a list or tuple with one for each row, or a function of the row's number and of the
             level at which the model is asked, to one.
         rule: how two predictions become one.
-        process: of the table.
+        process, objective: of the table.
 
     Raises: ValueError for anything else; TypeError for a rule that is none.
     """
@@ -224,7 +227,8 @@ def with_guidance(table: StepTable, guidance: Guidance, rule: Rule | None, proce
     columns(rows).guidance.copy_(torch.tensor([float(number) for number in numbers], dtype=rows.dtype))
     if isinstance(rule, ZeroStar) and rule.zero_start:
         _stand_still(rows[: rule.zero_start], process)
-    return replace(table, rows=rows)
+    table = replace(table, rows=rows)
+    return table if rule is None else estimating(table, process, objective)
 
 
 def _stand_still(rows: Tensor, process: Process) -> None:
