@@ -377,7 +377,8 @@ class VE(Process):
         return self.at(times).sigma
 
     def time_of(self, ratio: Tensor) -> Tensor:
-        return (ratio / self.sigma_min).log() / self.log_range
+        times = (ratio / self.sigma_min).log() / self.log_range
+        return times.where(times != 0, torch.finfo(times.dtype).tiny)  # time 0 is data, and has no noise
 
     def sigma_range(self) -> tuple[float, float]:
         return self.sigma_min, self.sigma_min * math.exp(self.log_range)

@@ -223,11 +223,12 @@ def make_steps(
         between = middles(schedule, levels, 0.0 if eta is None else as_number("eta", given.get("eta", eta)))
         schedule, levels = with_middles(process, (schedule, levels), between)
     if function is probability_flow and "denoise" not in given:
-        options["denoise"] = int(levels[-1]) == 0 and bool(schedule.times(levels[-2]) > process.first * (1 + 1e-9))
+        small = len(levels) > 2 and bool(schedule.times(levels[-2]) <= process.first * (1 + 1e-9))
+        options["denoise"] = int(levels[-1]) == 0 and not small
     table = sampler(schedule, levels, objective, clip, **options)
     if not isinstance(table, StepTable):
         raise TypeError(f"sampler: expected a function that returns a StepTable, got {type(table).__name__}")
-    left_out = int(levels[-1]) == 0 and bool(table.levels[-1] > 0)  # the step to data
+    left_out = int(levels[-1]) == 0 and bool(table.levels[-1] != 0)  # the step to data
     return _ending_at_data(table, process) if left_out else table
 
 

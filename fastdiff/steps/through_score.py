@@ -58,8 +58,8 @@ def probability_flow(
         x_s   = x_t - f dt x_t + g^2/2 dt score
         x_0   = denoise(x)    at the last step, if asked for
 
-    `make_steps`, and so `sample`, asks for it unless the last level before data is the first of the process, whose
-    state is data but for a noise too small to see.
+    `sample` asks for it unless denoise is given, or the last level before data is the first of the process: its noise
+    is too small to see.
 
     Row: from_x = 1 - f dt, with what the score takes from x; from_pred (or from_x0) = g^2/2 dt times the score's.
 

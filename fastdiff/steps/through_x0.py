@@ -128,7 +128,7 @@ def ddim_inversion(schedule: NoiseSchedule, levels: Tensor, objective: str) -> S
     if needs_noise(objective) and bool((t == 0).any()):
         raise ValueError(
             f"objective: {objective!r} cannot be inverted from level 0, where alpha_bar = 1 and the noise is not "
-            "determined; use 'eps' or 'v', or start from level 1"
+            "determined; use 'eps' or 'v', or end `steps` above it"
         )
     check_signal(schedule, t, objective)
     x0, eps = x0_rows(schedule, objective), conversion_rows(schedule, objective, "eps")

@@ -158,6 +158,19 @@ def test_a_zero_start_is_a_velocity_of_0(sampler):
         torch.testing.assert_close(got[2], got[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rule", [Thresholded(0.7), Projected(0.2, 0.5, -0.5)], ids=str)
+@pytest.mark.parametrize("sampler", ["euler_maruyama", "probability_flow"])
+def test_a_rule_changes_the_estimate_of_samplers_along_the_score(sampler, rule):
+    """As through x0hat, where a clip that changes nothing leads; a callback that is told x0hat changes nothing."""
+    model = Curved()
+    how = {"sampler": sampler, "steps": [0.9, 0.5, 0.2, 0.0], "seed": 3, "guidance": 4.0, **BRANCHES}
+    got = ScoreSDE(model, "vp", "v").sample(SHAPE, guidance_rule=rule, **how)
+    through_x0 = ScoreSDE(model, "vp", "v", clip=1e6).sample(SHAPE, guidance_rule=rule, **how)
+    torch.testing.assert_close(got, through_x0, rtol=1e-9, atol=1e-9)
+    told = ScoreSDE(model, "vp", "v").sample(SHAPE, guidance_rule=rule, callback=lambda k, level, x, x0hat: None, **how)
+    assert torch.equal(told, got)
+
+
 def test_rules_of_nothing_are_finite():
     """Predictions of 0; samples of one element, of no dimension, and none."""
 

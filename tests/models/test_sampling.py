@@ -316,6 +316,8 @@ def test_wrong_samplers(sampler, said):
         model.sample((2, 3), sampler=sampler, steps=[0.5, 0.0])
     with pytest.raises(TypeError, match="sampler: expected a name or a function, got int"):
         model.sample((2, 3), sampler=3)
+    with pytest.raises(TypeError, match="sampler: expected a function that returns a StepTable, got int"):
+        model.sample((2, 3), sampler=lambda *given: 3, steps=[0.5, 0.0])
     assert torch.equal(torch.get_rng_state(), state)
 
 
