@@ -206,8 +206,8 @@ class Diffusion(Denoiser, ABC):
             guidance: classifier-free guidance, pred = uncond + guidance (cond - uncond), in one call of the model for
                 both (Ho & Salimans 2022, arXiv:2207.12598): a number, one for each row of the table, or a function of
                 the row's number and level. guidance_rule: another rule of fastdiff.guidance.
-            uncond: the model_kwargs of the other branch. Tensors of B samples and numbers may differ. Or another
-                network, asked with the same arguments (autoguidance).
+            uncond: the model_kwargs of the other branch. Tensors of B samples, also in dicts and lists, and numbers may
+                differ. Or another network, asked with the same arguments (autoguidance).
             dtype: torch.bfloat16 or torch.float16 runs a copy of the model in that type, with channels_last
                 convolutions. The copy is kept and follows the weights at every call. The state stays float32.
             device: where the state lives. None takes the device of the weights, or where hooks of Accelerate bring
@@ -306,8 +306,8 @@ class Diffusion(Denoiser, ABC):
             model_kwargs: the model's further arguments.
 
         Returns: (B, ...), float32 or float64, with an error of first order in the steps.
-        Raises: ValueError for a chain with objective "x0" or "score", which do not determine the noise in data, unless
-            `steps` ends at level 1.
+        Raises: ValueError for levels that rise; and from data, where a chain and FlowMatching start unless `steps` ends
+            above 0, with objective "x0" or "score", which do not determine its noise.
         Reference: Song et al. 2021, arXiv:2010.02502, section 4.3.
         """
         model_kwargs = merged(model_kwargs)

@@ -13,6 +13,7 @@ operation, `ops.inner`, and the rest from a few of PyTorch, with no wait for the
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .denoiser import TOLD, Denoiser
+from .denoiser import TOLD, Denoiser, prediction_of
 from .estimates import estimating
 from .ops import inner
 from .process import Process
@@ -261,11 +262,13 @@ class Pair(nn.Module):
                 split = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(x)
                 return value.chunk(2)[half] if split else value
 
-            given = {name: part(value) for name, value in model_kwargs.items()}
+            given = {name: _of_leaves(part, value) for name, value in model_kwargs.items()}
             if self.self_condition and not _takes_estimate(network):
                 given.pop(TOLD, None)
-            out = network(part(x), part(condition), **given)
-            outputs.append(out if isinstance(out, Tensor) else out.sample)
+            outputs.append(prediction_of(network(part(x), part(condition), **given)))
+        expected, got = (tuple(out.shape) for out in outputs)
+        if got != expected:
+            raise ValueError(f"uncond: expected a network whose output has shape {expected}, got {got}")
         return torch.cat(outputs)
 
 
@@ -276,11 +279,13 @@ def _takes_estimate(network: nn.Module) -> bool:
 def beside(denoiser: Denoiser, other: nn.Module, dtype: torch.dtype | None) -> Denoiser:
     """The denoiser with a network beside its own, whose predictions are those without the condition.
 
-    Raises: ValueError unless dtype is None: both run in their own.
+    Raises: ValueError unless dtype is None: both run in their own. TypeError for a formulation in place of a network.
     Reference: Karras et al. 2024, arXiv:2406.02507 (autoguidance).
     """
     if dtype is not None:
         raise ValueError("dtype: expected None with another network as uncond")
+    if isinstance(other, Denoiser):
+        raise TypeError(f"uncond: expected a network, got {type(other).__name__}; give its `model`")
     made = copy.copy(denoiser)
     made.__dict__["_modules"] = {**denoiser._modules, "model": Pair(denoiser.model, other)}
     return made
@@ -295,8 +300,8 @@ def stack_branches(
         guidance: None, or anything else.
         uncond: the arguments of the branch without the condition, by the names of cond; or a network, asked with cond.
         cond: those of the branch with it.
-        batch: B. Tensors of B samples are stacked. Two numbers that differ become one for each sample, (2 B,), on the
-            device. All others must be the same for both.
+        batch: B. Tensors of B samples are stacked, also in dicts, lists and tuples. Two numbers that differ become one
+            for each sample, (2 B,), on the device. All others must be the same for both.
 
     Raises: ValueError, naming the argument.
     """
@@ -310,20 +315,29 @@ def stack_branches(
         given = sorted(uncond) if isinstance(uncond, dict) else uncond
         hint = "" if cond else "; the condition is an argument of the model, as class_labels="
         raise ValueError(f"uncond: expected a dict of the model's arguments {sorted(cond)}, got {given}{hint}")
-    stacked = {}
-    for name, one in cond.items():
-        other = uncond[name]
+
+    def stacked(name: str, one: Any, other: Any) -> Any:
         if isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim and one.shape[0] == batch:
             if one.shape != other.shape:
                 raise ValueError(f"uncond: expected {name} of shape {tuple(one.shape)}, got {tuple(other.shape)}")
-            stacked[name] = torch.cat((one, other.to(one)))
-        elif one is other or _equal(one, other):
-            stacked[name] = one
-        elif all(isinstance(value, Real) and not isinstance(value, bool) for value in (one, other)):
-            stacked[name] = torch.tensor([one, other], device=device).repeat_interleave(batch)
-        else:
-            raise ValueError(f"uncond: expected {name} to be tensors of {batch} samples, or the same for both branches")
-    return stacked
+            return torch.cat((one, other.to(one)))
+        if one is other or _equal(one, other):
+            return one
+        if all(isinstance(value, Real) and not isinstance(value, bool) for value in (one, other)):
+            return torch.tensor([one, other], device=device).repeat_interleave(batch)
+        raise ValueError(f"uncond: expected {name} to be tensors of {batch} samples, or the same for both branches")
+
+    return {name: _of_leaves(functools.partial(stacked, name), one, uncond[name]) for name, one in cond.items()}
+
+
+def _of_leaves(function: Callable[..., Any], one: Any, *others: Any) -> Any:
+    """The function of the leaves of dicts, lists and tuples that are alike, or of the values themselves."""
+    same = all(type(other) is type(one) for other in others)
+    if type(one) is dict and same and all(other.keys() == one.keys() for other in others):
+        return {key: _of_leaves(function, value, *(other[key] for other in others)) for key, value in one.items()}
+    if type(one) in (list, tuple) and same and all(len(other) == len(one) for other in others):
+        return type(one)([_of_leaves(function, *values) for values in zip(one, *others, strict=True)])
+    return function(one, *others)
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -332,7 +346,7 @@ def _equal(one: Any, other: Any) -> bool:
         return False
     try:
         return bool(one == other)
-    except ValueError:  # arrays of several elements
+    except (ValueError, RuntimeError):  # arrays and tensors of several elements
         return False
 
 

@@ -208,6 +208,31 @@ def test_another_network_is_the_other_branch(rule, y):
     assert [name for name, _ in diffusion.named_modules()] == ["", "model"]  # it is not a part of the model
 
 
+@pytest.mark.parametrize("uncond", ["arguments", "network"])
+def test_arguments_in_dicts_and_lists_have_two_branches(uncond):
+    """As those of SDXL and ControlNets are given; what is equal in both branches is stacked too."""
+
+    class Nested(Curved):
+        def forward(self, x: Tensor, c: Tensor, added: dict, parts: list) -> Tensor:
+            assert added["kind"] == "text" and len(added["y"]) == len(parts[0]) == len(x)
+            return super().forward(x, c, added["y"]) + parts[0]
+
+    def given(y: Tensor) -> dict:
+        return {"added": {"y": y, "kind": "text"}, "parts": [COND.view(-1, 1, 1)]}
+
+    diffusion, how = chain(Nested()), {"steps": 3, "seed": 1, "guidance": 3.0}
+    if uncond == "arguments":
+        got = diffusion.sample(SHAPE, uncond=given(UNCOND), **given(COND), **how)
+        diffusion.model.forward = lambda x, c, y, part: Curved.forward(diffusion.model, x, c, y) + part.view(-1, 1, 1)
+        plain = {"part": COND, "uncond": {"y": UNCOND, "part": COND}}
+        assert torch.equal(got, diffusion.sample(SHAPE, y=COND, **plain, **how))
+    else:
+        got = diffusion.sample(SHAPE, uncond=diffusion.model, **given(COND), **how)
+        torch.testing.assert_close(got, diffusion.sample(SHAPE, steps=3, seed=1, **given(COND)))
+    with pytest.raises(ValueError, match="uncond: expected added to be tensors of 3 samples, or the same"):
+        chain(Nested()).sample(SHAPE, uncond={**given(UNCOND), "added": {"y": COND[:1]}}, **given(COND), **how)
+
+
 def operands(w: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Row]:
     """x, cond and uncond with gradients, and a row of a step through x0hat."""
     generator = torch.Generator().manual_seed(1)
@@ -305,6 +330,18 @@ def test_equal_rules_are_one_kind():
 def test_wrong_guidance(given, said):
     with pytest.raises(ValueError, match=said):
         chain(Curved()).sample(SHAPE, steps=3, **{**BRANCHES, **given})
+
+
+def test_wrong_networks():
+    class Wide(Curved):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            return torch.cat((x, x), 1)
+
+    diffusion = chain(Curved())
+    with pytest.raises(ValueError, match=r"uncond: expected a network whose output has shape .*, got \(3, 4, 5\)"):
+        diffusion.sample(SHAPE, steps=3, guidance=2.0, uncond=Wide())
+    with pytest.raises(TypeError, match="uncond: expected a network, got DDPM; give its `model`"):
+        diffusion.sample(SHAPE, steps=3, guidance=2.0, uncond=chain(Curved()))
 
 
 def test_wrong_rules():
