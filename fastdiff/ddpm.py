@@ -21,7 +21,7 @@ from .process import Chain, Grid
 from .reference import work_dtype
 from .sampling import Run, StepOptions, Steps
 from .schedule import NoiseSchedule, make_schedule
-from .steps import Sampler, StepTable, make_steps
+from .steps import Sampler, StepTable, ancestral, make_steps
 from .support import run_file
 from .support.scalars import integer
 from .unet import UNet
@@ -293,6 +293,6 @@ class DDPM(ChainDiffusion):
         return self.step_table("ddpm").rows
 
     def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
-        if sampler == "ddpm" and eta == 0.0:
+        if sampler in ("ddpm", ancestral) and eta == 0.0:
             return make_steps(self.process, sampler, steps, self.objective, self.clip, variance=self.variance)
         return super().step_table(sampler, steps, eta)

@@ -31,7 +31,7 @@ from .ops.checks import (
 from .ops.overlap import check_memory
 from .process import Grid, Process
 from .sampling import Noise, Run, StepOptions, Steps, StepsWithGradient
-from .steps import Sampler, StepTable, ddim_inversion, decreasing, make_steps, part_of
+from .steps import Sampler, StepTable, check_learned, ddim_inversion, decreasing, make_steps, part_of
 from .support.scalars import as_number
 from .support.settable import settable
 from .support.sharded import as_forward
@@ -329,11 +329,12 @@ class Diffusion(Denoiser, ABC):
     def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
         """The table of numbers that `sample` applies with these arguments; ValueError as there."""
         eta = as_number("eta", eta)
-        if sampler == "ddim":
-            return make_steps(self.process, sampler, steps, self.objective, self.clip, eta=eta)
-        if eta != 0.0:
+        if eta != 0.0 and sampler != "ddim":
             raise ValueError(f"eta: expected 0 with sampler {sampler!r}, got {eta}")
-        return make_steps(self.process, sampler, steps, self.objective, self.clip)
+        options = {"eta": eta} if sampler == "ddim" else {}
+        table = make_steps(self.process, sampler, steps, self.objective, self.clip, **options)
+        check_learned(table, self.learns_variance)
+        return table
 
     # --- likelihoods ------------------------------------------------------------------------------------------
 
