@@ -73,6 +73,8 @@ def own_estimate_rows(denoiser: Denoiser, table: StepTable, x: Tensor, model_kwa
     """
     if TOLD in model_kwargs or not denoiser.self_conditioned:
         return None
-    rows = denoise_rows(denoiser.process.at(table.levels[:-1].double()), denoiser.objective)
+    times, first = table.levels[:-1].double(), denoiser.process.first
+    rows, is_data = denoise_rows(denoiser.process.at(times.where(times != 0, first)), denoiser.objective), times == 0
+    columns(rows).x0_from_x[is_data], columns(rows).x0_from_pred[is_data] = 1.0, 0.0  # an inversion starts there
     columns(rows).guidance.copy_(columns(table.rows).guidance)
     return rows.to(x.device, work_dtype(x.dtype))
