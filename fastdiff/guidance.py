@@ -227,17 +227,19 @@ def with_guidance(
     rows = table.rows.clone()
     columns(rows).guidance.copy_(torch.tensor([float(number) for number in numbers], dtype=rows.dtype))
     if isinstance(rule, ZeroStar) and rule.zero_start:
-        _stand_still(rows[: rule.zero_start], process)
+        _stand_still(rows[: rule.zero_start], table.kinds, process)
     table = replace(table, rows=rows)
     return table if rule is None else estimating(table, process, objective)
 
 
-def _stand_still(rows: Tensor, process: Process) -> None:
-    """Let rows take the velocity for 0, in place: x_0 = eps = x where x_t = (1 - t) x_0 + t eps."""
+def _stand_still(rows: Tensor, kinds: Sequence[str], process: Process) -> None:
+    """Let rows take the velocity for 0, in place: x_0 = eps = x where x_t = (1 - t) x_0 + t eps. Those that only add
+    noise have none."""
     row = columns(rows)
     if not process.straight:
         raise ValueError(f"zero_start: expected 0 but for FlowMatching, got one with {type(process).__name__}")
-    if bool(((row.x0_from_x == 0) & (row.x0_from_pred == 0)).any()):
+    direct = ((row.x0_from_x == 0) & (row.x0_from_pred == 0)).tolist()
+    if any(one and kind != "add" for one, kind in zip(direct, kinds, strict=False)):
         raise ValueError("zero_start: expected 0 with this sampler, whose steps take no way through x0hat")
     row.x0_from_x.fill_(1.0)
     row.x0_from_pred.zero_()

@@ -278,7 +278,7 @@ def decreasing(process: Process, steps: int | Iterable[float] | Grid | None) -> 
     """The levels of `steps`, see make_steps, for what cannot go up on the way. ValueError if they do not decrease."""
     schedule, levels = _grid(process, ddim, steps)
     if bool((levels.diff() >= 0).any()):
-        raise ValueError(f"steps: expected decreasing levels, got those of churn, {schedule.times(levels).tolist()}")
+        raise ValueError(f"steps: expected decreasing levels, got {schedule.times(levels).tolist()}")
     return schedule, levels
 
 
