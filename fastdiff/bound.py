@@ -18,9 +18,10 @@ from .denoiser import Denoiser
 from .importance import LossSecondMoment as LossSecondMoment
 from .objective import x0_rows
 from .ops.checks import as_seed, check_floating
+from .process import Grid
 from .reference import work_dtype
 from .schedule import NoiseSchedule
-from .steps import VARIANCES, check_signal
+from .steps import VARIANCES, check_signal, decreasing
 from .support.progress import bar
 from .support.shapes import flat
 
@@ -96,7 +97,7 @@ def evaluate(
     denoiser: Denoiser,
     x0: Tensor,
     *,
-    steps: int | Iterable[float] | None = None,
+    steps: int | Iterable[float] | Grid | None = None,
     seed: int | Tensor | None = None,
     progress: bool = False,
     **model_kwargs: Any,
@@ -118,7 +119,7 @@ def evaluate(
     if x0.numel() == 0:
         raise ValueError(f"x0: expected at least one image, got shape {tuple(x0.shape)}")
     x0 = x0.detach().to(denoiser.device_for(x0), denoiser.dtype)
-    grid, levels = denoiser.process.grid(steps)
+    grid, levels = decreasing(denoiser.process, steps)
     if levels[-1] != 0:
         raise ValueError(f"steps: expected levels that end at 0 (data), got {levels.tolist()}")
     times = grid.times(levels)[:-1]

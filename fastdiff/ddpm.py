@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from .interpolation import along_the_circle, mixing_weight
 from .networks import NETWORKS
 from .objective import Weighting
 from .ops.checks import as_seed, check_choice, check_floating
-from .process import Chain
+from .process import Chain, Grid
 from .reference import work_dtype
 from .sampling import Run, StepOptions, Steps
 from .schedule import NoiseSchedule, make_schedule
-from .steps import Sampler, StepTable, make_steps
+from .steps import Sampler, StepTable, ancestral, make_steps
 from .support import run_file
 from .support.scalars import integer
 from .unet import UNet
@@ -259,7 +260,7 @@ class DDPM(ChainDiffusion):
         *,
         t: int | None = None,
         sampler: str = "ddpm",
-        steps: int | None = None,
+        steps: int | Iterable[float] | Grid | None = None,
         seed: int | Tensor | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
@@ -272,7 +273,7 @@ class DDPM(ChainDiffusion):
                 is rescaled to unit variance, so that the mixture is as noisy as level t. "ddim" encodes both to the
                 noise they come from, mixes along the great circle between them (slerp), and decodes; it draws nothing.
             t: the level of "ddpm", T/2 if None.
-            steps: of "ddim", all if None.
+            steps: of "ddim", as in `sample`.
             seed: of "ddpm"; drawn if None.
             model_kwargs: the model's further arguments.
 
@@ -318,6 +319,6 @@ class DDPM(ChainDiffusion):
 
         Raises: ValueError or TypeError, naming the argument.
         """
-        if sampler == "ddpm" and eta == 0.0:
+        if sampler in ("ddpm", ancestral) and eta == 0.0:
             return make_steps(self.process, sampler, steps, self.objective, self.clip, variance=self.variance)
         return super().step_table(sampler, steps, eta)

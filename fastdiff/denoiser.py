@@ -39,6 +39,14 @@ class Prediction(NamedTuple):
     uncond: Tensor | None = None
 
 
+def prediction_of(out: Any) -> Tensor:
+    """The tensor in what a network returns. TypeError if there is none."""
+    pred = out if isinstance(out, Tensor) else getattr(out, "sample", None)
+    if not isinstance(pred, Tensor):
+        raise TypeError(f"model: expected a tensor or an object with a tensor `sample`, got {type(out).__name__}")
+    return pred
+
+
 class Denoiser(nn.Module):
     """A network that denoises along a process.
 
@@ -162,9 +170,7 @@ class Denoiser(nn.Module):
         except (RuntimeError, IndexError, TypeError) as error:
             self._explain(error, x, condition, model_kwargs)
             raise
-        pred = out if isinstance(out, Tensor) else getattr(out, "sample", None)
-        if not isinstance(pred, Tensor):
-            raise TypeError(f"model: expected a tensor or an object with a tensor `sample`, got {type(out).__name__}")
+        pred = prediction_of(out)
         if self.learns_variance and x.ndim < 2:
             raise ValueError(f"x: expected channels, (B, C, ...), with a learned variance, got shape {tuple(x.shape)}")
         expected = (x.shape[0], 2 * x.shape[1], *x.shape[2:]) if self.learns_variance else tuple(x.shape)

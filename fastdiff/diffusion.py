@@ -30,7 +30,7 @@ from .ops.checks import (
 from .ops.overlap import check_memory
 from .process import Grid, Process
 from .sampling import Noise, Run, StepOptions, Steps, steps_of
-from .steps import Sampler, StepTable, ddim_inversion, make_steps
+from .steps import Sampler, StepTable, check_learned, ddim_inversion, decreasing, make_steps
 from .support.scalars import as_number
 from .support.settable import settable
 from .support.sharded import as_forward
@@ -203,8 +203,8 @@ class Diffusion(Denoiser, ABC):
             guidance: classifier-free guidance, pred = uncond + guidance (cond - uncond), in one call of the model for
                 both (Ho & Salimans 2022, arXiv:2207.12598): a number, one for each row of the table, or a function of
                 the row's number and level. guidance_rule: another rule of fastdiff.guidance.
-            uncond: the model_kwargs of the other branch. Tensors of B samples and numbers may differ. Or another
-                network, asked with the same arguments (autoguidance).
+            uncond: the model_kwargs of the other branch. Tensors of B samples, also in dicts and lists, and numbers may
+                differ. Or another network, asked with the same arguments (autoguidance).
             dtype: torch.bfloat16 or torch.float16 runs a copy of the model in that type, with channels_last
                 convolutions. The copy is kept and follows the weights at every call. The state stays float32.
             device: where the state lives. None takes the device of the weights, or where hooks of Accelerate bring
@@ -250,14 +250,14 @@ class Diffusion(Denoiser, ABC):
         # The table.
         table = self.step_table(sampler, edit.steps(self.process, sampler, steps, stop_at), eta)
         denoiser, table = self.cast(dtype), edit.table(table, self.process)
-        if estimates := wants_estimate(callback):
-            table = with_estimates(table, self.process, self.objective)
         check_gradients(grad_steps, table, callback, return_trajectory, out, dtype, known, graph or None)
         denoiser = beside(denoiser, uncond, dtype)
         captured = not grad_steps and self._is_captured(graph, denoiser, kwargs, shape[0])
         check_noise(noise, len(table), shape)
-        table = with_guidance(table, guidance, guidance_rule, self.process)
-        table = table if grad_steps else with_own_estimates(table, denoiser, kwargs, guidance_rule is not None)
+        table = with_guidance(table, guidance, guidance_rule, self.process, self.objective)
+        if estimates := wants_estimate(callback):
+            table = with_estimates(table, self.process, self.objective)
+        table = table if grad_steps else with_own_estimates(table, denoiser, kwargs)
         # The start.
         seed = seed_of(seed, generator, device)
         x = self._start(shape, seed, ids, x_T, table.start, out)
@@ -273,7 +273,7 @@ class Diffusion(Denoiser, ABC):
         self,
         x0: Tensor,
         *,
-        steps: int | Iterable[float] | None = None,
+        steps: int | Iterable[float] | Grid | None = None,
         progress: bool = False,
         out: Tensor | None = None,
         **model_kwargs: Any,
@@ -286,13 +286,13 @@ class Diffusion(Denoiser, ABC):
             model_kwargs: the model's further arguments.
 
         Returns: (B, ...), float32 or float64, with an error of first order in the steps.
-        Raises: ValueError for a chain with objective "x0" or "score", which do not determine the noise in data, unless
-            `steps` ends at level 1.
+        Raises: ValueError for levels that rise; and from data, where a chain and FlowMatching start unless `steps` ends
+            above 0, with objective "x0" or "score", which do not determine its noise.
         Reference: Song et al. 2021, arXiv:2010.02502, section 4.3.
         """
         model_kwargs = merged(model_kwargs)
         check_floating("x0", x0)
-        schedule, levels = self.process.grid(steps)
+        schedule, levels = decreasing(self.process, steps)
         levels = levels.flip(0)
         table = ddim_inversion(schedule, levels if self._starts_at_data else levels[levels > 0], self.objective)
         device = self.device_for(x0, out)
@@ -310,11 +310,12 @@ class Diffusion(Denoiser, ABC):
     def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
         """The table of numbers that `sample` applies with these arguments; ValueError as there."""
         eta = as_number("eta", eta)
-        if sampler == "ddim":
-            return make_steps(self.process, sampler, steps, self.objective, self.clip, eta=eta)
-        if eta != 0.0:
+        if eta != 0.0 and sampler != "ddim":
             raise ValueError(f"eta: expected 0 with sampler {sampler!r}, got {eta}")
-        return make_steps(self.process, sampler, steps, self.objective, self.clip)
+        options = {"eta": eta} if sampler == "ddim" else {}
+        table = make_steps(self.process, sampler, steps, self.objective, self.clip, **options)
+        check_learned(table, self.learns_variance)
+        return table
 
     # --- likelihoods ------------------------------------------------------------------------------------------
 

@@ -47,31 +47,26 @@ def with_estimates(table: StepTable, process: Process, objective: str) -> StepTa
     """
     if table.keep not in ("none", "x0hat"):
         raise ValueError("callback: expected one of (k, level, x) with this sampler, which keeps no estimate of x_0")
-    rows, direct = table.rows.clone(), is_direct(table)
+    return replace(estimating(table, process, objective), keep="x0hat" if table.keep == "x0hat" else "new x0hat")
+
+
+def estimating(table: StepTable, process: Process, objective: str) -> StepTable:
+    """The table whose rows all make x0hat, also those that do not use it."""
+    rows = table.rows.clone()
     row = columns(rows)
+    direct = (row.x0_from_x == 0) & (row.x0_from_pred == 0)  # steps that take no way through x0hat
     if bool(direct.any()):
         levels = process.at(table.levels[:-1][direct].double())
         row.x0_from_x[direct], row.x0_from_pred[direct] = conversion_rows(levels, objective, "x0")
-    return replace(table, rows=rows, keep="x0hat" if table.keep == "x0hat" else "new x0hat")
+    return replace(table, rows=rows)
 
 
-def is_direct(table: StepTable) -> Tensor:
-    """(n,): the steps that take no way through x0hat."""
-    row = columns(table.rows)
-    return (row.x0_from_x == 0) & (row.x0_from_pred == 0)
-
-
-def with_own_estimates(
-    table: StepTable, denoiser: Denoiser, model_kwargs: dict[str, Any], ruled: bool = False
-) -> StepTable:
+def with_own_estimates(table: StepTable, denoiser: Denoiser, model_kwargs: dict[str, Any]) -> StepTable:
     """The table whose steps leave in hist what a self-conditioned network is told next, which costs no launch.
 
     The table itself if the network is told nothing, or if its sampler keeps something else or several estimates.
-    ruled: a rule of guidance reads the rows, so they stay as they are.
     """
     if not takes_own_estimate(denoiser, model_kwargs) or table.keep not in ("none", "x0hat") or table.slots > 1:
-        return table
-    if ruled and bool(is_direct(table).any()):
         return table
     made = with_estimates(table, denoiser.process, denoiser.objective)
     return made if own_estimate_rows(denoiser, made, model_kwargs) is None else table
@@ -88,11 +83,13 @@ def own_estimate_rows(denoiser: Denoiser, table: StepTable, model_kwargs: dict[s
     """
     if not takes_own_estimate(denoiser, model_kwargs):
         return None
-    rows = denoise_rows(denoiser.process.at(table.levels[:-1].double()), denoiser.objective)
+    times, first = table.levels[:-1].double(), denoiser.process.first
+    rows, is_data = denoise_rows(denoiser.process.at(times.where(times != 0, first)), denoiser.objective), times == 0
     own, kept = columns(rows), columns(table.rows)
+    own.x0_from_x[is_data], own.x0_from_pred[is_data] = 1.0, 0.0  # an inversion starts there
     own.guidance.copy_(kept.guidance)
     if table.keep in ("x0hat", "new x0hat") and table.slots == 1 and "add" not in table.kinds:
-        asked = torch.tensor([kind == "predict" for kind in table.kinds])
+        asked = torch.tensor([kind == "predict" for kind in table.kinds], device=table.rows.device)
         pairs = ((own.x0_from_x, kept.x0_from_x), (own.x0_from_pred, kept.x0_from_pred))
         if all(torch.equal(one[asked].float(), other[asked].float()) for one, other in pairs):
             return None

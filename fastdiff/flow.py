@@ -74,10 +74,10 @@ class Flow(Process):
             steps[0] = self.last  # without a rounding, by which alpha would not be 0
         return super().grid(steps)
 
-    def karras(self, steps: int | None = None, **options: Any) -> Grid:
-        """As Process.karras; sigma_max is 80 unless it is given, or less if `last` is."""
+    def ratio_range(self, sigma_min: float | None = None, sigma_max: float | None = None) -> tuple[float, float]:
+        """As Process.ratio_range; sigma_max is 80 unless it is given, or less if `last` is."""
         end = min(self.last / (1 - self.last) if self.last < 1 else math.inf, KARRAS_RANGE[1])
-        return super().karras(steps, **{"sigma_max": end, **options})
+        return super().ratio_range(sigma_min, end if sigma_max is None else sigma_max)
 
 
 # --- times to train on ------------------------------------------------------------------------------------------
@@ -240,7 +240,13 @@ class FlowMatching(ContinuousDiffusion):
         return self.process.shifted(times).clamp(min=self.process.first)
 
     def interpolate(
-        self, x0: Tensor, x1: Tensor, weight: float | Tensor = 0.5, *, steps: int | None = None, **model_kwargs: Any
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        weight: float | Tensor = 0.5,
+        *,
+        steps: int | Iterable[float] | Grid | None = None,
+        **model_kwargs: Any,
     ) -> Tensor:
         """Samples between two images: both are encoded, mixed along the great circle, and decoded.
 

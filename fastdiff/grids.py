@@ -149,7 +149,7 @@ def with_middles(process: Process, grid: Grid, ratios: Tensor) -> Grid:
     schedule, levels = grid
     times, n = schedule.times(levels).double(), len(ratios)
     visited = torch.cat((torch.stack((times[:n], process.time_of(ratios)), 1).flatten(), times[n:]))
-    noisy = visited > 0
+    noisy = torch.cat((levels.new_ones(2 * n), levels[n:])) > 0
     increasing, where = visited[noisy].unique(return_inverse=True)
     found = torch.zeros(len(visited), dtype=torch.int64, device="cpu")
     found[noisy] = where + 1

@@ -13,6 +13,7 @@ operation, `ops.inner`, and the rest from a few of PyTorch, with no wait for the
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .denoiser import TOLD, Denoiser
+from .denoiser import TOLD, Denoiser, prediction_of
+from .estimates import estimating
 from .ops import inner
 from .process import Process
 from .reference import work_dtype
@@ -42,7 +44,8 @@ class Rule(Protocol):
     """
 
     def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
-        """The prediction (B, ...) from the state, both predictions and the step's row, numbers (1, ...) each."""
+        """The prediction (B, ...) from the state, both predictions and the step's row, numbers (1, ...) each. The row
+        makes x0hat, whether the sampler uses it or not."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,6 @@ class Projected:
         radius: the largest norm of d, of each sample; None for none.
         momentum: the share of the last step's d (before it was shortened); below 0 as published, -0.75 or -0.5.
 
-    Works in samplers through x0hat. Where a row has none, the parallel part and d_before are 0.
     Raises: ValueError for parallel outside of [0, 1], for a radius that is not above 0, and for a momentum outside of
         (-1, 1).
     Reference: Sadat et al. 2024, arXiv:2410.02416, eq. 4 to 8 and algorithm 1.
@@ -158,7 +160,7 @@ class Thresholded:
     Args:
         share: of the elements that are not clipped, above 0 to 1; 0.995 is published.
 
-    The quantile is PyTorch's (`torch.kthvalue`). Where a row has no x0hat it is plain guidance.
+    The quantile is PyTorch's (`torch.kthvalue`).
     Raises: ValueError for a share outside of (0, 1].
     Reference: Saharia et al. 2022, arXiv:2205.11487, section 2.3.
     """
@@ -195,14 +197,17 @@ def guided(
     return rule(x.to(work), cond.to(work), uncond.to(work), row, **given)
 
 
-def with_guidance(table: StepTable, guidance: Guidance | None, rule: Rule | None, process: Process) -> StepTable:
-    """A copy of the table with the weight w of each step, and the zero start of a rule; itself without guidance.
+def with_guidance(
+    table: StepTable, guidance: Guidance | None, rule: Rule | None, process: Process, objective: str
+) -> StepTable:
+    """A copy of the table with the weight w of each step, and for a rule its zero start and x0hat in every row; itself
+    without guidance.
 
     Args:
         guidance: None, a finite number, a list or tuple with one for each row, or a function of the row's number and of
             the level at which the model is asked, to one.
         rule: how two predictions become one.
-        process: of the table.
+        process, objective: of the table.
 
     Raises: ValueError for anything else; TypeError for a rule that is none.
     """
@@ -228,16 +233,19 @@ def with_guidance(table: StepTable, guidance: Guidance | None, rule: Rule | None
     weights = [float(number) for number in numbers]
     columns(rows).guidance.copy_(torch.tensor(weights, dtype=rows.dtype, device=rows.device))
     if isinstance(rule, ZeroStar) and rule.zero_start:
-        _stand_still(rows[: rule.zero_start], process)
-    return replace(table, rows=rows)
+        _stand_still(rows[: rule.zero_start], table.kinds, process)
+    table = replace(table, rows=rows)
+    return table if rule is None else estimating(table, process, objective)
 
 
-def _stand_still(rows: Tensor, process: Process) -> None:
-    """Let rows take the velocity for 0, in place: x_0 = eps = x where x_t = (1 - t) x_0 + t eps."""
+def _stand_still(rows: Tensor, kinds: Sequence[str], process: Process) -> None:
+    """Let rows take the velocity for 0, in place: x_0 = eps = x where x_t = (1 - t) x_0 + t eps. Those that only add
+    noise have none."""
     row = columns(rows)
     if not process.straight:
         raise ValueError(f"zero_start: expected 0 but for FlowMatching, got one with {type(process).__name__}")
-    if bool(((row.x0_from_x == 0) & (row.x0_from_pred == 0)).any()):
+    direct = ((row.x0_from_x == 0) & (row.x0_from_pred == 0)).tolist()
+    if any(one and kind != "add" for one, kind in zip(direct, kinds, strict=False)):
         raise ValueError("zero_start: expected 0 with this sampler, whose steps take no way through x0hat")
     row.x0_from_x.fill_(1.0)
     row.x0_from_pred.zero_()
@@ -262,11 +270,13 @@ class Pair(nn.Module):
                 split = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == x.shape[0]
                 return value.chunk(2)[half] if split else value
 
-            given = {name: part(value) for name, value in model_kwargs.items()}
+            given = {name: _of_leaves(part, value) for name, value in model_kwargs.items()}
             if self.self_condition and not _takes_estimate(network):
                 given.pop(TOLD, None)
-            out = network(part(x), part(condition), **given)
-            outputs.append(out if isinstance(out, Tensor) else out.sample)
+            outputs.append(prediction_of(network(part(x), part(condition), **given)))
+        expected, got = (tuple(out.shape) for out in outputs)
+        if got != expected:
+            raise ValueError(f"uncond: expected a network whose output has shape {expected}, got {got}")
         return torch.cat(outputs)
 
 
@@ -278,13 +288,15 @@ def beside(denoiser: Denoiser, uncond: dict[str, Any] | nn.Module | None, dtype:
     """The denoiser with the network `uncond` beside its own, whose predictions are those without the condition; itself
     if that is no network.
 
-    Raises: ValueError unless dtype is None: both run in their own.
+    Raises: ValueError unless dtype is None: both run in their own. TypeError for a formulation in place of a network.
     Reference: Karras et al. 2024, arXiv:2406.02507 (autoguidance).
     """
     if not isinstance(uncond, nn.Module):
         return denoiser
     if dtype is not None:
         raise ValueError("dtype: expected None with another network as uncond")
+    if isinstance(uncond, Denoiser):
+        raise TypeError(f"uncond: expected a network, got {type(uncond).__name__}; give its `model`")
     made = copy.copy(denoiser)
     made.__dict__["_modules"] = {**denoiser._modules, "model": Pair(denoiser.model, uncond)}
     return made
@@ -301,8 +313,8 @@ def stack_branches(
         rule: how two predictions become one; None without guidance.
         uncond: the arguments of the branch without the condition, by the names of cond; or a network, asked with cond.
         cond: those of the branch with it.
-        batch: B. Tensors of B samples are stacked. Two numbers that differ become one for each sample, (2 B,), on the
-            device. All others must be the same for both.
+        batch: B. Tensors of B samples are stacked, also in dicts, lists and tuples. Two numbers that differ become one
+            for each sample, (2 B,), on the device. All others must be the same for both.
 
     Raises: ValueError, naming the argument.
     """
@@ -318,20 +330,29 @@ def stack_branches(
         given = sorted(uncond) if isinstance(uncond, dict) else uncond
         hint = "" if cond else "; the condition is an argument of the model, as class_labels="
         raise ValueError(f"uncond: expected a dict of the model's arguments {sorted(cond)}, got {given}{hint}")
-    stacked = {}
-    for name, one in cond.items():
-        other = uncond[name]
+
+    def stacked(name: str, one: Any, other: Any) -> Any:
         if isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim and one.shape[0] == batch:
             if one.shape != other.shape:
                 raise ValueError(f"uncond: expected {name} of shape {tuple(one.shape)}, got {tuple(other.shape)}")
-            stacked[name] = torch.cat((one, other.to(one)))
-        elif one is other or _equal(one, other):
-            stacked[name] = one
-        elif all(isinstance(value, Real) and not isinstance(value, bool) for value in (one, other)):
-            stacked[name] = torch.tensor([one, other], device=device).repeat_interleave(batch)
-        else:
-            raise ValueError(f"uncond: expected {name} to be tensors of {batch} samples, or the same for both branches")
-    return stacked
+            return torch.cat((one, other.to(one)))
+        if one is other or _equal(one, other):
+            return one
+        if all(isinstance(value, Real) and not isinstance(value, bool) for value in (one, other)):
+            return torch.tensor([one, other], device=device).repeat_interleave(batch)
+        raise ValueError(f"uncond: expected {name} to be tensors of {batch} samples, or the same for both branches")
+
+    return {name: _of_leaves(functools.partial(stacked, name), one, uncond[name]) for name, one in cond.items()}
+
+
+def _of_leaves(function: Callable[..., Any], one: Any, *others: Any) -> Any:
+    """The function of the leaves of dicts, lists and tuples that are alike, or of the values themselves."""
+    same = all(type(other) is type(one) for other in others)
+    if type(one) is dict and same and all(other.keys() == one.keys() for other in others):
+        return {key: _of_leaves(function, value, *(other[key] for other in others)) for key, value in one.items()}
+    if type(one) in (list, tuple) and same and all(len(other) == len(one) for other in others):
+        return type(one)([_of_leaves(function, *values) for values in zip(one, *others, strict=True)])
+    return function(one, *others)
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -340,7 +361,7 @@ def _equal(one: Any, other: Any) -> bool:
         return False
     try:
         return bool(one == other)
-    except ValueError:  # arrays of several elements
+    except (ValueError, RuntimeError):  # arrays and tensors of several elements
         return False
 
 

@@ -163,15 +163,13 @@ class Process(ABC):
     def _given(self, steps: Any) -> Tensor:
         """Decreasing times, (n + 1,) float64, between 0 and `last`."""
         if isinstance(steps, str):
-            raise TypeError(
-                f"steps: expected numbers, got {steps!r}; a grid is made by the process, as in "
-                "steps=model.process.karras(18)"
-            )
+            raise TypeError(f"steps: expected numbers, got {steps!r}; a grid is one of model.process.karras(18)")
         times = as_float64("steps", steps if isinstance(steps, Tensor) else list(steps))
         if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
             raise ValueError(f"steps: expected a number, or two or more decreasing times, got {times.tolist()}")
         if not (times[-1] >= 0 and times[0] <= self.last):
-            raise ValueError(f"steps: expected times from {self.last:g} to 0, got {times[0]:g} to {times[-1]:g}")
+            hint = f"got {times[0]:g} to {times[-1]:g}; grids.given(process, sigmas) takes values of sigma / alpha"
+            raise ValueError(f"steps: expected times from {self.last:g} to 0, {hint}")
         return times
 
 
@@ -377,7 +375,7 @@ class VE(Process):
         return self.at(times).sigma
 
     def time_of(self, ratio: Tensor) -> Tensor:
-        return (ratio / self.sigma_min).log() / self.log_range
+        return ((ratio / self.sigma_min).log() / self.log_range).where(ratio != self.sigma_min, 1e-300)  # 0 is data
 
     def sigma_range(self) -> tuple[float, float]:
         return self.sigma_min, self.sigma_min * math.exp(self.log_range)

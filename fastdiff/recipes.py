@@ -117,6 +117,8 @@ def self_conditioned(
     _check_share(share)
     if not isinstance(diffusion, Diffusion):
         raise TypeError(f"diffusion: expected a fastdiff Diffusion, got {type(diffusion).__name__}")
+    if t is None and diffusion.training and getattr(diffusion, "importance", None) is not None:
+        raise ValueError("t: expected levels with importance sampling, which only the loss draws by, got None")
     t = diffusion.checked_times("x0", x0, t)
     seed = as_seed(seed, x0.device) if noise is None else None
     drawn: dict[str, Any] = {"seed": seed, "noise": noise, "sample_ids": sample_ids}

@@ -145,7 +145,7 @@ Case = tuple[Variant, str, bool]  # target; whether the polynomials stand in for
 def cases(size: str) -> list[Case]:
     """The cases of a size.
 
-    "full" has every variant on every target; "quick" has the common ones on sm_90, and elsewhere each kernel's last one.
+    "full" has every variant on every target; "quick" has the common ones on sm_90, elsewhere the last of each kernel.
     Both have noising by the polynomials on sm_90, where it never runs, to compare it with the approximations.
     """
     if size == "full":

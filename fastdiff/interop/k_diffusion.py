@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
+from ..arguments import merged
 from ..denoiser import Denoiser, own_rows
 from ..ops.checks import check_floating, check_shape
 from ..steps import denoise_rows
@@ -25,7 +26,7 @@ class KDiffusionDenoiser(nn.Module):
         Args:
             x: (B, ...), x_0 + sigma eps.
             sigma: (B,).
-            model_kwargs: the model's further arguments.
+            model_kwargs: the model's further arguments; those that are named x or sigma go into a dict of that name.
         """
         check_floating("x", x)
         check_floating("sigma", sigma)
@@ -34,7 +35,7 @@ class KDiffusionDenoiser(nn.Module):
         times = denoiser.process.time_of(sigma.double())
         made = denoiser.process.at(times)
         state = made.alpha.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) * x
-        pred = denoiser.call_model(state, denoiser.condition(times), model_kwargs).pred
+        pred = denoiser.call_model(state, denoiser.condition(times), merged(model_kwargs)).pred
         rows, row = own_rows(denoise_rows(made, denoiser.objective), x.dtype)
         return ops.update(state, pred, rows, row, clip=denoiser.clip, noisy=False)
 

@@ -53,6 +53,7 @@ from .table import (
     StepTable,
     check_decreasing,
     check_finite_ratio,
+    check_learned,
     check_signal,
     denoise_rows,
     make_table,
@@ -79,10 +80,12 @@ __all__ = [
     "StepTable",
     "ancestral",
     "annealed_langevin",
+    "check_learned",
     "check_signal",
     "consistency",
     "ddim",
     "ddim_inversion",
+    "decreasing",
     "deis",
     "denoise_rows",
     "dpm2",
@@ -234,18 +237,25 @@ def make_steps(
         eta = LOOKS_BETWEEN[function]
         between = middles(schedule, levels, 0.0 if eta is None else as_number("eta", given.get("eta", eta)))
         schedule, levels = with_middles(process, (schedule, levels), between)
+    if function is probability_flow and "denoise" not in given:
+        small = len(levels) > 2 and bool(schedule.times(levels[-2]) <= process.first * (1 + 1e-9))
+        options["denoise"] = int(levels[-1]) == 0 and not small
     table = sampler(schedule, levels, objective, clip, **options)
-    left_out = int(levels[-1]) == 0 and bool(table.levels[-1] > 0)  # the step to data
-    return _unscaled(table, process) if left_out and process.first_scale != 1 else table
+    if not isinstance(table, StepTable):
+        raise TypeError(f"sampler: expected a function that returns a StepTable, got {type(table).__name__}")
+    left_out = int(levels[-1]) == 0 and bool(table.levels[-1] != 0)  # the step to data
+    return _ending_at_data(table, process) if left_out else table
 
 
-def _unscaled(table: StepTable, process: Process) -> StepTable:
-    """The table whose last step gives x / alpha, which is data, in place of the state."""
-    rows = table.rows.clone()
-    last, alpha = columns(rows[-1]), process.at(table.levels[-1:]).alpha[0]
-    for column in (last.from_x0, last.from_x, last.from_pred, last.noise, last.from_hist):
-        column.div_(alpha)
-    return replace(table, rows=rows)
+def _ending_at_data(table: StepTable, process: Process) -> StepTable:
+    """The table whose last step gives data in place of the state, which is taken for it, but for its scale."""
+    rows, levels = table.rows.clone(), table.levels.clone()
+    if process.first_scale != 1:
+        last, alpha = columns(rows[-1]), process.at(levels[-1:]).alpha[0]
+        for column in (last.from_x0, last.from_x, last.from_pred, last.noise, last.from_hist):
+            column.div_(alpha)
+    levels[-1] = 0
+    return replace(table, rows=rows, levels=levels)
 
 
 def part_of(
@@ -275,6 +285,14 @@ def part_of(
             f"stop_at: expected a level from {times[-1].item():g} to below {times[0].item():g}, got {stop_at}"
         )
     return schedule, levels[: reached[0] + 1]
+
+
+def decreasing(process: Process, steps: int | Iterable[float] | Grid | None) -> Grid:
+    """The levels of `steps`, see make_steps, for what cannot go up on the way. ValueError if they do not decrease."""
+    schedule, levels = _grid(process, ddim, steps)
+    if bool((levels.diff() >= 0).any()):
+        raise ValueError(f"steps: expected decreasing levels, got {schedule.times(levels).tolist()}")
+    return schedule, levels
 
 
 def _by_name(sampler: str | Sampler) -> Sampler:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import NoiseSchedule
-from .table import StepTable, check_at_least_0, make_table, x0_columns
+from .table import StepTable, check_above_0, check_at_least_0, make_table, x0_columns
 
 
 def consistency(
@@ -62,10 +62,11 @@ def lcm(
         sigma_data, scaling: of the boundary condition, as the model was distilled; sigma_data of at least 0.
 
     Returns: one row and one call of the model per step.
-    Raises: ValueError if sigma_data < 0.
+    Raises: ValueError if sigma_data < 0 or scaling <= 0.
     Reference: Luo et al. 2023, arXiv:2310.04378, algorithm 3 and section 4.1; the scaling of timesteps is diffusers'.
     """
     check_at_least_0("sigma_data", sigma_data)
+    check_above_0("scaling", scaling)
     t, s = levels[:-1], levels[1:]
     tau = scaling * (t.double() - 1) if schedule.time is None else torch.full_like(t, math.inf, dtype=torch.float64)
     alpha, shift = schedule.alpha[s], sigma_data / tau

@@ -150,6 +150,12 @@ def check_finite_ratio(sampler: str, schedule: NoiseSchedule, t: Tensor) -> None
         )
 
 
+def check_learned(table: StepTable, learns: bool) -> None:
+    """ValueError if the table leaves its noise to a model that says nothing of it."""
+    if table.learned and not learns:
+        raise ValueError("variance: expected 'posterior' or 'beta' for a model that learns none, got 'learned'")
+
+
 def check_decreasing(sampler: str, levels: Tensor) -> None:
     """ValueError unless each of the levels has less noise than the one before."""
     if bool((levels.diff() >= 0).any()):

@@ -61,6 +61,9 @@ def probability_flow(
         x_s   = x_t - f dt x_t + g^2/2 dt score
         x_0   = denoise(x)    at the last step, if asked for
 
+    `sample` asks for it unless denoise is given, or the last level before data is the first of the process: its noise
+    is too small to see.
+
     Row: from_x = 1 - f dt, with what the score takes from x; from_pred (or from_x0) = g^2/2 dt times the score's.
 
     Args:

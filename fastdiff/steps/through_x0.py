@@ -44,9 +44,12 @@ def ancestral(
         variance: sd^2 is "posterior" (beta~), "beta" (beta_ts) or "learned" (in between, as the model says).
 
     Returns: one row and one call of the model per step. Leaving out levels gives the respaced chain.
+    Raises: ValueError for another variance.
     Reference: Ho et al. 2020, arXiv:2006.11239, eq. 6, 7 and section 3.2; Nichol & Dhariwal 2021, arXiv:2102.09672,
         eq. 15; Song et al. 2021b, arXiv:2011.13456, eq. 47.
     """
+    if variance not in VARIANCES:
+        raise ValueError(f"variance: expected one of {', '.join(VARIANCES)}, got {variance!r}")
     t, s = levels[:-1], levels[1:]
     on_x0, on_x, posterior = schedule.posterior(t, s)
     beta = schedule.transition(t, s)[1]
@@ -134,7 +137,7 @@ def ddim_inversion(schedule: NoiseSchedule, levels: Tensor, objective: str) -> S
     if needs_noise(objective) and bool((t == 0).any()):
         raise ValueError(
             f"objective: {objective!r} cannot be inverted from level 0, where alpha_bar = 1 and the noise is not "
-            "determined; use 'eps' or 'v', or start from level 1"
+            "determined; use 'eps' or 'v', or end `steps` above it"
         )
     check_signal(schedule, t, objective)
     x0, eps = x0_rows(schedule, objective), conversion_rows(schedule, objective, "eps")

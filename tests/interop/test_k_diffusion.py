@@ -130,6 +130,7 @@ def test_the_denoiser_of_ddpm_is_x_minus_sigma_eps():
     torch.testing.assert_close(as_k_diffusion(model)(x, sigma), want, rtol=1e-8, atol=1e-8)
     shifted = as_k_diffusion(model)(x, sigma, shift=0.5)
     torch.testing.assert_close(shifted, want - 0.5 * column, rtol=1e-8, atol=1e-8)
+    assert torch.equal(as_k_diffusion(model)(x, sigma, model_kwargs={"shift": 0.5}), shifted)
     model.clip = 0.1
     torch.testing.assert_close(as_k_diffusion(model)(x, sigma), want.clamp(-0.1, 0.1), rtol=1e-8, atol=1e-8)
 

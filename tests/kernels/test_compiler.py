@@ -86,9 +86,7 @@ def test_a_full_disk_is_one_warning(tmp_path, plain):
 def test_numba_that_cannot_be_imported_is_one_warning(tmp_path, plain):
     (tmp_path / "numba").mkdir()
     (tmp_path / "numba" / "__init__.py").write_text("raise SystemError('initialization of _internal failed')\n")
-    broken = run(
-        CALL + CALL, tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ".")])
-    )
+    broken = run(CALL + CALL, tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ".")]))
     assert broken.stderr.count("numba cannot be imported (SystemError: initialization of _internal failed)") == 1
     assert value(broken) == plain
 

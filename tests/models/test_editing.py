@@ -87,6 +87,30 @@ def test_little_strength_stays_near_the_image() -> None:
     assert far[0] < far[1] < far[2] and far[0] < 0.2 * image.norm().item()
 
 
+@every
+def test_encode_and_the_bound_take_the_grids_of_sample(name: str) -> None:
+    """But for one that rises on the way."""
+    model, image = MODELS[name](), data()
+    karras = model.process.karras
+    assert torch.equal(model.encode(image, steps=model.process.grid(5)), model.encode(image, steps=5))
+    assert model.encode(image, steps=karras(3, sigma_max=10.0)).isfinite().all()
+    assert model.bits_per_dim(image, steps=karras(3, sigma_max=10.0)).terms.shape == (len(image), 3)
+    for method in (model.encode, model.bits_per_dim):
+        with pytest.raises(ValueError, match=r"^steps: expected decreasing levels, got"):
+            method(image, steps=karras(6, sigma_max=10.0, churn=3))
+
+
+def test_the_flow_of_few_levels_ends_at_data() -> None:
+    """Not at the last level before it, unless that is the first of the process."""
+    flow = FlowMatching(Pointwise(), last=0.9)
+    chain, vp, edm = (MODELS[name]() for name in ("chain", "vp", "edm"))
+    left_out = ((chain, None, 49), (vp, 5, 5), (edm, 5, 4))
+    taken = ((chain, 5, 5), (chain, [1, 0], 1), (vp, [1.0, 0.5, 0.0], 2), (flow, 5, 5))
+    for model, given, rows in left_out + taken:
+        table = model.step_table("probability_flow", given)
+        assert len(table) == rows and table.levels[-1] == 0
+
+
 # --- with a part known ------------------------------------------------------------------------------------------
 
 
@@ -100,6 +124,17 @@ def test_known_stays_and_the_rest_is_drawn(name: str, mask: Tensor) -> None:
     assert (drawn - image)[..., 2:].abs().mean() > 0.1
     plain = model.sample(SHAPE, x_init=image, sampler="ddim", steps=grid, seed=3)
     assert torch.allclose(drawn[..., 2:], plain[..., 2:], atol=1e-6)  # a network that sees one pixel at a time
+
+
+@every
+def test_known_is_data_where_a_sampler_leaves_out_the_last_step(name: str) -> None:
+    """Also where states are scaled; the noise of the last level is not for the result."""
+    model, image, levels = MODELS[name](), data(), []
+    for sampler in ("probability_flow", functools.partial(steps.reverse_diffusion, denoise=False)):
+        grid = model.process.karras(6, sigma_max=10.0)
+        how = {"sampler": sampler, "steps": grid, "callback": lambda k, level, x: levels.append(level)}
+        drawn = model.sample(SHAPE, x_init=image, known=HALF, **how)
+        assert torch.equal(drawn[..., :2], image[..., :2]) and levels[-1] == 0
 
 
 def test_known_has_the_noise_of_each_level() -> None:

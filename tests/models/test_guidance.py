@@ -158,6 +158,24 @@ def test_a_zero_start_is_a_velocity_of_0(sampler):
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
     if sampler == "ddim":
         torch.testing.assert_close(got[2], got[0], rtol=1e-12, atol=1e-12)
+    if sampler == "heun":  # a row that adds noise comes first
+        grid = FlowMatching(model).process.karras(4, churn=2)
+        how = {"sampler": sampler, "steps": grid, "seed": 3, "return_trajectory": True}
+        path = FlowMatching(model).sample(SHAPE, guidance=2.0, guidance_rule=ZeroStar(2), **BRANCHES, **how)
+        torch.testing.assert_close(path[2], path[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [Thresholded(0.7), Projected(0.2, 0.5, -0.5)], ids=str)
+@pytest.mark.parametrize("sampler", ["euler_maruyama", "probability_flow"])
+def test_a_rule_changes_the_estimate_of_samplers_along_the_score(sampler, rule):
+    """As through x0hat, where a clip that changes nothing leads; a callback that is told x0hat changes nothing."""
+    model = Curved()
+    how = {"sampler": sampler, "steps": [0.9, 0.5, 0.2, 0.0], "seed": 3, "guidance": 4.0, **BRANCHES}
+    got = ScoreSDE(model, "vp", "v").sample(SHAPE, guidance_rule=rule, **how)
+    through_x0 = ScoreSDE(model, "vp", "v", clip=1e6).sample(SHAPE, guidance_rule=rule, **how)
+    torch.testing.assert_close(got, through_x0, rtol=1e-9, atol=1e-9)
+    told = ScoreSDE(model, "vp", "v").sample(SHAPE, guidance_rule=rule, callback=lambda k, level, x, x0hat: None, **how)
+    assert torch.equal(told, got)
 
 
 def test_rules_of_nothing_are_finite():
@@ -195,6 +213,31 @@ def test_another_network_is_the_other_branch(rule, y):
     rows = len(diffusion.step_table(diffusion.default_sampler, 4))
     assert model.calls == weak.calls == rows and weak.training
     assert [name for name, _ in diffusion.named_modules()] == ["", "model"]  # it is not a part of the model
+
+
+@pytest.mark.parametrize("uncond", ["arguments", "network"])
+def test_arguments_in_dicts_and_lists_have_two_branches(uncond):
+    """As those of SDXL and ControlNets are given; what is equal in both branches is stacked too."""
+
+    class Nested(Curved):
+        def forward(self, x: Tensor, c: Tensor, added: dict, parts: list) -> Tensor:
+            assert added["kind"] == "text" and len(added["y"]) == len(parts[0]) == len(x)
+            return super().forward(x, c, added["y"]) + parts[0]
+
+    def given(y: Tensor) -> dict:
+        return {"added": {"y": y, "kind": "text"}, "parts": [COND.view(-1, 1, 1)]}
+
+    diffusion, how = chain(Nested()), {"steps": 3, "seed": 1, "guidance": 3.0}
+    if uncond == "arguments":
+        got = diffusion.sample(SHAPE, uncond=given(UNCOND), **given(COND), **how)
+        diffusion.model.forward = lambda x, c, y, part: Curved.forward(diffusion.model, x, c, y) + part.view(-1, 1, 1)
+        plain = {"part": COND, "uncond": {"y": UNCOND, "part": COND}}
+        assert torch.equal(got, diffusion.sample(SHAPE, y=COND, **plain, **how))
+    else:
+        got = diffusion.sample(SHAPE, uncond=diffusion.model, **given(COND), **how)
+        torch.testing.assert_close(got, diffusion.sample(SHAPE, steps=3, seed=1, **given(COND)))
+    with pytest.raises(ValueError, match="uncond: expected added to be tensors of 3 samples, or the same"):
+        chain(Nested()).sample(SHAPE, uncond={**given(UNCOND), "added": {"y": COND[:1]}}, **given(COND), **how)
 
 
 def operands(w: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Row]:
@@ -294,6 +337,18 @@ def test_equal_rules_are_one_kind():
 def test_wrong_guidance(given, said):
     with pytest.raises(ValueError, match=said):
         chain(Curved()).sample(SHAPE, steps=3, **{**BRANCHES, **given})
+
+
+def test_wrong_networks():
+    class Wide(Curved):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            return torch.cat((x, x), 1)
+
+    diffusion = chain(Curved())
+    with pytest.raises(ValueError, match=r"uncond: expected a network whose output has shape .*, got \(3, 4, 5\)"):
+        diffusion.sample(SHAPE, steps=3, guidance=2.0, uncond=Wide())
+    with pytest.raises(TypeError, match="uncond: expected a network, got DDPM; give its `model`"):
+        diffusion.sample(SHAPE, steps=3, guidance=2.0, uncond=chain(Curved()))
 
 
 def test_wrong_rules():

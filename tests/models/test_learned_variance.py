@@ -7,7 +7,7 @@ import torch
 from objectives import targets
 from torch import Tensor, nn
 
-from fastdiff import DDPM, NCSN, ScoreSDE, ops
+from fastdiff import DDPM, NCSN, ScoreSDE, ops, steps
 from fastdiff.bound import vlb_rows
 from fastdiff.objective import OBJECTIVES
 from fastdiff.schedule import linear, make_schedule
@@ -205,6 +205,7 @@ def test_learned_variance_at_its_ends_is_a_fixed_one(raw, variance):
     for options in ({}, {"steps": 5}, {"sampler": "ddim", "steps": 4}, {"sampler": "heun", "steps": 4}):
         got, want = (m.sample((6, 4), seed=1, **options) for m in (learned, fixed))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(learned.sample((6, 4), seed=1, sampler=steps.ancestral), learned.sample((6, 4), seed=1))
     x = torch.randn(6, 4)
     got, want = (m.p_sample(x, 7, seed=1) for m in (learned, fixed))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -45,6 +45,8 @@ def test_labels_are_dropped_at_their_share() -> None:
             drop_labels(*given)
     with pytest.raises(TypeError, match=r"^diffusion: expected a fastdiff Diffusion, got Told$"):
         self_conditioned(Told(), data())
+    with pytest.raises(ValueError, match=r"^t: expected levels with importance sampling, .*, got None$"):
+        self_conditioned(DDPM(Told(), importance=True), data())
 
 
 class Told(nn.Module):

@@ -302,6 +302,12 @@ def test_solvers_of_equations_need_a_finite_end(sampler):
         ("euler", "sampler: expected one of ddpm, .* or a function, got 'euler'"),
         ("annealed_langevin", r"sampler: 'annealed_langevin' expected"),
         (functools.partial(steps.annealed_langevin, eps=0.0), "sampler: 'annealed_langevin' expected|eps: expected"),
+        (functools.partial(steps.ancestral, variance="beta~"), "variance: expected one of posterior, beta, learned"),
+        (
+            functools.partial(steps.ancestral, variance="learned"),
+            "variance: expected 'posterior' or 'beta' for a model",
+        ),
+        (functools.partial(steps.lcm, scaling=math.nan), "scaling: expected a finite number above 0, got nan"),
         (functools.partial(steps.heun, noise_scale=-1.0), "noise_scale: expected a finite number of at least 0"),
         (functools.partial(steps.predictor_corrector, predictor="ddim"), "predictor: expected one of reverse"),
         (functools.partial(steps.predictor_corrector, corrections=0), "corrections: expected an integer of at least 1"),
@@ -316,6 +322,8 @@ def test_wrong_samplers(sampler, said):
         model.sample((2, 3), sampler=sampler, steps=[0.5, 0.0])
     with pytest.raises(TypeError, match="sampler: expected a name or a function, got int"):
         model.sample((2, 3), sampler=3)
+    with pytest.raises(TypeError, match="sampler: expected a function that returns a StepTable, got int"):
+        model.sample((2, 3), sampler=lambda *given: 3, steps=[0.5, 0.0])
     assert torch.equal(torch.get_rng_state(), state)
 
 

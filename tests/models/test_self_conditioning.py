@@ -139,6 +139,15 @@ def test_what_the_caller_tells_stays() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("make", [DDPMS, functools.partial(NCSN, objective="eps")])
+def test_an_inversion_tells_the_data_and_then_estimates(make: Any) -> None:
+    """Also where no level stands for data, as on a ladder."""
+    model, x0 = make(Told()), torch.rand(SHAPE)
+    model.encode(x0, steps=3)
+    (_, _, first), (_, _, second), (_, _, third) = model.model.seen
+    assert not first.any() and torch.allclose(second, x0, atol=1e-6) and not torch.allclose(third, x0, atol=1e-3)
+
+
 def test_each_run_begins_with_zeros_and_captures_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastdiff.diffusion.what_forbids", lambda *_: None)
     monkeypatch.setattr(Captures.__init__, "__defaults__", (Recorders(),))

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fastdiff import DDPM, grids, schedule
+from fastdiff.flow import Flow
 from fastdiff.process import VE, VP, Chain, Ladder, Process
+from fastdiff.steps import make_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. alpha_bar_T")
 LINEAR = Chain(schedule.scaled_linear(1000))
@@ -89,6 +91,22 @@ def test_with_middles():
         made, levels = grids.with_middles(process, process.grid(3), torch.tensor([2.0, 0.3], dtype=torch.float64))
         plain = ratios(process.grid(3))
         assert ratios((made, levels)) == pytest.approx([plain[0], 2.0, plain[1], 0.3, *plain[2:]], rel=1e-9)
+
+
+@pytest.mark.parametrize("sampler", ["dpm2", "dpm++2s_ancestral", "dpm++sde"])
+def test_the_least_noise_of_an_exploding_process_is_no_data(sampler):
+    """Its time is 0, and may be below; the middle of the way to it is visited."""
+    process = VE(0.002, 80.0)
+    for least in (0.002, 0.001):
+        table = make_steps(process, sampler, process.karras(4, sigma_min=least), "x0", None)
+        assert len(table) == 7 and table.levels[-1] == 0
+        assert process.at(table.levels[-2:-1]).sigma.item() == pytest.approx(least, rel=1e-12)
+
+
+def test_flows_from_pure_noise_have_a_largest_sigma():
+    for last, high in ((1.0, 80.0), (0.9, 9.0)):
+        for made in (grids.exponential(Flow(last=last), 5), grids.beta(Flow(last=last), 5), Flow(last=last).karras(5)):
+            assert ratios(made)[0] == pytest.approx(high, rel=1e-9)
 
 
 def test_samples_on_every_grid():
