@@ -200,7 +200,7 @@ class Denoiser(nn.Module):
         Raises: ValueError or TypeError, naming the argument.
         """
         check_call(self.model, x, condition, model_kwargs)
-        if x.device != self.device:
+        if x.device != self.device and not isinstance(error, torch.OutOfMemoryError):
             raise ValueError(f"x: expected device {self.device}, where the model is, got {x.device}") from error
         whole = condition.round().long()
         if not condition.is_floating_point() or self.process.condition(whole).is_floating_point():

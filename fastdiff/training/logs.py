@@ -66,7 +66,8 @@ class Progress:
             self._estimated = True
             if left:
                 seconds = (now - self._timed) / (done - 1) * left
-                self.say(f"fastdiff: about {duration(seconds)} for the {left} steps that are left")
+                rest = "step that is" if left == 1 else "steps that are"
+                self.say(f"fastdiff: about {duration(seconds)} for the {left} {rest} left")
 
     def _show(self, write: Callable[[], object]) -> None:
         """Write something, unless the output is lost."""
