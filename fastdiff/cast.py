@@ -57,7 +57,7 @@ class Casts:
                 some = [pair for pair in pairs if (pair[0].stride() == pair[1].stride()) is alike]
                 if some:
                     with torch.no_grad():
-                        torch._foreach_copy_(*map(list, zip(*some, strict=True)))
+                        torch._foreach_copy_([mine for mine, _ in some], [t for _, t in some])
         return made
 
 

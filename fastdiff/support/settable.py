@@ -38,17 +38,20 @@ def fixed() -> Any:
 
 class _Fixed:
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+        # The value has another key: up to PyTorch 2.11 torch.compile takes instance.__dict__[name] for the descriptor.
+        self.name, self.key = name, f"_{name}"
 
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
             return self
-        if self.name not in instance.__dict__:
-            raise AttributeError(self.name)
-        return instance.__dict__[self.name]
+        kept = instance.__dict__
+        for key in (self.key, self.name):  # the second is that of objects that an earlier version pickled
+            if key in kept:
+                return kept[key]
+        raise AttributeError(self.name)
 
     def __set__(self, instance: Any, value: Any) -> None:
-        if self.name in instance.__dict__:
+        if self.key in instance.__dict__ or self.name in instance.__dict__:
             kind = type(instance).__name__
             raise AttributeError(f"{self.name}: expected to stay as it was made; make another {kind}")
-        instance.__dict__[self.name] = value
+        instance.__dict__[self.key] = value
