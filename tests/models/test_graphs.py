@@ -145,7 +145,7 @@ CHAINS = [
     {"sampler": "probability_flow"},
 ]
 # All chains are captured with a network of one level, the first with one of two.
-SHALLOW = {**UNET, "block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+SHALLOW = {**UNET, "block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 MODELS = {"net": [Net] * 6, "unet": [lambda: UNet(**UNET), *[lambda: UNet(**SHALLOW)] * 5]}
 # heun asks between the levels of a chain, where an embedding of indices has no answer.
 ON_CHAINS = pytest.mark.parametrize(
