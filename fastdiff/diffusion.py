@@ -339,11 +339,11 @@ class Diffusion(Denoiser, ABC):
 
     def bits_per_dim(self, x0: Tensor, **options: Any) -> bound.Bound:
         """The variational bound of images x0, term by term: see fastdiff.bound.evaluate for the options."""
-        return bound.evaluate(self, x0, **options)
+        return as_forward(self, bound.evaluate)(self, x0, **options)
 
     def log_likelihood(self, x0: Tensor, **options: Any) -> Tensor:
         """log p(x0) in nats, (B,), by the probability-flow ODE: see fastdiff.ode.log_likelihood for the options."""
-        return ode.log_likelihood(self, x0, **options)
+        return as_forward(self, ode.log_likelihood)(self, x0, **options)
 
     # --- compilation ------------------------------------------------------------------------------------------
 
