@@ -254,7 +254,7 @@ class Diffusion(Denoiser, ABC):
             )  # fmt: skip
             ode.check(self.process)
             x = self._start(shape, seed_of(seed, generator, device), ids, x_T, self.prior_std(), out, device)
-            return x.copy_(as_forward(self, ode.sample)(self, x, kwargs))
+            return x.copy_(ode.sample(self, x, kwargs))
         if x_init is not None or stop_at is not None:
             steps = part_of(self.process, sampler, steps, strength, stop_at)
         table, denoiser = self.step_table(sampler, steps, eta), self.cast(dtype)
@@ -343,7 +343,7 @@ class Diffusion(Denoiser, ABC):
 
     def log_likelihood(self, x0: Tensor, **options: Any) -> Tensor:
         """log p(x0) in nats, (B,), by the probability-flow ODE: see fastdiff.ode.log_likelihood for the options."""
-        return as_forward(self, ode.log_likelihood)(self, x0, **options)
+        return ode.log_likelihood(self, x0, **options)
 
     # --- compilation ------------------------------------------------------------------------------------------
 
