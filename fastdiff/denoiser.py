@@ -20,7 +20,7 @@ from .steps import VARIANCES, denoise_rows
 from .support import modes, transforms, walk
 from .support.settable import settable
 from .support.shapes import fits
-from .support.sharded import is_sharded
+from .support.sharded import as_forward, is_sharded
 
 # The argument by which a network is told its own estimate of x_0, see fastdiff.estimates.
 TOLD = "x_self_cond"
@@ -116,7 +116,7 @@ class Denoiser(nn.Module):
         Reference: Ho et al. 2020, eq. 15.
         """
         t = self.checked_times("x_t", x_t, t)
-        pred = self.call_model(x_t, self.condition(t), merged(model_kwargs)).pred
+        pred = as_forward(self, self.call_model)(x_t, self.condition(t), merged(model_kwargs)).pred
         rows, index = self.denoise_rows(t, x_t.dtype)
         return ops.update(x_t, pred, rows, index, clip=self.clip, noisy=False, out=out)
 
@@ -136,7 +136,7 @@ class Denoiser(nn.Module):
         """
         check_choice("wanted", wanted, OBJECTIVES)
         t = self.checked_times("x_t", x_t, t)
-        pred = self.call_model(x_t, self.condition(t), merged(model_kwargs)).pred
+        pred = as_forward(self, self.call_model)(x_t, self.condition(t), merged(model_kwargs)).pred
         from_x, from_pred = conversion_rows(self.process.at(t.double()), self.objective, wanted)
         rows, index = own_rows(make_rows(from_x, from_x=from_x, from_pred=from_pred), x_t.dtype)
         return ops.update(x_t, pred, rows, index, noisy=False, out=out)
@@ -235,12 +235,14 @@ class Denoiser(nn.Module):
 
         The copy is kept, and follows the weights at every call. The state and all tables stay as they are.
 
-        Raises: TypeError for a type other than bfloat16 and float16.
+        Raises: TypeError for a type other than bfloat16 and float16; ValueError for weights that FSDP splits.
         """
         if dtype is None or dtype == self.parameter_dtype:
             return self
         if dtype not in TYPES:
             raise TypeError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype!r}")
+        if is_sharded(self):
+            raise ValueError("dtype: expected None with weights that FSDP splits; its MixedPrecisionPolicy casts them")
         made = copy.copy(self)
         made.__dict__["_modules"] = {**self._modules, "model": self._casts.get(self.model, dtype)}
         made.__dict__["_original"] = self

@@ -246,7 +246,7 @@ class Diffusion(Denoiser, ABC):
                 graph=graph or None, grad_steps=grad_steps or None,
             )  # fmt: skip
             x = self._start(shape, seed_of(seed, generator, device), ids, x_T, self.prior_std(), out)
-            return x.copy_(as_forward(self, ode.sample)(self, x, kwargs))
+            return x.copy_(ode.sample(self, x, kwargs))
         # The table.
         table = self.step_table(sampler, edit.steps(self.process, sampler, steps, stop_at), eta)
         denoiser, table = self.cast(dtype), edit.table(table, self.process)
@@ -321,7 +321,7 @@ class Diffusion(Denoiser, ABC):
 
     def bits_per_dim(self, x0: Tensor, **options: Any) -> bound.Bound:
         """The variational bound of images x0, term by term: see fastdiff.bound.evaluate for the options."""
-        return bound.evaluate(self, x0, **options)
+        return as_forward(self, bound.evaluate)(self, x0, **options)
 
     def log_likelihood(self, x0: Tensor, **options: Any) -> Tensor:
         """log p(x0) in nats, (B,), by the probability-flow ODE: see fastdiff.ode.log_likelihood for the options."""

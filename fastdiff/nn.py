@@ -363,24 +363,26 @@ class MidBlock(_Level):
 
 
 class DownBlock(_Level):
-    """All layers, then the downsampler; every result is appended to `skips`."""
+    """All layers, then the downsampler; returns every result."""
 
-    def forward(self, h: Tensor, emb: Embedding, skips: list[Tensor]) -> Tensor:
+    def forward(self, h: Tensor, emb: Embedding) -> tuple[Tensor, ...]:
+        results = [h]
         for i in range(len(self.resnets)):
-            h = self.layer(i, h, emb)
-            skips.append(h)
+            results.append(self.layer(i, results[-1], emb))
         for downsample in self.downsamplers:
-            h = downsample(h, emb)
-            skips.append(h)
-        return h
+            results.append(downsample(results[-1], emb))
+        return tuple(results[1:])
 
 
 class UpBlock(_Level):
-    """All layers, each on [h, the last of `skips`], which is taken off; then the upsampler."""
+    """All layers, each on [h, one of `skips`], from the last to the first; then the upsampler.
 
-    def forward(self, h: Tensor, emb: Embedding, skips: list[Tensor]) -> Tensor:
+    The skips come one by one, as checkpoints and FSDP want their tensors.
+    """
+
+    def forward(self, h: Tensor, emb: Embedding, *skips: Tensor) -> Tensor:
         for i in range(len(self.resnets)):
-            h = self.layer(i, h, emb, skips.pop())
+            h = self.layer(i, h, emb, skips[-1 - i])
         for upsample in self.upsamplers:
             h = upsample(h, emb)
         return h

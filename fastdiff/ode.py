@@ -22,6 +22,7 @@ from .ops.checks import as_seed, check_floating
 from .process import Process
 from .support.scalars import as_number
 from .support.shapes import flat
+from .support.sharded import as_forward
 
 METHOD = "dopri5"
 
@@ -171,7 +172,9 @@ def _flow(denoiser: Denoiser, x: Tensor, level: Tensor, kwargs: dict[str, Any]) 
         drift, g2 = made.rates
         var = made.sigma**2
         on_x, on_pred = 2 * var * drift / g2 - var * u, -var * v
-    pred = denoiser.call_model(x, denoiser.condition(times).expand(len(x)), kwargs).pred
+    # Each call by itself: FSDP splits the weights again in the backward pass of a divergence.
+    call_model = as_forward(denoiser, denoiser.call_model)
+    pred = call_model(x, denoiser.condition(times).expand(x.shape[0]), kwargs).pred
     return on_x.to(x.dtype) * x + on_pred.to(x.dtype) * pred
 
 

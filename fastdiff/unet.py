@@ -279,10 +279,12 @@ class UNet(nn.Module):
         h = self.conv_in(x) if debt is None else without_bias(self.conv_in, x)
         skips = [h]
         for block in self.down_blocks:
-            h = block(h, of_blocks, skips)
+            skips += block(h, of_blocks)
+            h = skips[-1]
         h = self.mid_block(h, of_blocks)
         for block in self.up_blocks:
-            h = block(h, of_blocks, skips)
+            h = block(h, of_blocks, *skips[-len(block.resnets) :])
+            del skips[-len(block.resnets) :]
         out: Tensor = self.conv_out(norm_silu(self.conv_norm_out, h, add=debt))
         return out if sigma is None else (out / sigma).to(out.dtype)
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 from . import walk
@@ -25,7 +26,7 @@ def as_forward(module: nn.Module, function: Callable[P, R]) -> Callable[P, R]:
     called alone meets a piece of its weights. FSDP splits them again in the backward pass. Without one it is done here:
     else an optimizer would meet whole weights.
     """
-    fsdp = _fsdp()
+    fsdp = None if torch.compiler.is_compiling() else _fsdp()
     if fsdp is None or not is_sharded(module):
         return function
     wrapped = function

@@ -90,14 +90,13 @@ def test_a_compiled_loss_takes_times_after_batches_of_other_sizes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddpm", "vp"])
-def test_an_exported_program_takes_batches_of_any_size(name):
+def test_an_exported_program_takes_batches_of_any_size():
     """torch.export without Dynamo takes the `len` of a tensor for a constant."""
 
     class Program(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = MODELS[name]()
+            self.model = MODELS["vp"]()
 
         def forward(self, x, t):
             return self.model(x, t=t, seed=1), self.model.predict_x0(x, t), self.model.predict(x, t, "eps")

@@ -90,7 +90,7 @@ def test_learned_weights_have_a_gradient(name: str) -> None:
 def test_learned_weights_are_no_constant_of_a_graph() -> None:
     learned = nn.Parameter(torch.tensor(0.0))
     model = made("ddpm", weighting=lambda levels, objective: (-learned).exp() * torch.ones_like(levels.sigma))
-    loss = torch.compile(lambda x: model(x, t=times("ddpm"), seed=1), backend="aot_eager", fullgraph=True)(data())
+    loss = torch.compile(lambda x: model(x, t=times("ddpm"), seed=1), backend="eager", fullgraph=True)(data())
     torch.testing.assert_close(torch.autograd.grad(loss, learned)[0], -loss.detach())
 
 

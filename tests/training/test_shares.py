@@ -166,10 +166,19 @@ def test_a_split_model_samples_before_and_after_training(group):
     fully_shard(average.model)  # as a run does it, whose grids are drawn between two steps
     torch.testing.assert_close(average.sample(2, **how), expected)
     assert all(isinstance(weight, DTensor) for weight in average.parameters())
-    for block in ddpm.model.down_blocks[0].resnets:
+    x = torch.randn(2, 1, 8, 8)
+    asked = {
+        "predict_x0": lambda: ddpm.predict_x0(x, 3),
+        "predict": lambda: ddpm.predict(x, 3, "v"),
+        "bits_per_dim": lambda: ddpm.bits_per_dim(x, steps=2, seed=1).total,
+        "log_likelihood": lambda: ddpm.log_likelihood(x, seed=1, tolerance=0.1),
+    }
+    answers = {name: ask().detach() for name, ask in asked.items()}
+    for block in (*ddpm.model.down_blocks[0].resnets, *ddpm.model.up_blocks):
         fully_shard(block)
     fully_shard(ddpm)
-    x = torch.randn(2, 1, 8, 8)
+    for name, ask in asked.items():
+        torch.testing.assert_close(ask().detach(), answers[name], rtol=1e-4, atol=1e-5)
     for _ in range(2):
         torch.testing.assert_close(ddpm.sample(2, **how), expected)
         torch.testing.assert_close(ddpm.encode(x, steps=2), ddpm.encode(x, steps=2))
@@ -177,6 +186,8 @@ def test_a_split_model_samples_before_and_after_training(group):
         ddpm(x).backward()
     with pytest.raises(ValueError, match="graph: expected"):
         ddpm.sample(2, graph=True)
+    with pytest.raises(ValueError, match="dtype: expected None with weights that FSDP splits"):
+        ddpm.sample(2, dtype=torch.bfloat16)
 
 
 def test_shares_that_are_damaged_are_named(tmp_path):
