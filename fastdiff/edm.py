@@ -56,6 +56,10 @@ class Preconditioned(Process):
     def time_of(self, ratio: Tensor) -> Tensor:
         return ratio
 
+    def noisiness(self, times: Tensor) -> Tensor:
+        """The noise in the state: sigma c_in. Nearly all sigma in use are a tiny share of the largest."""
+        return self.at(times).sigma
+
     def grid(self, steps: int | Iterable[float] | None) -> Grid:
         """As Process.grid, but a number of steps is a number of Karras' levels."""
         return super().grid(steps) if isinstance(steps, Iterable) else self.karras(steps)

@@ -54,6 +54,10 @@ class Process(ABC):
     def time_of(self, ratio: Tensor) -> Tensor:
         """The times at which sigma / alpha = ratio, (N,) float64 each."""
 
+    def noisiness(self, times: Tensor) -> Tensor:
+        """How far times are on the way from data, 0, to noise, 1: the share of the last time."""
+        return times / self.last
+
     def sigma_range(self) -> tuple[float, float]:
         """sigma / alpha at `first` and at `last`."""
         ends = self.at(torch.tensor([self.first, self.last], dtype=torch.float64, device="cpu"))

@@ -351,8 +351,8 @@ class Run:
         )
 
     def noisiness(self) -> Tensor:
-        """(B,), the levels of the last step as a share of the last one."""
-        return self.levels / self.diffusion.process.last
+        """(B,) in (0, 1], of the last step."""
+        return self.diffusion.process.noisiness(self.levels)
 
     def show(self, record: Any) -> None:
         """Draw the grid of this step. Of a network that is split, all ranks draw."""

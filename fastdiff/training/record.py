@@ -64,7 +64,7 @@ class Record:
         Args:
             step: from 1.
             losses: (B,), of the samples.
-            noisiness: (B,), their times as a share of the longest, in (0, 1].
+            noisiness: (B,) in (0, 1], how far their times are from data, see Process.noisiness.
             norm: (), of the gradient.
             lr: the learning rate.
         """

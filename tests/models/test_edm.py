@@ -293,6 +293,13 @@ def test_errors(make, error, said):
         make()
 
 
+def test_each_quarter_of_the_way_to_noise_is_trained():
+    """A log has the loss of each. Of sigma / 80, all of these would be in the first."""
+    edm = Edm(Net())
+    way = edm.process.noisiness(edm.times_at(torch.arange(1000) / 1000))
+    assert torch.histc(way, 4, 0, 1).min() > 100 and (way[1:] > way[:-1]).all()
+
+
 def test_another_process_sets_sigma_data():
     edm = Edm(Net())
     edm.process = Preconditioned(0.9)
