@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 SHAPE = (2, 3, 4, 4)
-# A package that is loaded once. More optimisation around its kernels, kernels in vectors too, headers compiled ahead
-# and programs that try the processor would take longer than they save.
+# A package that is loaded once. More optimisation around its kernels, kernels in vectors, headers compiled ahead and
+# programs that try the processor would take longer than they save.
 QUICKLY = {
     "aot_inductor.compile_wrapper_opt_level": "O0",
     "aot_inductor.enable_line_tables": False,
