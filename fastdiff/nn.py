@@ -291,8 +291,8 @@ class Attention(nn.Module):
                 for part, new in zip(parts, torch.cat([p.data for p in parts]).chunk(3), strict=True):
                     part.data = new
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
-        state: dict[str, Any] = super().state_dict(*args, **options)  # type: ignore[no-untyped-call]
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        state = super().state_dict(*args, **options)
         for layer, name in itertools.product(("to_q", "to_k", "to_v"), ("weight", "bias")):
             key = f"{options.get('prefix', '')}{layer}.{name}"
             if key in state:

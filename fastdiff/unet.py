@@ -283,8 +283,9 @@ class UNet(nn.Module):
             h = skips[-1]
         h = self.mid_block(h, of_blocks)
         for block in self.up_blocks:
-            h = block(h, of_blocks, *skips[-len(block.resnets) :])
-            del skips[-len(block.resnets) :]
+            count = len(block.resnets)  # type: ignore[arg-type]
+            h = block(h, of_blocks, *skips[-count:])
+            del skips[-count:]
         out: Tensor = self.conv_out(norm_silu(self.conv_norm_out, h, add=debt))
         return out if sigma is None else (out / sigma).to(out.dtype)
 

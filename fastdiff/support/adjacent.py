@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils.dlpack import from_dlpack
 
 
 def adjacent(parts: Sequence[Tensor]) -> bool:
@@ -39,4 +40,4 @@ def with_own_storage(t: Tensor) -> Tensor:
         return t
     with unset_fake_temporarily(), torch.inference_mode(False):
         # As bytes, since DLPack lacks some of the types.
-        return torch.from_dlpack(t.view(torch.uint8)).view(t.dtype)
+        return from_dlpack(t.view(torch.uint8)).view(t.dtype)
