@@ -52,7 +52,7 @@ DRAWN = ("generated", "given")
 VLB = [o for o in subsets("clip", "raw", "by_pred", "by_raw") if "by_raw" not in o or "+raw" in f"+{o}"]
 # Of a norm: larger images, and the concatenations of a U-Net, whose groups are of 12 channels, as one tensor and as
 # two, in both layouts.
-MAPS = [m + c for m in ("64x64", "128x128", "concat", "concat+skip") for c in ("", "+channels_last")]
+MAPS = [m + c for m in ("64x64", "128x128", "concat", "concat+skip") for c in ("+channels_last", "")]
 # Kernel, sources of noise, options: what training and sampling loops launch every day, and what else can be launched.
 COMMON = [
     ("normal", ("generated",), [""]),
