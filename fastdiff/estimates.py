@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .denoiser import TOLD, Denoiser
-from .objective import conversion_rows
 from .process import Process
 from .rows import columns
 from .steps import StepTable, denoise_rows
@@ -56,9 +55,18 @@ def estimating(table: StepTable, process: Process, objective: str) -> StepTable:
     row = columns(rows)
     direct = (row.x0_from_x == 0) & (row.x0_from_pred == 0)  # steps that take no way through x0hat
     if bool(direct.any()):
-        levels = process.at(table.levels[:-1][direct].double())
-        row.x0_from_x[direct], row.x0_from_pred[direct] = conversion_rows(levels, objective, "x0")
+        made = columns(_rows_at(table.levels[:-1][direct], process, objective))
+        row.x0_from_x[direct], row.x0_from_pred[direct] = made.x0_from_x, made.x0_from_pred
     return replace(table, rows=rows)
+
+
+def _rows_at(times: Tensor, process: Process, objective: str) -> Tensor:
+    """The rows that make x0hat at times (N,). Data, where an inversion starts, is its own estimate."""
+    times, is_data = times.double(), times == 0
+    rows = denoise_rows(process.at(times.where(~is_data, process.first)), objective)
+    row = columns(rows)
+    row.x0_from_x[is_data], row.x0_from_pred[is_data] = 1.0, 0.0
+    return rows
 
 
 def with_own_estimates(table: StepTable, denoiser: Denoiser, model_kwargs: dict[str, Any]) -> StepTable:
@@ -83,10 +91,8 @@ def own_estimate_rows(denoiser: Denoiser, table: StepTable, model_kwargs: dict[s
     """
     if not takes_own_estimate(denoiser, model_kwargs):
         return None
-    times, first = table.levels[:-1].double(), denoiser.process.first
-    rows, is_data = denoise_rows(denoiser.process.at(times.where(times != 0, first)), denoiser.objective), times == 0
+    rows = _rows_at(table.levels[:-1], denoiser.process, denoiser.objective)
     own, kept = columns(rows), columns(table.rows)
-    own.x0_from_x[is_data], own.x0_from_pred[is_data] = 1.0, 0.0  # an inversion starts there
     own.guidance.copy_(kept.guidance)
     if table.keep in ("x0hat", "new x0hat") and table.slots == 1 and "add" not in table.kinds:
         asked = torch.tensor([kind == "predict" for kind in table.kinds], device=table.rows.device)

@@ -175,7 +175,7 @@ def _check_memory(
 
 def _by_reference(name: str, written: Tensor | None, x: Tensor, operands: dict[str, Any]) -> Tensor:
     """x' with gradients and transforms, in `written`, the argument of that name, unless it is None."""
-    check_levels("step", operands["step"], len(operands["rows"]), operands["ids"])
+    check_levels("step", operands["step"], operands["rows"].shape[0], operands["ids"])
     result, kept = reference.update(x, **operands)
     if operands["hist"] is not None and kept is not None:
         transforms.overwrite("hist", operands["hist"], kept)
