@@ -221,6 +221,7 @@ def test_an_output_that_takes_nothing_is_one_line(model, tmp_path, target):
 ENTRY = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 import fastdiff_command
 class Interrupt:
     def find_spec(self, name, *_):
