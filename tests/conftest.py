@@ -70,7 +70,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: a collection of garbage need not walk through it again. What the tests make mostly stays
     too, so that whole collections are rarer than by default."""
     gc.freeze()
-    gc.set_threshold(2000, 10, 50)
+    gc.set_threshold(20_000, 20, 50)
     gc.enable()
 
 

@@ -1,5 +1,6 @@
 """Data N(MEAN, STD^2), on which the exact prediction makes every sampler an affine map of its start and its noises."""
 
+import functools
 from typing import Any
 
 import torch
@@ -38,11 +39,21 @@ class Exact(nn.Module):
         self.dtype_of_state = nn.Parameter(torch.zeros((), dtype=dtype))
         self.mean, self.var = (torch.tensor(v, dtype=torch.float64) for v in (MEAN, [s * s for s in STD]))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def time_arguments(self, c: Tensor) -> dict[str, Tensor]:
+        """The prediction is slope x + rest, (N, 4) each: a loop asks for both once."""
         alpha, sigma = alpha_sigma(self.process, c)
-        r = (x.double() - alpha * self.mean) / (alpha**2 * self.var + sigma**2)
-        x0, eps = self.mean + alpha * self.var * r, sigma * r
-        return target(self.objective, alpha, sigma, x0, eps).to(x.dtype)
+        slope = 1 / (alpha**2 * self.var + sigma**2)  # of r
+        rest = -alpha * self.mean * slope
+        predicted = functools.partial(target, self.objective, alpha, sigma)  # linear in (x_0, eps)
+        return {
+            "slope": predicted(alpha * self.var * slope, sigma * slope),
+            "rest": predicted(self.mean + alpha * self.var * rest, sigma * rest),
+        }
+
+    def forward(self, x: Tensor, c: Tensor, slope: Tensor | None = None, rest: Tensor | None = None) -> Tensor:
+        if slope is None or rest is None:
+            return self.forward(x, c, **self.time_arguments(c))
+        return (slope * x.double() + rest).to(x.dtype)
 
 
 def exact(made: type[Diffusion], *args: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Diffusion:
