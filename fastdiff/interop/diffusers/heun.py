@@ -85,7 +85,7 @@ class HeunDiscreteScheduler(
     def _hand_over(self) -> None:
         """Leave a second half to stock's step."""
         if self._halfway is not None:
-            self.prev_derivative = self.prev_derivative
+            self.prev_derivative = self.prev_derivative  # the number in place of what it is computed from
 
     def _steps(self, device: torch.device, clipped: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Rows (n, WIDE) of half the way of first halves, (n, WIDE) of second halves, and dt of every step.
