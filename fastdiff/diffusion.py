@@ -92,7 +92,8 @@ class Diffusion(Denoiser, ABC):
             x0: (B, ...), data, scaled to about [-1, 1]: images in [0, 1] as 2 x - 1. Nothing looks at the values.
             t: times of the samples, a number, () or (B,); drawn if None.
             seed, noise: of x_t; drawn if None.
-            sample_ids: (B,), the number of each sample in the seed's noise, 0..B-1 if None.
+            sample_ids: (B,), the number of each sample in the seed's noise; None draws by its place in the batch. With
+                continuous times that is other noise than the numbers 0..B-1 draw.
             mask: (B, ...) or a shape that expands to it, a weight of each element: 0 where data is padded or missing.
                 The mean is over all elements, see ops.loss.
             reduction: "mean" gives (), "none" gives (B,).
