@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .denoiser import TOLD, Denoiser
 from .process import Process
-from .rows import columns
+from .rows import Row, columns
 from .steps import StepTable, denoise_rows
 
 Callback = Callable[..., Tensor | None]
@@ -53,11 +53,16 @@ def estimating(table: StepTable, process: Process, objective: str) -> StepTable:
     """The table whose rows all make x0hat, also those that do not use it."""
     rows = table.rows.clone()
     row = columns(rows)
-    direct = (row.x0_from_x == 0) & (row.x0_from_pred == 0)  # steps that take no way through x0hat
+    direct = is_direct(row)
     if bool(direct.any()):
         made = columns(_rows_at(table.levels[:-1][direct], process, objective))
         row.x0_from_x[direct], row.x0_from_pred[direct] = made.x0_from_x, made.x0_from_pred
     return replace(table, rows=rows)
+
+
+def is_direct(row: Row) -> Tensor:
+    """Which steps take no way through x0hat."""
+    return (row.x0_from_x == 0) & (row.x0_from_pred == 0)
 
 
 def _rows_at(times: Tensor, process: Process, objective: str) -> Tensor:

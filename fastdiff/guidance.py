@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import TOLD, Denoiser, prediction_of
-from .estimates import estimating
+from .estimates import estimating, is_direct
 from .ops import inner
 from .process import Process
 from .reference import work_dtype
@@ -244,8 +244,7 @@ def _stand_still(rows: Tensor, kinds: Sequence[str], process: Process) -> None:
     row = columns(rows)
     if not process.straight:
         raise ValueError(f"zero_start: expected 0 but for FlowMatching, got one with {type(process).__name__}")
-    direct = ((row.x0_from_x == 0) & (row.x0_from_pred == 0)).tolist()
-    if any(one and kind != "add" for one, kind in zip(direct, kinds, strict=False)):
+    if any(direct and kind != "add" for direct, kind in zip(is_direct(row).tolist(), kinds, strict=False)):
         raise ValueError("zero_start: expected 0 with this sampler, whose steps take no way through x0hat")
     row.x0_from_x.fill_(1.0)
     row.x0_from_pred.zero_()

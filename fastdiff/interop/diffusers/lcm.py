@@ -36,10 +36,9 @@ class LCMScheduler(CountingScheduler, LevelScheduler, diffusers.LCMScheduler, st
             return NotImplemented  # stock's error
         if not (is_level(timestep) and alike(sample, model_output)):
             return NotImplemented
-        i, t = self._place(timestep), self._number(timestep)
-        known = t is not None and not torch.compiler.is_compiling()
-        if i >= len(self.timesteps) or (known and t != self._host_timesteps()[i]):
-            return NotImplemented  # the numbers of a row are those of a place
+        i = self._own_place(timestep)
+        if i is None:
+            return NotImplemented
         device, prediction = sample.device, config.prediction_type
         clip = config.clip_sample_range if config.clip_sample and not config.thresholding else None
         sample = promoted(sample, model_output)[0]

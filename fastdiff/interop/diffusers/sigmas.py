@@ -41,6 +41,13 @@ class CountingScheduler(FusedScheduler):
             self._init_step_index(timestep)
         return self._step_index
 
+    def _own_place(self, timestep: Any) -> int | None:
+        """The number of this step, whose row has the numbers of its own timestep; None past the end, or if the given
+        timestep is known to be another."""
+        i, t = self._place(timestep), self._number(timestep)
+        known = t is not None and not torch.compiler.is_compiling()
+        return None if i >= len(self.timesteps) or (known and t != self._host_timesteps()[i]) else i
+
     def _left_to_stock(self, option: str) -> Any:
         """NotImplemented, with a word about it. Python shows a warning once for each place of the call."""
         warnings.warn(f"{option}: the step of diffusers runs, since no kernel takes it", stacklevel=4)

@@ -36,10 +36,9 @@ class TCDScheduler(CountingScheduler, LevelScheduler, diffusers.TCDScheduler, st
             return NotImplemented  # stock's error
         if not (is_level(timestep) and alike(sample, model_output)):
             return NotImplemented
-        i, t = self._place(timestep), self._number(timestep)
-        known = t is not None and not torch.compiler.is_compiling()
-        if i >= len(self.timesteps) or (known and t != self._host_timesteps()[i]):
-            return NotImplemented  # the numbers of a row are those of a place
+        i = self._own_place(timestep)
+        if i is None:
+            return NotImplemented
         sample = promoted(sample, model_output)[0]
         noisy = eta > 0 and i != self.num_inference_steps - 1
         noise = self._noise(sample, generator, i) if noisy else {}
