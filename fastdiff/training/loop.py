@@ -94,9 +94,7 @@ def train(
             saver = Saver(path, options.keep, ranks, options.fsdp)
             with closing(run.batches), closing(record), closing(progress), interrupts() as signals, saver:
                 progress.say(run.summary())
-                run.stream.warn = lambda name, why, count: progress.say(
-                    f"fastdiff: warning: left out {name}: {why} ({count} so far)"
-                )
+                run.stream.warn = progress.left_out
                 take_steps(run, record, progress, saver, signals, caught)
                 if run.step > run.saved:
                     run.save(saver)

@@ -125,17 +125,32 @@ def test_labels_stay_with_their_images_and_some_are_dropped():
 # what cannot be read
 
 
-def test_a_broken_file_is_replaced_by_the_next_and_named_once(tmp_path):
+def test_a_broken_file_is_replaced_and_named_once(tmp_path):
     images_in(tmp_path, ["a.png", "b.png", "d.png"])
     (tmp_path / "c.png").write_text("no image")
-    warned = []
+    warned, replaced = [], set()
     source = open_source(str(tmp_path), (8, 8), 3)
     stream = data.Stream(source, 4, warn=lambda *said: warned.append(said))
-    for step in range(3):
-        shades = ((stream.batch(step).images[:, 0, 0, 0] + 1) * 127.5).round().tolist()
-        assert sorted(shades) == [0, 10, 20, 20]  # d.png in place of c.png
+    for step in range(9):
+        images = stream.batch(step).images
+        assert torch.equal(images[3:], stream.batch(step, range(3, 4)).images)  # another process sees the same
+        shades = ((images[:, 0, 0, 0] + 1) * 127.5).round().tolist()
+        for shade in (0, 10, 20):
+            shades.remove(shade)
+        replaced.update(shades)  # what came in place of c.png
+    assert replaced == {0, 10, 20}
     ((name, why, count),) = warned
     assert name == str(tmp_path / "c.png") and "cannot identify" in why and count == 1
+
+
+def test_many_broken_items_are_replaced_by_all_others_alike():
+    """Half of 200 items cannot be read, one behind the other, as the texts beside a folder of images."""
+    values = np.arange(200, dtype=np.float32)[:, None]
+    values[100:] = np.nan
+    stream = data.Stream(data.Arrays(values), 200)
+    counts = sum(torch.bincount(stream.batch(step).images.long().flatten(), minlength=200) for step in range(20))
+    assert counts[100:].sum() == 0 and counts[:100].min() >= 20 + 4 and counts.max() <= 20 + 50  # 20, and Poisson of 20
+    assert len(stream.skipped) == 100 and stream.skipped[150] == "it holds NaN or infinity"
 
 
 def test_nothing_readable_is_an_error_that_names_a_file(tmp_path):

@@ -49,6 +49,14 @@ class Source(Protocol):
         """Another text if the file of the item is another than before; "" without a file."""
 
 
+def finite(source: Source, index: int) -> Tensor:
+    """Item `index` of a source. Raises ValueError if it holds NaN or infinity, else anything if it cannot be read."""
+    value = source.read(index)
+    if value.is_floating_point() and not value.isfinite().all():
+        raise ValueError("it holds NaN or infinity")
+    return value
+
+
 def scaled(values: Tensor, white: int) -> Tensor:
     """uint8 as float32 in [-1, 1], x = 2 pixel / white - 1; floating data in float32 as it is."""
     return values.float() if values.is_floating_point() else values.float() * (2 / white) - 1

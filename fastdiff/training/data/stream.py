@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from fastdiff.support.scalars import as_count, as_number
 from fastdiff.training.data.order import FLIP, LABEL, draws, shuffled
-from fastdiff.training.data.sources import Source, reason, scaled
+from fastdiff.training.data.sources import Source, finite, reason, scaled
 
 
 class Batch(NamedTuple):
@@ -32,34 +32,44 @@ class Batch(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What a worker reads: an image by its number, mirrored or not."""
+    """What a worker reads: an image by its number, mirrored or not, for a global sample number."""
 
     number: int
     flipped: bool
+    sample: int
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The dataset of a DataLoader. An item that cannot be read is replaced by the next one that can."""
+    """The dataset of a DataLoader. An item that cannot be read is replaced by one that can, drawn by the sample number.
+
+    The next one would not do: behind a folder of texts one image would be seen in place of each of them.
+    """
 
     source: Source
 
     def __getitems__(self, items: Sequence[Item]) -> tuple[Tensor, list[int], dict[int, str]]:
         """(the stacked values, the number of each item that was read, why others were not)."""
         values, numbers, skipped = [], [], {}
-        for first, flipped in items:
-            for number in chain(range(first, len(self.source)), range(first)):
+        for item in items:
+            for number in self._candidates(item):
                 try:
-                    value = self.source.read(number)
+                    value = finite(self.source, number)
                 except Exception as error:  # decoders of broken files raise whatever they meet
                     skipped[number] = reason(error)
                 else:
-                    values.append(value.flip(-1) if flipped else value)
+                    values.append(value.flip(-1) if item.flipped else value)
                     numbers.append(number)
                     break
             else:
                 return torch.empty(0), [], skipped
         return torch.stack(values), numbers, skipped
+
+    def _candidates(self, item: Item) -> Iterator[int]:
+        """The item, and then all of the source in an order of the sample's own."""
+        yield item.number
+        for place in range(len(self.source)):
+            yield int(shuffled(np.array([place]), len(self.source), item.sample)[0])
 
 
 class Stream:
@@ -154,7 +164,7 @@ class Stream:
         """What to read for these sample numbers."""
         indices = shuffled(numbers, len(self.source), self.seed).tolist()
         flips = draws(self.seed, FLIP, numbers) < 0.5 if self.flip else np.zeros(len(numbers), bool)
-        return [Item(index, bool(flipped)) for index, flipped in zip(indices, flips, strict=True)]
+        return [Item(*item) for item in zip(indices, flips.tolist(), numbers.tolist(), strict=True)]
 
     def _batch(self, numbers: np.ndarray, read: tuple[Tensor, list[int], dict[int, str]]) -> Batch:
         """The batch of what was read, after a word about what could not be."""
