@@ -143,16 +143,6 @@ def test_a_broken_file_is_replaced_and_named_once(tmp_path):
     assert name == str(tmp_path / "c.png") and "cannot identify" in why and count == 1
 
 
-def test_many_broken_items_are_replaced_by_all_others_alike():
-    """Half of 200 items cannot be read, one behind the other, as the texts beside a folder of images."""
-    values = np.arange(200, dtype=np.float32)[:, None]
-    values[100:] = np.nan
-    stream = data.Stream(data.Arrays(values), 200)
-    counts = sum(torch.bincount(stream.batch(step).images.long().flatten(), minlength=200) for step in range(20))
-    assert counts[100:].sum() == 0 and counts[:100].min() >= 20 + 4 and counts.max() <= 20 + 50  # 20, and Poisson of 20
-    assert len(stream.skipped) == 100 and stream.skipped[150] == "it holds NaN or infinity"
-
-
 def test_nothing_readable_is_an_error_that_names_a_file(tmp_path):
     (tmp_path / "a.txt").write_text("no image")
     stream = data.Stream(open_source(str(tmp_path), (8, 8), 3), 2)
@@ -309,6 +299,22 @@ def test_shards_are_read_at_random(tmp_path):
     shard(tmp_path / "packed.tar", [("a.png", png(0))], "w:gz")
     with pytest.raises(ValueError, match=r"packed\.tar is not an uncompressed tar file"):
         open_source(str(tmp_path / "packed.tar"), (8, 8), 1)
+
+
+def test_an_image_with_masks_is_one_item(tmp_path):
+    items = [("x.y/a.png", png(1)), ("x.y/a.mask.png", png(2)), ("x.y/b.2.png", png(3))]
+    shard(tmp_path / "a.tar", items)
+    source = open_source(str(tmp_path / "a.tar"), (8, 8), 1)
+    assert [source.read(k)[0, 0, 0].item() for k in range(len(source))] == [1, 3]
+
+
+def test_a_folder_is_of_shards_or_of_images(tmp_path):
+    """A backup among photos must not be trained on in their place."""
+    shard(tmp_path / "old.tar", [("a.png", png(0))])
+    images_in(tmp_path, ["x/new.JPG"])
+    with pytest.raises(ValueError, match=r"expected shards or images in .*, got both, old\.tar and .*new\.JPG; name the"):
+        open_source(str(tmp_path), (8, 8), 1)
+    assert len(open_source(str(tmp_path / "*.tar"), (8, 8), 1)) == 1
 
 
 def test_shards_of_webdataset_are_read(tmp_path):

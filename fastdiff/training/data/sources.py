@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff.files import need
 from fastdiff.support.scalars import as_integer
-from fastdiff.training.data.decode import ENDINGS, decoded, listed
+from fastdiff.training.data.decode import decoded, is_image, listed
 
 # Files that a warning names.
 NAMED = 3
@@ -210,7 +210,7 @@ class Folder:
         next(path.iterdir(), None)  # a missing folder is reported in the system's own words
         files, skipped = listed(path)
         if classes:
-            for file in [file for file in files if file.parent == path and file.suffix[1:].lower() not in ENDINGS]:
+            for file in [file for file in files if file.parent == path and not is_image(file)]:
                 files.remove(file)
                 skipped[file] = "not in the folder of a class"
         if skipped:
