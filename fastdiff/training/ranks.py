@@ -50,6 +50,15 @@ class Ranks:
         count = stop - start
         return slice(start + count * self.rank // self.size, start + count * (self.rank + 1) // self.size)
 
+    def check_passes(self, batch_size: int, accumulate: int) -> None:
+        """Raise ValueError unless every process has an image in every pass."""
+        passes = accumulate * self.size
+        if batch_size < passes:
+            raise ValueError(
+                f"batch_size: expected at least {passes}, one image for each of {self.size} processes in each of "
+                f"{accumulate} passes, got {batch_size}"
+            )
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:

@@ -312,7 +312,9 @@ def test_a_folder_is_of_shards_or_of_images(tmp_path):
     """A backup among photos must not be trained on in their place."""
     shard(tmp_path / "old.tar", [("a.png", png(0))])
     images_in(tmp_path, ["x/new.JPG"])
-    with pytest.raises(ValueError, match=r"expected shards or images in .*, got both, old\.tar and .*new\.JPG; name the"):
+    with pytest.raises(
+        ValueError, match=r"expected shards or images in .*, got both, old\.tar and .*new\.JPG; name the"
+    ):
         open_source(str(tmp_path), (8, 8), 1)
     assert len(open_source(str(tmp_path / "*.tar"), (8, 8), 1)) == 1
 
