@@ -206,17 +206,12 @@ def train(args: argparse.Namespace) -> int:
     if done < options.steps:
         again = f"go on with: fastdiff train --out {shlex.quote(str(args.out))} --device {args.device} --resume"
         asked = signal.Signals(caught[0]).name in ASKING
-        if leads():
+        if ranks.leads():
             complain(f"{'stopped' if asked else 'interrupted'} at step {done} of {options.steps}; {again}")
         return 0 if asked else INTERRUPTED
-    if leads():
+    if ranks.leads():
         print(f"{path}: {done} steps, {time.perf_counter() - start:.1f} s")
     return 0
-
-
-def leads() -> bool:
-    """Whether this process is the one of its run that prints."""
-    return ranks.launched("RANK", 0) == 0
 
 
 def train_options(args: argparse.Namespace, path: Path) -> tuple[Options, State | None]:
@@ -283,6 +278,7 @@ def sample(args: argparse.Namespace) -> int:
             writable(place)
     model, start = ready(args), time.perf_counter()
     with ranks.joined(device_of(args)) as processes:
+        processes.share(model)
         numbers = torch.arange(args.n).split(args.batch_size)
         batches = Batches(places[-1], drawing_of(args, model), numbers, processes, args.format)
         try:
@@ -312,13 +308,14 @@ def evaluation(args: argparse.Namespace) -> int:
         sys.path.insert(0, "")  # a module of --features may be in this folder, as for python -m
     model = ready(args)
     with ranks.joined(device_of(args)) as processes:
+        processes.share(model)
 
         def draw(n: int) -> Iterator[tuple[int, Tensor]]:
             own = dict(list(enumerate(torch.arange(n).split(args.batch_size)))[processes.rank :: processes.size])
             return drawn(args, model, own, shown=processes.leads)
 
         report = figures(args, model, draw, processes)
-    if not leads():
+    if not ranks.leads():
         return 0
     for name, value in report.items():
         print(f"{name:27}{value:.4f}" if isinstance(value, float) else f"{name:27}{value}")

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastdiff.support.run_file import RunFile
 from fastdiff.training.data.opening import array_shape, is_missing, is_path
+from fastdiff.training.ranks import leads
 
 
 def of_arrays(data: str) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def report_data(data: str, before: str) -> None:
     """Say that a run goes on with other images. Raises ValueError if they are missing."""
     if is_missing(data):
         raise ValueError(f"data: {data} is missing; say with --data where the images are now")
-    if data != before:
+    if data != before and leads():
         print(f"fastdiff: the run was started with the images of {before} and goes on with those of {data}")
 
 

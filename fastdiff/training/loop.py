@@ -24,8 +24,10 @@ from fastdiff.networks import Network
 from fastdiff.recipes import offset_noise, own_estimate
 from fastdiff.support.run_file import NAME
 from fastdiff.training.build import build
+from fastdiff.training.checkpoint import FOLDER as CHECKPOINTS
 from fastdiff.training.checkpoint import State, check_free, importance, read_shares, rng_state, set_rng_state
 from fastdiff.training.draws import LEVELS, SELF_CONDITIONING, noise_key, uniforms
+from fastdiff.training.ema import FOLDER as AVERAGES
 from fastdiff.training.ema import names as average_names
 from fastdiff.training.ema import update as update_averages
 from fastdiff.training.ema import update_ema, warmed
@@ -41,6 +43,8 @@ from fastdiff.training.saver import Saver
 from fastdiff.training.step import TrainingStep, leave_out
 from fastdiff.training.surroundings import gpu_settings, has_bfloat16, interrupts
 
+# Where a run that was killed may have left temporary files.
+FOLDERS = (".", SAMPLES, AVERAGES, CHECKPOINTS)
 # In place of a signal's number: nobody reads the output of the run any more.
 LOST = 1000
 
@@ -82,16 +86,16 @@ def train(
         ranks.agree("step", resume.step if resume else 0)
         with locked(path.parent) if ranks.leads else nullcontext(False) as alone:
             if alone:
-                for folder in (path.parent, path.parent / SAMPLES):
-                    sweep(folder / "*")
+                for name in FOLDERS:
+                    sweep(path.parent / name / "*")
             if ranks.leads:
                 check_free(path, resume)
             torch.manual_seed(options.seed)
             run = Run(options, path.parent, device, resume, ranks)
             record = Record(path.parent, run.options, run.step) if ranks.leads else Silent()
             progress = Progress(run.step, options.steps, options.batch_size) if ranks.leads else Silent()
-            # Workers that read ahead hold what this process had open, the lock too: they end here.
             saver = Saver(path, options.keep, ranks, options.fsdp)
+            # Workers that read ahead end here too.
             with closing(run.batches), closing(record), closing(progress), interrupts() as signals, saver:
                 progress.say(run.summary())
                 run.stream.warn = progress.left_out
@@ -149,6 +153,7 @@ class Run:
         self.stream = open_stream(options, folder)
         self.options = options = measured(options, self.stream.source)
         self.classes = self.stream.source.classes or []
+        ranks.agree("data", len(self.stream))
         if resume and resume.classes != self.classes:
             raise ValueError(f"data: expected the classes {resume.classes} of the run, got {self.classes}")
         place = torch.device("cpu") if options.fsdp else device  # FSDP brings each process its share alone

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 # Names that torch.distributed exports, though mypy does not see it.
 distributed: Any = dist
-# A process that waits this long for another gives up.
+# A process that waits this long for another's gradients, or to find it, gives up.
 PATIENCE = timedelta(minutes=10)
+# The same while the other may draw or write. One that has died is noticed at once.
+LONG = timedelta(days=1)
 # After an error, a process looks this long for the others.
 GRACE = timedelta(seconds=10)
 # Gloo's threads free the tensors of the last operations a little later, and need Python's lock for that. Whoever ends a
@@ -35,10 +37,12 @@ class Ranks:
     Args:
         rank: its number, 0 for the one that writes and prints.
         size: how many there are.
+        patient: the group of torch.distributed in which they wait for each other.
     """
 
     rank: int = 0
     size: int = 1
+    patient: Any = None
 
     @property
     def leads(self) -> bool:
@@ -70,7 +74,7 @@ class Ranks:
         if self.size == 1:
             return number
         value = torch.tensor(number)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.patient)
         return int(value)
 
     def gathered(self, parts: Mapping[int, Any]) -> list[Any]:
@@ -81,6 +85,11 @@ class Ranks:
             distributed.gather_object(dict(parts), every)
         found = {number: part for one in every or () for number, part in one.items()}
         return [found[number] for number in sorted(found)]
+
+    def share(self, network: nn.Module) -> None:
+        """Give all processes the weights of the first one: a run may write others while they read."""
+        for tensor in network.state_dict().values() if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def agree(self, name: str, number: int) -> None:
         """Raise ValueError naming what differs unless all processes have the same number."""
@@ -105,7 +114,7 @@ def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[Ranks]:
     Raises: ValueError if the launcher's variables are no numbers.
     """
     if dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=LONG))
         return
     size = launched("WORLD_SIZE", 1)
     if size == 1 and not alone_too:
@@ -119,7 +128,7 @@ def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[Ranks]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     global _store
     _store = store
-    yield Ranks(rank, size)
+    yield Ranks(rank, size, dist.new_group(backend="gloo", timeout=LONG))
     dist.barrier()
     time.sleep(QUIET)
     dist.destroy_process_group()  # after an error others may be waiting: then the end of the process ends the group
@@ -135,6 +144,11 @@ def launched(name: str, default: int) -> int:
     if not text.isdecimal():
         raise ValueError(f"{name}: expected a number in the environment, got {text!r}")
     return int(text)
+
+
+def leads() -> bool:
+    """Whether this process is the one of its run that prints."""
+    return launched("RANK", 0) == 0
 
 
 def speaks() -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdiff.files import need
 from fastdiff.support.scalars import as_integer
 from fastdiff.training.data.decode import decoded, is_image, listed
+from fastdiff.training.ranks import leads
 
 # Files that a warning names.
 NAMED = 3
@@ -213,7 +214,7 @@ class Folder:
             for file in [file for file in files if file.parent == path and not is_image(file)]:
                 files.remove(file)
                 skipped[file] = "not in the folder of a class"
-        if skipped:
+        if skipped and leads():
             warn_left_out({str(file): reason for file, reason in skipped.items()}, len(files) + len(skipped))
         if not files:
             raise ValueError(f"data: no readable image among the {len(skipped)} files under {path}")
