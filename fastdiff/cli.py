@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def one_line(error: BaseException) -> str:
     """What went wrong, on one line."""
     if ranks.lost_another(error):
-        return "another process of the run has ended"
+        return "another process of the run has ended, or does not answer"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

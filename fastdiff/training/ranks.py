@@ -4,6 +4,8 @@ torchrun, accelerate and SLURM's launchers start processes and tell each by RANK
 """
 
 import os
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 distributed: Any = dist
 # A process that waits this long for another's gradients, or to find it, gives up.
 PATIENCE = timedelta(minutes=10)
-# The same while the other may draw or write. One that has died is noticed at once.
+# Before that, after so many seconds, it says that it waits.
+ANNOUNCE = 30.0
+# A process waits this long for another that may draw or write. One that has died is noticed at once.
 LONG = timedelta(days=1)
 # After an error, a process looks this long for the others.
 GRACE = timedelta(seconds=10)
@@ -123,19 +127,35 @@ def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[Ranks]:
     if size == 1:
         store, rank = distributed.HashStore(), 0
     else:
-        store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
+        with announced(ANNOUNCE):
+            store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     global _store
     _store = store
-    yield Ranks(rank, size, dist.new_group(backend="gloo", timeout=LONG))
-    dist.barrier()
+    ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=LONG))
+    yield ranks
+    dist.barrier(ranks.patient)
     time.sleep(QUIET)
     dist.destroy_process_group()  # after an error others may be waiting: then the end of the process ends the group
     _store = None
 
 
 _store: Any = None
+
+
+@contextmanager
+def announced(seconds: float) -> Iterator[None]:
+    """Say on stderr that this process waits for others, if the block takes longer: nobody tells it when one is dead."""
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    line = f"fastdiff: waiting for all of the {launched('WORLD_SIZE', 1)} processes at {place}, {PATIENCE} at most"
+    timer = threading.Timer(seconds, print, (line,), {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def launched(name: str, default: int) -> int:
@@ -163,8 +183,8 @@ def speaks() -> bool:
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether an error says that another process of the run has ended."""
-    by_gloo = type(error) is RuntimeError and "by peer" in str(error)
+    """Whether an error says that another process of the run has ended, or does not answer."""
+    by_gloo = type(error) is RuntimeError and any(said in str(error) for said in ("by peer", "Timed out waiting"))
     return by_gloo or isinstance(error, dist.DistBackendError | dist.DistNetworkError)
 
 
