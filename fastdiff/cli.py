@@ -31,7 +31,7 @@ from fastdiff.training.drawing import FORMATS, Batches, drawing_of, drawn
 from fastdiff.training.features import NAMES
 from fastdiff.training.figures import figures
 from fastdiff.training.flags import label_of, of_arrays, report_data
-from fastdiff.training.options import refuse_foreign
+from fastdiff.training.options import refuse_foreign, refuse_idle
 from fastdiff.training.presets import MNIST, PRESETS, read_config
 from fastdiff.training.report import write_report
 from fastdiff.training.samples import columns_of, conditions
@@ -236,6 +236,7 @@ def train_options(args: argparse.Namespace, path: Path) -> tuple[Options, State 
     suits = {"digits": digits_options(formulation), "mnist": MNIST}.get(data, {})
     options = Options(**{**suits, **preset, **of_arrays(data), **given})
     refuse_foreign(formulation, given)
+    refuse_idle(options, given)
     return options, None
 
 

@@ -17,6 +17,10 @@ def of_arrays(data: str) -> dict[str, Any]:
         raise ValueError(
             f"data: expected images (N, C, H, W) in {data}, got items of {shape}; see fastdiff.data.Stream"
         )
+    if shape[2] <= 4 < min(shape[:2]):
+        raise ValueError(
+            f"data: expected images (N, C, H, W) in {data}, got items of {shape}, whose channels come last"
+        )
     return {"image_channels": shape[0], "size": list(shape[1:])}
 
 

@@ -256,6 +256,17 @@ class Options:
         return (self.image_channels or (1 if self.gray else 3), *self.sides)
 
 
+def refuse_idle(options: Options, names: Iterable[str]) -> None:
+    """Raise ValueError naming the first option that changes nothing beside the others."""
+    idle = {
+        "label_dropout": (not options.classes, "classes"),
+        "lr_hold": (options.lr_schedule == "constant", "lr_schedule cosine or inverse_sqrt"),
+    }
+    for name in names:
+        if name in idle and idle[name][0] and getattr(options, name) != getattr(Options, name):
+            raise ValueError(f"{name}: expected {idle[name][1]} with it, got {getattr(options, name)} alone")
+
+
 def _are_files(data: str) -> bool:
     """Whether the data are image files, which have at most 4 channels."""
     return is_path(data) and not data.endswith(ARRAYS)

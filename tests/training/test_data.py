@@ -246,6 +246,7 @@ def test_arrays_that_do_not_fit_are_named(values, labels, said):
     ("source", "options", "said"),
     [
         ([1, 2], {"batch_size": 2}, "source: expected one of fastdiff.data, such as Arrays, got list"),
+        (data.Arrays(np.zeros((2, 3))), {"batch_size": 1, "seed": 0.5}, "seed: expected an integer, got float"),
         (data.Arrays(np.zeros((2, 3))), {"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
         (data.Arrays(np.zeros((2, 3))), {"batch_size": 1, "label_dropout": 2}, "label_dropout: .* from 0 to 1, got 2"),
     ],
@@ -431,8 +432,8 @@ def test_a_cache_does_not_keep_a_file_that_has_changed(tmp_path):
         Image.new("L", (8, 8 + shade), shade).save(tmp_path / "a.png")
         with tarfile.open(tmp_path / "a.tar", "w") as shard:
             shard.add(tmp_path / "a.png", "a.png")
-        for _ in range(2):  # a shard, then a folder
-            source = open_source(str(tmp_path), (8, 8), 1)
+        for name in ("a.tar", "."):  # a shard, then a folder
+            source = open_source(str(tmp_path / name), (8, 8), 1)
             assert Cached(source, tmp_path / ".run").read(0)[0, 0, 0] == shade
             (tmp_path / "a.tar").unlink(missing_ok=True)
 

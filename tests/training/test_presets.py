@@ -107,6 +107,9 @@ def test_arrays_bring_their_own_shape(tmp_path):
     np.save(tmp_path / "signals.npy", np.zeros((3, 128), np.float32))
     with pytest.raises(ValueError, match=r"data: expected images \(N, C, H, W\) in .*, got items of \(128,\)"):
         options_of(tmp_path, "--data", tmp_path / "signals.npy")
+    np.save(tmp_path / "last.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"got items of \(8, 8, 3\), whose channels come last"):
+        options_of(tmp_path, "--data", tmp_path / "last.npy")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,8 @@ def test_arrays_bring_their_own_shape(tmp_path):
         (("--image-channels", 5), "image_channels: expected 0 to 4, got 5"),
         (("--image-channels", 3, "--gray"), "gray: expected False with 3 image_channels"),
         (("--label-dropout", 1), r"label_dropout: expected a share in \[0, 1\), got 1"),
+        (("--label-dropout", 0.2), "label_dropout: expected classes with it, got 0.2 alone"),
+        (("--lr-hold", 9), "lr_hold: expected lr_schedule cosine or inverse_sqrt with it, got 9 alone"),
         (("--log", "paper"), "log: expected one of csv, tensorboard, wandb, got 'paper'"),
         (("--size", "16x10"), r"size: expected a multiple of 4, got \[16, 10\]"),
     ],

@@ -103,7 +103,12 @@ class Arrays:
     ) -> None:
         if not isinstance(values, np.ndarray | Tensor):
             raise TypeError(f"data: expected an array or a tensor, got {type(values).__name__}")
-        self._values = values.numpy() if isinstance(values, Tensor) else values
+        if isinstance(values, Tensor):
+            if values.dtype not in (torch.uint8, torch.float16, torch.float32, torch.float64) or values.is_meta:
+                what = "no values, on meta" if values.is_meta else str(values.dtype)
+                raise TypeError(f"data: expected uint8, float16, float32 or float64, got {what}")
+            values = values.detach().cpu().numpy()
+        self._values = values
         if self._values.dtype not in (np.uint8, np.float16, np.float32, np.float64):
             raise TypeError(f"data: expected uint8 or floating numbers, got {self._values.dtype}")
         if self._values.ndim < 2 or not len(self._values):

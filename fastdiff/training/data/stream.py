@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastdiff.support.scalars import as_count, as_number
+from fastdiff.support.scalars import as_count, as_integer, as_number
 from fastdiff.training.data.order import FLIP, LABEL, draws, shuffled
 from fastdiff.training.data.sources import Source, finite, reason, scaled
 
@@ -107,6 +107,8 @@ class Stream:
         if not hasattr(source, "read"):
             raise TypeError(f"source: expected one of fastdiff.data, such as Arrays, got {type(source).__name__}")
         as_count("batch_size", batch_size)
+        as_integer("seed", seed, -(2**63), 2**64 - 1)
+        as_integer("workers", workers, 0, 2**15)
         if not 0 <= as_number("label_dropout", label_dropout) <= 1:
             raise ValueError(f"label_dropout: expected a number from 0 to 1, got {label_dropout}")
         self.source, self.batch_size, self.seed, self.flip = source, batch_size, seed, flip
@@ -157,8 +159,11 @@ class Stream:
 
     def _numbers(self, step: int, part: range | slice | None) -> np.ndarray:
         """The global sample numbers of a part of a step."""
-        first = step * self.batch_size
-        return first + (np.arange(self.batch_size) if part is None else np.arange(part.start, part.stop))
+        part = range(self.batch_size) if part is None else part
+        if not 0 <= part.start <= part.stop <= self.batch_size:
+            raise ValueError(f"part: expected a range within 0 to {self.batch_size}, got {part}")
+        first = as_integer("step", step, 0, 2**62 // self.batch_size) * self.batch_size
+        return first + np.arange(part.start, part.stop)
 
     def _items(self, numbers: np.ndarray) -> list[Item]:
         """What to read for these sample numbers."""
