@@ -151,7 +151,7 @@ class Run:
     ) -> None:
         self.device, self.ranks = device, ranks
         self.stream = open_stream(options, folder)
-        self.options = options = measured(options, self.stream.source)
+        self.options = options = options if resume else measured(options, self.stream.source)
         self.classes = self.stream.source.classes or []
         ranks.agree("data", len(self.stream))
         if resume and resume.classes != self.classes:
@@ -330,7 +330,8 @@ class Run:
         images, shape = len(self.stream), "x".join(map(str, self.options.shape))
         shared = f" in {self.ranks.size} processes" if self.ranks.size > 1 else ""
         classes = f" in {len(self.classes)} classes" if self.classes else ""
-        told = f", sigma_data {self.options.sigma_data:g}" if self.options.formulation == "edm" else ""
+        sigma_data = getattr(self.diffusion.process, "sigma_data", None)
+        told = "" if sigma_data is None else f", sigma_data {sigma_data:g}"
         return (
             f"fastdiff: {self.options.formulation} of {parameters:,} parameters{told}, {images:,} images of {shape}"
             f"{classes}, on {self.device}{shared}, steps {self.start} to {self.options.steps}"
