@@ -2,6 +2,6 @@
 
 import sys
 
-from fastdiff.cli import main
+from fastdiff_command import main
 
 sys.exit(main())

@@ -1,5 +1,6 @@
 """The batches of a run, as its options describe them, and what is measured of its data."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import torch
 from fastdiff.training.data import Arrays, Source, Stream, open_source
 from fastdiff.training.data.cache import Cached
 from fastdiff.training.options import Options
+from fastdiff.training.ranks import leads
 
 # Images whose numbers say how far the data spread, and how many of them are in memory at a time.
 MEASURED, CHUNK = 256, 16
+# The largest standard deviation that data around [-1, 1], or latents, may have.
+WIDE = 10.0
 
 
 def open_stream(options: Options, folder: Path) -> Stream:
@@ -25,6 +29,8 @@ def open_stream(options: Options, folder: Path) -> Stream:
     source = open_source(options.data, options.sides, options.shape[0], options.classes)
     if tuple(source.shape) != options.shape:
         raise ValueError(f"data: expected images of {options.shape} in {options.data}, got {tuple(source.shape)}")
+    if isinstance(source, Arrays) and leads():
+        warn_if_wide(source)
     if options.cache and not isinstance(source, Arrays):  # arrays are decoded
         source = Cached(source, folder)
     return Stream(
@@ -37,6 +43,13 @@ def open_stream(options: Options, folder: Path) -> Stream:
     )
 
 
+def warn_if_wide(source: Source) -> None:
+    """Say on stderr that floating numbers are far from [-1, 1]: those of 0 to 255 would train nothing of use."""
+    if source.read(0).is_floating_point() and (deviation := spread(source, CHUNK)) > WIDE:
+        told = f"expected floating numbers around [-1, 1], got a standard deviation of {deviation:g}"
+        print(f"fastdiff: warning: data: {told}; only uint8 is scaled", file=sys.stderr)
+
+
 def measured(options: Options, source: Source) -> Options:
     """The options with a sigma_data that was measured, where it is left to the data; all processes find the same."""
     if options.formulation != "edm" or options.sigma_data:
@@ -47,11 +60,11 @@ def measured(options: Options, source: Source) -> Options:
     return replace(options, sigma_data=sigma_data)
 
 
-def spread(source: Source) -> float:
-    """The standard deviation of the numbers of MEASURED images, to two digits: more do not hold for other images."""
+def spread(source: Source, images: int = MEASURED) -> float:
+    """The standard deviation of the numbers of some images, to two digits: more do not hold for other images."""
     stream = Stream(source, min(CHUNK, len(source)))
     count, sums, shift = 0, torch.zeros(2, dtype=torch.float64), None
-    for step in range(min(MEASURED, len(source)) // stream.batch_size):
+    for step in range(min(images, len(source)) // stream.batch_size):
         values = stream.batch(step).images.double()
         shift = values.flatten()[0] if shift is None else shift  # one number everywhere gives 0 exactly
         count, sums = count + values.numel(), sums + torch.stack([((values - shift) ** k).sum() for k in (1, 2)])

@@ -4,6 +4,7 @@ torchrun, accelerate and SLURM's launchers start processes and tell each by RANK
 """
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -124,16 +125,16 @@ def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[Ranks]:
     if size == 1 and not alone_too:
         yield Ranks()
         return
-    if size == 1:
-        store, rank = distributed.HashStore(), 0
-    else:
-        with announced(ANNOUNCE):
+    with waiting(ANNOUNCE):
+        if size == 1:
+            store, rank = distributed.HashStore(), 0
+        else:
             store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    global _store
-    _store = store
-    ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=LONG))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        global _store
+        _store = store
+        ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=LONG))
     yield ranks
     dist.barrier(ranks.patient)
     time.sleep(QUIET)
@@ -145,17 +146,24 @@ _store: Any = None
 
 
 @contextmanager
-def announced(seconds: float) -> Iterator[None]:
-    """Say on stderr that this process waits for others, if the block takes longer: nobody tells it when one is dead."""
+def waiting(seconds: float) -> Iterator[None]:
+    """Within the block, which waits for other processes in PyTorch's own code, SIGINT ends this one at once.
+
+    If it takes longer than some seconds, a line on stderr says so: nobody tells a process that another is dead.
+    """
     place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
     line = f"fastdiff: waiting for all of the {launched('WORLD_SIZE', 1)} processes at {place}, {PATIENCE} at most"
     timer = threading.Timer(seconds, print, (line,), {"file": sys.stderr})
     timer.daemon = True
     timer.start()
+    python = threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if python else None
     try:
         yield
     finally:
         timer.cancel()
+        if python:
+            signal.signal(signal.SIGINT, before)
 
 
 def launched(name: str, default: int) -> int:

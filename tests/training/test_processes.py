@@ -142,6 +142,7 @@ def test_only_the_first_process_that_fails_says_so(monkeypatch):
 
 def test_a_process_that_waits_for_others_says_where(monkeypatch, capfd):
     def never(*_, **__):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # Python's handler would not run
         for timer in threading.enumerate():
             if isinstance(timer, threading.Timer):
                 timer.join()
@@ -154,6 +155,7 @@ def test_a_process_that_waits_for_others_says_where(monkeypatch, capfd):
     with pytest.raises(dist.DistNetworkError), ranks.joined(torch.device("cpu")):
         pass
     assert capfd.readouterr().err == "fastdiff: waiting for all of the 2 processes at node1:29500, 0:10:00 at most\n"
+    assert callable(signal.getsignal(signal.SIGINT))
 
 
 def test_a_lost_process_is_told_in_plain_words():
