@@ -27,6 +27,17 @@ def need(module: str, extra: str = "train") -> Any:
 
 
 @contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an error of the system in the block the name of the file: a write names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file beside `path`, which takes the place of `path` when the block ends without error.
 
@@ -42,15 +53,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         os.close(file)
     try:
-        yield temporary
-        with open(temporary, "r+b") as written:
-            os.fsync(written.fileno())  # the new bytes are on the disk before the name is
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and error.filename is None:  # a write names no file
-            error.filename = str(path)
-        raise
+        with naming(path):
+            yield temporary
+            with open(temporary, "r+b") as written:
+                os.fsync(written.fileno())  # the new bytes are on the disk before the name is
+            os.chmod(temporary, mode)
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

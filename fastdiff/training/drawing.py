@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion import Diffusion
-from fastdiff.files import need, replacing
+from fastdiff.files import need, replacing, sweep
 from fastdiff.training.data.pictures import MODES, encoded, write_shard
 from fastdiff.training.ranks import Ranks
 from fastdiff.training.samples import conditions, suited
@@ -150,6 +150,7 @@ class Batches:
         Returns: the first images of an array, `first` of them at most; none of other formats, (0,).
         """
         if self.kind != "npy":
+            sweep(self.folder / "*")  # of a drawing that was killed
             os.replace(self.folder, self.out)
             (self.out / ABOUT).unlink()
             return torch.empty(0)

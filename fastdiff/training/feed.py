@@ -8,6 +8,7 @@ import torch
 
 from fastdiff.training.data import Arrays, Source, Stream, open_source
 from fastdiff.training.data.cache import Cached
+from fastdiff.training.data.opening import is_path
 from fastdiff.training.options import Options
 from fastdiff.training.ranks import leads
 
@@ -24,8 +25,11 @@ def open_stream(options: Options, folder: Path) -> Stream:
         options: of the run.
         folder: of the run, where a cache of decoded images is.
 
-    Raises: OSError or ValueError naming what cannot be read, or has another shape than the options say.
+    Raises: OSError or ValueError naming what cannot be read, has another shape than the options say, or is the run's
+        own folder, whose grids are no data.
     """
+    if is_path(options.data) and Path(options.data).resolve() == folder.resolve():
+        raise ValueError(f"data: expected another folder than that of the run, got {options.data}")
     source = open_source(options.data, options.sides, options.shape[0], options.classes)
     if tuple(source.shape) != options.shape:
         raise ValueError(f"data: expected images of {options.shape} in {options.data}, got {tuple(source.shape)}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion import Diffusion
-from fastdiff.files import need, replacing
+from fastdiff.files import naming, need, replacing
 from fastdiff.training.data import save_grid
 from fastdiff.training.options import Options
 from fastdiff.training.samples import columns_of, draw_grid
@@ -104,7 +104,8 @@ class Record:
         row["memory_mb"] = memory(self._sums.device) / 2**20
         self._sums, self._steps, self._clock, self._paused = None, 0, now, 0.0
         # Appended: a row that is cut short is dropped when the run goes on.
-        with open(self._folder / LOG, "a", newline="", encoding="utf-8") as file:
+        path = self._folder / LOG
+        with naming(path), open(path, "a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow([_shown(row[name]) for name in COLUMNS])
         self._writer.numbers(step, {name: value for name, value in row.items() if name != "step"})
 

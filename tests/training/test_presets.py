@@ -10,7 +10,7 @@ from fastdiff.cli import parse, train_options
 from fastdiff.data import Arrays
 from fastdiff.training import Options, build, digits, resumed_options, train
 from fastdiff.training.checkpoint import load
-from fastdiff.training.feed import measured, spread, warn_if_wide
+from fastdiff.training.feed import measured, open_stream, spread, warn_if_wide
 from fastdiff.training.options import as_size
 from fastdiff.training.presets import PRESETS, read_config
 
@@ -41,14 +41,19 @@ def test_edm_is_told_the_standard_deviation_of_the_data(tmp_path, capsys):
         options_of(tmp_path, "--data", "digits", "--formulation", "edm", "--sigma-data", -1)
 
 
-def test_spread_of_a_part_and_of_one_number(capsys):
+def test_data_that_would_train_nothing_of_use(tmp_path, capsys):
     alternating = np.resize([-0.3, 0.3], (4000, 1)).astype(np.float32)
     alternating[7] = np.nan
     assert spread(Arrays(alternating)) == 0.3
     assert spread(Arrays(alternating + 1e4)) == 0.3
-    for wide, said in ((Arrays(alternating), ""), (Arrays(alternating * 250), "a standard deviation of 73; only uint8 is scaled")):
+    for wide, said in (
+        (Arrays(alternating), ""),
+        (Arrays(alternating * 250), "a standard deviation of 73; only uint8 is scaled"),
+    ):
         warn_if_wide(wide)
         assert said in (line := capsys.readouterr().err) and bool(line) == bool(said)
+    with pytest.raises(ValueError, match="data: expected another folder than that of the run"):
+        open_stream(Options(str(tmp_path)), tmp_path / "." / "x" / "..")
     grey = Options("grey", formulation="edm", size=8)
     with pytest.raises(ValueError, match="sigma_data: expected images that differ, to measure it"):
         measured(grey, Arrays(np.full((3, 5), 0.1, np.float32)))

@@ -133,6 +133,14 @@ def test_plot_draws_a_run_and_refuses_what_is_none(tmp_path, capsys):
     assert Image.open(write_report(tmp_path)).size == (1200, 650)
 
 
+def test_a_log_that_the_disk_does_not_take_is_named(tmp_path):
+    log = Record(tmp_path, Options(**TINY), 0)
+    (tmp_path / "log.csv").unlink()
+    (tmp_path / "log.csv").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*log\.csv'"):
+        log.step(record.EVERY, torch.ones(4), torch.ones(4), torch.ones(()), 0.1)
+
+
 def test_smoothing_leaves_out_what_is_no_number():
     assert smooth([1.0, math.nan, 3.0]).tolist() == [2.0, 2.0, 2.0]
     assert smooth([0.0] * 4 + [9.0] + [0.0] * 8)[[3, 4, 8, 9]].tolist() == [9 / 8, 1.0, 1.0, 0.0]

@@ -265,10 +265,11 @@ def test_pictures_are_those_of_the_array_and_are_read_again(classified, tmp_path
     assert draw(classified, out, "--format", kind) == 1 and not out.exists()
     name = "00000003.png" if kind == "png" else "000001.tar"
     before = (tmp_path / f"{kind}.parts" / name).read_bytes()
-    (tmp_path / f"{kind}.parts" / name).unlink()
+    (tmp_path / f"{kind}.parts" / name).rename(tmp_path / f"{kind}.parts" / f".{name}.0a1b2c.tmp")
     monkeypatch.setattr(Batches, "finish", finish)
     assert draw(classified, out, "--format", kind) == 0 and (out / name).read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.npy", "a.png", kind])
+    assert not list(out.glob(".*"))
     source = open_source(str(out), (8, 8), 1, classes=kind == "webdataset")
     read = torch.stack([source.read(i) for i in range(len(source))])
     np.testing.assert_array_equal(read, ((array + 1) * 127.5).round())
