@@ -151,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
     train_arguments(add("train", train, "Train a diffusion model on images."))
     command = add("sample", sample, "Draw images: PREFIX.png, a grid, and PREFIX.npy, float32 (N, C, H, W).")
     sample_arguments(command, n=64)
-    text = "start of the two names; with another --format the folder, which must not be there"
+    text = "start of the two names; with --format png or webdataset a new folder"
     command.add_argument("--out", type=path, required=True, metavar="PREFIX", help=text)
     text = "npy; png, a folder of images; or webdataset, a folder of shards (default: %(default)s)"
     command.add_argument("--format", choices=FORMATS, default="npy", help=text)

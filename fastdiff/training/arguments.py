@@ -51,7 +51,7 @@ TRAIN_HELP = {
     "fsdp": "split weights and optimizer over the processes, for networks that do not fit on one GPU",
     "max_bad_steps": "stop after so many steps in a row whose loss or gradient is not finite; each is left out",
     "lr_schedule": "constant, cosine (down to 0 at the last step) or inverse_sqrt",
-    "lr_hold": "steps before the learning rate falls",
+    "lr_hold": "of cosine and inverse_sqrt: steps before the learning rate falls",
     "weight_decay": "of AdamW",
     "beta1": "of AdamW",
     "beta2": "of AdamW",
@@ -77,7 +77,9 @@ DEFAULTS = {
 def train_arguments(command: argparse.ArgumentParser) -> None:
     """Arguments of `fastdiff train`."""
     command.add_argument("--data", help=KINDS)
-    command.add_argument("--preset", choices=PRESETS, help="options that suit such images; flags go over them")
+    command.add_argument(
+        "--preset", choices=PRESETS, help="options that suit such images, for a new run; flags go over"
+    )
     command.add_argument(
         "--config", type=path, metavar="FILE", help="options in YAML, or a run's config.json; flags go over them"
     )
@@ -118,9 +120,9 @@ def sample_arguments(command: argparse.ArgumentParser, n: int | None) -> None:
     text = f"of the sampler; for annealed_langevin at each level (default: {names}; {others})"
     command.add_argument("--steps", type=positive, help=text)
     command.add_argument("--label", help="the class of all images, by name or number (default: each in turn)")
-    command.add_argument("--guidance", type=float, help="of the class: 1 is none, more is closer to the class")
+    command.add_argument("--guidance", type=float, help="of the class: 1 is none, more is closer to it (default: none)")
     command.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (default: 0)")
-    command.add_argument("--seed", type=seed, default=0, help="image i of a seed is always the same")
+    command.add_argument("--seed", type=seed, default=0, help="image i of a seed is always the same (default: 0)")
     command.add_argument("--batch-size", type=positive, default=256, help="images at a time (default: 256)")
     device_argument(command)
 
