@@ -78,7 +78,7 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
     """Arguments of `fastdiff train`."""
     command.add_argument("--data", help=KINDS)
     command.add_argument(
-        "--preset", choices=PRESETS, help="options that suit such images, for a new run; flags go over"
+        "--preset", choices=PRESETS, help="options of a new run that suit such images; flags go over them"
     )
     command.add_argument(
         "--config", type=path, metavar="FILE", help="options in YAML, or a run's config.json; flags go over them"
