@@ -107,16 +107,10 @@ def test_steps_of_a_number_of_calls():
 
 @pytest.mark.slow
 def test_quality_wants_the_digits(tmp_path):
-    (tmp_path / "data").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "black.png")
-    options = {
-        **training.DIGITS,
-        "data": str(tmp_path / "data"),
-        "gray": False,
-        "channels": 8,
-        "steps": 1,
-        "sample_every": 0,
-    }
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (8, 8)).save(data / "black.png")
+    options = {**training.DIGITS, "data": str(data), "gray": False, "channels": 8, "steps": 1, "sample_every": 0}
     training.train(training.Options(**options), tmp_path, CPU)
     args = argparse.Namespace(quality=[tmp_path / "model.safetensors"], json=None, plot=None)
     with pytest.raises(ValueError, match="expected a model of the 8x8 digits, it draws"):

@@ -68,8 +68,9 @@ class Reader:
     def _candidates(self, item: Item) -> Iterator[int]:
         """The item, and then all of the source in an order of the sample's own."""
         yield item.number
-        for place in range(len(self.source)):
-            yield int(shuffled(np.array([place]), len(self.source), item.sample)[0])
+        count = len(self.source)
+        for first in range(0, count, 64):
+            yield from shuffled(np.arange(first, min(first + 64, count)), count, item.sample).tolist()
 
 
 class Stream:
