@@ -19,6 +19,7 @@ from torch import Tensor
 from fastdiff.ddpm import DDPM
 from fastdiff.diffusion import Diffusion
 from fastdiff.edm import Edm
+from fastdiff.files import replacing
 from fastdiff.flow import FlowMatching
 from fastdiff.importance import LossSecondMoment
 from fastdiff.networks import NETWORKS, Network, name_of
@@ -326,7 +327,8 @@ def _keep(path: Path, step: int, keep: int) -> None:
         try:
             os.link(path, link)
         except OSError:  # a file system without links
-            shutil.copyfile(path, link)
+            with replacing(link) as temporary:
+                shutil.copyfile(path, temporary)
     found: dict[int, list[Path]] = {}
     for entry in (*folder.glob("step-*"), *folder.glob(".step-*")):
         with suppress(ValueError):

@@ -1,8 +1,10 @@
 """The optimizer's options, averages of the weights, checkpoints that remain, and how a run ends."""
 
+import errno
 import math
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,6 +211,22 @@ def test_the_last_checkpoints_remain(tmp_path):
     (tmp_path / NAME).write_bytes(kept[0].read_bytes())  # back to step 3
     run(tmp_path, resume=True, steps=4, save_every=1, keep=3)
     assert [checkpoint.load(path).step for path in sorted((tmp_path / "checkpoints").iterdir())] == [3, 4]
+
+
+def test_a_copy_of_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    def fail(number, content=b""):
+        def failing(_, target):
+            if content:
+                Path(target).write_bytes(content)
+            raise OSError(number, os.strerror(number))
+
+        return failing
+
+    monkeypatch.setattr("os.link", fail(errno.ENOTSUP))  # a file system without links
+    monkeypatch.setattr("shutil.copyfile", fail(errno.ENOSPC, b"half"))
+    with pytest.raises(OSError, match="No space left on device"):
+        run(tmp_path, steps=1, keep=2)
+    assert checkpoint.load(tmp_path).step == 1 and not any((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.mark.slow
