@@ -133,8 +133,8 @@ class Batches:
     def write(self, i: int, images: Tensor, labels: Tensor | None) -> None:
         """Write a batch (B, C, H, W), whose labels are (B,) or None."""
         if self.kind == "npy":
-            with replacing(self._file(i)) as temporary, open(temporary, "wb") as file:
-                np.save(file, images.numpy())
+            with replacing(self._file(i)) as temporary:
+                save_arrays(temporary, [images.numpy()])
             return
         pictures = dict(zip(map(_key, self.batches[i].tolist()), encoded(images), strict=True))
         if self.kind == "webdataset":
@@ -155,16 +155,9 @@ class Batches:
             (self.out / ABOUT).unlink()
             return torch.empty(0)
         arrays = [np.load(self._file(i), mmap_mode="r") for i in range(len(self.batches))]
-        shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
         with replacing(self.out) as temporary:
-            joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=arrays[0].dtype, shape=shape)
-            at = 0
-            for array in arrays:
-                joined[at : at + len(array)] = array
-                at += len(array)
-            joined.flush()
-            head = torch.from_numpy(np.array(joined[:first]))
-            del joined
+            save_arrays(temporary, arrays)
+            head = torch.from_numpy(np.array(np.load(temporary, mmap_mode="r")[:first]))
         self.discard()
         return head
 
@@ -177,6 +170,19 @@ class Batches:
         if self.kind == "png":
             return self.folder / f"{_key(int(self.batches[i][-1]))}.png"
         return self.folder / (f"batch-{i:06d}.npy" if self.kind == "npy" else f"{i:06d}.tar")
+
+
+def save_arrays(path: Path, arrays: Sequence[np.ndarray]) -> None:
+    """Write arrays, one behind the other, as one .npy file.
+
+    Raises: OSError if the disk does not take it. NumPy's own writing does not say why, and a memory map is killed.
+    """
+    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+    header = {"descr": np.lib.format.dtype_to_descr(arrays[0].dtype), "fortran_order": False, "shape": shape}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for array in arrays:
+            file.write(np.ascontiguousarray(array).data)
 
 
 def _key(number: int) -> str:

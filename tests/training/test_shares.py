@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fastdiff import DDPM, training
 from fastdiff.cli import main
 from fastdiff.training import Options, checkpoint, draws, loop, ranks
 from fastdiff.training.data import Arrays, Stream, open_source
-from fastdiff.training.drawing import ABOUT, Batches
+from fastdiff.training.drawing import ABOUT, Batches, save_arrays
 from fastdiff.training.ranks import Ranks
 
 NAME = "model.safetensors"
@@ -253,6 +254,15 @@ def test_batches_of_another_drawing_are_refused(model, tmp_path, monkeypatch, ca
         assert (
             "b.npy.parts holds images of another drawing: remove it, or choose another --out" in capsys.readouterr().err
         )
+
+
+def test_an_array_in_parts_is_numpys_and_a_full_disk_is_said(tmp_path):
+    parts = [np.ones((2, 3), np.float32), np.zeros((1, 3), np.float32)]
+    save_arrays(tmp_path / "a.npy", parts)
+    np.save(tmp_path / "b.npy", np.concatenate(parts))
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    with pytest.raises(OSError, match="No space left on device"):
+        save_arrays(Path("/dev/full"), parts)
 
 
 @pytest.mark.slow
