@@ -21,7 +21,7 @@ from .ops.checks import check_choice, check_floating, check_like
 from .process import KARRAS_RANGE, Grid, Process
 from .reference import work_dtype
 from .schedule import NoiseSchedule
-from .support.scalars import as_count, as_number
+from .support.scalars import as_count, as_number, as_positive
 from .support.settable import settable
 from .support.shapes import flat
 
@@ -45,9 +45,7 @@ class Flow(Process):
     first, default_steps = 1e-5, 50
 
     def __init__(self, shift: float = 1.0, last: float = 1.0) -> None:
-        self.shift, self.last = as_number("shift", shift), as_number("last", last)
-        if not (self.shift > 0 and math.isfinite(self.shift)):
-            raise ValueError(f"shift: expected a finite number above 0, got {shift}")
+        self.shift, self.last = as_positive("shift", shift), as_number("last", last)
         if not self.first < self.last <= 1:
             raise ValueError(f"last: expected a time above {self.first} and at most 1, got {last}")
 

@@ -8,7 +8,6 @@ process is solved over t, up to t = 1, where that logarithm is infinite. The sol
 chooses one step for the whole batch, so a sample's last digits may depend on its neighbours.
 """
 
-import importlib
 import math
 from typing import Any
 
@@ -17,10 +16,11 @@ from torch import Tensor
 
 from .arguments import merged
 from .denoiser import Denoiser
+from .files import need
 from .objective import conversion_rows
 from .ops.checks import as_seed, check_floating
 from .process import Process
-from .support.scalars import as_number
+from .support.scalars import as_positive
 from .support.shapes import flat
 from .support.sharded import as_forward
 
@@ -71,9 +71,7 @@ def log_likelihood(
     check_floating("x0", x0)
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"trace: expected 'hutchinson' or 'exact', got {trace!r}")
-    tolerance = as_number("tolerance", tolerance)
-    if not (math.isfinite(tolerance) and tolerance > 0):
-        raise ValueError(f"tolerance: expected a finite number above 0, got {tolerance}")
+    tolerance = as_positive("tolerance", tolerance)
     if x0.device.type != "meta" and not bool(x0.isfinite().all()):
         raise ValueError("x0: expected finite values")
     check(denoiser.process)
@@ -104,16 +102,9 @@ def check_sampling(process: Process, **options: Any) -> None:
 
 def check(process: Process) -> None:
     """ImportError without the solver; ValueError if the process ends without signal, at an infinite rate."""
-    _solver()
+    need("torchdiffeq", "ode")
     if not process.straight and not math.isfinite(process.sigma_range()[1]):
         raise ValueError("process: the ODE expected a finite sigma / alpha at the end, got alpha = 0")
-
-
-def _solver() -> Any:
-    try:
-        return importlib.import_module("torchdiffeq")
-    except ImportError as error:
-        raise ImportError("torchdiffeq is not installed: pip install 'fastdiff-kernels[ode]'") from error
 
 
 def _solve(
@@ -145,7 +136,7 @@ def _solve(
     ends = torch.tensor([process.first, process.last], dtype=torch.float64, device=state[0].device)
     levels = ends if process.straight else -process.at(ends).log_snr / 2
     try:
-        path = _solver().odeint(
+        path = need("torchdiffeq", "ode").odeint(
             velocity,
             state,
             levels.flip(0) if backwards else levels,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .schedule import NoiseSchedule, as_float64, grid
-from .support.scalars import as_count, as_number, integer
+from .support.scalars import as_count, as_number, as_positive, integer
 from .support.settable import fixed
 
 # Noise levels sigma / alpha between which Karras et al. 2022 sample.
@@ -140,10 +140,8 @@ class Process(ABC):
         """
         n = as_count("steps", 18 if steps is None else steps)
         low, high = self.ratio_range(sigma_min, sigma_max)
-        rho, churn = as_number("rho", rho), as_number("churn", churn)
+        rho, churn = as_positive("rho", rho), as_number("churn", churn)
         churn_min, churn_max = as_number("churn_min", churn_min), as_number("churn_max", churn_max)
-        if not (math.isfinite(rho) and rho > 0):
-            raise ValueError(f"rho: expected a finite number above 0, got {rho}")
         if not max(abs(math.log(low)), abs(math.log(high))) < 700 * rho:  # beyond, no float64 has sigma^(1/rho)
             raise ValueError(f"rho: expected a larger number for sigmas from {low:g} to {high:g}, got {rho}")
         if not churn >= 0:

@@ -10,7 +10,7 @@ from .denoiser import TOLD
 from .diffusion import Diffusion
 from .ops.checks import as_seed, check_floating
 from .reference import work_dtype
-from .support.scalars import as_integer, as_number
+from .support.scalars import as_integer, as_not_negative, as_share
 
 
 def offset_noise(
@@ -32,8 +32,7 @@ def offset_noise(
     check_floating("x0", x0)
     if x0.ndim < 2:
         raise ValueError(f"x0: expected channels, (B, C, ...), got shape {tuple(x0.shape)}")
-    if not 0 <= as_number("strength", strength) < float("inf"):
-        raise ValueError(f"strength: expected a finite number of at least 0, got {strength}")
+    as_not_negative("strength", strength)
     same: dict[str, Any] = {"stream": ops.FORWARD, "sample_ids": sample_ids, "device": x0.device}
     same |= {"seed": as_seed(seed, x0.device), "dtype": work_dtype(x0.dtype)}
     z, offset = ops.normal(x0.shape, **same), ops.normal(x0.shape[:2], step=1, **same)
@@ -53,7 +52,7 @@ def drop_labels(labels: Tensor, none: int, share: float = 0.1) -> Tensor:
     Raises: TypeError or ValueError, naming the argument.
     Reference: Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
     """
-    _check_share(share)
+    as_share("share", share)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels: expected a tensor of integers, got {got}")
@@ -114,7 +113,7 @@ def self_conditioned(
     Raises: TypeError or ValueError, naming the argument.
     Reference: Chen et al. 2023, arXiv:2208.04202, algorithm 1.
     """
-    _check_share(share)
+    as_share("share", share)
     if not isinstance(diffusion, Diffusion):
         raise TypeError(f"diffusion: expected a fastdiff Diffusion, got {type(diffusion).__name__}")
     if t is None and diffusion.training and getattr(diffusion, "importance", None) is not None:
@@ -128,8 +127,3 @@ def self_conditioned(
     estimate = torch.where(told.reshape(-1, *[1] * (x0.ndim - 1)), estimate, 0.0)
     loss: Tensor = diffusion(x0, t=t, **drawn, **options, **{name: estimate})
     return loss
-
-
-def _check_share(share: float) -> None:
-    if not 0 <= as_number("share", share) <= 1:
-        raise ValueError(f"share: expected a number from 0 to 1, got {share}")

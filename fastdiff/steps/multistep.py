@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..schedule import NoiseSchedule
-from ..support.scalars import integer
-from .table import StepTable, check_at_least_0, check_decreasing, make_table, x0_columns
+from ..support.scalars import as_not_negative, integer
+from .table import StepTable, check_decreasing, make_table, x0_columns
 from .weights import exponential_moments, phi, ring, weights_of
 
 VARIANTS = ("bh1", "bh2")
@@ -62,7 +62,7 @@ def dpm_solver_pp_2m_sde(
     Raises: ValueError if eta < 0.
     Reference: SDE-DPM-Solver++(2M) of Lu et al. 2022, arXiv:2211.01095; k-diffusion's sample_dpmpp_2m_sde ("midpoint").
     """
-    check_at_least_0("eta", eta)
+    as_not_negative("eta", eta)
     t, s = levels[:-1], levels[1:]
     denoised = x0_columns(schedule, t, s, objective, clip)
     h, from_x, noise = _drift(schedule, t, s, eta)
@@ -98,7 +98,7 @@ def dpm_solver_pp_3m_sde(
     Raises: ValueError if eta < 0.
     Reference: k-diffusion's sample_dpmpp_3m_sde; the functions phi are those of Lu et al. 2022, arXiv:2206.00927.
     """
-    check_at_least_0("eta", eta)
+    as_not_negative("eta", eta)
     check_decreasing("dpm++3m_sde", levels)
     t, s = levels[:-1], levels[1:]
     denoised = x0_columns(schedule, t, s, objective, clip)

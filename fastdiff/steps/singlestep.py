@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..rows import make_rows
 from ..schedule import NoiseSchedule
-from .table import StepTable, check_at_least_0, check_finite_ratio, check_signal, make_table, x0_columns
+from ..support.scalars import as_not_negative
+from .table import StepTable, check_finite_ratio, check_signal, make_table, x0_columns
 from .through_x0 import ddim
 
 
@@ -175,7 +176,7 @@ def middles(schedule: NoiseSchedule, levels: Tensor, eta: float = 0.0) -> Tensor
 
 
 def _check_eta(eta: float) -> None:
-    check_at_least_0("eta", eta)
+    as_not_negative("eta", eta)
     if eta > 1:
         raise ValueError(f"eta: {eta} asks for more noise than a level holds; expected at most 1")
 

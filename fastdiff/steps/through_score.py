@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..rows import make_rows
 from ..schedule import NoiseSchedule
-from ..support.scalars import as_count
-from .table import StepTable, check_above_0, check_finite_ratio, make_table, score_columns, x0_columns
+from ..support.scalars import as_count, as_positive
+from .table import StepTable, check_finite_ratio, make_table, score_columns, x0_columns
 from .through_x0 import ancestral
 
 
@@ -139,7 +139,7 @@ def predictor_corrector(
     if predictor not in PREDICTORS:
         raise ValueError(f"predictor: expected one of {', '.join(PREDICTORS)}, got {predictor!r}")
     repeats = as_count("corrections", corrections)
-    check_above_0("snr", snr)
+    as_positive("snr", snr)
     steps = PREDICTORS[predictor](schedule, levels, objective, clip).rows
     n = int((levels[1:] > 0).sum())  # the step to data has nothing to correct
     t, s = levels[:n], levels[1 : n + 1]
@@ -176,7 +176,7 @@ def annealed_langevin(
     Reference: Song & Ermon 2019, arXiv:1907.05600, algorithm 1; the last step: Jolicoeur-Martineau et al. 2021,
         arXiv:2009.05475.
     """
-    check_above_0("eps", eps)
+    as_positive("eps", eps)
     if bool((schedule.log_alpha != 0).any()):
         raise ValueError("sampler: 'annealed_langevin' expected alpha = 1 at every level (NCSN), got less")
     size = eps * (schedule.sigma[levels[:-1]] / schedule.sigma[1]) ** 2

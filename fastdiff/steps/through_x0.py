@@ -22,7 +22,8 @@ from torch import Tensor
 from ..objective import conversion_rows, needs_noise, x0_rows
 from ..rows import LOG_ZERO, make_rows
 from ..schedule import NoiseSchedule
-from .table import StepTable, check_at_least_0, check_finite_ratio, check_signal, make_table, x0_columns
+from ..support.scalars import as_not_negative
+from .table import StepTable, check_finite_ratio, check_signal, make_table, x0_columns
 
 VARIANCES = ("posterior", "beta", "learned")
 
@@ -82,7 +83,7 @@ def ddim(
     Raises: ValueError if eta < 0, or asks for more noise than a level holds.
     Reference: Song et al. 2021a, arXiv:2010.02502, eq. 12 and 16.
     """
-    check_at_least_0("eta", eta)
+    as_not_negative("eta", eta)
     t, s = levels[:-1], levels[1:]
     denoised = x0_columns(schedule, t, s, objective, clip)
     sigma_t, sigma_s = schedule.sigma[t], schedule.sigma[s]
@@ -167,7 +168,7 @@ def heun(
     Raises: ValueError if sigma / alpha is infinite at a level, or noise_scale < 0.
     Reference: Karras et al. 2022, arXiv:2206.00364, algorithms 1 and 2.
     """
-    check_at_least_0("noise_scale", noise_scale)
+    as_not_negative("noise_scale", noise_scale)
     check_signal(schedule, levels[:-1], objective)
     check_finite_ratio("heun", schedule, levels[:-1])
     ratio = (-schedule.log_snr / 2).exp()

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastdiff.networks import NETWORKS
 from fastdiff.ops.checks import check_choice
+from fastdiff.support.scalars import as_not_negative, as_positive
 from fastdiff.training.checkpoint import State
 from fastdiff.training.data.opening import ARRAYS, KINDS, SETS, is_path
 from fastdiff.training.ema import names as average_names
@@ -170,12 +171,10 @@ class Options:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout: expected a share in [0, 1), got {self.label_dropout}")
-        if not 0 <= self.offset_noise < math.inf:
-            raise ValueError(f"offset_noise: expected a finite number of at least 0, got {self.offset_noise}")
+        as_not_negative("offset_noise", self.offset_noise)
         self._check_optimizer()
         for name in ("lr", "clip_grad", "sigma_data"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
+            as_positive(name, getattr(self, name))
 
     def _check_optimizer(self) -> None:
         if self.accumulate > self.batch_size:
@@ -188,8 +187,7 @@ class Options:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected a finite number of at least 0, got {self.weight_decay}")
+        as_not_negative("weight_decay", self.weight_decay)
         average_names(self.ema_decays, self.ema_sigma_rel)
 
     def _check_network(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastdiff.support.scalars import as_count, as_number
+from fastdiff.support.scalars import as_count, as_share
 from fastdiff.training.data.order import FLIP, LABEL, draws, shuffled
 from fastdiff.training.data.sources import Source, reason, scaled
 
@@ -97,8 +97,7 @@ class Stream:
         if not hasattr(source, "read"):
             raise TypeError(f"source: expected one of fastdiff.data, such as Arrays, got {type(source).__name__}")
         as_count("batch_size", batch_size)
-        if not 0 <= as_number("label_dropout", label_dropout) <= 1:
-            raise ValueError(f"label_dropout: expected a number from 0 to 1, got {label_dropout}")
+        as_share("label_dropout", label_dropout)
         self.source, self.batch_size, self.seed, self.flip = source, batch_size, seed, flip
         self.label_dropout, self.workers, self.warn = label_dropout, workers, warn
         self.skipped: dict[int, str] = {}
