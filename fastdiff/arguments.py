@@ -13,17 +13,8 @@ from .steps import StepTable
 from .support.choices import did_you_mean
 from .support.scalars import integer
 
-# Arguments of other libraries, and ours.
-OTHER_OPTIONS = {
-    "num_inference_steps": "steps",
-    "num_steps": "steps",
-    "guidance_scale": "guidance",
-    "cfg_scale": "guidance",
-    "latents": "x_T",
-    "image": "x_init",
-    "mask": "known",
-    "mask_image": "known",
-}
+# What `sample` takes and newcomers look for under another name.
+OPTIONS = ("steps", "guidance", "x_T", "x_init", "known")
 
 
 def merged(model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -55,8 +46,7 @@ def check_call(model: nn.Module, x: Tensor, condition: Tensor, model_kwargs: dic
     call = f"{type(model).__name__}.forward"
     kinds = [parameter.kind for parameter in signature.parameters.values()]
     for name in () if inspect.Parameter.VAR_KEYWORD in kinds else model_kwargs.keys() - signature.parameters.keys():
-        option = OTHER_OPTIONS.get(name)
-        meant = f"; did you mean {option!r}?" if option else did_you_mean(name, signature.parameters)
+        meant = did_you_mean(name, (*signature.parameters, *OPTIONS))
         raise TypeError(f"{name}: expected an option of this method or an argument of {call}, got neither{meant}")
     try:
         signature.bind(x, condition, **model_kwargs)
