@@ -9,7 +9,6 @@ bias (cuDNN convolves, PyTorch adds), three for GroupNorm. Bytes are those of al
 """
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.networks import cifar10
 from fastdiff.cast import Casts
+from fastdiff.files import write_json
 from fastdiff.fused import Ahead
 from fastdiff.nn import ResnetBlock
 from fastdiff.unet import UNet
@@ -266,8 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             blocks.append({"norm": name, "layout": layout} | made._asdict())
             print(f"| {name}'s norm | {layout} | {made.triton} | {made.calls} | {made.passes} |")
     if args.json:
-        content = {"forward": [row._asdict() for row in counted], "compiled": blocks}
-        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, {"forward": [row._asdict() for row in counted], "compiled": blocks})
     return 0
 
 

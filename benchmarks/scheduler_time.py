@@ -8,7 +8,6 @@ and lie on the CPU, so that the host decides. Both take turns, and each row is o
 
 import argparse
 import gc
-import json
 import sys
 import time
 import warnings
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffusers
 import torch
 
-from fastdiff.files import replacing, writable
+from fastdiff.files import writable, write_json
 from fastdiff.interop import diffusers as fused
 
 SHAPES = ((1, 4, 32, 32), (1, 3, 8, 8))
@@ -81,8 +80,7 @@ def main() -> int:
             text = "x".join(map(str, shape))
             print(f"{name:36s}{text:>14s}{row['ours_us']:8.1f}{row['stock_us']:8.1f}{row['ratio']:8.2f}", flush=True)
     if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, rows)
     return 0
 
 

@@ -7,7 +7,6 @@ al. 2009, "Roofline"). Nothing is run, so latency, caches and launches do not co
 
 import argparse
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.files import replacing, writable
+from fastdiff.files import writable, write_json
 from fastdiff.rows import WIDE, WIDTH
 
 from .variants import BATCH, GROUPS, LEVELS, NORMS, STREAM, Variant, variants
@@ -333,8 +332,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"  {name}: {chip.processors} multiprocessors at {chip.clock / 1e9:.2f} GHz; {chip.source}")
     print("\n" + table(rows))
     if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, rows)
     if args.plot:
         from benchmarks import pictures
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import replacing
+from ..files import write_json
 from ..schedule import NoiseSchedule, linear, make_schedule, scaled_linear
 from ..support.weights import TensorFile, blaming, check_length, read_pickled, save_tensors
 
@@ -131,7 +131,7 @@ def _write_network(folder: str | Path, kind: str, config: dict[str, Any], weight
         raise ValueError("self_condition: expected False, as diffusers has no network that takes x_self_cond, got True")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", {"_class_name": kind, "_diffusers_version": VERSION, **config})
+    write_json(folder / "config.json", {"_class_name": kind, "_diffusers_version": VERSION, **config})
     save_tensors(folder / f"{WEIGHTS}.safetensors", weights, {"format": "pt"})
 
 
@@ -270,9 +270,9 @@ def write_ddpm(
     (folder / "scheduler").mkdir(exist_ok=True)
     version = {"_diffusers_version": VERSION}
     path = folder / "scheduler" / "scheduler_config.json"
-    _write_json(path, {"_class_name": "DDPMScheduler", **version, **scheduler})
+    write_json(path, {"_class_name": "DDPMScheduler", **version, **scheduler})
     parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
-    _write_json(folder / "model_index.json", {"_class_name": "DDPMPipeline", **version, **parts})
+    write_json(folder / "model_index.json", {"_class_name": "DDPMPipeline", **version, **parts})
 
 
 def _schedule(config: dict[str, Any]) -> str | NoiseSchedule:
@@ -335,8 +335,3 @@ def _read_config(path: Path, classes: tuple[str, ...]) -> Content:
         got = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path}: expected the configuration of a {' or '.join(classes)}, got {got!r}")
     return Content(path, {k: v for k, v in config.items() if not k.startswith("_")})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
