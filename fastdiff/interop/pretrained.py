@@ -12,8 +12,8 @@ This module reads files into constructor arguments and weights. `UNet.from_pretr
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..files import write_json
 from ..schedule import NoiseSchedule, linear, make_schedule, scaled_linear
-from ..support.weights import TensorFile, blaming, check_length, read_pickled, save_tensors
+from ..support.errors import blaming
+from ..support.weights import TensorFile, check_length, read_pickled, save_tensors
 
 # The version of diffusers that the files are written for.
 VERSION = "0.42.1"
@@ -67,16 +68,9 @@ class Content(dict[str, Any]):
         super().__init__(content)
         self.path = path
 
-    @contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Errors of the block, which uses the content, become a ValueError that names the file."""
-        try:
-            yield
-        except (OSError, ImportError):
-            raise
-        except Exception as error:  # content that nobody expected is met by any exception
-            reason = " ".join(str(error).split())[:500] or type(error).__name__
-            raise ValueError(f"{self.path}: {reason}") from error
+    def blamed(self) -> AbstractContextManager[None]:
+        """A block that uses the content: its errors become a ValueError that names the file."""
+        return blaming(self.path)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------

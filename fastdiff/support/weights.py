@@ -6,8 +6,7 @@ on the meta device, where it takes no memory, and only a network that fits is bu
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,22 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.files import need, replacing
+from fastdiff.support.errors import reason
 
 # The types of safetensors that weights may have.
 FLOATING = ("F64", "F32", "F16", "BF16")
 Network = TypeVar("Network", bound=nn.Module)
-
-
-@contextmanager
-def blaming(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever the content of a file makes Python raise into a ValueError that begins with the file's name."""
-    try:
-        yield
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # content that nobody expected is met by any exception
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise ValueError(f"{path} is not {what}: {reason}") from error
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -152,8 +140,7 @@ def read_pickled(path: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # content that nobody expected is met by any exception
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path}: expected tensors alone, got something else ({reason})") from error
+        raise ValueError(f"{path}: expected tensors alone, got something else ({reason(error)})") from error
     tensors = content.values() if isinstance(content, dict) else ()
     size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
     if size > path.stat().st_size:  # tensors may share their numbers, or repeat them

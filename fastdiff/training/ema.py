@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.support import run_file
+from fastdiff.support.errors import blaming
 from fastdiff.support.run_file import RunFile
-from fastdiff.support.weights import TensorFile, blaming, check_shapes, save_tensors
+from fastdiff.support.weights import TensorFile, check_shapes, save_tensors
 
 DECAY, WIDTH = "decay", "sigma_rel"
 # The folder of a run with its power-function averages of some steps, and what the metadata of its files holds.

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fastdiff.support.errors import reason
 from fastdiff.support.scalars import as_count, as_share
 from fastdiff.training.data.order import FLIP, LABEL, draws, shuffled
-from fastdiff.training.data.sources import Source, reason, scaled
+from fastdiff.training.data.sources import Source, scaled
 
 
 class Batch(NamedTuple):
@@ -138,7 +139,7 @@ class Stream:
             for numbers, values in zip(self._asked(start, every), loader, strict=False):
                 yield self._batch(numbers, values)
         except RuntimeError as error:  # the loader's own: a worker was killed, or had no memory
-            raise OSError(f"data: a process that reads images has ended: {' '.join(str(error).split())}") from error
+            raise OSError(f"data: a process that reads images has ended: {reason(error)}") from error
 
     def _asked(self, start: int, parts: Sequence[range | slice]) -> Iterator[np.ndarray]:
         """The global sample numbers of one batch after another."""
