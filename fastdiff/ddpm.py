@@ -18,7 +18,6 @@ from .forward_noise import Noised
 from .importance import LossSecondMoment
 from .interop import pretrained
 from .interpolation import along_the_circle, mixing_weight
-from .networks import NETWORKS
 from .objective import Weighting
 from .ops.checks import as_seed, check_choice, check_floating
 from .process import Chain, Grid
@@ -137,7 +136,7 @@ class DDPM(ChainDiffusion):
         if run := run_file.find(folder):
             if variant is not None:
                 raise ValueError(f"variant: expected None for a run of `fastdiff train`, got {variant!r}")
-            made = run_file.RunFile.open(run).formulation(cls, NETWORKS)
+            made = super().from_pretrained(run)
             return made if torch_dtype is None else made.to(torch_dtype)
         arguments = pretrained.read_ddpm(folder, variant)
         unet = UNet.from_pretrained(folder, torch_dtype=torch_dtype, variant=variant)

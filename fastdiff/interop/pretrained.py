@@ -6,13 +6,13 @@ of them. A variant, such as fp16, has its name in that of the file. A pipeline h
 scheduler_config.json in scheduler/. The first published pipelines have all of these files in one folder. A key that
 config.json or scheduler_config.json lacks has the default of its class. Anything more in a file is refused.
 
-This module reads files into constructor arguments and weights. `UNet.from_pretrained`, `DiT.from_pretrained` and
-`DDPM.from_pretrained` build the models.
+This module reads files into constructor arguments and weights, for `UNet.from_pretrained`, `DiT.from_pretrained` and
+`DDPM.from_pretrained`.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,15 @@ from torch import Tensor
 from ..files import write_json
 from ..schedule import NoiseSchedule, linear, make_schedule, scaled_linear
 from ..support.errors import blaming
-from ..support.weights import TensorFile, check_length, read_pickled, save_tensors
+from ..support.weights import (
+    Network,
+    TensorFile,
+    check_length,
+    check_shapes,
+    read_pickled,
+    save_tensors,
+    shapes_of,
+)
 
 # The version of diffusers that the files are written for.
 VERSION = "0.42.1"
@@ -96,6 +104,20 @@ def read_unet(folder: str | Path, variant: str | None = None) -> tuple[Content, 
         if isinstance(config.get(name), list):  # UNetResDownBlock2D and so on, before diffusers 0.3
             config[name] = [k.removeprefix("UNetRes") if isinstance(k, str) else k for k in config[name]]
     return config, _read_weights(folder, variant)
+
+
+def build(kind: Callable[..., Network], config: Content, weights: Content, torch_dtype: torch.dtype | None) -> Network:
+    """The network of a configuration and weights that were read, in eval mode; in its own type if torch_dtype is None.
+
+    Raises: ValueError, naming the file, for options that the network lacks, and for weights that do not fit them.
+    """
+    with config.blamed():
+        expected = shapes_of(kind, config, len(weights))
+    with weights.blamed():
+        check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        network = kind(**config)
+        network.load_state_dict(weights)
+    return (network if torch_dtype is None else network.to(torch_dtype)).eval()
 
 
 def write_unet(folder: str | Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
