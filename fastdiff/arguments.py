@@ -63,7 +63,7 @@ def named(option: str, value: Any) -> str:
 
 
 def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
-    """Class labels on the CPU lie within the classes of the model. On a GPU to look would wait for the device."""
+    """Class labels on the CPU lie within the classes of the model; to read a GPU's values would wait for the device."""
     labels = model_kwargs.get("class_labels")
     if not isinstance(labels, Tensor) or not labels.is_cpu or labels.is_floating_point() or not labels.numel():
         return
@@ -76,7 +76,7 @@ def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
 
 
 def shape_of(model: nn.Module, shape: int | tuple[int, ...]) -> tuple[int, ...]:
-    """(B, ...) of a shape, or of a number of samples of model.sample_shape. TypeError or ValueError for others."""
+    """The shape (B, ...), given as it is or as B, to which model.sample_shape is added. TypeError or ValueError."""
     if isinstance(shape, bool):
         raise TypeError("shape: expected a number of samples or (B, ...), got a bool")
     number = integer(shape)
@@ -113,7 +113,7 @@ def check_sampling(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Arguments of `sample` fit each other; dtype and device are those of the state."""
+    """Check that arguments of `sample` fit each other. The state has this dtype and device."""
     if x_T is not None:
         check_shape("x_T", x_T, shape)
     if out is not None:
@@ -133,6 +133,6 @@ def check_out(out: Tensor | None, x_T: Tensor | None, uncond: Any, others: dict[
 
 
 def check_noise(noise: Any, steps: int, shape: tuple[int, ...]) -> None:
-    """The noise of `sample` is None, a function, or a tensor of that of each step."""
+    """The noise of `sample` is None, a function, or a tensor with the noise of each step."""
     if noise is not None and not callable(noise):
         check_shape("noise", noise, (steps, *shape))

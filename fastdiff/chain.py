@@ -19,7 +19,7 @@ from .support.settable import settable
 
 
 class Tables:
-    """The tables that were made, as attributes. They are derived data: a copy or pickle has none, and makes its own.
+    """The tables that were made, as attributes. A copy or pickle starts without them, and makes its own.
 
     versions: of the tensors that they were made of.
     """
@@ -230,9 +230,9 @@ class ChainDiffusion(Diffusion):
         number = None if isinstance(t, Tensor) else integer(t)
         if number is not None:
             wrong = not 1 <= number <= self.timesteps
-        else:  # a look at a GPU's tensor would wait for it
-            seen = transforms.bare(levels)
-            wrong = seen is not None and seen.is_cpu and bool(((seen < 1) | (seen > self.timesteps)).any())
+        else:
+            seen = transforms.visible(levels)
+            wrong = seen is not None and bool(((seen < 1) | (seen > self.timesteps)).any())
         if wrong:
             raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t}")
         return levels.expand(x.shape[0])

@@ -140,7 +140,7 @@ class DiT(nn.Module):
 
     @property
     def class_embedding(self) -> nn.Embedding:
-        """That of the first block; its number of labels is that of all."""
+        """The embedding of the first block. All blocks have as many labels."""
         table: nn.Embedding = self._blocks[0].norm1.emb.class_embedder.embedding_table
         return table
 
@@ -178,7 +178,7 @@ class DiT(nn.Module):
         conditions: list[Tensor] = []
         for i, block in enumerate(self.transformer_blocks):
             tokens, condition = block(tokens, t, class_labels, None if emb is None else emb[:, i])
-            conditions = conditions or [condition]  # the output takes that of the first block
+            conditions = conditions or [condition]  # the output is modulated by the first block's condition
         shift, scale = self.proj_out_1(F.silu(conditions[0])).chunk(2, dim=1)
         out: Tensor = self.proj_out_2(modulated_norm(tokens, shift, scale, EPS))
         out = out.reshape(-1, h, w, patch, patch, self.out_channels).permute(0, 5, 1, 3, 2, 4)

@@ -213,7 +213,7 @@ class CapturedCall:
             for own, value in pairs:
                 value.copy_(own)
         others = {type(value).__name__ for value in tree_leaves(self.out) if not isinstance(value, (Tensor, *PLAIN))}
-        if others:  # whose tensors would be those of the next call too
+        if others:  # the next call would overwrite tensors inside of them
             self.refuse(RuntimeError(f"its result is of {', '.join(sorted(others))}"))
         return tree_map_only(Tensor, torch.clone, self.out)
 

@@ -204,8 +204,8 @@ def with_guidance(
     without guidance.
 
     Args:
-        guidance: None, a finite number, a list or tuple with one for each row, or a function of the row's number and of
-            the level at which the model is asked, to one.
+        guidance: None, a finite number, or a list or tuple with one for each row. Or a function of the row's number
+            and the level at which the model is asked.
         rule: how two predictions become one.
         process, objective: of the table.
 
@@ -239,8 +239,8 @@ def with_guidance(
 
 
 def _stand_still(rows: Tensor, kinds: Sequence[str], process: Process) -> None:
-    """Let rows take the velocity for 0, in place: x_0 = eps = x where x_t = (1 - t) x_0 + t eps. Those that only add
-    noise have none."""
+    """Let rows take the velocity for 0, in place: x_0 = eps = x where x_t = (1 - t) x_0 + t eps. Rows that only add
+    noise do not change."""
     row = columns(rows)
     if not process.straight:
         raise ValueError(f"zero_start: expected 0 but for FlowMatching, got one with {type(process).__name__}")
@@ -355,7 +355,7 @@ def _of_leaves(function: Callable[..., Any], one: Any, *others: Any) -> Any:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two arguments that are no tensors are equal."""
+    """Whether two arguments are equal, and neither is a tensor."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return False
     try:

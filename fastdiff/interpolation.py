@@ -33,7 +33,7 @@ def along_the_circle(
 
 
 def mixing_weight(x0: Tensor, x1: Tensor, weight: float | Tensor) -> Tensor:
-    """The weight of x1 as float32 (1 or B, 1, ...). ValueError or TypeError unless x1 is like x0 and it in [0, 1]."""
+    """The weight of x1 as float32 (1 or B, 1, ...). ValueError or TypeError if it is not in [0, 1], or x1 unlike x0."""
     check_floating("x0", x0)
     check_like("x1", x1, x0)
     given = weight if isinstance(weight, Tensor) else as_float64("weight", weight)

@@ -69,8 +69,10 @@ class Process(ABC):
         return math.inf
 
     def ratio_range(self, sigma_min: float | None = None, sigma_max: float | None = None) -> tuple[float, float]:
-        """A range of sigma / alpha to sample in; that of the process within [0.002, 80] where None. ValueError unless
-        0 < sigma_min <= sigma_max < inf. A process without a largest ratio needs sigma_max."""
+        """The range of sigma / alpha to sample in. None stands for the end of the process, or of [0.002, 80].
+
+        Raises: ValueError unless 0 < sigma_min <= sigma_max < inf. A process without a largest ratio needs sigma_max.
+        """
         low, high = self.sigma_range()
         if sigma_max is None and not math.isfinite(high):
             way = "as in steps=model.process.karras(18, sigma_max=80)"
@@ -208,7 +210,7 @@ class Chain(Process):
     def at(self, times: Tensor) -> NoiseSchedule:
         # Without the variance kept, log sigma at level 0 is no end to interpolate from.
         made, lowest = self.schedule, 0 if self.schedule.vp else 1
-        # A look at a GPU's tensor would wait for it.
+        # To read a GPU's values would wait for the device.
         visible = times.device.type == "cpu" and not torch.compiler.is_compiling()
         if visible and not bool(((times >= lowest) & (times <= self.last)).all()):
             raise ValueError(f"times: expected them from {lowest} to {self.last:g}, got {times.tolist()}")

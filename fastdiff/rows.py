@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 class History(NamedTuple):
-    """The further columns of a row that writes one of several slots, or keeps a mix. A slot that is none of 0..K-1, as
+    """The further columns of a row that writes one of several slots, or keeps a mix. A slot outside of 0..K-1, such as
     -1, keeps nothing; a single slot is always overwritten."""
 
     from_hist2: Tensor

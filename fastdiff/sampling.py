@@ -111,7 +111,7 @@ class Run:
 
     @functools.cached_property
     def own_estimate_rows(self) -> Tensor | None:
-        """See own_estimate_rows; on the state's device."""
+        """The rows of estimates.own_estimate_rows, on the state's device."""
         rows = own_estimate_rows(self.denoiser, self.table, self.model_kwargs)
         return None if rows is None else rows.to(self.x.device, work_dtype(self.x.dtype))
 
@@ -164,7 +164,7 @@ class Steps:
 
 
 class StepsWithGradient(Steps):
-    """The steps of a run that remembers none, of which the last `count` leave new states, with a gradient."""
+    """The steps of a run. The last `count` leave new states with a gradient, so no step may remember an earlier one."""
 
     def __init__(self, run: Run, count: int) -> None:
         super().__init__(run)
@@ -205,7 +205,7 @@ class Walker(Protocol):
 
 
 def steps_of(run: Run, grad_steps: int = 0) -> Steps:
-    """The steps of a run, one by one, of which the last grad_steps have a gradient."""
+    """The steps of a run, one by one. The last grad_steps have a gradient."""
     return StepsWithGradient(run, grad_steps) if grad_steps else Steps(run)
 
 

@@ -152,7 +152,7 @@ def _write_network(folder: str | Path, kind: str, config: dict[str, Any], weight
 
 
 def _new_name(name: str) -> str:
-    """A parameter's name, with that of attention as it is today."""
+    """A parameter's name. The layers of attention get the names that they have today."""
     parts = name.split(".")
     if "attentions" in parts and parts[-2] in OLD_ATTENTION:
         parts[-2] = OLD_ATTENTION[parts[-2]]
@@ -160,7 +160,7 @@ def _new_name(name: str) -> str:
 
 
 def _network_folder(folder: str | Path, part: str) -> Path:
-    """The folder itself, or that of the network in that of a pipeline."""
+    """The folder itself, or in a pipeline's folder the one of its network."""
     folder = _existing(folder)
     return folder / part if not (folder / "config.json").is_file() and (folder / part).is_dir() else folder
 

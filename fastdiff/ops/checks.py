@@ -230,7 +230,7 @@ def check_levels(name: str, index: Tensor, end: int, ids: Tensor | None = None) 
 
 
 def check_range(name: str, index: Tensor | None, end: int) -> None:
-    """The values lie in [0, end). On a GPU nothing is checked: to look would wait for the device."""
+    """The values lie in [0, end). Nothing is checked on a GPU: to read its values would wait for the device."""
     if index is not None and index.is_cpu:
         recorder = recording()
         if recorder is None:
@@ -277,8 +277,8 @@ def as_sample_ids(
     if given.shape != (batch,):
         raise ValueError(f"sample_ids: expected shape ({batch},), got {tuple(given.shape)}")
     if not strict:
-        seen = transforms.bare(given)  # None in a trace, which a look would break
-        if seen is not None and seen.is_cpu and bool(((seen < 0) | (seen >= 2**32)).any()):
+        seen = transforms.visible(given)
+        if seen is not None and bool(((seen < 0) | (seen >= 2**32)).any()):
             raise ValueError(f"sample_ids: expected values in [0, 2^32), got {seen.tolist()}")
         given = given.to(device)
     check_device("sample_ids", given, device)

@@ -275,7 +275,7 @@ class Plan:
         return name
 
     def _name(self, t: Tensor) -> str:
-        """The name of a known tensor; of an empty one, that of any that is like it."""
+        """The name of a known tensor. Any tensor like it gives an empty one its name."""
         for known, name, _ in self.known:
             same = known.data_ptr() == t.data_ptr() and known.dtype == t.dtype
             if same and known.shape == t.shape and known.stride() == t.stride():

@@ -201,7 +201,7 @@ def make_steps(
 
 
 def _ending_at_data(table: StepTable, process: Process) -> StepTable:
-    """The table whose last step gives data in place of the state, which is taken for it, but for its scale."""
+    """The table whose last state counts as data: the last step also undoes the scale of states."""
     rows, levels = table.rows.clone(), table.levels.clone()
     if process.first_scale != 1:
         last, alpha = columns(rows[-1]), process.at(levels[-1:]).alpha[0]

@@ -1,6 +1,6 @@
 """Samplers of distilled models: a call of the model leads to data, and noise back to the next level.
 
-Common arguments as in `through_x0`. Few steps, 1 to 8, are enough for a model that was distilled to them.
+Few steps, 1 to 8, are enough for a model that was distilled to them. `fastdiff.steps` describes the common arguments.
 """
 
 import math

@@ -5,7 +5,8 @@ In lambda the probability-flow ODE, and with eta the reverse SDE, are linear but
     x_s = sigma_s / sigma_t e^(-eta h) x_t + alpha_s (1 + eta) int e^(-(1 + eta)(lambda_s - u)) x0(u) du + noise
 
 with h = lambda_s - lambda_t. The rules differ in the polynomial through the last estimates that stands for x0(u). The
-first step knows one estimate, and so does the step to data, which gives it. Common arguments as in `through_x0`.
+first step knows one estimate, and so does the step to data, which gives it. `fastdiff.steps` describes the common
+arguments.
 
 A start without signal, alpha = 0, is an estimate at lambda = -inf: it has no part in later steps.
 """

@@ -1,15 +1,9 @@
 """Samplers that step along the score s(x, t) = grad log p_t(x): reverse SDEs, their ODE, and Langevin dynamics.
 
-Each is a function of a schedule and the levels to visit that returns a StepTable. In the docstrings t -> s is one step
-of the SDE dx = f x dt + g dw (an objective other than the score is converted), z is standard normal noise, and x0 the
-model's estimate of the data. Where clip is set, the score is taken from the clipped x0.
-
-Common arguments:
-    schedule: the noise levels.
-    levels: (n + 1,) int64, decreasing, to visit in turn; 0 is data.
-    objective: what the model predicts, a name of fastdiff.objective.OBJECTIVES.
-    clip: x0 is kept in [-clip, clip]; None leaves it free.
-    denoise: whether the step to level 0 gives x0 (Tweedie's formula; Song et al. 2021b, app. G); else it is left out.
+In the docstrings t -> s is one step of the SDE dx = f x dt + g dw, z is standard normal noise, and x0 the model's
+estimate of the data. An objective other than the score is converted. Where clip is set, the score is taken from the
+clipped x0. Where denoise is, the step to level 0 gives x0 (Tweedie's formula; Song et al. 2021b, app. G).
+`fastdiff.steps` describes the arguments.
 
 All raise ValueError if the prediction does not determine the score at a level, and if no step is left.
 Song et al. 2021b is arXiv:2011.13456.

@@ -1,14 +1,8 @@
 """Samplers that step through x0hat, the model's estimate of the data.
 
-Each is a function of a schedule and the levels to visit that returns a StepTable. In the docstrings t -> s is one step,
-x0 = clip(x0_from_x x_t + x0_from_pred pred) the model's estimate, z standard normal noise, and alpha_ts, beta_ts the
-coefficients of q(x_t | x_s) = N(alpha_ts x_s, beta_ts I).
-
-Common arguments:
-    schedule: the noise levels.
-    levels: (n + 1,) int64, decreasing, to visit in turn; 0 is data.
-    objective: what the model predicts, a name of fastdiff.objective.OBJECTIVES.
-    clip: x0 is kept in [-clip, clip]; None leaves it free.
+In the docstrings t -> s is one step, x0 = clip(x0_from_x x_t + x0_from_pred pred) the model's estimate, and z standard
+normal noise. alpha_ts and beta_ts are the coefficients of q(x_t | x_s) = N(alpha_ts x_s, beta_ts I). `fastdiff.steps`
+describes the arguments.
 
 All raise ValueError if the prediction does not determine x_0 at a level, or loses it unclipped to rounding.
 """

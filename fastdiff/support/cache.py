@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 def by_version(tensor: Tensor) -> Any:
-    """A stamp: which tensor it is, and its version. A tensor of inference mode has none; on the CPU it has values."""
+    """A stamp: which tensor it is, and its version. Inference tensors have no version; on the CPU values replace it."""
     if not tensor.is_inference():
         return id(tensor), tensor._version
     return id(tensor), tensor.tolist() if tensor.device.type == "cpu" else None
 
 
 def _stand_ins() -> bool:
-    """Whether a mode that is active makes tensors that stand for others: fake tensors, and those of a trace."""
+    """Whether an active mode makes tensors that stand for others: fake tensors, or the tensors of a trace."""
     keys = torch._C._TorchDispatchModeKey.__members__.values()
     return any(torch._C._get_dispatch_mode(key) is not None for key in keys)
 

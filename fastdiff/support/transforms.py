@@ -22,7 +22,7 @@ active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def has_rules(grad: Tensor) -> bool:
-    """Whether a gradient that comes in belongs to a transform; that of is_grads_batched is a batch of another kind."""
+    """Whether an incoming gradient belongs to a transform, or is a batch of gradients (is_grads_batched)."""
     return is_legacy_batchedtensor(grad) or is_functorch_wrapped_tensor(grad) or active()
 
 
@@ -36,6 +36,12 @@ def bare(index: Tensor | None) -> Tensor | None:
     while is_functorch_wrapped_tensor(index):
         index = torch._C._functorch.get_unwrapped(index)
     return index if type(index) is Tensor else None
+
+
+def visible(index: Tensor | None) -> Tensor | None:
+    """`bare`, if it lies on the CPU; else None: to read a GPU's values would wait for the device."""
+    values = bare(index)
+    return values if values is not None and values.is_cpu else None
 
 
 def overwrite(name: str, tensor: Tensor, value: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Files of weights: written whole, and measured before anything is built from them.
 
-A file that is small may ask for a network that is huge. So the sizes in a file's header are compared with the network
-on the meta device, where it takes no memory, and only a network that fits is built.
+A small file may ask for a huge network. So the sizes in its header are first compared with the network on the meta
+device, where it takes no memory. Only a network that fits is built.
 """
 
 import os
@@ -96,7 +96,7 @@ def shapes_of(kind: Callable[..., nn.Module], config: Mapping[str, Any], tensors
 def build_to_fit(
     kind: Callable[..., Network], config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> Network:
-    """Build kind(**config), a UNet, once it is certain that weights of these shapes fit it.
+    """Build the network kind(**config), once it is certain that weights of these shapes fit it.
 
     Raises: ValueError naming the first tensor that is missing, unknown or of another shape; what `kind` raises.
     """
