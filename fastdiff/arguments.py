@@ -63,7 +63,7 @@ def named(option: str, value: Any) -> str:
 
 
 def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
-    """Class labels on the CPU lie within the classes of the model; to read a GPU's values would wait for the device."""
+    """Class labels on the CPU lie within the classes of the model. On a GPU to look would wait for the device."""
     labels = model_kwargs.get("class_labels")
     if not isinstance(labels, Tensor) or not labels.is_cpu or labels.is_floating_point() or not labels.numel():
         return

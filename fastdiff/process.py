@@ -210,7 +210,7 @@ class Chain(Process):
     def at(self, times: Tensor) -> NoiseSchedule:
         # Without the variance kept, log sigma at level 0 is no end to interpolate from.
         made, lowest = self.schedule, 0 if self.schedule.vp else 1
-        # To read a GPU's values would wait for the device.
+        # A look at a GPU's tensor would wait for it.
         visible = times.device.type == "cpu" and not torch.compiler.is_compiling()
         if visible and not bool(((times >= lowest) & (times <= self.last)).all()):
             raise ValueError(f"times: expected them from {lowest} to {self.last:g}, got {times.tolist()}")

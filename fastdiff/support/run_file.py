@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fastdiff.support.errors import blaming
-from fastdiff.support.weights import (
+from .errors import blaming
+from .weights import (
     Network,
     TensorFile,
     build_to_fit,

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastdiff.files import need, replacing
-from fastdiff.support.errors import reason
+from ..files import need, replacing
+from .errors import reason
 
 # The types of safetensors that weights may have.
 FLOATING = ("F64", "F32", "F16", "BF16")
