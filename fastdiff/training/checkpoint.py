@@ -27,8 +27,7 @@ from fastdiff.support import run_file
 from fastdiff.support.errors import reason
 from fastdiff.support.run_file import RunFile
 from fastdiff.support.sharded import is_sharded
-from fastdiff.training.ema import names as average_names
-from fastdiff.training.ema import note as note_averages
+from fastdiff.training.ema import average_names, note_averages
 from fastdiff.training.layout import whole
 from fastdiff.training.ranks import ALONE, Ranks
 

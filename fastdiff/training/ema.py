@@ -38,7 +38,7 @@ def parse(name: str, text: str) -> list[float]:
     return values
 
 
-def names(decays: str, widths: str) -> list[str]:
+def average_names(decays: str, widths: str) -> list[str]:
     """The names of the averages that two options ask for: "decay=0.99", "sigma_rel=0.05"."""
     return [
         *(f"{DECAY}={value}" for value in parse("ema_decays", decays)),
@@ -73,7 +73,7 @@ def exponent(sigma_rel: float) -> float:
 
 
 @torch.no_grad()
-def update(averages: Mapping[str, Sequence[Tensor]], weights: Iterable[Tensor], step: int) -> None:
+def update_averages(averages: Mapping[str, Sequence[Tensor]], weights: Iterable[Tensor], step: int) -> None:
     """Take the weights of step `step` into each average, in place."""
     weights = list(weights)
     for name, average in averages.items():
@@ -117,7 +117,7 @@ def coefficients(known: Sequence[tuple[int, float]], wanted: tuple[int, float]) 
     return scaled
 
 
-def note(run: Path, step: int, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
+def note_averages(run: Path, step: int, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Keep the power-function averages of a step in the run's folder."""
     wide = {name: kept for name, kept in averages.items() if name.startswith(WIDTH)}
     if wide:

@@ -13,7 +13,7 @@ from fastdiff.ops.checks import check_choice
 from fastdiff.support.scalars import as_not_negative, as_positive
 from fastdiff.training.checkpoint import State
 from fastdiff.training.data.opening import ARRAYS, KINDS, SETS, is_path
-from fastdiff.training.ema import names as average_names
+from fastdiff.training.ema import average_names
 
 # What the network of each formulation predicts by default.
 OBJECTIVES = {"ddpm": "v", "ncsn": "score", "vp": "v", "subvp": "v", "ve": "score", "flow": "flow", "edm": "edm"}
