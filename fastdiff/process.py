@@ -382,6 +382,7 @@ class VE(Process):
         return ((ratio / self.sigma_min).log() / self.log_range).where(ratio != self.sigma_min, 1e-300)  # 0 is data
 
     def sigma_range(self) -> tuple[float, float]:
+        """sigma at time 0 and at `last`."""
         return self.sigma_min, self.sigma_min * math.exp(self.log_range)
 
 

@@ -27,6 +27,7 @@ def offset_noise(
         sample_ids: (B,), the number of each sample in the noise of the seed; 0..B-1 if None.
 
     Returns: (B, C, ...), float32 or float64.
+    Raises: TypeError or ValueError, naming the argument.
     Reference: Guttenberg 2023, "Diffusion with offset noise".
     """
     check_floating("x0", x0)
@@ -77,6 +78,8 @@ def own_estimate(
         x0hat = predict_x0(x_t, t, zeros),      x_t as in the loss of the same arguments
 
     Args: as of `self_conditioned`.
+
+    Raises: TypeError or ValueError, naming the argument.
     """
     x_t = diffusion.noised(x0, t, seed, sample_ids, noise).x_t
     with torch.no_grad():
