@@ -35,7 +35,7 @@ def merged(model_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_call(model: nn.Module, x: Tensor, condition: Tensor, model_kwargs: dict[str, Any]) -> None:
-    """The model takes the arguments of its call, model(x, condition, **model_kwargs), by their number and names.
+    """Check that the model's forward takes (x, condition, **model_kwargs), by the number and names of arguments.
 
     Raises: TypeError, naming the argument.
     """

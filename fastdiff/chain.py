@@ -34,9 +34,10 @@ class Tables:
 class ChainDiffusion(Diffusion):
     """A Diffusion whose times are the levels 1..T of a chain, with a table of each level's numbers.
 
-    The tables are no buffers, so nothing averages, rounds, broadcasts or saves them. Each is made when it is first
-    asked for, in float64 on the CPU, cast, and brought to the data's device; and again for data on another device, and
-    after a change of the schedule's tensors in place. One through `.data` or NumPy is not seen: set `schedule` instead.
+    The tables are not buffers, so nothing averages, rounds, broadcasts or saves them. Each is made when it is first
+    asked for, in float64 on the CPU, then cast and brought to the data's device. It is made again for data on another
+    device, and after the schedule's tensors were changed in place. A change through `.data` or NumPy goes unseen: set
+    `schedule` instead.
 
     `weighting` and `schedule` (also a name, or betas) may be set later, as the options of Denoiser may.
     """

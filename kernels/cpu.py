@@ -110,7 +110,7 @@ class _Noted(NamedTuple):
 
 
 def _written(function: Any, parameters: list[str], constant: Text) -> str:
-    """The text of a call. That of a kernel on one thread is written out: to pass so many arguments on takes time."""
+    """The text of a call. For a kernel on one thread all is written out: to pass on so many arguments takes time."""
     if not isinstance(function, _Kernel) or parameters[0] != "1":
         return f"{constant(function)}({', '.join(parameters)})"
     packed = f"{constant(function.pack)}(0, 0, {constant(_scratch)}(1), {', '.join(parameters[1:])})"

@@ -75,7 +75,7 @@ class Images:
 
 
 class Arrays:
-    """Data of any shape that is there as one array: in memory, or memory-mapped from a .npy file.
+    """Data of any shape in one array, which is in memory or memory-mapped from a .npy file.
 
     Args:
         values: (N, ...), uint8 from 0 (black) to `white`, or floating and around [-1, 1], as latents are.
