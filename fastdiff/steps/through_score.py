@@ -2,7 +2,7 @@
 
 In the docstrings t -> s is one step of the SDE dx = f x dt + g dw, z is standard normal noise, and x0 the model's
 estimate of the data. An objective other than the score is converted. Where clip is set, the score is taken from the
-clipped x0. Where denoise is, the step to level 0 gives x0 (Tweedie's formula; Song et al. 2021b, app. G).
+clipped x0. With denoise the step to level 0 gives x0 (Tweedie's formula; Song et al. 2021b, app. G).
 `fastdiff.steps` describes the arguments.
 
 All raise ValueError if the prediction does not determine the score at a level, and if no step is left.
