@@ -25,19 +25,19 @@ from .support.shapes import flat
 from .support.sharded import as_forward
 
 METHOD = "dopri5"
+SAMPLING_TOLERANCE = 1e-5
 
 
-def sample(denoiser: Denoiser, x: Tensor, model_kwargs: dict[str, Any], tolerance: float = 1e-5) -> Tensor:
+def sample(denoiser: Denoiser, x: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
     """Data from x at the process's last time, by the solution at its first; without gradients and in eval mode.
 
     Args:
         denoiser: what predicts.
         x: (B, ...), the state to start from.
         model_kwargs: the model's further arguments.
-        tolerance: relative and absolute, of the solver.
     """
     with torch.no_grad():
-        end = _solve(denoiser, (x,), backwards=True, tolerance=tolerance, kwargs=model_kwargs)[0]
+        end = _solve(denoiser, (x,), backwards=True, tolerance=SAMPLING_TOLERANCE, kwargs=model_kwargs)[0]
     return end / denoiser.process.first_scale
 
 
