@@ -7,6 +7,17 @@ import torch
 from torch import Tensor
 
 
+def sizes_of(x: Tensor) -> tuple[int, int]:
+    """(batch, elements of a sample) of x, which is not empty."""
+    batch = x.shape[0]
+    return batch, x.numel() // batch
+
+
+def stride_of(index: Tensor) -> int:
+    """0 if one index serves the whole batch, else 1."""
+    return int(index.numel() > 1)
+
+
 def channels_of(x: Tensor) -> int:
     """1 if every sample of x is contiguous, C if it is channels last, 0 for any other layout.
 

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .coefficients import KL, MILLS
-from .launch import block_of, grid_of, kernel, launch, sizes_of, stride_of
-from .layout import laid_like, lay_out, slices_like
+from .launch import block_of, grid_of, kernel, launch
+from .layout import laid_like, lay_out, sizes_of, slices_like, stride_of
 from .reduce import reduce
 from .tile import load_float32, owner, table_row, tile
 
