@@ -21,7 +21,7 @@ def by_version(tensor: Tensor) -> Any:
 
 
 def _stand_ins() -> bool:
-    """Whether an active mode makes tensors that stand for others: fake tensors, or the tensors of a trace."""
+    """Whether a mode that is active makes tensors that stand for others: fake tensors, and those of a trace."""
     keys = torch._C._TorchDispatchModeKey.__members__.values()
     return any(torch._C._get_dispatch_mode(key) is not None for key in keys)
 

@@ -25,6 +25,7 @@ OTHER_NAMES = {
     "cfg_scale": "guidance",
     "latents": "x_T",
     "image": "x_init",
+    "init_image": "x_init",
     "mask": "known",
     "mask_image": "known",
     "--learning-rate": "--lr",
