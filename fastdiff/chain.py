@@ -223,7 +223,7 @@ class ChainDiffusion(Diffusion):
         return 1 + (quantiles.double() * self.timesteps).long().clamp(max=self.timesteps - 1)
 
     def checked_times(self, name: str, x: Tensor, t: Any) -> Tensor:
-        """(B,) int64 levels in 1..T for the data x; uniformly drawn if t is None. ValueError or TypeError as there."""
+        """(B,) int64 levels in 1..T for the data x; drawn evenly if t is None. Errors name x or t."""
         check_floating(name, x)
         if t is None:
             return torch.randint(1, self.timesteps + 1, x.shape[:1], device=x.device)

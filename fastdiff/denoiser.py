@@ -147,7 +147,7 @@ class Denoiser(nn.Module):
         condition: Tensor,
         model_kwargs: dict[str, Any],
         guided: bool = False,
-        told: Tensor | None = None,
+        own_estimate: Tensor | None = None,
     ) -> Prediction:
         """One call of the model.
 
@@ -156,15 +156,15 @@ class Denoiser(nn.Module):
             condition: (B,), see `condition`; (2 B,) if guided.
             model_kwargs: the model's further arguments; if guided, those of both branches stacked along the batch.
             guided: whether to ask for the prediction without the condition too, in the same call.
-            told: (B, ...), the estimate of x_0 that a self-conditioned model is told, in both branches.
+            own_estimate: (B, ...), the estimate of x_0 that a self-conditioned model is given, in both branches.
 
         Raises: TypeError or ValueError if the model returns anything but a prediction of the right shape.
         """
-        x, told = self._as_model(x), None if told is None else self._as_model(told)
-        if guided:
-            x, told = torch.cat((x, x)), None if told is None else torch.cat((told, told))
-        if told is not None:
-            model_kwargs = {**model_kwargs, TOLD: told}
+        x = self._as_model(x)
+        x = torch.cat((x, x)) if guided else x
+        if own_estimate is not None:
+            estimate = self._as_model(own_estimate)
+            model_kwargs = {**model_kwargs, TOLD: torch.cat((estimate, estimate)) if guided else estimate}
         try:
             out = modes.call(self.model, x, condition, **model_kwargs)
         except (RuntimeError, IndexError, TypeError) as error:

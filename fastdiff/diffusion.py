@@ -325,7 +325,7 @@ class Diffusion(Denoiser, ABC):
         return as_forward(self, sampling.walk)(Steps(run), progress=progress)
 
     def step_table(self, sampler: str | Sampler, steps: Any = None, eta: float = 0.0) -> StepTable:
-        """The table of numbers that `sample` applies with these arguments; ValueError as there."""
+        """The table of numbers that `sample` applies with these arguments. Raises what `sample` raises."""
         eta = as_number("eta", eta)
         if eta != 0.0 and sampler != "ddim":
             raise ValueError(f"eta: expected 0 with sampler {sampler!r}, got {eta}")

@@ -110,7 +110,7 @@ def self_conditioned(
         diffusion: the formulation.
         x0: (B, ...), data.
         name: of the model's argument, (B, ...).
-        share: the probability of each sample to be told, in [0, 1].
+        share: the probability of each sample to get its estimate, in [0, 1].
         t, seed, noise, sample_ids, options: as in Diffusion.forward.
 
     Raises: TypeError or ValueError, naming the argument.
@@ -126,7 +126,7 @@ def self_conditioned(
     drawn: dict[str, Any] = {"seed": seed, "noise": noise, "sample_ids": sample_ids}
     shared = {key: value for key, value in options.items() if key not in ("mask", "reduction")}
     estimate = own_estimate(diffusion, x0, t, name=name, **drawn, **shared)
-    told = torch.rand(x0.shape[0], device=x0.device) < share
-    estimate = torch.where(told.reshape(-1, *[1] * (x0.ndim - 1)), estimate, 0.0)
+    given = torch.rand(x0.shape[0], device=x0.device) < share
+    estimate = torch.where(given.reshape(-1, *[1] * (x0.ndim - 1)), estimate, 0.0)
     loss: Tensor = diffusion(x0, t=t, **drawn, **options, **{name: estimate})
     return loss
