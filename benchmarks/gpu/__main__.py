@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes = run(chosen, setup, args.budget, results, lambda line: print(line, flush=True))
     if outcomes:
         report.write_page(results.path)
-    print(f"results: {results.path}")
+    # Last, as whoever runs this from afar may see the end of the output alone.
+    print(*report.summary(results.content, results.run), f"results: {results.path}", sep="\n")
     return int(any("error" in outcome for outcome in outcomes))
 
 

@@ -67,6 +67,15 @@ def test_the_figures_of_a_job(monkeypatch):
     monkeypatch.setattr(measure, "profiled", locked)
     figures = measure.job(run, CPU.device, steps=2, units=8)
     assert figures["profiler"] == "CUPTI_ERROR_NOT_INITIALIZED" and "per_s" in figures
+    monkeypatch.setattr(measure, "profiled", lambda run, device: (0, 0.0))
+    figures = measure.job(run, CPU.device, steps=2, units=8)
+    assert figures["profiler"] == "it saw no kernels" and "gpu_ms_per_step" not in figures
+
+
+def test_a_job_says_what_the_compiler_gave_up():
+    counted = {"graph_break": {"no rule for f\nmore": 2, "no rule for g": 1}, "inductor": {"cudagraph_skips": 4}}
+    assert measure.given_up(counted) == {"cudagraph_skips": 4, "graph_breaks": 3, "broken_by": "no rule for f"}
+    assert measure.given_up({"inductor": {"fxgraph_cache_hit": 1}}) == measure.given_up({}) == {}
 
 
 @pytest.mark.slow
@@ -213,7 +222,8 @@ def test_what_needs_no_compiler_comes_first_and_what_compiles_longest_last():
             by_turn.setdefault(row.turn, set()).add(row.method)
     plain = {"diffusers eager", "fastdiff eager", "fastdiff graph", "accelerate eager", "accelerate graph"}
     assert by_turn[1] == plain and by_turn[2] == {"diffusers reduce-overhead", "diffusers compiled"}
-    assert by_turn[4] == {"diffusers max-autotune"}
+    assert by_turn[4] == by_turn[5] == {"diffusers max-autotune"}
+    assert [row.case for row in stages["sampling"] if row.turn == 4] == ["SD 1.5 U-Net, batch 1"]
     assert {row.turn for name in ("smoke", "host") for row in stages[name]} == {1}
     assert {row.turn for name in ("operations", "checks") for row in stages[name]} == {2, 3}
     assert len(stages["sampling"]) == 6 * 3 + 6 * 2
