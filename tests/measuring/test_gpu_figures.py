@@ -15,7 +15,7 @@ import torch
 import triton
 
 from benchmarks import workloads
-from benchmarks.gpu import checks, measure, operations, training
+from benchmarks.gpu import checks, measure, operations, packaged_step, training
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.rows import STAGES, NotAvailable, Setup
 from benchmarks.gpu.worker import measure as outcome_of
@@ -255,7 +255,32 @@ def test_a_result_that_is_not_the_reference_is_not_timed(short, monkeypatch):
 
 
 def test_the_packaged_step_of_stock_pytorch_has_nothing_of_ours():
-    """Nothing but PyTorch and the standard library, in both of its processes."""
+    """Nothing but PyTorch and the standard library; its loading process looks for itself."""
     script = (ROOT / "benchmarks" / "gpu" / "packaged_step.py").read_text()
-    names = re.findall(r"^ *(?:import|from) +(.+?)(?: import .*)?$", script, re.MULTILINE)
-    assert set(names) == {"subprocess", "sys", "tempfile", "pathlib", "torch", "sys, torch"}
+    names = re.findall(r"^(?:import|from) +(.+?)(?: import .*)?$", script, re.MULTILINE)
+    known = {"torch", "faulthandler, gc, sys, torch"}
+    assert set(names) - known <= sys.stdlib_module_names and known < set(names)
+    assert packaged_step.Step("stock").ops is None and "fastdiff" not in packaged_step.Step.forward.__code__.co_names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cure", ["one OpenMP thread", "nothing"])
+def test_a_packaged_step_that_dies_says_where_and_what_helps(monkeypatch, cure):
+    """Its process dies after the package was loaded, unless one thing is changed."""
+
+    def run(command, env, **_):
+        if cure == "one OpenMP thread" and env.get("OMP_NUM_THREADS") == "1":
+            torch.save(packaged_step.Step("stock").eval()(x, torch.tensor([3])).detach(), command[4])
+            return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=-11, stdout="import\nload\n", stderr="Fatal error\n  File step.so\n")
+
+    x = torch.linspace(-1, 1, 96).reshape(packaged_step.SHAPE)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(packaged_step, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(torch.export, "export", lambda *args, **options: None)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, package_path, **_: package_path)
+    with pytest.raises(RuntimeError) as error:
+        packaged_step.main("cpu", "stock")
+    told = str(error.value)
+    assert told.startswith("SIGSEGV, the last that it did: load. Fatal error / File step.so")
+    assert f"It is cured by: {cure}." in told and len(told) < 1800
