@@ -122,4 +122,5 @@ def main(device: str, kind: str, config: dict[str, Any] = USUAL) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], config=QUICKLY if sys.argv[3:] == ["quickly"] else USUAL)
+    device, kind, *how = sys.argv[1:]
+    main(device, kind, QUICKLY if how == ["quickly"] else USUAL)
