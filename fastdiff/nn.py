@@ -28,6 +28,7 @@ from .fused import (
     keys,
     maps_pixels,
     norm_silu,
+    with_shortcut,
     without_bias,
 )
 from .ops.group_norm import is_fused
@@ -205,18 +206,8 @@ class ResnetBlock(nn.Module):
         h = self.conv1(h) if shift is None or add is None else without_bias(self.conv1, h)
         h = norm_silu(self.norm2, h, s, b, add)
         x, h = self.resample(x), self.dropout(h)
-        h = self._sum(x, h) if owed is None else self._sum_without_biases(x, skip, h)
+        h = with_shortcut(self.conv_shortcut, x, self.conv2, h) if owed is None else self._sum_without_biases(x, skip, h)
         return h if self.scale == 1 else h / self.scale
-
-    def _sum(self, x: Tensor, h: Tensor) -> Tensor:
-        """conv_shortcut(x) + conv2(h)."""
-        layers: tuple[Any, ...] = self.conv_shortcut, self.conv2
-        if torch.is_grad_enabled() or not (channels_last(x) and maps_pixels(layers[0]) and adds_bias(layers[1])):
-            out: Tensor = layers[0](x) + layers[1](h)
-            return out
-        # With channels last the shortcut is a matrix product, which adds both biases in the same pass.
-        weight, bias = layers[0].weight.flatten(1), layers[0].bias + layers[1].bias
-        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2) + without_bias(self.conv2, h)
 
     def _sum_without_biases(self, x: Tensor, skip: Tensor | None, h: Tensor) -> Tensor:
         """conv_shortcut(cat((x, skip))) + conv2(h) but for the biases."""
