@@ -106,12 +106,13 @@ def with_shortcut(shortcut: Any, x: Tensor, conv: Any, h: Tensor) -> Tensor:
 
     With channels last and without a gradient a 1x1 shortcut is a matrix product, which adds both biases in its pass.
     """
-    plain = shortcut is not None and maps_pixels(shortcut) and adds_bias(conv)
-    if torch.is_grad_enabled() or not plain or not channels_last(x):
-        out: Tensor = (x if shortcut is None else shortcut(x)) + conv(h)
-        return out
+    as_product = shortcut is not None and maps_pixels(shortcut) and adds_bias(conv)
+    if torch.is_grad_enabled() or not as_product or not channels_last(x):
+        h = conv(h)
+        return (x if shortcut is None else shortcut(x)) + h
+    h = without_bias(conv, h)
     weight, bias = shortcut.weight.flatten(1), shortcut.bias + conv.bias
-    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2) + without_bias(conv, h)
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2) + h
 
 
 def adds_bias(conv: nn.Module) -> bool:

@@ -42,8 +42,11 @@ def accelerate(
     """Put the fused operations into a pipeline of diffusers, or into a network, in place; `restore` undoes it.
 
     - In every ResnetBlock2D, GroupNorm, the scale and shift of the time embedding, and SiLU become one operation
-      (`ops.group_norm_silu`). UNet2DModel, UNet2DConditionModel and AutoencoderKL are made of such blocks. Parameters,
-      their names and hooks on the blocks stay.
+      (`ops.group_norm_silu`), which also adds the bias of the convolution before it. UNet2DModel, UNet2DConditionModel
+      and AutoencoderKL are made of such blocks. Parameters, their names and hooks on the blocks stay.
+    - A 1x1 shortcut on a map that is channels last becomes a matrix product, which adds both last biases; not where a
+      gradient is wanted.
+    - A Transformer2DModel keeps maps that are channels last as they are. Its 1x1 convolutions become matrix products.
     - Every other GroupNorm of a module of diffusers becomes one operation too: those at the entry of transformers, in
       the attention of an autoencoder, and before the last convolution. Attention with a processor that is not of
       diffusers keeps its own.
@@ -57,8 +60,8 @@ def accelerate(
 
     What is done to a block later still counts. If its norms or its activation get hooks, another class or other tensors
     (offloading, LoRA, quantization, pruning), or ResnetBlock2D.forward is patched, the block runs stock's forward. A
-    second call replaces what is new. The Unet of denoising-diffusion-pytorch 2 has RMSNorm in its blocks, so nothing in
-    it is replaced.
+    convolution to which that happens is called. A second call replaces what is new. The Unet of
+    denoising-diffusion-pytorch 2 has RMSNorm in its blocks, so nothing in it is replaced.
 
     A graph reads the weights where they lie. Each shape, type and plain value of the arguments has a graph of its own.
     All are dropped after a change of the network: moved weights, LoRA, other modules, processors or attributes. Calls
@@ -236,7 +239,7 @@ def _fused_schedulers() -> dict[type, Any]:
     return {kind.stock: kind for kind in importlib.import_module(".diffusers", __package__).SCHEDULERS}
 
 
-def _kinds() -> dict[type, Any]:
+def _kinds() -> dict[Any, Any]:
     """The fused classes of modules by stock's: of resnet blocks, transformers and norms."""
     if "diffusers.models.resnet" not in sys.modules:
         return {}
