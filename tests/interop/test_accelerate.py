@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from strategies import DEVICE
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -103,10 +104,11 @@ def close(got, want, atol=1e-5):
 
 
 def parts(net) -> list[str]:
-    """What is fused: the blocks, and the norms that are not within one."""
+    """What is fused: the blocks, the transformers, and the norms that are not within a block."""
     blocks = {n for n, m in net.named_modules() if isinstance(m, ResnetBlock2D)}
+    transformers = [n for n, m in net.named_modules() if isinstance(m, Transformer2DModel)]
     norms = [n for n, m in net.named_modules() if isinstance(m, nn.GroupNorm) and n.rpartition(".")[0] not in blocks]
-    return sorted([*blocks, *norms])
+    return sorted([*blocks, *transformers, *norms])
 
 
 @pytest.mark.slow
@@ -125,6 +127,7 @@ def test_same_outputs_gradients_and_names(name, training):
     assert sorted(fastdiff.restore(net)) == fused and fastdiff.restore(net) == []
     assert all(type(m) is ResnetBlock2D for m in net.modules() if isinstance(m, ResnetBlock2D))
     assert all(type(m) is nn.GroupNorm for m in net.modules() if isinstance(m, nn.GroupNorm))
+    assert all(type(m) is Transformer2DModel for m in net.modules() if isinstance(m, Transformer2DModel))
     close(with_gradients(net), want, atol=0)
     assert sorted(fastdiff.restore(twin)) == fused
 
