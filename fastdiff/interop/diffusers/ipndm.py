@@ -58,14 +58,12 @@ class IPNDMScheduler(HistoryScheduler, CountingScheduler, diffusers.IPNDMSchedul
         from_e = sigma_s - ratio * sigma
         tables = []
         for weights in EQUAL:
+            # Where alpha = 0, x_t - sigma_t e_t is 0: it is taken from x_t and pred, and not from two large numbers.
+            own = weights[0] * sigma
             ages = from_e[:, None] * from_e.new_tensor([*weights[1:], 0.0, 0.0, 0.0])[:MAX_SLOTS]
-            # Where alpha = 0, x_t - sigma_t e_t is 0: the difference of both is taken here, and not of large numbers.
-            direct = weights[0] * sigma
-            tables.append(
-                make_rows(
-                    sigma, torch.float32, x0_from_x=sigma, x0_from_pred=alpha,
-                    from_x=ratio * (1 - direct * sigma) + sigma_s * direct, from_pred=from_e * weights[0] * alpha,
-                    kept_from_x0=1.0, **ring(ages),
-                )  # fmt: skip
-            )
+            rows = make_rows(
+                sigma, torch.float32, x0_from_x=sigma, x0_from_pred=alpha, kept_from_x0=1.0,
+                from_x=ratio * (1 - own * sigma) + sigma_s * own, from_pred=from_e * weights[0] * alpha, **ring(ages),
+            )  # fmt: skip
+            tables.append(rows)
         return list(torch.stack(tables).to(device).unbind())

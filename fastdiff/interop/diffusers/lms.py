@@ -78,12 +78,11 @@ class LMSDiscreteScheduler(
         for count in range(MAX_SLOTS + 1):
             ages = weights[:, 1:].clone()
             ages[:, count:] = 0  # as stock, which leaves out what a run that starts in the middle lacks
-            tables.append(
-                make_rows(
-                    sigma, torch.float32, x0_from_x=(1 - a) / sigma, x0_from_pred=-b / sigma, from_x0=weights[:, 0],
-                    from_x=1.0, kept_from_x0=1.0, **ring(ages),
-                )  # fmt: skip
-            )
+            rows = make_rows(
+                sigma, torch.float32, x0_from_x=(1 - a) / sigma, x0_from_pred=-b / sigma, kept_from_x0=1.0,
+                from_x0=weights[:, 0], from_x=1.0, **ring(ages),
+            )  # fmt: skip
+            tables.append(rows)
         x0_rows = make_rows(sigma, torch.float32, x0_from_x=a, x0_from_pred=b, from_x0=1.0)
         return list(torch.stack(tables).to(device).unbind()), x0_rows.to(device)
 

@@ -57,9 +57,7 @@ class MidpointScheduler(VarianceExplodingScheduler):
         i, device = self._place(timestep), sample.device
         if i >= len(self.timesteps):
             return NotImplemented  # stock's error, or NaN
-        first, second, noisy = self._table(
-            "steps", lambda: self._steps(device), self._sources(), device, prediction
-        )
+        first, second, noisy = self._table("steps", lambda: self._steps(device), self._sources(), device, prediction)
         both = torch.promote_types(sample.dtype, model_output.dtype)
         if start is None:
             results = two_results(sample, model_output, first, i, (both, both))

@@ -63,7 +63,7 @@ class HistoryScheduler(FusedScheduler):
     def _in_turn(
         self, x: Tensor, pred: Tensor, rows: Tensor, i: int, outputs: Sequence[Tensor | None], slots: int, **noise: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """(x', m) of step i; `outputs` has the m of the steps before it, the newest last. Its m takes slot i % slots."""
+        """(x', m) of step i; `outputs` are the m of the steps before it, the newest last."""
         # Slot j holds the m of step i - age, where age = 1..slots and (i - age) % slots = j.
         ages = [(i - 1 - j) % slots + 1 for j in range(slots)]
         past = [outputs[-age] if age <= len(outputs) else None for age in ages]
