@@ -73,7 +73,7 @@ class DPMSolverSinglestepScheduler(
             len(self.model_outputs),
         )  # fmt: skip
         if order > 1:
-            noise = {"noise": ops.update(begun, begun, starts[order - 1], i, **noise) if random else begun}
+            noise = {"noise": ops.update(begun, output, starts[order - 1], i, **noise) if random else begun}
         outputs = self.model_outputs
         prev_sample, kept = self._in_turn(x, output, rows[order - 1], i, outputs, len(outputs), **noise)
         outputs[:], self.sample = [*outputs[1:], kept], start

@@ -7,7 +7,7 @@ from torch.compiler import is_compiling
 from ... import ops
 from ...rows import make_rows
 from .common import Generators, alike
-from .sigmas import VarianceExplodingScheduler, derivative_rows, two_results, x0_from_sigma
+from .sigmas import VarianceExplodingScheduler, derivative_rows, in_float32, two_results, x0_from_sigma
 
 
 class MidpointScheduler(VarianceExplodingScheduler):
@@ -25,7 +25,7 @@ class MidpointScheduler(VarianceExplodingScheduler):
     sigmas_interpol: Tensor
 
     def _sources(self) -> tuple[Tensor, ...]:
-        """The tensors that the rows are made of."""
+        """The tensors that the levels are made of."""
         raise NotImplementedError
 
     def _levels_of_steps(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -34,50 +34,72 @@ class MidpointScheduler(VarianceExplodingScheduler):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """x / sqrt(sigma^2 + 1), by a number that was made for the whole run."""
-        if is_compiling() or not isinstance(self.sigmas, Tensor):
+        sigmas, first = self.sigmas, self.sample is None
+        if is_compiling() or not isinstance(sigmas, Tensor):
             return NotImplemented
+
+        def build() -> tuple[Tensor, ...]:
+            return (((sigmas if first else self._levels_of_steps()[0].roll(1)) ** 2 + 1) ** 0.5).unbind()
+
         i = self._place(timestep)
-
-        def build() -> tuple[tuple[Tensor, ...], ...]:
-            middle = self._levels_of_steps()[0].roll(1)
-            return tuple(((sigma**2 + 1) ** 0.5).unbind() for sigma in (self.sigmas, middle))
-
-        first, second = self._tables.get("scales", build, (self.sigmas, self.sigmas_interpol))
-        return sample / (first if self.sample is None else second)[i]
+        name, source = ("scales", sigmas) if first else ("scales between", self.sigmas_interpol)
+        return sample / self._tables.get(name, build, (source,))[i]
 
     def _half(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, generator: Generators = None
     ) -> tuple[Tensor, Tensor]:
         """(x_m or x_s, x_0) of half a step; NotImplemented if stock's step must run."""
-        start, prediction = self.sample, self.config.prediction_type
+        start, prediction, device = self.sample, self.config.prediction_type, sample.device
         if prediction not in ("epsilon", "v_prediction") or not isinstance(self.sigmas, Tensor):
             return NotImplemented  # stock's error
-        if not alike(sample, model_output, *(() if start is None else (start,))):
+        if not (alike(sample, model_output) if start is None else alike(sample, model_output, start)):
             return NotImplemented
-        i, device = self._place(timestep), sample.device
-        if i >= len(self.timesteps):
-            return NotImplemented  # stock's error, or NaN
-        first, second, noisy = self._table("steps", lambda: self._steps(device), self._sources(), device, prediction)
-        both = torch.promote_types(sample.dtype, model_output.dtype)
+        i, dtype = self._place(timestep), sample.dtype
+        # The keys have all of the configuration that is in them.
         if start is None:
-            results = two_results(sample, model_output, first, i, (both, both))
+            sources = self.sigmas, self.sigmas_interpol
+            rows = self._tables.get("first", lambda: self._first_halves(device), sources, device, prediction)
+        else:
+            rows, noisy, up = self._tables.get(
+                "second", lambda: self._second_halves(device), self._sources(), device, prediction
+            )
+        if i >= rows.shape[0]:
+            return NotImplemented  # stock's error, or NaN
+        if dtype != model_output.dtype:
+            dtype = torch.promote_types(dtype, model_output.dtype)
+        if start is None:
+            results = two_results(sample, model_output, rows, i, (dtype, dtype))
             self.sample = sample
         else:
-            if noisy is not None:
-                start = ops.update(start, start, noisy, i, **self._noise(model_output, generator, i))
-            results = two_results(sample, model_output, second, i, (both, both), noise=start)
+            if up:
+                noise = self._noise(model_output, generator, i)
+                if "noise" in noise:  # an operation of PyTorch holds up the host less than one of ours
+                    start = torch.addcmul(in_float32(start), noise["noise"], up[i])
+                else:
+                    start = ops.update(in_float32(start), model_output, noisy, i, **noise)
+            results = two_results(sample, model_output, rows, i, (dtype, dtype), noise=start)
             self.sample = None
         self._step_index += 1
         return results
 
-    def _steps(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows of first halves, of second halves, and of x_t with noise; the latter two by the place of the second."""
-        count, (middle, down, up) = len(self.timesteps), self._levels_of_steps()
-        sigma, middle, down = (levels[:count].to(device).double() for levels in (self.sigmas, middle, down))
-        prediction = self.config.prediction_type
-        a, b = x0_from_sigma(prediction, sigma, sigma)
-        first = derivative_rows(a, b, (middle - sigma) / sigma, kept_from_x0=1.0)
-        a, b = x0_from_sigma(prediction, middle, middle)
-        second = derivative_rows(a, b, (down - sigma) / middle, x=0.0, noise=1.0, kept_from_x0=1.0)
-        noisy = None if up is None else make_rows(sigma, torch.float32, from_x=1.0, noise=up[:count].to(device))
-        return first, second.roll(1, 0), None if noisy is None else noisy.roll(1, 0)
+    def _first_halves(self, device: torch.device) -> Tensor:
+        """Rows by place."""
+        sigma, middle, _ = self._in_float64(device)
+        a, b = x0_from_sigma(self.config.prediction_type, sigma, sigma)
+        return derivative_rows(a, b, (middle - sigma) / sigma, kept_from_x0=1.0)
+
+    def _second_halves(self, device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Rows by place, which take x_t in the column of noise, rows of x_t with noise, and what multiplies it."""
+        sigma, middle, down = self._in_float64(device)
+        up = self._levels_of_steps()[2]
+        a, b = x0_from_sigma(self.config.prediction_type, middle, middle)
+        rows = derivative_rows(a, b, (down - sigma) / middle, x=0.0, noise=1.0, kept_from_x0=1.0).roll(1, 0)
+        if up is None:
+            return rows, rows, ()
+        up = up[: len(sigma)].to(device).roll(1)
+        return rows, make_rows(up, torch.float32, from_x=1.0, noise=up), up.unbind()
+
+    def _in_float64(self, device: torch.device) -> tuple[Tensor, ...]:
+        """sigma_t, sigma_m and sigma_d by the place of a step's first half."""
+        count = len(self.timesteps)
+        return tuple(levels[:count].to(device).double() for levels in (self.sigmas, *self._levels_of_steps()[:2]))
