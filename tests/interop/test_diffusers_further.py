@@ -243,6 +243,52 @@ def test_fused_noise(name: str, config: dict[str, Any]) -> None:
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        *((name, source) for name in (KDPM2, ANCESTRAL) for source in ("sigmas", "sigmas_interpol")),
+        *((name, source) for name in (SINGLESTEP, LMS) for source in ("sigmas",)),
+        *((ANCESTRAL, source) for source in ("sigmas_up", "sigmas_down")),
+        *((IPNDM, source) for source in ("betas", "alphas")),
+    ],
+)
+def test_changes_are_seen(name: str, source: str) -> None:
+    """Of each tensor that the rows are made of, through .data, which no version shows."""
+    pair = begun(name, 10)
+    x, seen = torch.randn(SHAPE, generator=seeded(0)), []
+    for factor in (1.0, 0.9):
+        ends = []
+        for s in pair:
+            getattr(s, source).data.mul_(factor)
+            s.set_begin_index(4)
+            s._step_index = s.sample = None
+            torch.manual_seed(3)
+            state = x
+            for t in s.timesteps[4:6]:
+                state = s.step(0.3 * state, t, state).prev_sample
+            ends.append(state)
+        torch.testing.assert_close(ends[1], ends[0], rtol=2e-5, atol=2e-5)
+        seen.append(ends[1])
+    assert not torch.allclose(*seen, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", [SINGLESTEP, LMS, KDPM2, ANCESTRAL, IPNDM])
+def test_outputs_of_another_type(name: str, kind: torch.dtype) -> None:
+    """Results have the type that stock's have, also if a second half is given another type than the first."""
+    pair = begun(name, 8, **({"solver_order": 2} if name == SINGLESTEP else {}))
+    x, output = (torch.randn(SHAPE, generator=seeded(k)) for k in range(2))
+    bound = 4 * torch.finfo(kind).eps if kind == torch.bfloat16 else 1e-5
+    for given in ((x, output.to(kind)), (x.to(kind), output.to(kind)), (x, output.to(kind)), (x, output)):
+        results = []
+        for s in pair:
+            torch.manual_seed(3)
+            results.append(s.step(given[1], s.timesteps[0 if s.step_index is None else s.step_index], given[0]))
+        for key in results[0]:
+            assert results[1][key].dtype == results[0][key].dtype
+            torch.testing.assert_close(results[1][key], results[0][key], rtol=bound, atol=20 * bound)
+
+
 @pytest.mark.parametrize("name", [SINGLESTEP, LMS, KDPM2, ANCESTRAL, IPNDM])
 def test_what_stock_does_with_the_rest(name: str, recwarn: pytest.WarningsRecorder) -> None:
     """Shapes that broadcast have stock's bits; past the end is stock's error; so is an unknown prediction."""

@@ -382,7 +382,7 @@ def test_kernels(name: str, config: dict[str, Any], backend: str) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=2e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [DPM, DEIS, UNIPC, PNDM])
+@pytest.mark.parametrize("name", [DPM, DEIS, UNIPC, PNDM, "DPMSolverSinglestepScheduler"])
 def test_an_overridden_method_is_called(name: str) -> None:
     method = "_get_prev_sample" if name == PNDM else "convert_model_output"
     kind = getattr(fused, name)

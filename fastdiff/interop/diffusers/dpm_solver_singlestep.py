@@ -60,11 +60,10 @@ class DPMSolverSinglestepScheduler(
         start = sample if order == 1 else self.sample
         if start is None or not alike(sample, start):
             return NotImplemented
-        x, output, begun = promoted(sample, output, start)
         noise: dict[str, Any] = {}
         if random:
-            like = output if prediction == "sample" else x
-            noise = self._noise(like, generator, i)
+            noise = self._noise(output if prediction == "sample" else promoted(sample, output)[0], generator, i)
+        x, output, begun, *_ = promoted(sample, output, start, *(self.model_outputs[1 - order :] if order > 1 else ()))
         if config.thresholding:
             output = self._thresholded(x, output, i, of_noise)
         rows, starts = self._table(
@@ -100,4 +99,5 @@ class DPMSolverSinglestepScheduler(
             if order > 1:
                 from_x, noise = torch.zeros_like(from_x), torch.ones_like(from_x) if random else from_x
             rows.append(self._rows_of(from_x, from_m, ages, noise, self.config.thresholding, of_noise))
-        return tuple(list(torch.stack(tables).to(device).unbind()) for tables in (rows, starts))
+        rows, starts = (list(torch.stack(tables).to(device).unbind()) for tables in (rows, starts))
+        return rows, starts

@@ -40,7 +40,7 @@ class IPNDMScheduler(HistoryScheduler, CountingScheduler, diffusers.IPNDMSchedul
         i, device = self._place(timestep), sample.device
         if i + 1 >= self.betas.shape[0]:
             return NotImplemented  # stock's error
-        x, output = promoted(sample, model_output)
+        x, output, *before = promoted(sample, model_output, *before)
         rows = self._table("steps", lambda: self._steps(device), (self.betas, self.alphas), device)
         prev_sample, kept = self._in_turn(x, output, rows[len(before)], i, before, MAX_SLOTS)
         self.ets[:] = [*before, kept][-MAX_SLOTS:]

@@ -57,11 +57,12 @@ class LMSDiscreteScheduler(
         if i + 1 >= self.sigmas.shape[0]:
             return NotImplemented  # stock's error
         x, output = promoted(sample, model_output)
+        state, said, *before = promoted(x, output, *before)
         rows, x0_rows = self._table(
             "steps", lambda: self._steps(device, order), (self.sigmas,), device, prediction, order
         )
         x0 = model_output if prediction == "sample" else ops.combine(x, output, x0_rows, i)
-        prev_sample, kept = self._in_turn(x, output, rows[len(before)], i, before, MAX_SLOTS)
+        prev_sample, kept = self._in_turn(state, said, rows[len(before)], i, before, MAX_SLOTS)
         # Stock drops at most one of them, also if the order falls by more.
         self.derivatives[:] = [*self.derivatives, kept][-max(order, len(self.derivatives)) :][-MAX_SLOTS:]
         self._step_index += 1

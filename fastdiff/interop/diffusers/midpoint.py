@@ -71,13 +71,17 @@ class MidpointScheduler(VarianceExplodingScheduler):
             results = two_results(sample, model_output, rows, i, (dtype, dtype))
             self.sample = sample
         else:
+            widest = dtype
+            if dtype != start.dtype:
+                widest = torch.promote_types(dtype, start.dtype)
+                sample = sample.to(widest)
             if up:
                 noise = self._noise(model_output, generator, i)
                 if "noise" in noise:  # an operation of PyTorch holds up the host less than one of ours
                     start = torch.addcmul(in_float32(start), noise["noise"], up[i])
                 else:
                     start = ops.update(in_float32(start), model_output, noisy, i, **noise)
-            results = two_results(sample, model_output, rows, i, (dtype, dtype), noise=start)
+            results = two_results(sample, model_output, rows, i, (widest, dtype), noise=start)
             self.sample = None
         self._step_index += 1
         return results

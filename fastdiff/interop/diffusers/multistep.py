@@ -62,7 +62,7 @@ class HistoryScheduler(FusedScheduler):
 
     def _in_turn(
         self, x: Tensor, pred: Tensor, rows: Tensor, i: int, outputs: Sequence[Tensor | None], slots: int, **noise: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         """(x', m) of step i; `outputs` are the m of the steps before it, the newest last."""
         # Slot j holds the m of step i - age, where age = 1..slots and (i - age) % slots = j.
         ages = [(i - 1 - j) % slots + 1 for j in range(slots)]
@@ -70,7 +70,7 @@ class HistoryScheduler(FusedScheduler):
         prev_sample, kept = self._with_history(x, pred, rows, i, past, i % slots, "mix", **noise)
         past[i % slots] = kept
         self._in_ring = tuple(past)
-        return prev_sample, kept
+        return prev_sample, kept  # type: ignore[return-value]  # it is kept, as a slot is named
 
     def _history(self, x: Tensor, past: list[Tensor | None]) -> Tensor:
         """The ring with `past` in its slots. It is filled anew unless the last step left it so."""
