@@ -117,12 +117,22 @@ def plus(total, tile):
 
 
 @triton.jit
+def slope_of(grad, x, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr):
+    """The slopes of a tile, with u = slant x + offset; 0 where the gradient is, so beyond the slab. If QUICK, slopes are
+    by -log2(e) u."""
+    slope = to_float32(grad)
+    if SILU:
+        slope *= silu_slope(x * slant[:, None] + offset[:, None], QUICK)
+    return slope
+
+
+@triton.jit
 def sums_of(
     sums, grads, tiles, masks, center, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr, ADD: tl.constexpr,
     BLOCKS: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """(slopes of the tiles, rows of the sums of slope, of slope (x - center) and, if ADD, of x - center over their
-    pixels). A slope is 0 where the gradient is, so beyond the slab. If QUICK, slopes are by -log2(e) u.
+    pixels).
 
     sums: None, or three rows of [LANES, WIDE]: what further tiles are added to, and not yet summed among threads."""
     slopes, ones, others, aways = (), (), (), ()
@@ -132,9 +142,7 @@ def sums_of(
             one, other, away = sums[0][k], sums[1][k], sums[2][k]
         for t in tl.static_range(TILES):
             x = to_float32(tiles[k * TILES + t]) - center[k][:, None]
-            slope = to_float32(grads[k * TILES + t])
-            if SILU:
-                slope *= silu_slope(x * slant[k][:, None] + offset[k][:, None], QUICK)
+            slope = slope_of(grads[k * TILES + t], x, slant[k], offset[k], SILU, QUICK)
             one, other = plus(one, slope), plus(other, slope * x)
             if ADD:
                 away = plus(away, tl.where(masks[k * TILES + t], x, 0.0))
@@ -272,6 +280,19 @@ def merged_sums(
 
 
 @triton.jit
+def slopes_of(
+    grads, tiles, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """The slopes of all tiles; see slope_of."""
+    slopes = ()
+    for k in tl.static_range(BLOCKS):
+        for t in tl.static_range(TILES):
+            x = to_float32(tiles[k * TILES + t])
+            slopes = slopes + (slope_of(grads[k * TILES + t], x, slant[k], offset[k], SILU, QUICK),)
+    return slopes
+
+
+@triton.jit
 def store_gradient(
     pointers, slopes, tiles, masks, slant, by_x, constant, BLOCKS: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
@@ -345,15 +366,16 @@ def norm_grad_kernel(
         )
         store_gradient(pointers, slopes, x, masks, slant, by_x, constant, BLOCKS, TILES)
     else:
+        offsets = ()  # as in the forward pass: u = slant x + offset
+        for k in tl.static_range(BLOCKS):
+            offsets = offsets + (offset[k] - center[k] * slant[k],)
         for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
             masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
             x, grad = load_both(
                 x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES,
                 TILES, TILE, LAST,
             )  # fmt: skip
-            slopes, _, _, _ = sums_of(
-                None, grad, x, masks, center, slant, offset, SILU, QUICK, False, BLOCKS, TILES, SPLIT
-            )  # fmt: skip
+            slopes = slopes_of(grad, x, slant, offsets, SILU, QUICK, BLOCKS, TILES)
             pointers = tile_pointers(
                 x_grad_ptr, skip_grad_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE,
                 LAST,
