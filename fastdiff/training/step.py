@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdiff.graphs import CudaGraphs, WatchedCalls, what_forbids_here
+from fastdiff.support.scalars import as_number
 
 
 class TrainingStep:
@@ -30,15 +31,15 @@ class TrainingStep:
             sets it, and keeps learning rates as tensors on the device.
         average: called after each step with `decay`, to update a moving average. Captured too, so it has to write to
             the same tensors each time. A number that it counts or computes on the host stays as it was captured.
-        clip_grad: largest norm of the gradient, or None.
+        clip_grad: largest norm of the gradient, above 0, or None.
         autocast: the type of autocast for the loss, such as torch.bfloat16, or None.
         graph: None captures on CUDA unless something forbids it, and warns if so; False never does; True raises then.
 
     `reason` says what the last step would have needed to be a graph; None if nothing forbade it. `norm` () is the norm
     of its gradient before it was clipped, and `bad` () whether that or the loss was not finite.
 
-    Raises: TypeError for a loss or an optimizer that is none. ValueError with graph=True, if something forbids a
-        capture; the step is then taken if that shows only in it.
+    Raises: TypeError or ValueError naming an argument that is of another kind. ValueError with graph=True, if something
+        forbids a capture; the step is then taken if that shows only in it.
     """
 
     def __init__(
@@ -55,6 +56,10 @@ class TrainingStep:
             raise TypeError(f"loss: expected a function or a module, got {type(loss).__name__}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if clip_grad is not None and not as_number("clip_grad", clip_grad) > 0:
+            raise ValueError(f"clip_grad: expected a number above 0, got {clip_grad}")
+        if autocast is not None and not isinstance(autocast, torch.dtype):
+            raise TypeError(f"autocast: expected a torch.dtype, got {type(autocast).__name__}")
         self.loss, self.optimizer, self.average, self.graph = loss, optimizer, average, graph
         self.clip_grad, self.autocast = clip_grad, autocast
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]

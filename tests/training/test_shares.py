@@ -94,9 +94,16 @@ def test_a_batch_must_have_an_image_for_each_process_and_pass(tmp_path):
     with pytest.raises(ValueError, match="accumulate: expected at most the batch size 16, got 17"):
         Options(**TINY, accumulate=17)
     with pytest.raises(ValueError, match="batch_size: expected at least 20, one image for each of 4 processes"):
-        loop.check_shares(Options(**TINY, accumulate=5), Ranks(0, 4))
+        Ranks(0, 4).check_passes(batch_size=16, accumulate=5)
     with pytest.raises(ValueError, match="channels_last: expected False with fsdp"):
         Options(**TINY, fsdp=True, channels_last=True)
+
+
+def test_a_unet_on_cuda_has_channels_last_unless_it_is_split_or_told():
+    assert Options(**TINY).lies_channels_last("cuda") and not Options(**TINY).lies_channels_last("cpu")
+    assert Options(**TINY, channels_last=True).lies_channels_last("cpu")
+    for other in ({"channels_last": False}, {"fsdp": True}, {"network": "dit"}):
+        assert not Options(**TINY, **other).lies_channels_last("cuda")
 
 
 # what is left out

@@ -231,6 +231,11 @@ def test_what_forbids_a_capture(monkeypatch):
         TrainingStep(layer, torch.optim.SGD(layer.parameters()), graph=True)
     with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer, got float"):
         TrainingStep(layer, 1e-3)
+    adam = torch.optim.AdamW(layer.parameters())
+    with pytest.raises(ValueError, match="clip_grad: expected a number above 0, got -1"):
+        TrainingStep(layer, adam, clip_grad=-1)
+    with pytest.raises(TypeError, match=r"autocast: expected a torch\.dtype, got str"):
+        TrainingStep(layer, adam, autocast="bfloat16")
 
 
 def test_one_process_after_another(monkeypatch):
@@ -255,6 +260,24 @@ def test_the_average_with_a_tensor_of_decay():
     update_ema(*pairs[1], torch.tensor(0.9))
     torch.testing.assert_close(list(pairs[1][0].parameters()), list(pairs[0][0].parameters()))
     assert all(map(torch.equal, pairs[1][1].parameters(), pairs[0][1].parameters()))
+
+
+@pytest.mark.parametrize("decay", [0.75, torch.tensor(0.75)])
+def test_an_average_in_float32_of_a_model_in_bfloat16(decay):
+    model, ema = nn.Linear(3, 2, dtype=torch.bfloat16), nn.Linear(3, 2)
+    expected = [0.75 * a + 0.25 * b.float() for a, b in zip(ema.parameters(), model.parameters(), strict=True)]
+    update_ema(ema, model, decay)
+    torch.testing.assert_close(list(ema.parameters()), expected)
+
+
+def test_an_average_names_what_does_not_fit():
+    model = nn.Linear(3, 2)
+    for other in (nn.Linear(3, 4), nn.Linear(3, 2, bias=False)):
+        with pytest.raises(ValueError, match="ema: expected the 2 parameters of model, got"):
+            update_ema(other, model, 0.9)
+    for decay in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="decay: expected a number from 0 to 1, got"):
+            update_ema(nn.Linear(3, 2), model, decay)
 
 
 def test_settings_of_a_gpu_come_and_go():
