@@ -10,6 +10,7 @@ from .denoiser import TOLD
 from .diffusion import Diffusion
 from .ops.checks import as_seed, check_floating
 from .reference import work_dtype
+from .support import transforms
 from .support.scalars import as_integer, as_number
 
 
@@ -80,7 +81,7 @@ def own_estimate(
     Args: as of `self_conditioned`.
     """
     x_t = diffusion.noised(x0, t, seed, sample_ids, noise).x_t
-    with torch.no_grad():
+    with transforms.without_gradients():
         return diffusion.predict_x0(x_t, t, **{**model_kwargs, name: torch.zeros_like(x_t)})
 
 

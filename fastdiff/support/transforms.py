@@ -4,6 +4,9 @@ The kernels have no rules for them. While one is active, every op computes throu
 PyTorch operations have all rules.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
@@ -19,6 +22,24 @@ def active() -> bool:
 # torch.compile asks once, while it traces, and guards the answer itself: it compiles anew within another transform.
 # torch.compiler.assume_constant_result would import the compiler.
 active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """A block that leaves no gradient and, of what active transforms bring into it, no tangent.
+
+    torch.no_grad() alone lets tangents through. Without a transform around it, dual tensors that are made within the
+    block keep theirs.
+    """
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False) if active() else nullcontext():
+        yield
+
+
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """A block that has gradients and tangents, within one of `without_gradients`."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True) if active() else nullcontext():
+        yield
 
 
 def has_rules(grad: Tensor) -> bool:
