@@ -150,6 +150,8 @@ def optimal_coupling(x0: Tensor, noise: Tensor) -> Tensor:
     dtype = work_dtype(x0.dtype)
     # The squares do not depend on the order: what is left is -2 x_0 noise.
     cost = -(flat(x0.detach()).to(dtype) @ flat(noise.detach()).to(dtype).T)
+    if cost.is_meta:
+        return torch.empty_like(noise)
     cost = cost.cpu()
     seen = transforms.bare(cost)
     if seen is not None and seen.ndim != 2:

@@ -75,8 +75,8 @@ def log_likelihood(
     tolerance = as_number("tolerance", tolerance)
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance: expected a finite number above 0, got {tolerance}")
-    check(denoiser.process)
-    if x0.device.type != "meta" and not bool(x0.isfinite().all()):
+    check(denoiser.process, denoiser.device_for(x0))
+    if x0.is_meta or not bool(x0.isfinite().all()):
         raise ValueError("x0: expected finite values")
     kwargs = merged(model_kwargs)
     scale, std, n = denoiser.process.first_scale, denoiser.prior_std(), math.prod(x0.shape[1:])
@@ -91,7 +91,7 @@ def log_likelihood(
         return divergence - 0.5 * squares - n * (math.log(std / scale) + 0.5 * math.log(2 * math.pi))
 
 
-def check_sampling(process: Process, **options: Any) -> None:
+def check_sampling(process: Process, device: torch.device, **options: Any) -> None:
     """None of these options of `sample` is given, since the solver takes none of them; then as `check`."""
     given = [name for name, value in options.items() if value is not None]
     if given:
@@ -99,13 +99,15 @@ def check_sampling(process: Process, **options: Any) -> None:
         raise ValueError(
             f"sampler: 'ode' chooses its own steps and expected no {', '.join(names)} or {last}, got {', '.join(given)}"
         )
-    check(process)
+    check(process, device)
 
 
-def check(process: Process) -> None:
-    """ImportError without the solver. ValueError if the process ends without signal, at an infinite rate, and within a
-    transform of torch.func or a level of dual tensors."""
+def check(process: Process, device: torch.device) -> None:
+    """ImportError without the solver. ValueError if the process ends without signal, at an infinite rate, where there
+    are no numbers, and within a transform of torch.func or a level of dual tensors."""
     _solver()
+    if device.type == "meta":
+        raise ValueError("device: the ODE's solver expected numbers to look at, got the meta device")
     if transforms.active():
         raise ValueError("sampler, log_likelihood: the ODE's solver expected no torch.func transform around it")
     if not process.straight and not math.isfinite(process.sigma_range()[1]):

@@ -201,12 +201,14 @@ class Chain(Process):
         return self._schedule
 
     def largest_ratio(self) -> float:
-        return float((-self.schedule.log_snr / 2).exp()[self._last_with_signal])
+        return float((-self.schedule.log_snr / 2).exp()[self._last_with_signal()])
 
-    @property
     def _last_with_signal(self) -> int:
         made = self.schedule
         return made.timesteps - int(bool(made.log_alpha[-1] == -math.inf))
+
+    # A trace asks once: it cannot look at a value. torch.compiler.assume_constant_result would import the compiler.
+    _last_with_signal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def at(self, times: Tensor) -> NoiseSchedule:
         # Without the variance kept, log sigma at level 0 is no end to interpolate from.
@@ -244,8 +246,9 @@ class Chain(Process):
         else:
             wanted, known = ratio.log(), -made.log_snr[1:].to(ratio.device) / 2
         # No level without signal has a ratio, and none between it and the one before.
-        known = known[: self._last_with_signal + made.vp]
-        if self._last_with_signal == 0:
+        last = self._last_with_signal()
+        known = known[: last + made.vp]
+        if last == 0:
             raise ValueError("sigma: expected a schedule with signal at one level at least, got one of noise alone")
         # Both ends may have come from sigma_range with a rounding.
         inside = wanted.clamp(known[0], known[-1])

@@ -50,13 +50,13 @@ def has_rules(grad: Tensor) -> bool:
 def bare(index: Tensor | None) -> Tensor | None:
     """The values of an index below all transforms, with the batch of vmap as one more dimension.
 
-    None if there are none to look at, as in a trace.
+    None if there are none to look at, as in a trace or on the meta device.
     """
     if index is None or torch.compiler.is_compiling():
         return None
     while is_functorch_wrapped_tensor(index):
         index = torch._C._functorch.get_unwrapped(index)
-    return index if type(index) is Tensor else None
+    return index if type(index) is Tensor and not index.is_meta else None
 
 
 def overwrite(name: str, tensor: Tensor, value: Tensor) -> Tensor:
