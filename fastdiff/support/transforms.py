@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
@@ -47,12 +47,20 @@ def has_rules(grad: Tensor) -> bool:
     return is_legacy_batchedtensor(grad) or is_functorch_wrapped_tensor(grad) or active()
 
 
+def stand_ins() -> bool:
+    """Whether a mode is active whose tensors stand for others: fake tensors, and those of a trace."""
+    if not _len_torch_dispatch_stack():
+        return False
+    keys = torch._C._TorchDispatchModeKey.__members__.values()
+    return any(torch._C._get_dispatch_mode(key) is not None for key in keys)
+
+
 def bare(index: Tensor | None) -> Tensor | None:
     """The values of an index below all transforms, with the batch of vmap as one more dimension.
 
     None if there are none to look at, as in a trace or on the meta device.
     """
-    if index is None or torch.compiler.is_compiling():
+    if index is None or torch.compiler.is_compiling() or stand_ins():
         return None
     while is_functorch_wrapped_tensor(index):
         index = torch._C._functorch.get_unwrapped(index)
