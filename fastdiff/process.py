@@ -252,7 +252,7 @@ class Chain(Process):
             raise ValueError("sigma: expected a schedule with signal at one level at least, got one of noise alone")
         # Both ends may have come from sigma_range with a rounding.
         inside = wanted.clamp(known[0], known[-1])
-        found = transforms.bare(torch.isclose(wanted, inside, rtol=1e-9, atol=1e-12))
+        found = transforms.bare((wanted - inside).abs() <= 1e-9 * inside.abs() + 1e-12)
         if found is not None and not bool(found.all()):
             low, high = self.sigma_range()[0], self.largest_ratio()
             raise ValueError(f"sigma: expected levels from {low:.4g} to {high:.4g}, those of the schedule")
