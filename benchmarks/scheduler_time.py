@@ -2,8 +2,9 @@
 
     python benchmarks/scheduler_time.py [--json FILE] [--only NAME ...]
 
-A step is what a pipeline calls: scale_model_input and step (step_pred of ScoreSdeVeScheduler). The tensors are small
-and lie on the CPU, so that the host decides. Both take turns, and each row is of all steps of a run.
+A step is what a pipeline calls: scale_model_input and step (step_pred of ScoreSdeVeScheduler), from what the step
+before returned. The tensors are small and lie on the CPU, so that the host decides. Both take turns, and each row is of
+all steps of a run.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def run_of(scheduler: Any, shape: tuple[int, ...]) -> float:
     start = time.thread_time()
     for t in timesteps:
         scale(x, t)
-        step(output, t, x, return_dict=False)
+        x = step(output, t, x, return_dict=False)[0]
     return (time.thread_time() - start) / len(timesteps)
 
 

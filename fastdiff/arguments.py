@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .ops.checks import as_shape, check_shape, check_state
 from .ops.overlap import check_memory
 from .steps import StepTable
+from .support import transforms
 from .support.choices import did_you_mean
 from .support.scalars import integer
 
@@ -64,11 +65,12 @@ def named(option: str, value: Any) -> str:
 
 def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
     """Class labels on the CPU lie within the classes of the model. On a GPU to look would wait for the device."""
-    labels = model_kwargs.get("class_labels")
-    if not isinstance(labels, Tensor) or not labels.is_cpu or labels.is_floating_point() or not labels.numel():
+    given = model_kwargs.get("class_labels")
+    labels = transforms.bare(given) if isinstance(given, Tensor) else None
+    if labels is None or not labels.is_cpu or labels.is_floating_point() or not labels.numel():
         return
     classes = getattr(getattr(model, "class_embedding", None), "num_embeddings", None)
-    if classes is None or torch.compiler.is_compiling():
+    if classes is None:
         return
     low, high = (int(end) for end in labels.aminmax())
     if low < 0 or high >= classes:
@@ -98,6 +100,8 @@ def check_gradients(steps: Any, table: StepTable, *excluded: Any) -> None:
     number = integer(steps)
     if number is None or not 0 <= number <= len(table):
         raise ValueError(f"grad_steps: expected an integer from 0 to {len(table)}, got {steps!r}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("grad_steps: expected 0 within torch.inference_mode, which records no gradient")
     if table.keep != "none" or "correct" in table.kinds:
         raise ValueError("grad_steps: expected 0 with a sampler that remembers steps or corrects; use 'ddim' or 'ddpm'")
     if any(value is not None and value is not False for value in excluded):

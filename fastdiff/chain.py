@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import ops, steps
 from .diffusion import Diffusion
@@ -183,7 +183,7 @@ class ChainDiffusion(Diffusion):
             self._tables = Tables(versions)
         made: Tensor | None = getattr(self._tables, name, None)
         if made is None or made.device != device:
-            with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+            with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
                 made = self._build(kind, name, device)
             if not (made.requires_grad or transforms.active()):  # there, all that is made belongs to the transform
                 setattr(self._tables, name, made)

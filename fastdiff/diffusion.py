@@ -258,7 +258,7 @@ class Diffusion(Denoiser, ABC):
         check_out(out, x_T, uncond, {**others, **model_kwargs})
         if sampler == "ode":
             ode.check_sampling(
-                self.process, steps=steps, eta=eta or None, noise=noise, x_init=x_init, stop_at=stop_at,
+                self.process, device, steps=steps, eta=eta or None, noise=noise, x_init=x_init, stop_at=stop_at,
                 callback=callback, return_trajectory=return_trajectory or None, guidance=guidance, dtype=dtype,
                 graph=graph or None, grad_steps=grad_steps or None,
             )  # fmt: skip

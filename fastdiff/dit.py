@@ -220,6 +220,10 @@ class ClassEmbedding(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(classes + 1, width)
 
+    def forward(self, labels: Tensor) -> Tensor:
+        found: Tensor = self.embedding_table(labels)
+        return found
+
 
 class Conditioning(nn.Module):
     """Time and class, each embedded."""
@@ -232,7 +236,7 @@ class Conditioning(nn.Module):
 
     def forward(self, t: Any, labels: Tensor, emb: Tensor | None) -> Tensor:
         """(B, D), the sum of the embeddings; emb, of the time, is made unless it is given."""
-        classes: Tensor = self.class_embedder.embedding_table(labels)
+        classes: Tensor = self.class_embedder(labels)
         return (self.timestep_embedder(t) if emb is None else emb) + classes
 
 

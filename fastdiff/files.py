@@ -70,6 +70,20 @@ def sweep(path: Path) -> None:
             left.unlink()
 
 
+# Locks that this process holds. A fork would hold them too, and longer than its parent if that is killed.
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
     """Hold a lock on a folder. The system drops it when the process ends, and no file is left.
@@ -82,14 +96,14 @@ def locked(folder: Path) -> Iterator[bool]:
     except ImportError:
         yield False
         return
-    handle, held = os.open(folder, os.O_RDONLY), False
+    handle = os.open(folder, os.O_RDONLY)
+    _held.add(handle)
     try:
-        held = _lock(fcntl, handle, folder)
-        yield held
+        yield _lock(fcntl, handle, folder)
     finally:
-        if held:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # children that live on have it open too
-        os.close(handle)
+        if handle in _held:
+            _held.remove(handle)
+            os.close(handle)
 
 
 def _lock(fcntl: Any, handle: int, folder: Path) -> bool:

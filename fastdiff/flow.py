@@ -21,6 +21,7 @@ from .ops.checks import check_choice, check_floating, check_like
 from .process import KARRAS_RANGE, Grid, Process
 from .reference import work_dtype
 from .schedule import NoiseSchedule
+from .support import transforms
 from .support.scalars import as_count, as_number, as_positive
 from .support.settable import settable
 from .support.shapes import flat
@@ -147,9 +148,17 @@ def optimal_coupling(x0: Tensor, noise: Tensor) -> Tensor:
     dtype = work_dtype(x0.dtype)
     # The squares do not depend on the order: what is left is -2 x_0 noise.
     cost = -(flat(x0.detach()).to(dtype) @ flat(noise.detach()).to(dtype).T)
+    if cost.is_meta:
+        return torch.empty_like(noise)
+    cost = cost.cpu()
+    seen = transforms.bare(cost)
+    if seen is not None and seen.ndim != 2:
+        raise ValueError("x0, noise: expected one batch, got one for each call of torch.func.vmap")
     if not bool(cost.isfinite().all()):
         raise ValueError("x0, noise: expected finite numbers, got NaN or infinity")
-    order = need("scipy.optimize", "coupling").linear_sum_assignment(cost.cpu().numpy())[1]
+    # Within a transform no tensor becomes an array.
+    costs = cost.numpy() if seen is None or not transforms.active() else seen.tolist()
+    order = need("scipy.optimize", "coupling").linear_sum_assignment(costs)[1]
     return noise[torch.from_numpy(order).to(noise.device)]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .diffusion import Diffusion
 from .ops.checks import check_floating, check_like
 from .schedule import as_float64
+from .support import transforms
 from .support.shapes import flat
 
 
@@ -38,7 +39,8 @@ def mixing_weight(x0: Tensor, x1: Tensor, weight: float | Tensor) -> Tensor:
     check_like("x1", x1, x0)
     given = weight if isinstance(weight, Tensor) else as_float64("weight", weight)
     mix = torch.as_tensor(given, dtype=torch.float32, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1))
-    if len(mix) not in (1, len(x0)) or not bool(((mix >= 0) & (mix <= 1)).all()):
+    seen = transforms.bare(mix)
+    if len(mix) not in (1, len(x0)) or (seen is not None and not bool(((seen >= 0) & (seen <= 1)).all())):
         raise ValueError(f"weight: expected one or {len(x0)} numbers in [0, 1], got {weight}")
     return mix
 

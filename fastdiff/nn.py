@@ -19,14 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .fused import (
     Embedding,
     add_product,
-    adds_bias,
     ahead_of,
+    bias_for_norm,
     by_pixel,
     channels_last,
     is_linear,
     keys,
-    maps_pixels,
     norm_silu,
+    with_shortcut,
     without_bias,
 )
 from .ops.group_norm import is_fused
@@ -171,22 +171,18 @@ class ResnetBlock(nn.Module):
         s, b, add = None, None, e
         if self.scale_shift:
             s, b = e.expand(x.shape[0], -1).chunk(2, dim=1)
-            add = None if owed is None else self.conv1.bias
-        h = self.conv1(h) if shift is None or add is None else without_bias(self.conv1, h)
+            add = None
+        if shift is None or self.scale_shift:
+            h, add = bias_for_norm(self.conv1, h, add)
+        else:
+            h = without_bias(self.conv1, h)  # the bias is in shift
         h = norm_silu(self.norm2, h, s, b, add)
         x, h = self.resample(x), self.dropout(h)
-        h = self._sum(x, h) if owed is None else self._sum_without_biases(x, skip, h)
+        if owed is None:
+            h = with_shortcut(self.conv_shortcut, x, self.conv2, h)
+        else:
+            h = self._sum_without_biases(x, skip, h)
         return h if self.scale == 1 else h / self.scale
-
-    def _sum(self, x: Tensor, h: Tensor) -> Tensor:
-        """conv_shortcut(x) + conv2(h)."""
-        layers: tuple[Any, ...] = self.conv_shortcut, self.conv2
-        if torch.is_grad_enabled() or not (channels_last(x) and maps_pixels(layers[0]) and adds_bias(layers[1])):
-            out: Tensor = layers[0](x) + layers[1](h)
-            return out
-        # With channels last the shortcut is a matrix product, which adds both biases in the same pass.
-        weight, bias = layers[0].weight.flatten(1), layers[0].bias + layers[1].bias
-        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2) + without_bias(self.conv2, h)
 
     def _sum_without_biases(self, x: Tensor, skip: Tensor | None, h: Tensor) -> Tensor:
         """conv_shortcut(cat((x, skip))) + conv2(h) but for the biases."""

@@ -8,9 +8,12 @@ from torch import Tensor
 from . import ops
 from .denoiser import TOLD
 from .diffusion import Diffusion
-from .ops.checks import as_seed, check_floating
+from .ops.checks import as_seed, check_dense, check_floating
 from .reference import work_dtype
+from .support import transforms
 from .support.scalars import as_integer, as_not_negative, as_share
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def offset_noise(
@@ -54,10 +57,12 @@ def drop_labels(labels: Tensor, none: int, share: float = 0.1) -> Tensor:
     Reference: Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
     """
     as_share("share", share)
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels: expected a tensor of integers, got {got}")
-    none = as_integer("none", none, -(2**31), 2**31 - 1)
+    check_dense("labels", labels)
+    limits = torch.iinfo(labels.dtype)
+    none = as_integer("none", none, limits.min, limits.max)
     dropped = torch.rand(labels.shape, device=labels.device) < share
     return labels.masked_fill(dropped, none)
 
@@ -82,7 +87,7 @@ def own_estimate(
     Raises: TypeError or ValueError, naming the argument.
     """
     x_t = diffusion.noised(x0, t, seed, sample_ids, noise).x_t
-    with torch.no_grad():
+    with transforms.without_gradients():
         return diffusion.predict_x0(x_t, t, **{**model_kwargs, name: torch.zeros_like(x_t)})
 
 

@@ -25,6 +25,7 @@ from .guidance import Rule, guided, remembers
 from .reference import work_dtype
 from .rows import columns, history_columns, make_rows
 from .steps import StepTable
+from .support import transforms
 from .support.progress import bar
 from .support.shapes import flat
 
@@ -180,7 +181,7 @@ class StepsWithGradient(Steps):
             super().take(k)
             return
         self.time_arguments = {}
-        with torch.enable_grad():
+        with transforms.with_gradients():
             run, x, operands = self.run, self.x, self.operands(k)
             if run.table.kinds[k] == "add":
                 self.x = update(x, Prediction(x), operands, run.options)
@@ -231,7 +232,7 @@ def walk(
     if path is not None:
         path[0] = run.x
     eval_mode = run.denoiser.evaluating()
-    with torch.no_grad():
+    with transforms.without_gradients():
         with eval_mode:
             steps.start()
         for k in bar(n, progress):

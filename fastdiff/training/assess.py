@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.files import replacing
 from fastdiff.support.errors import reason
-from fastdiff.training.data.sources import Source, scaled, warn_left_out
+from fastdiff.training.data.sources import Source, finite, scaled, warn_left_out
 from fastdiff.training.features import Features
 from fastdiff.training.metrics import Sums, frechet, inception_score, kernel_distance, precision_recall
 from fastdiff.training.ranks import ALONE, Ranks
@@ -75,10 +75,7 @@ def in_order(source: Source, batch_size: int, ranks: Ranks = ALONE) -> Iterator[
         values: list[Tensor] = []
         for index in range(number * batch_size, min((number + 1) * batch_size, len(source))):
             try:
-                value = source.read(index)
-                if not value.isfinite().all():
-                    raise ValueError("it holds NaN or infinity")
-                values.append(value)
+                values.append(finite(source, index))
             except Exception as error:  # decoders of broken files raise whatever they meet
                 skipped[index] = (source.name(index), reason(error))
         if values:

@@ -182,6 +182,17 @@ def load(path: str | Path) -> State:
         return State(diffusion, average, optimizer, rng, stored.options, stored.step, averages, stored.classes)
 
 
+def check_free(path: Path, resume: State | None) -> None:
+    """Raise ValueError if training would overwrite another run's checkpoint, or a later one of this run."""
+    if not path.exists():
+        return
+    if resume is None:
+        raise ValueError(f"{path} exists: go on with --resume, or train into another --out")
+    step = RunFile.open(path).step
+    if step != resume.step:
+        raise ValueError(f"{path} is of step {step}, expected {resume.step}: another training went on from it")
+
+
 def load_model(path: str | Path) -> Diffusion:
     """The model of a run, of its formulation, with the averaged weights, in eval mode on the CPU.
 

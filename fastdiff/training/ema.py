@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastdiff.support import run_file
 from fastdiff.support.errors import blaming
 from fastdiff.support.run_file import RunFile
+from fastdiff.support.scalars import as_number
 from fastdiff.support.weights import TensorFile, check_shapes, save_tensors
 
 DECAY, WIDTH = "decay", "sigma_rel"
@@ -82,10 +83,24 @@ def update_averages(averages: Mapping[str, Sequence[Tensor]], weights: Iterable[
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
-    """In place, for each parameter: ema <- decay ema + (1 - decay) model. A tensor () of decay stays on its device."""
+    """In place, for each parameter: ema <- decay ema + (1 - decay) model.
+
+    Args:
+        ema: a copy of the model, whose average it becomes. It may be of another type, float32 for a bfloat16 model: an
+            average in bfloat16 stands still where decay is near 1. Buffers stay as they are.
+        model: what is trained.
+        decay: in [0, 1]; a tensor () stays on its device, unchecked.
+
+    Raises: TypeError or ValueError, naming the argument.
+    """
     averages: list[Tensor] = [*ema.parameters()]
     weights: list[Tensor] = [*model.parameters()]
-    if isinstance(decay, Tensor):  # of which lerp has no form for many tensors at once
+    if [average.shape for average in averages] != [weight.shape for weight in weights]:
+        raise ValueError(f"ema: expected the {len(weights)} parameters of model, got {len(averages)} or other shapes")
+    if not isinstance(decay, Tensor) and not 0 <= as_number("decay", decay) <= 1:
+        raise ValueError(f"decay: expected a number from 0 to 1, got {decay}")
+    mixed = any(average.dtype != weight.dtype for average, weight in zip(averages, weights, strict=True))
+    if mixed or isinstance(decay, Tensor):  # of which lerp has no form for many tensors at once
         change = torch._foreach_sub(weights, averages)
         torch._foreach_mul_(change, 1 - decay)
         torch._foreach_add_(averages, change)

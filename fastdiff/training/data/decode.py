@@ -18,6 +18,11 @@ RUN = {"config.json", "log.csv"}
 DEEP = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file has the name of an image."""
+    return path.suffix[1:].lower() in ENDINGS
+
+
 def listed(path: Path) -> tuple[list[Path], dict[Path, str]]:
     """(the files under a folder, what is left out and why), each in the order of names; without what is hidden."""
     files, skipped = [], {}

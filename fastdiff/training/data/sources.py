@@ -13,7 +13,8 @@ from torch import Tensor
 from fastdiff.files import need
 from fastdiff.support.errors import blaming, reason
 from fastdiff.support.scalars import as_integer
-from fastdiff.training.data.decode import ENDINGS, decoded, listed
+from fastdiff.training.data.decode import decoded, is_image, listed
+from fastdiff.training.ranks import leads
 
 # Files that a warning names.
 NAMED = 3
@@ -48,6 +49,14 @@ class Source(Protocol):
 
     def stamp(self, index: int) -> str:
         """Another text if the file of the item is another than before; "" without a file."""
+
+
+def finite(source: Source, index: int) -> Tensor:
+    """Item `index` of a source. Raises ValueError if it holds NaN or infinity, else anything if it cannot be read."""
+    value = source.read(index)
+    if value.is_floating_point() and not value.isfinite().all():
+        raise ValueError("it holds NaN or infinity")
+    return value
 
 
 def scaled(values: Tensor, white: int) -> Tensor:
@@ -95,7 +104,12 @@ class Arrays:
     ) -> None:
         if not isinstance(values, np.ndarray | Tensor):
             raise TypeError(f"data: expected an array or a tensor, got {type(values).__name__}")
-        self._values = values.numpy() if isinstance(values, Tensor) else values
+        if isinstance(values, Tensor):
+            if values.dtype not in (torch.uint8, torch.float16, torch.float32, torch.float64) or values.is_meta:
+                what = "no values, on meta" if values.is_meta else str(values.dtype)
+                raise TypeError(f"data: expected uint8, float16, float32 or float64, got {what}")
+            values = values.detach().cpu().numpy()
+        self._values = values
         if self._values.dtype not in (np.uint8, np.float16, np.float32, np.float64):
             raise TypeError(f"data: expected uint8 or floating numbers, got {self._values.dtype}")
         if self._values.ndim < 2 or not len(self._values):
@@ -199,10 +213,10 @@ class Folder:
         next(path.iterdir(), None)  # a missing folder is reported in the system's own words
         files, skipped = listed(path)
         if classes:
-            for file in [file for file in files if file.parent == path and file.suffix[1:].lower() not in ENDINGS]:
+            for file in [file for file in files if file.parent == path and not is_image(file)]:
                 files.remove(file)
                 skipped[file] = "not in the folder of a class"
-        if skipped:
+        if skipped and leads():
             warn_left_out({str(file): reason for file, reason in skipped.items()}, len(files) + len(skipped))
         if not files:
             raise ValueError(f"data: no readable image among the {len(skipped)} files under {path}")
