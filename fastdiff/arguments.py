@@ -64,10 +64,10 @@ def named(option: str, value: Any) -> str:
 
 
 def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
-    """Class labels on the CPU lie within the classes of the model. On a GPU to look would wait for the device."""
+    """Class labels lie within the classes of the model, as far as their values may be read."""
     given = model_kwargs.get("class_labels")
-    labels = transforms.bare(given) if isinstance(given, Tensor) else None
-    if labels is None or not labels.is_cpu or labels.is_floating_point() or not labels.numel():
+    labels = transforms.visible(given) if isinstance(given, Tensor) else None
+    if labels is None or labels.is_floating_point() or not labels.numel():
         return
     classes = getattr(getattr(model, "class_embedding", None), "num_embeddings", None)
     if classes is None:

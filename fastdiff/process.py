@@ -70,10 +70,8 @@ class Process(ABC):
         return math.inf
 
     def ratio_range(self, sigma_min: float | None = None, sigma_max: float | None = None) -> tuple[float, float]:
-        """The range of sigma / alpha to sample in. None stands for the end of the process, or of [0.002, 80].
-
-        Raises: ValueError unless 0 < sigma_min <= sigma_max < inf. A process without a largest ratio needs sigma_max.
-        """
+        """The range of sigma / alpha to sample in; None stands for the end of the process, or of [0.002, 80].
+        ValueError unless 0 < sigma_min <= sigma_max < inf. A process without a largest ratio needs sigma_max."""
         low, high = self.sigma_range()
         if sigma_max is None and not math.isfinite(high):
             way = "as in steps=model.process.karras(18, sigma_max=80)"
@@ -211,11 +209,10 @@ class Chain(Process):
     _last_with_signal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def at(self, times: Tensor) -> NoiseSchedule:
-        # Without the variance kept, log sigma at level 0 is no end to interpolate from.
+        # Unless the variance is kept, log sigma is infinite at level 0: nothing to interpolate from.
         made, lowest = self.schedule, 0 if self.schedule.vp else 1
-        # A look at a GPU's tensor would wait for it.
-        seen = transforms.bare(times)
-        if seen is not None and seen.is_cpu and not bool(((seen >= lowest) & (seen <= self.last)).all()):
+        seen = transforms.visible(times)
+        if seen is not None and not bool(((seen >= lowest) & (seen <= self.last)).all()):
             raise ValueError(f"times: expected them from {lowest} to {self.last:g}, got {seen.tolist()}")
         log_alpha, sigma = made.log_alpha.to(times.device), made.sigma.to(times.device)
         upper = times.ceil().long().clamp(min=lowest + 1).clamp(max=made.timesteps)

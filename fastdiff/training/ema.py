@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastdiff.support import run_file
 from fastdiff.support.errors import blaming
 from fastdiff.support.run_file import RunFile
-from fastdiff.support.scalars import as_number
+from fastdiff.support.scalars import as_share
 from fastdiff.support.weights import TensorFile, check_shapes, save_tensors
 
 DECAY, WIDTH = "decay", "sigma_rel"
@@ -97,8 +97,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
     weights: list[Tensor] = [*model.parameters()]
     if [average.shape for average in averages] != [weight.shape for weight in weights]:
         raise ValueError(f"ema: expected the {len(weights)} parameters of model, got {len(averages)} or other shapes")
-    if not isinstance(decay, Tensor) and not 0 <= as_number("decay", decay) <= 1:
-        raise ValueError(f"decay: expected a number from 0 to 1, got {decay}")
+    if not isinstance(decay, Tensor):
+        as_share("decay", decay)
     mixed = any(average.dtype != weight.dtype for average, weight in zip(averages, weights, strict=True))
     if mixed or isinstance(decay, Tensor):  # of which lerp has no form for many tensors at once
         change = torch._foreach_sub(weights, averages)
