@@ -1,15 +1,15 @@
 """What one forward of a U-Net launches and moves, counted without a GPU: `python benchmarks/network_cost.py`.
 
-Two tables. The first runs the 35.7M network of google/ddpm-cifar10-32, and diffusers' own of the same configuration, on
-tensors without values. It counts the GPU kernels that PyTorch launches, and the bytes that they read and write.
-The second counts what Inductor writes for two resnet blocks on an H100, and how often that reads or writes a whole map.
+Two tables. The first runs networks on tensors without values: the 35.7M one of google/ddpm-cifar10-32, diffusers' of
+the same configuration, and the U-Net of Stable Diffusion 1.5. It counts the GPU kernels that PyTorch launches, and the
+bytes that they read and write. The second counts what Inductor writes for two resnet blocks on an H100, and how often
+that reads or writes a whole map.
 
 The count is an estimate by rules, see `cost`: a kernel for each operator that is no view, two for a convolution with a
 bias (cuDNN convolves, PyTorch adds), three for GroupNorm. Bytes are those of all operands, once each; caches hold some.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter
@@ -28,8 +28,11 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.gpu.networks import STABLE_DIFFUSION, TOKENS
 from benchmarks.networks import cifar10
+from fastdiff import accelerate
 from fastdiff.cast import Casts
+from fastdiff.files import write_json
 from fastdiff.fused import Ahead
 from fastdiff.nn import ResnetBlock
 from fastdiff.unet import UNet
@@ -41,6 +44,14 @@ VIEWS = {
     "chunk", "permute", "t", "detach", "alias", "_unsafe_view", "as_strided", "unbind", "lift_fresh", "empty",
     "empty_like", "new_empty", "empty_strided", "empty_permuted", "_reshape_alias", "unsafe_split", "device",
 }  # fmt: skip
+
+
+# What the second table compares, and what it is called there.
+NORMS = {
+    "fastdiff": "fastdiff's, with its norm",
+    "accelerate": "diffusers', by accelerate",
+    "PyTorch": "fastdiff's, with PyTorch's norm",
+}
 
 
 class Cost(NamedTuple):
@@ -130,14 +141,30 @@ def stock() -> nn.Module:
     return made
 
 
+def conditional(**config: Any) -> nn.Module:
+    """diffusers' U-Net of Stable Diffusion 1.5, or of another configuration, with bfloat16 weights."""
+    import diffusers
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made: nn.Module = diffusers.UNet2DConditionModel(**(config or STABLE_DIFFUSION))
+    finally:
+        torch.set_default_dtype(before)
+    return made
+
+
 def count(
     name: str, make: Callable[[], nn.Module], batch: int, *, sampled: bool = False, half: bool = False,
-    autocast: bool = False,
+    autocast: bool = False, accelerated: bool = False, size: tuple[int, ...] = (3, 32, 32), text: int | None = None,
 ) -> Row:  # fmt: skip
     """One forward, float32 unless `half` (bfloat16 weights) or `autocast` (to bfloat16).
 
     Args:
         sampled: as Diffusion.sample calls it: with dtype=torch.bfloat16, and what depends on time alone ahead.
+        accelerated: by `accelerate`, as on a GPU.
+        size: of an image.
+        text: the width of the states of a text, if the network takes one.
     """
     with as_on_a_gpu(), FakeTensorMode(), torch.no_grad():
         net: nn.Module = make().eval()
@@ -148,7 +175,12 @@ def count(
             arguments = {name: rows.bfloat16() for name, rows in ahead.items()}
             net = Casts().get(net, torch.bfloat16)
         net = net.to(torch.bfloat16) if half else net
-        x = torch.empty(batch, 3, 32, 32, dtype=torch.bfloat16 if half or sampled else torch.float32, device="cpu")
+        if accelerated:
+            accelerate(net, channels_last=True)
+        dtype = next(net.parameters()).dtype
+        x = torch.empty(batch, *size, dtype=dtype, device="cpu")
+        if text is not None:
+            arguments["encoder_hidden_states"] = torch.empty(batch, TOKENS, text, dtype=dtype, device="cpu")
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Meter() as counter:
             net(x, t, **arguments)
     total = sum(counter.kernels.values())
@@ -170,6 +202,16 @@ def rows(batches: Sequence[int] = (1, 256)) -> list[Row]:
             count("diffusers, autocast", stock, batch, autocast=True),
         ]
     return made
+
+
+def stable_diffusion_rows() -> list[Row]:
+    """Those of one image with guidance, which is a batch of two."""
+    names = {True: "accelerate", False: "diffusers"}
+    size, text = (4, 64, 64), STABLE_DIFFUSION["cross_attention_dim"]
+    return [
+        count(f"Stable Diffusion 1.5, {name}", conditional, 2, accelerated=accelerated, size=size, text=text)
+        for accelerated, name in names.items()
+    ]
 
 
 class Compiled(NamedTuple):
@@ -202,24 +244,35 @@ def passes(source: str, shape: Sequence[int]) -> int:
     return count
 
 
-def inductor_kernels(fused: bool, channels_last: bool) -> Compiled:
+def block(kind: str) -> nn.Module:
+    """A resnet block of 128 channels."""
+    if kind == "accelerate":
+        from diffusers.models.resnet import ResnetBlock2D
+
+        made = ResnetBlock2D(in_channels=128, temb_channels=512, groups=32, eps=1e-6).eval()
+        accelerate(made)
+        return made
+    return ResnetBlock(128, 128, emb_dim=512, groups=32, eps=1e-6, dropout=0.0, scale_shift=False).eval()
+
+
+def inductor_kernels(kind: str, channels_last: bool) -> Compiled:
     """Of two resnet blocks of 128 channels at 32x32.
 
     Args:
-        fused: as fastdiff samples, with its norm, and the projections of the embedding made ahead. Else with PyTorch's
-            norm, which Inductor writes itself, and each block's own projection.
+        kind: "fastdiff", as it samples: with its norm, and the projections of the embedding made ahead. "accelerate":
+            diffusers' blocks with that norm. "PyTorch": with PyTorch's norm, which Inductor writes itself. The latter
+            two have each block's own projection.
     """
     from torch._inductor.codecache import CacheBase
 
     from benchmarks.static import inductor
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    options: dict[str, Any] = {"emb_dim": 512, "groups": 32, "eps": 1e-6, "dropout": 0.0, "scale_shift": False}
-    blocks = [ResnetBlock(128, 128, **options).eval() for _ in range(2)]
+    blocks = [block(kind) for _ in range(2)]
     names = [[name for name, _ in block.named_parameters()] for block in blocks]
 
     def forward(x: Tensor, emb: Tensor, shift: Tensor, *weights: Tensor) -> Tensor:
-        left, of_blocks = iter(weights), (Ahead(shift, None),) if fused else emb
+        left, of_blocks = iter(weights), (Ahead(shift, None),) if kind == "fastdiff" else emb
         for block, of_block in zip(blocks, names, strict=True):
             x = torch.func.functional_call(block, {name: next(left) for name in of_block}, (x, of_blocks))
         return x
@@ -237,7 +290,7 @@ def inductor_kernels(fused: bool, channels_last: bool) -> Compiled:
         return torch.channels_last if nhwc else torch.contiguous_format
 
     with (
-        mock.patch("fastdiff.ops.group_norm.backend_of", return_value="triton" if fused else "reference"),
+        mock.patch("fastdiff.ops.group_norm.backend_of", return_value="reference" if kind == "PyTorch" else "triton"),
         mock.patch.object(CacheBase, "get_system", staticmethod(lambda: h100)),
         mock.patch.object(torch._C, "_conv_determine_backend_memory_format", convolution_format),
         torch.no_grad(),
@@ -253,21 +306,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     args = parser.parse_args(argv)
-    counted = rows()
+    counted = rows() + stable_diffusion_rows()
     print("| network | batch | kernels | MB an image |\n|---|---:|---:|---:|")
     for row in counted:
         print(f"| {row.network} | {row.batch} | {row.kernels} | {row.megabytes_per_image:.1f} |")
     blocks = []
     print("\n| two resnet blocks, compiled | layout | Triton kernels | calls | passes |\n|---|---|---:|---:|---:|")
-    for fused in (True, False):
+    for kind in NORMS:
         for channels_last in (True, False):
-            made = inductor_kernels(fused, channels_last)
-            name, layout = "fastdiff" if fused else "PyTorch", "channels_last" if channels_last else "NCHW"
-            blocks.append({"norm": name, "layout": layout} | made._asdict())
-            print(f"| {name}'s norm | {layout} | {made.triton} | {made.calls} | {made.passes} |")
+            made = inductor_kernels(kind, channels_last)
+            layout = "channels_last" if channels_last else "NCHW"
+            blocks.append({"norm": kind, "layout": layout} | made._asdict())
+            print(f"| {NORMS[kind]} | {layout} | {made.triton} | {made.calls} | {made.passes} |")
     if args.json:
-        content = {"forward": [row._asdict() for row in counted], "compiled": blocks}
-        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, {"forward": [row._asdict() for row in counted], "compiled": blocks})
     return 0
 
 

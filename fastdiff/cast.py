@@ -15,15 +15,18 @@ def channels_last_convolutions(model: nn.Module) -> list[nn.Conv2d]:
     """Lay out the weights of 2d convolutions channels last, in place.
 
     It is the layout that fast convolutions read, on GPUs and CPUs alike; they convert any other at every call. Their
-    outputs follow it, so that a whole network runs channels last.
+    outputs follow it, so that a whole network runs channels last. Of a 1x1 convolution the layout is in the strides
+    alone, and its output follows them too.
 
     Returns: the convolutions whose weights had another layout.
     """
     changed = []
     for module in walk.modules(model):
-        if isinstance(module, nn.Conv2d) and not module.weight.is_contiguous(memory_format=torch.channels_last):
-            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
-            changed.append(module)
+        if isinstance(module, nn.Conv2d):
+            weight = module.weight.data.to(memory_format=torch.channels_last)
+            if weight.stride() != module.weight.stride():
+                module.weight.data = weight
+                changed.append(module)
     return changed
 
 

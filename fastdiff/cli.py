@@ -1,7 +1,6 @@
 """The command line: fastdiff train, sample, eval, plot, ema. An error is one line on stderr and a non-zero exit."""
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.diffusion import Diffusion
-from fastdiff.files import replacing, writable
+from fastdiff.files import writable, write_json
 from fastdiff.support.choices import did_you_mean
 from fastdiff.support.run_file import NAME
 from fastdiff.training import Options, State, digits_options, ema, ranks, resumed_options, save_grid
@@ -321,6 +320,5 @@ def evaluation(args: argparse.Namespace) -> int:
     for name, value in report.items():
         print(f"{name:27}{value:.4f}" if isinstance(value, float) else f"{name:27}{value}")
     if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, report)
     return 0

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import json
 import os
 import secrets
 import tempfile
@@ -62,6 +63,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON, or leave the old file as it was. Raises: as `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def sweep(path: Path) -> None:

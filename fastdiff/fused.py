@@ -91,6 +91,30 @@ def without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
+def bias_for_norm(conv: Any, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """(h, a) with h + a = conv(x) + add, for a norm that takes a by its `add`. add: (B or 1, C).
+
+    The bias is in a if the norm is one kernel, or adds something anyway. Else the convolution adds it for less.
+    """
+    if not adds_bias(conv) or (add is None and not is_fused(x)):
+        return conv(x), add
+    return without_bias(conv, x), conv.bias if add is None else add + conv.bias
+
+
+def with_shortcut(shortcut: Any, x: Tensor, conv: Any, h: Tensor) -> Tensor:
+    """shortcut(x) + conv(h), x itself for None.
+
+    With channels last and without a gradient a 1x1 shortcut is a matrix product, which adds both biases in its pass.
+    """
+    as_product = shortcut is not None and maps_pixels(shortcut) and adds_bias(conv)
+    if torch.is_grad_enabled() or not as_product or not channels_last(x):
+        h = conv(h)
+        return (x if shortcut is None else shortcut(x)) + h
+    h = without_bias(conv, h)
+    weight, bias = shortcut.weight.flatten(1), shortcut.bias + conv.bias
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2) + h
+
+
 def adds_bias(conv: nn.Module) -> bool:
     """Whether a convolution may be computed from its weight and bias, with zeros around the image.
 
@@ -124,7 +148,7 @@ def is_linear(layer: nn.Module) -> bool:
 def keys(layer: nn.Module, h: Tensor) -> Tensor:
     """layer(h), the keys of attention. Their bias changes no weight of attention, so its gradient is 0.
 
-    Without this it would be rounding, of which Adam makes whole steps: others on every number of processes.
+    Without this it would be rounding errors. Adam makes whole steps of them, other ones on each number of processes.
     """
     if not torch.is_grad_enabled() or not is_linear(layer):
         made: Tensor = layer(h)

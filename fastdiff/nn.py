@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -20,20 +19,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .fused import (
     Embedding,
     add_product,
-    adds_bias,
     ahead_of,
+    bias_for_norm,
     by_pixel,
     channels_last,
     is_linear,
     keys,
-    maps_pixels,
     norm_silu,
+    with_shortcut,
     without_bias,
 )
 from .ops.group_norm import is_fused
 from .support import transforms
 from .support.adjacent import adjacent, joined, with_own_storage
-from .support.shapes import fits
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to_cos: bool = True) -> Tensor:
@@ -47,34 +45,6 @@ def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to
     angle = t.float()[:, None] * torch.exp(k * -math.log(10000.0) / (half - freq_shift))
     halves = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
     return F.pad(torch.cat(halves, dim=1), (0, dim % 2))
-
-
-def timesteps_of(t: Tensor | float | None, x: Tensor) -> Tensor:
-    """t as a tensor (B,) or (1,) on x's device. Raises: ValueError for any other."""
-    if isinstance(t, Tensor):
-        if t.dim() > 1 or (t.dim() == 1 and not fits(t.shape[0], x.shape[0])):
-            raise ValueError(f"t: expected shape ({x.shape[0]},), (1,) or (), got {describe(t)}")
-        return t.to(x.device).reshape(-1)
-    if not isinstance(t, Real):
-        raise ValueError(f"t: expected a tensor or a number, got {t!r}")
-    return torch.full((1,), float(t), dtype=torch.float32, device=x.device)  # a fill, not a copy from the host
-
-
-def describe(value: object) -> str:
-    """The type and shape of a tensor, for errors."""
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def with_estimate(x: Tensor, estimate: Tensor | None, taken: bool) -> Tensor:
-    """x (B, C, ...) with an estimate of x_0, zeros if None, before it: (B, 2 C, ...). Just x if none is taken.
-
-    Raises: ValueError for an estimate that is not taken, or of another shape than x.
-    """
-    if estimate is not None and not taken:
-        raise ValueError("x_self_cond: expected None, as self_condition is False, got a tensor")
-    if estimate is not None and (not isinstance(estimate, Tensor) or estimate.shape != x.shape):
-        raise ValueError(f"x_self_cond: expected shape {tuple(x.shape)}, got {describe(estimate)}")
-    return torch.cat((torch.zeros_like(x) if estimate is None else estimate.to(x.dtype), x), 1) if taken else x
 
 
 class FourierProjection(nn.Module):
@@ -201,22 +171,18 @@ class ResnetBlock(nn.Module):
         s, b, add = None, None, e
         if self.scale_shift:
             s, b = e.expand(x.shape[0], -1).chunk(2, dim=1)
-            add = None if owed is None else self.conv1.bias
-        h = self.conv1(h) if shift is None or add is None else without_bias(self.conv1, h)
+            add = None
+        if shift is None or self.scale_shift:
+            h, add = bias_for_norm(self.conv1, h, add)
+        else:
+            h = without_bias(self.conv1, h)  # the bias is in shift
         h = norm_silu(self.norm2, h, s, b, add)
         x, h = self.resample(x), self.dropout(h)
-        h = self._sum(x, h) if owed is None else self._sum_without_biases(x, skip, h)
+        if owed is None:
+            h = with_shortcut(self.conv_shortcut, x, self.conv2, h)
+        else:
+            h = self._sum_without_biases(x, skip, h)
         return h if self.scale == 1 else h / self.scale
-
-    def _sum(self, x: Tensor, h: Tensor) -> Tensor:
-        """conv_shortcut(x) + conv2(h)."""
-        layers: tuple[Any, ...] = self.conv_shortcut, self.conv2
-        if torch.is_grad_enabled() or not (channels_last(x) and maps_pixels(layers[0]) and adds_bias(layers[1])):
-            out: Tensor = layers[0](x) + layers[1](h)
-            return out
-        # With channels last the shortcut is a matrix product, which adds both biases in the same pass.
-        weight, bias = layers[0].weight.flatten(1), layers[0].bias + layers[1].bias
-        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2) + without_bias(self.conv2, h)
 
     def _sum_without_biases(self, x: Tensor, skip: Tensor | None, h: Tensor) -> Tensor:
         """conv_shortcut(cat((x, skip))) + conv2(h) but for the biases."""

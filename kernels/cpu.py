@@ -37,7 +37,7 @@ from .cpu_compiled import (
     OUTSIDE,
     SCRATCH,
 )
-from .layout import laid_like, lay_out, sliced_like, slots_like
+from .layout import lay_out, sizes_of, slices_like, slots_like, stride_of
 from .notes import Text, note
 from .uninterrupted import uninterrupted
 
@@ -110,7 +110,7 @@ class _Noted(NamedTuple):
 
 
 def _written(function: Any, parameters: list[str], constant: Text) -> str:
-    """The text of a call. That of a kernel on one thread is written out: to pass so many arguments on takes time."""
+    """The text of a call. For a kernel on one thread all is written out: to pass on so many arguments takes time."""
     if not isinstance(function, _Kernel) or parameters[0] != "1":
         return f"{constant(function)}({', '.join(parameters)})"
     packed = f"{constant(function.pack)}(0, 0, {constant(_scratch)}(1), {', '.join(parameters[1:])})"
@@ -130,11 +130,10 @@ def _launch(
 
     Tensors stand for their addresses.
     """
-    elements, batch = like.numel(), like.shape[0]
-    size = elements // batch
+    batch, size = sizes_of(like)
     chunks = -(-size // CHUNK)
     count = batch * chunks
-    team = openmp.team_size() if elements >= PARALLEL_FROM else 0
+    team = openmp.team_size() if batch * size >= PARALLEL_FROM else 0
     entry, threads = _entry(kernel, structure), max(team, 1)
     operands |= {
         "block": count if threads == 1 else -(-count // (threads * CLAIMS)),
@@ -158,7 +157,7 @@ def _noise_key(seed: Tensor | None, ids: Tensor | None, index: Tensor, stream: i
         "seed": 0 if seed is None else seed,
         "ids": 0 if ids is None else ids,
         "index": index,
-        "index_stride": int(index.numel() > 1),
+        "index_stride": stride_of(index),
         "stream": stream,
     }
 
@@ -205,8 +204,8 @@ def loss(
     lead = pred if grad is None else grad
     others = (_storable(t) for t in (x0, noise, mask))
     channels, (written, pred, x0, noise, mask) = lay_out(lead, pred, *others, generated=generated)
-    chunks = -(-(written.numel() // written.shape[0]) // CHUNK)
-    partial = torch.empty(written.shape[0] * chunks, dtype=torch.float64)
+    batch, size = sizes_of(written)
+    partial = torch.empty(batch * -(-size // CHUNK), dtype=torch.float64)
     _launch(
         compiled.loss_chunks, compiled.Loss, written, channels,
         **_noise_key(seed, ids, t, stream), table=table, levels=len(table),
@@ -225,7 +224,7 @@ def scale_(grad: Tensor, incoming: Tensor, factor: float) -> None:
     """
     _launch(
         compiled.scale_chunks, compiled.Scale, grad, 1, **_tensors(grad=grad),
-        incoming=incoming, incoming_stride=int(incoming.numel() > 1), factor=factor,
+        incoming=incoming, incoming_stride=stride_of(incoming), factor=factor,
     )  # fmt: skip
 
 
@@ -238,10 +237,7 @@ def update(
     generated = noise is None and seed is not None
     channels, (written, x, noise) = lay_out(out, x, _storable(noise), generated=generated)
     slots, past = slots_like(written, hist)
-    slices: list[Any] = [_storable(t) for t in (pred, uncond, raw)]
-    if any(t is not None and not sliced_like(written, t, slices[0].stride(0)) for t in slices):
-        slices = [None if t is None else laid_like(written, t) for t in slices]
-    pred, uncond, raw = slices
+    pred, uncond, raw = slices_like(written, *map(_storable, (pred, uncond, raw)))  # type: ignore[arg-type]
     _launch(
         compiled.update_chunks, compiled.Update, written, channels,
         **_noise_key(seed, ids, step, stream), rows=rows, steps=len(rows), columns=rows.shape[1],

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, block_of, grid_of, kernel, launch, sizes_of
-from .layout import channels_of, lay_out
+from .launch import FUSED, block_of, grid_of, kernel, launch
+from .layout import channels_of, lay_out, sizes_of
 from .reduce import reduce
 from .tile import load_float32, owner, tile, to_float32
 

@@ -140,14 +140,3 @@ def grid_of(batch: int, size: int, block: int) -> tuple[int, int, int]:
 def on_nvidia(x: Tensor) -> bool:
     """Whether x lies on an NVIDIA GPU: there the hardware's approximations replace the noise's polynomials (FAST)."""
     return x.is_cuda and torch.version.hip is None
-
-
-def sizes_of(x: Tensor) -> tuple[int, int]:
-    """(batch, elements of a sample) of x, which is not empty."""
-    batch = x.shape[0]
-    return batch, x.numel() // batch
-
-
-def stride_of(index: Tensor) -> int:
-    """0 if one index serves the whole batch, else 1."""
-    return int(index.numel() > 1)

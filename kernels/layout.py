@@ -7,6 +7,17 @@ import torch
 from torch import Tensor
 
 
+def sizes_of(x: Tensor) -> tuple[int, int]:
+    """(batch, elements of a sample) of x, which is not empty."""
+    batch = x.shape[0]
+    return batch, x.numel() // batch
+
+
+def stride_of(index: Tensor) -> int:
+    """0 if one index serves the whole batch, else 1."""
+    return int(index.numel() > 1)
+
+
 def channels_of(x: Tensor) -> int:
     """1 if every sample of x is contiguous, C if it is channels last, 0 for any other layout.
 
@@ -81,6 +92,15 @@ def sliced_like(x: Tensor, t: Tensor, stride: int) -> bool:
     if given[0] != stride:
         return False
     return given[1:] == own[1:] or (t[0].is_contiguous() and x[0].is_contiguous())
+
+
+def slices_like(x: Tensor, first: Tensor, *others: Tensor | None) -> list[Any]:
+    """Tensors like x, often halves of one output: as they are if their samples lie as those of x do, the same distance
+    apart; else copies that lie as x does."""
+    given = (first, *others)
+    if all(t is None or sliced_like(x, t, first.stride(0)) for t in given):
+        return [*given]
+    return [None if t is None else laid_like(x, t) for t in given]
 
 
 def strides_of(x: Tensor, channels: int) -> tuple[int, ...]:

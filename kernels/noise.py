@@ -14,8 +14,8 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .coefficients import COS, LOG, SIN
-from .launch import block_of, grid_of, kernel, launch, on_nvidia, sizes_of, stride_of
-from .layout import lay_out
+from .launch import block_of, grid_of, kernel, launch, on_nvidia
+from .layout import lay_out, sizes_of, stride_of
 from .tile import owner, tile
 
 M0 = tl.constexpr(0xD2511F53)

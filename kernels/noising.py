@@ -7,8 +7,8 @@ Row of the table: (alpha, sigma) of each level.
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block_of, grid_of, kernel, launch, on_nvidia, sizes_of, stride_of
-from .layout import lay_out
+from .launch import block_of, grid_of, kernel, launch, on_nvidia
+from .layout import lay_out, sizes_of, stride_of
 from .noise import tile_normals
 from .tile import load_float32, owner, table_row, tile
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..cast import channels_last_convolutions
@@ -41,8 +42,11 @@ def accelerate(
     """Put the fused operations into a pipeline of diffusers, or into a network, in place; `restore` undoes it.
 
     - In every ResnetBlock2D, GroupNorm, the scale and shift of the time embedding, and SiLU become one operation
-      (`ops.group_norm_silu`). UNet2DModel, UNet2DConditionModel and AutoencoderKL are made of such blocks. Parameters,
-      their names and hooks on the blocks stay.
+      (`ops.group_norm_silu`), which also adds the bias of the convolution before it. UNet2DModel, UNet2DConditionModel
+      and AutoencoderKL are made of such blocks. Parameters, their names and hooks on the blocks stay.
+    - A 1x1 shortcut on a map that is channels last becomes a matrix product, which adds both last biases; not where a
+      gradient is wanted.
+    - A Transformer2DModel keeps maps that are channels last as they are. Its 1x1 convolutions become matrix products.
     - Every other GroupNorm of a module of diffusers becomes one operation too: those at the entry of transformers, in
       the attention of an autoencoder, and before the last convolution. Attention with a processor that is not of
       diffusers keeps its own.
@@ -56,8 +60,8 @@ def accelerate(
 
     What is done to a block later still counts. If its norms or its activation get hooks, another class or other tensors
     (offloading, LoRA, quantization, pruning), or ResnetBlock2D.forward is patched, the block runs stock's forward. A
-    second call replaces what is new. The Unet of denoising-diffusion-pytorch 2 has RMSNorm in its blocks, so nothing in
-    it is replaced.
+    convolution to which that happens is called. A second call replaces what is new. The Unet of
+    denoising-diffusion-pytorch 2 has RMSNorm in its blocks, so nothing in it is replaced.
 
     A graph reads the weights where they lie. Each shape, type and plain value of the arguments has a graph of its own.
     All are dropped after a change of the network: moved weights, LoRA, other modules, processors or attributes. Calls
@@ -85,7 +89,7 @@ def accelerate(
     networks = _networks(target)
     done = Accelerated()
     for name, part, owner in _parts(target):
-        reason = _norm_misfit(part, owner) if isinstance(part, nn.GroupNorm) else _block_misfit(part)
+        reason = _misfit(part, owner)
         if reason is not None:
             done.left[name] = reason
         elif type(part) in _kinds():
@@ -136,7 +140,7 @@ def restore(target: Any) -> list[str]:
                 done.append(name)
     for name, network in _networks(target).items():
         for convolution in vars(network).pop(LAID_OUT, []):
-            convolution.weight.data = convolution.weight.data.contiguous()
+            convolution.weight.data = convolution.weight.data.to(memory_format=torch.contiguous_format)
         if take_out(network):
             done.append(".".join(filter(None, (name, "forward"))))
     scheduler = _scheduler(target)
@@ -158,19 +162,19 @@ def _networks(target: Any) -> dict[str, nn.Module]:
 def _parts(target: Any) -> Iterator[tuple[str, Any, nn.Module]]:
     """What is fused, or could be: (dotted name, module, the module that holds it).
 
-    Every ResnetBlock2D of a network or of a pipeline's networks, and every GroupNorm that another module of diffusers
-    holds.
+    Every ResnetBlock2D of a network or of a pipeline's networks, every Transformer2DModel that takes maps, and every
+    GroupNorm that another module of diffusers holds.
     """
     networks = _networks(target)
-    resnet = _diffusers_resnet()
-    if resnet is None:  # then no network has modules of diffusers
+    if not (kinds := _kinds()):  # then no network has modules of diffusers
         return
+    resnet, transformer, _ = kinds
     for name, network in networks.items():
         for inner, module in network.named_modules():
             prefix = [part for part in (name, inner) if part]
-            if isinstance(module, resnet.ResnetBlock2D):
+            if isinstance(module, resnet) or (isinstance(module, transformer) and module.is_input_continuous):
                 yield ".".join(prefix), module, module
-            elif _of_diffusers(type(module)):
+            if not isinstance(module, resnet) and _of_diffusers(type(module)):
                 for child, part in module.named_children():
                     if isinstance(part, nn.GroupNorm):
                         yield ".".join((*prefix, child)), part, module
@@ -180,10 +184,18 @@ def _of_diffusers(kind: type) -> bool:
     return any(base.__module__.startswith("diffusers.") for base in kind.__mro__)
 
 
+def _misfit(part: Any, owner: Any) -> str | None:
+    """Why a block, a transformer or a norm cannot be fused, or None."""
+    for stock, fused in _kinds().items():
+        if isinstance(part, stock) and type(part) not in (stock, fused):
+            return f"{type(part).__name__} is a subclass of {stock.__name__}"
+    if isinstance(part, nn.GroupNorm):
+        return _norm_misfit(part, owner)
+    return _block_misfit(part) if isinstance(part, next(iter(_kinds()))) else None
+
+
 def _norm_misfit(norm: Any, owner: Any) -> str | None:
     """Why a norm cannot become one operation, or None. Hooks on it are called all the same."""
-    if type(norm) not in (nn.GroupNorm, _kinds()[nn.GroupNorm]):
-        return f"{type(norm).__name__} is a subclass of GroupNorm"
     processor = getattr(owner, "processor", None)
     if processor is not None and not type(processor).__module__.startswith("diffusers."):
         return f"its attention has a processor of its own, {type(processor).__name__}"
@@ -197,10 +209,7 @@ def _norm_misfit(norm: Any, owner: Any) -> str | None:
 
 
 def _block_misfit(block: Any) -> str | None:
-    """Why the block cannot be fused, or None."""
-    stock = _diffusers_resnet().ResnetBlock2D
-    if type(block) not in (stock, _kinds()[stock]):
-        return f"{type(block).__name__} is a subclass of ResnetBlock2D"
+    """Why a resnet block cannot be fused, or None."""
     if "forward" in block.__dict__:
         return "its forward is wrapped, as offloading does"
     if type(block.nonlinearity) is not nn.SiLU:
@@ -230,17 +239,13 @@ def _fused_schedulers() -> dict[type, Any]:
     return {kind.stock: kind for kind in importlib.import_module(".diffusers", __package__).SCHEDULERS}
 
 
-def _diffusers_resnet() -> Any:
-    """The module of diffusers if anything has imported it, or None."""
-    return sys.modules.get("diffusers.models.resnet")
-
-
-def _kinds() -> dict[type, Any]:
-    """The fused classes of modules by stock's."""
-    if _diffusers_resnet() is None:
+def _kinds() -> dict[Any, Any]:
+    """The fused classes of modules by stock's: of resnet blocks, transformers and norms."""
+    if "diffusers.models.resnet" not in sys.modules:
         return {}
-    resnet, norm = (importlib.import_module(f".diffusers.{name}", __package__) for name in ("resnet", "group_norm"))
-    return {_diffusers_resnet().ResnetBlock2D: resnet.ResnetBlock2D, nn.GroupNorm: norm.GroupNorm}
+    names = {"resnet": "ResnetBlock2D", "transformer": "Transformer2DModel", "group_norm": "GroupNorm"}
+    rooms = {file: importlib.import_module(f".diffusers.{file}", __package__) for file in names}
+    return {kind.__base__: kind for kind in (getattr(rooms[file], name) for file, name in names.items())}
 
 
 def _put_back(part: Any, stock: Any, fused: Any) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.steps import SAMPLERS, name_to_use
+from fastdiff.steps import SAMPLERS
+from fastdiff.steps.names import name_to_use
 from fastdiff.training.data.opening import KINDS
 from fastdiff.training.figures import SAMPLES
 from fastdiff.training.options import DIGITS, LARGEST, LOGS, OBJECTIVES, Options
@@ -138,7 +139,7 @@ def sampler(text: str) -> str:
     """An argument that names a sampler."""
     if text not in (*SAMPLERS, "ode"):
         names = ", ".join(SAMPLERS)
-        raise argparse.ArgumentTypeError(f"expected one of {names} or ode, got {text!r}{name_to_use(text)}")
+        raise argparse.ArgumentTypeError(f"expected one of {names} or ode, got {text!r}{name_to_use(text, SAMPLERS)}")
     return text
 
 

@@ -25,10 +25,10 @@ from fastdiff.importance import LossSecondMoment
 from fastdiff.networks import NETWORKS, Network, name_of
 from fastdiff.score import NCSN, ScoreSDE
 from fastdiff.support import run_file
+from fastdiff.support.errors import reason
 from fastdiff.support.run_file import RunFile
 from fastdiff.support.sharded import is_sharded
-from fastdiff.training.ema import names as average_names
-from fastdiff.training.ema import note as note_averages
+from fastdiff.training.ema import average_names, note_averages
 from fastdiff.training.layout import whole
 from fastdiff.training.ranks import ALONE, Ranks
 
@@ -287,9 +287,8 @@ def _first_error(folder: Path) -> Iterator[None]:
         yield
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
-        reason = " ".join(str(first).split())[:400] or type(first).__name__
         kind = OSError if isinstance(first, OSError) and not isinstance(first, FileNotFoundError) else ValueError
-        raise kind(f"{folder}: {reason}") from error
+        raise kind(f"{folder}: {reason(first)}") from error
 
 
 def _flat(optimizer: dict[int, dict[str, Tensor]]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.support import run_file
+from fastdiff.support.errors import blaming
 from fastdiff.support.run_file import RunFile
-from fastdiff.support.scalars import as_number
-from fastdiff.support.weights import TensorFile, blaming, check_shapes, save_tensors
+from fastdiff.support.scalars import as_share
+from fastdiff.support.weights import TensorFile, check_shapes, save_tensors
 
 DECAY, WIDTH = "decay", "sigma_rel"
 # The folder of a run with its power-function averages of some steps, and what the metadata of its files holds.
@@ -38,7 +39,7 @@ def parse(name: str, text: str) -> list[float]:
     return values
 
 
-def names(decays: str, widths: str) -> list[str]:
+def average_names(decays: str, widths: str) -> list[str]:
     """The names of the averages that two options ask for: "decay=0.99", "sigma_rel=0.05"."""
     return [
         *(f"{DECAY}={value}" for value in parse("ema_decays", decays)),
@@ -73,7 +74,7 @@ def exponent(sigma_rel: float) -> float:
 
 
 @torch.no_grad()
-def update(averages: Mapping[str, Sequence[Tensor]], weights: Iterable[Tensor], step: int) -> None:
+def update_averages(averages: Mapping[str, Sequence[Tensor]], weights: Iterable[Tensor], step: int) -> None:
     """Take the weights of step `step` into each average, in place."""
     weights = list(weights)
     for name, average in averages.items():
@@ -96,8 +97,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
     weights: list[Tensor] = [*model.parameters()]
     if [average.shape for average in averages] != [weight.shape for weight in weights]:
         raise ValueError(f"ema: expected the {len(weights)} parameters of model, got {len(averages)} or other shapes")
-    if not isinstance(decay, Tensor) and not 0 <= as_number("decay", decay) <= 1:
-        raise ValueError(f"decay: expected a number from 0 to 1, got {decay}")
+    if not isinstance(decay, Tensor):
+        as_share("decay", decay)
     mixed = any(average.dtype != weight.dtype for average, weight in zip(averages, weights, strict=True))
     if mixed or isinstance(decay, Tensor):  # of which lerp has no form for many tensors at once
         change = torch._foreach_sub(weights, averages)
@@ -131,7 +132,7 @@ def coefficients(known: Sequence[tuple[int, float]], wanted: tuple[int, float]) 
     return scaled
 
 
-def note(run: Path, step: int, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
+def note_averages(run: Path, step: int, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Keep the power-function averages of a step in the run's folder."""
     wide = {name: kept for name, kept in averages.items() if name.startswith(WIDTH)}
     if wide:

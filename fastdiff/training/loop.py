@@ -28,9 +28,7 @@ from fastdiff.training.checkpoint import FOLDER as CHECKPOINTS
 from fastdiff.training.checkpoint import State, check_free, importance, read_shares, rng_state, set_rng_state
 from fastdiff.training.draws import LEVELS, SELF_CONDITIONING, noise_key, uniforms
 from fastdiff.training.ema import FOLDER as AVERAGES
-from fastdiff.training.ema import names as average_names
-from fastdiff.training.ema import update as update_averages
-from fastdiff.training.ema import update_ema, warmed
+from fastdiff.training.ema import average_names, update_averages, update_ema, warmed
 from fastdiff.training.feed import measured, open_stream
 from fastdiff.training.layout import exchanging, laid_out, recompute_blocks, replicate, shard, whole
 from fastdiff.training.logs import EVERY, Progress, Silent

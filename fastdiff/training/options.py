@@ -10,9 +10,10 @@ from typing import Any
 
 from fastdiff.networks import NETWORKS
 from fastdiff.ops.checks import check_choice
+from fastdiff.support.scalars import as_not_negative, as_positive
 from fastdiff.training.checkpoint import State
 from fastdiff.training.data.opening import ARRAYS, KINDS, SETS, is_path
-from fastdiff.training.ema import names as average_names
+from fastdiff.training.ema import average_names
 
 # What the network of each formulation predicts by default.
 OBJECTIVES = {"ddpm": "v", "ncsn": "score", "vp": "v", "subvp": "v", "ve": "score", "flow": "flow", "edm": "edm"}
@@ -172,12 +173,10 @@ class Options:
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout: expected a share in [0, 1), got {self.label_dropout}")
         for name in ("offset_noise", "sigma_data"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
+            as_not_negative(name, getattr(self, name))
         self._check_optimizer()
         for name in ("lr", "clip_grad"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
+            as_positive(name, getattr(self, name))
 
     def _check_optimizer(self) -> None:
         if self.accumulate > self.batch_size:
@@ -190,8 +189,7 @@ class Options:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected a finite number of at least 0, got {self.weight_decay}")
+        as_not_negative("weight_decay", self.weight_decay)
         average_names(self.ema_decays, self.ema_sigma_rel)
 
     def _check_network(self) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from strategies import DEVICE
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -103,10 +104,11 @@ def close(got, want, atol=1e-5):
 
 
 def parts(net) -> list[str]:
-    """What is fused: the blocks, and the norms that are not within one."""
+    """What is fused: the blocks, the transformers, and the norms that are not within a block."""
     blocks = {n for n, m in net.named_modules() if isinstance(m, ResnetBlock2D)}
+    transformers = [n for n, m in net.named_modules() if isinstance(m, Transformer2DModel)]
     norms = [n for n, m in net.named_modules() if isinstance(m, nn.GroupNorm) and n.rpartition(".")[0] not in blocks]
-    return sorted([*blocks, *norms])
+    return sorted([*blocks, *transformers, *norms])
 
 
 @pytest.mark.slow
@@ -125,6 +127,7 @@ def test_same_outputs_gradients_and_names(name, training):
     assert sorted(fastdiff.restore(net)) == fused and fastdiff.restore(net) == []
     assert all(type(m) is ResnetBlock2D for m in net.modules() if isinstance(m, ResnetBlock2D))
     assert all(type(m) is nn.GroupNorm for m in net.modules() if isinstance(m, nn.GroupNorm))
+    assert all(type(m) is Transformer2DModel for m in net.modules() if isinstance(m, Transformer2DModel))
     close(with_gradients(net), want, atol=0)
     assert sorted(fastdiff.restore(twin)) == fused
 
@@ -208,10 +211,10 @@ def test_a_pipeline_that_was_accelerated_is_saved_as_stock(tmp_path):
 
 @pytest.mark.slow
 def test_other_schedulers_and_networks_are_left():
-    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.KDPM2DiscreteScheduler())
-    with pytest.warns(UserWarning, match="KDPM2DiscreteScheduler has no fused scheduler"):
+    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.SASolverScheduler())
+    with pytest.warns(UserWarning, match="SASolverScheduler has no fused scheduler"):
         assert "scheduler" not in fastdiff.accelerate(pipeline)
-    assert type(pipeline.scheduler) is diffusers.KDPM2DiscreteScheduler
+    assert type(pipeline.scheduler) is diffusers.SASolverScheduler
     assert fastdiff.accelerate(nn.Sequential(nn.GroupNorm(1, 2), nn.SiLU())) == []
 
 
@@ -356,17 +359,17 @@ def test_plain_norms_stay_fused_under_the_compiler():
 
 @pytest.mark.slow
 def test_what_is_left_is_said():
-    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.KDPM2DiscreteScheduler())
+    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.SASolverScheduler())
     first, second, *_ = (n for n, m in pipeline.unet.named_modules() if isinstance(m, ResnetBlock2D))
     pipeline.unet.get_submodule(first).nonlinearity = nn.GELU()
     pipeline.unet.get_submodule(second).norm1.register_forward_hook(lambda *args: None)
-    with pytest.warns(UserWarning, match="accelerate left 3 parts as they are: .*KDPM2DiscreteScheduler has"):
+    with pytest.warns(UserWarning, match="accelerate left 3 parts as they are: .*SASolverScheduler has"):
         done = fastdiff.accelerate(pipeline)
     assert done and not set(done.left) & set(done)
     assert done.left == {
         f"unet.{first}": "its activation is GELU, not SiLU",
         f"unet.{second}": "its norm has hooks or parameters of another kind",
-        "scheduler": "KDPM2DiscreteScheduler has no fused scheduler",
+        "scheduler": "SASolverScheduler has no fused scheduler",
     }
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.network_cost import CPU, Cost, cost, count, passes, rows
+from benchmarks.gpu.networks import TINY_STABLE_DIFFUSION
+from benchmarks.network_cost import CPU, Cost, conditional, cost, count, passes, rows
 from benchmarks.networks import cifar10
 
 
@@ -83,3 +84,20 @@ def test_rows_compare_with_diffusers():
     ours, *_, theirs = (row for row in rows([1]) if "autocast" not in row.network and "float32" not in row.network)
     assert ours.network.startswith("fastdiff") and theirs.network.startswith("diffusers")
     assert 2 * ours.kernels < theirs.kernels
+
+
+@pytest.mark.slow
+def test_an_accelerated_network_launches_less():
+    """Than diffusers': 8 blocks, of which 5 have a shortcut, and 4 transformers. No map is copied or divided by 1."""
+    pytest.importorskip("diffusers")
+    options = {"size": (4, 8, 8), "text": TINY_STABLE_DIFFUSION["cross_attention_dim"]}
+    ours, theirs = (
+        count("tiny", lambda: conditional(**TINY_STABLE_DIFFUSION), 2, accelerated=accelerated, **options)
+        for accelerated in (True, False)
+    )
+    assert ours.megabytes_per_image < theirs.megabytes_per_image
+    assert ours.by_operator["group_norm_silu"] == 2 * 8 + 4 + 1
+    assert not ours.by_operator.keys() & {"native_group_norm", "clone"}
+    assert theirs.by_operator["div"] - ours.by_operator["div"] == 8
+    # One for each of the blocks' first, and for a second beside a shortcut; two for the others that add their bias.
+    assert ours.by_operator["convolution"] == 8 + 5 + 2 * 3 + 2 * 4

@@ -15,6 +15,7 @@ from tiny_run import CPU, TINY, assert_same_files, assert_same_weights, run
 
 from fastdiff import DDPM, training
 from fastdiff.cli import main
+from fastdiff.interop.k_diffusion import as_k_diffusion
 from fastdiff.training import Options, checkpoint, draws, loop, ranks
 from fastdiff.training.data import Arrays, Stream, open_source
 from fastdiff.training.drawing import ABOUT, Batches, save_arrays
@@ -178,6 +179,9 @@ def test_a_split_model_samples_before_and_after_training(group):
     asked = {
         "predict_x0": lambda: ddpm.predict_x0(x, 3),
         "predict": lambda: ddpm.predict(x, 3, "v"),
+        "p_sample": lambda: ddpm.p_sample(x, 3, seed=1),
+        "interpolate": lambda: ddpm.interpolate(x, -x, t=2, seed=1),
+        "as_k_diffusion": lambda: as_k_diffusion(ddpm)(x, torch.tensor([0.3, 0.2])),
         "bits_per_dim": lambda: ddpm.bits_per_dim(x, steps=2, seed=1).total,
         "log_likelihood": lambda: ddpm.log_likelihood(x, seed=1, tolerance=0.1),
     }

@@ -238,6 +238,47 @@ def test_what_forbids_a_capture(monkeypatch):
         TrainingStep(layer, adam, autocast="bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"clip_grad": 0}, ValueError, "clip_grad: expected a number above 0 or None, got 0"),
+        ({"clip_grad": True}, TypeError, "clip_grad: expected a number, got bool"),
+        ({"autocast": torch.int8}, TypeError, "autocast: expected torch.bfloat16, torch.float16 or None"),
+        ({"average": "ema"}, TypeError, "average: expected a function or None, got str"),
+        ({"graph": 1}, TypeError, "graph: expected a bool or None, got 1"),
+    ],
+)
+def test_options_are_checked_before_a_step(options, error, said):
+    layer = nn.Linear(2, 2)
+    with pytest.raises(error, match=said):
+        TrainingStep(layer, torch.optim.SGD(layer.parameters()), **options)
+
+
+def test_what_no_step_can_be_made_of():
+    layer, table = nn.Linear(2, 2), nn.Embedding(2, 2, sparse=True)
+    with pytest.raises(TypeError, match="optimizer: expected one that steps without a closure, got LBFGS"):
+        TrainingStep(layer, torch.optim.LBFGS(layer.parameters()))
+    optimizer = torch.optim.SGD([*layer.parameters(), *table.parameters()])
+    for loss, said in (
+        (lambda x: None, "loss: expected a tensor with a gradient .*, got NoneType"),
+        (lambda x: layer(x).detach(), "loss: expected a tensor with a gradient .*, got one without"),
+        (lambda x: table(x.long()).sum(), "optimizer: expected parameters with dense gradients"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            TrainingStep(loss, optimizer)(torch.zeros(1, 2))
+
+
+def test_groups_that_are_added_later_are_clipped_too():
+    one, other, x = nn.Linear(2, 2), nn.Linear(2, 2), torch.ones(1, 2)
+    optimizer = torch.optim.SGD(one.parameters(), 1.0)
+    step = TrainingStep(lambda x: 100 * other(one(x)).sum(), optimizer, clip_grad=1e-3)
+    optimizer.add_param_group({"params": [*other.parameters()], "lr": 1.0})
+    before = torch.cat([p.detach().flatten() for p in step.parameters])
+    step(x)
+    after = torch.cat([p.detach().flatten() for p in step.parameters])
+    assert len(before) == 12 and (after - before).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_one_process_after_another(monkeypatch):
     monkeypatch.setattr("fastdiff.training.step.what_forbids_here", lambda device: None)
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Net)

@@ -259,8 +259,8 @@ class GaussianDiffusion(Discrete):
         found = self.model.forward_with_cond_scale(x, t, classes, cond_scale=cond_scale, rescaled_phi=rescaled_phi)
         return (found, found) if isinstance(found, Tensor) else found
 
-    def _ancestral(self, how: tuple[Tensor, float, float], x: Tensor, t: int, _: Tensor | None) -> State:
-        """p_sample, without x_0 if nothing needs it."""
+    def _ancestral(self, guidance: tuple[Tensor, float, float], x: Tensor, t: int, _: Tensor | None) -> State:
+        """p_sample, without x_0 if nothing needs it. guidance: (classes, cond_scale, rescaled_phi)."""
         if self._overridden("p_sample", *STEP):
-            return self.p_sample(x, t, *how)
-        return self._step_in_one_pass(x, t, lambda times: self._guided(x, times, *how)[0])
+            return self.p_sample(x, t, *guidance)
+        return self._step_in_one_pass(x, t, lambda times: self._guided(x, times, *guidance)[0])

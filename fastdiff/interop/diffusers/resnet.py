@@ -5,7 +5,7 @@ from typing import Any
 import diffusers.models.resnet
 from torch import Tensor, nn
 
-from ...fused import norm_silu
+from ...fused import bias_for_norm, norm_silu, with_shortcut
 from ...support.plain import is_plain
 
 STOCK_FORWARD = diffusers.models.resnet.ResnetBlock2D.forward
@@ -18,25 +18,27 @@ class ResnetBlock2D(diffusers.models.resnet.ResnetBlock2D):
     """
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._fuses():
+        unprojected = temb is not None and self.time_emb_proj is None  # of any shape that broadcasts
+        if unprojected or not self._fuses():
             return super().forward(input_tensor, temb, *args, **kwargs)
         x, h = input_tensor, norm_silu(self.norm1, input_tensor)
         resample = self.upsample or self.downsample
         if resample is not None:
             x, h = resample(x), resample(h)
-        h = self.conv1(h)
-        if self.time_emb_proj is not None and temb is not None:
-            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        scale = shift = add = None
+        if temb is not None:
+            add = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         if self.time_embedding_norm == "scale_shift":
-            if temb is None:
+            if add is None:
                 raise ValueError("temb: expected a tensor with time_embedding_norm 'scale_shift', got None")
-            h = norm_silu(self.norm2, h, *temb.expand(len(h), -1).chunk(2, dim=1))
-        else:
-            h = norm_silu(self.norm2, h, add=temb)
-        h = self.conv2(self.dropout(h))
-        if self.conv_shortcut is not None:
-            x = self.conv_shortcut(x.contiguous() if self.training else x)
-        return (x + h) / self.output_scale_factor
+            scale, shift = add.expand(len(h), -1).chunk(2, dim=1)
+            add = None
+        h, add = bias_for_norm(self.conv1, h, add)
+        h = self.dropout(norm_silu(self.norm2, h, scale, shift, add))
+        if self.conv_shortcut is not None and self.training:
+            x = x.contiguous()  # as stock: else the strides of DDP's gradients differ
+        out = with_shortcut(self.conv_shortcut, x, self.conv2, h)
+        return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
     def _fuses(self) -> bool:
         """Whether the layers that are not called, and stock's forward, are as diffusers made them."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.files import need
+from fastdiff.support.errors import blaming, reason
 from fastdiff.support.scalars import as_integer
 from fastdiff.training.data.decode import decoded, is_image, listed
 from fastdiff.training.ranks import leads
@@ -83,7 +84,7 @@ class Images:
 
 
 class Arrays:
-    """Data of any shape that is there as one array: in memory, or memory-mapped from a .npy file.
+    """Data of any shape in one array, which is in memory or memory-mapped from a .npy file.
 
     Args:
         values: (N, ...), uint8 from 0 (black) to `white`, or floating and around [-1, 1], as latents are.
@@ -161,7 +162,7 @@ def array_file(path: Path) -> Arrays:
 
     Raises: OSError if it cannot be read; ValueError naming the file if it is no such file.
     """
-    try:
+    with blaming(path):
         if path.suffix == ".npy":
             beside = path.with_suffix(".labels.npy")
             labels = np.load(beside, allow_pickle=False) if beside.exists() else None
@@ -172,10 +173,6 @@ def array_file(path: Path) -> Arrays:
                 raise ValueError(f"expected an array 'images', got {', '.join(stored.files) or 'none'}")
             labels = stored["labels"] if "labels" in stored.files else None
             return Arrays(stored["images" if "images" in names else names[0]], labels)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file is met by any exception
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 class Names:
@@ -263,11 +260,6 @@ def warn_left_out(skipped: dict[str, str], found: int) -> None:
     names = "; ".join(f"{file}: {reason}" for file, reason in list(skipped.items())[:NAMED])
     more = ", ..." if len(skipped) > NAMED else ""
     print(f"fastdiff: warning: left out {len(skipped)} of {found} files: {names}{more}", file=sys.stderr)
-
-
-def reason(error: Exception) -> str:
-    """Why something cannot be read, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def folder(path: str | Path, size: int | tuple[int, int], gray: bool = False) -> Images:

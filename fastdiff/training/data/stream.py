@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastdiff.support.scalars import as_count, as_integer, as_number
+from fastdiff.support.errors import reason
+from fastdiff.support.scalars import as_count, as_integer, as_share
 from fastdiff.training.data.order import FLIP, LABEL, draws, shuffled
-from fastdiff.training.data.sources import Source, finite, reason, scaled
+from fastdiff.training.data.sources import Source, finite, scaled
 
 
 class Batch(NamedTuple):
@@ -110,8 +111,7 @@ class Stream:
         as_count("batch_size", batch_size)
         as_integer("seed", seed, -(2**63), 2**64 - 1)
         as_integer("workers", workers, 0, 2**15)
-        if not 0 <= as_number("label_dropout", label_dropout) <= 1:
-            raise ValueError(f"label_dropout: expected a number from 0 to 1, got {label_dropout}")
+        as_share("label_dropout", label_dropout)
         self.source, self.batch_size, self.seed, self.flip = source, batch_size, seed, flip
         self.label_dropout, self.workers, self.warn = label_dropout, workers, warn
         self.skipped: dict[int, str] = {}
@@ -152,7 +152,7 @@ class Stream:
             for numbers, values in zip(self._asked(start, every), loader, strict=False):
                 yield self._batch(numbers, values)
         except RuntimeError as error:  # the loader's own: a worker was killed, or had no memory
-            raise OSError(f"data: a process that reads images has ended: {' '.join(str(error).split())}") from error
+            raise OSError(f"data: a process that reads images has ended: {reason(error)}") from error
 
     def _asked(self, start: int, parts: Sequence[range | slice]) -> Iterator[np.ndarray]:
         """The global sample numbers of one batch after another."""
