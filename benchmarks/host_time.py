@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import gc
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import ops, reference
-from fastdiff.files import replacing, writable
+from fastdiff.files import writable, write_json
 from fastdiff.rows import WIDTH
 
 CALLS, ROUNDS = 50, 200  # calls of a round; rounds, of which the second fastest counts
@@ -231,8 +230,7 @@ def main() -> int:
     rows = run(args.rounds)
     print(table(rows))
     if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, rows)
     return 0
 
 

@@ -10,7 +10,6 @@ bias (cuDNN convolves, PyTorch adds), three for GroupNorm. Bytes are those of al
 """
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter
@@ -33,6 +32,7 @@ from benchmarks.gpu.networks import STABLE_DIFFUSION, TOKENS
 from benchmarks.networks import cifar10
 from fastdiff import accelerate
 from fastdiff.cast import Casts
+from fastdiff.files import write_json
 from fastdiff.fused import Ahead
 from fastdiff.nn import ResnetBlock
 from fastdiff.unet import UNet
@@ -319,8 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             blocks.append({"norm": kind, "layout": layout} | made._asdict())
             print(f"| {NORMS[kind]} | {layout} | {made.triton} | {made.calls} | {made.passes} |")
     if args.json:
-        content = {"forward": [row._asdict() for row in counted], "compiled": blocks}
-        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, {"forward": [row._asdict() for row in counted], "compiled": blocks})
     return 0
 
 

@@ -2,7 +2,6 @@
 at equal numbers of model calls."""
 
 import argparse
-import json
 import statistics
 import time
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from fastdiff import files
 from fastdiff.diffusion import Diffusion
+from fastdiff.files import write_json
 from fastdiff.steps import SAMPLERS, StepTable
 from fastdiff.training import checkpoint, data
 from fastdiff.training.evaluate import frechet_distance
@@ -111,8 +110,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     low, middle, high = statistics.quantiles((row["cost"] / row["model_calls"] for row in rows), n=4)
     print(f"\ncost / calls: half of the rows between {low:.2f} and {high:.2f}, median {middle:.2f}")
     if args.json:
-        with files.replacing(args.json) as temporary:
-            temporary.write_text(json.dumps({"real": real, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, {"real": real, "rows": rows})
     if args.plot:
         from . import pictures
 

@@ -2,13 +2,13 @@
 
     python benchmarks/scheduler_time.py [--json FILE] [--only NAME ...]
 
-A step is what a pipeline calls: scale_model_input and step (step_pred of ScoreSdeVeScheduler). The tensors are small
-and lie on the CPU, so that the host decides. Both take turns, and each row is of all steps of a run.
+A step is what a pipeline calls: scale_model_input and step (step_pred of ScoreSdeVeScheduler), from what the step
+before returned. The tensors are small and lie on the CPU, so that the host decides. Both take turns, and each row is of
+all steps of a run.
 """
 
 import argparse
 import gc
-import json
 import sys
 import time
 import warnings
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffusers
 import torch
 
-from fastdiff.files import replacing, writable
+from fastdiff.files import writable, write_json
 from fastdiff.interop import diffusers as fused
 
 SHAPES = ((1, 4, 32, 32), (1, 3, 8, 8))
@@ -41,7 +41,7 @@ def run_of(scheduler: Any, shape: tuple[int, ...]) -> float:
     start = time.thread_time()
     for t in timesteps:
         scale(x, t)
-        step(output, t, x, return_dict=False)
+        x = step(output, t, x, return_dict=False)[0]
     return (time.thread_time() - start) / len(timesteps)
 
 
@@ -81,8 +81,7 @@ def main() -> int:
             text = "x".join(map(str, shape))
             print(f"{name:36s}{text:>14s}{row['ours_us']:8.1f}{row['stock_us']:8.1f}{row['ratio']:8.2f}", flush=True)
     if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, rows)
     return 0
 
 

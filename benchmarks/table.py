@@ -1,13 +1,12 @@
 """The table of `python -m benchmarks`: each operation by fastdiff, by eager PyTorch and by other libraries."""
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from fastdiff.files import replacing
+from fastdiff.files import write_json
 
 from .peers import LIBRARIES, missing, peer_rows
 from .timing import copier, describe, medians
@@ -54,8 +53,7 @@ def main(args: argparse.Namespace, device: torch.device) -> int:
     if any(line["copy_fraction"] > DISTURBED for line in lines):
         print("\nNothing is faster than a plain copy: other work disturbed the times above. Repeat on an idle machine.")
     if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps({**machine, "rows": lines}, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, {**machine, "rows": lines})
     if args.plot:
         from . import pictures
 

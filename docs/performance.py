@@ -29,6 +29,16 @@ LARGE = "256x3x256x256"
 DTYPES = ("bfloat16", "float32")
 NO_BREAK = "\u00a0"  # a space at which no line of a cell ends
 WAYS = {"fused": "fastdiff", "reference": "eager", "compile": "torch.compile", "copy": "copy"}
+# Columns of whole jobs, in their order.
+JOB = {
+    "per_s": "a second",
+    "ms_per_step": "ms a step",
+    "gpu_ms_per_step": "GPU ms a step",
+    "host_ms_per_step": "host ms a step",
+    "kernels_per_step": "kernels a step",
+    "peak_mb": "peak MB",
+    "first_call_s": "first call s",
+}
 TITLES = {
     "smoke": "Smoke test",
     "sampling": "Sampling",
@@ -38,6 +48,8 @@ TITLES = {
     "checks": "Checks",
 }
 UNITS = {
+    "sampling": "Images a second, of the SD 1.5 U-Net iterations a second: higher is better. DDIM, 50 steps, bfloat16.",
+    "training": "Images a second of whole steps under autocast to bfloat16: higher is better.",
     "operations": "Milliseconds of the GPU's work, lower is better. In the last two columns higher is better.",
     "host": "Microseconds that one call holds up the program, lower is better.",
 }
@@ -90,11 +102,12 @@ def number(value: Any) -> str:
 
 def table(stage: str, rows: Rows) -> list[str]:
     """A Markdown table of the rows of a stage."""
-    columns = [way for way in WAYS if any(way in figures for figures in rows.values())]
-    columns += sorted({key for figures in rows.values() for key in figures} - {*WAYS, "fused_out"})
+    names = WAYS | JOB
+    columns = [name for name in names if any(name in figures for figures in rows.values())]
+    columns += sorted({key for figures in rows.values() for key in figures} - {*names, "fused_out"})
     both = {"fused", "reference"} <= set(columns)
     copied = "copy" in columns and "fused" in columns
-    titles = ["operation" if both else "case", "", *(WAYS.get(key, key.replace("_", " ")) for key in columns)]
+    titles = ["operation" if both else "case", "", *(names.get(key, key.replace("_", " ")) for key in columns)]
     titles += ["eager / fastdiff"] * both + ["of a copy"] * copied
     lines = ["| " + " | ".join(titles) + " |", "|---" * 2 + "|---:" * (len(titles) - 2) + "|"]
     for key, figures in rows.items():

@@ -56,7 +56,7 @@ def project(net: Any, emb: Tensor) -> Tensor | None:
 
 
 def owed(net: Any) -> Tensor | None:
-    """(total,), what the inputs of all readers of a UNet owe, one behind the other, and at last that of its last norm.
+    """(total,), what the inputs of all readers of a UNet owe, in their order, then the input of its last norm.
 
     None if no map may owe anything. That is so with a gradient, and if the norm of its tensors is not one kernel. It is
     also so if a module must be called, since it has hooks, is of another class, or was given other attributes: what it
@@ -91,8 +91,9 @@ def owed(net: Any) -> Tensor | None:
 
 
 def aheads(net: Any, rows: Tensor) -> tuple[Ahead, ...]:
-    """What each reader of a UNet takes, and its last norm, of rows (B or 1, width): those of `project`, with those of
-    `owed` behind them or without.
+    """What each reader of a UNet takes, and its last norm.
+
+    rows: (B or 1, width), the columns of `project`, and after them those of `owed` or none.
 
     Raises: ValueError for another width.
     """

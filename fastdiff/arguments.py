@@ -10,20 +10,12 @@ from torch import Tensor, nn
 from .ops.checks import as_shape, check_shape, check_state
 from .ops.overlap import check_memory
 from .steps import StepTable
+from .support import transforms
 from .support.choices import did_you_mean
 from .support.scalars import integer
 
-# Arguments of other libraries, and ours.
-OTHER_OPTIONS = {
-    "num_inference_steps": "steps",
-    "num_steps": "steps",
-    "guidance_scale": "guidance",
-    "cfg_scale": "guidance",
-    "latents": "x_T",
-    "image": "x_init",
-    "mask": "known",
-    "mask_image": "known",
-}
+# What `sample` takes and newcomers look for under another name.
+OPTIONS = ("steps", "guidance", "x_T", "x_init", "known")
 
 
 def merged(model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +36,7 @@ def merged(model_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_call(model: nn.Module, x: Tensor, condition: Tensor, model_kwargs: dict[str, Any]) -> None:
-    """The model takes the arguments of its call, model(x, condition, **model_kwargs), by their number and names.
+    """Check that the model's forward takes (x, condition, **model_kwargs), by the number and names of arguments.
 
     Raises: TypeError, naming the argument.
     """
@@ -55,8 +47,7 @@ def check_call(model: nn.Module, x: Tensor, condition: Tensor, model_kwargs: dic
     call = f"{type(model).__name__}.forward"
     kinds = [parameter.kind for parameter in signature.parameters.values()]
     for name in () if inspect.Parameter.VAR_KEYWORD in kinds else model_kwargs.keys() - signature.parameters.keys():
-        option = OTHER_OPTIONS.get(name)
-        meant = f"; did you mean {option!r}?" if option else did_you_mean(name, signature.parameters)
+        meant = did_you_mean(name, (*signature.parameters, *OPTIONS))
         raise TypeError(f"{name}: expected an option of this method or an argument of {call}, got neither{meant}")
     try:
         signature.bind(x, condition, **model_kwargs)
@@ -74,11 +65,12 @@ def named(option: str, value: Any) -> str:
 
 def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
     """Class labels on the CPU lie within the classes of the model. On a GPU to look would wait for the device."""
-    labels = model_kwargs.get("class_labels")
-    if not isinstance(labels, Tensor) or not labels.is_cpu or labels.is_floating_point() or not labels.numel():
+    given = model_kwargs.get("class_labels")
+    labels = transforms.bare(given) if isinstance(given, Tensor) else None
+    if labels is None or not labels.is_cpu or labels.is_floating_point() or not labels.numel():
         return
     classes = getattr(getattr(model, "class_embedding", None), "num_embeddings", None)
-    if classes is None or torch.compiler.is_compiling():
+    if classes is None:
         return
     low, high = (int(end) for end in labels.aminmax())
     if low < 0 or high >= classes:
@@ -86,7 +78,7 @@ def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
 
 
 def shape_of(model: nn.Module, shape: int | tuple[int, ...]) -> tuple[int, ...]:
-    """(B, ...) of a shape, or of a number of samples of model.sample_shape. TypeError or ValueError for others."""
+    """The shape (B, ...), given as it is or as B, to which model.sample_shape is added. TypeError or ValueError."""
     if isinstance(shape, bool):
         raise TypeError("shape: expected a number of samples or (B, ...), got a bool")
     number = integer(shape)
@@ -108,6 +100,8 @@ def check_gradients(steps: Any, table: StepTable, *excluded: Any) -> None:
     number = integer(steps)
     if number is None or not 0 <= number <= len(table):
         raise ValueError(f"grad_steps: expected an integer from 0 to {len(table)}, got {steps!r}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("grad_steps: expected 0 within torch.inference_mode, which records no gradient")
     if table.keep != "none" or "correct" in table.kinds:
         raise ValueError("grad_steps: expected 0 with a sampler that remembers steps or corrects; use 'ddim' or 'ddpm'")
     if any(value is not None and value is not False for value in excluded):
@@ -123,7 +117,7 @@ def check_sampling(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Arguments of `sample` fit each other; dtype and device are those of the state."""
+    """Check that arguments of `sample` fit each other. The state has this dtype and device."""
     if x_T is not None:
         check_shape("x_T", x_T, shape)
     if out is not None:
@@ -143,6 +137,6 @@ def check_out(out: Tensor | None, x_T: Tensor | None, uncond: Any, others: dict[
 
 
 def check_noise(noise: Any, steps: int, shape: tuple[int, ...]) -> None:
-    """The noise of `sample` is None, a function, or a tensor of that of each step."""
+    """The noise of `sample` is None, a function, or a tensor with the noise of each step."""
     if noise is not None and not callable(noise):
         check_shape("noise", noise, (steps, *shape))

@@ -22,6 +22,7 @@ from .process import Grid
 from .reference import work_dtype
 from .schedule import NoiseSchedule
 from .steps import VARIANCES, check_signal, decreasing
+from .support import transforms
 from .support.progress import bar
 from .support.shapes import flat
 
@@ -131,7 +132,7 @@ def evaluate(
     seed = as_seed(seed, x0.device)
     terms = x0.new_empty(len(x0), n)
     eval_mode = denoiser.evaluating()
-    with torch.no_grad():
+    with transforms.without_gradients():
         for k in bar(n, progress):
             x_t = ops.noising(x0, n - k, noising, seed=seed)
             with eval_mode:

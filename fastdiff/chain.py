@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import ops, steps
 from .diffusion import Diffusion
@@ -19,7 +19,7 @@ from .support.settable import settable
 
 
 class Tables:
-    """The tables that were made, as attributes. They are derived data: a copy or pickle has none, and makes its own.
+    """The tables that were made, as attributes. A copy or pickle starts without them, and makes its own.
 
     versions: of the tensors that they were made of.
     """
@@ -34,9 +34,10 @@ class Tables:
 class ChainDiffusion(Diffusion):
     """A Diffusion whose times are the levels 1..T of a chain, with a table of each level's numbers.
 
-    The tables are no buffers, so nothing averages, rounds, broadcasts or saves them. Each is made when it is first
-    asked for, in float64 on the CPU, cast, and brought to the data's device; and again for data on another device, and
-    after a change of the schedule's tensors in place. One through `.data` or NumPy is not seen: set `schedule` instead.
+    The tables are not buffers, so nothing averages, rounds, broadcasts or saves them. Each is made when it is first
+    asked for, in float64 on the CPU, then cast and brought to the data's device. It is made again for data on another
+    device, and after the schedule's tensors were changed in place. A change through `.data` or NumPy goes unseen: set
+    `schedule` instead.
 
     `weighting` and `schedule` (also a name, or betas) may be set later, as the options of Denoiser may.
     """
@@ -182,7 +183,7 @@ class ChainDiffusion(Diffusion):
             self._tables = Tables(versions)
         made: Tensor | None = getattr(self._tables, name, None)
         if made is None or made.device != device:
-            with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+            with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
                 made = self._build(kind, name, device)
             if not (made.requires_grad or transforms.active()):  # there, all that is made belongs to the transform
                 setattr(self._tables, name, made)
@@ -230,9 +231,9 @@ class ChainDiffusion(Diffusion):
         number = None if isinstance(t, Tensor) else integer(t)
         if number is not None:
             wrong = not 1 <= number <= self.timesteps
-        else:  # a look at a GPU's tensor would wait for it
-            seen = transforms.bare(levels)
-            wrong = seen is not None and seen.is_cpu and bool(((seen < 1) | (seen > self.timesteps)).any())
+        else:
+            seen = transforms.visible(levels)
+            wrong = seen is not None and bool(((seen < 1) | (seen > self.timesteps)).any())
         if wrong:
             raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t}")
         return levels.expand(x.shape[0])

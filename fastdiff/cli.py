@@ -1,7 +1,6 @@
 """The command line: fastdiff train, sample, eval, plot, ema. An error is one line on stderr and a non-zero exit."""
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.diffusion import Diffusion
-from fastdiff.files import replacing, writable
+from fastdiff.files import writable, write_json
 from fastdiff.support.choices import did_you_mean
 from fastdiff.support.run_file import NAME
 from fastdiff.training import Options, State, digits_options, ema, ranks, resumed_options, save_grid
@@ -31,7 +30,7 @@ from fastdiff.training.drawing import FORMATS, Batches, drawing_of, drawn
 from fastdiff.training.features import NAMES
 from fastdiff.training.figures import figures
 from fastdiff.training.flags import label_of, of_arrays, report_data
-from fastdiff.training.options import refuse_foreign
+from fastdiff.training.options import refuse_foreign, refuse_idle
 from fastdiff.training.presets import MNIST, PRESETS, read_config
 from fastdiff.training.report import write_report
 from fastdiff.training.samples import columns_of, conditions
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def one_line(error: BaseException) -> str:
     """What went wrong, on one line."""
     if ranks.lost_another(error):
-        return "another process of the run has ended"
+        return "another process of the run has ended, or does not answer"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
@@ -206,17 +205,12 @@ def train(args: argparse.Namespace) -> int:
     if done < options.steps:
         again = f"go on with: fastdiff train --out {shlex.quote(str(args.out))} --device {args.device} --resume"
         asked = signal.Signals(caught[0]).name in ASKING
-        if leads():
+        if ranks.leads():
             complain(f"{'stopped' if asked else 'interrupted'} at step {done} of {options.steps}; {again}")
         return 0 if asked else INTERRUPTED
-    if leads():
+    if ranks.leads():
         print(f"{path}: {done} steps, {time.perf_counter() - start:.1f} s")
     return 0
-
-
-def leads() -> bool:
-    """Whether this process is the one of its run that prints."""
-    return ranks.launched("RANK", 0) == 0
 
 
 def train_options(args: argparse.Namespace, path: Path) -> tuple[Options, State | None]:
@@ -241,6 +235,7 @@ def train_options(args: argparse.Namespace, path: Path) -> tuple[Options, State 
     suits = {"digits": digits_options(formulation), "mnist": MNIST}.get(data, {})
     options = Options(**{**suits, **preset, **of_arrays(data), **given})
     refuse_foreign(formulation, given)
+    refuse_idle(options, given)
     return options, None
 
 
@@ -283,6 +278,7 @@ def sample(args: argparse.Namespace) -> int:
             writable(place)
     model, start = ready(args), time.perf_counter()
     with ranks.joined(device_of(args)) as processes:
+        processes.share(model)
         numbers = torch.arange(args.n).split(args.batch_size)
         batches = Batches(places[-1], drawing_of(args, model), numbers, processes, args.format)
         try:
@@ -312,17 +308,17 @@ def evaluation(args: argparse.Namespace) -> int:
         sys.path.insert(0, "")  # a module of --features may be in this folder, as for python -m
     model = ready(args)
     with ranks.joined(device_of(args)) as processes:
+        processes.share(model)
 
         def draw(n: int) -> Iterator[tuple[int, Tensor]]:
             own = dict(list(enumerate(torch.arange(n).split(args.batch_size)))[processes.rank :: processes.size])
             return drawn(args, model, own, shown=processes.leads)
 
         report = figures(args, model, draw, processes)
-    if not leads():
+    if not ranks.leads():
         return 0
     for name, value in report.items():
         print(f"{name:27}{value:.4f}" if isinstance(value, float) else f"{name:27}{value}")
     if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, report)
     return 0

@@ -1,21 +1,14 @@
 """A diffusion in continuous time: each sample has a time of its own, and the numbers of its level."""
 
-from pathlib import Path
-from typing import TypeVar
-
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .denoiser import own_rows
 from .diffusion import Diffusion
-from .networks import NETWORKS
 from .objective import Weighting, check_weighting, target_rows, weights
 from .process import Process
-from .support.run_file import RunFile
 from .support.settable import settable
-
-Made = TypeVar("Made", bound="ContinuousDiffusion")
 
 
 class ContinuousDiffusion(Diffusion):
@@ -43,17 +36,6 @@ class ContinuousDiffusion(Diffusion):
     def apply_options(self) -> None:
         super().apply_options()
         check_weighting(self.weighting, self.weightings)
-
-    @classmethod
-    def from_pretrained(cls: type[Made], path: str | Path) -> Made:
-        """The model of a run of `fastdiff train`, with its averaged weights, in eval mode on the CPU.
-
-        Args:
-            path: the run's folder, or its model.safetensors.
-
-        Raises: OSError if it cannot be read; ValueError naming the file if it is the run of another formulation.
-        """
-        return RunFile.open(path).formulation(cls, NETWORKS)
 
     def q_sample(
         self,

@@ -18,7 +18,6 @@ from .forward_noise import Noised
 from .importance import LossSecondMoment
 from .interop import pretrained
 from .interpolation import along_the_circle, mixing_weight
-from .networks import NETWORKS
 from .objective import Weighting
 from .ops.checks import as_seed, check_choice, check_floating
 from .process import Chain, Grid
@@ -28,6 +27,7 @@ from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, ancestral, make_steps
 from .support import run_file
 from .support.scalars import integer
+from .support.sharded import as_forward
 from .unet import UNet
 
 # With more alpha_bar at the last level, the prior is visibly not where the chain ends.
@@ -137,7 +137,7 @@ class DDPM(ChainDiffusion):
         if run := run_file.find(folder):
             if variant is not None:
                 raise ValueError(f"variant: expected None for a run of `fastdiff train`, got {variant!r}")
-            made = run_file.RunFile.open(run).formulation(cls, NETWORKS)
+            made = super().from_pretrained(run)
             return made if torch_dtype is None else made.to(torch_dtype)
         arguments = pretrained.read_ddpm(folder, variant)
         unet = UNet.from_pretrained(folder, torch_dtype=torch_dtype, variant=variant)
@@ -247,7 +247,7 @@ class DDPM(ChainDiffusion):
         """
         t = self.checked_times("x_t", x_t, t)
         rows = self._table("p_sample", x_t.dtype, x_t.device)
-        pred, raw, _ = self.call_model(x_t, self.condition(t), merged(model_kwargs))
+        pred, raw, _ = as_forward(self, self.call_model)(x_t, self.condition(t), merged(model_kwargs))
         return ops.update(
             x_t, pred, rows, self.timesteps - t, seed=seed, noise=noise, raw_variance=raw, clip=self.clip, out=out
         )
@@ -303,7 +303,7 @@ class DDPM(ChainDiffusion):
         table = with_own_estimates(self.step_table("ddpm", range(level, -1, -1)), self, model_kwargs)
         options = StepOptions.of(table, self.clip)
         run = Run(self, table, x, options, seed, model_kwargs=model_kwargs, compiled=self._compiled_step)
-        return sampling.walk(Steps(run))
+        return as_forward(self, sampling.walk)(Steps(run))
 
     def _bound_table(self) -> Tensor:
         return bound.vlb_rows(self.schedule, self.objective, self.variance)

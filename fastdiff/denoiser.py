@@ -275,9 +275,8 @@ class Denoiser(nn.Module):
             raise TypeError(f"t: expected a floating tensor on {x.device}, got {t.dtype} on {t.device}")
         if t.ndim > 1 or (t.ndim == 1 and not fits(t.shape[0], x.shape[0])):
             raise ValueError(f"t: expected shape () or ({x.shape[0]},), got {tuple(t.shape)}")
-        # A look at a GPU's tensor would wait for it.
-        seen = transforms.bare(t)
-        if seen is not None and seen.is_cpu and not bool(((seen > 0) & (seen <= last)).all()):
+        seen = transforms.visible(t)
+        if seen is not None and not bool(((seen > 0) & (seen <= last)).all()):
             raise ValueError(f"t: expected times in (0, {last:g}], got {t}")
         return t.double().expand(x.shape[0])
 
@@ -346,7 +345,7 @@ def _execution_device(model: nn.Module) -> torch.device | None:
 
 
 def own_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(rows, the row of each sample), if each sample has a row of its own; in the type of the state of such data."""
+    """(rows, the row of each sample) where each sample has its own row, in the type that such data is computed in."""
     index = torch.arange(rows.shape[0], device=rows.device)
     if rows.shape[0] == 0:  # a table has a row, also for no samples
         rows = rows.new_zeros(1, rows.shape[1])

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from .editing import Edit
 from .estimates import Callback, wants_estimate, with_estimates, with_own_estimates
 from .forward_noise import Noised, kept_noise
 from .guidance import Guidance, Rule, beside, stack_branches, with_guidance
+from .networks import NETWORKS
 from .objective import uses_noise, uses_x0
 from .ops.checks import (
     as_device,
@@ -31,9 +33,12 @@ from .ops.overlap import check_memory
 from .process import Grid, Process
 from .sampling import Noise, Run, StepOptions, Steps, steps_of
 from .steps import Sampler, StepTable, check_learned, ddim_inversion, decreasing, make_steps
+from .support.run_file import RunFile
 from .support.scalars import as_number
 from .support.settable import settable
 from .support.sharded import as_forward
+
+Made = TypeVar("Made", bound="Diffusion")
 
 
 class Diffusion(Denoiser, ABC):
@@ -58,6 +63,17 @@ class Diffusion(Denoiser, ABC):
         super().apply_options()
         check_choice("loss", self.loss_kind, self.losses)
         self._captures.kept.clear()
+
+    @classmethod
+    def from_pretrained(cls: type[Made], path: str | Path) -> Made:
+        """The model of a run of `fastdiff train`, with its averaged weights, in eval mode on the CPU.
+
+        Args:
+            path: the run's folder, or its model.safetensors.
+
+        Raises: OSError if it cannot be read; ValueError naming the file if it is the run of another formulation.
+        """
+        return RunFile.open(path).formulation(cls, NETWORKS)
 
     @property
     @abstractmethod
@@ -242,7 +258,7 @@ class Diffusion(Denoiser, ABC):
         check_out(out, x_T, uncond, {**others, **model_kwargs})
         if sampler == "ode":
             ode.check_sampling(
-                self.process, steps=steps, eta=eta or None, noise=noise, x_init=x_init, stop_at=stop_at,
+                self.process, device, steps=steps, eta=eta or None, noise=noise, x_init=x_init, stop_at=stop_at,
                 callback=callback, return_trajectory=return_trajectory or None, guidance=guidance, dtype=dtype,
                 graph=graph or None, grad_steps=grad_steps or None,
             )  # fmt: skip

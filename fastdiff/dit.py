@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .fused import keys
 from .interop import pretrained
-from .nn import TimeEmbedding, attention, describe, sinusoidal_embedding, timesteps_of, with_estimate
+from .nn import TimeEmbedding, attention, sinusoidal_embedding
 from .support.cache import Tables
+from .support.inputs import check_image, check_labels, describe, timesteps_of, with_estimate
 from .support.scalars import integer, plain_number
 from .support.shapes import fits
-from .support.weights import check_shapes, shapes_of
 
 # Of the sinusoids of the timestep.
 TIME_CHANNELS = 256
@@ -122,14 +122,7 @@ class DiT(nn.Module):
             for weights that do not fit the configuration.
         """
         pretrained.check_torch_dtype(torch_dtype)
-        config, weights = pretrained.read_dit(folder, variant)
-        with config.blamed():
-            expected = shapes_of(cls, config, len(weights))
-        with weights.blamed():
-            check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-            dit = cls(**config)
-            dit.load_state_dict(weights)
-        return (dit if torch_dtype is None else dit.to(torch_dtype)).eval()
+        return pretrained.build(cls, *pretrained.read_dit(folder, variant), torch_dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and the weights as safetensors, which DiTTransformer2DModel.from_pretrained reads."""
@@ -147,7 +140,7 @@ class DiT(nn.Module):
 
     @property
     def class_embedding(self) -> nn.Embedding:
-        """That of the first block; its number of labels is that of all."""
+        """The embedding of the first block. All blocks have as many labels."""
         table: nn.Embedding = self._blocks[0].norm1.emb.class_embedder.embedding_table
         return table
 
@@ -185,7 +178,7 @@ class DiT(nn.Module):
         conditions: list[Tensor] = []
         for i, block in enumerate(self.transformer_blocks):
             tokens, condition = block(tokens, t, class_labels, None if emb is None else emb[:, i])
-            conditions = conditions or [condition]  # the output takes that of the first block
+            conditions = conditions or [condition]  # the output is modulated by the first block's condition
         shift, scale = self.proj_out_1(F.silu(conditions[0])).chunk(2, dim=1)
         out: Tensor = self.proj_out_2(modulated_norm(tokens, shift, scale, EPS))
         out = out.reshape(-1, h, w, patch, patch, self.out_channels).permute(0, 5, 1, 3, 2, 4)
@@ -199,22 +192,13 @@ class DiT(nn.Module):
         return table
 
     def _check_inputs(self, x: Tensor, class_labels: Tensor | None, emb: Tensor | None) -> None:
-        channels, patch = self.config["in_channels"], self.config["patch_size"]
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
-            raise ValueError(f"x: expected a floating tensor (B, C, H, W), got {describe(x)}")
-        batch, c, h, w = x.shape
-        if c != channels or h % patch or w % patch or not h * w:
-            raise ValueError(f"x: expected C = {channels}, H and W multiples of {patch} above 0, got {describe(x)}")
-        shape = (len(self.transformer_blocks), self._width)
+        check_image(x, self.config["in_channels"], self.config["patch_size"])
+        batch, shape = x.shape[0], (len(self.transformer_blocks), self._width)
         given = tuple(getattr(emb, "shape", ()))
         if emb is not None and (given[1:] != shape or not fits(given[0], batch)):
             raise ValueError(f"emb: expected shape ({batch} or 1, {shape[0]}, {shape[1]}), got {describe(emb)}")
-        if class_labels is not None and (
-            not isinstance(class_labels, Tensor)
-            or class_labels.dtype not in (torch.int32, torch.int64)
-            or class_labels.shape != (batch,)
-        ):
-            raise ValueError(f"class_labels: expected an integer tensor ({batch},), got {describe(class_labels)}")
+        if class_labels is not None:
+            check_labels(class_labels, batch)
 
 
 class Patches(nn.Module):
@@ -236,6 +220,10 @@ class ClassEmbedding(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(classes + 1, width)
 
+    def forward(self, labels: Tensor) -> Tensor:
+        found: Tensor = self.embedding_table(labels)
+        return found
+
 
 class Conditioning(nn.Module):
     """Time and class, each embedded."""
@@ -248,7 +236,7 @@ class Conditioning(nn.Module):
 
     def forward(self, t: Any, labels: Tensor, emb: Tensor | None) -> Tensor:
         """(B, D), the sum of the embeddings; emb, of the time, is made unless it is given."""
-        classes: Tensor = self.class_embedder.embedding_table(labels)
+        classes: Tensor = self.class_embedder(labels)
         return (self.timestep_embedder(t) if emb is None else emb) + classes
 
 

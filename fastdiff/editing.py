@@ -33,7 +33,7 @@ from .support.scalars import as_count, as_number
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What of the samples is given: the arguments of `sample` of these names."""
+    """The arguments of `sample` that say which part of the samples is given."""
 
     x_init: Tensor | None
     strength: float
@@ -56,9 +56,8 @@ class Edit:
             raise ValueError("known: expected a mask with resample, got None")
         if known is not None and x_init is not None:
             mask = as_mask(known.to(x_init.device) if isinstance(known, Tensor) else known, x_init, "known")
-            seen = transforms.bare(mask)
-            # A look at a GPU's tensor would wait for it.
-            if seen is not None and seen.is_cpu and not bool(((seen >= 0) & (seen <= 1)).all()):
+            seen = transforms.visible(mask)
+            if seen is not None and not bool(((seen >= 0) & (seen <= 1)).all()):
                 raise ValueError(f"known: expected numbers in [0, 1], got {seen.min():g} to {seen.max():g}")
         return self
 
@@ -90,7 +89,7 @@ class Edit:
 
 
 def noise_levels(process: Process, times: Tensor) -> Tensor:
-    """(N, 2) rows (alpha, sigma) of levels or times (N,), float64; those of data at 0."""
+    """(N, 2) rows (alpha, sigma) of levels or times (N,), float64. At 0, which is data, they are (1, 0)."""
     is_data = times == 0
     made = process.at(torch.where(is_data, process.last, times.double()))
     return torch.stack((made.alpha.where(~is_data, 1.0), made.sigma.where(~is_data, 0.0)), 1)

@@ -18,7 +18,7 @@ from .continuous import ContinuousDiffusion
 from .objective import Weighting
 from .process import KARRAS_RANGE, Grid, Process
 from .schedule import NoiseSchedule
-from .support.scalars import as_number
+from .support.scalars import as_number, as_positive
 from .support.settable import settable
 
 
@@ -36,9 +36,7 @@ class Preconditioned(Process):
     default_steps = 18
 
     def __init__(self, sigma_data: float = 0.5) -> None:
-        self.sigma_data = as_number("sigma_data", sigma_data)
-        if not (self.sigma_data > 0 and math.isfinite(self.sigma_data)):
-            raise ValueError(f"sigma_data: expected a finite number above 0, got {sigma_data}")
+        self.sigma_data = as_positive("sigma_data", sigma_data)
 
     @property
     def first_scale(self) -> float:  # type: ignore[override]
@@ -115,8 +113,7 @@ class Edm(ContinuousDiffusion):
             raise TypeError(f"process: expected a Preconditioned, got {type(self.process).__name__}")
         if not math.isfinite(self.P_mean):
             raise ValueError(f"P_mean: expected a finite number, got {self.P_mean}")
-        if not (self.P_std > 0 and math.isfinite(self.P_std)):
-            raise ValueError(f"P_std: expected a finite number above 0, got {self.P_std}")
+        as_positive("P_std", self.P_std)
 
     @property
     def config(self) -> dict[str, Any]:

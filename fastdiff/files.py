@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import json
 import os
 import secrets
 import tempfile
@@ -56,11 +57,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON, or leave the old file as it was. Raises: as `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def sweep(path: Path) -> None:
     """Remove the temporary files of `path`, also a pattern, that killed processes left. Hold a lock on its folder."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         with suppress(OSError):
             left.unlink()
+
+
+# Locks that this process holds. A fork would hold them too, and longer than its parent if that is killed.
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -75,14 +96,14 @@ def locked(folder: Path) -> Iterator[bool]:
     except ImportError:
         yield False
         return
-    handle, held = os.open(folder, os.O_RDONLY), False
+    handle = os.open(folder, os.O_RDONLY)
+    _held.add(handle)
     try:
-        held = _lock(fcntl, handle, folder)
-        yield held
+        yield _lock(fcntl, handle, folder)
     finally:
-        if held:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # children that live on have it open too
-        os.close(handle)
+        if handle in _held:
+            _held.remove(handle)
+            os.close(handle)
 
 
 def _lock(fcntl: Any, handle: int, folder: Path) -> bool:

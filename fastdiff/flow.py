@@ -21,7 +21,8 @@ from .ops.checks import check_choice, check_floating, check_like
 from .process import KARRAS_RANGE, Grid, Process
 from .reference import work_dtype
 from .schedule import NoiseSchedule
-from .support.scalars import as_count, as_number
+from .support import transforms
+from .support.scalars import as_count, as_number, as_positive
 from .support.settable import settable
 from .support.shapes import flat
 
@@ -45,9 +46,7 @@ class Flow(Process):
     first, default_steps = 1e-5, 50
 
     def __init__(self, shift: float = 1.0, last: float = 1.0) -> None:
-        self.shift, self.last = as_number("shift", shift), as_number("last", last)
-        if not (self.shift > 0 and math.isfinite(self.shift)):
-            raise ValueError(f"shift: expected a finite number above 0, got {shift}")
+        self.shift, self.last = as_positive("shift", shift), as_number("last", last)
         if not self.first < self.last <= 1:
             raise ValueError(f"last: expected a time above {self.first} and at most 1, got {last}")
 
@@ -149,9 +148,17 @@ def optimal_coupling(x0: Tensor, noise: Tensor) -> Tensor:
     dtype = work_dtype(x0.dtype)
     # The squares do not depend on the order: what is left is -2 x_0 noise.
     cost = -(flat(x0.detach()).to(dtype) @ flat(noise.detach()).to(dtype).T)
+    if cost.is_meta:
+        return torch.empty_like(noise)
+    cost = cost.cpu()
+    seen = transforms.bare(cost)
+    if seen is not None and seen.ndim != 2:
+        raise ValueError("x0, noise: expected one batch, got one for each call of torch.func.vmap")
     if not bool(cost.isfinite().all()):
         raise ValueError("x0, noise: expected finite numbers, got NaN or infinity")
-    order = need("scipy.optimize", "coupling").linear_sum_assignment(cost.cpu().numpy())[1]
+    # Within a transform no tensor becomes an array.
+    costs = cost.numpy() if seen is None or not transforms.active() else seen.tolist()
+    order = need("scipy.optimize", "coupling").linear_sum_assignment(costs)[1]
     return noise[torch.from_numpy(order).to(noise.device)]
 
 

@@ -148,7 +148,7 @@ def is_linear(layer: nn.Module) -> bool:
 def keys(layer: nn.Module, h: Tensor) -> Tensor:
     """layer(h), the keys of attention. Their bias changes no weight of attention, so its gradient is 0.
 
-    Without this it would be rounding, of which Adam makes whole steps: others on every number of processes.
+    Without this it would be rounding errors. Adam makes whole steps of them, other ones on each number of processes.
     """
     if not torch.is_grad_enabled() or not is_linear(layer):
         made: Tensor = layer(h)

@@ -52,7 +52,7 @@ class Recorder(Protocol):
     """Records what a function does on the device, so that it can be done again without Python."""
 
     def follow(self) -> None:
-        """Let what comes on this stream wait for the calls before, which may have been on others."""
+        """Let this stream wait for the earlier calls, which may have been on other streams."""
 
     def warm_up(self, function: Function, watched: bool = False) -> str | None:
         """Run it as it will be recorded. watched: returns what in it waits for the device, or None."""
@@ -91,7 +91,7 @@ class CudaGraphs:
     def record(self, function: Function) -> Function:
         with torch.cuda.device(self.device):
             graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            if not self.graphs:  # PyTorch lets none into a pool whose graphs are gone, if a tensor of theirs is not
+            if not self.graphs:  # PyTorch lets no graph into a pool of dead graphs while a tensor of theirs lives
                 self.pool = torch.cuda.graph_pool_handle()
             # cuBLAS takes its workspace from the graph's own memory: PyTorch may free the one outside.
             torch._C._cuda_clearCublasWorkspaces()
@@ -213,7 +213,7 @@ class CapturedCall:
             for own, value in pairs:
                 value.copy_(own)
         others = {type(value).__name__ for value in tree_leaves(self.out) if not isinstance(value, (Tensor, *PLAIN))}
-        if others:  # whose tensors would be those of the next call too
+        if others:  # the next call would overwrite tensors inside of them
             self.refuse(RuntimeError(f"its result is of {', '.join(sorted(others))}"))
         return tree_map_only(Tensor, torch.clone, self.out)
 

@@ -145,7 +145,7 @@ def spaced(process: Chain, steps: int, spacing: str, offset: int = 0) -> Grid:
 
 
 def with_middles(process: Process, grid: Grid, ratios: Tensor) -> Grid:
-    """A grid with further levels: that of ratio i, sigma / alpha, comes after the i-th level that is visited."""
+    """A grid with further levels: after the i-th level that is visited comes the one with sigma / alpha = ratios[i]."""
     schedule, levels = grid
     times, n = schedule.times(levels).double(), len(ratios)
     visited = torch.cat((torch.stack((times[:n], process.time_of(ratios)), 1).flatten(), times[n:]))

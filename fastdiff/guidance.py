@@ -30,7 +30,7 @@ from .process import Process
 from .reference import work_dtype
 from .rows import Row, columns
 from .steps import StepTable
-from .support.scalars import as_number, integer
+from .support.scalars import as_number, as_share, integer
 from .support.shapes import flat
 
 Guidance = float | Sequence[float] | Callable[[int, float], float]
@@ -65,7 +65,7 @@ class Rescaled:
     share: float = 0.7
 
     def __post_init__(self) -> None:
-        _check_share("share", self.share)
+        as_share("share", self.share)
 
     def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor, row: Row) -> Tensor:
         p = torch.lerp(uncond, cond, row.guidance)
@@ -125,7 +125,7 @@ class Projected:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_share("parallel", self.parallel)
+        as_share("parallel", self.parallel)
         if self.radius is not None and not as_number("radius", self.radius) > 0:
             raise ValueError(f"radius: expected a number above 0 or None, got {self.radius}")
         if not -1 < as_number("momentum", self.momentum) < 1:
@@ -204,8 +204,8 @@ def with_guidance(
     without guidance.
 
     Args:
-        guidance: None, a finite number, a list or tuple with one for each row, or a function of the row's number and of
-            the level at which the model is asked, to one.
+        guidance: None, a finite number, or a list or tuple with one for each row. Or a function of the row's number
+            and the level at which the model is asked.
         rule: how two predictions become one.
         process, objective: of the table.
 
@@ -239,8 +239,8 @@ def with_guidance(
 
 
 def _stand_still(rows: Tensor, kinds: Sequence[str], process: Process) -> None:
-    """Let rows take the velocity for 0, in place: x_0 = eps = x where x_t = (1 - t) x_0 + t eps. Those that only add
-    noise have none."""
+    """Let rows take the velocity for 0, in place: x_0 = eps = x where x_t = (1 - t) x_0 + t eps. Rows that only add
+    noise do not change."""
     row = columns(rows)
     if not process.straight:
         raise ValueError(f"zero_start: expected 0 but for FlowMatching, got one with {type(process).__name__}")
@@ -355,7 +355,7 @@ def _of_leaves(function: Callable[..., Any], one: Any, *others: Any) -> Any:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two arguments that are no tensors are equal."""
+    """Whether two arguments are equal, and neither is a tensor."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return False
     try:
@@ -372,8 +372,3 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 def _for_each(numbers: Tensor, like: Tensor) -> Tensor:
     """(B,) numbers, shaped to multiply samples."""
     return numbers.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= as_number(name, value) <= 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")

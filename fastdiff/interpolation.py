@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .diffusion import Diffusion
 from .ops.checks import check_floating, check_like
 from .schedule import as_float64
+from .support import transforms
 from .support.shapes import flat
 
 
@@ -33,12 +34,13 @@ def along_the_circle(
 
 
 def mixing_weight(x0: Tensor, x1: Tensor, weight: float | Tensor) -> Tensor:
-    """The weight of x1 as float32 (1 or B, 1, ...). ValueError or TypeError unless x1 is like x0 and it in [0, 1]."""
+    """The weight of x1 as float32 (1 or B, 1, ...). ValueError or TypeError if it is not in [0, 1], or x1 unlike x0."""
     check_floating("x0", x0)
     check_like("x1", x1, x0)
     given = weight if isinstance(weight, Tensor) else as_float64("weight", weight)
     mix = torch.as_tensor(given, dtype=torch.float32, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1))
-    if len(mix) not in (1, len(x0)) or not bool(((mix >= 0) & (mix <= 1)).all()):
+    seen = transforms.bare(mix)
+    if len(mix) not in (1, len(x0)) or (seen is not None and not bool(((seen >= 0) & (seen <= 1)).all())):
         raise ValueError(f"weight: expected one or {len(x0)} numbers in [0, 1], got {weight}")
     return mix
 

@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ from .fused import (
 from .ops.group_norm import is_fused
 from .support import transforms
 from .support.adjacent import adjacent, joined, with_own_storage
-from .support.shapes import fits
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to_cos: bool = True) -> Tensor:
@@ -47,34 +45,6 @@ def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to
     angle = t.float()[:, None] * torch.exp(k * -math.log(10000.0) / (half - freq_shift))
     halves = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
     return F.pad(torch.cat(halves, dim=1), (0, dim % 2))
-
-
-def timesteps_of(t: Tensor | float | None, x: Tensor) -> Tensor:
-    """t as a tensor (B,) or (1,) on x's device. Raises: ValueError for any other."""
-    if isinstance(t, Tensor):
-        if t.dim() > 1 or (t.dim() == 1 and not fits(t.shape[0], x.shape[0])):
-            raise ValueError(f"t: expected shape ({x.shape[0]},), (1,) or (), got {describe(t)}")
-        return t.to(x.device).reshape(-1)
-    if not isinstance(t, Real):
-        raise ValueError(f"t: expected a tensor or a number, got {t!r}")
-    return torch.full((1,), float(t), dtype=torch.float32, device=x.device)  # a fill, not a copy from the host
-
-
-def describe(value: object) -> str:
-    """The type and shape of a tensor, for errors."""
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def with_estimate(x: Tensor, estimate: Tensor | None, taken: bool) -> Tensor:
-    """x (B, C, ...) with an estimate of x_0, zeros if None, before it: (B, 2 C, ...). Just x if none is taken.
-
-    Raises: ValueError for an estimate that is not taken, or of another shape than x.
-    """
-    if estimate is not None and not taken:
-        raise ValueError("x_self_cond: expected None, as self_condition is False, got a tensor")
-    if estimate is not None and (not isinstance(estimate, Tensor) or estimate.shape != x.shape):
-        raise ValueError(f"x_self_cond: expected shape {tuple(x.shape)}, got {describe(estimate)}")
-    return torch.cat((torch.zeros_like(x) if estimate is None else estimate.to(x.dtype), x), 1) if taken else x
 
 
 class FourierProjection(nn.Module):

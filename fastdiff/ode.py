@@ -8,7 +8,6 @@ process is solved over t, up to t = 1, where that logarithm is infinite. The sol
 chooses one step for the whole batch, so a sample's last digits may depend on its neighbours.
 """
 
-import importlib
 import math
 from typing import Any
 
@@ -17,10 +16,12 @@ from torch import Tensor
 
 from .arguments import merged
 from .denoiser import Denoiser
+from .files import need
 from .objective import conversion_rows
 from .ops.checks import as_seed, check_floating
 from .process import Process
-from .support.scalars import as_number
+from .support import transforms
+from .support.scalars import as_positive
 from .support.shapes import flat
 from .support.sharded import as_forward
 
@@ -71,27 +72,24 @@ def log_likelihood(
     check_floating("x0", x0)
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"trace: expected 'hutchinson' or 'exact', got {trace!r}")
-    tolerance = as_number("tolerance", tolerance)
-    if not (math.isfinite(tolerance) and tolerance > 0):
-        raise ValueError(f"tolerance: expected a finite number above 0, got {tolerance}")
-    if x0.device.type != "meta" and not bool(x0.isfinite().all()):
+    tolerance = as_positive("tolerance", tolerance)
+    check(denoiser.process, denoiser.device_for(x0))
+    if x0.is_meta or not bool(x0.isfinite().all()):
         raise ValueError("x0: expected finite values")
-    check(denoiser.process)
-    scale = denoiser.process.first_scale
-    x = scale * x0.detach().to(denoiser.device_for(x0), denoiser.dtype)
-    generator = torch.Generator(x.device).manual_seed(int(as_seed(seed, torch.device("cpu"))))
-    signs = torch.randint(2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1
-    probe = signs if trace == "hutchinson" else None
-    state = (x, x.new_zeros(len(x)))
-    with torch.no_grad():
-        x_T, divergence = _solve(denoiser, state, False, tolerance, merged(model_kwargs), probe)
-    std = denoiser.prior_std()
-    n = math.prod(x.shape[1:])
-    squares = flat(x_T / std).square().sum(1)
-    return divergence - 0.5 * squares - n * (math.log(std / scale) + 0.5 * math.log(2 * math.pi))
+    kwargs = merged(model_kwargs)
+    scale, std, n = denoiser.process.first_scale, denoiser.prior_std(), math.prod(x0.shape[1:])
+    with torch.inference_mode(False), torch.no_grad():  # the divergence is a gradient, which inference mode has not
+        x = scale * x0.detach().to(denoiser.device_for(x0), denoiser.dtype)
+        kwargs = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in kwargs.items()}
+        generator = torch.Generator(x.device).manual_seed(int(as_seed(seed, torch.device("cpu"))))
+        signs = torch.randint(2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1
+        probe = signs if trace == "hutchinson" else None
+        x_T, divergence = _solve(denoiser, (x, x.new_zeros(len(x))), False, tolerance, kwargs, probe)
+        squares = flat(x_T / std).square().sum(1)
+        return divergence - 0.5 * squares - n * (math.log(std / scale) + 0.5 * math.log(2 * math.pi))
 
 
-def check_sampling(process: Process, **options: Any) -> None:
+def check_sampling(process: Process, device: torch.device, **options: Any) -> None:
     """None of these options of `sample` is given, since the solver takes none of them; then as `check`."""
     given = [name for name, value in options.items() if value is not None]
     if given:
@@ -99,21 +97,19 @@ def check_sampling(process: Process, **options: Any) -> None:
         raise ValueError(
             f"sampler: 'ode' chooses its own steps and expected no {', '.join(names)} or {last}, got {', '.join(given)}"
         )
-    check(process)
+    check(process, device)
 
 
-def check(process: Process) -> None:
-    """ImportError without the solver; ValueError if the process ends without signal, at an infinite rate."""
-    _solver()
+def check(process: Process, device: torch.device) -> None:
+    """ImportError without the solver. ValueError if the process ends without signal, at an infinite rate, where there
+    are no numbers, and within a transform of torch.func or a level of dual tensors."""
+    need("torchdiffeq", "ode")
+    if device.type == "meta":
+        raise ValueError("device: the ODE's solver expected numbers to look at, got the meta device")
+    if transforms.active():
+        raise ValueError("sampler, log_likelihood: the ODE's solver expected no torch.func transform around it")
     if not process.straight and not math.isfinite(process.sigma_range()[1]):
         raise ValueError("process: the ODE expected a finite sigma / alpha at the end, got alpha = 0")
-
-
-def _solver() -> Any:
-    try:
-        return importlib.import_module("torchdiffeq")
-    except ImportError as error:
-        raise ImportError("torchdiffeq is not installed: pip install 'fastdiff-kernels[ode]'") from error
 
 
 def _solve(
@@ -145,7 +141,7 @@ def _solve(
     ends = torch.tensor([process.first, process.last], dtype=torch.float64, device=state[0].device)
     levels = ends if process.straight else -process.at(ends).log_snr / 2
     try:
-        path = _solver().odeint(
+        path = need("torchdiffeq", "ode").odeint(
             velocity,
             state,
             levels.flip(0) if backwards else levels,

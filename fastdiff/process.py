@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .schedule import NoiseSchedule, as_float64, grid
-from .support.scalars import as_count, as_number, integer
+from .support import transforms
+from .support.scalars import as_count, as_number, as_positive, integer
 from .support.settable import fixed
 
 # Noise levels sigma / alpha between which Karras et al. 2022 sample.
@@ -69,8 +70,10 @@ class Process(ABC):
         return math.inf
 
     def ratio_range(self, sigma_min: float | None = None, sigma_max: float | None = None) -> tuple[float, float]:
-        """A range of sigma / alpha to sample in; that of the process within [0.002, 80] where None. ValueError unless
-        0 < sigma_min <= sigma_max < inf. A process without a largest ratio needs sigma_max."""
+        """The range of sigma / alpha to sample in. None stands for the end of the process, or of [0.002, 80].
+
+        Raises: ValueError unless 0 < sigma_min <= sigma_max < inf. A process without a largest ratio needs sigma_max.
+        """
         low, high = self.sigma_range()
         if sigma_max is None and not math.isfinite(high):
             way = "as in steps=model.process.karras(18, sigma_max=80)"
@@ -140,10 +143,8 @@ class Process(ABC):
         """
         n = as_count("steps", 18 if steps is None else steps)
         low, high = self.ratio_range(sigma_min, sigma_max)
-        rho, churn = as_number("rho", rho), as_number("churn", churn)
+        rho, churn = as_positive("rho", rho), as_number("churn", churn)
         churn_min, churn_max = as_number("churn_min", churn_min), as_number("churn_max", churn_max)
-        if not (math.isfinite(rho) and rho > 0):
-            raise ValueError(f"rho: expected a finite number above 0, got {rho}")
         if not max(abs(math.log(low)), abs(math.log(high))) < 700 * rho:  # beyond, no float64 has sigma^(1/rho)
             raise ValueError(f"rho: expected a larger number for sigmas from {low:g} to {high:g}, got {rho}")
         if not churn >= 0:
@@ -200,20 +201,22 @@ class Chain(Process):
         return self._schedule
 
     def largest_ratio(self) -> float:
-        return float((-self.schedule.log_snr / 2).exp()[self._last_with_signal])
+        return float((-self.schedule.log_snr / 2).exp()[self._last_with_signal()])
 
-    @property
     def _last_with_signal(self) -> int:
         made = self.schedule
         return made.timesteps - int(bool(made.log_alpha[-1] == -math.inf))
+
+    # A trace asks once: it cannot look at a value. torch.compiler.assume_constant_result would import the compiler.
+    _last_with_signal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def at(self, times: Tensor) -> NoiseSchedule:
         # Without the variance kept, log sigma at level 0 is no end to interpolate from.
         made, lowest = self.schedule, 0 if self.schedule.vp else 1
         # A look at a GPU's tensor would wait for it.
-        visible = times.device.type == "cpu" and not torch.compiler.is_compiling()
-        if visible and not bool(((times >= lowest) & (times <= self.last)).all()):
-            raise ValueError(f"times: expected them from {lowest} to {self.last:g}, got {times.tolist()}")
+        seen = transforms.bare(times)
+        if seen is not None and seen.is_cpu and not bool(((seen >= lowest) & (seen <= self.last)).all()):
+            raise ValueError(f"times: expected them from {lowest} to {self.last:g}, got {seen.tolist()}")
         log_alpha, sigma = made.log_alpha.to(times.device), made.sigma.to(times.device)
         upper = times.ceil().long().clamp(min=lowest + 1).clamp(max=made.timesteps)
         share = times - (upper - 1)
@@ -243,12 +246,14 @@ class Chain(Process):
         else:
             wanted, known = ratio.log(), -made.log_snr[1:].to(ratio.device) / 2
         # No level without signal has a ratio, and none between it and the one before.
-        known = known[: self._last_with_signal + made.vp]
-        if self._last_with_signal == 0:
+        last = self._last_with_signal()
+        known = known[: last + made.vp]
+        if last == 0:
             raise ValueError("sigma: expected a schedule with signal at one level at least, got one of noise alone")
         # Both ends may have come from sigma_range with a rounding.
         inside = wanted.clamp(known[0], known[-1])
-        if not bool(torch.isclose(wanted, inside, rtol=1e-9, atol=1e-12).all()):
+        found = transforms.bare((wanted - inside).abs() <= 1e-9 * inside.abs() + 1e-12)
+        if found is not None and not bool(found.all()):
             low, high = self.sigma_range()[0], self.largest_ratio()
             raise ValueError(f"sigma: expected levels from {low:.4g} to {high:.4g}, those of the schedule")
         wanted = inside
@@ -382,6 +387,7 @@ class VE(Process):
         return ((ratio / self.sigma_min).log() / self.log_range).where(ratio != self.sigma_min, 1e-300)  # 0 is data
 
     def sigma_range(self) -> tuple[float, float]:
+        """sigma at time 0 and at `last`."""
         return self.sigma_min, self.sigma_min * math.exp(self.log_range)
 
 

@@ -8,9 +8,12 @@ from torch import Tensor
 from . import ops
 from .denoiser import TOLD
 from .diffusion import Diffusion
-from .ops.checks import as_seed, check_floating
+from .ops.checks import as_seed, check_dense, check_floating
 from .reference import work_dtype
-from .support.scalars import as_integer, as_number
+from .support import transforms
+from .support.scalars import as_integer, as_not_negative, as_share
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def offset_noise(
@@ -27,13 +30,13 @@ def offset_noise(
         sample_ids: (B,), the number of each sample in the noise of the seed; 0..B-1 if None.
 
     Returns: (B, C, ...), float32 or float64.
+    Raises: TypeError or ValueError, naming the argument.
     Reference: Guttenberg 2023, "Diffusion with offset noise".
     """
     check_floating("x0", x0)
     if x0.ndim < 2:
         raise ValueError(f"x0: expected channels, (B, C, ...), got shape {tuple(x0.shape)}")
-    if not 0 <= as_number("strength", strength) < float("inf"):
-        raise ValueError(f"strength: expected a finite number of at least 0, got {strength}")
+    as_not_negative("strength", strength)
     same: dict[str, Any] = {"stream": ops.FORWARD, "sample_ids": sample_ids, "device": x0.device}
     same |= {"seed": as_seed(seed, x0.device), "dtype": work_dtype(x0.dtype)}
     z, offset = ops.normal(x0.shape, **same), ops.normal(x0.shape[:2], step=1, **same)
@@ -53,11 +56,13 @@ def drop_labels(labels: Tensor, none: int, share: float = 0.1) -> Tensor:
     Raises: TypeError or ValueError, naming the argument.
     Reference: Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
     """
-    _check_share(share)
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+    as_share("share", share)
+    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels: expected a tensor of integers, got {got}")
-    none = as_integer("none", none, -(2**31), 2**31 - 1)
+    check_dense("labels", labels)
+    limits = torch.iinfo(labels.dtype)
+    none = as_integer("none", none, limits.min, limits.max)
     dropped = torch.rand(labels.shape, device=labels.device) < share
     return labels.masked_fill(dropped, none)
 
@@ -78,9 +83,11 @@ def own_estimate(
         x0hat = predict_x0(x_t, t, zeros),      x_t as in the loss of the same arguments
 
     Args: as of `self_conditioned`.
+
+    Raises: TypeError or ValueError, naming the argument.
     """
     x_t = diffusion.noised(x0, t, seed, sample_ids, noise).x_t
-    with torch.no_grad():
+    with transforms.without_gradients():
         return diffusion.predict_x0(x_t, t, **{**model_kwargs, name: torch.zeros_like(x_t)})
 
 
@@ -114,7 +121,7 @@ def self_conditioned(
     Raises: TypeError or ValueError, naming the argument.
     Reference: Chen et al. 2023, arXiv:2208.04202, algorithm 1.
     """
-    _check_share(share)
+    as_share("share", share)
     if not isinstance(diffusion, Diffusion):
         raise TypeError(f"diffusion: expected a fastdiff Diffusion, got {type(diffusion).__name__}")
     if t is None and diffusion.training and getattr(diffusion, "importance", None) is not None:
@@ -128,8 +135,3 @@ def self_conditioned(
     estimate = torch.where(told.reshape(-1, *[1] * (x0.ndim - 1)), estimate, 0.0)
     loss: Tensor = diffusion(x0, t=t, **drawn, **options, **{name: estimate})
     return loss
-
-
-def _check_share(share: float) -> None:
-    if not 0 <= as_number("share", share) <= 1:
-        raise ValueError(f"share: expected a number from 0 to 1, got {share}")

@@ -218,8 +218,10 @@ def vlb(
 
 
 def gaussian_kl(error: Tensor, w: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(KL, its derivative by the estimate of x_0, by delta) with 2 KL = delta + expm1(-delta) + w error^2 exp(-delta),
-    where w = c^2 / beta~ and delta = log of the variance over beta~."""
+    """(KL, its derivative by the estimate of x_0, by delta), 2 KL = delta + expm1(-delta) + w error^2 exp(-delta).
+
+    w = c^2 / beta~, and delta is the logarithm of the variance over beta~.
+    """
     shrink = torch.expm1(-delta)
     pull = w * error * (-delta).exp()
     return 0.5 * (delta + shrink + pull * error), -pull, -0.5 * (shrink + pull * error)
@@ -241,7 +243,7 @@ def discretized_gaussian(x0: Tensor, mean: Tensor, log_var: Tensor) -> tuple[Ten
     share = (log_lower - log_upper).exp()
     log_p = log_upper + torch.log1p(-share)
 
-    # The densities at the ends over p = Phi(upper) (1 - share). An open end has none, and may be any other.
+    # The densities at the ends over p = Phi(upper) (1 - share). That of an open end is 0, whatever stands for it.
     upper, lower = torch.where(upper == FAR, 40.0, upper), torch.where(lower == -FAR, 0.0, lower)
     rest = -torch.expm1(log_lower - log_upper)
     at_upper, at_lower = density_ratio(upper) / rest, density_ratio(lower) * share / rest
@@ -302,8 +304,8 @@ def group_norm_silu_grad(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients by x, weight, bias, scale, shift, add and skip; mean and rstd (B, groups) are those of the groups.
 
-    With u = f xhat + o in each channel, u what SiLU is taken of, and slope = dL/du,
-    dL/dx = rstd (f slope - m_1 - xhat m_2), m_1 and m_2 the means over the group of f slope and of f slope xhat.
+    SiLU is taken of u = f xhat + o. With slope = dL/du, and m_1 and m_2 the group's means of f slope and f slope xhat,
+    dL/dx = rstd (f slope - m_1 - xhat m_2).
     """
     work, first, x = work_dtype(x), x.shape[1], x if skip is None else torch.cat((x, skip), 1)
     by = 1 if scale is None else 1 + scale.to(work)

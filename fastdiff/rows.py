@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 class History(NamedTuple):
-    """The further columns of a row that writes one of several slots, or keeps a mix. A slot that is none of 0..K-1, as
+    """The further columns of a row that writes one of several slots, or keeps a mix. A slot outside of 0..K-1, such as
     -1, keeps nothing; a single slot is always overwritten."""
 
     from_hist2: Tensor
@@ -72,7 +72,7 @@ def make_rows(like: Tensor, dtype: torch.dtype | None = None, **values: Tensor |
     Raises: TypeError for a name that is no column.
     """
     wide = any(name in History._fields for name in values)  # a method of sets would break a compiled graph
-    rows = torch.zeros(like.shape[0], WIDE if wide else WIDTH, dtype=dtype or like.dtype, device=like.device)
+    rows = like.new_zeros(like.shape[0], WIDE if wide else WIDTH, dtype=dtype)  # with the batch of vmap, if like has one
     for name, value in values.items():
         if name not in _NAMES:
             raise TypeError(f"{name}: expected a column, one of {', '.join(_NAMES)}")

@@ -25,6 +25,7 @@ from .guidance import Rule, guided, remembers
 from .reference import work_dtype
 from .rows import columns, history_columns, make_rows
 from .steps import StepTable
+from .support import transforms
 from .support.progress import bar
 from .support.shapes import flat
 
@@ -111,7 +112,7 @@ class Run:
 
     @functools.cached_property
     def own_estimate_rows(self) -> Tensor | None:
-        """See own_estimate_rows; on the state's device."""
+        """The rows of estimates.own_estimate_rows, on the state's device."""
         rows = own_estimate_rows(self.denoiser, self.table, self.model_kwargs)
         return None if rows is None else rows.to(self.x.device, work_dtype(self.x.dtype))
 
@@ -164,7 +165,7 @@ class Steps:
 
 
 class StepsWithGradient(Steps):
-    """The steps of a run that remembers none, of which the last `count` leave new states, with a gradient."""
+    """The steps of a run. The last `count` leave new states with a gradient, so no step may remember an earlier one."""
 
     def __init__(self, run: Run, count: int) -> None:
         super().__init__(run)
@@ -180,7 +181,7 @@ class StepsWithGradient(Steps):
             super().take(k)
             return
         self.time_arguments = {}
-        with torch.enable_grad():
+        with transforms.with_gradients():
             run, x, operands = self.run, self.x, self.operands(k)
             if run.table.kinds[k] == "add":
                 self.x = update(x, Prediction(x), operands, run.options)
@@ -205,7 +206,7 @@ class Walker(Protocol):
 
 
 def steps_of(run: Run, grad_steps: int = 0) -> Steps:
-    """The steps of a run, one by one, of which the last grad_steps have a gradient."""
+    """The steps of a run, one by one. The last grad_steps have a gradient."""
     return StepsWithGradient(run, grad_steps) if grad_steps else Steps(run)
 
 
@@ -231,7 +232,7 @@ def walk(
     if path is not None:
         path[0] = run.x
     eval_mode = run.denoiser.evaluating()
-    with torch.no_grad():
+    with transforms.without_gradients():
         with eval_mode:
             steps.start()
         for k in bar(n, progress):

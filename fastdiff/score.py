@@ -6,7 +6,6 @@ networks are score models too, and samplers of one formulation run the models of
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +14,9 @@ from torch import Tensor, nn
 from .arguments import named
 from .chain import ChainDiffusion
 from .continuous import ContinuousDiffusion
-from .networks import NETWORKS
 from .objective import Weighting
 from .ops.checks import check_choice
 from .process import KARRAS_RANGE, SDES, VE, Ladder, Process
-from .support.run_file import RunFile
 
 
 class NCSN(ChainDiffusion):
@@ -77,17 +74,6 @@ class NCSN(ChainDiffusion):
     def sigma_min(self) -> float:
         """sigma of level 1."""
         return self.process.sigma_min
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> "NCSN":
-        """The model of a run of `fastdiff train`, with its averaged weights, in eval mode on the CPU.
-
-        Args:
-            path: the run's folder, or its model.safetensors.
-
-        Raises: OSError if it cannot be read; ValueError naming the file if it is not the run of a NCSN.
-        """
-        return RunFile.open(path).formulation(cls, NETWORKS)
 
     @property
     def config(self) -> dict[str, Any]:

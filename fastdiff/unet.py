@@ -25,15 +25,12 @@ from .nn import (
     TimeEmbedding,
     UpBlock,
     Upsample,
-    describe,
     sinusoidal_embedding,
-    timesteps_of,
-    with_estimate,
 )
 from .ops.group_norm import is_fused
+from .support.inputs import check_image, check_labels, describe, timesteps_of, with_estimate
 from .support.scalars import plain_number
 from .support.shapes import fits
-from .support.weights import check_shapes, shapes_of
 
 
 class UNet(nn.Module):
@@ -191,14 +188,7 @@ class UNet(nn.Module):
             lacks, and for weights that do not fit the configuration.
         """
         pretrained.check_torch_dtype(torch_dtype)
-        config, weights = pretrained.read_unet(folder, variant)
-        with config.blamed():
-            expected = shapes_of(cls, config, len(weights))
-        with weights.blamed():
-            check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-            unet = cls(**config)
-            unet.load_state_dict(weights)
-        return (unet if torch_dtype is None else unet.to(torch_dtype)).eval()
+        return pretrained.build(cls, *pretrained.read_unet(folder, variant), torch_dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and the weights as safetensors, which UNet2DModel.from_pretrained of diffusers reads."""
@@ -290,12 +280,8 @@ class UNet(nn.Module):
         return out if sigma is None else (out / sigma).to(out.dtype)
 
     def _check_inputs(self, x: Tensor, class_labels: Tensor | None, emb: Tensor | None, shifts: Tensor | None) -> None:
-        channels, factor = self._in_channels, 2 ** (len(self.down_blocks) - 1)
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
-            raise ValueError(f"x: expected a floating tensor (B, C, H, W), got {describe(x)}")
-        batch, c, h, w = x.shape
-        if c != channels or h % factor or w % factor or not h * w:
-            raise ValueError(f"x: expected C = {channels}, H and W multiples of {factor} above 0, got {describe(x)}")
+        check_image(x, self._in_channels, 2 ** (len(self.down_blocks) - 1))
+        batch = x.shape[0]
         if emb is not None and (emb.shape[1:] != (self.emb_dim,) or not fits(emb.shape[0], batch)):
             raise ValueError(f"emb: expected shape ({batch} or 1, {self.emb_dim}), got {describe(emb)}")
         if shifts is not None and (emb is not None or self.class_embedding is not None):
@@ -305,10 +291,8 @@ class UNet(nn.Module):
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels: expected None, as num_class_embeds is None, got labels")
-        elif not isinstance(class_labels, Tensor) or (
-            class_labels.dtype not in (torch.int32, torch.int64) or class_labels.shape != (batch,)
-        ):
-            raise ValueError(f"class_labels: expected an integer tensor ({batch},), got {describe(class_labels)}")
+        else:
+            check_labels(class_labels, batch)
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {

@@ -37,7 +37,7 @@ from .cpu_compiled import (
     OUTSIDE,
     SCRATCH,
 )
-from .layout import laid_like, lay_out, sliced_like, slots_like
+from .layout import lay_out, slices_like, slots_like
 from .notes import Text, note
 from .uninterrupted import uninterrupted
 
@@ -110,7 +110,7 @@ class _Noted(NamedTuple):
 
 
 def _written(function: Any, parameters: list[str], constant: Text) -> str:
-    """The text of a call. That of a kernel on one thread is written out: to pass so many arguments on takes time."""
+    """The text of a call. For a kernel on one thread all is written out: to pass on so many arguments takes time."""
     if not isinstance(function, _Kernel) or parameters[0] != "1":
         return f"{constant(function)}({', '.join(parameters)})"
     packed = f"{constant(function.pack)}(0, 0, {constant(_scratch)}(1), {', '.join(parameters[1:])})"
@@ -238,10 +238,7 @@ def update(
     generated = noise is None and seed is not None
     channels, (written, x, noise) = lay_out(out, x, _storable(noise), generated=generated)
     slots, past = slots_like(written, hist)
-    slices: list[Any] = [_storable(t) for t in (pred, uncond, raw)]
-    if any(t is not None and not sliced_like(written, t, slices[0].stride(0)) for t in slices):
-        slices = [None if t is None else laid_like(written, t) for t in slices]
-    pred, uncond, raw = slices
+    pred, uncond, raw = slices_like(written, *map(_storable, (pred, uncond, raw)))  # type: ignore[arg-type]
     _launch(
         compiled.update_chunks, compiled.Update, written, channels,
         **_noise_key(seed, ids, step, stream), rows=rows, steps=len(rows), columns=rows.shape[1],

@@ -83,6 +83,15 @@ def sliced_like(x: Tensor, t: Tensor, stride: int) -> bool:
     return given[1:] == own[1:] or (t[0].is_contiguous() and x[0].is_contiguous())
 
 
+def slices_like(x: Tensor, first: Tensor, *others: Tensor | None) -> list[Any]:
+    """Tensors like x, often halves of one output: as they are if their samples lie as those of x do, the same distance
+    apart; else copies that lie as x does."""
+    given = (first, *others)
+    if all(t is None or sliced_like(x, t, first.stride(0)) for t in given):
+        return [*given]
+    return [None if t is None else laid_like(x, t) for t in given]
+
+
 def strides_of(x: Tensor, channels: int) -> tuple[int, ...]:
     """The strides of a gapless tensor like x (B, C, ...), but of so many channels: channels last if x is, else
     contiguous."""

@@ -106,30 +106,51 @@ def pixel_sums(tile, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def plus(total, tile):
+    """total [LANES, WIDE] with the sums of neighbouring pixels of a tile [LANES, TILE]; the tile if there is no total."""
+    if total is not None:
+        WIDE: tl.constexpr = total.shape[1]
+        if tile.shape[1] > WIDE:
+            tile = tl.sum(tl.reshape(tile, [tile.shape[0], WIDE, tile.shape[1] // WIDE]), 2)
+        tile += total
+    return tile
+
+
+@triton.jit
+def slope_of(grad, x, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr):
+    """The slopes of a tile, with u = slant x + offset; 0 where the gradient is, so beyond the slab. If QUICK, slopes are
+    by -log2(e) u."""
+    slope = to_float32(grad)
+    if SILU:
+        slope *= silu_slope(x * slant[:, None] + offset[:, None], QUICK)
+    return slope
+
+
+@triton.jit
 def sums_of(
-    grads, tiles, masks, center, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr, ADD: tl.constexpr,
-    BLOCKS: tl.constexpr, TILES: tl.constexpr, LAST: tl.constexpr,
+    sums, grads, tiles, masks, center, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr, ADD: tl.constexpr,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """(slopes of the tiles, rows of the sums of slope, of slope (x - center) and, if ADD, of x - center over their
-    pixels). A slope is 0 where the gradient is, so beyond the slab. If QUICK, slopes are by -log2(e) u."""
-    SPLIT: tl.constexpr = LAST and BLOCKS * 128 // tiles[0].dtype.primitive_bitwidth >= 8  # channels of a thread
+    pixels).
+
+    sums: None, or three rows of [LANES, WIDE]: what further tiles are added to, and not yet summed among threads."""
     slopes, ones, others, aways = (), (), (), ()
     for k in tl.static_range(BLOCKS):
-        one = tl.zeros_like(tiles[0]).to(tl.float32)
-        other, away = one, one
+        one, other, away = None, None, None
+        if sums is not None:
+            one, other, away = sums[0][k], sums[1][k], sums[2][k]
         for t in tl.static_range(TILES):
             x = to_float32(tiles[k * TILES + t]) - center[k][:, None]
-            slope = to_float32(grads[k * TILES + t])
-            if SILU:
-                slope *= silu_slope(x * slant[k][:, None] + offset[k][:, None], QUICK)
-            one = slope if t == 0 else one + slope
-            other = slope * x if t == 0 else other + slope * x
+            slope = slope_of(grads[k * TILES + t], x, slant[k], offset[k], SILU, QUICK)
+            one, other = plus(one, slope), plus(other, slope * x)
             if ADD:
-                away += tl.where(masks[k * TILES + t], x, 0.0)
+                away = plus(away, tl.where(masks[k * TILES + t], x, 0.0))
             slopes = slopes + (slope,)
-        ones = ones + (pixel_sums(one, SPLIT),)
-        others = others + (pixel_sums(other, SPLIT),)
-        aways = aways + (pixel_sums(away, SPLIT) if ADD else 0.0,)
+        if sums is None:
+            one, other = pixel_sums(one, SPLIT), pixel_sums(other, SPLIT)
+            away = pixel_sums(away, SPLIT) if ADD else 0.0
+        ones, others, aways = ones + (one,), others + (other,), aways + (away,)
     return slopes, ones, others, aways
 
 
@@ -171,24 +192,28 @@ def norm_sums_kernel(
         mean_ptr, rstd_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, groups, sample, channel, channels,
         add_stride, scale_stride, shift_stride, DEPTH, GROUPS, QUICK, BLOCKS, LANES,
     )  # fmt: skip
-    ones = zero_row(BLOCKS, LANES)
-    others = zero_row(BLOCKS, LANES)
-    aways = zero_row(BLOCKS, LANES)
+    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # elements of an access
+    SPLIT: tl.constexpr = LAST and BLOCKS * VECTOR >= 8  # channels of a thread
+    # Neighbouring pixels of a thread are summed at once; threads are summed after the loop.
+    WIDE: tl.constexpr = TILE if LAST or PIXELS % VECTOR != 0 else TILE // VECTOR
+    ones = zeros(BLOCKS, LANES, WIDE)
+    others = zeros(BLOCKS, LANES, WIDE)
+    aways = zeros(BLOCKS, LANES, WIDE)
     for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
         masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
         x, grad = load_both(
             x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES,
             TILE, LAST,
         )  # fmt: skip
-        _, one, other, away = sums_of(grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, LAST)
-        ones, others = added(ones, one, BLOCKS), added(others, other, BLOCKS)
-        if ADD:
-            aways = added(aways, away, BLOCKS)
+        _, ones, others, aways = sums_of(
+            (ones, others, aways), grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, SPLIT
+        )  # fmt: skip
+    ones, others = row_sums(ones, SPLIT, BLOCKS), row_sums(others, SPLIT, BLOCKS)
     row = sums_ptr + (tl.cast(span, tl.int64) * (4 if ADD else 2) * batch + sample) * CHANNELS + channel
     stride = tl.cast(batch, tl.int64) * CHANNELS
     store_sums(row, stride, ones, others, rstd, channels, QUICK, BLOCKS, LANES)
     if ADD:
-        store_row(row + 3 * stride, aways, channels, BLOCKS, LANES)
+        store_row(row + 3 * stride, row_sums(aways, SPLIT, BLOCKS), channels, BLOCKS, LANES)
     slot = tl.arange(0, SLOTS)
     at = partial_ptr + ((groups + slot) * (CHUNKS * SPANS) + tl.program_id(1)) * 2
     tl.store(at, weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES), mask=slot < GROUPS)
@@ -196,11 +221,20 @@ def norm_sums_kernel(
 
 
 @triton.jit
-def zero_row(BLOCKS: tl.constexpr, LANES: tl.constexpr):
+def zeros(BLOCKS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
     row = ()
     for _ in tl.static_range(BLOCKS):
-        row = row + (tl.zeros([LANES], tl.float32),)
+        row = row + (tl.zeros([LANES, WIDE], tl.float32),)
     return row
+
+
+@triton.jit
+def row_sums(row, SPLIT: tl.constexpr, BLOCKS: tl.constexpr):
+    """The row of the sums over the pixels of BLOCKS tensors [LANES, WIDE]."""
+    sums = ()
+    for k in tl.static_range(BLOCKS):
+        sums = sums + (pixel_sums(row[k], SPLIT),)
+    return sums
 
 
 @triton.jit
@@ -246,6 +280,19 @@ def merged_sums(
 
 
 @triton.jit
+def slopes_of(
+    grads, tiles, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """The slopes of all tiles; see slope_of."""
+    slopes = ()
+    for k in tl.static_range(BLOCKS):
+        for t in tl.static_range(TILES):
+            x = to_float32(tiles[k * TILES + t])
+            slopes = slopes + (slope_of(grads[k * TILES + t], x, slant[k], offset[k], SILU, QUICK),)
+    return slopes
+
+
+@triton.jit
 def store_gradient(
     pointers, slopes, tiles, masks, slant, by_x, constant, BLOCKS: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
@@ -277,6 +324,7 @@ def norm_grad_kernel(
     groups = sample * (CHANNELS // DEPTH) + group
     row = sums_ptr + (tl.cast(span, tl.int64) * (4 if ADD else 2) * batch + sample) * CHANNELS + channel
     stride = tl.cast(batch, tl.int64) * CHANNELS
+    SPLIT: tl.constexpr = LAST and BLOCKS * 128 // x_ptr.dtype.element_ty.primitive_bitwidth >= 8  # as there
     if partial_ptr is None:
         masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
         x, grad = load_both(
@@ -289,7 +337,7 @@ def norm_grad_kernel(
     )  # fmt: skip
     if partial_ptr is None:
         slopes, ones, others, aways = sums_of(
-            grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, LAST
+            None, grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, SPLIT
         )  # fmt: skip
         store_sums(row, stride, ones, others, rstd, channels, QUICK, BLOCKS, LANES)
         one = weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
@@ -318,13 +366,16 @@ def norm_grad_kernel(
         )
         store_gradient(pointers, slopes, x, masks, slant, by_x, constant, BLOCKS, TILES)
     else:
+        offsets = ()  # as in the forward pass: u = slant x + offset
+        for k in tl.static_range(BLOCKS):
+            offsets = offsets + (offset[k] - center[k] * slant[k],)
         for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
             masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
             x, grad = load_both(
                 x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES,
                 TILES, TILE, LAST,
             )  # fmt: skip
-            slopes, _, _, _ = sums_of(grad, x, masks, center, slant, offset, SILU, QUICK, False, BLOCKS, TILES, LAST)
+            slopes = slopes_of(grad, x, slant, offsets, SILU, QUICK, BLOCKS, TILES)
             pointers = tile_pointers(
                 x_grad_ptr, skip_grad_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE,
                 LAST,

@@ -58,14 +58,17 @@ def tile_pointers(
                 pointers = pointers + (at + (k * ACROSS + t * ALONG),)
     else:
         REST: tl.constexpr = CHANNELS - FIRST
+        p = column + tl.cast(pixel, tl.int64)
         for k in tl.static_range(BLOCKS):
-            first = lane + k * LANES < FIRST
+            c = lane + k * LANES
+            first = c < FIRST
+            here = ptr + (sample * (FIRST * PIXELS) + (c + p * FIRST if LAST else c * PIXELS + p))
+            c -= FIRST
+            there = skip_ptr + (sample * (REST * PIXELS) + (c + p * REST if LAST else c * PIXELS + p))
+            at = tl.where(first, here, there)
+            along = tl.where(first, FIRST, REST).to(tl.int64) if LAST else 1  # from pixel to pixel
             for t in tl.static_range(TILES):
-                c, p = lane + k * LANES, column + (tl.cast(pixel, tl.int64) + t * TILE)
-                here = ptr + (sample * (FIRST * PIXELS) + (c + p * FIRST if LAST else c * PIXELS + p))
-                c -= FIRST
-                there = skip_ptr + (sample * (REST * PIXELS) + (c + p * REST if LAST else c * PIXELS + p))
-                pointers = pointers + (tl.where(first, here, there),)
+                pointers = pointers + (at + along * (t * TILE),)
     return pointers
 
 

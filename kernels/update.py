@@ -20,14 +20,12 @@ Moves, per element: reads x and pred (and uncond, raw, noise and all slots of hi
 one slot of hist if it is given.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import block_of, grid_of, kernel, launch, on_nvidia, sizes_of, stride_of
-from .layout import laid_like, lay_out, sliced_like, slots_like
+from .layout import lay_out, slices_like, slots_like
 from .noise import tile_normals
 from .tile import load_float32, owner, table_row, tile
 
@@ -139,10 +137,7 @@ def update(
     generated = noise is None and seed is not None
     channels, (written, x, noise) = lay_out(out, x, noise, generated=generated)
     slots, past = slots_like(written, hist)
-    slices: list[Any] = [pred, uncond, raw]
-    if any(t is not None and not sliced_like(written, t, pred.stride(0)) for t in slices):
-        slices = [None if t is None else laid_like(written, t) for t in slices]
-    pred, uncond, raw = slices
+    pred, uncond, raw = slices_like(written, pred, uncond, raw)
     batch, size = sizes_of(written)
     constants = block_of(size, channels, generated, written, pred, noise)
     launch(

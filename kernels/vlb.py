@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .coefficients import KL, MILLS
 from .launch import block_of, grid_of, kernel, launch, sizes_of, stride_of
-from .layout import laid_like, lay_out, sliced_like
+from .layout import laid_like, lay_out, slices_like
 from .reduce import reduce
 from .tile import load_float32, owner, table_row, tile
 
@@ -166,10 +166,7 @@ def vlb(
     """Write scale times the sum of each sample's nats into out (B,), or of the whole batch into out (1,), float32; and
     scale times the derivatives into the gradients, shaped like pred, that are given."""
     channels, (x_t, x0) = lay_out(x_t, x0, generated=False)
-    slices: list[Any] = [pred, raw]
-    if any(t is not None and not sliced_like(x_t, t, pred.stride(0)) for t in slices):
-        slices = [None if t is None else laid_like(x_t, t) for t in slices]
-    pred, raw = slices
+    pred, raw = slices_like(x_t, pred, raw)
     grads: list[Any] = [None if g is None else laid_like(x_t, g) for g in (pred_grad, raw_grad)]
     batch, size = sizes_of(x_t)
     constants = {k: v for k, v in block_of(size, channels, True, x_t, x0, pred, raw).items() if k != "VEC"}

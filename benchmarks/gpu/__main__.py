@@ -38,13 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device: no CUDA device was found; --device cpu rehearses the kit")
     chosen = [stage for stage in STAGES if stage.name in args.stage]
-    with packages.on_path():
+    if missing := packages.lacking():
+        print(f"lacking: {missing}", flush=True)
+    with packages.on_path(), packages.with_home():
         results = Results(args.out / file_name(device), this_run(), machine(device))
         setup = Setup(device, toy=device.type == "cpu")
         outcomes = run(chosen, setup, args.budget, results, lambda line: print(line, flush=True))
     if outcomes:
         report.write_page(results.path)
-    print(f"results: {results.path}")
+    # Last, as whoever runs this from afar may see the end of the output alone.
+    print(*report.summary(results.content, results.run), f"results: {results.path}", sep="\n")
     return int(any("error" in outcome for outcome in outcomes))
 
 

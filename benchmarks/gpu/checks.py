@@ -46,12 +46,14 @@ def tests(arguments: Sequence[str]) -> Figures:
     return {word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped)", last)}
 
 
-def packaged_step(device: str) -> Figures:
-    """Stock PyTorch's own packaged step, in a process of its own: it may die."""
-    command = [sys.executable, "-m", "benchmarks.gpu.packaged_step", device]
+def packaged_step(device: str, kind: str, setup: Setup) -> Figures:
+    """A packaged step of stock PyTorch or of fastdiff, in a process of its own: it may die."""
+    how = setup.size([], ["quickly"])
+    command = [sys.executable, "-m", "benchmarks.gpu.packaged_step", device, kind, *how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}: {done.stderr.strip()[-1500:]}")
+        _, _, error = done.stderr.strip().rpartition("RuntimeError: ")
+        raise RuntimeError(f"exit code {done.returncode}: {error[:1800]}")
     return {"runs": True}
 
 
@@ -64,16 +66,17 @@ def rows(setup: Setup) -> list[Row]:
         return Row(case, method, functools.partial(tests, chosen), seconds, turn=3)
 
     packaged = "tests/models/test_graphs.py::test_a_packaged_step_runs_in_another_process"
-    # fastdiff's own test packages a step for the CPU, on every machine.
     devices = dict.fromkeys(["cpu", setup.device.type])
-    stock = [
-        Row("packaged step", f"stock PyTorch, {d}", functools.partial(packaged_step, d), 120, turn=3) for d in devices
+    packages = [
+        Row("packaged step", f"{kind}, {device}", functools.partial(packaged_step, device, kind, setup), 180, turn=3)
+        for kind in setup.size(["stock", "fastdiff"], ["stock"])
+        for device in devices
     ]
     return [
         *sanitized("racecheck"),
         tested("tests", "marked gpu", ["-m", "gpu", "tests"], 180),
-        *stock,
-        tested("packaged step", "fastdiff", [packaged], 120),
+        *packages,
+        tested("packaged step", "fastdiff's test", [packaged], 120),
         *sanitized("memcheck"),
         tested("tests", "ops and kernels", ["-m", "not gpu", "tests/ops", "tests/kernels"], 300),
     ]

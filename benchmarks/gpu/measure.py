@@ -3,8 +3,10 @@
 import gc
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
@@ -27,8 +29,11 @@ def job(run: Callable[[], object], device: torch.device, *, steps: int, units: i
     gpu_ms_per_step, kernels_per_step: of the profiler; copies and fills of memory count as kernels. Not there, but
     what the profiler said, where it may not be used.
     peak_mb: memory that the process took on the device. On a CPU of the whole process since its start.
+    graph_breaks, broken_by, cudagraph_skips: what torch.compile gave up, if it did: the places where it stopped to
+    trace, the first of their reasons, and CUDA graphs of its own.
     """
     gc.collect()
+    compiler_counters().clear()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -51,12 +56,29 @@ def job(run: Callable[[], object], device: torch.device, *, steps: int, units: i
         "host_ms_per_step": 1e3 * host / steps,
         "peak_mb": peak / 1e6,
         "first_call_s": first,
+        **given_up(compiler_counters()),
     }
     try:
         kernels, busy = profiled(run, device)
     except RuntimeError as error:
         return figures | {"profiler": str(error).splitlines()[0]}
+    if not kernels:
+        return figures | {"profiler": "it saw no kernels"}
     return figures | {"gpu_ms_per_step": 1e3 * busy / steps, "kernels_per_step": kernels / steps}
+
+
+def compiler_counters() -> Any:
+    """What torch.compile counts in this process, by kind and reason; empty where it was never imported."""
+    return getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})
+
+
+def given_up(counted: Any) -> Figures:
+    """The part of a job's figures that is made of those counters."""
+    breaks, skips = counted.get("graph_break", {}), counted.get("inductor", {}).get("cudagraph_skips", 0)
+    found: Figures = {"cudagraph_skips": skips} if skips else {}
+    if breaks:
+        found |= {"graph_breaks": sum(breaks.values()), "broken_by": next(iter(breaks)).splitlines()[0][:100]}
+    return found
 
 
 def profiled(run: Callable[[], object], device: torch.device) -> tuple[int, float]:

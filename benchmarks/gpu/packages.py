@@ -1,7 +1,9 @@
-"""Packages that a machine without a network lacks: wheels in the folder wheels/, which git ignores."""
+"""What a lent machine may lack: packages, as wheels in the folder wheels/, which git ignores; tools; a home."""
 
 import os
+import shutil
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -33,3 +35,29 @@ def on_path(folder: Path = WHEELS) -> Iterator[None]:
                 del os.environ["PYTHONPATH"]
             else:
                 os.environ["PYTHONPATH"] = before
+
+
+@contextmanager
+def with_home() -> Iterator[None]:
+    """Triton compiles into a folder of the user's home. Where that cannot be written it gets one for this time."""
+    if os.access(Path("~").expanduser(), os.W_OK) or {"TRITON_HOME", "TRITON_CACHE_DIR"} & os.environ.keys():
+        yield
+        return
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["TRITON_HOME"] = home
+        try:
+            yield
+        finally:
+            del os.environ["TRITON_HOME"]
+
+
+def lacking() -> str | None:
+    """The tools that are not there, of those that some rows need; None if all are. No kernel starts without the first
+    two: Triton compiles its launchers in C."""
+    found = {
+        "a C compiler": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
+        "Python.h": (Path(sysconfig.get_path("include")) / "Python.h").exists(),
+        "compute-sanitizer": shutil.which("compute-sanitizer"),
+        "nvidia-smi": shutil.which("nvidia-smi"),
+    }
+    return ", ".join(name for name, there in found.items() if not there) or None

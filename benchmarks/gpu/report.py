@@ -7,6 +7,7 @@ from typing import Any
 
 from fastdiff.files import replacing
 
+from . import goals
 from .results import files, read
 from .rows import STAGES
 
@@ -22,6 +23,8 @@ JOB = {
     "kernels_per_step": "kernels a step",
     "peak_mb": "peak MB",
     "first_call_s": "first call s",
+    "graph_breaks": "graph breaks",
+    "cudagraph_skips": "CUDA graphs skipped",
     "off_float32": "off float32",
     "off_eager": "off eager",
 }
@@ -59,6 +62,9 @@ OPERATIONS = [
     ("group norm and SiLU with gradients", "group_norm_silu"),
 ]
 HEADLINES = 6
+WORDS = {"error": "FAILED", "not_available": "not available", "not_run": "not run"}
+# Of the end of the output: failed rows, and characters of what one says.
+MOST_FAILED, SHOWN = 20, 200
 
 Rows = dict[str, dict[str, Any]]
 
@@ -69,8 +75,20 @@ def write_all(folder: Path, readme: Path) -> None:
     text = readme.read_text(encoding="utf-8")
     if BEGIN in text and END in text:
         before, after = text.split(BEGIN)[0], text.split(END)[1]
-        tables = "\n".join(headline_table(content, page, readme.parent) for page, content in contents.items())
+        # First the devices that whole jobs were measured on.
+        pages = sorted(contents, key=lambda page: not _jobs(contents[page]["rows"]))
+        tables = "\n".join(headline_table(contents[page], page, readme.parent) for page in pages)
         _write(readme, f"{before}{BEGIN}\n{tables}{END}{after}")
+
+
+def summary(content: dict[str, Any], run: str) -> list[str]:
+    """Lines for the eye: how the rows of a run ended, which failed, and the goals by all rows."""
+    rows = {key: row for key, row in content["rows"].items() if row["run"] == run}
+    failed = {key: " ".join(row["error"].split())[:SHOWN] for key, row in rows.items() if "error" in row}
+    counts = {word: sum(key in row for row in rows.values()) for key, word in {"figures": "measured", **WORDS}.items()}
+    lines = ["", ", ".join(f"{count} {word}" for word, count in counts.items() if count)]
+    lines += [f"FAILED {key}: {error}" for key, error in failed.items()][:MOST_FAILED]
+    return [*lines, "", *goals.table(content["rows"])]
 
 
 def write_page(path: Path) -> Path:
@@ -89,6 +107,7 @@ def markdown(content: dict[str, Any]) -> str:
         lines += [f"- {key}: {value}" for key, value in machine.items() if key != "notes"]
         lines += [f"- {note}" for note in machine.get("notes", [])]
         lines.append("")
+    lines += ["## Goals", "", "Ratios of the figures below.", "", *goals.table(content["rows"]), ""]
     for stage in STAGES:
         rows = {
             key.partition(" / ")[2]: row for key, row in content["rows"].items() if key.startswith(f"{stage.name} /")
@@ -119,10 +138,9 @@ def _table(rows: Rows, columns: dict[str, str], several_runs: bool) -> list[str]
 
 def _without_figures(rows: Rows) -> list[str]:
     """A list of the rows that have none, and why."""
-    words = {"error": "FAILED", "not_available": "not available", "not_run": "not run"}
     found = []
     for name, row in rows.items():
-        for key, word in words.items():
+        for key, word in WORDS.items():
             if key in row:
                 found.append(f"- {name}: {word}: {' '.join(str(row[key]).split())[:500]}")
     return [*found, ""] if found else []
@@ -130,11 +148,8 @@ def _without_figures(rows: Rows) -> list[str]:
 
 def headline_table(content: dict[str, Any], page: Path, beside: Path) -> str:
     """The README's table of a device: whole jobs first, then operations, six rows at most."""
-    rows, lines = content["rows"], []
-    for what, unit, prefix, ours in JOBS:
-        if best := _best(rows, prefix, ours):
-            own, other, way = best
-            lines.append(_line([what, f"{own:.4g} {unit}", f"{other:.4g} {unit}, {way}", f"{own / other:.2f}x"]))
+    rows = content["rows"]
+    lines = _jobs(rows)
     for what, name in OPERATIONS:
         figures = rows.get(f"operations / {name} / bfloat16 256x3x256x256", {}).get("figures")
         if figures:
@@ -145,6 +160,16 @@ def headline_table(content: dict[str, Any], page: Path, beside: Path) -> str:
         return ""
     title = f"[{_device(content)}]({os.path.relpath(page, beside)}), bfloat16, beside the fastest other way measured:"
     return "\n".join([title, "", "| | fastdiff | fastest other | |", "|---|---|---|---|", *lines[:HEADLINES]]) + "\n"
+
+
+def _jobs(rows: Rows) -> list[str]:
+    """The lines of the jobs of which ours and another's were measured."""
+    lines = []
+    for what, unit, prefix, ours in JOBS:
+        if best := _best(rows, prefix, ours):
+            own, other, way = best
+            lines.append(_line([what, f"{own:.4g} {unit}", f"{other:.4g} {unit}, {way}", f"{own / other:.2f}x"]))
+    return lines
 
 
 def _best(rows: Rows, prefix: str, ours: str) -> tuple[float, float, str] | None:

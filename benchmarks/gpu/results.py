@@ -20,6 +20,8 @@ import torch
 from benchmarks.timing import describe
 from fastdiff.files import replacing
 
+from .packages import lacking
+
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED_CODE = ("fastdiff", "kernels", "benchmarks")
 
@@ -85,6 +87,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cuda": str(torch.version.cuda),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "python": platform.python_version(),
+        "lacking": lacking(),
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"),
     }
     return {name: value for name, value in found.items() if value not in (None, "None")}

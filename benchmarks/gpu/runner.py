@@ -1,5 +1,6 @@
 """The one loop of the kit: every row of the stages once, within a budget of seconds."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -21,17 +22,19 @@ def run(
     end = time.monotonic() + budget
     outcomes: list[dict[str, Any]] = []
     listed = []
-    for stage in stages:
-        try:
-            rows = [row for row in stage.rows(setup) if not results.has(f"{stage.name} / {row.name}")]
-        except Exception as error:  # something that it imports is not there: the other stages go on
-            outcomes.append({"error": f"the stage has no rows: {type(error).__name__}: {error}"})
-            say(f"{stage.name}: {_short(outcomes[-1])}")
-        else:
-            listed += [(turn, stage, [row for row in rows if row.turn == turn]) for turn in {row.turn for row in rows}]
-    for _, stage, rows in sorted(listed, key=lambda part: part[0]):
-        last = end if setup.toy else min(end, time.monotonic() + stage.seconds)
-        with Worker(stage, setup) as worker:
+    with contextlib.ExitStack() as stack:
+        for stage in stages:
+            try:
+                rows = [row for row in stage.rows(setup) if not results.has(f"{stage.name} / {row.name}")]
+            except Exception as error:  # something that it imports is not there: the other stages go on
+                outcomes.append({"error": f"the stage has no rows: {type(error).__name__}: {error}"})
+                say(f"{stage.name}: {_short(outcomes[-1])}")
+            else:
+                worker = stack.enter_context(Worker(stage, setup))  # for all turns: to start one takes seconds
+                turns = {row.turn for row in rows}
+                listed += [(turn, stage, worker, [row for row in rows if row.turn == turn]) for turn in turns]
+        for _, stage, worker, rows in sorted(listed, key=lambda part: part[0]):
+            last = end if setup.toy else min(end, time.monotonic() + stage.seconds)
             for row in rows:
                 key, outcome = f"{stage.name} / {row.name}", _outcome(worker, row, last, setup)
                 results.put(key, outcome)

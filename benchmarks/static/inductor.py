@@ -24,7 +24,7 @@ OPTIONS = {
 }
 
 
-class _Written(BaseException):
+class _Stop(BaseException):
     """Raised instead of loading the code that Inductor wrote; Inductor wraps any Exception."""
 
 
@@ -67,6 +67,23 @@ def kernels(function: Callable[..., Any], *arguments: Tensor) -> list[tuple[Any,
     Returns: (compiled kernel, elements that one program owns) of each.
     """
     from torch._inductor.codecache import PyCodeCache
+
+    with _written(function, *arguments) as module:
+        sources = re.findall(r"async_compile\.triton\('(\w+)', \'\'\'(.*?)\'\'\'", module, re.DOTALL)
+        tuners = [getattr(PyCodeCache.load(source), name) for name, source in sources]
+        compiled = [tuner._precompile_config(tuner.configs[0]).kernel for tuner in tuners]
+    return [(kernel, machine_code.largest_tensor(kernel.asm["ttgir"])) for kernel in compiled]
+
+
+def source(function: Callable[..., Any], *arguments: Tensor) -> str:
+    """The module that Inductor writes for function(*arguments); of these only shapes, strides and types are used."""
+    with _written(function, *arguments) as module:
+        return module
+
+
+@contextlib.contextmanager
+def _written(function: Callable[..., Any], *arguments: Tensor) -> Iterator[str]:
+    """The module of `source`; within the block it may be loaded, as if the H100 were there."""
     from torch._inductor.compile_fx import compile_fx
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -76,27 +93,9 @@ def kernels(function: Callable[..., Any], *arguments: Tensor) -> list[tuple[Any,
         on_gpu = [torch.empty_strided(f.shape, f.stride(), dtype=f.dtype, device="cuda") for f in fake]
         graph = make_fx(function)(*fake)
         with _h100() as written:
-            with contextlib.suppress(_Written):
+            with contextlib.suppress(_Stop):
                 compile_fx(graph, on_gpu)
-            sources = re.findall(r"async_compile\.triton\('(\w+)', \'\'\'(.*?)\'\'\'", written[0], re.DOTALL)
-            tuners = [getattr(PyCodeCache.load(source), name) for name, source in sources]
-            compiled = [tuner._precompile_config(tuner.configs[0]).kernel for tuner in tuners]
-    return [(kernel, machine_code.largest_tensor(kernel.asm["ttgir"])) for kernel in compiled]
-
-
-def source(function: Callable[..., Any], *arguments: Tensor) -> str:
-    """The module that Inductor writes for function(*arguments); of these only shapes, strides and types are used."""
-    from torch._inductor.compile_fx import compile_fx
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(argument) for argument in arguments]
-        on_gpu = [torch.empty_strided(f.shape, f.stride(), dtype=f.dtype, device="cuda") for f in fake]
-        graph = make_fx(function)(*fake)
-        with _h100() as written, contextlib.suppress(_Written):
-            compile_fx(graph, on_gpu)
-    return written[0]
+            yield written[0]
 
 
 @contextlib.contextmanager
@@ -112,7 +111,7 @@ def _h100() -> Iterator[list[str]]:
 
     def take(source: str) -> None:
         written.append(source)
-        raise _Written
+        raise _Stop
 
     def one_seed(seeds: Tensor, index: int) -> Any:
         return TensorMeta(shape=(), strides=(), dtype=torch.int64, device=seeds.device)

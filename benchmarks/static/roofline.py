@@ -7,7 +7,6 @@ al. 2009, "Roofline"). Nothing is run, so latency, caches and launches do not co
 
 import argparse
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.files import replacing, writable
+from fastdiff.files import writable, write_json
 from fastdiff.rows import WIDE, WIDTH
 
 from .variants import BATCH, GROUPS, LEVELS, NORMS, STREAM, Variant, variants
@@ -80,9 +79,28 @@ def output(v: Variant) -> tuple[Tensor, Tensor | None]:
     return pred, raw
 
 
+def launch_norm(v: Variant) -> None:
+    """Call the launcher of a norm, or of its gradient, as ops does."""
+    from fastdiff.kernels.group_norm import norm, norm_grad
+
+    y, wide = v.data(), torch.float32 if v.has("mixed") else v.dtype
+    batch, channels = y.shape[:2]
+    x, skip = (v.data(channels=n) for n in (256, channels - 256)) if v.has("skip") else (y, None)
+    weight, statistics = torch.empty(channels, dtype=wide, device="meta"), floats(batch, GROUPS)
+    both = torch.empty(batch, 2 * channels, dtype=v.dtype, device="meta").chunk(2, 1)
+    scale, shift = both if v.has("scale") else (None, None)
+    add = torch.empty(batch, channels, dtype=v.dtype, device="meta") if v.has("add") else None
+    operands = {"x": x, "groups": GROUPS, "weight": weight, "bias": weight, "scale": scale, "shift": shift}
+    operands |= {"add": add, "mean": statistics, "rstd": statistics, "skip": skip, "silu": not v.has("linear")}
+    if v.kernel in ("moments", "norm"):
+        norm(out=y, **operands, eps=1e-5)
+    else:
+        by_rows = {"weight_grad": weight, "bias_grad": weight, "scale_grad": scale, "shift_grad": shift}
+        norm_grad(x_grad=x, **by_rows, add_grad=add, skip_grad=skip, grad=y, **operands)
+
+
 def launch(v: Variant) -> None:
     """Call the launcher as ops does."""
-    from fastdiff.kernels.group_norm import norm, norm_grad
     from fastdiff.kernels.inner import inner
     from fastdiff.kernels.loss import loss, scale_
     from fastdiff.kernels.noise import normal_
@@ -113,20 +131,7 @@ def launch(v: Variant) -> None:
     elif v.kernel in ("inner", "merge"):
         inner(floats(BATCH, 3), v.data(), v.data(), floats(1) if v.has("guidance") else None, v.has("centred"))
     elif v.kernel in NORMS:
-        y, wide = v.data(), torch.float32 if v.has("mixed") else v.dtype
-        batch, channels = y.shape[:2]
-        x, skip = (v.data(channels=n) for n in (256, channels - 256)) if v.has("skip") else (y, None)
-        weight, statistics = torch.empty(channels, dtype=wide, device="meta"), floats(batch, GROUPS)
-        both = torch.empty(batch, 2 * channels, dtype=v.dtype, device="meta").chunk(2, 1)
-        scale, shift = both if v.has("scale") else (None, None)
-        add = torch.empty(batch, channels, dtype=v.dtype, device="meta") if v.has("add") else None
-        operands = {"x": x, "groups": GROUPS, "weight": weight, "bias": weight, "scale": scale, "shift": shift}
-        operands |= {"add": add, "mean": statistics, "rstd": statistics, "skip": skip, "silu": not v.has("linear")}
-        if v.kernel in ("moments", "norm"):
-            norm(out=y, **operands, eps=1e-5)
-        else:
-            by_rows = {"weight_grad": weight, "bias_grad": weight, "scale_grad": scale, "shift_grad": shift}
-            norm_grad(x_grad=x, **by_rows, add_grad=add, skip_grad=skip, grad=y, **operands)
+        launch_norm(v)
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None
@@ -333,8 +338,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"  {name}: {chip.processors} multiprocessors at {chip.clock / 1e9:.2f} GHz; {chip.source}")
     print("\n" + table(rows))
     if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, rows)
     if args.plot:
         from benchmarks import pictures
 

@@ -9,6 +9,7 @@ from ..arguments import merged
 from ..denoiser import Denoiser, own_rows
 from ..ops.checks import check_floating, check_shape
 from ..steps import denoise_rows
+from ..support.sharded import as_forward
 
 
 class KDiffusionDenoiser(nn.Module):
@@ -35,7 +36,8 @@ class KDiffusionDenoiser(nn.Module):
         times = denoiser.process.time_of(sigma.double())
         made = denoiser.process.at(times)
         state = made.alpha.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) * x
-        pred = denoiser.call_model(state, denoiser.condition(times), merged(model_kwargs)).pred
+        call_model = as_forward(denoiser, denoiser.call_model)
+        pred = call_model(state, denoiser.condition(times), merged(model_kwargs)).pred
         rows, row = own_rows(denoise_rows(made, denoiser.objective), x.dtype)
         return ops.update(state, pred, rows, row, clip=denoiser.clip, noisy=False)
 

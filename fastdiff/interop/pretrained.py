@@ -6,23 +6,32 @@ of them. A variant, such as fp16, has its name in that of the file. A pipeline h
 scheduler_config.json in scheduler/. The first published pipelines have all of these files in one folder. A key that
 config.json or scheduler_config.json lacks has the default of its class. Anything more in a file is refused.
 
-This module reads files into constructor arguments and weights. `UNet.from_pretrained`, `DiT.from_pretrained` and
-`DDPM.from_pretrained` build the models.
+This module reads files into constructor arguments and weights, for `UNet.from_pretrained`, `DiT.from_pretrained` and
+`DDPM.from_pretrained`.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..files import replacing
+from ..files import write_json
 from ..schedule import NoiseSchedule, linear, make_schedule, scaled_linear
-from ..support.weights import TensorFile, blaming, check_length, read_pickled, save_tensors
+from ..support.errors import blaming
+from ..support.weights import (
+    Network,
+    TensorFile,
+    check_length,
+    check_shapes,
+    read_pickled,
+    save_tensors,
+    shapes_of,
+)
 
 # The version of diffusers that the files are written for.
 VERSION = "0.42.1"
@@ -67,16 +76,9 @@ class Content(dict[str, Any]):
         super().__init__(content)
         self.path = path
 
-    @contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Errors of the block, which uses the content, become a ValueError that names the file."""
-        try:
-            yield
-        except (OSError, ImportError):
-            raise
-        except Exception as error:  # content that nobody expected is met by any exception
-            reason = " ".join(str(error).split())[:500] or type(error).__name__
-            raise ValueError(f"{self.path}: {reason}") from error
+    def blamed(self) -> AbstractContextManager[None]:
+        """A block that uses the content: its errors become a ValueError that names the file."""
+        return blaming(self.path)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------
@@ -102,6 +104,20 @@ def read_unet(folder: str | Path, variant: str | None = None) -> tuple[Content, 
         if isinstance(config.get(name), list):  # UNetResDownBlock2D and so on, before diffusers 0.3
             config[name] = [k.removeprefix("UNetRes") if isinstance(k, str) else k for k in config[name]]
     return config, _read_weights(folder, variant)
+
+
+def build(kind: Callable[..., Network], config: Content, weights: Content, torch_dtype: torch.dtype | None) -> Network:
+    """The network of a configuration and weights that were read, in eval mode; in its own type if torch_dtype is None.
+
+    Raises: ValueError, naming the file, for options that the network lacks, and for weights that do not fit them.
+    """
+    with config.blamed():
+        expected = shapes_of(kind, config, len(weights))
+    with weights.blamed():
+        check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        network = kind(**config)
+        network.load_state_dict(weights)
+    return (network if torch_dtype is None else network.to(torch_dtype)).eval()
 
 
 def write_unet(folder: str | Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
@@ -131,12 +147,12 @@ def _write_network(folder: str | Path, kind: str, config: dict[str, Any], weight
         raise ValueError("self_condition: expected False, as diffusers has no network that takes x_self_cond, got True")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", {"_class_name": kind, "_diffusers_version": VERSION, **config})
+    write_json(folder / "config.json", {"_class_name": kind, "_diffusers_version": VERSION, **config})
     save_tensors(folder / f"{WEIGHTS}.safetensors", weights, {"format": "pt"})
 
 
 def _new_name(name: str) -> str:
-    """A parameter's name, with that of attention as it is today."""
+    """A parameter's name. The layers of attention get the names that they have today."""
     parts = name.split(".")
     if "attentions" in parts and parts[-2] in OLD_ATTENTION:
         parts[-2] = OLD_ATTENTION[parts[-2]]
@@ -144,7 +160,7 @@ def _new_name(name: str) -> str:
 
 
 def _network_folder(folder: str | Path, part: str) -> Path:
-    """The folder itself, or that of the network in that of a pipeline."""
+    """The folder itself, or in a pipeline's folder the one of its network."""
     folder = _existing(folder)
     return folder / part if not (folder / "config.json").is_file() and (folder / part).is_dir() else folder
 
@@ -270,9 +286,9 @@ def write_ddpm(
     (folder / "scheduler").mkdir(exist_ok=True)
     version = {"_diffusers_version": VERSION}
     path = folder / "scheduler" / "scheduler_config.json"
-    _write_json(path, {"_class_name": "DDPMScheduler", **version, **scheduler})
+    write_json(path, {"_class_name": "DDPMScheduler", **version, **scheduler})
     parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
-    _write_json(folder / "model_index.json", {"_class_name": "DDPMPipeline", **version, **parts})
+    write_json(folder / "model_index.json", {"_class_name": "DDPMPipeline", **version, **parts})
 
 
 def _schedule(config: dict[str, Any]) -> str | NoiseSchedule:
@@ -335,8 +351,3 @@ def _read_config(path: Path, classes: tuple[str, ...]) -> Content:
         got = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path}: expected the configuration of a {' or '.join(classes)}, got {got!r}")
     return Content(path, {k: v for k, v in config.items() if not k.startswith("_")})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

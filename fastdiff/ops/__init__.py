@@ -2,6 +2,7 @@
 
 Arguments that several operations have:
 
+- table, rows: contiguous, float32; for float64 data they may be float64.
 - seed: the 64-bit key of the noise: an int, an int64 tensor of one element, or None. With None it is drawn on the
   device from PyTorch's default generator.
 - sample_ids: (B,) int64 in [0, 2^32): the number of each sample in the noise; 0..B-1 if None.

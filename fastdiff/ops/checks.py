@@ -18,7 +18,7 @@ FEW = 64  # numbers that Python compares faster than PyTorch
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def names(dtypes: tuple[torch.dtype, ...]) -> str:
+def type_names(dtypes: tuple[torch.dtype, ...]) -> str:
     """The types as a message shows them."""
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
@@ -34,7 +34,7 @@ def check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         scaled = f"; images as {name}.float() / 127.5 - 1" if x.dtype == torch.uint8 else ""
-        raise TypeError(f"{name}: expected one of {names(FLOATING)}, got {x.dtype}{scaled}")
+        raise TypeError(f"{name}: expected one of {type_names(FLOATING)}, got {x.dtype}{scaled}")
     check_dense(name, x)
     if x.ndim < 1:
         raise ValueError(f"{name}: expected a batch dimension, got shape ()")
@@ -197,7 +197,7 @@ def check_table(name: str, table: Tensor, columns: int, x: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(table).__name__}")
     check_dense(name, table)
     if table.dtype not in expected:
-        raise TypeError(f"{name}: expected {names(expected)}, got {table.dtype}")
+        raise TypeError(f"{name}: expected {type_names(expected)}, got {table.dtype}")
     if table.ndim != 2 or table.shape[1] != columns or table.shape[0] == 0 or not table.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous (rows, {columns}) table, got shape {tuple(table.shape)}")
     check_device(name, table, x.device)
@@ -230,7 +230,7 @@ def check_levels(name: str, index: Tensor, end: int, ids: Tensor | None = None) 
 
 
 def check_range(name: str, index: Tensor | None, end: int) -> None:
-    """The values lie in [0, end). On a GPU nothing is checked: to look would wait for the device."""
+    """The values lie in [0, end). Nothing is checked on a GPU: to read its values would wait for the device."""
     if index is not None and index.is_cpu:
         recorder = recording()
         if recorder is None:
@@ -277,8 +277,8 @@ def as_sample_ids(
     if given.shape != (batch,):
         raise ValueError(f"sample_ids: expected shape ({batch},), got {tuple(given.shape)}")
     if not strict:
-        seen = transforms.bare(given)  # None in a trace, which a look would break
-        if seen is not None and seen.is_cpu and bool(((seen < 0) | (seen >= 2**32)).any()):
+        seen = transforms.visible(given)
+        if seen is not None and bool(((seen < 0) | (seen >= 2**32)).any()):
             raise ValueError(f"sample_ids: expected values in [0, 2^32), got {seen.tolist()}")
         given = given.to(device)
     check_device("sample_ids", given, device)

@@ -47,7 +47,7 @@ def _madvise() -> Any:
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:
-    """The same tensor, of which nothing was touched so far. This is a hint; the system may ignore it."""
+    """The same tensor, whose memory nothing has touched yet, in huge pages. A hint; the system may ignore it."""
     size = fresh.numel() * fresh.element_size()
     if size >= PAGE and fresh.is_cpu and (madvise := _madvise()):
         start, end = -(-fresh.data_ptr() // PAGE) * PAGE, (fresh.data_ptr() + size) // PAGE * PAGE

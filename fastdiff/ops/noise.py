@@ -15,7 +15,7 @@ from .checks import (
     check_floating,
     check_levels,
     check_range,
-    names,
+    type_names,
 )
 from .dispatch import launcher
 from .memory import in_huge_pages
@@ -57,7 +57,7 @@ def normal(
     Reference: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox4x32-10); Box & Muller 1958.
     """
     if dtype not in FLOATING:
-        raise TypeError(f"dtype: expected one of {names(FLOATING)}, got {dtype}")
+        raise TypeError(f"dtype: expected one of {type_names(FLOATING)}, got {dtype}")
     shape = as_shape(shape)
     if (number := integer(stream)) is None or not 0 <= number < 2**32:
         raise ValueError(f"stream: expected a number in [0, 2^32), got {stream}")

@@ -83,7 +83,7 @@ class Recorded(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Watches one call, to make a plan of it. It sees PyTorch's operations, the launches, and the op itself.
 
-    dense: those of the tensors in whose places there is never a nested one.
+    dense: the tensors whose places never hold a nested one.
     """
 
     def __init__(self, tensors: list[Tensor], dense: list[Any]) -> None:
@@ -275,7 +275,7 @@ class Plan:
         return name
 
     def _name(self, t: Tensor) -> str:
-        """The name of a known tensor; of an empty one, that of any that is like it."""
+        """The name of a known tensor. Any tensor like it gives an empty one its name."""
         for known, name, _ in self.known:
             same = known.data_ptr() == t.data_ptr() and known.dtype == t.dtype
             if same and known.shape == t.shape and known.stride() == t.stride():
@@ -286,7 +286,7 @@ class Plan:
 
 
 def _values_of(t: Tensor) -> tuple[int, int]:
-    """What is equal for a tensor and the same in another shape."""
+    """What a tensor and a view of it in another shape have in common."""
     return t.data_ptr(), t.numel()
 
 

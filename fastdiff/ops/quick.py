@@ -30,7 +30,7 @@ MAX_KEYS = 4096  # remembered for each form of call; the next one drops them all
 MAX_ALIKE = 16  # kinds of one key; the same
 NUMBERS = frozenset({"t", "step", "index", "seed"})  # arguments that may be int64 tensors too
 MAX_NUMBERS = 4096  # that are kept as tensors
-PATIENCE = 64  # kinds in a row that are recorded though none was repeated; from then on, one in so many is
+PATIENCE = 64  # after so many kinds in a row that were recorded and never repeated, one in so many is recorded
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _OPTIONS = frozenset({type(None), bool, int, float, str, torch.Size, tuple, torch.dtype, torch.device})
 _NVIDIA = torch.version.hip is None  # on others Triton also looks at the sizes of tensors
@@ -77,9 +77,9 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
 
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
-            if not on_cpu and args and isinstance(args[0], Tensor) and stream_of(args[0]) is None:
+            if not unwatched():  # first: torch.compile cannot trace what comes after it on a GPU
                 return function(*args, **options)
-            if not unwatched():
+            if not on_cpu and args and isinstance(args[0], Tensor) and stream_of(args[0]) is None:
                 return function(*args, **options)
             values: Any = (*args, *options.values()) if options else args
             types = (*map(type, values), *options)

@@ -146,7 +146,7 @@ def update(
 
 
 def _check_history(hist: Tensor | None, keep: str, x: Tensor) -> None:
-    """hist is what `keep` asks for: like x, or several slots of such."""
+    """hist is what `keep` asks for: shaped like x, or several slots of that shape."""
     if (hist is None) != (keep == "none"):
         raise ValueError(f"hist: expected exactly where keep is not 'none', got keep = {keep!r}")
     if hist is None:

@@ -35,11 +35,12 @@ from ..objective import OBJECTIVES
 from ..process import Grid, Process
 from ..rows import LOG_ZERO, columns
 from ..schedule import NoiseSchedule
-from ..support.choices import did_you_mean
 from ..support.scalars import as_number, integer
 from .adams import deis, lms, plms
 from .consistency import consistency, lcm, tcd
 from .multistep import dpm_solver_pp_2m, dpm_solver_pp_2m_sde, dpm_solver_pp_3m_sde, unipc
+from .names import OTHER_NAMES as OTHER_NAMES
+from .names import name_to_use
 from .singlestep import (
     dpm2,
     dpm2_ancestral,
@@ -152,54 +153,6 @@ LOOKS_BETWEEN: dict[Any, float | None] = {
 # Those that may go to a level of more noise, as the levels of churn do.
 RISING: tuple[Sampler, ...] = (heun, dpm_solver_pp_2m, consistency, lcm, tcd)
 
-# What other libraries call a sampler, and what to use here.
-OTHER_NAMES = {
-    "euler": "'ddim', which is Euler's rule on the probability-flow ODE",
-    "euler_a": "'ddpm', which is 'euler_ancestral'",
-    "ancestral": "'ddpm'",
-    "heun_karras": "'heun', on Karras' levels if steps is a number",
-    "edm": "'heun'",
-    "dpmpp_2m": "'dpm++2m'",
-    "dpmpp_2m_sde": "'dpm++2m_sde'",
-    "dpmpp_3m_sde": "'dpm++3m_sde'",
-    "dpmpp_sde": "'dpm++sde'",
-    "dpmpp_2s_ancestral": "'dpm++2s_ancestral'",
-    "sde_dpmsolver++": "'dpm++2m_sde'",
-    "dpm_2": "'dpm2'",
-    "dpm_2_ancestral": "'dpm2_ancestral'",
-    "k_dpm_2": "'dpm2'",
-    "uni_pc": "'unipc'",
-    "unipc_bh2": "'unipc'",
-    "ipndm": "'lms', whose steps may differ in size",
-    "dpm++": "'dpm++2m'",
-    "dpmsolver++": "'dpm++2m'",
-    "dpm_solver": "'dpm++2m'",
-    "dpm_solver_pp_2m": "'dpm++2m'",
-    "pndm": "'plms'",
-    "pc": "'predictor_corrector'",
-    "langevin": "'annealed_langevin'",
-    "ald": "'annealed_langevin'",
-    "em": "'euler_maruyama'",
-    "sde": "'euler_maruyama'",
-    "pf_ode": "'probability_flow', or 'ode' for an adaptive solver",
-    "rk45": "'ode', an adaptive solver",
-    "dopri5": "'ode', an adaptive solver",
-}
-
-
-def name_to_use(name: str) -> str:
-    """A hint for an unknown name of a sampler; empty if there is none."""
-    plain = name.lower().replace(" ", "_").replace("-", "_")
-    base = plain.removesuffix("_karras")
-    hint = OTHER_NAMES.get(plain) or OTHER_NAMES.get(base)
-    for known in SAMPLERS:
-        if hint is None and known.replace("_", "") == base.replace("_", ""):
-            hint = f"'{known}'"
-    if hint is None:
-        return did_you_mean(plain, SAMPLERS)
-    karras = " with steps=model.process.karras(n)" if plain.endswith("_karras") and "heun" not in plain else ""
-    return f"; use {hint}{karras}"
-
 
 def make_steps(
     process: Process,
@@ -248,7 +201,7 @@ def make_steps(
 
 
 def _ending_at_data(table: StepTable, process: Process) -> StepTable:
-    """The table whose last step gives data in place of the state, which is taken for it, but for its scale."""
+    """The table whose last state counts as data: the last step also undoes the scale of states."""
     rows, levels = table.rows.clone(), table.levels.clone()
     if process.first_scale != 1:
         last, alpha = columns(rows[-1]), process.at(levels[-1:]).alpha[0]
@@ -300,7 +253,8 @@ def _by_name(sampler: str | Sampler) -> Sampler:
     if isinstance(sampler, str):
         if sampler not in SAMPLERS:
             raise ValueError(
-                f"sampler: expected one of {', '.join(SAMPLERS)} or a function, got {sampler!r}{name_to_use(sampler)}"
+                f"sampler: expected one of {', '.join(SAMPLERS)} or a function, got {sampler!r}"
+                + name_to_use(sampler, SAMPLERS)
             )
         return SAMPLERS[sampler]
     if not callable(sampler):

@@ -4,7 +4,8 @@
     x_s = alpha_s (x_t / alpha_t + w_0 eps + w_1 eps_before + ...)
 
 What is remembered is eps. The rules differ in the curve through its last values, whose integral over rho = sigma /
-alpha gives the weights. Common arguments as in `through_x0`. All raise ValueError where sigma / alpha is infinite.
+alpha gives the weights. All raise ValueError where sigma / alpha is infinite. `fastdiff.steps` describes the common
+arguments.
 """
 
 import math

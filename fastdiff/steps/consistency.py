@@ -1,6 +1,6 @@
 """Samplers of distilled models: a call of the model leads to data, and noise back to the next level.
 
-Common arguments as in `through_x0`. Few steps, 1 to 8, are enough for a model that was distilled to them.
+Few steps, 1 to 8, are enough for a model that was distilled to them. `fastdiff.steps` describes the common arguments.
 """
 
 import math
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..schedule import NoiseSchedule
-from .table import StepTable, check_above_0, check_at_least_0, make_table, x0_columns
+from ..support.scalars import as_not_negative, as_positive
+from .table import StepTable, make_table, x0_columns
 
 
 def consistency(
@@ -30,7 +31,7 @@ def consistency(
     Raises: ValueError if least < 0.
     Reference: Song et al. 2023, arXiv:2303.01469, algorithm 1.
     """
-    check_at_least_0("least", least)
+    as_not_negative("least", least)
     t, s = levels[:-1], levels[1:]
     rest = (schedule.sigma[s] ** 2 - (least * schedule.alpha[s]) ** 2).clamp(min=0).sqrt()
     return make_table(
@@ -65,8 +66,8 @@ def lcm(
     Raises: ValueError if sigma_data < 0 or scaling <= 0.
     Reference: Luo et al. 2023, arXiv:2310.04378, algorithm 3 and section 4.1; the scaling of timesteps is diffusers'.
     """
-    check_at_least_0("sigma_data", sigma_data)
-    check_above_0("scaling", scaling)
+    as_not_negative("sigma_data", sigma_data)
+    as_positive("scaling", scaling)
     t, s = levels[:-1], levels[1:]
     tau = scaling * (t.double() - 1) if schedule.time is None else torch.full_like(t, math.inf, dtype=torch.float64)
     alpha, shift = schedule.alpha[s], sigma_data / tau
@@ -96,7 +97,7 @@ def tcd(
     Raises: ValueError for gamma outside of [0, 1].
     Reference: Zheng et al. 2024, arXiv:2402.19159, algorithm 3; the level u is that of diffusers.
     """
-    check_at_least_0("gamma", gamma)
+    as_not_negative("gamma", gamma)
     if gamma > 1:
         raise ValueError(f"gamma: expected a number from 0 to 1, got {gamma}")
     t, s = levels[:-1], levels[1:]

@@ -5,7 +5,8 @@ In lambda the probability-flow ODE, and with eta the reverse SDE, are linear but
     x_s = sigma_s / sigma_t e^(-eta h) x_t + alpha_s (1 + eta) int e^(-(1 + eta)(lambda_s - u)) x0(u) du + noise
 
 with h = lambda_s - lambda_t. The rules differ in the polynomial through the last estimates that stands for x0(u). The
-first step knows one estimate, and so does the step to data, which gives it. Common arguments as in `through_x0`.
+first step knows one estimate, and so does the step to data, which gives it. `fastdiff.steps` describes the common
+arguments.
 
 A start without signal, alpha = 0, is an estimate at lambda = -inf: it has no part in later steps.
 """
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..schedule import NoiseSchedule
-from ..support.scalars import integer
-from .table import StepTable, check_at_least_0, check_decreasing, make_table, x0_columns
+from ..support.scalars import as_not_negative, integer
+from .table import StepTable, check_decreasing, make_table, x0_columns
 from .weights import exponential_moments, phi, ring, weights_of
 
 VARIANTS = ("bh1", "bh2")
@@ -62,7 +63,7 @@ def dpm_solver_pp_2m_sde(
     Raises: ValueError if eta < 0.
     Reference: SDE-DPM-Solver++(2M) of Lu et al. 2022, arXiv:2211.01095; k-diffusion's sample_dpmpp_2m_sde ("midpoint").
     """
-    check_at_least_0("eta", eta)
+    as_not_negative("eta", eta)
     t, s = levels[:-1], levels[1:]
     denoised = x0_columns(schedule, t, s, objective, clip)
     h, from_x, noise = _drift(schedule, t, s, eta)
@@ -98,7 +99,7 @@ def dpm_solver_pp_3m_sde(
     Raises: ValueError if eta < 0.
     Reference: k-diffusion's sample_dpmpp_3m_sde; the functions phi are those of Lu et al. 2022, arXiv:2206.00927.
     """
-    check_at_least_0("eta", eta)
+    as_not_negative("eta", eta)
     check_decreasing("dpm++3m_sde", levels)
     t, s = levels[:-1], levels[1:]
     denoised = x0_columns(schedule, t, s, objective, clip)

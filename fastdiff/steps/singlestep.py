@@ -5,7 +5,7 @@ raises it to rho_s again:
 
     rho_u = eta rho_s sqrt(1 - rho_s^2 / rho_t^2),    rho_d^2 = rho_s^2 - rho_u^2
 
-Common arguments as in `through_x0`, but for
+`fastdiff.steps` describes the common arguments, but for
 
     levels: (n,) int64: t, m, s, m, ...: after each of decreasing levels the middle of the way to the next one, except
         before 0 (data). fastdiff.steps.make_steps adds the middles. With eta = 1 they are the next ones.
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ..rows import make_rows
 from ..schedule import NoiseSchedule
-from .table import StepTable, check_at_least_0, check_finite_ratio, check_signal, make_table, x0_columns
+from ..support.scalars import as_not_negative
+from .table import StepTable, check_finite_ratio, check_signal, make_table, x0_columns
 from .through_x0 import ddim
 
 
 class Way(NamedTuple):
-    """Of each step: the levels t, m and s, the columns of x0hat at t and m, alpha and rho at the three levels."""
+    """Of each step: the levels t, m and s, and alpha and rho at them."""
 
     t: Tensor
     m: Tensor
@@ -175,7 +176,7 @@ def middles(schedule: NoiseSchedule, levels: Tensor, eta: float = 0.0) -> Tensor
 
 
 def _check_eta(eta: float) -> None:
-    check_at_least_0("eta", eta)
+    as_not_negative("eta", eta)
     if eta > 1:
         raise ValueError(f"eta: {eta} asks for more noise than a level holds; expected at most 1")
 
@@ -218,7 +219,7 @@ def _twice(
     schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | None,
     first: Tensor, second: Tensor, keep: str,
 ) -> StepTable:  # fmt: skip
-    """The first and the second row of each step in turn, and that of `ddim` to data."""
+    """The first and the second row of each step in turn, then the row of `ddim` for the step to data."""
     rows = torch.stack((first, second), 1).flatten(0, 1)
     if levels[-1] == 0:
         last = ddim(schedule, levels[-2:], objective, clip).rows

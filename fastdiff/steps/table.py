@@ -14,7 +14,6 @@ from torch import Tensor
 from ..objective import conversion_rows, needs_signal, x0_rows
 from ..rows import LOG_ZERO, columns, make_rows
 from ..schedule import NoiseSchedule
-from ..support.scalars import as_number
 
 # Beyond this gain an unclipped x_0 from a prediction of the noise has no digit left in float32.
 MAX_GAIN = 1e5
@@ -160,17 +159,3 @@ def check_decreasing(sampler: str, levels: Tensor) -> None:
     """ValueError unless each of the levels has less noise than the one before."""
     if bool((levels.diff() >= 0).any()):
         raise ValueError(f"sampler: {sampler!r} expected decreasing levels, got {levels.tolist()}")
-
-
-def check_at_least_0(name: str, value: float) -> None:
-    """ValueError unless value is finite and >= 0."""
-    value = as_number(name, value)
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-
-
-def check_above_0(name: str, value: float) -> None:
-    """ValueError unless value is finite and > 0."""
-    value = as_number(name, value)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a finite number above 0, got {value}")

@@ -1,15 +1,9 @@
 """Samplers that step along the score s(x, t) = grad log p_t(x): reverse SDEs, their ODE, and Langevin dynamics.
 
-Each is a function of a schedule and the levels to visit that returns a StepTable. In the docstrings t -> s is one step
-of the SDE dx = f x dt + g dw (an objective other than the score is converted), z is standard normal noise, and x0 the
-model's estimate of the data. Where clip is set, the score is taken from the clipped x0.
-
-Common arguments:
-    schedule: the noise levels.
-    levels: (n + 1,) int64, decreasing, to visit in turn; 0 is data.
-    objective: what the model predicts, a name of fastdiff.objective.OBJECTIVES.
-    clip: x0 is kept in [-clip, clip]; None leaves it free.
-    denoise: whether the step to level 0 gives x0 (Tweedie's formula; Song et al. 2021b, app. G); else it is left out.
+In the docstrings t -> s is one step of the SDE dx = f x dt + g dw, z is standard normal noise, and x0 the model's
+estimate of the data. An objective other than the score is converted. Where clip is set, the score is taken from the
+clipped x0. With denoise the step to level 0 gives x0 (Tweedie's formula; Song et al. 2021b, app. G).
+`fastdiff.steps` describes the arguments.
 
 All raise ValueError if the prediction does not determine the score at a level, and if no step is left.
 Song et al. 2021b is arXiv:2011.13456.
@@ -22,8 +16,8 @@ from torch import Tensor
 
 from ..rows import make_rows
 from ..schedule import NoiseSchedule
-from ..support.scalars import as_count
-from .table import StepTable, check_above_0, check_finite_ratio, make_table, score_columns, x0_columns
+from ..support.scalars import as_count, as_positive
+from .table import StepTable, check_finite_ratio, make_table, score_columns, x0_columns
 from .through_x0 import ancestral
 
 
@@ -139,7 +133,7 @@ def predictor_corrector(
     if predictor not in PREDICTORS:
         raise ValueError(f"predictor: expected one of {', '.join(PREDICTORS)}, got {predictor!r}")
     repeats = as_count("corrections", corrections)
-    check_above_0("snr", snr)
+    as_positive("snr", snr)
     steps = PREDICTORS[predictor](schedule, levels, objective, clip).rows
     n = int((levels[1:] > 0).sum())  # the step to data has nothing to correct
     t, s = levels[:n], levels[1 : n + 1]
@@ -176,7 +170,7 @@ def annealed_langevin(
     Reference: Song & Ermon 2019, arXiv:1907.05600, algorithm 1; the last step: Jolicoeur-Martineau et al. 2021,
         arXiv:2009.05475.
     """
-    check_above_0("eps", eps)
+    as_positive("eps", eps)
     if bool((schedule.log_alpha != 0).any()):
         raise ValueError("sampler: 'annealed_langevin' expected alpha = 1 at every level (NCSN), got less")
     size = eps * (schedule.sigma[levels[:-1]] / schedule.sigma[1]) ** 2

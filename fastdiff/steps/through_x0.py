@@ -1,14 +1,8 @@
 """Samplers that step through x0hat, the model's estimate of the data.
 
-Each is a function of a schedule and the levels to visit that returns a StepTable. In the docstrings t -> s is one step,
-x0 = clip(x0_from_x x_t + x0_from_pred pred) the model's estimate, z standard normal noise, and alpha_ts, beta_ts the
-coefficients of q(x_t | x_s) = N(alpha_ts x_s, beta_ts I).
-
-Common arguments:
-    schedule: the noise levels.
-    levels: (n + 1,) int64, decreasing, to visit in turn; 0 is data.
-    objective: what the model predicts, a name of fastdiff.objective.OBJECTIVES.
-    clip: x0 is kept in [-clip, clip]; None leaves it free.
+In the docstrings t -> s is one step, x0 = clip(x0_from_x x_t + x0_from_pred pred) the model's estimate, and z standard
+normal noise. alpha_ts and beta_ts are the coefficients of q(x_t | x_s) = N(alpha_ts x_s, beta_ts I). `fastdiff.steps`
+describes the arguments.
 
 All raise ValueError if the prediction does not determine x_0 at a level, or loses it unclipped to rounding.
 """
@@ -22,7 +16,8 @@ from torch import Tensor
 from ..objective import conversion_rows, needs_noise, x0_rows
 from ..rows import LOG_ZERO, make_rows
 from ..schedule import NoiseSchedule
-from .table import StepTable, check_at_least_0, check_finite_ratio, check_signal, make_table, x0_columns
+from ..support.scalars import as_not_negative
+from .table import StepTable, check_finite_ratio, check_signal, make_table, x0_columns
 
 VARIANCES = ("posterior", "beta", "learned")
 
@@ -82,7 +77,7 @@ def ddim(
     Raises: ValueError if eta < 0, or asks for more noise than a level holds.
     Reference: Song et al. 2021a, arXiv:2010.02502, eq. 12 and 16.
     """
-    check_at_least_0("eta", eta)
+    as_not_negative("eta", eta)
     t, s = levels[:-1], levels[1:]
     denoised = x0_columns(schedule, t, s, objective, clip)
     sigma_t, sigma_s = schedule.sigma[t], schedule.sigma[s]
@@ -167,7 +162,7 @@ def heun(
     Raises: ValueError if sigma / alpha is infinite at a level, or noise_scale < 0.
     Reference: Karras et al. 2022, arXiv:2206.00364, algorithms 1 and 2.
     """
-    check_at_least_0("noise_scale", noise_scale)
+    as_not_negative("noise_scale", noise_scale)
     check_signal(schedule, levels[:-1], objective)
     check_finite_ratio("heun", schedule, levels[:-1])
     ratio = (-schedule.log_snr / 2).exp()

@@ -1,4 +1,4 @@
-"""Weights that lie one behind the other in memory."""
+"""Weights that follow each other in memory."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from torch.utils.dlpack import from_dlpack
 
 
 def adjacent(parts: Sequence[Tensor]) -> bool:
-    """Whether tensors of one shape lie one behind the other in the same memory."""
+    """Whether tensors of one shape follow each other in the same memory."""
     first = parts[0]
     memory = first.untyped_storage()._cdata
     return all(
@@ -29,7 +29,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def with_own_storage(t: Tensor) -> Tensor:
-    """The same memory as a tensor whose storage ends where it ends. What is no plain tensor, or shared, stays as it is.
+    """The same memory as a tensor whose storage ends where it ends. Shared tensors and subclasses stay as they are.
 
     Writers of safetensors (Accelerate, huggingface_hub) take tensors of one storage for one tensor, and drop all but
     the first.

@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
 from . import transforms
@@ -14,16 +13,10 @@ T = TypeVar("T")
 
 
 def by_version(tensor: Tensor) -> Any:
-    """A stamp: which tensor it is, and its version. A tensor of inference mode has none; on the CPU it has values."""
+    """A stamp: which tensor it is, and its version. Inference tensors have no version; on the CPU values replace it."""
     if not tensor.is_inference():
         return id(tensor), tensor._version
     return id(tensor), tensor.tolist() if tensor.device.type == "cpu" else None
-
-
-def _stand_ins() -> bool:
-    """Whether a mode that is active makes tensors that stand for others: fake tensors, and those of a trace."""
-    keys = torch._C._TorchDispatchModeKey.__members__.values()
-    return any(torch._C._get_dispatch_mode(key) is not None for key in keys)
 
 
 class Tables:
@@ -38,7 +31,7 @@ class Tables:
 
     def get(self, name: str, build: Callable[[], T], sources: tuple[Tensor, ...], *key: Any) -> T:
         """build(), kept while the stamps of the sources and the key are equal."""
-        if is_compiling() or transforms.active() or (_len_torch_dispatch_stack() and _stand_ins()):
+        if is_compiling() or transforms.active() or transforms.stand_ins():
             return build()  # what is made there is of no use after it
         key = (*key, *map(self._stamp, sources))
         entry = self._entries.get(name)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-# Names of options in other libraries, and ours.
+# Names in other libraries, and ours: of objectives, losses and schedules, of arguments of `sample`, of flags.
 OTHER_NAMES = {
     "epsilon": "eps",
     "noise": "eps",
@@ -19,6 +19,14 @@ OTHER_NAMES = {
     "fixed_small": "posterior",
     "fixed_large": "beta",
     "learned_range": "learned",
+    "num_inference_steps": "steps",
+    "num_steps": "steps",
+    "guidance_scale": "guidance",
+    "cfg_scale": "guidance",
+    "latents": "x_T",
+    "image": "x_init",
+    "mask": "known",
+    "mask_image": "known",
     "--learning-rate": "--lr",
     "--epochs": "--steps",
 }

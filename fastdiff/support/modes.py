@@ -15,7 +15,7 @@ from . import walk
 
 
 class _Turns:
-    """How many blocks `evaluating` a network, and how many other calls of it, run now; and how many calls wait."""
+    """Counts for a network: `evaluating` blocks that run, other calls that run, and calls that wait."""
 
     __slots__ = ("calls", "evaluating", "waiting")
 
@@ -25,7 +25,7 @@ class _Turns:
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.mine: list[_Turns] = []  # those that this thread has
+        self.mine: list[_Turns] = []  # of the networks that this thread is evaluating or calling
 
 
 _changed = threading.Condition()  # guards what follows

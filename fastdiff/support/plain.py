@@ -32,5 +32,5 @@ def has_plain_parameters(module: nn.Module) -> bool:
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether the module has a forward of its own. A wrapper that is taken off leaves that of its class."""
+    """Whether the module itself has a forward. Taking a wrapper off may leave the forward of its class there."""
     return "forward" in vars(module) and vars(module)["forward"] != MethodType(type(module).forward, module)

@@ -10,18 +10,18 @@ run.
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fastdiff.support.weights import (
+from .errors import blaming
+from .weights import (
     Network,
     TensorFile,
-    blaming,
     build_to_fit,
     check_finite,
     check_length,
@@ -116,11 +116,9 @@ class RunFile:
         kind, rest = _kind(metadata), (metadata[name] for name in ("options", "step", "classes"))
         return cls(file, metadata["model"], metadata["config"], kind, metadata[kind], *rest)
 
-    @contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Errors of the block, which uses what the file holds, name the file."""
-        with blaming(self.file.path, "a usable fastdiff checkpoint"):
-            yield
+    def blamed(self) -> AbstractContextManager[None]:
+        """A block that uses what the file holds: its errors name the file."""
+        return blaming(self.file.path, "a usable fastdiff checkpoint")
 
     def network(self, kind: Callable[..., Network], group: str = "ema") -> Network:
         """The network with the weights of a group.

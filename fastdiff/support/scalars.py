@@ -1,5 +1,6 @@
 """Numbers as arguments: those of Python and of NumPy, as Python numbers."""
 
+import math
 import operator
 from numbers import Real
 from typing import Any
@@ -15,6 +16,30 @@ def as_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     return value if isinstance(value, torch.SymFloat | torch.SymInt) else float(value)  # type: ignore[return-value]
+
+
+def as_positive(name: str, value: Any) -> float:
+    """A finite Python number above 0 of a number of Python or NumPy."""
+    number = as_number(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    return number
+
+
+def as_not_negative(name: str, value: Any) -> float:
+    """A finite Python number of at least 0 of a number of Python or NumPy."""
+    number = as_number(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    return number
+
+
+def as_share(name: str, value: Any) -> float:
+    """A Python number from 0 to 1 of a number of Python or NumPy."""
+    number = as_number(name, value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+    return number
 
 
 def as_integer(name: str, value: Any, low: int, high: int) -> int:

@@ -4,9 +4,12 @@ The kernels have no rules for them. While one is active, every op computes throu
 PyTorch operations have all rules.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
@@ -21,21 +24,53 @@ def active() -> bool:
 active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """A block that leaves no gradient and, of what active transforms bring into it, no tangent.
+
+    torch.no_grad() alone lets tangents through. Without a transform around it, dual tensors that are made within the
+    block keep theirs.
+    """
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False) if active() else nullcontext():
+        yield
+
+
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """A block that has gradients and tangents, within one of `without_gradients`."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True) if active() else nullcontext():
+        yield
+
+
 def has_rules(grad: Tensor) -> bool:
-    """Whether a gradient that comes in belongs to a transform; that of is_grads_batched is a batch of another kind."""
+    """Whether an incoming gradient belongs to a transform, or is a batch of gradients (is_grads_batched)."""
     return is_legacy_batchedtensor(grad) or is_functorch_wrapped_tensor(grad) or active()
+
+
+def stand_ins() -> bool:
+    """Whether a mode is active whose tensors stand for others: fake tensors, and those of a trace."""
+    if not _len_torch_dispatch_stack():
+        return False
+    keys = torch._C._TorchDispatchModeKey.__members__.values()
+    return any(torch._C._get_dispatch_mode(key) is not None for key in keys)
 
 
 def bare(index: Tensor | None) -> Tensor | None:
     """The values of an index below all transforms, with the batch of vmap as one more dimension.
 
-    None if there are none to look at, as in a trace.
+    None if there are none to look at, as in a trace or on the meta device.
     """
-    if index is None or torch.compiler.is_compiling():
+    if index is None or torch.compiler.is_compiling() or stand_ins():
         return None
     while is_functorch_wrapped_tensor(index):
         index = torch._C._functorch.get_unwrapped(index)
-    return index if type(index) is Tensor else None
+    return index if type(index) is Tensor and not index.is_meta else None
+
+
+def visible(index: Tensor | None) -> Tensor | None:
+    """`bare`, if it lies on the CPU; else None: to read a GPU's values would wait for the device."""
+    values = bare(index)
+    return values if values is not None and values.is_cpu else None
 
 
 def overwrite(name: str, tensor: Tensor, value: Tensor) -> Tensor:

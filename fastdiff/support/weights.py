@@ -1,13 +1,12 @@
 """Files of weights: written whole, and measured before anything is built from them.
 
-A file that is small may ask for a network that is huge. So the sizes in a file's header are compared with the network
-on the meta device, where it takes no memory, and only a network that fits is built.
+A small file may ask for a huge network. So the sizes in its header are first compared with the network on the meta
+device, where it takes no memory. Only a network that fits is built.
 """
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,23 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastdiff.files import need, replacing
+from ..files import need, replacing
+from .errors import reason
 
 # The types of safetensors that weights may have.
 FLOATING = ("F64", "F32", "F16", "BF16")
 Network = TypeVar("Network", bound=nn.Module)
-
-
-@contextmanager
-def blaming(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever the content of a file makes Python raise into a ValueError that begins with the file's name."""
-    try:
-        yield
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # content that nobody expected is met by any exception
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise ValueError(f"{path} is not {what}: {reason}") from error
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -108,7 +96,7 @@ def shapes_of(kind: Callable[..., nn.Module], config: Mapping[str, Any], tensors
 def build_to_fit(
     kind: Callable[..., Network], config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> Network:
-    """Build kind(**config), a UNet, once it is certain that weights of these shapes fit it.
+    """Build the network kind(**config), once it is certain that weights of these shapes fit it.
 
     Raises: ValueError naming the first tensor that is missing, unknown or of another shape; what `kind` raises.
     """
@@ -152,8 +140,7 @@ def read_pickled(path: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # content that nobody expected is met by any exception
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path}: expected tensors alone, got something else ({reason})") from error
+        raise ValueError(f"{path}: expected tensors alone, got something else ({reason(error)})") from error
     tensors = content.values() if isinstance(content, dict) else ()
     size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
     if size > path.stat().st_size:  # tensors may share their numbers, or repeat them

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.steps import SAMPLERS, name_to_use
+from fastdiff.steps import SAMPLERS
+from fastdiff.steps.names import name_to_use
 from fastdiff.training.data.opening import KINDS
 from fastdiff.training.figures import SAMPLES
-from fastdiff.training.options import DIGITS, DIGITS_SPREAD, LARGEST, LOGS, OBJECTIVES, Options
+from fastdiff.training.options import DIGITS, LARGEST, LOGS, OBJECTIVES, Options
 from fastdiff.training.presets import PRESETS
 from fastdiff.training.samples import SUITED
 
@@ -58,7 +59,7 @@ TRAIN_HELP = {
     "ema_decays": "decays of further averages, as in 0.999,0.9999",
     "ema_sigma_rel": "relative widths of power-function averages, as in 0.05,0.1",
     "compile": "compile the network",
-    "channels_last": "lay out convolutions channels last",
+    "channels_last": "lay out convolutions channels last (default: of a unet on CUDA, without --fsdp)",
     "recompute": "compute the blocks again in the backward pass, for less memory",
     "sample_every": "steps between grids of samples in RUN_DIR/samples; 0 draws none",
     "log": f"where figures go besides RUN_DIR/log.csv: {', '.join(LOGS)}",
@@ -68,6 +69,7 @@ TRAIN_HELP = {
 DEFAULTS = {
     "image_channels": "3, with --gray 1",
     "objective": ", ".join(f"{objective} for {name}" for name, objective in OBJECTIVES.items()),
+    "sigma_data": "0, which measures it",
     "ema_decays": "none",
     "ema_sigma_rel": "none",
 }
@@ -84,17 +86,17 @@ def train_arguments(command: argparse.ArgumentParser) -> None:
     text = "go on exactly from RUN_DIR/model.safetensors; auto: if it is there"
     command.add_argument("--resume", nargs="?", const="always", choices=("always", "auto"), help=text)
     device_argument(command)
-    digits = DIGITS | DIGITS_SPREAD
     for field in fields(Options):
         if field.name == "data":
             continue
         flag, text = "--" + field.name.replace("_", "-"), TRAIN_HELP[field.name]
         if isinstance(field.default, bool | None):
+            text += " (default: off)" if field.default is False else ""
             command.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
         default = DEFAULTS.get(field.name, str(field.default))
-        if field.name in digits:
-            default += f", for the digits {digits[field.name]}"
+        if field.name in DIGITS:
+            default += f", for the digits {DIGITS[field.name]}"
         text = f"{text} (default: {default})"
         kind = size if field.name == "size" else type(field.default)
         command.add_argument(flag, type=kind, metavar=field.name.upper(), help=text)
@@ -135,7 +137,7 @@ def sampler(text: str) -> str:
     """An argument that names a sampler."""
     if text not in (*SAMPLERS, "ode"):
         names = ", ".join(SAMPLERS)
-        raise argparse.ArgumentTypeError(f"expected one of {names} or ode, got {text!r}{name_to_use(text)}")
+        raise argparse.ArgumentTypeError(f"expected one of {names} or ode, got {text!r}{name_to_use(text, SAMPLERS)}")
     return text
 
 

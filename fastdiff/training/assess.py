@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.files import replacing
-from fastdiff.training.data.sources import Source, reason, scaled, warn_left_out
+from fastdiff.support.errors import reason
+from fastdiff.training.data.sources import Source, finite, scaled, warn_left_out
 from fastdiff.training.features import Features
 from fastdiff.training.metrics import Sums, frechet, inception_score, kernel_distance, precision_recall
 from fastdiff.training.ranks import ALONE, Ranks
@@ -74,10 +75,7 @@ def in_order(source: Source, batch_size: int, ranks: Ranks = ALONE) -> Iterator[
         values: list[Tensor] = []
         for index in range(number * batch_size, min((number + 1) * batch_size, len(source))):
             try:
-                value = source.read(index)
-                if not value.isfinite().all():
-                    raise ValueError("it holds NaN or infinity")
-                values.append(value)
+                values.append(finite(source, index))
             except Exception as error:  # decoders of broken files raise whatever they meet
                 skipped[index] = (source.name(index), reason(error))
         if values:
@@ -143,7 +141,7 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except OSError:
         raise
     except Exception as error:  # a damaged file is met by any exception
-        raise ValueError(f"{path}: expected the arrays mu and sigma ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{path}: expected the arrays mu and sigma ({reason(error)})") from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"{path}: expected mu (D,) and sigma (D, D), got {mean.shape} and {covariance.shape}")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):

@@ -16,7 +16,10 @@ WIDER = 6
 
 
 def build(options: Options, classes: int = 0) -> Diffusion:
-    """The untrained model of a run, with `classes` classes and "no label"."""
+    """The untrained model of a run, with `classes` classes and "no label".
+
+    Raises: ValueError naming what does not fit, as sigma_data of edm if it is yet to be measured.
+    """
     network = (dit if options.network == "dit" else unet)(options, classes)
     same: dict[str, Any] = {"objective": options.objective, "loss": options.loss, "weighting": options.weighting}
     sigmas: dict[str, Any] = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max}

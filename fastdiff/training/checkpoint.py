@@ -24,10 +24,10 @@ from fastdiff.importance import LossSecondMoment
 from fastdiff.networks import NETWORKS, Network, name_of
 from fastdiff.score import NCSN, ScoreSDE
 from fastdiff.support import run_file
+from fastdiff.support.errors import reason
 from fastdiff.support.run_file import RunFile
 from fastdiff.support.sharded import is_sharded
-from fastdiff.training.ema import names as average_names
-from fastdiff.training.ema import note as note_averages
+from fastdiff.training.ema import average_names, note_averages
 from fastdiff.training.layout import whole
 from fastdiff.training.ranks import ALONE, Ranks
 
@@ -182,6 +182,17 @@ def load(path: str | Path) -> State:
         return State(diffusion, average, optimizer, rng, stored.options, stored.step, averages, stored.classes)
 
 
+def check_free(path: Path, resume: State | None) -> None:
+    """Raise ValueError if training would overwrite another run's checkpoint, or a later one of this run."""
+    if not path.exists():
+        return
+    if resume is None:
+        raise ValueError(f"{path} exists: go on with --resume, or train into another --out")
+    step = RunFile.open(path).step
+    if step != resume.step:
+        raise ValueError(f"{path} is of step {step}, expected {resume.step}: another training went on from it")
+
+
 def load_model(path: str | Path) -> Diffusion:
     """The model of a run, of its formulation, with the averaged weights, in eval mode on the CPU.
 
@@ -275,9 +286,8 @@ def _first_error(folder: Path) -> Iterator[None]:
         yield
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
-        reason = " ".join(str(first).split())[:400] or type(first).__name__
         kind = OSError if isinstance(first, OSError) and not isinstance(first, FileNotFoundError) else ValueError
-        raise kind(f"{folder}: {reason}") from error
+        raise kind(f"{folder}: {reason(first)}") from error
 
 
 def _flat(optimizer: dict[int, dict[str, Tensor]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion import Diffusion
-from fastdiff.files import need, replacing
+from fastdiff.files import need, replacing, write_json
 from fastdiff.training.data.pictures import MODES, encoded, write_shard
 from fastdiff.training.ranks import Ranks
 from fastdiff.training.samples import conditions, suited
@@ -117,8 +117,7 @@ class Batches:
             folder.mkdir(parents=True, exist_ok=True)
             if noted.exists() and json.loads(noted.read_text(encoding="utf-8")) != about:
                 raise ValueError(f"{folder} holds images of another drawing: remove it, or choose another --out")
-            with replacing(noted) as temporary:
-                temporary.write_text(json.dumps(about), encoding="utf-8")
+            write_json(noted, about)
         ranks.largest(0)  # the folder is there
 
     def missing(self) -> dict[int, Tensor]:

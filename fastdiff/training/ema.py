@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.support import run_file
+from fastdiff.support.errors import blaming
 from fastdiff.support.run_file import RunFile
-from fastdiff.support.weights import TensorFile, blaming, check_shapes, save_tensors
+from fastdiff.support.scalars import as_number
+from fastdiff.support.weights import TensorFile, check_shapes, save_tensors
 
 DECAY, WIDTH = "decay", "sigma_rel"
 # The folder of a run with its power-function averages of some steps, and what the metadata of its files holds.
@@ -37,7 +39,7 @@ def parse(name: str, text: str) -> list[float]:
     return values
 
 
-def names(decays: str, widths: str) -> list[str]:
+def average_names(decays: str, widths: str) -> list[str]:
     """The names of the averages that two options ask for: "decay=0.99", "sigma_rel=0.05"."""
     return [
         *(f"{DECAY}={value}" for value in parse("ema_decays", decays)),
@@ -72,7 +74,7 @@ def exponent(sigma_rel: float) -> float:
 
 
 @torch.no_grad()
-def update(averages: Mapping[str, Sequence[Tensor]], weights: Iterable[Tensor], step: int) -> None:
+def update_averages(averages: Mapping[str, Sequence[Tensor]], weights: Iterable[Tensor], step: int) -> None:
     """Take the weights of step `step` into each average, in place."""
     weights = list(weights)
     for name, average in averages.items():
@@ -81,10 +83,24 @@ def update(averages: Mapping[str, Sequence[Tensor]], weights: Iterable[Tensor], 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
-    """In place, for each parameter: ema <- decay ema + (1 - decay) model. A tensor () of decay stays on its device."""
+    """In place, for each parameter: ema <- decay ema + (1 - decay) model.
+
+    Args:
+        ema: a copy of the model, whose average it becomes. It may be of another type, float32 for a bfloat16 model: an
+            average in bfloat16 stands still where decay is near 1. Buffers stay as they are.
+        model: what is trained.
+        decay: in [0, 1]; a tensor () stays on its device, unchecked.
+
+    Raises: TypeError or ValueError, naming the argument.
+    """
     averages: list[Tensor] = [*ema.parameters()]
     weights: list[Tensor] = [*model.parameters()]
-    if isinstance(decay, Tensor):  # of which lerp has no form for many tensors at once
+    if [average.shape for average in averages] != [weight.shape for weight in weights]:
+        raise ValueError(f"ema: expected the {len(weights)} parameters of model, got {len(averages)} or other shapes")
+    if not isinstance(decay, Tensor) and not 0 <= as_number("decay", decay) <= 1:
+        raise ValueError(f"decay: expected a number from 0 to 1, got {decay}")
+    mixed = any(average.dtype != weight.dtype for average, weight in zip(averages, weights, strict=True))
+    if mixed or isinstance(decay, Tensor):  # of which lerp has no form for many tensors at once
         change = torch._foreach_sub(weights, averages)
         torch._foreach_mul_(change, 1 - decay)
         torch._foreach_add_(averages, change)
@@ -116,7 +132,7 @@ def coefficients(known: Sequence[tuple[int, float]], wanted: tuple[int, float]) 
     return scaled
 
 
-def note(run: Path, step: int, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
+def note_averages(run: Path, step: int, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Keep the power-function averages of a step in the run's folder."""
     wide = {name: kept for name, kept in averages.items() if name.startswith(WIDTH)}
     if wide:

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastdiff.support.run_file import RunFile
 from fastdiff.training.data.opening import array_shape, is_missing, is_path
+from fastdiff.training.ranks import leads
 
 
 def of_arrays(data: str) -> dict[str, Any]:
@@ -16,6 +17,10 @@ def of_arrays(data: str) -> dict[str, Any]:
         raise ValueError(
             f"data: expected images (N, C, H, W) in {data}, got items of {shape}; see fastdiff.data.Stream"
         )
+    if shape[2] <= 4 < min(shape[:2]):
+        raise ValueError(
+            f"data: expected images (N, C, H, W) in {data}, got items of {shape}, whose channels come last"
+        )
     return {"image_channels": shape[0], "size": list(shape[1:])}
 
 
@@ -23,7 +28,7 @@ def report_data(data: str, before: str) -> None:
     """Say that a run goes on with other images. Raises ValueError if they are missing."""
     if is_missing(data):
         raise ValueError(f"data: {data} is missing; say with --data where the images are now")
-    if data != before:
+    if data != before and leads():
         print(f"fastdiff: the run was started with the images of {before} and goes on with those of {data}")
 
 

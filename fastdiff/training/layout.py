@@ -19,7 +19,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def recompute_blocks(network: nn.Module) -> None:
-    """Keep the inputs of the blocks alone for the backward pass, and compute the rest again there.
+    """Keep only the inputs of the blocks for the backward pass, which computes the rest again.
 
     Reference: Chen et al. 2016, arXiv:1604.06174.
     """

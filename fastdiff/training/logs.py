@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,8 @@ EVERY = 10
 BAR_SECONDS = 0.5
 # The time is estimated after so many seconds, or the first EVERY steps.
 PATIENCE = 5.0
+# Items that cannot be read and are named one by one.
+NAMED = 100
 
 
 class Progress:
@@ -43,6 +46,11 @@ class Progress:
             sys.stdout.flush()
 
         self._show(write)
+
+    def left_out(self, name: str, why: str, count: int) -> None:
+        """Warn that an item of the data cannot be read, the `count`-th one."""
+        if is_named(count):
+            self.say(warning(name, why, count))
 
     def advance(self, step: int, loss: Tensor) -> None:
         """Show that `step` is done. loss: (), the mean of the last losses."""
@@ -86,10 +94,26 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.0f} days"
 
 
+def is_named(count: int) -> bool:
+    """Whether the `count`-th item that cannot be read is named: the first NAMED, and then every NAMED-th."""
+    return count <= NAMED or count % NAMED == 0
+
+
+def warning(name: str, why: str, count: int) -> str:
+    """The line about an item that cannot be read."""
+    return f"fastdiff: warning: left out {' '.join(name.splitlines())}: {why} ({count} so far)"
+
+
 class Silent:
-    """The progress of a process that prints nothing."""
+    """The progress of a process that prints nothing, but what it cannot read: no other process reads that."""
 
     lost = None
+
+    def left_out(self, name: str, why: str, count: int) -> None:
+        """As in Progress."""
+        if is_named(count):
+            with suppress(OSError):
+                print(warning(name, why, count), flush=True)
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None

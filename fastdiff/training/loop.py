@@ -22,14 +22,14 @@ from fastdiff.denoiser import TOLD
 from fastdiff.files import locked, sweep, writable
 from fastdiff.networks import Network
 from fastdiff.recipes import offset_noise, own_estimate
-from fastdiff.support.run_file import NAME, RunFile
+from fastdiff.support.run_file import NAME
 from fastdiff.training.build import build
-from fastdiff.training.checkpoint import State, importance, read_shares, rng_state, set_rng_state
+from fastdiff.training.checkpoint import FOLDER as CHECKPOINTS
+from fastdiff.training.checkpoint import State, check_free, importance, read_shares, rng_state, set_rng_state
 from fastdiff.training.draws import LEVELS, SELF_CONDITIONING, noise_key, uniforms
-from fastdiff.training.ema import names as average_names
-from fastdiff.training.ema import update as update_averages
-from fastdiff.training.ema import update_ema, warmed
-from fastdiff.training.feed import open_stream
+from fastdiff.training.ema import FOLDER as AVERAGES
+from fastdiff.training.ema import average_names, update_averages, update_ema, warmed
+from fastdiff.training.feed import measured, open_stream
 from fastdiff.training.layout import exchanging, laid_out, recompute_blocks, replicate, shard, whole
 from fastdiff.training.logs import EVERY, Progress, Silent
 from fastdiff.training.options import Options
@@ -41,6 +41,8 @@ from fastdiff.training.saver import Saver
 from fastdiff.training.step import TrainingStep, leave_out
 from fastdiff.training.surroundings import gpu_settings, has_bfloat16, interrupts
 
+# Where a run that was killed may have left temporary files.
+FOLDERS = (".", SAMPLES, AVERAGES, CHECKPOINTS)
 # In place of a signal's number: nobody reads the output of the run any more.
 LOST = 1000
 
@@ -76,27 +78,25 @@ def train(
     path, device = Path(out) / NAME, local_device(torch.device(device))
     caught = [] if caught is None else caught
     with gpu_settings(device), joined(device, alone_too=options.fsdp) as ranks:
-        check_shares(options, ranks)
+        ranks.check_passes(options.batch_size, options.accumulate)
         if ranks.leads:
             writable(path)
         ranks.agree("step", resume.step if resume else 0)
         with locked(path.parent) if ranks.leads else nullcontext(False) as alone:
             if alone:
-                for folder in (path.parent, path.parent / SAMPLES):
-                    sweep(folder / "*")
+                for name in FOLDERS:
+                    sweep(path.parent / name / "*")
             if ranks.leads:
                 check_free(path, resume)
             torch.manual_seed(options.seed)
             run = Run(options, path.parent, device, resume, ranks)
-            record = Record(path.parent, options, run.step) if ranks.leads else Silent()
+            record = Record(path.parent, run.options, run.step) if ranks.leads else Silent()
             progress = Progress(run.step, options.steps, options.batch_size) if ranks.leads else Silent()
-            # Workers that read ahead hold what this process had open, the lock too: they end here.
             saver = Saver(path, options.keep, ranks, options.fsdp)
+            # Workers that read ahead end here too.
             with closing(run.batches), closing(record), closing(progress), interrupts() as signals, saver:
                 progress.say(run.summary())
-                run.stream.warn = lambda name, why, count: progress.say(
-                    f"fastdiff: warning: left out {name}: {why} ({count} so far)"
-                )
+                run.stream.warn = progress.left_out
                 take_steps(run, record, progress, saver, signals, caught)
                 if run.step > run.saved:
                     run.save(saver)
@@ -136,27 +136,6 @@ def take_steps(run: "Run", record: Any, progress: Any, saver: Saver, signals: li
     run.tell(progress.say)
 
 
-def check_shares(options: Options, ranks: Ranks) -> None:
-    """Raise ValueError unless every process has an image in every pass."""
-    passes = options.accumulate * ranks.size
-    if options.batch_size < passes:
-        raise ValueError(
-            f"batch_size: expected at least {passes}, one image for each of {ranks.size} processes in each of "
-            f"{options.accumulate} passes, got {options.batch_size}"
-        )
-
-
-def check_free(path: Path, resume: State | None) -> None:
-    """Raise ValueError if training would overwrite another run's checkpoint, or a later one of this run."""
-    if not path.exists():
-        return
-    if resume is None:
-        raise ValueError(f"{path} exists: go on with --resume, or train into another --out")
-    step = RunFile.open(path).step
-    if step != resume.step:
-        raise ValueError(f"{path} is of step {step}, expected {resume.step}: another training went on from it")
-
-
 class Run:
     """A run between two steps: data, networks, optimizer, and what the last steps gave.
 
@@ -168,9 +147,11 @@ class Run:
     def __init__(
         self, options: Options, folder: Path, device: torch.device, resume: State | None, ranks: Ranks
     ) -> None:
-        self.options, self.device, self.ranks = options, device, ranks
+        self.device, self.ranks = device, ranks
         self.stream = open_stream(options, folder)
+        self.options = options = options if resume else measured(options, self.stream.source)
         self.classes = self.stream.source.classes or []
+        ranks.agree("data", len(self.stream))
         if resume and resume.classes != self.classes:
             raise ValueError(f"data: expected the classes {resume.classes} of the run, got {self.classes}")
         place = torch.device("cpu") if options.fsdp else device  # FSDP brings each process its share alone
@@ -178,6 +159,7 @@ class Run:
         self.ema = resume.ema.to(place) if resume else cast(Network, copy.deepcopy(self.diffusion.model))
         if history := importance(self.diffusion):
             history.to_device(device)
+        self.channels_last = options.lies_channels_last(device.type)
         self.trained = self._lay_out()
         self.optimizer = torch.optim.AdamW(
             self.diffusion.parameters(),
@@ -207,7 +189,7 @@ class Run:
     def _lay_out(self) -> nn.Module:
         """Bring the networks into the form that trains. Returns: what is called, with the gradients of all ranks."""
         options, network = self.options, self.diffusion.model
-        if options.channels_last:
+        if self.channels_last:
             for each in (network, self.ema):
                 channels_last_convolutions(each)
         if options.recompute:
@@ -280,7 +262,7 @@ class Run:
     def _next(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The images of the next pass, and the arguments that go with them."""
         x0, labels = next(self.batches).to(self.device)
-        if self.options.channels_last:
+        if self.channels_last:
             x0 = x0.contiguous(memory_format=torch.channels_last)
         return x0, {} if labels is None else {"class_labels": labels}
 
@@ -345,9 +327,12 @@ class Run:
         parameters = sum(parameter.numel() for parameter in self.diffusion.parameters())
         images, shape = len(self.stream), "x".join(map(str, self.options.shape))
         shared = f" in {self.ranks.size} processes" if self.ranks.size > 1 else ""
+        classes = f" in {len(self.classes)} classes" if self.classes else ""
+        sigma_data = getattr(self.diffusion.process, "sigma_data", None)
+        told = "" if sigma_data is None else f", sigma_data {sigma_data:g}"
         return (
-            f"fastdiff: {self.options.formulation} of {parameters:,} parameters, {images:,} images of {shape}, on "
-            f"{self.device}{shared}, steps {self.start} to {self.options.steps}"
+            f"fastdiff: {self.options.formulation} of {parameters:,} parameters{told}, {images:,} images of {shape}"
+            f"{classes}, on {self.device}{shared}, steps {self.start} to {self.options.steps}"
         )
 
     def noisiness(self) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Any
 
 from fastdiff.networks import NETWORKS
 from fastdiff.ops.checks import check_choice
+from fastdiff.support.scalars import as_not_negative, as_positive
 from fastdiff.training.checkpoint import State
 from fastdiff.training.data.opening import ARRAYS, KINDS, SETS, is_path
-from fastdiff.training.ema import names as average_names
+from fastdiff.training.ema import average_names
 
 # What the network of each formulation predicts by default.
 OBJECTIVES = {"ddpm": "v", "ncsn": "score", "vp": "v", "subvp": "v", "ve": "score", "flow": "flow", "edm": "edm"}
@@ -70,7 +71,7 @@ class Options:
         schedule, variance: of ddpm; variance "learned" doubles the network's output channels.
         timesteps: length of ddpm's chain, or of ncsn's ladder.
         sigma_min, sigma_max: smallest and largest noise of ncsn and ve.
-        sigma_data: of edm, the standard deviation of the data in [-1, 1].
+        sigma_data: of edm, the standard deviation of the data in [-1, 1]; 0 lets `train` measure it.
         offset_noise: strength of `fastdiff.recipes.offset_noise`.
         seed: of weights, batches and noise.
         bf16: autocast to bfloat16; None means wherever CUDA supports it.
@@ -83,7 +84,8 @@ class Options:
         lr_hold: steps before the learning rate falls.
         weight_decay, beta1, beta2: of AdamW.
         ema_decays, ema_sigma_rel: further averages to keep, like "0.99,0.999"; see fastdiff.training.ema.
-        compile: compile the network. channels_last: lay out its convolutions channels last, without fsdp.
+        compile: compile the network. channels_last: lay out its convolutions channels last, without fsdp; None does so
+            for a unet on CUDA.
         recompute: keep the inputs of the blocks alone for the backward pass, for less memory.
         sample_every: steps between grids of samples; 0 draws none.
         log: where figures go besides log.csv: "csv" (nowhere else), "tensorboard" or "wandb".
@@ -118,7 +120,7 @@ class Options:
     timesteps: int = 1000
     sigma_min: float = 0.01
     sigma_max: float = 50.0
-    sigma_data: float = 0.5
+    sigma_data: float = 0.0
     loss: str = "mse"
     weighting: str = "simple"
     offset_noise: float = 0.0
@@ -137,7 +139,7 @@ class Options:
     ema_decays: str = ""
     ema_sigma_rel: str = ""
     compile: bool = False
-    channels_last: bool = False
+    channels_last: bool | None = None
     recompute: bool = False
     sample_every: int = 1000
     log: str = "csv"
@@ -170,12 +172,11 @@ class Options:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout: expected a share in [0, 1), got {self.label_dropout}")
-        if not 0 <= self.offset_noise < math.inf:
-            raise ValueError(f"offset_noise: expected a finite number of at least 0, got {self.offset_noise}")
+        for name in ("offset_noise", "sigma_data"):
+            as_not_negative(name, getattr(self, name))
         self._check_optimizer()
-        for name in ("lr", "clip_grad", "sigma_data"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
+        for name in ("lr", "clip_grad"):
+            as_positive(name, getattr(self, name))
 
     def _check_optimizer(self) -> None:
         if self.accumulate > self.batch_size:
@@ -188,8 +189,7 @@ class Options:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected a finite number of at least 0, got {self.weight_decay}")
+        as_not_negative("weight_decay", self.weight_decay)
         average_names(self.ema_decays, self.ema_sigma_rel)
 
     def _check_network(self) -> None:
@@ -237,6 +237,11 @@ class Options:
         given = {k: v for k, v in asdict(self).items() if self.formulation in OWNERS.get(k, (self.formulation,))}
         return given if self.network == "dit" else {k: v for k, v in given.items() if k != "patch"}
 
+    def lies_channels_last(self, device: str) -> bool:
+        """Whether convolutions have channels last on a type of device: a U-Net's on CUDA, unless it is split."""
+        suits = device == "cuda" and self.network == "unet" and not self.fsdp
+        return suits if self.channels_last is None else self.channels_last
+
     @property
     def sides(self) -> tuple[int, int]:
         """(height, width) of an image."""
@@ -247,6 +252,17 @@ class Options:
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image."""
         return (self.image_channels or (1 if self.gray else 3), *self.sides)
+
+
+def refuse_idle(options: Options, names: Iterable[str]) -> None:
+    """Raise ValueError naming the first option that changes nothing beside the others."""
+    idle = {
+        "label_dropout": (not options.classes, "classes"),
+        "lr_hold": (options.lr_schedule == "constant", "lr_schedule cosine or inverse_sqrt"),
+    }
+    for name in names:
+        if name in idle and idle[name][0] and getattr(options, name) != getattr(Options, name):
+            raise ValueError(f"{name}: expected {idle[name][1]} with it, got {getattr(options, name)} alone")
 
 
 def _are_files(data: str) -> bool:
@@ -304,13 +320,11 @@ DIGITS: dict[str, Any] = {
 # Distances between digits are about 8, and neighbouring levels should overlap in 64 dimensions (Song & Ermon 2020,
 # arXiv:2006.09011, techniques 1 and 2).
 DIGITS_LADDER: dict[str, Any] = {"sigma_max": 8.0, "timesteps": 28}
-# The standard deviation of the pixels of the train half, 0.7505.
-DIGITS_SPREAD: dict[str, Any] = {"sigma_data": 0.75}
 
 
 def digits_options(formulation: str) -> dict[str, Any]:
     """The options that suit the digits, by name."""
-    return DIGITS | {"ncsn": DIGITS_LADDER, "edm": DIGITS_SPREAD}.get(formulation, {})
+    return DIGITS | (DIGITS_LADDER if formulation == "ncsn" else {})
 
 
 def resumed_options(state: State, given: dict[str, Any]) -> Options:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.files import need
+from fastdiff.support.errors import blaming
 from fastdiff.training.options import DIGITS, Options, typed
 
 MNIST: dict[str, Any] = {
@@ -55,13 +56,9 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises: OSError if it cannot be read; ValueError naming the file if it holds something else, or an option of a wrong
         type.
     """
-    try:
+    with blaming(path):
         text = path.read_text(encoding="utf-8")
         given = json.loads(text) if path.suffix == ".json" else need("yaml").safe_load(text)
-    except (ImportError, OSError):
-        raise
-    except Exception as error:  # the errors of yaml have no base in common with those of json
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path}: expected options by name, got {type(given).__name__}")
     kinds: dict[str, Any] = {field.name: field.type for field in fields(Options)}

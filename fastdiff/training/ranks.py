@@ -4,6 +4,8 @@ torchrun, accelerate and SLURM's launchers start processes and tell each by RANK
 """
 
 import os
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +15,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 # Names that torch.distributed exports, though mypy does not see it.
 distributed: Any = dist
-# A process that waits this long for another gives up.
+# A process that waits this long for another's gradients, or to find it, gives up.
 PATIENCE = timedelta(minutes=10)
+# Before that, after so many seconds, it says that it waits.
+ANNOUNCE = 30.0
+# A process waits this long for another that may draw or write. One that has died is noticed at once.
+LONG = timedelta(days=1)
 # After an error, a process looks this long for the others.
 GRACE = timedelta(seconds=10)
 # Gloo's threads free the tensors of the last operations a little later, and need Python's lock for that. Whoever ends a
@@ -35,10 +41,12 @@ class Ranks:
     Args:
         rank: its number, 0 for the one that writes and prints.
         size: how many there are.
+        patient: the group of torch.distributed in which they wait for each other.
     """
 
     rank: int = 0
     size: int = 1
+    patient: Any = None
 
     @property
     def leads(self) -> bool:
@@ -49,6 +57,15 @@ class Ranks:
         """The share of this process in the numbers start..stop-1, one behind the other in the order of the ranks."""
         count = stop - start
         return slice(start + count * self.rank // self.size, start + count * (self.rank + 1) // self.size)
+
+    def check_passes(self, batch_size: int, accumulate: int) -> None:
+        """Raise ValueError unless every process has an image in every pass."""
+        passes = accumulate * self.size
+        if batch_size < passes:
+            raise ValueError(
+                f"batch_size: expected at least {passes}, one image for each of {self.size} processes in each of "
+                f"{accumulate} passes, got {batch_size}"
+            )
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
@@ -61,7 +78,7 @@ class Ranks:
         if self.size == 1:
             return number
         value = torch.tensor(number)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.patient)
         return int(value)
 
     def gathered(self, parts: Mapping[int, Any]) -> list[Any]:
@@ -72,6 +89,11 @@ class Ranks:
             distributed.gather_object(dict(parts), every)
         found = {number: part for one in every or () for number, part in one.items()}
         return [found[number] for number in sorted(found)]
+
+    def share(self, network: nn.Module) -> None:
+        """Give all processes the weights of the first one: a run may write others while they read."""
+        for tensor in network.state_dict().values() if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def agree(self, name: str, number: int) -> None:
         """Raise ValueError naming what differs unless all processes have the same number."""
@@ -96,7 +118,7 @@ def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[Ranks]:
     Raises: ValueError if the launcher's variables are no numbers.
     """
     if dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=LONG))
         return
     size = launched("WORLD_SIZE", 1)
     if size == 1 and not alone_too:
@@ -105,13 +127,15 @@ def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[Ranks]:
     if size == 1:
         store, rank = distributed.HashStore(), 0
     else:
-        store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
+        with announced(ANNOUNCE):
+            store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     global _store
     _store = store
-    yield Ranks(rank, size)
-    dist.barrier()
+    ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=LONG))
+    yield ranks
+    dist.barrier(ranks.patient)
     time.sleep(QUIET)
     dist.destroy_process_group()  # after an error others may be waiting: then the end of the process ends the group
     _store = None
@@ -120,12 +144,31 @@ def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[Ranks]:
 _store: Any = None
 
 
+@contextmanager
+def announced(seconds: float) -> Iterator[None]:
+    """Say on stderr that this process waits for others, if the block takes longer: nobody tells it when one is dead."""
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    line = f"fastdiff: waiting for all of the {launched('WORLD_SIZE', 1)} processes at {place}, {PATIENCE} at most"
+    timer = threading.Timer(seconds, print, (line,), {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def launched(name: str, default: int) -> int:
     """A number that a launcher put into the environment. Raises ValueError if it is no number."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
         raise ValueError(f"{name}: expected a number in the environment, got {text!r}")
     return int(text)
+
+
+def leads() -> bool:
+    """Whether this process is the one of its run that prints."""
+    return launched("RANK", 0) == 0
 
 
 def speaks() -> bool:
@@ -140,8 +183,8 @@ def speaks() -> bool:
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether an error says that another process of the run has ended."""
-    by_gloo = type(error) is RuntimeError and "by peer" in str(error)
+    """Whether an error says that another process of the run has ended, or does not answer."""
+    by_gloo = type(error) is RuntimeError and any(said in str(error) for said in ("by peer", "Timed out waiting"))
     return by_gloo or isinstance(error, dist.DistBackendError | dist.DistNetworkError)
 
 

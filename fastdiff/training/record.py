@@ -1,7 +1,6 @@
 """What a run leaves to look at: config.json, log.csv, grids of samples, and the same in TensorBoard or W&B."""
 
 import csv
-import json
 import math
 import sys
 import time
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion import Diffusion
-from fastdiff.files import need, replacing
+from fastdiff.files import need, replacing, write_json
 from fastdiff.training.data import save_grid
 from fastdiff.training.options import Options
 from fastdiff.training.samples import columns_of, draw_grid
@@ -44,8 +43,7 @@ class Record:
         self._writer = _Writer(folder, options)
         if options.sample_every:
             need("matplotlib")  # the report at the end needs it: better to know now
-        with replacing(folder / CONFIG) as temporary:
-            temporary.write_text(json.dumps(options.used(), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, options.used())
         kept = [row for row in read_log(folder) if row["step"] <= start] if start else []
         with replacing(folder / LOG) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)

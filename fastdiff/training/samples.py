@@ -55,7 +55,7 @@ def conditions(
 
 
 def columns_of(model: Diffusion) -> int | None:
-    """How many samples a grid has beside each other: one of each class, if there are few."""
+    """How many samples stand side by side in a grid: one of each class, if there are few classes."""
     classes = number_of_classes(model)
     return classes if 1 < classes <= COLUMNS else None
 

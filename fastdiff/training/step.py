@@ -1,5 +1,6 @@
 """One step of training: loss, gradient, clipping, optimizer and moving average; on CUDA as one captured graph."""
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdiff.graphs import CudaGraphs, WatchedCalls, what_forbids_here
+from fastdiff.support.scalars import as_number
 
 
 class TrainingStep:
@@ -30,15 +32,16 @@ class TrainingStep:
             sets it, and keeps learning rates as tensors on the device.
         average: called after each step with `decay`, to update a moving average. Captured too, so it has to write to
             the same tensors each time. A number that it counts or computes on the host stays as it was captured.
-        clip_grad: largest norm of the gradient, or None.
+        clip_grad: largest norm of the gradient, above 0, or None.
         autocast: the type of autocast for the loss, such as torch.bfloat16, or None.
         graph: None captures on CUDA unless something forbids it, and warns if so; False never does; True raises then.
 
     `reason` says what the last step would have needed to be a graph; None if nothing forbade it. `norm` () is the norm
     of its gradient before it was clipped, and `bad` () whether that or the loss was not finite.
 
-    Raises: TypeError for a loss or an optimizer that is none. ValueError with graph=True, if something forbids a
-        capture; the step is then taken if that shows only in it.
+    Raises: TypeError or ValueError, naming the argument: for a loss or an optimizer that is none, and one that asks for
+        a closure; by a call, for a loss or gradients that no step can be made of. ValueError with graph=True, if
+        something forbids a capture; the step is then taken if that shows only in it.
     """
 
     def __init__(
@@ -55,9 +58,19 @@ class TrainingStep:
             raise TypeError(f"loss: expected a function or a module, got {type(loss).__name__}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise TypeError(f"optimizer: expected one that steps without a closure, got {type(optimizer).__name__}")
+        if average is not None and not callable(average):
+            raise TypeError(f"average: expected a function or None, got {type(average).__name__}")
+        if clip_grad is not None and not as_number("clip_grad", clip_grad) > 0:
+            raise ValueError(f"clip_grad: expected a number above 0 or None, got {clip_grad}")
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise TypeError(f"autocast: expected torch.bfloat16, torch.float16 or None, got {autocast!r}")
+        if graph is not None and not isinstance(graph, bool):
+            raise TypeError(f"graph: expected a bool or None, got {graph!r}")
         self.loss, self.optimizer, self.average, self.graph = loss, optimizer, average, graph
         self.clip_grad, self.autocast = clip_grad, autocast
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = self.parameters[0].device
         networks = [loss] if isinstance(loss, nn.Module) else []
         self.calls = WatchedCalls(self._take, (loss, optimizer), networks, CudaGraphs)
@@ -69,6 +82,11 @@ class TrainingStep:
             raise ValueError(f"graph: expected {self.reason}")
         if graph is None and self.device.type == "cuda" and self.reason is not None:
             warnings.warn(f"graph: the step runs without, which needs {self.reason}", stacklevel=2)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those of the optimizer, to which groups may be added."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def __call__(self, *batch: Any, decay: float = 0.0, **model_kwargs: Any) -> Tensor:
         """Take one step.
@@ -104,14 +122,15 @@ class TrainingStep:
         if reason is None and any("capturable" not in group for group in groups):
             reason = f"an optimizer with the option capturable, got {type(self.optimizer).__name__}"
         if reason is None:
-            self.rates = [torch.empty((), device=self.device) for _ in groups]
             self._make_capturable()
             vars(self.optimizer)["_warned_capturable_if_run_uncaptured"] = True  # its first steps are not captured
         return reason
 
     def _make_capturable(self) -> None:
         """Bring what the optimizer counts with to the device, again if a checkpoint was loaded into it."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+        groups = self.optimizer.param_groups
+        self.rates += [torch.empty((), device=self.device) for _ in groups[len(self.rates) :]]
+        for group, rate in zip(groups, self.rates, strict=True):
             if group["lr"] is not rate:
                 group["lr"] = rate.fill_(group["lr"])
             if not group["capturable"]:
@@ -133,9 +152,15 @@ class TrainingStep:
         """(what the loss gave, the norm of the gradient, whether one of them is not finite)."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             losses = self.loss(*batch, **model_kwargs)
+        if not isinstance(losses, Tensor) or not losses.requires_grad:
+            got = "one without" if isinstance(losses, Tensor) else type(losses).__name__
+            raise TypeError(f"loss: expected a tensor with a gradient by the parameters, got {got}")
         self.optimizer.zero_grad()
         losses.mean().backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if self.clip_grad is None else self.clip_grad)
+        try:
+            norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if self.clip_grad is None else self.clip_grad)
+        except NotImplementedError as error:
+            raise TypeError("optimizer: expected parameters with dense gradients") from error
         bad = ~(losses.isfinite().all() & norm.isfinite())
         leave_out(self.optimizer, bad)
         self.optimizer.step()

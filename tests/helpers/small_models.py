@@ -1,9 +1,29 @@
-"""Networks of one layer or none, for tests of what surrounds them."""
+"""Networks of one layer or none, for tests of what surrounds them; and the options of small U-Nets."""
 
 import torch
 from torch import Tensor, nn
 
 SHAPE = (4, 2, 4, 4)
+# A U-Net of two levels, one with attention.
+SMALL = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+ATTENTION = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2}
+RESNET = {**ATTENTION, "downsample_type": "resnet", "upsample_type": "resnet"}
+# The smallest U-Net, without attention but in the middle.
+TINY = {
+    "sample_size": 4,
+    "block_out_channels": (4, 8),
+    "down_block_types": ("DownBlock2D",) * 2,
+    "up_block_types": ("UpBlock2D",) * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+}
 
 
 class Net(nn.Module):

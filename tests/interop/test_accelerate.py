@@ -211,10 +211,10 @@ def test_a_pipeline_that_was_accelerated_is_saved_as_stock(tmp_path):
 
 @pytest.mark.slow
 def test_other_schedulers_and_networks_are_left():
-    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.KDPM2DiscreteScheduler())
-    with pytest.warns(UserWarning, match="KDPM2DiscreteScheduler has no fused scheduler"):
+    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.SASolverScheduler())
+    with pytest.warns(UserWarning, match="SASolverScheduler has no fused scheduler"):
         assert "scheduler" not in fastdiff.accelerate(pipeline)
-    assert type(pipeline.scheduler) is diffusers.KDPM2DiscreteScheduler
+    assert type(pipeline.scheduler) is diffusers.SASolverScheduler
     assert fastdiff.accelerate(nn.Sequential(nn.GroupNorm(1, 2), nn.SiLU())) == []
 
 
@@ -359,17 +359,17 @@ def test_plain_norms_stay_fused_under_the_compiler():
 
 @pytest.mark.slow
 def test_what_is_left_is_said():
-    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.KDPM2DiscreteScheduler())
+    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.SASolverScheduler())
     first, second, *_ = (n for n, m in pipeline.unet.named_modules() if isinstance(m, ResnetBlock2D))
     pipeline.unet.get_submodule(first).nonlinearity = nn.GELU()
     pipeline.unet.get_submodule(second).norm1.register_forward_hook(lambda *args: None)
-    with pytest.warns(UserWarning, match="accelerate left 3 parts as they are: .*KDPM2DiscreteScheduler has"):
+    with pytest.warns(UserWarning, match="accelerate left 3 parts as they are: .*SASolverScheduler has"):
         done = fastdiff.accelerate(pipeline)
     assert done and not set(done.left) & set(done)
     assert done.left == {
         f"unet.{first}": "its activation is GELU, not SiLU",
         f"unet.{second}": "its norm has hooks or parameters of another kind",
-        "scheduler": "KDPM2DiscreteScheduler has no fused scheduler",
+        "scheduler": "SASolverScheduler has no fused scheduler",
     }
 
 

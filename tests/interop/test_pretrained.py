@@ -10,22 +10,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
+from small_models import ATTENTION, RESNET, SMALL
 
 from fastdiff import DDPM, DiT, NoiseSchedule, UNet
 from fastdiff.interop import pretrained
 from fastdiff.schedule import make_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. alpha_bar_T")
-SMALL = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
-ATTENTION = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2}
-RESNET = {**ATTENTION, "downsample_type": "resnet", "upsample_type": "resnet"}
 CONFIGS = {
     "plain": {},
     "no attention": {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2},

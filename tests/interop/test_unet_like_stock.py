@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import UNet2DModel
+from small_models import SMALL
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,15 +15,6 @@ from torch.nn.utils import parametrize, prune
 
 import fastdiff
 from fastdiff import UNet
-
-CONFIG = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
 
 
 class Low(nn.Module):
@@ -98,8 +90,8 @@ TREATMENTS = {
 @pytest.mark.parametrize("treatment", TREATMENTS)
 def test_treated_layers(treatment: str, scale_shift: str) -> None:
     torch.manual_seed(0)
-    theirs = UNet2DModel(**CONFIG, resnet_time_scale_shift=scale_shift).eval()
-    ours = UNet(**CONFIG, resnet_time_scale_shift=scale_shift).eval()
+    theirs = UNet2DModel(**SMALL, resnet_time_scale_shift=scale_shift).eval()
+    ours = UNet(**SMALL, resnet_time_scale_shift=scale_shift).eval()
     ours.load_state_dict(theirs.state_dict())
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     with torch.no_grad():
@@ -114,7 +106,7 @@ def test_treated_layers(treatment: str, scale_shift: str) -> None:
 def test_dynamic_quantization_of_linear_layers() -> None:
     """Their weight is a method. The result is near that of float32."""
     torch.manual_seed(0)
-    net = UNet(**CONFIG).eval()
+    net = UNet(**SMALL).eval()
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     want = net(x, t).detach()
     quantized = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
@@ -128,7 +120,7 @@ def test_dynamic_quantization_of_linear_layers() -> None:
 def test_layers_that_are_sharded_alone(kind: type) -> None:
     """FSDP2 on each layer: its parameters are whole only while the layer is called. Ours, and an accelerated one."""
     torch.manual_seed(0)
-    net = kind(**CONFIG).eval()
+    net = kind(**SMALL).eval()
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     fastdiff.accelerate(net)
     with torch.no_grad():

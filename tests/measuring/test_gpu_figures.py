@@ -15,7 +15,7 @@ import torch
 import triton
 
 from benchmarks import workloads
-from benchmarks.gpu import checks, measure, operations, training
+from benchmarks.gpu import checks, measure, operations, packaged_step, training
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.rows import STAGES, NotAvailable, Setup
 from benchmarks.gpu.worker import measure as outcome_of
@@ -67,6 +67,15 @@ def test_the_figures_of_a_job(monkeypatch):
     monkeypatch.setattr(measure, "profiled", locked)
     figures = measure.job(run, CPU.device, steps=2, units=8)
     assert figures["profiler"] == "CUPTI_ERROR_NOT_INITIALIZED" and "per_s" in figures
+    monkeypatch.setattr(measure, "profiled", lambda run, device: (0, 0.0))
+    figures = measure.job(run, CPU.device, steps=2, units=8)
+    assert figures["profiler"] == "it saw no kernels" and "gpu_ms_per_step" not in figures
+
+
+def test_a_job_says_what_the_compiler_gave_up():
+    counted = {"graph_break": {"no rule for f\nmore": 2, "no rule for g": 1}, "inductor": {"cudagraph_skips": 4}}
+    assert measure.given_up(counted) == {"cudagraph_skips": 4, "graph_breaks": 3, "broken_by": "no rule for f"}
+    assert measure.given_up({"inductor": {"fxgraph_cache_hit": 1}}) == measure.given_up({}) == {}
 
 
 @pytest.mark.slow
@@ -213,7 +222,8 @@ def test_what_needs_no_compiler_comes_first_and_what_compiles_longest_last():
             by_turn.setdefault(row.turn, set()).add(row.method)
     plain = {"diffusers eager", "fastdiff eager", "fastdiff graph", "accelerate eager", "accelerate graph"}
     assert by_turn[1] == plain and by_turn[2] == {"diffusers reduce-overhead", "diffusers compiled"}
-    assert by_turn[4] == {"diffusers max-autotune"}
+    assert by_turn[4] == by_turn[5] == {"diffusers max-autotune"}
+    assert [row.case for row in stages["sampling"] if row.turn == 4] == ["SD 1.5 U-Net, batch 1"]
     assert {row.turn for name in ("smoke", "host") for row in stages[name]} == {1}
     assert {row.turn for name in ("operations", "checks") for row in stages[name]} == {2, 3}
     assert len(stages["sampling"]) == 6 * 3 + 6 * 2
@@ -245,7 +255,32 @@ def test_a_result_that_is_not_the_reference_is_not_timed(short, monkeypatch):
 
 
 def test_the_packaged_step_of_stock_pytorch_has_nothing_of_ours():
-    """Nothing but PyTorch and the standard library, in both of its processes."""
+    """Nothing but PyTorch and the standard library; its loading process looks for itself."""
     script = (ROOT / "benchmarks" / "gpu" / "packaged_step.py").read_text()
-    names = re.findall(r"^ *(?:import|from) +(.+?)(?: import .*)?$", script, re.MULTILINE)
-    assert set(names) == {"subprocess", "sys", "tempfile", "pathlib", "torch", "sys, torch"}
+    names = re.findall(r"^(?:import|from) +(.+?)(?: import .*)?$", script, re.MULTILINE)
+    known = {"torch", "faulthandler, gc, sys, torch"}
+    assert set(names) - known <= sys.stdlib_module_names and known < set(names)
+    assert packaged_step.Step("stock").ops is None and "fastdiff" not in packaged_step.Step.forward.__code__.co_names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cure", ["one OpenMP thread", "nothing"])
+def test_a_packaged_step_that_dies_says_where_and_what_helps(monkeypatch, cure):
+    """Its process dies after the package was loaded, unless one thing is changed."""
+
+    def run(command, env, **_):
+        if cure == "one OpenMP thread" and env.get("OMP_NUM_THREADS") == "1":
+            torch.save(packaged_step.Step("stock").eval()(x, torch.tensor([3])).detach(), command[4])
+            return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=-11, stdout="import\nload\n", stderr="Fatal error\n  File step.so\n")
+
+    x = torch.linspace(-1, 1, 96).reshape(packaged_step.SHAPE)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(packaged_step, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(torch.export, "export", lambda *args, **options: None)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, package_path, **_: package_path)
+    with pytest.raises(RuntimeError) as error:
+        packaged_step.main("cpu", "stock")
+    told = str(error.value)
+    assert told.startswith("SIGSEGV, the last that it did: load. Fatal error / File step.so")
+    assert f"It is cured by: {cure}." in told and len(told) < 1800

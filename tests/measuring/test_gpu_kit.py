@@ -145,9 +145,11 @@ class Here:
     started: list[str] = []  # noqa: RUF012
     ran: list[str] = []  # noqa: RUF012
     limits: list[float] = []  # noqa: RUF012
+    made = 0
 
     def __init__(self, stage, setup):
         self.stage, self.setup = stage, setup
+        Here.made += 1
 
     def __enter__(self):
         return self
@@ -192,7 +194,7 @@ def stage(*rows: tuple[str, float, float], seconds: float = float("inf"), turns:
 def here(monkeypatch):
     monkeypatch.setattr(runner, "Worker", Here)
     monkeypatch.setattr(runner.time, "monotonic", lambda: Here.now)
-    Here.now, Here.started, Here.ran, Here.limits = 0.0, [], [], []
+    Here.now, Here.started, Here.ran, Here.limits, Here.made = 0.0, [], [], [], 0
     return Here
 
 
@@ -218,7 +220,7 @@ def test_a_row_that_the_budget_ends_was_not_run_and_one_that_its_limit_ends_fail
 def test_a_turn_of_all_stages_comes_before_the_next(here, file):
     stages = [stage(("a", 1, 1), ("b", 1, 1), turns=(2, 1)), stage(("c", 1, 1), ("d", 1, 1), turns=(1, 3))]
     runner.run(stages, CPU, 10, file, quiet)
-    assert here.ran == ["b / m", "c / m", "a / m", "d / m"]
+    assert here.ran == ["b / m", "c / m", "a / m", "d / m"] and here.made == 2
 
 
 def test_a_row_of_a_rehearsal_may_take_what_is_left(here, file):
@@ -378,6 +380,21 @@ def test_wheels_are_put_on_the_path(monkeypatch, tmp_path):
         assert subprocess.run(command, capture_output=True, text=True).stdout == "7\n"
         assert sys.path[1:] == path and os.environ["PYTHONPATH"].endswith(os.pathsep + "before")
     assert sys.path == path and os.environ["PYTHONPATH"] == "before"
+
+
+def test_a_machine_without_tools_or_home(monkeypatch):
+    """What is missing is named, and Triton gets a folder to compile into, as long as the kit runs."""
+    for name in ("CC", "TRITON_HOME", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert packages.lacking().startswith("a C compiler, ") and packages.lacking().endswith("nvidia-smi")
+    with packages.with_home():
+        assert "TRITON_HOME" not in os.environ
+    monkeypatch.setenv("HOME", "/proc/none")
+    with packages.with_home():
+        home = Path(os.environ["TRITON_HOME"])
+        assert os.access(home, os.W_OK)
+    assert "TRITON_HOME" not in os.environ and not home.exists()
 
 
 # --- the report ---------------------------------------------------------------------------------------------------

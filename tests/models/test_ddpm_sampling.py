@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+from counting import Allocations
 from small_models import SHAPE, Fixed, Net, Pointwise, data
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff import DDPM, NoiseSchedule, ops
 
@@ -106,21 +106,10 @@ def test_callback_and_trajectory():
 @pytest.mark.parametrize(("sampler", "eta"), ETAS)
 def test_a_step_allocates_nothing_of_the_size_of_the_data(sampler, eta):
     shape = (4, 3, 32, 32)  # larger than any table
-    known, new = set(), []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, Tensor) and tensor.numel() >= math.prod(shape) and tensor.data_ptr() not in known:
-                    known.add(tensor.data_ptr())
-                    new.append(str(func))
-            return out
-
     ddpm = DDPM(Fixed(torch.zeros(shape)), timesteps=40)
-    with Watch():
+    with Allocations(math.prod(shape)) as allocations:
         ddpm.sample(shape, sampler=sampler, eta=eta, seed=0)
-    assert new == ["aten.empty.memory_format"]  # x_T
+    assert allocations.made == ["aten.empty.memory_format"]  # x_T
 
 
 def test_progress(capsys, monkeypatch):

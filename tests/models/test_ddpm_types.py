@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_models import SHAPE, Net, data
+from small_models import SHAPE, TINY, Net, data
 from torch import Tensor, nn
 
 from fastdiff import DDPM, UNet
@@ -141,16 +141,6 @@ def test_models_may_return_an_object_with_sample():
     assert torch.equal(*(DDPM(net, timesteps=5).sample(SHAPE, seed=1) for net in (wrapped, plain)))
 
 
-UNET = {
-    "sample_size": 4,
-    "block_out_channels": (4, 8),
-    "down_block_types": ("DownBlock2D",) * 2,
-    "up_block_types": ("UpBlock2D",) * 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 2,
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_class_embeds": 3}])
 def test_a_unet_is_sampled_as_any_model(options):
@@ -164,7 +154,7 @@ def test_a_unet_is_sampled_as_any_model(options):
         def forward(self, x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
             return self.unet(x, t, **kwargs)
 
-    unet = UNet(**UNET, **options)
+    unet = UNet(**TINY, **options)
     given = {"class_labels": torch.tensor([0, 2])} if "num_class_embeds" in options else {}
     shape = (2, 3, 4, 4)
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.05)):

@@ -7,11 +7,12 @@ import math
 import pytest
 import recursions
 import torch
+from counting import count_calls
 from gaussian import exact, moments
 from mpmath import mpf
 from torch import Tensor, nn
 
-from fastdiff import Edm, ScoreSDE, ops, steps
+from fastdiff import Edm, ScoreSDE, steps
 from fastdiff.edm import Preconditioned
 from fastdiff.process import VE, VP
 
@@ -246,15 +247,8 @@ def test_samplers_run_or_say_why_not():
 
 def test_one_launch_beside_the_model(monkeypatch):
     """Also of noise added by churn, which has no call of the model."""
-    calls = {"model": 0, "update": 0}
-    net, update = Net(), ops.update
-    net.register_forward_hook(lambda *_: calls.update(model=calls["model"] + 1))
-
-    def counted(*args, **kwargs):
-        calls["update"] += 1
-        return update(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "update", counted)
+    net = Net()
+    calls = count_calls(monkeypatch, net)
     edm = Edm(net)
     for sampler in ("ddim", "dpm++2m", "heun", "ddpm"):
         edm.sample(SHAPE, sampler=sampler, steps=4)

@@ -8,12 +8,13 @@ import sys
 import pytest
 import recursions
 import torch
+from counting import count_calls
 from gaussian import exact, moments
 from mpmath import mpf
 from objectives import targets, x0_errors
 from torch import Tensor, nn
 
-from fastdiff import DDPM, FlowMatching, ScoreSDE, ops, steps
+from fastdiff import DDPM, FlowMatching, ScoreSDE, steps
 from fastdiff.flow import Flow, cosmap, logit_normal, mode, optimal_coupling, resolution_shift, uniform
 from fastdiff.process import VP
 
@@ -246,15 +247,8 @@ def test_samplers_start_in_pure_noise_or_say_why_not():
 
 
 def test_one_launch_beside_the_model(monkeypatch):
-    calls = {"model": 0, "update": 0}
-    net, update = Net(), ops.update
-    net.register_forward_hook(lambda *_: calls.update(model=calls["model"] + 1))
-
-    def counted(*args, **kwargs):
-        calls["update"] += 1
-        return update(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "update", counted)
+    net = Net()
+    calls = count_calls(monkeypatch, net)
     flow = FlowMatching(net)
     for sampler in ("ddim", "dpm++2m", "heun", "ddpm"):
         flow.sample(SHAPE, sampler=sampler, steps=4)

@@ -10,6 +10,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from small_models import TINY
 from tape import tensors, waits
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,14 +22,6 @@ from fastdiff import DDPM, UNet, ops
 from fastdiff.objective import OBJECTIVES
 
 SHAPE = (2, 3, 4, 4)
-UNET = {
-    "sample_size": 4,
-    "block_out_channels": (4, 8),
-    "down_block_types": ("DownBlock2D",) * 2,
-    "up_block_types": ("UpBlock2D",) * 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 2,
-}
 
 
 class Net(nn.Module):
@@ -145,8 +138,8 @@ CHAINS = [
     {"sampler": "probability_flow"},
 ]
 # All chains are captured with a network of one level, the first with one of two.
-SHALLOW = {**UNET, "block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-MODELS = {"net": [Net] * 6, "unet": [lambda: UNet(**UNET), *[lambda: UNet(**SHALLOW)] * 5]}
+SHALLOW = {**TINY, "block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+MODELS = {"net": [Net] * 6, "unet": [lambda: UNet(**TINY), *[lambda: UNet(**SHALLOW)] * 5]}
 # heun asks between the levels of a chain, where an embedding of indices has no answer.
 ON_CHAINS = pytest.mark.parametrize(
     ("model", "options"),
@@ -253,7 +246,7 @@ def test_reduce_overhead_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("options", CHAINS, ids=str)
 def test_cuda_graphs_of_the_compiled_step(options):
     """The same by PyTorch's own CUDA graphs, which it must not have given up."""
-    net = UNet(**UNET).cuda()
+    net = UNet(**TINY).cuda()
     plain, compiled = DDPM(net, "cosine", 20), DDPM(net, "cosine", 20)
     compiled.compile(fullgraph=True)
     torch._dynamo.utils.counters.clear()

@@ -40,9 +40,13 @@ def test_labels_are_dropped_at_their_share() -> None:
         (([1, 2], 10), "labels: expected a tensor of integers, got list"),
         ((labels.float(), 10), "labels: expected a tensor of integers, got torch.float32"),
         ((labels, 9.5), "none: expected an integer, got float"),
+        ((labels.to(torch.complex64), 10), "labels: expected a tensor of integers, got torch.complex64"),
+        ((labels.to_sparse(), 10), "labels: expected a dense tensor, got torch.sparse_coo"),
     ):
         with pytest.raises(TypeError, match=f"^{said}$"):
             drop_labels(*given)
+    with pytest.raises(ValueError, match=r"^none: expected an integer from 0 to 255, got -1$"):
+        drop_labels(labels.byte(), -1)  # which would wrap around to a class
     with pytest.raises(TypeError, match=r"^diffusion: expected a fastdiff Diffusion, got Told$"):
         self_conditioned(Told(), data())
     with pytest.raises(ValueError, match=r"^t: expected levels with importance sampling, .*, got None$"):

@@ -17,7 +17,6 @@ class Net(torch.nn.Module):
         return (self.weight * x + 0.01 * t.reshape(-1, 1, 1).to(x)).repeat(1, self.times, 1)
 
 
-CHAIN = {"timesteps": 20, "schedule": "cosine"}
 MODELS = {
     "ddpm": lambda: DDPM(Net(), timesteps=20, schedule="cosine", objective="v"),
     "ddpm-x0": lambda: DDPM(Net(), timesteps=20, schedule="cosine", objective="x0"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import Allocations
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -145,23 +146,13 @@ class Fixed(nn.Module):
 )
 def test_a_step_allocates_nothing_of_the_size_of_the_data(kind, sampler):
     """But the state, and what the sampler remembers."""
-    shape, known, new = (4, 3, 64, 64), set(), []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, Tensor) and tensor.numel() >= math.prod(shape) and tensor.data_ptr() not in known:
-                    known.add(tensor.data_ptr())
-                    new.append(str(func))
-            return out
-
+    shape = (4, 3, 64, 64)
     model = made(kind, Fixed(torch.zeros(shape)))
     how = options(model, sampler)
     keep = model.step_table(how["sampler"], how["steps"]).keep
-    with Watch():
+    with Allocations(math.prod(shape)) as allocations:
         model.sample(shape, seed=0, **how)
-    assert new == ["aten.empty.memory_format"] + ([] if keep == "none" else ["aten.zeros_like.default"])
+    assert allocations.made == ["aten.empty.memory_format"] + ([] if keep == "none" else ["aten.zeros_like.default"])
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import RESNET, SMALL
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.nn import Attention, FourierProjection, ResnetBlock, sinusoidal_embedding
@@ -28,16 +29,6 @@ CIFAR10 = {
     "downsample_padding": 0,
     "norm_eps": 1e-6,
 }
-SMALL = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
-ATTENTION = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2}
-RESNET = {**ATTENTION, "downsample_type": "resnet", "upsample_type": "resnet"}
 
 
 @pytest.fixture(autouse=True)

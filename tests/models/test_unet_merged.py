@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small_models import RESNET, SMALL
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,21 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastdiff
 from fastdiff.nn import Attention
 from fastdiff.unet import UNet
-
-SMALL = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
-RESNET = {
-    "down_block_types": ("AttnDownBlock2D",) * 2,
-    "up_block_types": ("AttnUpBlock2D",) * 2,
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-}
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from gaussian import MEAN, STD, exact, moments
+from gaussian import STD, exact, moments
 from torch import Tensor, nn
 
 from fastdiff import DDPM, FlowMatching, ScoreSDE, grids, steps
@@ -15,7 +15,7 @@ from fastdiff.process import VE, VP, Process
 from fastdiff.rows import columns
 from fastdiff.steps import SAMPLERS
 
-VAR, CENTER = torch.tensor(STD, dtype=torch.float64) ** 2, torch.tensor(MEAN, dtype=torch.float64)
+VAR = torch.tensor(STD, dtype=torch.float64) ** 2
 HIGH, LOW = 10.0, 0.2
 
 

@@ -5,28 +5,12 @@ import re
 
 import pytest
 import torch
-from strategies import BACKENDS, DEVICE, table, tensor
+from cpu_operands import ROWS, data, rows
+from strategies import BACKENDS, DEVICE
 from tolerance import assert_close, assert_same_bits
-from torch import Tensor
 
 import fastdiff
 from fastdiff import ops
-
-ROWS = 6
-CPU = torch.device("cpu")
-
-
-def cpu(x: Tensor) -> Tensor:
-    return x.to(CPU)
-
-
-def rows(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return cpu(table(ROWS, columns, columns)).to(dtype)
-
-
-def data(*shape: int, dtype: torch.dtype = torch.float32, salt: int = 0, layout: str = "contiguous") -> Tensor:
-    return cpu(tensor(shape, dtype, layout, salt))
-
 
 X, META = torch.zeros(2, 3), torch.zeros(2, 3, device="meta")
 INT, DOUBLE = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.float64)

@@ -7,7 +7,7 @@ import sys
 import forked
 import pytest
 import torch
-from strategies import table
+from cpu_operands import rows
 from torch import Tensor
 
 import fastdiff
@@ -15,20 +15,8 @@ from fastdiff import ops, reference
 from fastdiff.ops import dispatch as _backend
 from fastdiff.ops import quick
 
-ROWS = 6
-CPU = torch.device("cpu")
-
-
-def cpu(x: Tensor) -> Tensor:
-    return x.to(CPU)
-
-
-def rows(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return cpu(table(ROWS, columns, columns)).to(dtype)
-
-
 X, META = torch.zeros(2, 3), torch.zeros(2, 3, device="meta")
-INT, DOUBLE = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.float64)
+DOUBLE = torch.zeros(2, 3, dtype=torch.float64)
 
 
 @pytest.fixture

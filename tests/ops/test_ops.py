@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from cpu_operands import ROWS, data, rows
 from hypothesis import given
 from strategies import BACKENDS, DEVICE, dtypes, index, salts, shapes, table, tensor
 from tolerance import ARITHMETIC, assert_close, assert_same_bits
@@ -16,22 +17,6 @@ import fastdiff
 from fastdiff import ops, reference
 from fastdiff.ops import dispatch as _backend
 from fastdiff.ops import registry
-
-ROWS = 6
-CPU = torch.device("cpu")
-
-
-def cpu(x: Tensor) -> Tensor:
-    return x.to(CPU)
-
-
-def rows(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return cpu(table(ROWS, columns, columns)).to(dtype)
-
-
-def data(*shape: int, dtype: torch.dtype = torch.float32, salt: int = 0, layout: str = "contiguous") -> Tensor:
-    return cpu(tensor(shape, dtype, layout, salt))
-
 
 # --- registration -------------------------------------------------------------------------------------------------
 

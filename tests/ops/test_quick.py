@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import ops
+from fastdiff.ops import quick
 
 ROWS = 6
 every = pytest.mark.parametrize("backend", BACKENDS)
@@ -90,6 +91,18 @@ def test_a_view_that_negates_takes_the_full_way(backend):
     with fastdiff.backend(backend):
         got = ops.noising(x, 0, torch.tensor([[2.0, 0.0]]), noise=torch.zeros(2, 5))
     assert torch.equal(got, 2 * x)
+
+
+@pytest.mark.slow
+def test_a_compiled_call_asks_for_no_stream(monkeypatch):
+    """torch.compile cannot trace that question: on a GPU every call would break the graph of a network."""
+
+    def untraceable(x):
+        raise AssertionError("asked within a compilation")
+
+    monkeypatch.setattr(quick, "stream_of", untraceable)
+    compiled = torch.compile(lambda x: ops.inner(x, x), backend=lambda graph, inputs: graph, fullgraph=True)
+    assert compiled(torch.ones(1, 4)).tolist() == [[4.0, 4.0, 4.0]]
 
 
 # --- launches, by a driver that notes them instead -----------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_options_of_another_formulation_do_not_resume(spoiled):
 def test_a_run_of_before_goes_on_with_the_deviation_it_had(spoiled):
     state = checkpoint.load(spoiled)
     state.options.update(formulation="edm", objective="edm")
-    assert state.options.pop("sigma_data", 0.5) == 0.5
+    del state.options["sigma_data"]
     assert training.resumed_options(state, {}).sigma_data == 0.5
     with pytest.raises(ValueError, match=r"sigma_data: the run was started with 0.5, got 0.75"):
         training.resumed_options(state, {"sigma_data": 0.75})
@@ -354,6 +354,19 @@ def test_a_locked_folder_is_refused_until_it_is_free(tmp_path):
         assert error.value.filename == str(tmp_path)
     with files.locked(tmp_path) as alone:
         assert alone
+
+
+@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
+def test_a_fork_does_not_hold_the_lock(tmp_path):
+    """A worker that lives on for seconds after its run was killed would keep the next run out."""
+    with files.locked(tmp_path):
+        child = os.fork()
+        if not child:
+            opened = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+            os._exit(str(tmp_path) in opened)
+        assert os.waitpid(child, 0)[1] == 0
+        with pytest.raises(BlockingIOError):
+            files.locked(tmp_path).__enter__()
 
 
 # PyTorch's own files

@@ -125,15 +125,20 @@ def test_labels_stay_with_their_images_and_some_are_dropped():
 # what cannot be read
 
 
-def test_a_broken_file_is_replaced_by_the_next_and_named_once(tmp_path):
+def test_a_broken_file_is_replaced_and_named_once(tmp_path):
     images_in(tmp_path, ["a.png", "b.png", "d.png"])
     (tmp_path / "c.png").write_text("no image")
-    warned = []
+    warned, replaced = [], set()
     source = open_source(str(tmp_path), (8, 8), 3)
     stream = data.Stream(source, 4, warn=lambda *said: warned.append(said))
-    for step in range(3):
-        shades = ((stream.batch(step).images[:, 0, 0, 0] + 1) * 127.5).round().tolist()
-        assert sorted(shades) == [0, 10, 20, 20]  # d.png in place of c.png
+    for step in range(9):
+        images = stream.batch(step).images
+        assert torch.equal(images[3:], stream.batch(step, range(3, 4)).images)  # another process sees the same
+        shades = ((images[:, 0, 0, 0] + 1) * 127.5).round().tolist()
+        for shade in (0, 10, 20):
+            shades.remove(shade)
+        replaced.update(shades)  # what came in place of c.png
+    assert replaced == {0, 10, 20}
     ((name, why, count),) = warned
     assert name == str(tmp_path / "c.png") and "cannot identify" in why and count == 1
 
@@ -241,6 +246,7 @@ def test_arrays_that_do_not_fit_are_named(values, labels, said):
     ("source", "options", "said"),
     [
         ([1, 2], {"batch_size": 2}, "source: expected one of fastdiff.data, such as Arrays, got list"),
+        (data.Arrays(np.zeros((2, 3))), {"batch_size": 1, "seed": 0.5}, "seed: expected an integer, got float"),
         (data.Arrays(np.zeros((2, 3))), {"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
         (data.Arrays(np.zeros((2, 3))), {"batch_size": 1, "label_dropout": 2}, "label_dropout: .* from 0 to 1, got 2"),
     ],
@@ -294,6 +300,24 @@ def test_shards_are_read_at_random(tmp_path):
     shard(tmp_path / "packed.tar", [("a.png", png(0))], "w:gz")
     with pytest.raises(ValueError, match=r"packed\.tar is not an uncompressed tar file"):
         open_source(str(tmp_path / "packed.tar"), (8, 8), 1)
+
+
+def test_an_image_with_masks_is_one_item(tmp_path):
+    items = [("x.y/a.png", png(1)), ("x.y/a.mask.png", png(2)), ("x.y/b.2.png", png(3))]
+    shard(tmp_path / "a.tar", items)
+    source = open_source(str(tmp_path / "a.tar"), (8, 8), 1)
+    assert [source.read(k)[0, 0, 0].item() for k in range(len(source))] == [1, 3]
+
+
+def test_a_folder_is_of_shards_or_of_images(tmp_path):
+    """A backup among photos must not be trained on in their place."""
+    shard(tmp_path / "old.tar", [("a.png", png(0))])
+    images_in(tmp_path, ["x/new.JPG"])
+    with pytest.raises(
+        ValueError, match=r"expected shards or images in .*, got both, old\.tar and .*new\.JPG; name the"
+    ):
+        open_source(str(tmp_path), (8, 8), 1)
+    assert len(open_source(str(tmp_path / "*.tar"), (8, 8), 1)) == 1
 
 
 def test_shards_of_webdataset_are_read(tmp_path):
@@ -408,8 +432,8 @@ def test_a_cache_does_not_keep_a_file_that_has_changed(tmp_path):
         Image.new("L", (8, 8 + shade), shade).save(tmp_path / "a.png")
         with tarfile.open(tmp_path / "a.tar", "w") as shard:
             shard.add(tmp_path / "a.png", "a.png")
-        for _ in range(2):  # a shard, then a folder
-            source = open_source(str(tmp_path), (8, 8), 1)
+        for name in ("a.tar", "."):  # a shard, then a folder
+            source = open_source(str(tmp_path / name), (8, 8), 1)
             assert Cached(source, tmp_path / ".run").read(0)[0, 0, 0] == shade
             (tmp_path / "a.tar").unlink(missing_ok=True)
 

@@ -226,3 +226,23 @@ def test_sizes_that_are_none(tmp_path, call, said):
     with pytest.raises((TypeError, ValueError), match=said):
         call(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1 and len(data.folder(str(tmp_path), np.int64(8))) == 1
+
+
+def test_many_broken_items_are_replaced_by_all_others_alike():
+    """Half of 200 items cannot be read, one behind the other, as the texts beside a folder of images."""
+    values = np.arange(200, dtype=np.float32)[:, None]
+    values[100:] = np.nan
+    stream = data.Stream(data.Arrays(values), 200)
+    counts = sum(torch.bincount(stream.batch(step).images.long().flatten(), minlength=200) for step in range(20))
+    assert counts[100:].sum() == 0 and counts[:100].min() >= 20 + 4 and counts.max() <= 20 + 50  # 20, and Poisson of 20
+    assert len(stream.skipped) == 100 and stream.skipped[150] == "it holds NaN or infinity"
+
+
+def test_a_step_and_a_part_that_are_none_are_named():
+    stream = data.Stream(data.Arrays(torch.zeros(3, 1, requires_grad=True)), 2)
+    with pytest.raises(ValueError, match=r"part: expected a range within 0 to 2, got range\(1, 3\)"):
+        stream.batch(0, range(1, 3))
+    with pytest.raises(ValueError, match="step: expected an integer from 0"):
+        stream.batch(-1)
+    with pytest.raises(TypeError, match=r"data: expected uint8, float16, float32 or float64, got torch\.bfloat16"):
+        data.Arrays(torch.zeros(3, 1, dtype=torch.bfloat16))

@@ -101,12 +101,13 @@ def test_a_checkpoint_goes_on_in_another_folder_too(tmp_path):
 
 
 def test_what_a_killed_run_left_is_swept(tmp_path):
-    samples = tmp_path / "samples"
-    samples.mkdir()
-    for left in (tmp_path / f".{NAME}.4711.tmp", tmp_path / ".config.json.4711.tmp", samples / ".0000001.png.4711.tmp"):
+    folders = {"samples", "averages", "checkpoints"}
+    names = (f".{NAME}.4711.tmp", ".config.json.4711.tmp", *(f"{name}/.0000001.png.4711.tmp" for name in folders))
+    for left in (tmp_path / name for name in names):
+        left.parent.mkdir(exist_ok=True)
         left.write_bytes(b"half")
     run(tmp_path, steps=1)
-    assert files_of(tmp_path) == {NAME, "samples"} and not any(samples.iterdir())
+    assert files_of(tmp_path) == {NAME, *folders} and not any(any((tmp_path / name).iterdir()) for name in folders)
 
 
 def test_without_locks_nothing_is_swept(tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def test_a_power_average_has_its_profile():
     gamma, steps = ema.exponent(0.1), 400
     average = {"sigma_rel=0.1": [torch.zeros(steps, dtype=torch.float64)]}
     for step in range(steps):
-        ema.update(average, [torch.eye(steps, dtype=torch.float64)[step]], step)
+        ema.update_averages(average, [torch.eye(steps, dtype=torch.float64)[step]], step)
     got = average["sigma_rel=0.1"][0]
     times = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     torch.testing.assert_close(got, (gamma + 1) * times**gamma / steps, rtol=0, atol=4 * gamma**2 / steps**2)

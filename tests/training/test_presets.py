@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from fastdiff.cli import parse, train_options
-from fastdiff.training import Options, build, digits
+from fastdiff.data import Arrays
+from fastdiff.training import Options, build, digits, resumed_options, train
+from fastdiff.training.checkpoint import load
+from fastdiff.training.feed import measured, spread
 from fastdiff.training.options import as_size
 from fastdiff.training.presets import PRESETS, read_config
 
@@ -24,16 +27,28 @@ def test_presets_build_networks(tmp_path, name):
         assert build(options).model.sample_shape == options.shape
 
 
-def test_edm_is_told_the_standard_deviation_of_the_data(tmp_path):
-    edm = options_of(tmp_path, "--data", "digits", "--formulation", "edm")
-    assert edm.sigma_data == pytest.approx(digits()[0][:].std().item(), rel=1e-2)
-    flag = ("--formulation", "edm", "--sigma-data", 0.6)
-    assert options_of(tmp_path, "--preset", "digits", *flag).sigma_data == 0.6
-    with torch.device("meta"):
-        assert build(edm).process.sigma_data == edm.sigma_data
-    assert options_of(tmp_path, "--data", tmp_path, *flag[:2]).sigma_data == 0.5
-    with pytest.raises(ValueError, match=r"^sigma_data: expected a finite number above 0, got 0\.0"):
-        options_of(tmp_path, "--data", "digits", *flag[:3], 0)
+def test_edm_is_told_the_standard_deviation_of_the_data(tmp_path, capsys):
+    edm = options_of(tmp_path, "--preset", "digits", "--formulation", "edm", "--steps", 1, "--sample-every", 0)
+    train(edm, tmp_path / "run", "cpu")
+    assert "parameters, sigma_data 0.75, 898 images of 1x8x8 in 10 classes" in capsys.readouterr().out
+    assert digits()[0][:].std().item() == pytest.approx(0.75, rel=0.01)
+    assert read_config(tmp_path / "run" / "config.json")["sigma_data"] == 0.75
+    state = load(tmp_path / "run")
+    assert state.diffusion.process.sigma_data == state.options["sigma_data"] == 0.75
+    assert resumed_options(state, {}).sigma_data == 0.75
+    assert options_of(tmp_path, "--data", tmp_path, "--formulation", "edm", "--sigma-data", 0.6).sigma_data == 0.6
+    with pytest.raises(ValueError, match=r"^sigma_data: expected a finite number of at least 0, got -1\.0"):
+        options_of(tmp_path, "--data", "digits", "--formulation", "edm", "--sigma-data", -1)
+
+
+def test_spread_of_a_part_and_of_one_number():
+    alternating = np.resize([-0.3, 0.3], (4000, 1)).astype(np.float32)
+    alternating[7] = np.nan
+    assert spread(Arrays(alternating)) == 0.3
+    assert spread(Arrays(alternating + 1e4)) == 0.3
+    grey = Options("grey", formulation="edm", size=8)
+    with pytest.raises(ValueError, match="sigma_data: expected images that differ, to measure it"):
+        measured(grey, Arrays(np.full((3, 5), 0.1, np.float32)))
 
 
 def test_flags_go_over_a_file_and_a_file_over_a_preset(tmp_path):
@@ -92,6 +107,9 @@ def test_arrays_bring_their_own_shape(tmp_path):
     np.save(tmp_path / "signals.npy", np.zeros((3, 128), np.float32))
     with pytest.raises(ValueError, match=r"data: expected images \(N, C, H, W\) in .*, got items of \(128,\)"):
         options_of(tmp_path, "--data", tmp_path / "signals.npy")
+    np.save(tmp_path / "last.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"got items of \(8, 8, 3\), whose channels come last"):
+        options_of(tmp_path, "--data", tmp_path / "last.npy")
 
 
 @pytest.mark.parametrize(
@@ -100,6 +118,8 @@ def test_arrays_bring_their_own_shape(tmp_path):
         (("--image-channels", 5), "image_channels: expected 0 to 4, got 5"),
         (("--image-channels", 3, "--gray"), "gray: expected False with 3 image_channels"),
         (("--label-dropout", 1), r"label_dropout: expected a share in \[0, 1\), got 1"),
+        (("--label-dropout", 0.2), "label_dropout: expected classes with it, got 0.2 alone"),
+        (("--lr-hold", 9), "lr_hold: expected lr_schedule cosine or inverse_sqrt with it, got 9 alone"),
         (("--log", "paper"), "log: expected one of csv, tensorboard, wandb, got 'paper'"),
         (("--size", "16x10"), r"size: expected a multiple of 4, got \[16, 10\]"),
     ],

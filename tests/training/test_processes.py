@@ -7,6 +7,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import IO
 
@@ -139,9 +140,27 @@ def test_only_the_first_process_that_fails_says_so(monkeypatch):
         ranks.launched("WORLD_SIZE", 1)
 
 
+def test_a_process_that_waits_for_others_says_where(monkeypatch, capfd):
+    def never(*_, **__):
+        for timer in threading.enumerate():
+            if isinstance(timer, threading.Timer):
+                timer.join()
+        raise dist.DistNetworkError("nobody")
+
+    monkeypatch.setattr(ranks, "ANNOUNCE", 0)
+    monkeypatch.setattr(ranks.distributed, "rendezvous", never)
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(dist.DistNetworkError), ranks.joined(torch.device("cpu")):
+        pass
+    assert capfd.readouterr().err == "fastdiff: waiting for all of the 2 processes at node1:29500, 0:10:00 at most\n"
+
+
 def test_a_lost_process_is_told_in_plain_words():
     gloo = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typically")
-    assert one_line(gloo) == one_line(dist.DistNetworkError("no route")) == "another process of the run has ended"
+    late = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 600000ms for recv operation")
+    said = "another process of the run has ended, or does not answer"
+    assert one_line(gloo) == one_line(late) == one_line(dist.DistNetworkError("no route")) == said
     assert one_line(RuntimeError("out of memory")) == "out of memory"
 
 

@@ -12,6 +12,7 @@ from tiny_run import TINY, run
 
 from fastdiff.cli import main
 from fastdiff.training import Options, checkpoint, loop, record, samples
+from fastdiff.training.logs import Progress, Silent
 from fastdiff.training.record import COLUMNS, Record, grids, read_log
 from fastdiff.training.report import smooth, write_report
 
@@ -135,3 +136,14 @@ def test_plot_draws_a_run_and_refuses_what_is_none(tmp_path, capsys):
 def test_smoothing_leaves_out_what_is_no_number():
     assert smooth([1.0, math.nan, 3.0]).tolist() == [2.0, 2.0, 2.0]
     assert smooth([0.0] * 4 + [9.0] + [0.0] * 8)[[3, 4, 8, 9]].tolist() == [9 / 8, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", [lambda: Progress(0, 1, 1), Silent])
+def test_of_many_items_that_cannot_be_read_the_first_are_named(kind, capsys):
+    """By every process: no other one reads its items."""
+    progress = kind()
+    for count in range(1, 401):
+        progress.left_out("a\nb", "broken", count)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "fastdiff: warning: left out a b: broken (1 so far)"
+    assert [int(line.split("(")[1].split()[0]) for line in said] == [*range(1, 101), 200, 300, 400]

@@ -14,6 +14,7 @@ from tiny_run import CPU, TINY, assert_same_files, assert_same_weights, run
 
 from fastdiff import DDPM, training
 from fastdiff.cli import main
+from fastdiff.interop.k_diffusion import as_k_diffusion
 from fastdiff.training import Options, checkpoint, draws, loop, ranks
 from fastdiff.training.data import Arrays, Stream, open_source
 from fastdiff.training.drawing import ABOUT, Batches
@@ -94,9 +95,16 @@ def test_a_batch_must_have_an_image_for_each_process_and_pass(tmp_path):
     with pytest.raises(ValueError, match="accumulate: expected at most the batch size 16, got 17"):
         Options(**TINY, accumulate=17)
     with pytest.raises(ValueError, match="batch_size: expected at least 20, one image for each of 4 processes"):
-        loop.check_shares(Options(**TINY, accumulate=5), Ranks(0, 4))
+        Ranks(0, 4).check_passes(batch_size=16, accumulate=5)
     with pytest.raises(ValueError, match="channels_last: expected False with fsdp"):
         Options(**TINY, fsdp=True, channels_last=True)
+
+
+def test_a_unet_on_cuda_has_channels_last_unless_it_is_split_or_told():
+    assert Options(**TINY).lies_channels_last("cuda") and not Options(**TINY).lies_channels_last("cpu")
+    assert Options(**TINY, channels_last=True).lies_channels_last("cpu")
+    for other in ({"channels_last": False}, {"fsdp": True}, {"network": "dit"}):
+        assert not Options(**TINY, **other).lies_channels_last("cuda")
 
 
 # what is left out
@@ -170,6 +178,9 @@ def test_a_split_model_samples_before_and_after_training(group):
     asked = {
         "predict_x0": lambda: ddpm.predict_x0(x, 3),
         "predict": lambda: ddpm.predict(x, 3, "v"),
+        "p_sample": lambda: ddpm.p_sample(x, 3, seed=1),
+        "interpolate": lambda: ddpm.interpolate(x, -x, t=2, seed=1),
+        "as_k_diffusion": lambda: as_k_diffusion(ddpm)(x, torch.tensor([0.3, 0.2])),
         "bits_per_dim": lambda: ddpm.bits_per_dim(x, steps=2, seed=1).total,
         "log_likelihood": lambda: ddpm.log_likelihood(x, seed=1, tolerance=0.1),
     }

@@ -231,6 +231,52 @@ def test_what_forbids_a_capture(monkeypatch):
         TrainingStep(layer, torch.optim.SGD(layer.parameters()), graph=True)
     with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer, got float"):
         TrainingStep(layer, 1e-3)
+    adam = torch.optim.AdamW(layer.parameters())
+    with pytest.raises(ValueError, match="clip_grad: expected a number above 0, got -1"):
+        TrainingStep(layer, adam, clip_grad=-1)
+    with pytest.raises(TypeError, match=r"autocast: expected a torch\.dtype, got str"):
+        TrainingStep(layer, adam, autocast="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"clip_grad": 0}, ValueError, "clip_grad: expected a number above 0 or None, got 0"),
+        ({"clip_grad": True}, TypeError, "clip_grad: expected a number, got bool"),
+        ({"autocast": torch.int8}, TypeError, "autocast: expected torch.bfloat16, torch.float16 or None"),
+        ({"average": "ema"}, TypeError, "average: expected a function or None, got str"),
+        ({"graph": 1}, TypeError, "graph: expected a bool or None, got 1"),
+    ],
+)
+def test_options_are_checked_before_a_step(options, error, said):
+    layer = nn.Linear(2, 2)
+    with pytest.raises(error, match=said):
+        TrainingStep(layer, torch.optim.SGD(layer.parameters()), **options)
+
+
+def test_what_no_step_can_be_made_of():
+    layer, table = nn.Linear(2, 2), nn.Embedding(2, 2, sparse=True)
+    with pytest.raises(TypeError, match="optimizer: expected one that steps without a closure, got LBFGS"):
+        TrainingStep(layer, torch.optim.LBFGS(layer.parameters()))
+    optimizer = torch.optim.SGD([*layer.parameters(), *table.parameters()])
+    for loss, said in (
+        (lambda x: None, "loss: expected a tensor with a gradient .*, got NoneType"),
+        (lambda x: layer(x).detach(), "loss: expected a tensor with a gradient .*, got one without"),
+        (lambda x: table(x.long()).sum(), "optimizer: expected parameters with dense gradients"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            TrainingStep(loss, optimizer)(torch.zeros(1, 2))
+
+
+def test_groups_that_are_added_later_are_clipped_too():
+    one, other, x = nn.Linear(2, 2), nn.Linear(2, 2), torch.ones(1, 2)
+    optimizer = torch.optim.SGD(one.parameters(), 1.0)
+    step = TrainingStep(lambda x: 100 * other(one(x)).sum(), optimizer, clip_grad=1e-3)
+    optimizer.add_param_group({"params": [*other.parameters()], "lr": 1.0})
+    before = torch.cat([p.detach().flatten() for p in step.parameters])
+    step(x)
+    after = torch.cat([p.detach().flatten() for p in step.parameters])
+    assert len(before) == 12 and (after - before).norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_one_process_after_another(monkeypatch):
@@ -255,6 +301,24 @@ def test_the_average_with_a_tensor_of_decay():
     update_ema(*pairs[1], torch.tensor(0.9))
     torch.testing.assert_close(list(pairs[1][0].parameters()), list(pairs[0][0].parameters()))
     assert all(map(torch.equal, pairs[1][1].parameters(), pairs[0][1].parameters()))
+
+
+@pytest.mark.parametrize("decay", [0.75, torch.tensor(0.75)])
+def test_an_average_in_float32_of_a_model_in_bfloat16(decay):
+    model, ema = nn.Linear(3, 2, dtype=torch.bfloat16), nn.Linear(3, 2)
+    expected = [0.75 * a + 0.25 * b.float() for a, b in zip(ema.parameters(), model.parameters(), strict=True)]
+    update_ema(ema, model, decay)
+    torch.testing.assert_close(list(ema.parameters()), expected)
+
+
+def test_an_average_names_what_does_not_fit():
+    model = nn.Linear(3, 2)
+    for other in (nn.Linear(3, 4), nn.Linear(3, 2, bias=False)):
+        with pytest.raises(ValueError, match="ema: expected the 2 parameters of model, got"):
+            update_ema(other, model, 0.9)
+    for decay in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="decay: expected a number from 0 to 1, got"):
+            update_ema(nn.Linear(3, 2), model, decay)
 
 
 def test_settings_of_a_gpu_come_and_go():

@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from math import sqrt
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,14 @@ from .images import check_images, check_reduction, normalize_to_neg_one_to_one, 
 from .tables import denoised_rows
 
 STEPS = "sampling time step"  # what the progress bar says
+
+
+class Step(NamedTuple):
+    """The noise that a step adds, as a factor; the level with that noise, and the next level."""
+
+    added: float
+    sigma: float
+    sigma_next: float
 
 
 @remembered
@@ -137,14 +146,14 @@ class ElucidatedDiffusion(nn.Module):
         churned = (sigmas >= self.S_tmin) & (sigmas <= self.S_tmax)
         gammas = torch.where(churned, min(self.S_churn / n, sqrt(2) - 1), 0.0).tolist()
         images = sigmas[0] * torch.randn(self._shape(batch_size), device=self.device)
-        levels = sigmas.tolist()
-        steps = [(s, s + g * s, s_next) for s, g, s_next in zip(levels[:-1], gammas[:-1], levels[1:], strict=True)]
-        step = self._heun_of_denoised if self._overridden() else self._heun(steps)
+        levels, steps = sigmas.tolist(), []
+        for sigma, gamma, sigma_next in zip(levels[:-1], gammas[:-1], levels[1:], strict=True):
+            sigma_hat = sigma + gamma * sigma
+            steps.append(Step(sqrt(sigma_hat**2 - sigma**2) * self.S_noise, sigma_hat, sigma_next))
+        step = partial(self._heun_of_denoised, steps) if self._overridden() else self._heun(steps)
         x_start = None
-        for i, (sigma, sigma_hat, sigma_next) in enumerate(tqdm(steps, desc=STEPS)):
-            eps = torch.randn(images.shape, device=self.device)
-            added = sqrt(sigma_hat**2 - sigma**2) * self.S_noise
-            images, x_start = step(i, images, eps, added, sigma_hat, sigma_next, x_start, clamp)
+        for i in tqdm(range(len(steps)), desc=STEPS):
+            images, x_start = step(i, images, torch.randn(images.shape, device=self.device), x_start, clamp)
         return unnormalize_to_zero_to_one(images.clamp(-1.0, 1.0))
 
     @torch.no_grad()
@@ -187,17 +196,10 @@ class ElucidatedDiffusion(nn.Module):
         return F.pad(self.c_in(sigmas[:-1]), (0, 1), value=1.0)
 
     def _heun_of_denoised(
-        self,
-        i: int,
-        images: Tensor,
-        eps: Tensor,
-        added: float,
-        sigma: float,
-        sigma_next: float,
-        x_start: Tensor | None,
-        clamp: bool,
+        self, steps: list[Step], i: int, images: Tensor, eps: Tensor, x_start: Tensor | None, clamp: bool
     ) -> tuple[Tensor, Tensor]:
         """(images, x_0) of a step in stock's operations."""
+        added, sigma, sigma_next = steps[i]
         hat = images + added * eps
         start = self.preconditioned_network_forward(hat, sigma, x_start if self.self_condition else None, clamp=clamp)
         slope = (hat - start) / sigma
@@ -208,7 +210,7 @@ class ElucidatedDiffusion(nn.Module):
             images = hat + 0.5 * (sigma_next - sigma) * (slope + (images - start) / sigma_next)
         return images, start
 
-    def _heun(self, steps: list[tuple[float, float, float]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def _heun(self, steps: list[Step]) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """The same in three passes: noise, Euler's step, and its correction.
 
             y    = c_in(s) (images + added eps),                      D  = c_skip / c_in y + c_out F(y)
@@ -234,22 +236,15 @@ class ElucidatedDiffusion(nn.Module):
         scales = at.tolist()
 
         def step(
-            i: int,
-            images: Tensor,
-            eps: Tensor,
-            added: float,
-            sigma: float,
-            sigma_next: float,
-            x_start: Tensor | None,
-            clamp: bool,
+            i: int, images: Tensor, eps: Tensor, x_start: Tensor | None, clamp: bool
         ) -> tuple[Tensor, Tensor | None]:
             clip, cond = 1.0 if clamp else None, self.self_condition
-            table = torch.tensor([[scales[i], scales[i] * added]], device=device)
+            table = torch.tensor([[scales[i], scales[i] * steps[i].added]], device=device)
             y = ops.noising(images, 0, table, noise=eps)
             output = self.net(y, noise_levels[i].repeat(len(y)), x_start)
             x_start = ops.combine(y, output, start, i, clip=clip) if cond else None
             y_next = ops.combine(y, output, euler, i, clip=clip)
-            if sigma_next == 0:
+            if steps[i].sigma_next == 0:
                 return y_next, x_start
             output = self.net(y_next, next_levels[i].repeat(len(y)), x_start)
             x_start = ops.combine(y_next, output, start_next, i, clip=clip) if cond else None

@@ -26,10 +26,11 @@ If a subclass, a patch or the object overrides a method that stock's step (or ad
 previous_timestep or convert_model_output, stock's step runs and calls it. It also runs for arguments that no kernel
 takes: tensors that broadcast, whole numbers. It draws the noise itself, so with fused_noise=True a warning says so.
 A setting that is not fused runs stock's step too, and one warning says so: UniPCMultistepScheduler with solver_p, of an
-order above 3, or with bh1 on beta sigmas.
+order above 3, or with bh1 on beta sigmas, and LMSDiscreteScheduler of an order above 4.
 
 What a multistep scheduler remembers lies in one tensor. model_outputs are views of it, overwritten after as many steps
-as the solver has orders: clone what you keep.
+as the solver has orders: clone what you keep. So are the derivatives of LMSDiscreteScheduler and the ets of
+IPNDMScheduler, which hold the last three: no later step needs more, and stock's ets grow for ever.
 
 Tables are kept until their sources change: alphas_cumprod, timesteps, sigmas and the like. On the CPU, where schedulers
 keep them, the values are compared, so every change is seen. On a GPU a change through `.data` is not seen, nor one in
@@ -40,8 +41,10 @@ Differences from stock, all of them defects there:
     - bfloat16 and float16 are computed in float32; x_0 and the result are rounded once. In stock's bfloat16 add_noise
       alpha_bar rounds to 1 for t = 0 to 9 of the default schedule, so no noise is added at all. A timestep of shape
       (1,) makes stock's result float32. Here it keeps its type, as for a timestep without a shape.
-    - Heun's second half takes the distance of x from x_0 out of the prediction. Stock takes it from the rounded x_0,
-      and multiplies its rounding by dt / (2 sigma).
+    - The second halves of Heun's and DPM2's steps take the distance of x from x_0 out of the prediction. Stock takes it
+      from the rounded x_0, and multiplies its rounding by dt / (2 sigma), or dt / sigma.
+    - LMSDiscreteScheduler has the exact integrals. Stock integrates by quadrature, in float32.
+    - IPNDMScheduler: the gradient at the first level, where alpha = 0, is right in float32 too.
     - DPMSolverMultistepScheduler and DEISMultistepScheduler: a step between equal sigmas, as the last one with
       use_karras_sigmas and final_sigmas_type "sigma_min", returns its sample. Some solvers of stock give NaN.
     - UniPCMultistepScheduler: "bh1" is finite in a last step to sigma = 0. Stock's is NaN. A result that is edited in
@@ -66,12 +69,17 @@ from .ddim_inverse import DDIMInverseScheduler
 from .ddpm import DDPMScheduler
 from .deis import DEISMultistepScheduler
 from .dpm_solver import DPMSolverMultistepScheduler
+from .dpm_solver_singlestep import DPMSolverSinglestepScheduler
 from .edm_euler import EDMEulerScheduler
 from .euler import EulerDiscreteScheduler
 from .euler_ancestral import EulerAncestralDiscreteScheduler
 from .flow_match_euler import FlowMatchEulerDiscreteScheduler
 from .heun import HeunDiscreteScheduler
+from .ipndm import IPNDMScheduler
+from .kdpm2 import KDPM2DiscreteScheduler
+from .kdpm2_ancestral import KDPM2AncestralDiscreteScheduler
 from .lcm import LCMScheduler
+from .lms import LMSDiscreteScheduler
 from .pndm import PNDMScheduler
 from .score_sde_ve import ScoreSdeVeScheduler
 from .tcd import TCDScheduler
@@ -84,12 +92,17 @@ __all__ = [
     "DDPMScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "IPNDMScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
     "LCMScheduler",
+    "LMSDiscreteScheduler",
     "PNDMScheduler",
     "ScoreSdeVeScheduler",
     "TCDScheduler",
@@ -103,12 +116,17 @@ SCHEDULERS: tuple[type[FusedScheduler], ...] = (
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    IPNDMScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LCMScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
     ScoreSdeVeScheduler,
     TCDScheduler,

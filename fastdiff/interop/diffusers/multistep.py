@@ -60,6 +60,18 @@ class HistoryScheduler(FusedScheduler):
         out = ops.update(x, pred, rows, i, hist=hist if several else hist[0], keep=keep, **noise)
         return out, None if slot is None else hist[slot]
 
+    def _in_turn(
+        self, x: Tensor, pred: Tensor, rows: Tensor, i: int, outputs: Sequence[Tensor | None], slots: int, **noise: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(x', m) of step i; `outputs` are the m of the steps before it, the newest last."""
+        # Slot j holds the m of step i - age, where age = 1..slots and (i - age) % slots = j.
+        ages = [(i - 1 - j) % slots + 1 for j in range(slots)]
+        past = [outputs[-age] if age <= len(outputs) else None for age in ages]
+        prev_sample, kept = self._with_history(x, pred, rows, i, past, i % slots, "mix", **noise)
+        past[i % slots] = kept
+        self._in_ring = tuple(past)
+        return prev_sample, kept  # type: ignore[return-value]  # it is kept, as a slot is named
+
     def _history(self, x: Tensor, past: list[Tensor | None]) -> Tensor:
         """The ring with `past` in its slots. It is filled anew unless the last step left it so."""
         held, old = self._ring, self._in_ring
@@ -110,14 +122,10 @@ class MultistepScheduler(HistoryScheduler):
 
     def _step_with(self, x: Tensor, pred: Tensor, rows: Tensor, i: int, **noise: Any) -> Tensor:
         """Step i by its row; its m becomes the last of model_outputs."""
-        n, outputs = len(self.model_outputs), self.model_outputs
-        # Slot j holds the m of step i - a, where a = 1..n and (i - a) % n = j.
-        past = [outputs[-((i - 1 - j) % n + 1)] for j in range(n)]
-        prev_sample, kept = self._with_history(x, pred, rows, i, past, i % n, "mix", **noise)
+        outputs = self.model_outputs
+        prev_sample, kept = self._in_turn(x, pred, rows, i, outputs, len(outputs), **noise)
         outputs[:] = [*outputs[1:], kept]
-        past[i % n] = kept
-        self._in_ring = tuple(past)
-        self.lower_order_nums = min(self.lower_order_nums + 1, n)
+        self.lower_order_nums = min(self.lower_order_nums + 1, len(outputs))
         self._step_index = i + 1
         return prev_sample
 
@@ -187,7 +195,8 @@ class MultistepScheduler(HistoryScheduler):
         given = ms[0] if order == 1 else ms[::-1]
         found = rule(steps, given, sample=x, **noise)
         # A step to the same level changes nothing. Some of stock's divide by its length.
-        found = torch.where(self.sigmas[1:] == self.sigmas[:-1], x, found)
+        staying = (self.sigmas[1:] == self.sigmas[:-1]) & ~found.isfinite().all(0)
+        found = torch.where(staying, x, found)
         from_x, from_z, from_m, *before = found.unbind()
         nothing = torch.zeros_like(from_x)
         before += [nothing] * (len(self.model_outputs) - len(before))
@@ -244,3 +253,9 @@ class AllSteps:
         self.sigmas, self.config = scheduler.sigmas, scheduler.config
         self.step_index = torch.arange(len(self.sigmas) - 1, device=self.sigmas.device)
         self._sigma_to_alpha_sigma_t = scheduler._sigma_to_alpha_sigma_t
+
+
+def weights_at(nodes: Tensor, moments: Tensor) -> Tensor:
+    """The weights w (n, K) with sum_k w_k nodes_k^j = moments_j of each row; what is no number gives none."""
+    powers = torch.stack([nodes**j for j in range(nodes.shape[1])], 1)
+    return torch.linalg.solve_ex(powers, moments[..., None]).result[..., 0]

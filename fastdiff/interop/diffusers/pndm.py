@@ -8,14 +8,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ... import ops
-from ...rows import make_rows
+from ...rows import MAX_SLOTS, make_rows
+from ...steps.adams import EQUAL
 from ..stock import promoted
 from .common import LevelScheduler, alike, index_of, is_level
 from .multistep import HistoryScheduler
 
-# Adams and Bashforth's weights of the predictions, newest first, by how many there are.
-WEIGHTS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
-SLOTS = 3
 # Runge and Kutta's weights of the four predictions of a step.
 PRK = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
@@ -100,7 +98,7 @@ class PNDMScheduler(HistoryScheduler, diffusers.PNDMScheduler, stock=diffusers.P
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """One step: the weighted sum of the predictions, and DDIM's step with it, in one pass."""
         again = self.counter == 1
-        before = self.ets if again else self.ets[-SLOTS:]
+        before = self.ets if again else self.ets[-MAX_SLOTS:]
         start = self.cur_sample if again and len(before) == 1 else sample
         if (
             self.num_inference_steps is None
@@ -115,11 +113,11 @@ class PNDMScheduler(HistoryScheduler, diffusers.PNDMScheduler, stock=diffusers.P
         x, output = promoted(start, model_output)
         # The prediction that came j before the last one of `count` lies in the slot (count - 1 - j) % 3.
         count = self.counter - (self.counter > 1)  # the second step keeps none
-        past: list[Tensor | None] = [None] * SLOTS
+        past: list[Tensor | None] = [None] * MAX_SLOTS
         for age, e in enumerate(reversed(before)):
-            past[(count - 1 - age) % SLOTS] = e
-        rows = self._steps(x.device, len(before), count % SLOTS, again)
-        slot = None if again else count % SLOTS
+            past[(count - 1 - age) % MAX_SLOTS] = e
+        rows = self._steps(x.device, len(before), count % MAX_SLOTS, again)
+        slot = None if again else count % MAX_SLOTS
         prev_sample, _ = self._with_history(x, output, rows, index, past, slot, "x0hat")
         if again:
             self.cur_sample = None
@@ -127,7 +125,7 @@ class PNDMScheduler(HistoryScheduler, diffusers.PNDMScheduler, stock=diffusers.P
             if len(before) == 0 and self.counter == 0:
                 self.cur_sample = sample
             self.ets = [*before, model_output]
-            past[count % SLOTS] = model_output
+            past[count % MAX_SLOTS] = model_output
         self._in_ring = tuple(past)
         self.counter += 1
         if not return_dict:
@@ -137,7 +135,7 @@ class PNDMScheduler(HistoryScheduler, diffusers.PNDMScheduler, stock=diffusers.P
     def _steps(self, device: torch.device, before: int, slot: int, again: bool) -> Tensor:
         """Rows by timestep, with `before` predictions remembered, of which the next takes the slot."""
         stride, prediction = self.config.num_train_timesteps // self.num_inference_steps, self.config.prediction_type
-        weights = (1 / 2, 1 / 2) if again else WEIGHTS[before + 1]
+        weights = (1 / 2, 1 / 2) if again else EQUAL[before]
 
         def build() -> Tensor:
             alpha_bar = self.alphas_cumprod
@@ -148,10 +146,10 @@ class PNDMScheduler(HistoryScheduler, diffusers.PNDMScheduler, stock=diffusers.P
             else:
                 start, end = alpha_bar, self._alpha_bar_before(stride)
             from_x, from_e = self._ddim(start, end)
-            ages = from_e.new_zeros(n, SLOTS)
+            ages = from_e.new_zeros(n, MAX_SLOTS)
             for age, weight in enumerate(weights[1:]):
                 ages[:, age] = from_e * weight
-            first, second, third = (ages[:, (slot - 1 - j) % SLOTS] for j in range(SLOTS))
+            first, second, third = (ages[:, (slot - 1 - j) % MAX_SLOTS] for j in range(MAX_SLOTS))
             return make_rows(
                 alpha_bar, torch.float32, x0_from_pred=1.0, from_x0=from_e * weights[0], from_x=from_x,
                 from_hist=first, from_hist2=second, from_hist3=third, slot=-1 if again else slot,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..stock import promoted
 from .common import PREDICTIONS, alike, say_once
-from .multistep import MultistepScheduler
+from .multistep import MultistepScheduler, weights_at
 
 
 class UniPCMultistepScheduler(
@@ -155,7 +155,7 @@ class UniPCMultistepScheduler(
         """(keep, from_m, ages (n, 3)) of each order of x_s = keep x_t - k m - B sum_k rho_k (m_k - m) / r_k."""
         keep, k, size, places, b = self._intervals()
         rho2 = torch.full_like(k, 0.5)[:, None]
-        rho3 = _solve(places, b[:, :2])
+        rho3 = weights_at(places, b[:, :2])
         found = {1: (keep.double(), -k.double(), k.new_zeros(len(k), 3, dtype=torch.float64))}
         for order, rho in ((2, rho2), (3, rho3)):
             shares = -size.double()[:, None] * rho.double() / places[:, : order - 1].double()
@@ -172,14 +172,8 @@ class UniPCMultistepScheduler(
         found = {}
         for order in (1, 2, 3):
             nodes = torch.cat((places[:, : order - 1], torch.ones_like(places[:, :1])), 1)
-            rho = torch.full_like(nodes, 0.5) if order == 1 else _solve(nodes, b[:, :order])
+            rho = torch.full_like(nodes, 0.5) if order == 1 else weights_at(nodes, b[:, :order])
             shares = -size.double()[:, None] * rho.double() / nodes.double()
             ages = torch.cat((-k.double()[:, None] - shares.sum(1, keepdim=True), shares[:, :-1]), 1)
             found[order] = shares[:, -1], torch.nn.functional.pad(ages, (0, 3 - order))
         return found
-
-
-def _solve(nodes: Tensor, moments: Tensor) -> Tensor:
-    """rho (n, K) with sum_k rho_k nodes_k^j = moments_j of each row; what is no number gives none."""
-    powers = torch.stack([nodes**j for j in range(nodes.shape[1])], 1)
-    return torch.linalg.solve_ex(powers, moments[..., None]).result[..., 0]

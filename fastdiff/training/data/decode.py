@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff.files import need
+from fastdiff.training.data.pictures import MODES
 
 # How the names of image files end.
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
@@ -15,8 +16,11 @@ ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tif
 RUN = {"config.json", "log.csv"}
 # White in the image modes of PIL that have more than 8 bits.
 DEEP = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
-# The modes of PIL by their number of channels.
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file has the name of an image."""
+    return path.suffix[1:].lower() in ENDINGS
 
 
 def listed(path: Path) -> tuple[list[Path], dict[Path, str]]:

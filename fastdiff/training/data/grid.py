@@ -17,7 +17,7 @@ def save_grid(path: str | Path, images: Tensor, columns: int | None = None) -> N
     Args:
         path: the file.
         images: (N, C, H, W) in [-1, 1], C 1 or 3.
-        columns: how many beside each other; None makes the picture nearly square.
+        columns: how many stand side by side; None makes the picture nearly square.
 
     Raises: TypeError or ValueError for anything else.
     """

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastdiff.training.data.decode import is_image, listed
 from fastdiff.training.data.packed import HuggingFace, Shards, is_hugging_face, shard_paths
 from fastdiff.training.data.sources import Arrays, Folder, Images, Source, array_file, digits, mnist
 
@@ -44,7 +45,7 @@ def open_source(data: str, size: tuple[int, int], channels: int, classes: bool =
 
     Args:
         data: "digits" or "mnist", whose train half it is; "hf:NAME" or a folder of save_to_disk; a .npy or .npz file; a
-            .tar file, a pattern of them, or a folder of them; or a folder of image files.
+            .tar file, a pattern of them, or a folder of them and no image files; or a folder of image files.
         size, channels: of the images; arrays have their own.
         classes: read labels too.
 
@@ -65,6 +66,11 @@ def open_source(data: str, size: tuple[int, int], channels: int, classes: bool =
             arrays.labels = arrays.classes = None
         return arrays
     if shards := shard_paths(data):
+        if path.is_dir() and (image := next((file for file in listed(path)[0] if is_image(file)), None)):
+            raise ValueError(
+                f"data: expected shards or images in {path}, got both, {shards[0].name} and {image}; "
+                f"name the shards as '{path}/*.tar', or move them"
+            )
         return Shards(shards, size, channels, classes)
     if is_hugging_face(path):
         return HuggingFace(data, size, channels, classes)

@@ -80,6 +80,9 @@ def _members(path: Path, classes: bool) -> dict[str, tuple[int, int, int]]:
                     labels[key] = int(content.read()) if content else -1
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(f"{path} is not an uncompressed tar file of a WebDataset: {error}") from error
+    # A key ends at the first dot of a name: KEY.mask.png is another part of KEY, unless there is no image KEY.png.
+    parts = {key for key in images if (dot := key.find(".", key.rfind("/") + 1)) > 0 and key[:dot] in images}
+    images = {key: place for key, place in images.items() if key not in parts}
     for key in images if classes else ():
         if labels.get(key, -1) < 0:
             raise ValueError(f"{path}: {key} has no label from 0 in {key}.cls")

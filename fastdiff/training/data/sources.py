@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.files import need
+from fastdiff.support.errors import blaming, reason
 from fastdiff.support.scalars import as_integer
-from fastdiff.training.data.decode import ENDINGS, decoded, listed
+from fastdiff.training.data.decode import decoded, is_image, listed
+from fastdiff.training.ranks import leads
 
 # Files that a warning names.
 NAMED = 3
@@ -49,6 +51,14 @@ class Source(Protocol):
         """Another text if the file of the item is another than before; "" without a file."""
 
 
+def finite(source: Source, index: int) -> Tensor:
+    """Item `index` of a source. Raises ValueError if it holds NaN or infinity, else anything if it cannot be read."""
+    value = source.read(index)
+    if value.is_floating_point() and not value.isfinite().all():
+        raise ValueError("it holds NaN or infinity")
+    return value
+
+
 def scaled(values: Tensor, white: int) -> Tensor:
     """uint8 as float32 in [-1, 1], x = 2 pixel / white - 1; floating data in float32 as it is."""
     return values.float() if values.is_floating_point() else values.float() * (2 / white) - 1
@@ -74,7 +84,7 @@ class Images:
 
 
 class Arrays:
-    """Data of any shape that is there as one array: in memory, or memory-mapped from a .npy file.
+    """Data of any shape in one array, which is in memory or memory-mapped from a .npy file.
 
     Args:
         values: (N, ...), uint8 from 0 (black) to `white`, or floating and around [-1, 1], as latents are.
@@ -94,7 +104,12 @@ class Arrays:
     ) -> None:
         if not isinstance(values, np.ndarray | Tensor):
             raise TypeError(f"data: expected an array or a tensor, got {type(values).__name__}")
-        self._values = values.numpy() if isinstance(values, Tensor) else values
+        if isinstance(values, Tensor):
+            if values.dtype not in (torch.uint8, torch.float16, torch.float32, torch.float64) or values.is_meta:
+                what = "no values, on meta" if values.is_meta else str(values.dtype)
+                raise TypeError(f"data: expected uint8, float16, float32 or float64, got {what}")
+            values = values.detach().cpu().numpy()
+        self._values = values
         if self._values.dtype not in (np.uint8, np.float16, np.float32, np.float64):
             raise TypeError(f"data: expected uint8 or floating numbers, got {self._values.dtype}")
         if self._values.ndim < 2 or not len(self._values):
@@ -147,7 +162,7 @@ def array_file(path: Path) -> Arrays:
 
     Raises: OSError if it cannot be read; ValueError naming the file if it is no such file.
     """
-    try:
+    with blaming(path):
         if path.suffix == ".npy":
             beside = path.with_suffix(".labels.npy")
             labels = np.load(beside, allow_pickle=False) if beside.exists() else None
@@ -158,10 +173,6 @@ def array_file(path: Path) -> Arrays:
                 raise ValueError(f"expected an array 'images', got {', '.join(stored.files) or 'none'}")
             labels = stored["labels"] if "labels" in stored.files else None
             return Arrays(stored["images" if "images" in names else names[0]], labels)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file is met by any exception
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 class Names:
@@ -202,10 +213,10 @@ class Folder:
         next(path.iterdir(), None)  # a missing folder is reported in the system's own words
         files, skipped = listed(path)
         if classes:
-            for file in [file for file in files if file.parent == path and file.suffix[1:].lower() not in ENDINGS]:
+            for file in [file for file in files if file.parent == path and not is_image(file)]:
                 files.remove(file)
                 skipped[file] = "not in the folder of a class"
-        if skipped:
+        if skipped and leads():
             warn_left_out({str(file): reason for file, reason in skipped.items()}, len(files) + len(skipped))
         if not files:
             raise ValueError(f"data: no readable image among the {len(skipped)} files under {path}")
@@ -249,11 +260,6 @@ def warn_left_out(skipped: dict[str, str], found: int) -> None:
     names = "; ".join(f"{file}: {reason}" for file, reason in list(skipped.items())[:NAMED])
     more = ", ..." if len(skipped) > NAMED else ""
     print(f"fastdiff: warning: left out {len(skipped)} of {found} files: {names}{more}", file=sys.stderr)
-
-
-def reason(error: Exception) -> str:
-    """Why something cannot be read, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def folder(path: str | Path, size: int | tuple[int, int], gray: bool = False) -> Images:

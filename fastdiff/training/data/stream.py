@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastdiff.support.scalars import as_count, as_number
+from fastdiff.support.errors import reason
+from fastdiff.support.scalars import as_count, as_integer, as_share
 from fastdiff.training.data.order import FLIP, LABEL, draws, shuffled
-from fastdiff.training.data.sources import Source, reason, scaled
+from fastdiff.training.data.sources import Source, finite, scaled
 
 
 class Batch(NamedTuple):
@@ -32,34 +33,44 @@ class Batch(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What a worker reads: an image by its number, mirrored or not."""
+    """What a worker reads: an image by its number, mirrored or not, for a global sample number."""
 
     number: int
     flipped: bool
+    sample: int
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The dataset of a DataLoader. An item that cannot be read is replaced by the next one that can."""
+    """The dataset of a DataLoader. An item that cannot be read is replaced by one that can, drawn by the sample number.
+
+    The next one would not do: behind a folder of texts one image would be seen in place of each of them.
+    """
 
     source: Source
 
     def __getitems__(self, items: Sequence[Item]) -> tuple[Tensor, list[int], dict[int, str]]:
         """(the stacked values, the number of each item that was read, why others were not)."""
         values, numbers, skipped = [], [], {}
-        for first, flipped in items:
-            for number in chain(range(first, len(self.source)), range(first)):
+        for item in items:
+            for number in self._candidates(item):
                 try:
-                    value = self.source.read(number)
+                    value = finite(self.source, number)
                 except Exception as error:  # decoders of broken files raise whatever they meet
                     skipped[number] = reason(error)
                 else:
-                    values.append(value.flip(-1) if flipped else value)
+                    values.append(value.flip(-1) if item.flipped else value)
                     numbers.append(number)
                     break
             else:
                 return torch.empty(0), [], skipped
         return torch.stack(values), numbers, skipped
+
+    def _candidates(self, item: Item) -> Iterator[int]:
+        """The item, and then all of the source in an order of the sample's own."""
+        yield item.number
+        for place in range(len(self.source)):
+            yield int(shuffled(np.array([place]), len(self.source), item.sample)[0])
 
 
 class Stream:
@@ -97,8 +108,9 @@ class Stream:
         if not hasattr(source, "read"):
             raise TypeError(f"source: expected one of fastdiff.data, such as Arrays, got {type(source).__name__}")
         as_count("batch_size", batch_size)
-        if not 0 <= as_number("label_dropout", label_dropout) <= 1:
-            raise ValueError(f"label_dropout: expected a number from 0 to 1, got {label_dropout}")
+        as_integer("seed", seed, -(2**63), 2**64 - 1)
+        as_integer("workers", workers, 0, 2**15)
+        as_share("label_dropout", label_dropout)
         self.source, self.batch_size, self.seed, self.flip = source, batch_size, seed, flip
         self.label_dropout, self.workers, self.warn = label_dropout, workers, warn
         self.skipped: dict[int, str] = {}
@@ -139,7 +151,7 @@ class Stream:
             for numbers, values in zip(self._asked(start, every), loader, strict=False):
                 yield self._batch(numbers, values)
         except RuntimeError as error:  # the loader's own: a worker was killed, or had no memory
-            raise OSError(f"data: a process that reads images has ended: {' '.join(str(error).split())}") from error
+            raise OSError(f"data: a process that reads images has ended: {reason(error)}") from error
 
     def _asked(self, start: int, parts: Sequence[range | slice]) -> Iterator[np.ndarray]:
         """The global sample numbers of one batch after another."""
@@ -147,14 +159,17 @@ class Stream:
 
     def _numbers(self, step: int, part: range | slice | None) -> np.ndarray:
         """The global sample numbers of a part of a step."""
-        first = step * self.batch_size
-        return first + (np.arange(self.batch_size) if part is None else np.arange(part.start, part.stop))
+        part = range(self.batch_size) if part is None else part
+        if not 0 <= part.start <= part.stop <= self.batch_size:
+            raise ValueError(f"part: expected a range within 0 to {self.batch_size}, got {part}")
+        first = as_integer("step", step, 0, 2**62 // self.batch_size) * self.batch_size
+        return first + np.arange(part.start, part.stop)
 
     def _items(self, numbers: np.ndarray) -> list[Item]:
         """What to read for these sample numbers."""
         indices = shuffled(numbers, len(self.source), self.seed).tolist()
         flips = draws(self.seed, FLIP, numbers) < 0.5 if self.flip else np.zeros(len(numbers), bool)
-        return [Item(index, bool(flipped)) for index, flipped in zip(indices, flips, strict=True)]
+        return [Item(*item) for item in zip(indices, flips.tolist(), numbers.tolist(), strict=True)]
 
     def _batch(self, numbers: np.ndarray, read: tuple[Tensor, list[int], dict[int, str]]) -> Batch:
         """The batch of what was read, after a word about what could not be."""
