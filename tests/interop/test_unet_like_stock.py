@@ -125,7 +125,7 @@ def test_layers_that_are_sharded_alone(kind: type) -> None:
     fastdiff.accelerate(net)
     with torch.no_grad():
         want = net(x, t)
-        for layer in (m for m in net.modules() if isinstance(m, (nn.GroupNorm, nn.Linear))):
+        for layer in (m for m in net.modules() if isinstance(m, (nn.GroupNorm, nn.Linear, nn.Conv2d))):
             fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
         got = net(x, t)
     want, got = (y if isinstance(y, torch.Tensor) else y.sample for y in (want, got))

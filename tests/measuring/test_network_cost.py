@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.networks import TINY_STABLE_DIFFUSION
-from benchmarks.network_cost import CPU, Cost, conditional, cost, count, passes, rows
+from benchmarks.network_cost import CPU, Cost, conditional, cost, count, inductor_kernels, passes, rows
 from benchmarks.networks import cifar10
 
 
@@ -101,3 +101,11 @@ def test_an_accelerated_network_launches_less():
     assert theirs.by_operator["div"] - ours.by_operator["div"] == 8
     # One for each of the blocks' first, and for a second beside a shortcut; two for the others that add their bias.
     assert ours.by_operator["convolution"] == 8 + 5 + 2 * 3 + 2 * 4
+
+
+@pytest.mark.slow
+def test_accelerated_blocks_that_are_compiled_pass_over_maps_as_often_as_ours():
+    """7 times each: two for a norm, and three for the sum of both convolutions' maps and the last bias."""
+    pytest.importorskip("diffusers")
+    made = inductor_kernels("accelerate", channels_last=True)
+    assert made.passes == 2 * 7 and made.triton + made.calls <= 15
