@@ -264,6 +264,11 @@ def test_the_packaged_step_of_stock_pytorch_has_nothing_of_ours():
 
 
 @pytest.mark.slow
+def test_options_that_this_pytorch_lacks_are_left_out():
+    assert packaged_step.known({"cpp.simdlen": 0, "no.such_option": 1}) == {"cpp.simdlen": 0}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cure", ["one OpenMP thread", "nothing"])
 def test_a_packaged_step_that_dies_says_where_and_what_helps(monkeypatch, cure):
     """Its process dies after the package was loaded, unless one thing is changed."""
