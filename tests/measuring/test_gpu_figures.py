@@ -226,7 +226,8 @@ def test_what_needs_no_compiler_comes_first_and_what_compiles_longest_last():
     assert by_turn[4] == by_turn[5] == {"diffusers max-autotune"}
     assert [row.case for row in stages["sampling"] if row.turn == 4] == ["SD 1.5 U-Net, batch 1"]
     assert {row.turn for name in ("smoke", "host") for row in stages[name]} == {1}
-    assert {row.turn for name in ("operations", "checks") for row in stages[name]} == {2, 3}
+    assert {row.turn for row in stages["operations"]} == {2, 3, 4, 5} and {row.turn for row in stages["checks"]} == {3}
+    assert all((row.turn > 3) == ("and torch.compile" in row.case) for row in stages["operations"])
     assert len(stages["sampling"]) == 6 * 3 + 6 * 2
 
 
@@ -252,7 +253,7 @@ def test_a_result_that_is_not_the_reference_is_not_timed(short, monkeypatch):
     monkeypatch.setitem(workloads.BOUND, torch.float32, 0.0)
     rows = [row for row in operations.rows(CPU) if "float32" in row.name]
     outcomes = [outcome_of(row) for row in rows]
-    assert len(rows) == 13 and all("off the float64 reference" in outcome["error"] for outcome in outcomes)
+    assert len(rows) == 17 and all("off the float64 reference" in outcome["error"] for outcome in outcomes)
 
 
 def test_the_packaged_step_of_stock_pytorch_has_nothing_of_ours():
