@@ -63,7 +63,7 @@ SAID = 12
 
 def known(config: dict[str, Any]) -> dict[str, Any]:
     """Those options of AOTInductor that this PyTorch has: 2.11 lacks one."""
-    options = torch._inductor.config.get_config_copy()  # type: ignore[attr-defined]
+    options = torch._inductor.config.get_config_copy()
     return {name: value for name, value in config.items() if name in options}
 
 
