@@ -62,11 +62,11 @@ def test_the_figures_of_a_job(monkeypatch):
     assert len(calls) == 2 + measure.REPEATS
 
     def locked(run, device):
-        raise RuntimeError("CUPTI_ERROR_NOT_INITIALIZED\nand more")
+        raise AssertionError("Legacy CUDA profiling requires use_cpu=True\nand more")
 
     monkeypatch.setattr(measure, "profiled", locked)
     figures = measure.job(run, CPU.device, steps=2, units=8)
-    assert figures["profiler"] == "CUPTI_ERROR_NOT_INITIALIZED" and "per_s" in figures
+    assert figures["profiler"] == "AssertionError: Legacy CUDA profiling requires use_cpu=True" and "per_s" in figures
     monkeypatch.setattr(measure, "profiled", lambda run, device: (0, 0.0))
     figures = measure.job(run, CPU.device, steps=2, units=8)
     assert figures["profiler"] == "it saw no kernels" and "gpu_ms_per_step" not in figures
