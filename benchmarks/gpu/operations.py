@@ -4,6 +4,7 @@ Every row is checked against the float64 reference before it is timed. The figur
 """
 
 import functools
+import itertools
 
 import torch
 
@@ -32,10 +33,13 @@ SECONDS = 0.6
 TURNS = {torch.bfloat16: 2, torch.float32: 3}
 
 
-def norm(shape: tuple[int, ...], dtype: torch.dtype, layout: str, gradients: bool, setup: Setup) -> Figures:
+def norm(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, gradients: bool, compiled: bool, setup: Setup
+) -> Figures:
+    """compiled: beside torch.compile instead of eager PyTorch."""
     case = Case(shape, dtype, layout, setup.device)
     call = case.with_gradients if gradients else case.forward
-    ways = {"fused": fused, "reference": stock, "compile": torch.compile(stock)}
+    ways = {"fused": fused} | ({"compile": torch.compile(stock)} if compiled else {"reference": stock})
     for way in ways.values():
         case.check(way)
     runs = [functools.partial(call, way) for way in ways.values()]
@@ -57,14 +61,15 @@ def size_name(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
 
 
 def rows(setup: Setup) -> list[Row]:
+    """The norm beside torch.compile comes late: each shape is compiled for seconds."""
     found = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for shape in setup.size(NORM_SHAPES, TOY_NORM_SHAPES):
-            for layout in LAYOUTS:
-                for gradients in (False, True):
-                    run = functools.partial(norm, shape, dtype, layout, gradients, setup)
-                    what = "norm with gradients" if gradients else "norm"
-                    found.append(Row(f"{what}, {layout}", size_name(dtype, shape), run, 40, TURNS[dtype]))
+    shapes = setup.size(NORM_SHAPES, TOY_NORM_SHAPES)
+    for compiled, dtype, shape, layout, gradients in itertools.product(
+        (False, True), TURNS, shapes, LAYOUTS, (False, True)
+    ):
+        run = functools.partial(norm, shape, dtype, layout, gradients, compiled, setup)
+        what = "norm" + " with gradients" * gradients + " and torch.compile" * compiled
+        found.append(Row(f"{what}, {layout}", size_name(dtype, shape), run, 40, TURNS[dtype] + 2 * compiled))
     for name in OPERATIONS | KERNELS:
         for dtype, shape in setup.size(cases(setup.device, "quick"), TOY_CASES):
             run = functools.partial(operation, name, dtype, shape, setup)

@@ -30,7 +30,7 @@ QUICKLY = {
     "cpp.simdlen": 0,
     "cpp.vec_isa_ok": True,
 }
-# As a user compiles, kernels in vectors, but for what only takes time.
+# As a user compiles, with kernels in vectors, but for what only takes time.
 USUAL = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
 CONSUMER = """
 import faulthandler, gc, sys, torch
@@ -59,6 +59,12 @@ CHANGES = {
 }
 # Lines of what a process says as it dies.
 SAID = 12
+
+
+def known(config: dict[str, Any]) -> dict[str, Any]:
+    """Those options of AOTInductor that this PyTorch has: 2.11 lacks one."""
+    options = torch._inductor.config.get_config_copy()
+    return {name: value for name, value in config.items() if name in options}
 
 
 class Step(nn.Module):
@@ -107,7 +113,9 @@ def main(device: str, kind: str, config: dict[str, Any] = USUAL) -> None:
 
         def packaged(name: str, config: dict[str, Any]) -> str:
             path = str(Path(folder) / f"{name}.pt2")
-            return str(torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=config))
+            return str(
+                torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=known(config))
+            )
 
         package = packaged("package", config)
         ended = consume(package, device, kind, want)

@@ -4,7 +4,6 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 
 import fastdiff
@@ -70,12 +69,18 @@ def same(net: nn.Module, plain: nn.Module, calls: int = WARM_UP + 2, **changes: 
         assert torch.equal(net(**given)[0], plain(**given)[0]), seed
 
 
-class Counted(ModelHook):
-    calls = 0
+def counted() -> Any:
+    """A hook of Accelerate, which a machine with a GPU need not have, that counts calls."""
+    from accelerate.hooks import ModelHook
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return args, kwargs
+    class Counted(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return args, kwargs
+
+    return Counted()
 
 
 class Looking(nn.Module):

@@ -13,8 +13,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-from replayed import Counted, Looking, both, conditional, draw, inputs, made, same, transformer, unet
+from replayed import Looking, both, conditional, counted, draw, inputs, made, same, transformer, unet
 from torch import Tensor, nn
 
 import fastdiff
@@ -126,8 +125,10 @@ def test_each_kind_of_arguments_is_captured(taped):
 @pytest.mark.slow
 def test_a_hook_around_the_network_runs(taped):
     """As the one of enable_model_cpu_offload, which comes and goes."""
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
     net, plain = both(unet)
-    hook = Counted()
+    hook = counted()
     add_hook_to_module(net, hook)
     same(net, plain, 5)
     assert hook.calls == 5 and taped.recorded == 1

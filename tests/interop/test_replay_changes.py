@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.hooks import add_hook_to_module
 from diffusers.models.attention_processor import AttnProcessor2_0
-from replayed import Counted, Giving, Looking, Taking, both, conditional, draw, inputs, made, same, unet
+from replayed import Giving, Looking, Taking, both, conditional, counted, draw, inputs, made, same, unet
 from torch import Tensor, nn
 
 import fastdiff
@@ -137,7 +137,7 @@ def hooked(layer: nn.Module) -> None:
 
 
 def wrapped(layer: nn.Module) -> None:
-    add_hook_to_module(layer.layer, Counted())
+    add_hook_to_module(layer.layer, counted())
 
 
 REASONS = {

@@ -62,11 +62,11 @@ def test_the_figures_of_a_job(monkeypatch):
     assert len(calls) == 2 + measure.REPEATS
 
     def locked(run, device):
-        raise RuntimeError("CUPTI_ERROR_NOT_INITIALIZED\nand more")
+        raise AssertionError("Legacy CUDA profiling requires use_cpu=True\nand more")
 
     monkeypatch.setattr(measure, "profiled", locked)
     figures = measure.job(run, CPU.device, steps=2, units=8)
-    assert figures["profiler"] == "CUPTI_ERROR_NOT_INITIALIZED" and "per_s" in figures
+    assert figures["profiler"] == "AssertionError: Legacy CUDA profiling requires use_cpu=True" and "per_s" in figures
     monkeypatch.setattr(measure, "profiled", lambda run, device: (0, 0.0))
     figures = measure.job(run, CPU.device, steps=2, units=8)
     assert figures["profiler"] == "it saw no kernels" and "gpu_ms_per_step" not in figures
@@ -151,7 +151,8 @@ def test_the_outcome_of_the_tests_is_read(tmp_path, monkeypatch):
     good.write_text("def test_a(): pass\n")
     bad.write_text("def test_b(): assert False\n")
     broken.write_text("import no_such_package\n")
-    assert checks.tests([str(good)]) == {"passed": 1}
+    left_out = checks.tests([str(good), str(broken)])
+    assert left_out["passed"] == 1 and left_out["not imported"].endswith("test_broken.py")
     with pytest.raises(RuntimeError, match=r"1 failed, 1 passed, 1 error(.|\n)*test_bad\.py::test_b(.|\n)*test_broken"):
         checks.tests([str(good), str(bad), str(broken)])
 
@@ -225,7 +226,8 @@ def test_what_needs_no_compiler_comes_first_and_what_compiles_longest_last():
     assert by_turn[4] == by_turn[5] == {"diffusers max-autotune"}
     assert [row.case for row in stages["sampling"] if row.turn == 4] == ["SD 1.5 U-Net, batch 1"]
     assert {row.turn for name in ("smoke", "host") for row in stages[name]} == {1}
-    assert {row.turn for name in ("operations", "checks") for row in stages[name]} == {2, 3}
+    assert {row.turn for row in stages["operations"]} == {2, 3, 4, 5} and {row.turn for row in stages["checks"]} == {3}
+    assert all((row.turn > 3) == ("and torch.compile" in row.case) for row in stages["operations"])
     assert len(stages["sampling"]) == 6 * 3 + 6 * 2
 
 
@@ -251,7 +253,7 @@ def test_a_result_that_is_not_the_reference_is_not_timed(short, monkeypatch):
     monkeypatch.setitem(workloads.BOUND, torch.float32, 0.0)
     rows = [row for row in operations.rows(CPU) if "float32" in row.name]
     outcomes = [outcome_of(row) for row in rows]
-    assert len(rows) == 13 and all("off the float64 reference" in outcome["error"] for outcome in outcomes)
+    assert len(rows) == 17 and all("off the float64 reference" in outcome["error"] for outcome in outcomes)
 
 
 def test_the_packaged_step_of_stock_pytorch_has_nothing_of_ours():
@@ -261,6 +263,11 @@ def test_the_packaged_step_of_stock_pytorch_has_nothing_of_ours():
     known = {"torch", "faulthandler, gc, sys, torch"}
     assert set(names) - known <= sys.stdlib_module_names and known < set(names)
     assert packaged_step.Step("stock").ops is None and "fastdiff" not in packaged_step.Step.forward.__code__.co_names
+
+
+@pytest.mark.slow
+def test_options_that_this_pytorch_lacks_are_left_out():
+    assert packaged_step.known({"cpp.simdlen": 0, "no.such_option": 1}) == {"cpp.simdlen": 0}
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
-from benchmarks.gpu.packaged_step import QUICKLY
+from benchmarks.gpu.packaged_step import QUICKLY, known
 from fastdiff import DDPM, UNet, ops
 from fastdiff.objective import OBJECTIVES
 
@@ -373,7 +373,7 @@ def test_a_packaged_step_runs_in_another_process(exported, documented, tmp_path,
     _, program = exported
     chosen = program if with_fastdiff else documented["without_fastdiff"](program)
     path = str(tmp_path / "package.pt2")
-    package = torch._inductor.aoti_compile_and_package(chosen, package_path=path, inductor_configs=QUICKLY)
+    package = torch._inductor.aoti_compile_and_package(chosen, package_path=path, inductor_configs=known(QUICKLY))
     script = CONSUMER.format(imports="import fastdiff" if with_fastdiff else "", with_fastdiff=with_fastdiff)
     done = forked.run("-c", script, package, tmp_path / "out.pt")
     assert done.returncode == 0, done.stderr

@@ -12,11 +12,11 @@ from hypothesis import given
 from strategies import BACKENDS, DEVICE, DTYPES, dtypes, index, laid, layouts, salts, shapes, table, tensor
 from tolerance import INTERPRETED, assert_same_bits
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.ops import quick
 
 ROWS = 6
 every = pytest.mark.parametrize("backend", BACKENDS)
@@ -93,16 +93,33 @@ def test_a_view_that_negates_takes_the_full_way(backend):
     assert torch.equal(got, 2 * x)
 
 
+class Traced(BaseException):
+    """Raised instead of compiling what was traced."""
+
+
 @pytest.mark.slow
-def test_a_compiled_call_asks_for_no_stream(monkeypatch):
-    """torch.compile cannot trace that question: on a GPU every call would break the graph of a network."""
+def test_calls_on_a_gpu_are_traced_into_one_graph():
+    """Nothing asks for the current device or stream there: torch.compile cannot trace that."""
+    seen = []
 
-    def untraceable(x):
-        raise AssertionError("asked within a compilation")
+    def calls(x, weight, t, seed, rows):
+        x = ops.group_norm_silu(x, 2, weight, weight, 1.0)
+        noised = ops.noising(x, t, rows[2], seed=seed) + ops.normal(x.shape, seed, device=x.device)
+        new = ops.update(noised, x, rows[9], t, seed=seed)
+        return ops.loss(new, t, rows[3], seed=seed), ops.vlb(new, x, x, t, rows[6]), ops.inner(new, x)
 
-    monkeypatch.setattr(quick, "stream_of", untraceable)
-    compiled = torch.compile(lambda x: ops.inner(x, x), backend=lambda graph, inputs: graph, fullgraph=True)
-    assert compiled(torch.ones(1, 4)).tolist() == [[4.0, 4.0, 4.0]]
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if "fastdiff" in str(node.target))
+        raise Traced
+
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 4, 8, 8, device="cuda"), torch.empty(4, device="cuda")
+        t, seed = (torch.empty(n, dtype=torch.int64, device="cuda") for n in (2, 1))
+        rows = {columns: torch.empty(ROWS, columns, device="cuda") for columns in (2, 3, 6, 9)}
+    with pytest.raises(Traced), fastdiff.backend(None):
+        torch.compile(calls, backend=backend, fullgraph=True)(x, weight, t, seed, rows)
+    names = ("group_norm_silu", "noising", "normal_", "update", "loss", "vlb", "inner")
+    assert seen == [f"fastdiff.{name}.default" for name in names]
 
 
 # --- launches, by a driver that notes them instead -----------------------------------------------------------------
