@@ -74,14 +74,16 @@ class LMSDiscreteScheduler(
         """Rows of the steps by the number of d that are remembered, and rows of x_0."""
         sigma = self.sigmas[:-1].double()
         a, b = x0_from_sigma(self.config.prediction_type, sigma, sigma)
+        # The difference of x_t and a predicted x_0 is small. Like stock this takes it before it divides.
+        unit = sigma if self.config.prediction_type == "sample" else torch.ones_like(sigma)
         weights = self._weights(order)
         tables = []
         for count in range(MAX_SLOTS + 1):
             ages = weights[:, 1:].clone()
             ages[:, count:] = 0  # as stock, which leaves out what a run that starts in the middle lacks
             rows = make_rows(
-                sigma, torch.float32, x0_from_x=(1 - a) / sigma, x0_from_pred=-b / sigma, kept_from_x0=1.0,
-                from_x0=weights[:, 0], from_x=1.0, **ring(ages),
+                sigma, torch.float32, x0_from_x=(1 - a) * unit / sigma, x0_from_pred=-b * unit / sigma,
+                kept_from_x0=1 / unit, from_x0=weights[:, 0] / unit, from_x=1.0, **ring(ages),
             )  # fmt: skip
             tables.append(rows)
         x0_rows = make_rows(sigma, torch.float32, x0_from_x=a, x0_from_pred=b, from_x0=1.0)
