@@ -62,7 +62,7 @@ class LMSDiscreteScheduler(
             "steps", lambda: self._steps(device, order), (self.sigmas,), device, prediction, order
         )
         x0 = model_output if prediction == "sample" else ops.combine(x, output, x0_rows, i)
-        prev_sample, kept = self._in_turn(state, said, rows[len(before)], i, before, MAX_SLOTS)
+        prev_sample, kept = self._in_turn(state, said, rows, i, before, MAX_SLOTS)
         # Stock drops at most one of them, also if the order falls by more.
         self.derivatives[:] = [*self.derivatives, kept][-max(order, len(self.derivatives)) :][-MAX_SLOTS:]
         self._step_index += 1
@@ -70,22 +70,19 @@ class LMSDiscreteScheduler(
             return (prev_sample, x0)
         return LMSDiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
 
-    def _steps(self, device: torch.device, order: int) -> tuple[list[Tensor], Tensor]:
-        """Rows of the steps by the number of d that are remembered, and rows of x_0."""
+    def _steps(self, device: torch.device, order: int) -> tuple[Tensor, Tensor]:
+        """Rows of the steps, and rows of x_0. What a run that starts in the middle lacks is 0, as if left out."""
         sigma = self.sigmas[:-1].double()
-        a, b = x0_from_sigma(self.config.prediction_type, sigma, sigma)
-        weights = self._weights(order)
-        tables = []
-        for count in range(MAX_SLOTS + 1):
-            ages = weights[:, 1:].clone()
-            ages[:, count:] = 0  # as stock, which leaves out what a run that starts in the middle lacks
-            rows = make_rows(
-                sigma, torch.float32, x0_from_x=(1 - a) / sigma, x0_from_pred=-b / sigma, kept_from_x0=1.0,
-                from_x0=weights[:, 0], from_x=1.0, **ring(ages),
-            )  # fmt: skip
-            tables.append(rows)
+        prediction, weights = self.config.prediction_type, self._weights(order)
+        a, b = x0_from_sigma(prediction, sigma, sigma)
+        # The difference of x_t and a predicted x_0 is small. Like stock this takes it before it divides.
+        unit = sigma if prediction == "sample" else torch.ones_like(sigma)
+        rows = make_rows(
+            sigma, torch.float32, x0_from_x=(1 - a) * unit / sigma, x0_from_pred=-b * unit / sigma,
+            kept_from_x0=1 / unit, from_x0=weights[:, 0] / unit, from_x=1.0, **ring(weights[:, 1:]),
+        )  # fmt: skip
         x0_rows = make_rows(sigma, torch.float32, x0_from_x=a, x0_from_pred=b, from_x0=1.0)
-        return list(torch.stack(tables).to(device).unbind()), x0_rows.to(device)
+        return rows.to(device), x0_rows.to(device)
 
     def _weights(self, order: int) -> Tensor:
         """(n, 4) of every step, that of the newest d first; the first steps have a lower order."""
