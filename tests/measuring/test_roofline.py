@@ -389,6 +389,15 @@ def test_unknown_options_are_refused(capsys, script):
     assert "unrecognized arguments: --static" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["stack", "spills"])
+def test_a_kernel_that_spills_fails_the_full_table(monkeypatch, capsys, all_rows, rows, key):
+    worse = [r | {key: 4} if r is rows[0] else r for r in all_rows]
+    monkeypatch.setattr(roofline, "all_rows", lambda size, dump: worse)
+    with pytest.raises(RuntimeError, match="1 kernels spill"):
+        roofline.main(SimpleNamespace(size="full", json=None, dump=None, plot=None))
+    assert roofline.table(worse) in capsys.readouterr().out
+
+
 def test_the_interpreter_is_refused(capsys, monkeypatch, script):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert script["main"](["--size", "quick"]) == 1
