@@ -99,12 +99,12 @@ BUDGETS = {
     ("norm_grad", "scale", "none"): (32, 21),
     ("norm_grad", "concat", "none"): (48, 25),
     ("norm_grad", "concat+channels_last", "none"): (32, 24),
-    ("norm_grad", "concat+skip", "none"): (42, 28),
-    ("norm_grad", "concat+skip+channels_last", "none"): (36, 27),
+    ("norm_grad", "concat+skip", "none"): (41, 26),
+    ("norm_grad", "concat+skip+channels_last", "none"): (34, 26),
     ("norm_grad", "64x64", "none"): (34, 22),
     ("norm_grad", "64x64+channels_last", "none"): (32, 25),
     ("norm_grad", "128x128", "none"): (32, 21),
-    ("norm_grad", "128x128+channels_last", "none"): (35, 25),
+    ("norm_grad", "128x128+channels_last", "none"): (34, 24),
     ("norm_grad", "scale+add+channels_last", "none"): (36, 27),
 }
 
