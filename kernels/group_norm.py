@@ -89,23 +89,22 @@ def _tiles(
     return None
 
 
-@functools.lru_cache(maxsize=1024)
-def plan_of(
+def _slab(
     batch: int, channels: int, pixels: int, groups: int, last: bool, size: int, backward: bool, limits: Limits,
-) -> Plan:  # fmt: skip
-    """The plan for images (batch, channels, pixels) of elements of `size` bytes; last: channels last."""
+) -> tuple[int, int, int, tuple[int, int, int] | None]:  # fmt: skip
+    """(groups of a slab, BLOCKS, LANES, the tiles of a program that holds all of it or None) of the best slab."""
     depth, vector = channels // groups, 16 // size
     most, held = limits.backward if backward else limits.forward, limits.held
     if backward and size == 4:  # half as many elements to a thread of twice as many: x itself takes a register each
         most, held = 2 * most, held // 2
-    least = 1 if last else vector  # pixels of a tile: what one access holds
     choices = []
-    for together in (g for g in range(1, groups + 1) if groups % g == 0):  # groups of a slab
-        width, slabs = together * depth, batch * groups // together
+    for together in (g for g in range(1, groups + 1) if groups % g == 0):
+        width = together * depth
         if together > 1 and (width * size > limits.line if last else width * pixels > limits.small):
             break
         blocks, lanes = _blocks(width, vector if last and width >= vector else 1, limits)
-        enough = slabs >= limits.enough
+        enough = batch * groups // together >= limits.enough
+        least = 1 if last else vector
         fit = functools.partial(_tiles, blocks, lanes, pixels, vector, least, warp=limits.warp, most=most)
         # A thread of a backward kernel that has all channels of its pixels sums them without others, and may hold more.
         alone = backward and last and lanes == vector and 1 < blocks <= 3
@@ -119,19 +118,27 @@ def plan_of(
             enough,
             together if enough else -together,
         )
-        choices.append((worth, together, blocks, lanes, tiling))
-    _, together, blocks, lanes, tiling = max(choices, key=lambda choice: choice[0])
+        choices.append((worth, (together, blocks, lanes, tiling)))
+    return max(choices)[1]
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_of(
+    batch: int, channels: int, pixels: int, groups: int, last: bool, size: int, backward: bool, limits: Limits,
+) -> Plan:  # fmt: skip
+    """The plan for images (batch, channels, pixels) of elements of `size` bytes; last: channels last."""
+    together, blocks, lanes, tiling = _slab(batch, channels, pixels, groups, last, size, backward, limits)
+    depth, vector = channels // groups, 16 // size
     width, slabs = together * depth, batch * groups // together
-    chunks = spans = 1
-    span, piece = pixels, slabs
-    if tiling is None:
+    chunks, span, piece = 1, pixels, slabs
+    if tiling is None:  # several programs share a slab, each walks a span of a chunk
         warps = max(1, limits.backward // 2)
         threads = warps * limits.warp
         widest = limits.line // size if last else max(limits.rows, threads * vector // _power(pixels))
         if width > widest:  # of one group
             blocks, lanes = 1, _power(max(widest, width // (4 * limits.parts)))
             chunks = -(-width // lanes)
-        tile = min(max(least, threads * vector // lanes), _power(pixels))
+        tile = min(max(1 if last else vector, threads * vector // lanes), _power(pixels))
         tiles = max(2, 4 // blocks)
         steps = -(-pixels // (tiles * tile))
         bytes_read = width * pixels * size * (2 if backward else 1)
@@ -140,11 +147,11 @@ def plan_of(
         if piece < slabs and not backward:  # parameters_kernel would sum more parts in a row than that saves
             wanted = max(wanted, -(-limits.enough // (piece * chunks)))
         span = -(-steps // wanted) * tiles * tile
-        spans = -(-pixels // span)
-        piece = min(slabs, max(piece, limits.enough // (chunks * spans)))
+        piece = min(slabs, max(piece, limits.enough // (chunks * -(-pixels // span))))
         piece = -(-slabs // -(-slabs // piece))  # launches of equal size
-    else:
-        warps, tiles, tile = tiling
+        tiling = warps, tiles, tile
+    warps, tiles, tile = tiling
+    spans = -(-pixels // span)
     shape = {
         "CHANNELS": channels, "PIXELS": pixels, "DEPTH": depth, "GROUPS": together, "SLOTS": _power(together),
         "CHUNKS": chunks, "SPANS": spans, "SPAN": span, "BLOCKS": blocks, "LANES": lanes, "TILES": tiles, "TILE": tile,

@@ -22,29 +22,21 @@ from .norm_tile import (
     affine,
     by_channel,
     by_group,
+    group_row,
     load_row,
     load_tiles,
     owned,
+    pixel_sums,
+    product,
+    row_sums,
     silu_slope,
     store_row,
     tile_masks,
     tile_pointers,
     times,
+    zeros,
 )
 from .tile import to_float32
-
-
-@triton.jit
-def group_row(
-    ptr, groups, channels, DEPTH: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr
-):
-    """The row that holds, for every channel, the number of its group at ptr + groups."""
-    row = ()
-    for k in tl.static_range(BLOCKS):
-        c = k * LANES + tl.arange(0, LANES)
-        at = groups + (c // DEPTH if GROUPS > 1 else 0 * c)
-        row = row + (tl.load(ptr + at, mask=c < channels, other=0.0, eviction_policy="evict_last"),)
-    return row
 
 
 @triton.jit
@@ -92,22 +84,8 @@ def load_both(
 
 
 @triton.jit
-def pixel_sums(tile, SPLIT: tl.constexpr):
-    """[LANES]: the sums of a tile [LANES, TILE] over its pixels.
-
-    With channels last a thread holds several channels of a pixel, and a sum among threads passes on all of them at each
-    step. SPLIT: a split moves both of its parts, which are neighbouring pixels, into one thread first."""
-    if SPLIT and tile.shape[1] % 8 == 0:
-        tile = tl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 2, 2, 2])
-        for _ in tl.static_range(3):
-            even, odd = tl.split(tile)
-            tile = even + odd
-    return tl.sum(tile, 1)
-
-
-@triton.jit
 def plus(total, tile):
-    """total [LANES, WIDE] with the sums of neighbouring pixels of a tile [LANES, TILE]; the tile if there is no total."""
+    """total [LANES, WIDE] and the sums of neighbouring pixels of a tile [LANES, TILE]. Without a total, the tile."""
     if total is not None:
         WIDE: tl.constexpr = total.shape[1]
         if tile.shape[1] > WIDE:
@@ -118,8 +96,7 @@ def plus(total, tile):
 
 @triton.jit
 def slope_of(grad, x, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr):
-    """The slopes of a tile, with u = slant x + offset; 0 where the gradient is, so beyond the slab. If QUICK, slopes are
-    by -log2(e) u."""
+    """The slopes of a tile by u, or -log2(e) u if QUICK, = slant x + offset; 0 where grad is, so beyond the slab."""
     slope = to_float32(grad)
     if SILU:
         slope *= silu_slope(x * slant[:, None] + offset[:, None], QUICK)
@@ -148,7 +125,13 @@ def sums_of(
                 away = plus(away, tl.where(masks[k * TILES + t], x, 0.0))
             slopes = slopes + (slope,)
         if sums is None:
-            one, other = pixel_sums(one, SPLIT), pixel_sums(other, SPLIT)
+            # What comes second is still being added up while threads meet. Then it had better need no x of 32 bits.
+            if BLOCKS == 1 and tiles[0].dtype.primitive_bitwidth == 32:
+                other = pixel_sums(other, SPLIT)
+                one = pixel_sums(one, SPLIT)
+            else:
+                one = pixel_sums(one, SPLIT)
+                other = pixel_sums(other, SPLIT)
             away = pixel_sums(away, SPLIT) if ADD else 0.0
         ones, others, aways = ones + (one,), others + (other,), aways + (away,)
     return slopes, ones, others, aways
@@ -218,41 +201,6 @@ def norm_sums_kernel(
     at = partial_ptr + ((groups + slot) * (CHUNKS * SPANS) + tl.program_id(1)) * 2
     tl.store(at, weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES), mask=slot < GROUPS)
     tl.store(at + 1, weighed(slant, others, DEPTH, GROUPS, SLOTS, BLOCKS, LANES), mask=slot < GROUPS)
-
-
-@triton.jit
-def zeros(BLOCKS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
-    row = ()
-    for _ in tl.static_range(BLOCKS):
-        row = row + (tl.zeros([LANES, WIDE], tl.float32),)
-    return row
-
-
-@triton.jit
-def row_sums(row, SPLIT: tl.constexpr, BLOCKS: tl.constexpr):
-    """The row of the sums over the pixels of BLOCKS tensors [LANES, WIDE]."""
-    sums = ()
-    for k in tl.static_range(BLOCKS):
-        sums = sums + (pixel_sums(row[k], SPLIT),)
-    return sums
-
-
-@triton.jit
-def product(a, b, BLOCKS: tl.constexpr):
-    """The product of two rows."""
-    row = ()
-    for k in tl.static_range(BLOCKS):
-        row = row + (a[k] * b[k],)
-    return row
-
-
-@triton.jit
-def added(a, b, BLOCKS: tl.constexpr):
-    """The sum of two rows."""
-    row = ()
-    for k in tl.static_range(BLOCKS):
-        row = row + (a[k] + b[k],)
-    return row
 
 
 @triton.jit

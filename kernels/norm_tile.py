@@ -111,6 +111,19 @@ def load_row(ptr, at, channels, BLOCKS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def group_row(
+    ptr, groups, channels, DEPTH: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr
+):
+    """The row that holds, for every channel, the number of its group at ptr + groups."""
+    row = ()
+    for k in tl.static_range(BLOCKS):
+        c = k * LANES + tl.arange(0, LANES)
+        at = groups + (c // DEPTH if GROUPS > 1 else 0 * c)
+        row = row + (tl.load(ptr + at, mask=c < channels, other=0.0, eviction_policy="evict_last"),)
+    return row
+
+
+@triton.jit
 def store_row(ptr, row, channels, BLOCKS: tl.constexpr, LANES: tl.constexpr):
     for k in tl.static_range(BLOCKS):
         c = k * LANES + tl.arange(0, LANES)
@@ -182,6 +195,47 @@ def times(row, factor, BLOCKS: tl.constexpr):
     for k in tl.static_range(BLOCKS):
         product = product + (row[k] * factor,)
     return product
+
+
+@triton.jit
+def product(a, b, BLOCKS: tl.constexpr):
+    """The product of two rows."""
+    row = ()
+    for k in tl.static_range(BLOCKS):
+        row = row + (a[k] * b[k],)
+    return row
+
+
+@triton.jit
+def zeros(BLOCKS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
+    """BLOCKS tensors [LANES, WIDE]."""
+    row = ()
+    for _ in tl.static_range(BLOCKS):
+        row = row + (tl.zeros([LANES, WIDE], tl.float32),)
+    return row
+
+
+@triton.jit
+def pixel_sums(tile, SPLIT: tl.constexpr):
+    """[LANES]: the sums of a tile [LANES, TILE] over its pixels.
+
+    With channels last a thread holds several channels of a pixel, and a sum among threads passes on all of them at each
+    step. SPLIT: a split moves both of its parts, which are neighbouring pixels, into one thread first."""
+    if SPLIT and tile.shape[1] % 8 == 0:
+        tile = tl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 2, 2, 2])
+        for _ in tl.static_range(3):
+            even, odd = tl.split(tile)
+            tile = even + odd
+    return tl.sum(tile, 1)
+
+
+@triton.jit
+def row_sums(row, SPLIT: tl.constexpr, BLOCKS: tl.constexpr):
+    """The row of the sums over the pixels of BLOCKS tensors [LANES, WIDE]."""
+    sums = ()
+    for k in tl.static_range(BLOCKS):
+        sums = sums + (pixel_sums(row[k], SPLIT),)
+    return sums
 
 
 @triton.jit
