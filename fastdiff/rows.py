@@ -72,7 +72,8 @@ def make_rows(like: Tensor, dtype: torch.dtype | None = None, **values: Tensor |
     Raises: TypeError for a name that is no column.
     """
     wide = any(name in History._fields for name in values)  # a method of sets would break a compiled graph
-    rows = like.new_zeros(like.shape[0], WIDE if wide else WIDTH, dtype=dtype)  # with the batch of vmap, if like has one
+    # With the batch of vmap, if like has one.
+    rows = like.new_zeros(like.shape[0], WIDE if wide else WIDTH, dtype=dtype)
     for name, value in values.items():
         if name not in _NAMES:
             raise TypeError(f"{name}: expected a column, one of {', '.join(_NAMES)}")

@@ -144,7 +144,7 @@ def test_a_likelihood_within_inference_mode():
     want = model.log_likelihood(X.float(), seed=1, tolerance=0.1, class_labels=labels)
     with torch.inference_mode():
         got = model.log_likelihood(X.float(), seed=1, tolerance=0.1, class_labels=labels.clone())
-        with pytest.raises(ValueError, match="grad_steps: expected 0 within torch.inference_mode"):
+        with pytest.raises(ValueError, match=r"grad_steps: expected 0 within torch\.inference_mode"):
             model.sample(SHAPE, steps=2, grad_steps=1)
     assert torch.equal(got, want)
 
@@ -156,9 +156,9 @@ def test_where_an_adaptive_solver_cannot_look():
             with pytest.raises(ValueError, match=r"expected no torch\.func transform"):
                 grad(lambda x, call=call: call(x).sum())(X.float())
             model.to("meta")
-            with pytest.raises(ValueError, match="device: .* got the meta device"):
+            with pytest.raises(ValueError, match=r"device: .* got the meta device"):
                 call(X.float().to("meta"))
-            model = model.to_empty(device="cpu")  # noqa: PLW2901
+            model = model.to_empty(device="cpu")
 
 
 def test_the_meta_device_gives_shapes_between_samples_too():
