@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ode, ops, sampling
-from .arguments import check_gradients, check_labels, check_noise, check_out, check_sampling, merged, shape_of
+from .arguments import (
+    check_gradients,
+    check_labels,
+    check_loss,
+    check_noise,
+    check_out,
+    check_sampling,
+    merged,
+    shape_of,
+)
 from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser, Prediction
@@ -105,9 +114,10 @@ class Diffusion(Denoiser, ABC):
             2019, arXiv:1907.05600, eq. 5).
         """
         model_kwargs = merged(model_kwargs)
-        t = self.checked_times("x0", x0, t)
+        seed, ids = check_loss(x0, seed, sample_ids, noise, mask, reduction)
         check_labels(self.model, model_kwargs)
-        noised = self.noised(x0, t, seed, sample_ids, noise)
+        t = self.checked_times("x0", x0, t)
+        noised = self.noised(x0, t, seed, ids, noise)
         predicted = self.call_model(noised.x_t, self.condition(t), model_kwargs)
         return self._loss(predicted, noised, x0, t, mask, reduction)
 

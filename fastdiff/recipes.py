@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .arguments import check_loss
 from .denoiser import TOLD
 from .diffusion import Diffusion
 from .ops.checks import as_seed, check_dense, check_floating
@@ -124,6 +125,8 @@ def self_conditioned(
         raise TypeError(f"diffusion: expected a fastdiff Diffusion, got {type(diffusion).__name__}")
     if t is None and diffusion.training and getattr(diffusion, "importance", None) is not None:
         raise ValueError("t: expected levels with importance sampling, which only the loss draws by, got None")
+    checked = (options.get("mask"), options.get("reduction", "mean"))
+    seed, sample_ids = check_loss(x0, seed, sample_ids, noise, *checked)
     t = diffusion.checked_times("x0", x0, t)
     seed = as_seed(seed, x0.device) if noise is None else None
     drawn: dict[str, Any] = {"seed": seed, "noise": noise, "sample_ids": sample_ids}
