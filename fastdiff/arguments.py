@@ -83,7 +83,12 @@ def named(option: str, value: Any) -> str:
 
 
 def check_loss(
-    x0: Tensor, seed: int | Tensor | None, sample_ids: Any, noise: Tensor | None, mask: Tensor | None, reduction: Any
+    x0: Tensor,
+    seed: int | Tensor | None,
+    sample_ids: Any,
+    noise: Tensor | None,
+    mask: Tensor | None = None,
+    reduction: Any = "mean",
 ) -> tuple[Tensor | None, Tensor | None]:
     """(seed, sample_ids) of a loss as tensors, None if they are not given; all are checked before anything is drawn.
 

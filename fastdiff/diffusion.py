@@ -121,9 +121,8 @@ class Diffusion(Denoiser, ABC):
         predicted = self.call_model(noised.x_t, self.condition(t), model_kwargs)
         return self._loss(predicted, noised, x0, t, mask, reduction)
 
-    def noised(self, x0: Tensor, t: Tensor, seed: int | Tensor | None, sample_ids: Any, noise: Tensor | None) -> Noised:
-        """The states at times t (B,) that the loss of these arguments asks about."""
-        ids = as_sample_ids(sample_ids, x0.shape[0], x0.device)
+    def noised(self, x0: Tensor, t: Tensor, seed: Tensor | None, ids: Tensor | None, noise: Tensor | None) -> Noised:
+        """The states at times t (B,) that the loss asks about, of arguments that check_loss gives."""
         table, row = self.noising_rows(t, x0.dtype)
         if noise is None:
             seed = drawn = as_seed(seed, x0.device)

@@ -9,7 +9,7 @@ from . import ops
 from .arguments import check_loss
 from .denoiser import TOLD
 from .diffusion import Diffusion
-from .ops.checks import as_seed, check_dense, check_floating
+from .ops.checks import as_sample_ids, as_seed, check_dense, check_floating
 from .reference import work_dtype
 from .support import transforms
 from .support.scalars import as_integer, as_number
@@ -38,7 +38,8 @@ def offset_noise(
         raise ValueError(f"x0: expected channels, (B, C, ...), got shape {tuple(x0.shape)}")
     if not 0 <= as_number("strength", strength) < float("inf"):
         raise ValueError(f"strength: expected a finite number of at least 0, got {strength}")
-    same: dict[str, Any] = {"stream": ops.FORWARD, "sample_ids": sample_ids, "device": x0.device}
+    ids = as_sample_ids(sample_ids, x0.shape[0], x0.device)
+    same: dict[str, Any] = {"stream": ops.FORWARD, "sample_ids": ids, "device": x0.device}
     same |= {"seed": as_seed(seed, x0.device), "dtype": work_dtype(x0.dtype)}
     z, offset = ops.normal(x0.shape, **same), ops.normal(x0.shape[:2], step=1, **same)
     return z.add_(offset.reshape(*offset.shape, *[1] * (x0.ndim - 2)), alpha=strength)
@@ -85,7 +86,7 @@ def own_estimate(
 
     Args: as of `self_conditioned`.
     """
-    x_t = diffusion.noised(x0, t, seed, sample_ids, noise).x_t
+    x_t = diffusion.noised(x0, t, *check_loss(x0, seed, sample_ids, noise), noise).x_t
     with transforms.without_gradients():
         return diffusion.predict_x0(x_t, t, **{**model_kwargs, name: torch.zeros_like(x_t)})
 
