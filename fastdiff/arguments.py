@@ -100,7 +100,7 @@ def check_loss(
         seed = noise_source(x0, seed, noise)
     if mask is not None:
         as_mask(mask, x0)
-    return seed, as_sample_ids(sample_ids, x0.shape[0], x0.device)  # type: ignore[return-value]
+    return seed, as_sample_ids(sample_ids, x0.shape[0], x0.device)
 
 
 def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
