@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops.checks import as_shape, check_shape, check_state
+from .ops.checks import (
+    as_mask,
+    as_sample_ids,
+    as_shape,
+    check_floating,
+    check_reduction,
+    check_shape,
+    check_state,
+    noise_source,
+)
 from .ops.overlap import check_memory
 from .steps import StepTable
 from .support import transforms
@@ -61,6 +70,27 @@ def named(option: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"config: expected {option} given by name, got a function")
     return value
+
+
+def check_loss(
+    x0: Tensor,
+    seed: int | Tensor | None,
+    sample_ids: Any,
+    noise: Tensor | None,
+    mask: Tensor | None = None,
+    reduction: Any = "mean",
+) -> tuple[Tensor | None, Tensor | None]:
+    """(seed, sample_ids) of a loss as tensors, None if they are not given; all are checked before anything is drawn.
+
+    Raises: TypeError or ValueError, naming the argument.
+    """
+    check_floating("x0", x0)
+    check_reduction(reduction)
+    if noise is not None or seed is not None:
+        seed = noise_source(x0, seed, noise)
+    if mask is not None:
+        as_mask(mask, x0)
+    return seed, as_sample_ids(sample_ids, x0.shape[0], x0.device)
 
 
 def check_labels(model: nn.Module, model_kwargs: dict[str, Any]) -> None:

@@ -116,6 +116,7 @@ def evaluate(
     Raises: ValueError if the prediction does not determine x_0, and for levels that do not end at 0.
     Reference: Ho et al. 2020, eq. 5.
     """
+    model_kwargs = merged(model_kwargs)
     check_floating("x0", x0)
     if x0.numel() == 0:
         raise ValueError(f"x0: expected at least one image, got shape {tuple(x0.shape)}")
@@ -136,7 +137,7 @@ def evaluate(
         for k in bar(n, progress):
             x_t = ops.noising(x0, n - k, noising, seed=seed)
             with eval_mode:
-                pred, raw, _ = denoiser.call_model(x_t, condition[k].expand(len(x0)), merged(model_kwargs))
+                pred, raw, _ = denoiser.call_model(x_t, condition[k].expand(len(x0)), model_kwargs)
             terms[:, k] = ops.vlb(pred, x_t, x0, n - k, rows, raw_variance=raw, clip=denoiser.clip)
         prior = prior_kl(made, x0)
     return Bound(prior / math.log(2), terms / math.log(2))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ops, sampling, steps
-from .arguments import merged, named
+from .arguments import check_loss, merged, named
 from .chain import ChainDiffusion
 from .denoiser import Prediction
 from .estimates import with_own_estimates
@@ -19,7 +19,7 @@ from .importance import LossSecondMoment
 from .interop import pretrained
 from .interpolation import along_the_circle, mixing_weight
 from .objective import Weighting
-from .ops.checks import as_seed, check_choice, check_floating
+from .ops.checks import as_seed, check_choice, check_out, noise_source
 from .process import Chain, Grid
 from .reference import work_dtype
 from .sampling import Run, StepOptions, Steps
@@ -196,9 +196,12 @@ class DDPM(ChainDiffusion):
         Raises: ValueError or TypeError, naming the argument.
         Reference: Ho et al. 2020, algorithm 1.
         """
+        drawn = {name: options.get(name) for name in ("seed", "sample_ids", "noise", "mask")}
+        if drawn["mask"] is not None and self.loss_kind not in ops.LOSSES:
+            raise ValueError(f"mask: expected None with loss {self.loss_kind!r}, whose bound has no mask")
         if t is not None or self.importance is None or not self.training:
             return super().forward(x0, t=t, reduction=reduction, **options)
-        check_floating("x0", x0)
+        check_loss(x0, **drawn, reduction=reduction)
         self.importance.to_device(x0.device)
         t, weight = self.importance.sample(len(x0))
         losses = super().forward(x0, t=t, reduction="none", **options)
@@ -211,8 +214,6 @@ class DDPM(ChainDiffusion):
     ) -> Tensor:  # fmt: skip
         if self.loss_kind in ops.LOSSES:
             return super()._loss(predicted, noised, x0, t, mask, reduction)
-        if mask is not None:
-            raise ValueError(f"mask: expected None with loss {self.loss_kind!r}, whose bound has no mask")
         hybrid = self.loss_kind == "hybrid"
         pred, raw, _ = predicted
         rows = self._table("bound", pred.dtype, t.device)
@@ -247,6 +248,10 @@ class DDPM(ChainDiffusion):
         """
         t = self.checked_times("x_t", x_t, t)
         rows = self._table("p_sample", x_t.dtype, x_t.device)
+        if noise is not None or seed is not None:
+            seed = noise_source(x_t, seed, noise)
+        if out is not None:
+            check_out(out, x_t, x_t)
         pred, raw, _ = as_forward(self, self.call_model)(x_t, self.condition(t), merged(model_kwargs))
         return ops.update(
             x_t, pred, rows, self.timesteps - t, seed=seed, noise=noise, raw_variance=raw, clip=self.clip, out=out

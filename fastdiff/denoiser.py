@@ -12,7 +12,7 @@ from . import ops
 from .arguments import check_call, merged
 from .cast import TYPES, Casts
 from .objective import OBJECTIVES, conversion_rows
-from .ops.checks import FLOATING, as_clip, check_choice, check_floating
+from .ops.checks import FLOATING, as_clip, check_choice, check_floating, check_out
 from .process import Process
 from .reference import work_dtype
 from .rows import make_rows
@@ -116,6 +116,8 @@ class Denoiser(nn.Module):
         Reference: Ho et al. 2020, eq. 15.
         """
         t = self.checked_times("x_t", x_t, t)
+        if out is not None:
+            check_out(out, x_t, x_t)
         pred = as_forward(self, self.call_model)(x_t, self.condition(t), merged(model_kwargs)).pred
         rows, index = self.denoise_rows(t, x_t.dtype)
         return ops.update(x_t, pred, rows, index, clip=self.clip, noisy=False, out=out)
@@ -136,6 +138,8 @@ class Denoiser(nn.Module):
         """
         check_choice("wanted", wanted, OBJECTIVES)
         t = self.checked_times("x_t", x_t, t)
+        if out is not None:
+            check_out(out, x_t, x_t)
         pred = as_forward(self, self.call_model)(x_t, self.condition(t), merged(model_kwargs)).pred
         from_x, from_pred = conversion_rows(self.process.at(t.double()), self.objective, wanted)
         rows, index = own_rows(make_rows(from_x, from_x=from_x, from_pred=from_pred), x_t.dtype)

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from . import bound, ode, ops, sampling
-from .arguments import check_gradients, check_labels, check_noise, check_out, check_sampling, merged, shape_of
+from .arguments import (
+    check_gradients,
+    check_labels,
+    check_loss,
+    check_noise,
+    check_out,
+    check_sampling,
+    merged,
+    shape_of,
+)
 from .capture import Captures, what_forbids
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser, Prediction
@@ -121,15 +130,15 @@ class Diffusion(Denoiser, ABC):
             2019, arXiv:1907.05600, eq. 5).
         """
         model_kwargs = merged(model_kwargs)
-        t = self.checked_times("x0", x0, t)
+        seed, ids = check_loss(x0, seed, sample_ids, noise, mask, reduction)
         check_labels(self.model, model_kwargs)
-        noised = self.noised(x0, t, seed, sample_ids, noise)
+        t = self.checked_times("x0", x0, t)
+        noised = self.noised(x0, t, seed, ids, noise)
         predicted = self.call_model(noised.x_t, self.condition(t), model_kwargs)
         return self._loss(predicted, noised, x0, t, mask, reduction)
 
-    def noised(self, x0: Tensor, t: Tensor, seed: int | Tensor | None, sample_ids: Any, noise: Tensor | None) -> Noised:
-        """The states at times t (B,) that the loss of these arguments asks about."""
-        ids = as_sample_ids(sample_ids, x0.shape[0], x0.device)
+    def noised(self, x0: Tensor, t: Tensor, seed: Tensor | None, ids: Tensor | None, noise: Tensor | None) -> Noised:
+        """The states at times t (B,) that the loss asks about, of arguments that check_loss gives."""
         table, row = self.noising_rows(t, x0.dtype)
         if noise is None:
             seed = drawn = as_seed(seed, x0.device)

@@ -156,8 +156,8 @@ def optimal_coupling(x0: Tensor, noise: Tensor) -> Tensor:
         raise ValueError("x0, noise: expected one batch, got one for each call of torch.func.vmap")
     if not bool(cost.isfinite().all()):
         raise ValueError("x0, noise: expected finite numbers, got NaN or infinity")
-    # Within a transform no tensor becomes an array.
-    costs = cost.numpy() if seen is None or not transforms.active() else seen.tolist()
+    # Within a transform no tensor becomes an array, and no tensor of a subclass does.
+    costs = cost.numpy() if seen is cost and not transforms.active() else (cost if seen is None else seen).tolist()
     order = need("scipy.optimize", "coupling").linear_sum_assignment(costs)[1]
     return noise[torch.from_numpy(order).to(noise.device)]
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .arguments import check_loss
 from .denoiser import TOLD
 from .diffusion import Diffusion
-from .ops.checks import as_seed, check_dense, check_floating
+from .ops.checks import as_sample_ids, as_seed, check_dense, check_floating
 from .reference import work_dtype
 from .support import transforms
 from .support.scalars import as_integer, as_not_negative, as_share
@@ -37,7 +38,8 @@ def offset_noise(
     if x0.ndim < 2:
         raise ValueError(f"x0: expected channels, (B, C, ...), got shape {tuple(x0.shape)}")
     as_not_negative("strength", strength)
-    same: dict[str, Any] = {"stream": ops.FORWARD, "sample_ids": sample_ids, "device": x0.device}
+    ids = as_sample_ids(sample_ids, x0.shape[0], x0.device)
+    same: dict[str, Any] = {"stream": ops.FORWARD, "sample_ids": ids, "device": x0.device}
     same |= {"seed": as_seed(seed, x0.device), "dtype": work_dtype(x0.dtype)}
     z, offset = ops.normal(x0.shape, **same), ops.normal(x0.shape[:2], step=1, **same)
     return z.add_(offset.reshape(*offset.shape, *[1] * (x0.ndim - 2)), alpha=strength)
@@ -86,7 +88,7 @@ def own_estimate(
 
     Raises: TypeError or ValueError, naming the argument.
     """
-    x_t = diffusion.noised(x0, t, seed, sample_ids, noise).x_t
+    x_t = diffusion.noised(x0, t, *check_loss(x0, seed, sample_ids, noise), noise).x_t
     with transforms.without_gradients():
         return diffusion.predict_x0(x_t, t, **{**model_kwargs, name: torch.zeros_like(x_t)})
 
@@ -126,6 +128,8 @@ def self_conditioned(
         raise TypeError(f"diffusion: expected a fastdiff Diffusion, got {type(diffusion).__name__}")
     if t is None and diffusion.training and getattr(diffusion, "importance", None) is not None:
         raise ValueError("t: expected levels with importance sampling, which only the loss draws by, got None")
+    checked = (options.get("mask"), options.get("reduction", "mean"))
+    seed, sample_ids = check_loss(x0, seed, sample_ids, noise, *checked)
     t = diffusion.checked_times("x0", x0, t)
     seed = as_seed(seed, x0.device) if noise is None else None
     drawn: dict[str, Any] = {"seed": seed, "noise": noise, "sample_ids": sample_ids}

@@ -2,6 +2,9 @@
 
 The mode belongs to a module, and all threads see it. So threads take turns at a network: no call in the mode that its
 owner gave it runs while another thread is `evaluating` it.
+
+An interrupt (Ctrl-C) may come after any call, at the head of any function and at the end of any turn of a loop. So what
+belongs together is changed by plain assignments, and `evaluating` can leave from wherever it was interrupted.
 """
 
 import threading
@@ -25,10 +28,11 @@ class _Turns:
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.mine: list[_Turns] = []  # of the networks that this thread is evaluating or calling
+        self.mine: dict[_Turns, int] = {}  # of the networks that this thread evaluates or calls, and how often
 
 
-_changed = threading.Condition()  # guards what follows
+_lock = threading.RLock()  # guards what follows; a Condition's own `with` could be interrupted while it has the lock
+_changed = threading.Condition(_lock)
 _held: dict[int, int] = {}  # modules kept in eval mode, by id, and by how many blocks; the blocks keep them alive
 _turns: WeakKeyDictionary[nn.Module, _Turns] = WeakKeyDictionary()
 _thread = _Thread()
@@ -37,7 +41,7 @@ _thread = _Thread()
 def _turns_of(network: nn.Module) -> _Turns:
     found = _turns.get(network)
     if found is None:
-        with _changed:
+        with _lock:
             found = _turns.setdefault(network, _Turns())
     return found
 
@@ -68,6 +72,8 @@ class evaluating:
         around: a module that holds the network; all of it is in eval mode. None for the network alone.
     """
 
+    inside = False  # also where an interrupt ended __init__
+
     def __init__(self, network: nn.Module, around: nn.Module | None = None) -> None:
         self.turns = _turns_of(network)
         self.modules = walk.modules(network if around is None else around)
@@ -75,30 +81,55 @@ class evaluating:
         own = [vars(m) if "training" in vars(m) else _Attributes(m) for m in self.modules]
         self.own: list[tuple[int, Any]] = [*zip(map(id, self.modules), own, strict=True)]
         self.parts: list[tuple[int, Any]] = []
+        self.mine: dict[_Turns, int] = {}  # of the thread that is inside
+        self.done = 0  # how many of the parts are set
 
     def __enter__(self) -> None:
         turns, mine = self.turns, _thread.mine
-        with _changed:
-            if (turns.calls or turns.waiting) and turns not in mine:
-                # Those that wait go first: walks may follow each other without end.
-                _changed.wait_for(lambda: not (turns.calls or turns.waiting))
-            turns.evaluating += 1
-            self.parts = [part for part in self.own if part[1]["training"] or part[0] in _held]
-            for key, attributes in self.parts:
-                _held[key] = _held.get(key, 0) + 1
-                attributes["training"] = False
-        mine.append(turns)
+        try:
+            with _lock:
+                if (turns.calls or turns.waiting) and turns not in mine:
+                    # Those that wait go first: walks may follow each other without end.
+                    _changed.wait_for(lambda: not (turns.calls or turns.waiting))
+                self.parts = [part for part in self.own if part[1]["training"] or part[0] in _held]
+                often = mine.get(turns, 0) + 1
+                self.mine, self.inside, mine[turns] = mine, True, often
+                turns.evaluating += 1
+                for key, attributes in self.parts:
+                    count = _held.get(key, 0) + 1
+                    _held[key], attributes["training"] = count, False
+                    self.done += 1
+        except BaseException:
+            self._leave()
+            raise
 
     def __exit__(self, *error: object) -> None:
-        _thread.mine.remove(self.turns)
-        with _changed:
-            for key, attributes in self.parts:
-                count = _held.pop(key) - 1
+        self._leave()
+
+    def __del__(self) -> None:
+        if self.inside:  # an interrupt came at the head of __exit__
+            self._leave()
+
+    def _leave(self) -> None:
+        """Undo what was done."""
+        with _lock:
+            while self.done:
+                key, attributes = self.parts[self.done - 1]
+                count = _held[key] - 1
                 if count:
                     _held[key] = count
                 else:
+                    del _held[key]
                     attributes["training"] = True
-            self.turns.evaluating -= 1
+                self.done -= 1
+            if self.inside:
+                often = self.mine[self.turns] - 1
+                if often:
+                    self.mine[self.turns] = often
+                else:
+                    del self.mine[self.turns]
+                self.turns.evaluating -= 1
+                self.inside = False
             _changed.notify_all()
 
 
@@ -109,19 +140,22 @@ def call(network: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     turns, mine = _turns_of(network), _thread.mine
     if turns in mine:
         return network(*args, **kwargs)
-    with _changed:
-        if turns.evaluating:
-            turns.waiting += 1
-            try:
-                _changed.wait_for(lambda: not turns.evaluating)
-            finally:
-                turns.waiting -= 1
-        turns.calls += 1
-    mine.append(turns)
+    counted = False
     try:
+        with _lock:
+            if turns.evaluating:
+                turns.waiting += 1
+                try:
+                    _changed.wait_for(lambda: not turns.evaluating)
+                finally:
+                    turns.waiting -= 1
+            turns.calls += 1
+            mine[turns] = 1
+            counted = True
         return network(*args, **kwargs)
     finally:
-        mine.remove(turns)
-        with _changed:
-            turns.calls -= 1
+        with _lock:
+            if counted:
+                del mine[turns]
+                turns.calls -= 1
             _changed.notify_all()

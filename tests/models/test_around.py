@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastdiff import DDPM, NCSN, Edm, FlowMatching, ScoreSDE
 from fastdiff.diffusion import Diffusion
 from fastdiff.process import VE, VP, Chain, Ladder
+from fastdiff.recipes import self_conditioned
 from fastdiff.schedule import NoiseSchedule, linear, make_schedule
 from fastdiff.steps import SAMPLERS
 from fastdiff.support.modes import evaluating
@@ -427,6 +428,40 @@ def test_bad_calls_end_in_our_words(call):
     model: Diffusion = DDPM(Pointwise(), timesteps=12)
     with pytest.raises((TypeError, ValueError), match=r"^\w+: expected"):
         BAD[call](model, torch.ones(SHAPE))
+
+
+REFUSED = {
+    "mask": lambda m, x: m(x, mask=torch.ones(5)),
+    "reduction": lambda m, x: m(x, reduction="sum"),
+    "noise": lambda m, x: m(x, noise=x[:1]),
+    "seed": lambda m, x: m(x, seed="1"),
+    "seed and noise": lambda m, x: m(x, seed=1, noise=x),
+    "sample_ids": lambda m, x: m(x, sample_ids=[-1, 2]),
+    "told, mask": lambda m, x: self_conditioned(m, x, mask=torch.ones(5)),
+    "told, seed": lambda m, x: self_conditioned(m, x, seed="1"),
+    "p_sample": lambda m, x: m.p_sample(x, 3, noise=x[:1]),
+    "out": lambda m, x: m.p_sample(x, 3, out=x),
+    "predict_x0": lambda m, x: m.predict_x0(x, 3, out=x[:1]),
+    "predict": lambda m, x: m.predict(x, 3, "v", out=x),
+    "bits_per_dim": lambda m, x: m.bits_per_dim(x, model_kwargs=1),
+}
+
+
+@pytest.mark.parametrize("importance", [False, True])
+@pytest.mark.parametrize("call", REFUSED)
+def test_a_refused_call_draws_nothing_and_asks_no_network(call, importance):
+    model = DDPM(Net(), timesteps=12, importance=importance)
+    before = torch.get_rng_state()
+    with pytest.raises((TypeError, ValueError), match=r"^\w+: expected"):
+        REFUSED[call](model, torch.ones(SHAPE))
+    assert torch.equal(torch.get_rng_state(), before) and not model.model.modes
+
+
+def test_a_bound_has_no_mask():
+    model = DDPM(Net(), timesteps=12, loss="vlb")
+    with pytest.raises(ValueError, match="mask: expected None with loss 'vlb'"):
+        model(torch.ones(SHAPE), mask=torch.ones(SHAPE))
+    assert not model.model.modes
 
 
 def test_a_learned_variance_needs_channels():

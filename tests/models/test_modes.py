@@ -1,7 +1,9 @@
 """Threads that share a model: what walks is in eval mode, what trains is in training mode, and they take turns."""
 
+import sys
 import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +58,11 @@ WALKS = {
 }
 # The score says nothing of the noise in data.
 CASES = [(kind, walk) for kind in MAKERS for walk in WALKS if (kind, walk) != ("ncsn", "encode")]
+
+
+class Takes(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x
 
 
 def train_in_another_thread(net: Net, model: Diffusion, x: Tensor) -> list[Exception]:
@@ -136,6 +143,47 @@ def test_an_error_ends_the_turn():
     other.start()
     other.join(20)
     assert not other.is_alive() and len(errors) == 1
+
+
+class Interrupt:
+    """A profiler that raises KeyboardInterrupt where Python may: at a head of a function of modes.py, or after a call
+    there; at the n-th of these places."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __call__(self, frame: Any, event: str, arg: object) -> None:
+        if event in ("call", "c_return") and frame.f_code.co_filename == modes.__file__:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt within __del__
+def test_an_interrupt_anywhere_gives_modes_and_turns_back():
+    model, x = DDPM(Takes(), timesteps=4), torch.zeros(SHAPE)
+
+    def interrupted(n: int) -> bool:
+        sys.setprofile(Interrupt(n))
+        try:
+            model(x)
+            model.sample(SHAPE, steps=1)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.setprofile(None)
+        return False
+
+    places = 0
+    while interrupted(places):
+        places += 1
+        assert all(part.training for part in model.modules()), places
+    assert places > 20
+    for call in (lambda: model(x), lambda: model.sample(SHAPE, steps=1)):
+        other = threading.Thread(target=call, daemon=True)
+        other.start()
+        other.join(10)
+        assert not other.is_alive()
 
 
 def test_a_walk_within_a_call_and_a_walk():
