@@ -21,6 +21,7 @@ OTHER_OPTIONS = {
     "cfg_scale": "guidance",
     "latents": "x_T",
     "image": "x_init",
+    "init_image": "x_init",
     "mask": "known",
     "mask_image": "known",
 }

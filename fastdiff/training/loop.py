@@ -130,6 +130,7 @@ def take_steps(run: "Run", record: Any, progress: Any, saver: Saver, signals: li
         if run.step % options.save_every == 0 and run.step < options.steps:
             run.save(saver)
         if options.sample_every and (run.step % options.sample_every == 0 or run.step == options.steps):
+            progress.doing("draws samples")
             run.show(record)
         if reason := run.ranks.largest(signals[0] if signals else LOST if progress.lost else 0):
             caught.append(reason)
@@ -152,8 +153,7 @@ def check_free(path: Path, resume: State | None) -> None:
         return
     if resume is None:
         raise ValueError(f"{path} exists: go on with --resume, or train into another --out")
-    step = RunFile.open(path).step
-    if step != resume.step:
+    if (step := RunFile.open(path).step) != resume.step:
         raise ValueError(f"{path} is of step {step}, expected {resume.step}: another training went on from it")
 
 
