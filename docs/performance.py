@@ -40,6 +40,8 @@ CPU_METHOD = """
 writes them here. They are milliseconds of processor time on one thread; the ways take turns. In the last two columns
 higher is better.
 
+The loss alone draws its noise again, where eager PyTorch reads it. The row below it has noising and loss together.
+
 The last two rows are whole jobs, in which the network is nearly all of the time. Their *eager* has eager arithmetic
 around fastdiff's `UNet`. Their *diffusers* has diffusers' scheduler and network, with the same weights.
 """
