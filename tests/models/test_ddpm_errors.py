@@ -176,6 +176,7 @@ class Texted(Pointwise):
         (Texted(), {}, r"model: expected Texted.forward to take \(x, t\), got missing a required argument: 'text'"),
         (Texted(), {"texts": 1}, "texts: expected .* an argument of Texted.forward, got neither; did you mean 'text'"),
         (Texted(), {"guidance_scale": 2.0}, "guidance_scale: expected an option .* did you mean 'guidance'"),
+        (Texted(), {"init_image": 0.0}, "init_image: expected an option .* did you mean 'x_init'"),
     ],
 )
 def test_calls_that_the_model_does_not_take(model, given, said):
