@@ -23,29 +23,36 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def calibrate(function: Callable[[], object], device: torch.device) -> tuple[int, float]:
+def calibrate(
+    function: Callable[[], object], device: torch.device, now: Callable[[torch.device], float] = clock
+) -> tuple[int, float]:
     """(calls in a round, seconds of a round). A call before that may compile."""
     function()
-    start = clock(device)
+    start = now(device)
     function()
-    once = clock(device) - start
+    once = now(device) - start
     calls = max(1, round(ROUND / once))
     return calls, calls * once
 
 
-def medians(functions: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
-    """Median seconds of a call of each function.
+def medians(
+    functions: Sequence[Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    now: Callable[[torch.device], float] = clock,
+) -> list[float]:
+    """Median seconds of a call of each function, by the clock `now`.
 
     The functions take turns, in at least three rounds and for about `seconds` in all.
     """
-    calls, lengths = zip(*(calibrate(function, device) for function in functions), strict=True)
+    calls, lengths = zip(*(calibrate(function, device, now) for function in functions), strict=True)
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(max(3, min(50, round(seconds / sum(lengths))))):
         for function, n, taken in zip(functions, calls, times, strict=True):
-            start = clock(device)
+            start = now(device)
             for _ in range(n):
                 function()
-            taken.append((clock(device) - start) / n)
+            taken.append((now(device) - start) / n)
     return [statistics.median(taken) for taken in times]
 
 

@@ -39,6 +39,22 @@ JOB = {
     "peak_mb": "peak MB",
     "first_call_s": "first call s",
 }
+# The cases of `python -m benchmarks.cpu` that are no operation, and its ways.
+WHOLE = {
+    "training_step": "training step of a U-Net",
+    "sampling, 20 steps": "sampling of digits, 20 steps of DDPM",
+}
+CPU_WAYS = {"fused": "fastdiff", "reference": "eager", "diffusers": "diffusers"}
+CPU_METHOD = """
+`python -m benchmarks.cpu` measures these rows on your CPU in about three minutes, and `python docs/performance.py`
+writes them here. They are milliseconds of processor time on one thread; the ways take turns. In the last two columns
+higher is better.
+
+The loss alone draws its noise again, where eager PyTorch reads it. The row below it has noising and loss together.
+
+The last two rows are whole jobs, in which the network is nearly all of the time. Their *eager* has eager arithmetic
+around fastdiff's `UNet`. Their *diffusers* has diffusers' scheduler and network, with the same weights.
+"""
 TITLES = {
     "smoke": "Smoke test",
     "sampling": "Sampling",
@@ -68,8 +84,8 @@ This page is made by `python docs/performance.py` from the files in `benchmarks/
 - *Eager* is the same mathematics in eager PyTorch, with the noise of `torch.randn_like`.
 - The small size, 64x3x64x64, stays in the cache of a GPU. The large one, 256x3x256x256, does not.
 
-`python -m benchmarks` measures your own machine. [Measured quality](quality.md) compares the
-samplers.
+`python -m benchmarks` measures your own machine, and [a table](#on-a-cpu) shows a CPU.
+[Measured quality](quality.md) compares the samplers.
 """
 
 Rows = dict[str, dict[str, Any]]
@@ -117,6 +133,19 @@ def table(stage: str, rows: Rows) -> list[str]:
         has = figures.keys()
         cells += [f"{figures['reference'] / figures['fused']:.2f}" if {"fused", "reference"} <= has else ""] * both
         cells += [f"{figures['copy'] / figures['fused']:.2f}" if {"fused", "copy"} <= has else ""] * copied
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def cpu_table(rows: Rows) -> list[str]:
+    """A Markdown table of what `python -m benchmarks.cpu` found."""
+    others = {way: title for way, title in CPU_WAYS.items() if way != "fused"}
+    titles = ["operation", "float32", *CPU_WAYS.values(), *(f"{title} / fastdiff" for title in others.values())]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * 2 + "|---:" * (len(titles) - 2) + "|"]
+    for key, times in rows.items():
+        case, _, size = key.partition(" / ")
+        cells = [(OPERATIONS | WHOLE).get(case, case), size, *(number(times.get(way, "")) for way in CPU_WAYS)]
+        cells += [f"{times[way] / times['fused']:.2f}" if way in times else "" for way in others]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -186,6 +215,13 @@ def pages() -> dict[Path, str]:
             if rows := stage_rows(content, stage):
                 unit = f"{UNITS[stage]}\n\n" if stage in UNITS else ""
                 text += f"\n### {title}\n\n{unit}" + "\n".join(table(stage, rows)) + "\n"
+    if found := sorted((RESULTS / "cpu").glob("*.json")):
+        text += f"\n## On a CPU\n{CPU_METHOD}"
+    for path in found:
+        content = read(path)
+        text += f"\n### {content['processor']}\n\n"
+        text += "".join(f"- {key}: {value}\n" for key, value in content["machine"].items())
+        text += "\n" + "\n".join(cpu_table(content["rows"])) + "\n"
     made[ROOT / "docs" / "performance.md"] = text
     return made
 

@@ -35,7 +35,7 @@ NETWORKS = {
         },
         128,
     ),
-    "default, 64x64": ({"sample_size": 64}, 64),
+    "UNet by default, 64x64": ({"sample_size": 64}, 64),
     "wide, 64x64": ({"sample_size": 64, "block_out_channels": (704, 1408, 2112, 2816)}, 16),
 }
 

@@ -84,12 +84,12 @@ class Flow(Process):
 
 
 def uniform(u: Tensor) -> Tensor:
-    """t = u (Liu et al. 2023)."""
+    """t = u, (N,). Reference: Liu et al. 2023, arXiv:2209.03003."""
     return u
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """log(t / (1 - t)) ~ N(mean, std^2): times in the middle are drawn more often (Esser et al. 2024, section 3.1).
+    """log(t / (1 - t)) ~ N(mean, std^2): times in the middle are drawn more often.
 
     Args:
         u: (N,), uniform over [0, 1].
@@ -97,6 +97,7 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 
     Returns: the times (N,) in [0, 1].
     Raises: ValueError unless std is above 0.
+    Reference: Esser et al. 2024, arXiv:2403.03206, section 3.1.
     """
     if not std > 0:
         raise ValueError(f"std: expected a number above 0, got {std}")
@@ -104,15 +105,30 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 
 
 def mode(u: Tensor, scale: float = 1.29) -> Tensor:
-    """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u), scale in [-1, 2 / (pi - 2)]: as logit_normal, but no time is rare
-    (Esser et al. 2024, section 3.1)."""
+    """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u): times in the middle are drawn more often, and no time is rare.
+
+    Args:
+        u: (N,), uniform over [0, 1].
+        scale: in [-1, 2 / (pi - 2)]; below 0 the ends are drawn more often.
+
+    Returns: the times (N,) in [0, 1].
+    Raises: ValueError for another scale.
+    Reference: Esser et al. 2024, arXiv:2403.03206, section 3.1.
+    """
     if not -1 <= scale <= 2 / (math.pi - 2):
         raise ValueError(f"scale: expected a number from -1 to 2 / (pi - 2), got {scale}")
     return 1 - u - scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
 
 
 def cosmap(u: Tensor) -> Tensor:
-    """t = 1 - 1 / (tan(pi u / 2) + 1): sigma / alpha as the cosine schedule has it (Esser et al. 2024, section 3.1)."""
+    """t = 1 - 1 / (tan(pi u / 2) + 1): sigma / alpha as the cosine schedule has it.
+
+    Args:
+        u: (N,), uniform over [0, 1].
+
+    Returns: the times (N,) in [0, 1].
+    Reference: Esser et al. 2024, arXiv:2403.03206, section 3.1.
+    """
     return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
 
 
@@ -123,7 +139,8 @@ TIMES: dict[str, Times] = {"uniform": uniform, "logit_normal": logit_normal, "mo
 def resolution_shift(size: int, base: int) -> float:
     """The shift for images of `size` elements, if 1 is right for `base` of them: sqrt(size / base).
 
-    Reference: Esser et al. 2024, section 5.3.2.
+    Raises: ValueError unless both are integers of at least 1.
+    Reference: Esser et al. 2024, arXiv:2403.03206, section 5.3.2.
     """
     return math.sqrt(as_count("size", size) / as_count("base", base))
 

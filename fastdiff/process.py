@@ -283,8 +283,9 @@ class Chain(Process):
 
 
 class Ladder(Chain):
-    """The noise levels of NCSN, sigma_i geometric from sigma_min (level 1) to sigma_max (level n), alpha = 1 (Song &
-    Ermon 2019, section 4.2). The model sees sigma."""
+    """The noise levels of NCSN: sigma_i geometric from sigma_min (level 1) to sigma_max (level n), and alpha = 1. The
+    model sees sigma. Raises: ValueError unless 0 < sigma_min < sigma_max, and there are at least 2 levels.
+    Reference: Song & Ermon 2019, arXiv:1907.05600, section 4.2."""
 
     sigma_min: float = fixed()
     sigma_max: float = fixed()
@@ -305,10 +306,11 @@ class Ladder(Chain):
 
 class VP(Process):
     """Variance preserving: beta(t) = beta_min + t (beta_max - beta_min), B(t) its integral, t in [1e-3, 1];
-    alpha = exp(-B/2), sigma^2 = 1 - exp(-B), f = -beta/2, g^2 = beta (Song et al. 2021, eq. 11, 32, 33).
+    alpha = exp(-B/2), sigma^2 = 1 - exp(-B), f = -beta/2, g^2 = beta.
 
     DDPM with beta_i = beta(i/T)/T tends to it as T grows, and is not equal to it: alpha_bar at the end is 4.0358e-5 for
     beta = 1e-4..0.02 with T = 1000, and 4.3186e-5 here. The model sees 999 t.
+    Raises: ValueError unless 0 < beta_min <= beta_max. Reference: Song et al. 2021, arXiv:2011.13456, eq. 11, 32, 33.
     """
 
     first, last, default_steps = 1e-3, 1.0, 1000
@@ -342,7 +344,8 @@ class VP(Process):
 
 
 class SubVP(VP):
-    """Sub-VP: beta and alpha of VP, sigma = 1 - exp(-B), g^2 = beta (1 - exp(-2 B)) (Song et al. 2021, eq. 27, 29)."""
+    """Sub-VP: beta and alpha of VP, sigma = 1 - exp(-B), g^2 = beta (1 - exp(-2 B)).
+    Raises: as VP. Reference: Song et al. 2021, arXiv:2011.13456, eq. 27, 29."""
 
     def at(self, times: Tensor) -> NoiseSchedule:
         beta, total = self._beta(times.double())
@@ -356,8 +359,8 @@ class SubVP(VP):
 
 class VE(Process):
     """Variance exploding: sigma = sigma_min (sigma_max / sigma_min)^t, alpha = 1, f = 0,
-    g^2 = 2 sigma^2 log(sigma_max / sigma_min), t in [1e-5, 1] (Song et al. 2021, eq. 9, 30). The model sees sigma.
-    """
+    g^2 = 2 sigma^2 log(sigma_max / sigma_min), t in [1e-5, 1]. The model sees sigma.
+    Raises: ValueError unless 0 < sigma_min < sigma_max. Reference: Song et al. 2021, arXiv:2011.13456, eq. 9, 30."""
 
     first, last, default_steps = 1e-5, 1.0, 1000
     sigma_min: float = fixed()

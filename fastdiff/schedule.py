@@ -202,28 +202,57 @@ class NoiseSchedule:
 
 
 def linear(timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-    """beta_t evenly spaced from beta_start to beta_end, in (0, 1), for t = 1..T (Ho et al. 2020, section 4)."""
-    return NoiseSchedule.from_betas(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
+    """beta_t evenly spaced from beta_start to beta_end for t = 1..T.
+
+    Args:
+        timesteps: T, at least 1.
+        beta_start, beta_end: in (0, 1].
+
+    Raises: ValueError or TypeError for other values.
+    Reference: Ho et al. 2020, arXiv:2006.11239, section 4.
+    """
+    timesteps, (start, end) = as_count("timesteps", timesteps), _ends(beta_start, beta_end)
+    return NoiseSchedule.from_betas(torch.linspace(start, end, timesteps, dtype=torch.float64))
 
 
 def scaled_linear(timesteps: int, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
-    """sqrt(beta_t) evenly spaced, beta_t from beta_start to beta_end, for t = 1..T (Rombach et al. 2022, latent
-    diffusion, arXiv:2112.10752)."""
-    root = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64)
-    return NoiseSchedule.from_betas(root**2)
+    """sqrt(beta_t) evenly spaced, beta_t from beta_start to beta_end, for t = 1..T: that of latent diffusion.
+
+    Args:
+        timesteps, beta_start, beta_end: as of `linear`.
+
+    Raises: ValueError or TypeError as `linear`.
+    Reference: Rombach et al. 2022, arXiv:2112.10752.
+    """
+    timesteps, (start, end) = as_count("timesteps", timesteps), _ends(beta_start, beta_end)
+    return NoiseSchedule.from_betas(torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2)
 
 
 def proportional(timesteps: int, max_beta: float = 0.02) -> NoiseSchedule:
-    """beta_t = max_beta t / T."""
+    """beta_t = max_beta t / T for t = 1..T: the chain of Ho et al. 2020, with betas that begin near 0.
+
+    Args:
+        timesteps: T, at least 1.
+        max_beta: beta_T, in (0, 1].
+
+    Raises: ValueError or TypeError for other values.
+    """
+    timesteps = as_count("timesteps", timesteps)
     return NoiseSchedule.from_betas(max_beta * torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps)
 
 
 def raised_cosine(timesteps: int) -> NoiseSchedule:
-    """beta_t = (1 - cos(pi t / T)) / 2 = sin^2(pi t / 2T).
+    """beta_t = (1 - cos(pi t / T)) / 2 = sin^2(pi t / 2T) for t = 1..T.
 
     It ends in pure noise: beta_T = 1 and alpha_bar_T = 0, so the last step determines nothing of x_0 from eps; use
     objective "x0" or "v".
+
+    Args:
+        timesteps: T, at least 1.
+
+    Raises: ValueError or TypeError for another T.
     """
+    timesteps = as_count("timesteps", timesteps)
     t = torch.arange(1, timesteps + 1, dtype=torch.float64)
     early = torch.log1p(-(torch.sin(math.pi * t / (2 * timesteps)) ** 2))
     late = 2 * torch.sin(math.pi * (timesteps - t) / (2 * timesteps)).log()
@@ -231,16 +260,38 @@ def raised_cosine(timesteps: int) -> NoiseSchedule:
 
 
 def cosine(timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), beta_t <= max_beta (Nichol & Dhariwal 2021,
-    eq. 17)."""
+    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), with beta_t at most max_beta.
+
+    Args:
+        timesteps: T, at least 1.
+        s: at least 0; it keeps the first betas from being too small.
+        max_beta: in (0, 1).
+
+    Raises: ValueError or TypeError for other values.
+    Reference: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17.
+    """
+    timesteps = as_count("timesteps", timesteps)
+    if not s >= 0:
+        raise ValueError(f"s: expected a number of at least 0, got {s}")
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     log_f = 2 * torch.cos((u + s) / (1 + s) * math.pi / 2).clamp(min=0).log()
     return _with_max_beta(log_f, max_beta)
 
 
 def sigmoid(timesteps: int, start: float = -3.0, end: float = 3.0, max_beta: float = 0.999) -> NoiseSchedule:
-    """alpha_bar_t = (S(end) - S(v_t)) / (S(end) - S(start)), v_t from start to end, S the logistic function, beta_t <=
-    max_beta (Jabri et al. 2022, arXiv:2212.11972, with tau = 1)."""
+    """alpha_bar_t = (S(end) - S(v_t)) / (S(end) - S(start)), v_t from start to end, S the logistic function.
+
+    Args:
+        timesteps: T, at least 1.
+        start, end: start below end. Here tau of the paper is 1.
+        max_beta: the largest beta_t, in (0, 1).
+
+    Raises: ValueError or TypeError for other values.
+    Reference: Jabri et al. 2022, arXiv:2212.11972, algorithm 1.
+    """
+    timesteps = as_count("timesteps", timesteps)
+    if not start < end:
+        raise ValueError(f"start, end: expected start below end, got {start} and {end}")
     v = torch.linspace(start, end, timesteps + 1, dtype=torch.float64)
     # S(e) - S(v) = S(e) S(-v) (1 - exp(v - e)): no two near numbers are subtracted.
     log_f = torch.nn.functional.logsigmoid(-v) + torch.log(-torch.expm1(v - end))
@@ -299,6 +350,13 @@ def as_float64(name: str, values: Any) -> Tensor:
 
 def _from_zero(log_terms: Tensor) -> Tensor:
     return torch.cat((log_terms.new_zeros(1), log_terms.cumsum(0)))
+
+
+def _ends(beta_start: float, beta_end: float) -> tuple[float, float]:
+    for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if not 0 < beta <= 1:
+            raise ValueError(f"{name}: expected a number in (0, 1], got {beta}")
+    return beta_start, beta_end
 
 
 def _with_max_beta(log_f: Tensor, max_beta: float) -> NoiseSchedule:

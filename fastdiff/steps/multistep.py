@@ -39,6 +39,7 @@ def dpm_solver_pp_2m(schedule: NoiseSchedule, levels: Tensor, objective: str, cl
 
     Returns: one row and one call of the model per step; second order. The first step and the one to data are of first
         order, w = 0.
+    Raises: ValueError if the prediction does not determine x_0 at a level.
     Reference: Lu et al. 2022, arXiv:2211.01095, algorithm 2.
     """
     return dpm_solver_pp_2m_sde(schedule, levels, objective, clip, eta=0.0)

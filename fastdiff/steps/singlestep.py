@@ -43,6 +43,7 @@ def dpm2(schedule: NoiseSchedule, levels: Tensor, objective: str, clip: float | 
         schedule, levels, objective, clip: see `fastdiff.steps`.
 
     Returns: two rows and two calls of the model per step, and Euler's alone to data; second order.
+    Raises: ValueError if sigma / alpha is infinite at a level, or a middle is not where this rule wants it.
     Reference: k-diffusion's sample_dpm_2; after Karras et al. 2022, arXiv:2206.00364, algorithm 2, and Lu et al. 2022,
         arXiv:2206.00927.
     """
@@ -65,6 +66,7 @@ def dpm2_ancestral(
         schedule, levels, objective, clip, eta: see `fastdiff.steps`.
 
     Returns: two rows and two calls of the model per step, and Euler's alone to data; first order, second for eta = 0.
+    Raises: ValueError if sigma / alpha is infinite at a level, a middle is elsewhere, or eta is not within 0 and 1.
     Reference: k-diffusion's sample_dpm_2_ancestral.
     """
     way = _way("dpm2", schedule, levels, objective, eta)
@@ -86,6 +88,7 @@ def dpm_solver_pp_2s(schedule: NoiseSchedule, levels: Tensor, objective: str, cl
         schedule, levels, objective, clip: see `fastdiff.steps`.
 
     Returns: two rows and two calls of the model per step, and the first alone to data; second order.
+    Raises: ValueError if sigma / alpha is infinite at a level, or a middle is not where this rule wants it.
     Reference: Lu et al. 2022, arXiv:2211.01095, algorithm 1 with r = 1/2.
     """
     return dpm_solver_pp_2s_ancestral(schedule, levels, objective, clip, eta=0.0)
@@ -106,6 +109,7 @@ def dpm_solver_pp_2s_ancestral(
         schedule, levels, objective, clip, eta: see `fastdiff.steps`.
 
     Returns: two rows and two calls of the model per step, and the first alone to data; first order, second for eta = 0.
+    Raises: ValueError if sigma / alpha is infinite at a level, a middle is elsewhere, or eta is not within 0 and 1.
     Reference: k-diffusion's sample_dpmpp_2s_ancestral.
     """
     way = _way("dpm++2s", schedule, levels, objective, eta)
@@ -139,6 +143,7 @@ def dpm_solver_pp_sde(
         schedule, levels, objective, clip, eta: see `fastdiff.steps`.
 
     Returns: two rows and two calls of the model per step, and Euler's alone to data; second order in mean and variance.
+    Raises: ValueError if sigma / alpha is infinite at a level, a middle is elsewhere, or eta is not within 0 and 1.
     Reference: k-diffusion's sample_dpmpp_sde with its Brownian tree; Lu et al. 2022, arXiv:2211.01095.
     """
     way = _way("dpm++sde", schedule, levels, objective, eta)

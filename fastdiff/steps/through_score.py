@@ -2,11 +2,10 @@
 
 In the docstrings t -> s is one step of the SDE dx = f x dt + g dw, z is standard normal noise, and x0 the model's
 estimate of the data. An objective other than the score is converted. Where clip is set, the score is taken from the
-clipped x0. With denoise the step to level 0 gives x0 (Tweedie's formula; Song et al. 2021b, app. G).
+clipped x0. With denoise the step to level 0 gives x0 (Tweedie's formula; Song et al. 2021, app. G).
 `fastdiff.steps` describes the arguments.
 
 All raise ValueError if the prediction does not determine the score at a level, and if no step is left.
-Song et al. 2021b is arXiv:2011.13456.
 """
 
 from collections.abc import Callable
@@ -38,7 +37,7 @@ def euler_maruyama(
 
     Returns: one row and one call of the model per step.
     Raises: ValueError if sigma / alpha is infinite at a level.
-    Reference: Song et al. 2021b, eq. 6.
+    Reference: Song et al. 2021, arXiv:2011.13456, eq. 6.
     """
     t, s = levels[:-1], levels[1:]
     check_finite_ratio("euler_maruyama", schedule, t)
@@ -65,7 +64,7 @@ def probability_flow(
 
     Returns: one row and one call of the model per step; deterministic, first order.
     Raises: ValueError if sigma / alpha is infinite at a level.
-    Reference: Song et al. 2021b, eq. 13.
+    Reference: Song et al. 2021, arXiv:2011.13456, eq. 13.
     """
     t, s = levels[:-1], levels[1:]
     check_finite_ratio("probability_flow", schedule, t)
@@ -89,7 +88,8 @@ def reverse_diffusion(
         schedule, levels, objective, clip, denoise: see `fastdiff.steps`.
 
     Returns: one row and one call of the model per step.
-    Reference: Song et al. 2021b, app. E.
+    Raises: ValueError if the prediction does not determine the score at a level.
+    Reference: Song et al. 2021, arXiv:2011.13456, app. E.
     """
     alpha_ts, beta = schedule.transition(levels[:-1], levels[1:])
     return _score_table(schedule, levels, objective, clip, 2 - alpha_ts, beta, beta.sqrt(), denoise)
@@ -128,7 +128,7 @@ def predictor_corrector(
 
     Returns: corrections + 1 rows and calls of the model per level; one to data, which denoises.
     Raises: ValueError for other arguments.
-    Reference: Song et al. 2021b, algorithms 2 to 5.
+    Reference: Song et al. 2021, arXiv:2011.13456, algorithms 2 to 5.
     """
     if predictor not in PREDICTORS:
         raise ValueError(f"predictor: expected one of {', '.join(PREDICTORS)}, got {predictor!r}")

@@ -57,12 +57,18 @@ class Progress:
         if step % EVERY == 0:
             rate = self.batch_size * (self._bar.format_dict["rate"] or 0)
             self._bar.set_postfix_str(f"loss {loss.item():.4f}, {rate:.0f} images/s", refresh=False)
+        self._bar.set_description_str("", refresh=False)
         self._show(self._bar.update)
         if not self._estimated:
             self._estimate(step)
 
+    def doing(self, what: str) -> None:
+        """Show what holds up the steps, until the next one."""
+        self._show(lambda: self._bar.set_description_str(what))
+
     def close(self) -> None:
         """Leave the bar as it is."""
+        self._bar.set_description_str("", refresh=False)
         self._show(self._bar.close)
 
     def _estimate(self, step: int) -> None:

@@ -130,6 +130,7 @@ def take_steps(run: "Run", record: Any, progress: Any, saver: Saver, signals: li
         if run.step % options.save_every == 0 and run.step < options.steps:
             run.save(saver)
         if options.sample_every and (run.step % options.sample_every == 0 or run.step == options.steps):
+            progress.doing("draws samples")
             run.show(record)
         if reason := run.ranks.largest(signals[0] if signals else LOST if progress.lost else 0):
             caught.append(reason)

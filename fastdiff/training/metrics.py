@@ -15,7 +15,11 @@ CHUNK = 1000
 
 
 class Sums:
-    """Sums of features that give their mean and covariance, in float64; sums of several processes add up."""
+    """Sums of features that give their mean and covariance, in float64; sums of several processes add up.
+
+    Args:
+        size: D, of the features.
+    """
 
     def __init__(self, size: int) -> None:
         self.count = torch.zeros((), dtype=torch.float64)
@@ -45,7 +49,10 @@ class Sums:
 
 
 def frechet(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> float:
-    """The Frechet distance of two (mean, covariance); with Inception's features the FID. See `frechet_gaussian`."""
+    """The Frechet distance of two (mean, covariance); with Inception's features the FID. See `frechet_gaussian`.
+
+    Reference: Heusel et al. 2017, arXiv:1706.08500.
+    """
     return frechet_gaussian(*first, *second)
 
 
@@ -70,7 +77,10 @@ def kernel_distance(real: Tensor, drawn: Tensor, seed: int = 0) -> tuple[float, 
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
-    """exp E[KL(p(y|x) || p(y))] of a classifier's logits (N, K).
+    """exp E[KL(p(y|x) || p(y))] of a classifier's logits; higher is better.
+
+    Args:
+        logits: (N, K), of K classes.
 
     Returns: mean and standard deviation over SPLITS parts, in the order given.
     Reference: Salimans et al. 2016, arXiv:1606.03498, section 4.

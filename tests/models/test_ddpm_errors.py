@@ -177,6 +177,7 @@ class Texted(Pointwise):
         (Texted(), {"texts": 1}, "texts: expected .* an argument of Texted.forward, got neither; did you mean 'text'"),
         (Texted(), {"guidance_scale": 2.0}, "guidance_scale: expected an option .* did you mean 'guidance'"),
         (Texted(), {"guidence": 2.0}, "guidence: expected an option .* did you mean 'guidance'"),
+        (Texted(), {"init_image": 0.0}, "init_image: expected an option .* did you mean 'x_init'"),
     ],
 )
 def test_calls_that_the_model_does_not_take(model, given, said):

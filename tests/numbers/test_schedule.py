@@ -330,6 +330,27 @@ def test_wrong_log_alpha_bar(log_alpha_bar):
         NoiseSchedule.from_log_alpha_bar(torch.tensor(log_alpha_bar))
 
 
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+@pytest.mark.parametrize("timesteps", [0, -1, 2.5])
+def test_a_schedule_names_a_wrong_number_of_steps(name, timesteps):
+    with pytest.raises(ValueError, match="timesteps: expected an integer of at least 1"):
+        schedules.SCHEDULES[name](timesteps)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: schedules.linear(3, 0.5, 2.0), "beta_end: expected a number in"),
+        (lambda: schedules.scaled_linear(3, -1.0), "beta_start: expected a number in"),
+        (lambda: schedules.cosine(3, s=-0.1), "s: expected a number of at least 0"),
+        (lambda: schedules.sigmoid(3, 1.0, 1.0), "start, end: expected start below end"),
+    ],
+)
+def test_a_schedule_names_a_wrong_option(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
 def test_wrong_schedule_options():
     with pytest.raises(ValueError, match=r"schedule: expected one of linear, .* got 'linnear'"):
         make_schedule("linnear", 10)
@@ -344,5 +365,5 @@ def test_wrong_schedule_options():
         for made in (schedules.cosine, schedules.sigmoid):
             with pytest.raises(ValueError, match="max_beta: expected a number between 0 and 1"):
                 made(10, max_beta=max_beta)
-    with pytest.raises(ValueError, match="log_alpha_bar: expected"):
+    with pytest.raises(ValueError, match="start, end: expected start below end, got 3"):
         schedules.sigmoid(10, start=3.0, end=-3.0)

@@ -209,6 +209,16 @@ def test_a_run_says_what_it_trains_and_how_long_it_takes(tmp_path, capsys, monke
     assert lines[1] == "fastdiff: about 3 min for the 3 steps that are left"
 
 
+def test_the_bar_says_what_holds_up_the_steps_until_the_next_one(capsys, monkeypatch):
+    monkeypatch.setattr(logs, "BAR_SECONDS", 0.0)
+    progress = logs.Progress(0, 2, batch_size=4)
+    progress.doing("draws samples")
+    assert "draws samples" in capsys.readouterr().err
+    progress.advance(1, torch.zeros(()))
+    progress.close()
+    assert "draws samples" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (9000, "2.5 h"), (1.2e6, "14 days")],

@@ -23,8 +23,9 @@ def few_samples(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_options_log_grids_and_a_report(tmp_path):
+def test_a_run_leaves_options_log_grids_and_a_report(tmp_path, capsys):
     run(tmp_path, steps=20, sample_every=10)
+    assert "draws samples" in capsys.readouterr().err  # the bar stands still meanwhile
     assert Options(**json.loads((tmp_path / "config.json").read_text())) == Options(
         **{**TINY, "steps": 20, "sample_every": 10}
     )
