@@ -156,8 +156,8 @@ def optimal_coupling(x0: Tensor, noise: Tensor) -> Tensor:
         noise: (B, ...).
 
     Returns: (B, ...), the same noises. The assignment is solved on the CPU, in O(B^3).
-    Raises: TypeError or ValueError if they differ in shape, type or device. ImportError without scipy (extra
-        [coupling]).
+    Raises: TypeError or ValueError if they differ in shape, type or device, and under torch.func.vmap. ImportError
+        without scipy (extra [coupling]).
     Reference: Tong et al. 2023, arXiv:2302.00482, section 3.2.3.
     """
     check_floating("x0", x0)
