@@ -147,8 +147,7 @@ class Diffusion(Denoiser, ABC):
                 noise = kept_noise(x0, 0 if placed else row, drawn, ids, always=placed)
             seed = seed if noise is None else None
         ids = ids if noise is None else None
-        x_t = ops.noising(x0, row, table, seed=seed, sample_ids=ids, noise=noise)
-        return Noised(x_t, seed, ids, noise)
+        return Noised(ops.noising(x0, row, table, seed=seed, sample_ids=ids, noise=noise), seed, ids, noise)
 
     def _loss(
         self, predicted: Prediction, noised: Noised, x0: Tensor, t: Tensor, mask: Tensor | None, reduction: str,

@@ -7,8 +7,7 @@ the same step tables serve chains and SDEs.
     sub-VP    dx = -beta/2 x dt + sqrt(beta (1 - exp(-2 B))) dw          B = integral of beta
     VE        dx = sqrt(d sigma^2 / dt) dw                               the limit of the NCSN ladder
 
-Song et al. 2021 is arXiv:2011.13456 (score SDEs), Karras et al. 2022 is arXiv:2206.00364 (EDM), Song & Ermon 2019 is
-arXiv:1907.05600 (NCSN).
+Karras et al. 2022 is arXiv:2206.00364 (EDM).
 """
 
 import math
