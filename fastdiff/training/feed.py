@@ -67,10 +67,7 @@ def measured(options: Options, source: Source) -> Options:
 def spread(source: Source, images: int = MEASURED) -> float:
     """The standard deviation of the numbers of some images, to two digits: more do not hold for other images."""
     stream = Stream(source, min(CHUNK, len(source)))
-    count, sums, shift = 0, torch.zeros(2, dtype=torch.float64), None
-    for step in range(min(images, len(source)) // stream.batch_size):
-        values = stream.batch(step).images.double()
-        shift = values.flatten()[0] if shift is None else shift  # one number everywhere gives 0 exactly
-        count, sums = count + values.numel(), sums + torch.stack([((values - shift) ** k).sum() for k in (1, 2)])
-    mean, square = (sums / count).tolist()
-    return float(f"{max(square - mean**2, 0) ** 0.5:.2g}")
+    steps = range(min(images, len(source)) // stream.batch_size)
+    parts = [torch.var_mean(stream.batch(step).images.double(), correction=0) for step in steps]
+    variances, means = map(torch.stack, zip(*parts, strict=True))  # of parts of one size
+    return float(f"{(variances.mean() + means.var(correction=0)).sqrt().item():.2g}")
