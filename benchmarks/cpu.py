@@ -7,7 +7,6 @@ turns. Each agrees with the float64 reference before it is timed.
 """
 
 import argparse
-import json
 import platform
 import re
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.files import replacing, writable
+from fastdiff.files import writable, write_json
 
 from .gpu.results import ROOT, machine
 from .kernel_workloads import group_norm_silu
@@ -82,8 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         for case, rows in cases().items():
             content["rows"][case] = measure(rows, args.seconds)
             print(f"{case:40}", *(f"{way} {t:.4g} ms" for way, t in content["rows"][case].items()), flush=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(path, content)
     print(path)
     return 0
 

@@ -353,6 +353,7 @@ def _from_zero(log_terms: Tensor) -> Tensor:
 
 
 def _ends(beta_start: float, beta_end: float) -> tuple[float, float]:
+    """Both, if they are numbers in (0, 1]."""
     for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0 < beta <= 1:
             raise ValueError(f"{name}: expected a number in (0, 1], got {beta}")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import describe
-from fastdiff.files import replacing
+from fastdiff.files import write_json
 
 from .packages import lacking
 
@@ -48,8 +48,7 @@ class Results:
         runs = {**self.content["runs"], self.run: self.machine}
         self.content["runs"] = {name: machine for name, machine in runs.items() if name in used}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        write_json(self.path, self.content)
 
 
 def files(folder: Path) -> list[Path]:

@@ -189,9 +189,10 @@ def _misfit(part: Any, owner: Any) -> str | None:
     for stock, fused in _kinds().items():
         if isinstance(part, stock) and type(part) not in (stock, fused):
             return f"{type(part).__name__} is a subclass of {stock.__name__}"
-    if isinstance(part, nn.GroupNorm):
+    resnet, _, norm = _kinds()
+    if isinstance(part, norm):
         return _norm_misfit(part, owner)
-    return _block_misfit(part) if isinstance(part, next(iter(_kinds()))) else None
+    return _block_misfit(part) if isinstance(part, resnet) else None
 
 
 def _norm_misfit(norm: Any, owner: Any) -> str | None:

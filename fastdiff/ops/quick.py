@@ -77,9 +77,9 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
 
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
-            if not unwatched():  # first: torch.compile cannot trace what comes after it on a GPU
+            if not on_cpu and args and isinstance(args[0], Tensor) and args[0].is_cpu:
                 return function(*args, **options)
-            if not on_cpu and args and isinstance(args[0], Tensor) and stream_of(args[0]) is None:
+            if not unwatched():  # torch.compile cannot trace what comes after it on a GPU
                 return function(*args, **options)
             values: Any = (*args, *options.values()) if options else args
             types = (*map(type, values), *options)

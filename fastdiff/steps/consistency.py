@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import NoiseSchedule
-from ..support.scalars import as_not_negative, as_positive
+from ..support.scalars import as_not_negative, as_positive, as_share
 from .table import StepTable, make_table, x0_columns
 
 
@@ -97,9 +97,7 @@ def tcd(
     Raises: ValueError for gamma outside of [0, 1].
     Reference: Zheng et al. 2024, arXiv:2402.19159, algorithm 3; the level u is that of diffusers.
     """
-    as_not_negative("gamma", gamma)
-    if gamma > 1:
-        raise ValueError(f"gamma: expected a number from 0 to 1, got {gamma}")
+    as_share("gamma", gamma)
     t, s = levels[:-1], levels[1:]
     denoised = x0_columns(schedule, t, s, objective, clip)
     if schedule.time is None:

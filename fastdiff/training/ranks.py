@@ -152,17 +152,18 @@ def waiting(seconds: float) -> Iterator[None]:
     If it takes longer than some seconds, a line on stderr says so: nobody tells a process that another is dead.
     """
     place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    line = f"fastdiff: waiting for all of the {launched('WORLD_SIZE', 1)} processes at {place}, {PATIENCE} at most"
+    size, minutes = launched("WORLD_SIZE", 1), PATIENCE.seconds // 60
+    line = f"fastdiff: waiting for all of the {size} processes at {place}, {minutes} minutes at most"
     timer = threading.Timer(seconds, print, (line,), {"file": sys.stderr})
     timer.daemon = True
     timer.start()
-    python = threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT))
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if python else None
+    ours = threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if ours else None
     try:
         yield
     finally:
         timer.cancel()
-        if python:
+        if ours:
             signal.signal(signal.SIGINT, before)
 
 

@@ -60,5 +60,23 @@ class Fixed(nn.Module):
         return self.out
 
 
+class Low(nn.Module):
+    """A low-rank addition to a layer, which has none of the layer's attributes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 * self.base(x)
+
+
+class Twice(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
 def data(*shape: int) -> Tensor:
     return torch.rand(*(shape or SHAPE)) * 2 - 1

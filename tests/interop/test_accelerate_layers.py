@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from small_models import Low, Twice
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
@@ -96,22 +97,6 @@ def test_a_transformer_on_maps_that_are_channels_last_copies_none():
     fastdiff.accelerate(net)
     counted = as_counted(net)
     assert counted.kernels["group_norm_silu"] == 1 and not {"convolution", "clone"} & counted.kernels.keys()
-
-
-class Low(nn.Module):
-    """A low-rank addition to a layer, which has none of the layer's attributes."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.base = layer
-
-    def forward(self, x):
-        return 1.5 * self.base(x)
-
-
-class Twice(nn.Module):
-    def forward(self, weight):
-        return 2 * weight
 
 
 def wrap(net, name):

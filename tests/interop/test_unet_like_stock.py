@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import UNet2DModel
-from small_models import SMALL
+from small_models import SMALL, Low, Twice
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,22 +15,6 @@ from torch.nn.utils import parametrize, prune
 
 import fastdiff
 from fastdiff import UNet
-
-
-class Low(nn.Module):
-    """A low-rank addition to a layer, which has none of the layer's attributes."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.base = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 1.5 * self.base(x)
-
-
-class Twice(nn.Module):
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return 2 * weight
 
 
 def each(net: nn.Module, kind: type) -> list[tuple[nn.Module, str, nn.Module]]:

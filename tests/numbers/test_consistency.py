@@ -108,7 +108,7 @@ def test_steps_of_diffusers(name, ours):
     ("make", "said"),
     [
         (functools.partial(steps.tcd, gamma=1.1), r"gamma: expected a number from 0 to 1, got 1\.1"),
-        (functools.partial(steps.tcd, gamma=-0.1), r"gamma: expected a finite number of at least 0, got -0\.1"),
+        (functools.partial(steps.tcd, gamma=-0.1), r"gamma: expected a number from 0 to 1, got -0\.1"),
         (functools.partial(steps.lcm, sigma_data=-1.0), "sigma_data: expected a finite number of at least 0"),
         (functools.partial(steps.consistency, least=-1.0), "least: expected a finite number of at least 0"),
     ],

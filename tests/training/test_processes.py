@@ -159,7 +159,7 @@ def test_a_process_that_waits_for_others_says_where(monkeypatch, capfd):
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capfd.readouterr().err == "fastdiff: waiting for all of the 2 processes at node1:29500, 0:10:00 at most\n"
+    assert capfd.readouterr().err == "fastdiff: waiting for all of the 2 processes at node1:29500, 10 minutes at most\n"
 
 
 def test_a_lost_process_is_told_in_plain_words():

@@ -217,7 +217,7 @@ class Folder:
                 files.remove(file)
                 skipped[file] = "not in the folder of a class"
         if skipped and leads():
-            warn_left_out({str(file): reason for file, reason in skipped.items()}, len(files) + len(skipped))
+            warn_left_out({str(file): why for file, why in skipped.items()}, len(files) + len(skipped))
         if not files:
             raise ValueError(f"data: no readable image among the {len(skipped)} files under {path}")
         self.shape, self._size, self._channels = (channels, *size), size, channels
@@ -257,7 +257,7 @@ def stamped(path: str | Path) -> str:
 
 def warn_left_out(skipped: dict[str, str], found: int) -> None:
     """Count and name on one line of stderr what cannot be read."""
-    names = "; ".join(f"{file}: {reason}" for file, reason in list(skipped.items())[:NAMED])
+    names = "; ".join(f"{file}: {why}" for file, why in list(skipped.items())[:NAMED])
     more = ", ..." if len(skipped) > NAMED else ""
     print(f"fastdiff: warning: left out {len(skipped)} of {found} files: {names}{more}", file=sys.stderr)
 

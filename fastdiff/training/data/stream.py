@@ -16,6 +16,9 @@ from fastdiff.support.scalars import as_count, as_integer, as_share
 from fastdiff.training.data.order import FLIP, LABEL, draws, shuffled
 from fastdiff.training.data.sources import Source, finite, scaled
 
+# Items that are drawn at a time in the place of one that cannot be read.
+SUBSTITUTES = 64
+
 
 class Batch(NamedTuple):
     """What a step trains on.
@@ -69,9 +72,9 @@ class Reader:
     def _candidates(self, item: Item) -> Iterator[int]:
         """The item, and then all of the source in an order of the sample's own."""
         yield item.number
-        count = len(self.source)
-        for first in range(0, count, 64):
-            yield from shuffled(np.arange(first, min(first + 64, count)), count, item.sample).tolist()
+        size = len(self.source)
+        for first in range(0, size, SUBSTITUTES):
+            yield from shuffled(np.arange(first, min(first + SUBSTITUTES, size)), size, item.sample).tolist()
 
 
 class Stream:
