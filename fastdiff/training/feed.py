@@ -25,8 +25,8 @@ def open_stream(options: Options, folder: Path) -> Stream:
         options: of the run.
         folder: of the run, where a cache of decoded images is.
 
-    Raises: OSError or ValueError naming what cannot be read, has another shape than the options say, or is the run's
-        own folder, whose grids are no data.
+    Raises: OSError or ValueError naming what cannot be read, or has another shape than the options say. ValueError for
+        the run's own folder, whose grids are no data.
     """
     if is_path(options.data) and Path(options.data).resolve() == folder.resolve():
         raise ValueError(f"data: expected another folder than that of the run, got {options.data}")

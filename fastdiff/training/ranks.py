@@ -119,7 +119,9 @@ def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[Ranks]:
     Raises: ValueError if the launcher's variables are no numbers.
     """
     if dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=LONG))
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=LONG))
+        yield ranks
+        _end(ranks, ranks.patient)
         return
     size = launched("WORLD_SIZE", 1)
     if size == 1 and not alone_too:
@@ -136,10 +138,15 @@ def joined(device: torch.device, *, alone_too: bool = False) -> Iterator[Ranks]:
         _store = store
         ranks = Ranks(rank, size, dist.new_group(backend="gloo", timeout=LONG))
     yield ranks
+    _end(ranks, None)
+    _store = None
+
+
+def _end(ranks: Ranks, group: Any) -> None:
+    """End a group, or all if None. After an error others may be waiting: then the end of the process ends it."""
     dist.barrier(ranks.patient)
     time.sleep(QUIET)
-    dist.destroy_process_group()  # after an error others may be waiting: then the end of the process ends the group
-    _store = None
+    dist.destroy_process_group(group)
 
 
 _store: Any = None

@@ -312,3 +312,11 @@ def test_a_group_ends_when_its_threads_are_quiet(monkeypatch):
     with ranks.joined(CPU, alone_too=True) as alone:
         assert (alone.rank, alone.size) == (0, 1) and not calls
     assert calls == ["barrier", ("sleep", ranks.QUIET), "destroy_process_group"] and not dist.is_initialized()
+
+
+def test_a_group_that_was_there_stays_without_ours(group):
+    with ranks.joined(CPU) as alone:
+        assert alone.size == 1 and dist.get_group_rank(alone.patient, 0) == 0
+    assert dist.get_world_size() == 1
+    with pytest.raises(ValueError, match=r"[Gg]roup .* is not"):
+        dist.get_group_rank(alone.patient, 0)
