@@ -107,7 +107,7 @@ def check(process: Process, device: torch.device) -> None:
     if device.type == "meta":
         raise ValueError("device: the ODE's solver expected numbers to look at, got the meta device")
     if transforms.active():
-        raise ValueError("sampler, log_likelihood: the ODE's solver expected no torch.func transform or dual level around it")
+        raise ValueError("sampler, log_likelihood: the ODE's solver expected no torch.func transform or dual level")
     if not process.straight and not math.isfinite(process.sigma_range()[1]):
         raise ValueError("process: the ODE expected a finite sigma / alpha at the end, got alpha = 0")
 
