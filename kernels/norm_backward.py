@@ -177,8 +177,8 @@ def norm_sums_kernel(
     )  # fmt: skip
     VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # elements of an access
     SPLIT: tl.constexpr = LAST and BLOCKS * VECTOR >= 8  # channels of a thread
-    # Neighbouring pixels of a thread are summed at once; threads are summed after the loop.
-    WIDE: tl.constexpr = TILE if LAST or PIXELS % VECTOR != 0 else TILE // VECTOR
+    # Threads are summed after the loop. Eight neighbouring pixels of a thread are summed at once, to spare registers.
+    WIDE: tl.constexpr = TILE if LAST or VECTOR < 8 or PIXELS % VECTOR != 0 else TILE // VECTOR
     ones = zeros(BLOCKS, LANES, WIDE)
     others = zeros(BLOCKS, LANES, WIDE)
     aways = zeros(BLOCKS, LANES, WIDE)
