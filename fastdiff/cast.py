@@ -15,8 +15,8 @@ def channels_last_convolutions(model: nn.Module) -> list[nn.Conv2d]:
     """Lay out the weights of 2d convolutions channels last, in place.
 
     It is the layout that fast convolutions read, on GPUs and CPUs alike; they convert any other at every call. Their
-    outputs follow it, so that a whole network runs channels last. Of a 1x1 convolution the layout is in the strides
-    alone, and its output follows them too.
+    outputs follow it, so that a whole network runs channels last. The layout of a 1x1 convolution is in its
+    strides alone, and its output follows them too.
 
     Returns: the convolutions whose weights had another layout.
     """

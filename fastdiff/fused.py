@@ -96,7 +96,7 @@ def bias_for_norm(conv: Any, x: Tensor, add: Tensor | None = None) -> tuple[Tens
 
     The bias is in a if the norm is one kernel, or adds something anyway. Else the convolution adds it for less.
     """
-    if not adds_bias(conv) or (add is None and not is_fused(x)):
+    if (add is None and not is_fused(x)) or not adds_bias(conv):
         return conv(x), add
     return without_bias(conv, x), conv.bias if add is None else add + conv.bias
 
@@ -106,8 +106,8 @@ def with_shortcut(shortcut: Any, x: Tensor, conv: Any, h: Tensor) -> Tensor:
 
     With channels last and without a gradient a 1x1 shortcut is a matrix product, which adds both biases in its pass.
     """
-    as_product = shortcut is not None and maps_pixels(shortcut) and adds_bias(conv)
-    if torch.is_grad_enabled() or not as_product or not channels_last(x):
+    apart = torch.is_grad_enabled() or shortcut is None or not channels_last(x)
+    if apart or not (maps_pixels(shortcut) and adds_bias(conv)):
         h = conv(h)
         return (x if shortcut is None else shortcut(x)) + h
     h = without_bias(conv, h)

@@ -216,7 +216,7 @@ def linear(timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> 
 
 
 def scaled_linear(timesteps: int, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
-    """sqrt(beta_t) evenly spaced, beta_t from beta_start to beta_end, for t = 1..T: that of latent diffusion.
+    """sqrt(beta_t) evenly spaced, beta_t from beta_start to beta_end, for t = 1..T, as in latent diffusion.
 
     Args:
         timesteps, beta_start, beta_end: as of `linear`.

@@ -95,8 +95,8 @@ def sliced_like(x: Tensor, t: Tensor, stride: int) -> bool:
 
 
 def slices_like(x: Tensor, first: Tensor, *others: Tensor | None) -> list[Any]:
-    """Tensors like x, often halves of one output: as they are if their samples lie as those of x do, the same distance
-    apart; else copies that lie as x does."""
+    """Tensors like x, often halves of one output. They stay as they are if their samples have the layout of x's and are
+    the same distance apart. Else they are copies with the layout of x."""
     given = (first, *others)
     if all(t is None or sliced_like(x, t, first.stride(0)) for t in given):
         return [*given]

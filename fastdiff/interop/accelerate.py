@@ -44,8 +44,8 @@ def accelerate(
     - In every ResnetBlock2D, GroupNorm, the scale and shift of the time embedding, and SiLU become one operation
       (`ops.group_norm_silu`), which also adds the bias of the convolution before it. UNet2DModel, UNet2DConditionModel
       and AutoencoderKL are made of such blocks. Parameters, their names and hooks on the blocks stay.
-    - A 1x1 shortcut on a map that is channels last becomes a matrix product, which adds both last biases; not where a
-      gradient is wanted.
+    - Without a gradient, a 1x1 shortcut on a map that is channels last becomes a matrix product. It adds both last
+      biases.
     - A Transformer2DModel keeps maps that are channels last as they are. Its 1x1 convolutions become matrix products.
     - Every other GroupNorm of a module of diffusers becomes one operation too: those at the entry of transformers, in
       the attention of an autoencoder, and before the last convolution. Attention with a processor that is not of
@@ -60,7 +60,7 @@ def accelerate(
 
     What is done to a block later still counts. If its norms or its activation get hooks, another class or other tensors
     (offloading, LoRA, quantization, pruning), or ResnetBlock2D.forward is patched, the block runs stock's forward. A
-    convolution to which that happens is called. A second call replaces what is new. The Unet of
+    convolution that is changed so is called as it is. A second call replaces what is new. The Unet of
     denoising-diffusion-pytorch 2 has RMSNorm in its blocks, so nothing in it is replaced.
 
     A graph reads the weights where they lie. Each shape, type and plain value of the arguments has a graph of its own.

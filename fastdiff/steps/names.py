@@ -40,7 +40,7 @@ OTHER_NAMES = {
 
 
 def name_to_use(name: str, samplers: Iterable[str]) -> str:
-    """The end of a message for a name that is none of the samplers, such as "; use 'ddim'"; "" if nothing is near."""
+    """The end of a message for a name that no sampler has, such as "; use 'ddim'"; "" if nothing is near."""
     plain = name.lower().replace(" ", "_").replace("-", "_")
     base = plain.removesuffix("_karras")
     hint = OTHER_NAMES.get(plain) or OTHER_NAMES.get(base)

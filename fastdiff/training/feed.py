@@ -50,12 +50,12 @@ def open_stream(options: Options, folder: Path) -> Stream:
 def warn_if_wide(source: Source) -> None:
     """Say on stderr that floating numbers are far from [-1, 1]: those of 0 to 255 would train nothing of use."""
     if source.read(0).is_floating_point() and (deviation := spread(source, CHUNK)) > WIDE:
-        told = f"expected floating numbers around [-1, 1], got a standard deviation of {deviation:g}"
-        print(f"fastdiff: warning: data: {told}; only uint8 is scaled", file=sys.stderr)
+        wide = f"expected floating numbers around [-1, 1], got a standard deviation of {deviation:g}"
+        print(f"fastdiff: warning: data: {wide}; only uint8 is scaled", file=sys.stderr)
 
 
 def measured(options: Options, source: Source) -> Options:
-    """The options with a sigma_data that was measured, where it is left to the data; all processes find the same."""
+    """The options; edm's sigma_data is measured on the data if it is 0. All processes find the same."""
     if options.formulation != "edm" or options.sigma_data:
         return options
     sigma_data = spread(source)

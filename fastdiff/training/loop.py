@@ -330,9 +330,9 @@ class Run:
         shared = f" in {self.ranks.size} processes" if self.ranks.size > 1 else ""
         classes = f" in {len(self.classes)} classes" if self.classes else ""
         sigma_data = getattr(self.diffusion.process, "sigma_data", None)
-        told = "" if sigma_data is None else f", sigma_data {sigma_data:g}"
+        spread = "" if sigma_data is None else f", sigma_data {sigma_data:g}"
         return (
-            f"fastdiff: {self.options.formulation} of {parameters:,} parameters{told}, {images:,} images of {shape}"
+            f"fastdiff: {self.options.formulation} of {parameters:,} parameters{spread}, {images:,} images of {shape}"
             f"{classes}, on {self.device}{shared}, steps {self.start} to {self.options.steps}"
         )
 

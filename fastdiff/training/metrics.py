@@ -18,7 +18,7 @@ class Sums:
     """Sums of features that give their mean and covariance, in float64; sums of several processes add up.
 
     Args:
-        size: D, of the features.
+        size: D, how many numbers a feature has.
     """
 
     def __init__(self, size: int) -> None:

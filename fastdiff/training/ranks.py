@@ -156,7 +156,7 @@ _store: Any = None
 def waiting(seconds: float) -> Iterator[None]:
     """Within the block, which waits for other processes in PyTorch's own code, SIGINT ends this one at once.
 
-    If it takes longer than some seconds, a line on stderr says so: nobody tells a process that another is dead.
+    If it takes longer than some seconds, a line on stderr says so: a process that never started tells nobody.
     """
     place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
     size, minutes = launched("WORLD_SIZE", 1), PATIENCE.seconds // 60
