@@ -154,15 +154,21 @@ def conditional(**config: Any) -> nn.Module:
     return made
 
 
+def accelerated(**config: Any) -> nn.Module:
+    """The same by `accelerate`, as on a GPU."""
+    made = conditional(**config)
+    accelerate(made, channels_last=True)
+    return made
+
+
 def count(
     name: str, make: Callable[[], nn.Module], batch: int, *, sampled: bool = False, half: bool = False,
-    autocast: bool = False, accelerated: bool = False, size: tuple[int, ...] = (3, 32, 32), text: int | None = None,
+    autocast: bool = False, size: tuple[int, ...] = (3, 32, 32), text: int | None = None,
 ) -> Row:  # fmt: skip
     """One forward, float32 unless `half` (bfloat16 weights) or `autocast` (to bfloat16).
 
     Args:
         sampled: as Diffusion.sample calls it: with dtype=torch.bfloat16, and what depends on time alone ahead.
-        accelerated: by `accelerate`, as on a GPU.
         size: of an image.
         text: the width of the states of a text, if the network takes one.
     """
@@ -175,8 +181,6 @@ def count(
             arguments = {name: rows.bfloat16() for name, rows in ahead.items()}
             net = Casts().get(net, torch.bfloat16)
         net = net.to(torch.bfloat16) if half else net
-        if accelerated:
-            accelerate(net, channels_last=True)
         dtype = next(net.parameters()).dtype
         x = torch.empty(batch, *size, dtype=dtype, device="cpu")
         if text is not None:
@@ -206,12 +210,9 @@ def rows(batches: Sequence[int] = (1, 256)) -> list[Row]:
 
 def stable_diffusion_rows() -> list[Row]:
     """Those of one image with guidance, which is a batch of two."""
-    names = {True: "accelerate", False: "diffusers"}
+    networks = {"accelerate": accelerated, "diffusers": conditional}
     size, text = (4, 64, 64), STABLE_DIFFUSION["cross_attention_dim"]
-    return [
-        count(f"Stable Diffusion 1.5, {name}", conditional, 2, accelerated=accelerated, size=size, text=text)
-        for accelerated, name in names.items()
-    ]
+    return [count(f"Stable Diffusion 1.5, {name}", make, 2, size=size, text=text) for name, make in networks.items()]
 
 
 class Compiled(NamedTuple):
