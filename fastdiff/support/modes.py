@@ -156,6 +156,10 @@ def call(network: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     finally:
         with _lock:
             if counted:
-                del mine[turns]
+                often = mine[turns] - 1
+                if often:  # a walk that began in the call goes on
+                    mine[turns] = often
+                else:
+                    del mine[turns]
                 turns.calls -= 1
             _changed.notify_all()

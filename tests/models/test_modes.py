@@ -186,6 +186,23 @@ def test_an_interrupt_anywhere_gives_modes_and_turns_back():
         assert not other.is_alive()
 
 
+def test_a_walk_may_outlive_the_call_in_which_it_began():
+    """As a generator that a network starts."""
+
+    class Starts(nn.Module):
+        def forward(self) -> None:
+            walk.__enter__()
+
+    net = Starts()
+    walk = modes.evaluating(net)
+    modes.call(net)
+    assert not net.training
+    walk.__exit__()
+    assert net.training
+    with modes.evaluating(net):  # it waits for nobody
+        pass
+
+
 def test_a_walk_within_a_call_and_a_walk():
     """A network that samples by itself does not wait for itself."""
     net, x = Net(), torch.rand(SHAPE)
