@@ -158,7 +158,7 @@ def check_sampling(
         raise TypeError(f"callback: expected a function, got {type(callback).__name__}")
 
 
-def check_out(out: Tensor | None, x_T: Tensor | None, uncond: Any, others: dict[str, Any]) -> None:
+def check_out_apart(out: Tensor | None, x_T: Tensor | None, uncond: Any, others: dict[str, Any]) -> None:
     """`out` of `sample` shares no memory with what the steps read: it may be x_T itself, but no other argument."""
     if out is None:
         return

@@ -14,7 +14,7 @@ from .arguments import (
     check_labels,
     check_loss,
     check_noise,
-    check_out,
+    check_out_apart,
     check_sampling,
     merged,
     shape_of,
@@ -263,7 +263,7 @@ class Diffusion(Denoiser, ABC):
         edit = Edit(x_init, strength, known, resample).checked(shape, x_T)
         kwargs = stack_branches(guidance, guidance_rule, uncond, model_kwargs, shape[0], device)
         others = {"noise": noise, "seed": seed, "sample_ids": sample_ids, "x_init": x_init, "known": known}
-        check_out(out, x_T, uncond, {**others, **model_kwargs})
+        check_out_apart(out, x_T, uncond, {**others, **model_kwargs})
         if sampler == "ode":
             ode.check_sampling(
                 self.process, device, steps=steps, eta=eta or None, noise=noise, x_init=x_init, stop_at=stop_at,
