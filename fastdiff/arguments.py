@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .ops.checks import (
-    as_mask,
     as_sample_ids,
     as_shape,
     check_floating,
+    check_mask,
     check_reduction,
     check_shape,
     check_state,
@@ -89,7 +89,7 @@ def check_loss(
     if noise is not None or seed is not None:
         seed = noise_source(x0, seed, noise)
     if mask is not None:
-        as_mask(mask, x0)
+        check_mask(mask, x0)
     return seed, as_sample_ids(sample_ids, x0.shape[0], x0.device)
 
 

@@ -201,7 +201,7 @@ class DDPM(ChainDiffusion):
             raise ValueError(f"mask: expected None with loss {self.loss_kind!r}, whose bound has no mask")
         if t is not None or self.importance is None or not self.training:
             return super().forward(x0, t=t, reduction=reduction, **options)
-        check_loss(x0, **drawn, reduction=reduction)
+        options["seed"], options["sample_ids"] = check_loss(x0, **drawn, reduction=reduction)
         self.importance.to_device(x0.device)
         t, weight = self.importance.sample(len(x0))
         losses = super().forward(x0, t=t, reduction="none", **options)

@@ -49,17 +49,26 @@ def check_like(name: str, given: Tensor, x: Tensor) -> None:
 
 
 def as_mask(mask: Tensor, x: Tensor, name: str = "mask") -> Tensor:
-    """A floating or bool tensor that expands to the shape of x, as a floating one of that shape, without a gradient."""
-    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-        check_dense(name, mask)
+    """A mask that `check_mask` takes, as a floating tensor of the shape of x, without a gradient."""
+    check_mask(mask, x, name)
+    if mask.dtype == torch.bool:
         mask = mask.to(x.dtype)
-    check_floating(name, mask)
-    check_device(name, mask, x.device)
     if mask.shape != x.shape:
-        if mask.ndim != x.ndim or not all(fits(n, whole) for n, whole in zip(mask.shape, x.shape, strict=True)):
-            raise ValueError(f"{name}: expected a shape that expands to {tuple(x.shape)}, got {tuple(mask.shape)}")
         mask = mask.expand(x.shape)
     return mask.detach() if mask.requires_grad else mask
+
+
+def check_mask(mask: Tensor, x: Tensor, name: str = "mask") -> None:
+    """mask is a floating or bool tensor that expands to the shape of x."""
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        check_dense(name, mask)
+    else:
+        check_floating(name, mask)
+    check_device(name, mask, x.device)
+    if mask.shape != x.shape and (
+        mask.ndim != x.ndim or not all(fits(n, whole) for n, whole in zip(mask.shape, x.shape, strict=True))
+    ):
+        raise ValueError(f"{name}: expected a shape that expands to {tuple(x.shape)}, got {tuple(mask.shape)}")
 
 
 def check_dense(name: str, x: Tensor) -> None:
