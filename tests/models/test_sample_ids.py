@@ -66,6 +66,16 @@ def test_importance_draws_at_quantiles():
     torch.testing.assert_close(weights.double(), 1 / (4 * p[levels - 1]), rtol=1e-5, atol=0)
 
 
+def test_numbers_of_samples_are_read_once():
+    """They may be an iterator; importance sampling looks at them before it draws levels."""
+    model, x0 = DDPM(Net(), timesteps=4, schedule="cosine", objective="v", importance=True), torch.ones(2, 2, 9)
+    losses = []
+    for ids in (iter([4, 2]), torch.tensor([4, 2])):
+        torch.manual_seed(0)
+        losses.append(model(x0, seed=1, sample_ids=ids))
+    assert torch.equal(*losses)
+
+
 @pytest.mark.slow
 def test_numbers_of_samples_break_no_graph():
     """A look at their values would, on the CPU."""
