@@ -19,6 +19,7 @@ from ...ops.checks import FLOATING
 from ...reference import work_dtype
 from ...rows import make_rows
 from ...support.cache import Tables
+from ...support.plain import as_defined
 from ..stock import noising, overridden, reached, stamp
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -58,7 +59,7 @@ class FusedScheduler:
                 replaced[name] = {}
                 setattr(cls, name, or_stock(ours, stock, name, replaced[name]))
         for name, used in replaced.items():  # once all of them are in their places
-            used.update({n: getattr(cls, n) for n in reached(stock, name)})
+            used.update({n: as_defined(stock, n) and getattr(cls, n) for n in reached(stock, name)})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().__new__(cls)
@@ -135,8 +136,8 @@ def or_stock(ours: Any, kind: type, name: str, used: dict[str, Any]) -> Any:
 
     Stock's runs if `ours` returns NotImplemented, if the object overrides one of `used`, or if it was patched.
     """
-    original = getattr(kind, name)
-    draws = "generator" in inspect.signature(original).parameters
+    original = as_defined(kind, name)
+    draws = "generator" in inspect.signature(getattr(kind, name)).parameters
 
     @functools.wraps(ours)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +147,7 @@ def or_stock(ours: Any, kind: type, name: str, used: dict[str, Any]) -> Any:
             if result is not NotImplemented:
                 return result
         if draws and self.fused_noise:
-            warnings.warn(f"fused_noise: {original.__qualname__} runs here and draws the noise as stock", stacklevel=2)
+            warnings.warn(f"fused_noise: {kind.__name__}.{name} runs here and draws the noise as stock", stacklevel=2)
         return stock(self, *args, **kwargs)
 
     return method
