@@ -45,7 +45,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     (pruning, weight norm, ZeRO), or with parameters of another class (DTensor, quantized tensors). And all children of
     a class that was patched.
     """
-    if type(module) is not kind or is_patched(kind) or "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
+    if type(module) is not kind or is_patched(kind):
+        return False
+    if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
         return False
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return False
