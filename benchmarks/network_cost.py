@@ -10,6 +10,7 @@ bias (cuDNN convolves, PyTorch adds), three for GroupNorm. Bytes are those of al
 """
 
 import argparse
+import ast
 import re
 import sys
 from collections import Counter
@@ -226,9 +227,12 @@ class Compiled(NamedTuple):
 
 def passes(source: str, shape: Sequence[int]) -> int:
     """Reads and writes of maps of that shape in the module that Inductor wrote, but for those of convolutions."""
-    size = re.escape(str(tuple(shape)))
-    maps = set(re.findall(rf"(?:assert_size_stride\((\w+), |(\w+) = empty_strided_cuda\(){size}", source))
+    size, checks = re.escape(str(tuple(shape))), r"(?:assert_size_stride|assert_tensor_metadata)"
+    maps = set(re.findall(rf"(?:{checks}\((\w+), |(\w+) = empty_strided_cuda\(){size}", source))
     names = {name for found in maps for name in found}
+    for several in re.findall(r"assert_size_stride_grouped\((\(.*\)), \'", source):  # tensors, shapes, strides
+        tensors, shapes, _ = ast.parse(several, mode="eval").body.elts  # type: ignore[attr-defined]
+        names |= {t.id for t, s in zip(tensors.elts, ast.literal_eval(shapes), strict=True) if s == tuple(shape)}
     kernels = dict(re.findall(r"^def (triton_\w+)(\(.*?)(?=^\'\'\')", source, re.MULTILINE | re.DOTALL))
     count = 0
     for line in source[source.index("def call(") :].splitlines():

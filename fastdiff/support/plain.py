@@ -1,10 +1,40 @@
 """Whether the parameters of a child module may be read without calling it, and whether it is wrapped."""
 
 from types import MethodType
+from typing import Any
 
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+
+def as_defined(kind: type, name: str) -> Any:
+    """The method or property of a class as its library wrote it, or None if another was put in its place before."""
+    owner = next(k for k in kind.__mro__ if name in vars(k))
+    member = vars(owner)[name]
+    function = getattr(member, "fget", member)
+    written = function.__module__ == owner.__module__ and function.__qualname__ == f"{owner.__qualname__}.{name}"
+    return member if written and not hasattr(function, "__wrapped__") else None
+
+
+# What a call of PyTorch's layers runs. Tools patch it for all layers at once.
+METHODS = {
+    kind: [(name, as_defined(kind, name)) for name in names]
+    for kind, names in (
+        (nn.Conv2d, ("forward", "_conv_forward")),
+        (nn.Linear, ("forward",)),
+        (nn.GroupNorm, ("forward",)),
+        (nn.SiLU, ("forward",)),
+    )
+}
+
+
+def is_patched(kind: type[nn.Module]) -> bool:
+    """Whether a layer of PyTorch's has another method in the place of its own."""
+    for name, method in METHODS.get(kind, ()):  # noqa: SIM110, a generator costs more
+        if getattr(kind, name) is not method:
+            return True
+    return False
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -12,9 +42,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
     A fused block reads the parameters of its children. It asks this at every call, and calls a child that is not plain:
     a subclass (LoRA, quantized layers, parametrizations, FSDP2), one with a forward of its own (offloading), with hooks
-    (pruning, weight norm, ZeRO), or with parameters of another class (DTensor, quantized tensors).
+    (pruning, weight norm, ZeRO), or with parameters of another class (DTensor, quantized tensors). And all children of
+    a class that was patched.
     """
-    if type(module) is not kind or "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
+    if type(module) is not kind or is_patched(kind):
+        return False
+    if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
         return False
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return False

@@ -157,10 +157,9 @@ class TrainingStep:
             raise TypeError(f"loss: expected a tensor with a gradient by the parameters, got {got}")
         self.optimizer.zero_grad()
         losses.mean().backward()
-        try:
-            norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if self.clip_grad is None else self.clip_grad)
-        except NotImplementedError as error:
-            raise TypeError("optimizer: expected parameters with dense gradients") from error
+        if any(p.grad is not None and p.grad.is_sparse for p in self.parameters):
+            raise TypeError("optimizer: expected parameters with dense gradients")
+        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if self.clip_grad is None else self.clip_grad)
         bad = ~(losses.isfinite().all() & norm.isfinite())
         leave_out(self.optimizer, bad)
         self.optimizer.step()

@@ -1,6 +1,7 @@
 """What accelerate makes of the layers around a norm: biases that a later pass adds, and transformers on pixels."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrize
 
 import fastdiff
 from benchmarks.network_cost import Meter, as_on_a_gpu
+from fastdiff.support.plain import METHODS, as_defined
 
 LAST = torch.channels_last
 
@@ -132,6 +134,77 @@ def test_layers_that_are_changed_afterwards_are_called(treatment):
             want = output(stock, x)
             torch.testing.assert_close(output(ours, x), want, rtol=1e-4, atol=1e-5)
         assert treatment == "offloading" or not torch.allclose(plain, want, atol=1e-3)
+
+
+# Methods that tools patch for all objects of a class; how the patched one differs is seen only if it is called.
+PATCHED = [
+    (block, ResnetBlock2D, "forward"),
+    (block, nn.GroupNorm, "forward"),
+    (block, nn.Conv2d, "forward"),
+    (block, nn.Conv2d, "_conv_forward"),
+    (block, nn.SiLU, "forward"),
+    (transformer, nn.GroupNorm, "forward"),
+    (transformer, nn.Conv2d, "forward"),
+    (transformer, Transformer2DModel, "_operate_on_continuous_inputs"),
+    (transformer, Transformer2DModel, "_get_output_for_continuous_inputs"),
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "method"), PATCHED)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_patched_methods_of_a_class_are_called(make, kind, method, backend, monkeypatch):
+    stock, ours, x, original = make(), make(), image(), getattr(kind, method)
+    fastdiff.accelerate(ours)
+
+    def patched(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        return (1.5 * out[0], *out[1:]) if isinstance(out, tuple) else 1.5 * out
+
+    with torch.no_grad(), fastdiff.backend(backend):
+        plain = output(ours, x)
+        monkeypatch.setattr(kind, method, patched)
+        want = output(stock, x)
+        torch.testing.assert_close(output(ours, x), want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain, want, atol=1e-3)
+
+
+def test_what_was_patched_before_is_known_as_such(monkeypatch):
+    """It is not taken for the method that a fused one stands for."""
+    for kind, methods in METHODS.items():
+        assert all(method is getattr(kind, name) for name, method in methods)
+    forward = ResnetBlock2D.forward
+    assert as_defined(ResnetBlock2D, "forward") is forward
+    for patch in (lambda self, x: x, functools.wraps(forward)(lambda self, x: x)):
+        monkeypatch.setattr(ResnetBlock2D, "forward", patch)
+        assert as_defined(ResnetBlock2D, "forward") is None
+
+
+@pytest.mark.parametrize(("make", "kind"), [(block, ResnetBlock2D), (transformer, nn.GroupNorm)])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_wrapper_that_holds_a_fused_forward_calls_stocks_after_restore(make, kind, backend):
+    net, x = make(), image()
+    with torch.no_grad(), fastdiff.backend(backend):
+        want = output(net, x)
+        fastdiff.accelerate(net)
+        for module in net.modules():
+            if isinstance(module, kind):
+                module.forward = lambda *args, forward=module.forward: forward(*args)
+        fastdiff.restore(net)
+        assert torch.equal(output(net, x), want)
+
+
+@pytest.mark.parametrize("norm", ["default", "scale_shift"])
+def test_embeddings_of_any_shape_that_stock_takes(norm):
+    """One row for several images, or several for one; and stock's error where there is none."""
+    stock = block(time_embedding_norm=norm)
+    ours = copy.deepcopy(stock)
+    fastdiff.accelerate(ours)
+    with torch.no_grad(), fastdiff.backend("triton"):
+        for images, rows in ((2, 1), (1, 2)):
+            x, temb = image()[:images], torch.linspace(-1, 1, 8 * rows).reshape(rows, 8)
+            torch.testing.assert_close(ours(x, temb), stock(x, temb), rtol=1e-4, atol=1e-5)
+        with pytest.raises(TypeError, match="silu"):
+            ours(image(), None)
 
 
 def test_tiling_by_circular_padding():

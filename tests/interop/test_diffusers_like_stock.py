@@ -13,7 +13,9 @@ from schedulers import NAMES, PARITY, both, draw, seeded
 from torch import Tensor
 
 from fastdiff.interop import diffusers as fused
+from fastdiff.interop.diffusers import FusedScheduler
 from fastdiff.interop.stock import reached, stamp
+from fastdiff.support.plain import as_defined
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers with NumPy 2
 
@@ -98,6 +100,21 @@ def test_overrides(name: str, method: str, how: str, monkeypatch: pytest.MonkeyP
     close(results[1], results[0])
     if counts[0] and method in ("_get_variance", "convert_model_output", "get_adjacent_sigma"):
         assert not all(torch.equal(a, b) for a, b in zip(results[1], plain, strict=True))
+
+
+def test_a_step_that_was_patched_before_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the class that stands for stock's is made; and nothing of stock's is taken for patched."""
+    for kind in fused.SCHEDULERS:
+        methods = {n: m for n, m in vars(kind).items() if n in ENTRIES}
+        assert methods and not [n for n in methods if as_defined(kind.stock, n) is None]
+        assert not [n for entry in methods for n in reached(kind.stock, entry) if as_defined(kind.stock, n) is None]
+    monkeypatch.setattr(diffusers.DDIMScheduler, "step", lambda self, *args: "patched")
+
+    class Late(FusedScheduler, diffusers.DDIMScheduler, stock=diffusers.DDIMScheduler):
+        def step(self, *args: Any) -> str:
+            return "fused"
+
+    assert Late().step() == "patched"
 
 
 def test_every_method_that_users_override_is_among_them() -> None:

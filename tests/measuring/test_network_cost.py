@@ -43,10 +43,17 @@ def triton_poi_1(in_out_ptr0, in_ptr0, xnumel):
 """
 
 
-def test_passes_over_whole_maps():
+WRITTEN_BY_2_14 = WRITTEN.replace(
+    "assert_size_stride(arg0, (2, 4, 8), (32, 8, 1))",
+    "assert_size_stride_grouped((arg1, arg0), ((4, ), (2, 4, 8)), ((1, ), (32, 8, 1)), 'input')",
+).replace("assert_size_stride(buf2, (2, 4, 8), (32, 8, 1)", "assert_tensor_metadata(buf2, (2, 4, 8), (32, 8, 1), dtype")
+
+
+@pytest.mark.parametrize("written", [WRITTEN, WRITTEN_BY_2_14])
+def test_passes_over_whole_maps(written):
     """Two reads of arg0 by the first kernel; the norm's two; a read, a write and a read of another map by the last."""
-    assert passes(WRITTEN, (2, 4, 8)) == 2 + 2 + 3
-    assert passes(WRITTEN, (2, 4)) == 1 + 2  # the norm's are always counted
+    assert passes(written, (2, 4, 8)) == 2 + 2 + 3
+    assert passes(written, (2, 4)) == 1 + 2  # the norm's are always counted
 
 
 class Two(nn.Module):

@@ -19,10 +19,12 @@ from ...ops.checks import FLOATING
 from ...reference import work_dtype
 from ...rows import make_rows
 from ...support.cache import Tables
+from ...support.plain import as_defined
 from ..stock import noising, overridden, reached, stamp
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 LARGE = 2.0**60  # a power of 2 beyond all 1 / alpha but infinity
+DOUBLE_RANKS = torch.__version__ >= (2, 14)  # of quantiles, where the device has float64
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -58,7 +60,7 @@ class FusedScheduler:
                 replaced[name] = {}
                 setattr(cls, name, or_stock(ours, stock, name, replaced[name]))
         for name, used in replaced.items():  # once all of them are in their places
-            used.update({n: getattr(cls, n) for n in reached(stock, name)})
+            used.update({n: as_defined(stock, n) and getattr(cls, n) for n in reached(stock, name)})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().__new__(cls)
@@ -135,8 +137,8 @@ def or_stock(ours: Any, kind: type, name: str, used: dict[str, Any]) -> Any:
 
     Stock's runs if `ours` returns NotImplemented, if the object overrides one of `used`, or if it was patched.
     """
-    original = getattr(kind, name)
-    draws = "generator" in inspect.signature(original).parameters
+    original = as_defined(kind, name)
+    draws = "generator" in inspect.signature(getattr(kind, name)).parameters
 
     @functools.wraps(ours)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +148,7 @@ def or_stock(ours: Any, kind: type, name: str, used: dict[str, Any]) -> Any:
             if result is not NotImplemented:
                 return result
         if draws and self.fused_noise:
-            warnings.warn(f"fused_noise: {original.__qualname__} runs here and draws the noise as stock", stacklevel=2)
+            warnings.warn(f"fused_noise: {kind.__name__}.{name} runs here and draws the noise as stock", stacklevel=2)
         return stock(self, *args, **kwargs)
 
     return method
@@ -275,16 +277,18 @@ def with_fused_noise(stock: type) -> Callable[..., None]:
 def quantile(values: Tensor, q: float) -> Tensor:
     """torch.quantile(values, q, dim=1, keepdim=True) of values (B, n), to the bit.
 
-    Torch's own sorts the whole row and takes at most 16 million values. In torch 2.11 it waits for the device too.
+    Torch's own sorts the whole row on a GPU. Before torch 2.14 it takes at most 16 million values, and in 2.11 it waits
+    for the device too.
     """
     n = values.shape[1]
-    # The rank is rounded in the type of the values, as torch.quantile does, by no more than 1 + n / 2^22 places.
+    # Torch rounds q to the type of the values, and before 2.14 its rank too: by no more than 1 + n / 2^22 places.
     top = values.topk(min(n, n - math.floor(q * (n - 1)) + 1 + (n >> 22)), dim=1).values
     largest = top[:, :1]  # NaN if any value is
-    rank = torch.full_like(largest, q) * (n - 1)
+    in_double = DOUBLE_RANKS and values.device.type != "mps"
+    rank = torch.full_like(largest, q).to(torch.float64 if in_double else largest.dtype) * (n - 1)
     below = rank.floor()
     low, high = (top.gather(1, (n - 1 - place.long()).clamp(min=0)) for place in (below, rank.ceil()))
-    return torch.where(largest.isnan(), largest, low.lerp(high, rank - below))
+    return torch.where(largest.isnan(), largest, low.lerp(high, (rank - below).to(largest.dtype)))
 
 
 def normal(like: Tensor, seed: int | None, index: Tensor) -> Tensor:

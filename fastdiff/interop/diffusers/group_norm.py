@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.group_norm import is_fused
-from ...support.plain import has_plain_parameters
+from ...support.plain import has_plain_parameters, is_patched
 
 
 class GroupNorm(nn.GroupNorm):
@@ -16,6 +16,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias  # a parametrization computes them
-        if weight is None or bias is None or not has_plain_parameters(self) or not is_fused(input):
-            return nn.GroupNorm.forward(self, input)  # without super(): `restore` may have changed the class since
+        ours = isinstance(self, GroupNorm)  # `restore` may have changed the class since
+        plain = weight is not None and bias is not None and has_plain_parameters(self) and not is_patched(nn.GroupNorm)
+        if not (ours and plain and is_fused(input)):
+            return nn.GroupNorm.forward(self, input)
         return ops.group_norm_silu(input, self.num_groups, weight, bias, self.eps, silu=False)

@@ -6,21 +6,22 @@ import diffusers.models.resnet
 from torch import Tensor, nn
 
 from ...fused import bias_for_norm, norm_silu, with_shortcut
-from ...support.plain import is_plain
+from ...support.plain import as_defined, is_plain
 
-STOCK_FORWARD = diffusers.models.resnet.ResnetBlock2D.forward
+STOCK = diffusers.models.resnet.ResnetBlock2D
+STOCK_FORWARD = as_defined(STOCK, "forward")
 
 
-class ResnetBlock2D(diffusers.models.resnet.ResnetBlock2D):
+class ResnetBlock2D(STOCK):
     """diffusers' block with the same parameters and arithmetic. `accelerate` turns a block into one by its class.
 
     It does not call its norms and its activation. If they are no longer plain layers, stock's forward runs.
     """
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        unprojected = temb is not None and self.time_emb_proj is None  # of any shape that broadcasts
-        if unprojected or not self._fuses():
-            return super().forward(input_tensor, temb, *args, **kwargs)
+        # Another class: `restore` has changed it since, but somebody holds this method.
+        if not isinstance(self, ResnetBlock2D) or not self._fuses(input_tensor, temb):
+            return STOCK.forward(self, input_tensor, temb, *args, **kwargs)
         x, h = input_tensor, norm_silu(self.norm1, input_tensor)
         resample = self.upsample or self.downsample
         if resample is not None:
@@ -28,9 +29,7 @@ class ResnetBlock2D(diffusers.models.resnet.ResnetBlock2D):
         scale = shift = add = None
         if temb is not None:
             add = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        if self.time_embedding_norm == "scale_shift":
-            if add is None:
-                raise ValueError("temb: expected a tensor with time_embedding_norm 'scale_shift', got None")
+        if add is not None and self.time_embedding_norm == "scale_shift":
             scale, shift = add.expand(len(h), -1).chunk(2, dim=1)
             add = None
         h, add = bias_for_norm(self.conv1, h, add)
@@ -40,10 +39,14 @@ class ResnetBlock2D(diffusers.models.resnet.ResnetBlock2D):
         out = with_shortcut(self.conv_shortcut, x, self.conv2, h)
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
-    def _fuses(self) -> bool:
-        """Whether the layers that are not called, and stock's forward, are as diffusers made them."""
+    def _fuses(self, x: Tensor, temb: Tensor | None) -> bool:
+        """Whether the layers that are not called, and stock's forward, are as diffusers made them, and stock takes the
+        embedding as one row for each image or for all."""
+        if temb is None or self.time_emb_proj is None:
+            takes = temb is self.time_emb_proj is None and self.time_embedding_norm != "scale_shift"
+        else:
+            takes = temb.ndim == 2 and temb.shape[0] in (1, x.shape[0])
         norms = all(
             is_plain(n, nn.GroupNorm) and n.weight is not None and n.bias is not None for n in (self.norm1, self.norm2)
         )
-        unpatched = diffusers.models.resnet.ResnetBlock2D.forward is STOCK_FORWARD
-        return norms and is_plain(self.nonlinearity, nn.SiLU) and unpatched
+        return takes and norms and is_plain(self.nonlinearity, nn.SiLU) and STOCK.forward is STOCK_FORWARD

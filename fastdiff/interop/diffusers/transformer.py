@@ -2,14 +2,19 @@
 
 from typing import Any
 
+import diffusers.models.transformers.transformer_2d
 import torch.nn.functional as F
-from diffusers.models.transformers import transformer_2d
 from torch import Tensor
 
 from ...fused import channels_last, maps_pixels
+from ...support.plain import as_defined
+
+STOCK = diffusers.models.transformers.transformer_2d.Transformer2DModel
+STOCK_START = as_defined(STOCK, "_operate_on_continuous_inputs")
+STOCK_END = as_defined(STOCK, "_get_output_for_continuous_inputs")
 
 
-class Transformer2DModel(transformer_2d.Transformer2DModel):
+class Transformer2DModel(STOCK):
     """diffusers' transformer with the same parameters. `accelerate` turns one into it by its class.
 
     A map that is channels last is a matrix of pixels already. It is taken as one, and the result is such a map again.
@@ -19,7 +24,8 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         layer: Any = self.proj_in
-        if not channels_last(hidden_states) or not maps_pixels(layer):  # a linear layer is none
+        patched = STOCK._operate_on_continuous_inputs is not STOCK_START
+        if patched or not channels_last(hidden_states) or not maps_pixels(layer):  # a linear layer is none
             made: tuple[Tensor, int] = super()._operate_on_continuous_inputs(hidden_states)
             return made
         pixels = self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)
@@ -28,7 +34,7 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
-        if not channels_last(residual):
+        if STOCK._get_output_for_continuous_inputs is not STOCK_END or not channels_last(residual):
             made: Tensor = super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
