@@ -231,7 +231,7 @@ def passes(source: str, shape: Sequence[int]) -> int:
     maps = set(re.findall(rf"(?:{checks}\((\w+), |(\w+) = empty_strided_cuda\(){size}", source))
     names = {name for found in maps for name in found}
     for several in re.findall(r"assert_size_stride_grouped\((\(.*\)), \'", source):  # tensors, shapes, strides
-        tensors, shapes, _ = ast.parse(several, mode="eval").body.elts  # type: ignore[attr-defined]
+        tensors, shapes, _ = ast.parse(several, mode="eval").body.elts
         names |= {t.id for t, s in zip(tensors.elts, ast.literal_eval(shapes), strict=True) if s == tuple(shape)}
     kernels = dict(re.findall(r"^def (triton_\w+)(\(.*?)(?=^\'\'\')", source, re.MULTILINE | re.DOTALL))
     count = 0

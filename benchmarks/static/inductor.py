@@ -1,7 +1,7 @@
 """The Triton kernels that torch.compile makes of the same operations for an H100, on a machine without one.
 
 Inductor is told of a device that is not there, and stopped once it has written its kernels. Nothing is run. This needs
-internals of PyTorch 2.13.
+internals of PyTorch 2.13 and 2.14.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ import re
 import warnings
 
 # The first version that was not tested.
-UNTESTED = {"torch": (2, 14), "triton": (3, 8)}
+UNTESTED = {"torch": (2, 15), "triton": (3, 9)}
 
 
 def warn_if_untested(package: str, version: str) -> None:

@@ -24,7 +24,7 @@ from ..stock import noising, overridden, reached, stamp
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 LARGE = 2.0**60  # a power of 2 beyond all 1 / alpha but infinity
-DOUBLE_RANKS = torch.__version__ >= (2, 14)  # of quantiles, where the device has float64
+DOUBLE_RANKS = torch.__version__ >= "2.14"  # of quantiles, where the device has float64
 Generators = torch.Generator | list[torch.Generator] | None
 
 
