@@ -16,13 +16,15 @@ def channels_last_convolutions(model: nn.Module) -> list[nn.Conv2d]:
 
     It is the layout that fast convolutions read, on GPUs and CPUs alike; they convert any other at every call. Their
     outputs follow it, so that a whole network runs channels last. Of a 1x1 convolution the layout is in the strides
-    alone, and its output follows them too.
+    alone, and its output follows them too. Those of adapters stay: PEFT keeps them in a ModuleDict, and reads their
+    weights as matrices, which takes contiguous ones.
 
     Returns: the convolutions whose weights had another layout.
     """
-    changed = []
-    for module in walk.modules(model):
-        if isinstance(module, nn.Conv2d):
+    changed, modules = [], walk.modules(model)
+    adapters = {id(part) for module in modules if isinstance(module, nn.ModuleDict) for part in module.children()}
+    for module in modules:
+        if isinstance(module, nn.Conv2d) and id(module) not in adapters:
             weight = module.weight.data.to(memory_format=torch.channels_last)
             if weight.stride() != module.weight.stride():
                 module.weight.data = weight
