@@ -16,13 +16,15 @@ def channels_last_convolutions(model: nn.Module) -> list[nn.Conv2d]:
 
     It is the layout that fast convolutions read, on GPUs and CPUs alike; they convert any other at every call. Their
     outputs follow it, so that a whole network runs channels last. The layout of a 1x1 convolution is in its
-    strides alone, and its output follows them too.
+    strides alone, and its output follows them too. The adapters of PEFT keep their layout: they are in a ModuleDict,
+    and it reads their weights as matrices, which must be contiguous.
 
     Returns: the convolutions whose weights had another layout.
     """
-    changed = []
-    for module in walk.modules(model):
-        if isinstance(module, nn.Conv2d):
+    changed, modules = [], walk.modules(model)
+    adapters = {id(part) for module in modules if isinstance(module, nn.ModuleDict) for part in module.children()}
+    for module in modules:
+        if isinstance(module, nn.Conv2d) and id(module) not in adapters:
             weight = module.weight.data.to(memory_format=torch.channels_last)
             if weight.stride() != module.weight.stride():
                 module.weight.data = weight

@@ -59,9 +59,10 @@ def accelerate(
     pipeline that is the component "unet" or "transformer".
 
     What is done to a block later still counts. If its norms or its activation get hooks, another class or other tensors
-    (offloading, LoRA, quantization, pruning), or ResnetBlock2D.forward is patched, the block runs stock's forward. A
-    convolution that is changed so is called as it is. A second call replaces what is new. The Unet of
-    denoising-diffusion-pytorch 2 has RMSNorm in its blocks, so nothing in it is replaced.
+    (offloading, LoRA, quantization, pruning), the block runs stock's forward. A convolution that is changed so is
+    called as it is. A forward that is patched for a whole class, of diffusers or PyTorch, counts too, before or after
+    this call. A second call replaces what is new. The Unet of denoising-diffusion-pytorch 2 has RMSNorm in its blocks,
+    so nothing in it is replaced.
 
     A graph reads the weights where they lie. Each shape, type and plain value of the arguments has a graph of its own.
     All are dropped after a change of the network: moved weights, LoRA, other modules, processors or attributes. Calls
@@ -139,10 +140,11 @@ def restore(target: Any) -> list[str]:
                 _put_back(part, stock, fused)
                 done.append(name)
     for name, network in _networks(target).items():
-        for convolution in vars(network).pop(LAID_OUT, []):
-            convolution.weight.data = convolution.weight.data.to(memory_format=torch.contiguous_format)
-        if take_out(network):
-            done.append(".".join(filter(None, (name, "forward"))))
+        for inner, module in network.named_modules():  # a part may have been accelerated, or what is wrapped since
+            for convolution in vars(module).pop(LAID_OUT, []):
+                convolution.weight.data = convolution.weight.data.to(memory_format=torch.contiguous_format)
+            if take_out(module):
+                done.append(".".join(filter(None, (name, inner, "forward"))))
     scheduler = _scheduler(target)
     if type(scheduler) in _fused_schedulers().values():
         target.scheduler = _become(type(scheduler).stock, scheduler)

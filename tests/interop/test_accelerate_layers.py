@@ -255,3 +255,23 @@ def test_the_layout_of_pointwise_convolutions():
     assert net.conv_shortcut(image().contiguous()).is_contiguous(memory_format=LAST)
     fastdiff.restore(net)
     assert net.conv_shortcut.weight.stride() == before
+
+
+def test_the_weights_of_adapters_keep_their_layout():
+    """PEFT reads them as matrices by view: DoRA's call fails if they are channels last."""
+    net = block()
+    net.conv1 = Low(net.conv1)
+    net.conv1.lora_A = nn.ModuleDict({"default": nn.Conv2d(4, 2, 3, padding=1)})
+    fastdiff.accelerate(net, channels_last=True)
+    assert net.conv1.lora_A["default"].weight.is_contiguous()
+    assert net.conv1.base.weight.is_contiguous(memory_format=LAST)
+
+
+def test_a_whole_is_restored_of_which_a_part_was_accelerated():
+    """Or which is wrapped since: its layout, and its forward too."""
+    part = block()
+    before, forward = part.conv1.weight.stride(), part.forward
+    fastdiff.accelerate(part, channels_last=True, compile=True)
+    assert part.conv1.weight.stride() != before and "forward" in vars(part)
+    assert fastdiff.restore(nn.Sequential(part)) == ["0", "0.forward"]
+    assert part.conv1.weight.stride() == before and part.forward == forward
