@@ -13,12 +13,13 @@ def as_defined(kind: type, name: str) -> Any:
     owner = next(k for k in kind.__mro__ if name in vars(k))
     member = vars(owner)[name]
     function = getattr(member, "fget", member)
-    written = function.__module__ == owner.__module__ and function.__qualname__ == f"{owner.__qualname__}.{name}"
+    name_of = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    written = name_of == (owner.__module__, f"{owner.__qualname__}.{name}")
     return member if written and not hasattr(function, "__wrapped__") else None
 
 
 # What a call of PyTorch's layers runs. Tools patch it for all layers at once.
-METHODS = {
+METHODS: dict[type[nn.Module], list[tuple[str, Any]]] = {
     kind: [(name, as_defined(kind, name)) for name in names]
     for kind, names in (
         (nn.Conv2d, ("forward", "_conv_forward")),

@@ -2,17 +2,16 @@
 
 from typing import Any
 
-import diffusers.models.resnet
+from diffusers.models import resnet
 from torch import Tensor, nn
 
 from ...fused import bias_for_norm, norm_silu, with_shortcut
 from ...support.plain import as_defined, is_plain
 
-STOCK = diffusers.models.resnet.ResnetBlock2D
-STOCK_FORWARD = as_defined(STOCK, "forward")
+STOCK_FORWARD = as_defined(resnet.ResnetBlock2D, "forward")
 
 
-class ResnetBlock2D(STOCK):
+class ResnetBlock2D(resnet.ResnetBlock2D):
     """diffusers' block with the same parameters and arithmetic. `accelerate` turns a block into one by its class.
 
     It does not call its norms and its activation. If they are no longer plain layers, stock's forward runs.
@@ -21,7 +20,7 @@ class ResnetBlock2D(STOCK):
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         # Another class: `restore` has changed it since, but somebody holds this method.
         if not isinstance(self, ResnetBlock2D) or not self._fuses(input_tensor, temb):
-            return STOCK.forward(self, input_tensor, temb, *args, **kwargs)
+            return resnet.ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
         x, h = input_tensor, norm_silu(self.norm1, input_tensor)
         resample = self.upsample or self.downsample
         if resample is not None:
@@ -49,4 +48,5 @@ class ResnetBlock2D(STOCK):
         norms = all(
             is_plain(n, nn.GroupNorm) and n.weight is not None and n.bias is not None for n in (self.norm1, self.norm2)
         )
-        return takes and norms and is_plain(self.nonlinearity, nn.SiLU) and STOCK.forward is STOCK_FORWARD
+        unpatched = resnet.ResnetBlock2D.forward is STOCK_FORWARD
+        return takes and norms and is_plain(self.nonlinearity, nn.SiLU) and unpatched

@@ -2,19 +2,18 @@
 
 from typing import Any
 
-import diffusers.models.transformers.transformer_2d
 import torch.nn.functional as F
+from diffusers.models.transformers import transformer_2d
 from torch import Tensor
 
 from ...fused import channels_last, maps_pixels
 from ...support.plain import as_defined
 
-STOCK = diffusers.models.transformers.transformer_2d.Transformer2DModel
-STOCK_START = as_defined(STOCK, "_operate_on_continuous_inputs")
-STOCK_END = as_defined(STOCK, "_get_output_for_continuous_inputs")
+STOCK_START = as_defined(transformer_2d.Transformer2DModel, "_operate_on_continuous_inputs")
+STOCK_END = as_defined(transformer_2d.Transformer2DModel, "_get_output_for_continuous_inputs")
 
 
-class Transformer2DModel(STOCK):
+class Transformer2DModel(transformer_2d.Transformer2DModel):
     """diffusers' transformer with the same parameters. `accelerate` turns one into it by its class.
 
     A map that is channels last is a matrix of pixels already. It is taken as one, and the result is such a map again.
@@ -24,7 +23,7 @@ class Transformer2DModel(STOCK):
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         layer: Any = self.proj_in
-        patched = STOCK._operate_on_continuous_inputs is not STOCK_START
+        patched = transformer_2d.Transformer2DModel._operate_on_continuous_inputs is not STOCK_START
         if patched or not channels_last(hidden_states) or not maps_pixels(layer):  # a linear layer is none
             made: tuple[Tensor, int] = super()._operate_on_continuous_inputs(hidden_states)
             return made
@@ -34,7 +33,8 @@ class Transformer2DModel(STOCK):
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
-        if STOCK._get_output_for_continuous_inputs is not STOCK_END or not channels_last(residual):
+        patched = transformer_2d.Transformer2DModel._get_output_for_continuous_inputs is not STOCK_END
+        if patched or not channels_last(residual):
             made: Tensor = super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
