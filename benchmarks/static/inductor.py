@@ -106,6 +106,7 @@ def _h100() -> Iterator[list[str]]:
     from torch._inductor.graph import GraphLowering
     from torch._inductor.runtime.hints import DeviceProperties
     from torch._prims import TensorMeta
+    from torch.utils._triton import has_triton
 
     written: list[str] = []
 
@@ -139,4 +140,6 @@ def _h100() -> Iterator[list[str]]:
         stack.enter_context(mock.patch("torch._inductor.runtime.triton_helpers.set_driver_to_gpu"))
         stack.enter_context(torch._inductor.config.patch(OPTIONS))
         stack.enter_context(machine_code.compile_only(machine_code.target_of(TARGET)))
+        has_triton.cache_clear()  # it remembers a machine without a GPU, and would remember this one
+        stack.callback(has_triton.cache_clear)
         yield written
