@@ -71,6 +71,7 @@ def without_gpu(folder: Path) -> None:
         kernels.on_nvidia = lambda x: True
     quick: Any = importlib.import_module("fastdiff.ops.quick")
     here, stream = (lambda: -1), (lambda device: 0)
+    quick.on_gpu = lambda x: x.is_cpu
     quick.stream_of = lambda x: stream(device) if x.is_cpu and (device := x.get_device()) == here() else None
     for name in ("noise", "noising", "loss", "vlb", "update"):
         op: Any = importlib.import_module(f"fastdiff.ops.{name}")

@@ -38,9 +38,14 @@ _all_forms: list[dict[Any, Any]] = []
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether x lies on an NVIDIA GPU."""
+    return x.is_cuda and _NVIDIA
+
+
 def stream_of(x: Tensor) -> int | None:
     """The address of PyTorch's current stream, if x lies on the current device, an NVIDIA GPU; else None."""
-    if not (x.is_cuda and _NVIDIA):
+    if not on_gpu(x):
         return None
     device = x.get_device()
     return torch._C._cuda_getCurrentRawStream(device) if device == torch._C._cuda_getDevice() else None
@@ -77,7 +82,7 @@ def quick(*, on_cpu: bool) -> Callable[[Function], Function]:
 
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
-            if not on_cpu and args and isinstance(args[0], Tensor) and args[0].is_cpu:
+            if not on_cpu and args and isinstance(args[0], Tensor) and not on_gpu(args[0]):
                 return function(*args, **options)
             if not unwatched():  # torch.compile cannot trace what comes after it on a GPU
                 return function(*args, **options)
