@@ -1,4 +1,4 @@
-"""`python -m benchmarks.cpu`: the table of docs/performance.md for a CPU, in less than three minutes.
+"""`python -m benchmarks.cpu`: the table of docs/performance.md for a CPU, in about a minute.
 
     python -m benchmarks.cpu [--out FOLDER]; then python docs/performance.py
 

@@ -46,7 +46,7 @@ WHOLE = {
 }
 CPU_WAYS = {"fused": "fastdiff", "reference": "eager", "diffusers": "diffusers"}
 CPU_METHOD = """
-`python -m benchmarks.cpu` measures these rows on your CPU in about three minutes, and `python docs/performance.py`
+`python -m benchmarks.cpu` measures these rows on your CPU in about a minute, and `python docs/performance.py`
 writes them here. They are milliseconds of processor time on one thread; the ways take turns. In the last two columns
 higher is better.
 

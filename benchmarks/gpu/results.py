@@ -86,7 +86,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cuda": str(torch.version.cuda),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "python": platform.python_version(),
-        "lacking": lacking(),
+        "lacking": lacking() if device.type == "cuda" else None,  # tools of a GPU
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"),
     }
     return {name: value for name, value in found.items() if value not in (None, "None")}
