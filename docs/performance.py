@@ -10,6 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.gpu.columns import JOB
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -29,16 +33,6 @@ LARGE = "256x3x256x256"
 DTYPES = ("bfloat16", "float32")
 NO_BREAK = "\u00a0"  # a space at which no line of a cell ends
 WAYS = {"fused": "fastdiff", "reference": "eager", "compile": "torch.compile", "copy": "copy"}
-# Columns of whole jobs, in their order.
-JOB = {
-    "per_s": "a second",
-    "ms_per_step": "ms a step",
-    "gpu_ms_per_step": "GPU ms a step",
-    "host_ms_per_step": "host ms a step",
-    "kernels_per_step": "kernels a step",
-    "peak_mb": "peak MB",
-    "first_call_s": "first call s",
-}
 # The cases of `python -m benchmarks.cpu` that are no operation, and its ways.
 WHOLE = {
     "training_step": "training step of a U-Net",

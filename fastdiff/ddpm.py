@@ -196,12 +196,12 @@ class DDPM(ChainDiffusion):
         Raises: ValueError or TypeError, naming the argument.
         Reference: Ho et al. 2020, algorithm 1.
         """
-        drawn = {name: options.get(name) for name in ("seed", "sample_ids", "noise", "mask")}
-        if drawn["mask"] is not None and self.loss_kind not in ops.LOSSES:
+        if options.get("mask") is not None and self.loss_kind not in ops.LOSSES:
             raise ValueError(f"mask: expected None with loss {self.loss_kind!r}, whose bound has no mask")
         if t is not None or self.importance is None or not self.training:
             return super().forward(x0, t=t, reduction=reduction, **options)
-        options["seed"], options["sample_ids"] = check_loss(x0, **drawn, reduction=reduction)
+        given = {name: options.get(name) for name in ("seed", "sample_ids", "noise", "mask")}
+        options["seed"], options["sample_ids"] = check_loss(x0, **given, reduction=reduction)
         self.importance.to_device(x0.device)
         t, weight = self.importance.sample(len(x0))
         losses = super().forward(x0, t=t, reduction="none", **options)

@@ -8,26 +8,14 @@ from typing import Any
 from fastdiff.files import replacing
 
 from . import goals
+from .columns import JOB
 from .results import files, read
 from .rows import STAGES
 
 # Where the README's table stands.
 BEGIN, END = "<!-- gpu figures -->", "<!-- end of gpu figures -->"
 
-# What the columns of a table are called, in their order.
-JOB = {
-    "per_s": "a second",
-    "ms_per_step": "ms a step",
-    "gpu_ms_per_step": "GPU ms a step",
-    "host_ms_per_step": "host ms a step",
-    "kernels_per_step": "kernels a step",
-    "peak_mb": "peak MB",
-    "first_call_s": "first call s",
-    "graph_breaks": "graph breaks",
-    "cudagraph_skips": "CUDA graphs skipped",
-    "off_float32": "off float32",
-    "off_eager": "off eager",
-}
+# What the columns of an operation are called, in their order.
 WAYS = {
     "fused": "fastdiff",
     "fused_out": "into a buffer",

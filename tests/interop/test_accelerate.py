@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from small_models import RESNET, SMALL
 from strategies import DEVICE
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -26,22 +27,12 @@ pytestmark = [
 
 
 def unet(**changes) -> nn.Module:
-    config = {
-        "sample_size": 8,
-        "block_out_channels": (4, 8),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1,
-        "norm_num_groups": 2,
-        "attention_head_dim": 4,
-    }
+    config = {**SMALL, "block_out_channels": (4, 8), "norm_num_groups": 2, "attention_head_dim": 4}
     return diffusers.UNet2DModel(**config | changes)
 
 
 def resnet_sampling() -> nn.Module:
-    kinds = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2}
-    resnets = {"downsample_type": "resnet", "upsample_type": "resnet", "resnet_time_scale_shift": "scale_shift"}
-    return unet(**kinds, **resnets, mid_block_scale_factor=2.0)
+    return unet(**RESNET, resnet_time_scale_shift="scale_shift", mid_block_scale_factor=2.0)
 
 
 def conditional() -> nn.Module:

@@ -72,6 +72,17 @@ def test_the_figures_of_a_job(monkeypatch):
     assert figures["profiler"] == "it saw no kernels" and "gpu_ms_per_step" not in figures
 
 
+def test_ranges_that_are_marked_are_no_kernels():
+    def run():
+        torch.zeros(2)
+
+    def marked():
+        with torch.profiler.record_function("a compiled graph"):
+            run()
+
+    assert measure.profiled(marked, CPU.device)[0] == measure.profiled(run, CPU.device)[0] > 0
+
+
 def test_a_job_says_what_the_compiler_gave_up():
     counted = {"graph_break": {"no rule for f\nmore": 2, "no rule for g": 1}, "inductor": {"cudagraph_skips": 4}}
     assert measure.given_up(counted) == {"cudagraph_skips": 4, "graph_breaks": 3, "broken_by": "no rule for f"}
