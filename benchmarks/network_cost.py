@@ -123,8 +123,8 @@ def as_on_a_gpu() -> Iterator[None]:
         library.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")
         library.impl("attention", lambda q, k, v: torch.empty_like(q), "CompositeExplicitAutograd")
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.ops.fastdiff_cost.attention(q, k, v)
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.ops.fastdiff_cost.attention(query, key, value)
 
     with (
         mock.patch.object(F, "scaled_dot_product_attention", attention),

@@ -1,0 +1,71 @@
+"""The norms of diffusion transformers (diffusers 0.42.1) that a scale and a shift follow, and their RMSNorm.
+
+Each class has the parameters of stock's. `accelerate` turns a layer into one by its class. Where there is no kernel,
+stock's forward runs: see `instead_of`.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers.models import normalization
+from torch import Tensor
+
+from ...support.plain import has_plain_parameters
+from .modulated import instead_of, norm_tokens
+
+
+class AdaLayerNormZero(normalization.AdaLayerNormZero):
+    """norm(x) (1 + scale) + shift, and the gate of attention, then shift, scale and gate of the MLP."""
+
+    @instead_of(normalization.AdaLayerNormZero)
+    def forward(
+        self, x: Tensor, timestep: Any = None, class_labels: Any = None, hidden_dtype: Any = None, emb: Any = None
+    ) -> tuple[Tensor, ...]:
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+        shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
+        return norm_tokens(self.norm, x, scale, shift), *rest
+
+
+class AdaLayerNormZeroSingle(normalization.AdaLayerNormZeroSingle):
+    """norm(x) (1 + scale) + shift, and a gate."""
+
+    @instead_of(normalization.AdaLayerNormZeroSingle)
+    def forward(self, x: Tensor, emb: Any = None) -> tuple[Tensor, ...]:
+        shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+        return norm_tokens(self.norm, x, scale, shift), gate
+
+
+class SD35AdaLayerNormZeroX(normalization.SD35AdaLayerNormZeroX):
+    """As AdaLayerNormZero, then the norm once more with another scale and shift, and its gate."""
+
+    @instead_of(normalization.SD35AdaLayerNormZeroX)
+    def forward(self, hidden_states: Tensor, emb: Any = None) -> tuple[Tensor, ...]:
+        shift, scale, *rest, shift2, scale2, gate2 = self.linear(self.silu(emb)).chunk(9, dim=1)
+        normed, normed2 = (norm_tokens(self.norm, hidden_states, *rows) for rows in ((scale, shift), (scale2, shift2)))
+        return normed, *rest, normed2, gate2
+
+
+class AdaLayerNormContinuous(normalization.AdaLayerNormContinuous):
+    """norm(x) (1 + scale) + shift."""
+
+    @instead_of(normalization.AdaLayerNormContinuous)
+    def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+        scale, shift = self.linear(self.silu(conditioning_embedding)).chunk(2, dim=1)
+        return norm_tokens(self.norm, x, scale, shift)
+
+
+class RMSNorm(normalization.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) weight, of the queries and keys, by PyTorch's kernel."""
+
+    @instead_of(normalization.RMSNorm)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x, weight = hidden_states, self.weight
+        alike = weight is None or (has_plain_parameters(self) and weight.dtype == x.dtype)
+        if self.bias is not None or len(self.dim) != 1 or not alike:
+            stocks: Tensor = normalization.RMSNorm.forward(self, hidden_states)
+            return stocks
+        return F.rms_norm(x, self.dim, weight, self.eps)
+
+
+KINDS = (AdaLayerNormZero, AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX, AdaLayerNormContinuous, RMSNorm)

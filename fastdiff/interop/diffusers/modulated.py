@@ -1,0 +1,95 @@
+"""What the blocks of diffusion transformers (diffusers 0.42.1) do around attention, in one operation each.
+
+    norm(x) (1 + scale) + shift
+    s = x + gate y,  and the same of s
+
+x and y are (B, N, C): tokens. gate, scale and shift are (B, C): one row for all tokens of a sample.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.normalization import FP32LayerNorm
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ... import ops
+from ...ops.layer_norm import is_fused
+from ...support.plain import as_defined, is_plain
+
+NORMS = (nn.LayerNorm, FP32LayerNorm)
+FP32_FORWARD = as_defined(FP32LayerNorm, "forward")
+
+
+def instead_of(stock: Any) -> Callable[[Any], Any]:
+    """A decorator of a fused class's forward, which has the signature of stock's.
+
+    Stock's runs where there is no kernel: see `fuses`. It runs too if it was patched, or if `restore` has changed the
+    class while somebody holds the fused method.
+    """
+    original = as_defined(stock, "forward")
+
+    def decorate(ours: Any) -> Any:
+        @functools.wraps(stock.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            fused = type(self).forward is forward and stock.forward is original and fuses(args, kwargs)
+            return (ours if fused else stock.forward)(self, *args, **kwargs)
+
+        return forward
+
+    return decorate
+
+
+def fuses(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call with these arguments runs kernels: on plain tensors of one floating type, without a gradient.
+
+    Autocast would give a norm float32. A compiler fuses stock's arithmetic itself.
+    """
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensors or not is_fused(tensors[0]):
+        return False
+    plain = all(type(t) in (Tensor, nn.Parameter) or isinstance(t, FakeTensor) for t in tensors)
+    one_type = len({t.dtype for t in tensors if t.is_floating_point()}) == 1
+    return plain and one_type and not torch.is_autocast_enabled(tensors[0].device.type)
+
+
+def norm_tokens(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """norm(x) (1 + scale) + shift."""
+    if not is_layer_norm(norm):
+        return _modulate(norm(x), scale, shift).to(x.dtype)
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, scale=scale, shift=shift)
+
+
+def add_norm_tokens(
+    norm: Any, x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor | None = None, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(s, norm(s) (1 + scale) + shift), s = x + gate y; without a gate it is 1."""
+    if not is_layer_norm(norm):
+        s = x + y if gate is None else add_gated(x, y, gate)
+        return s, _modulate(norm(s), scale, shift).to(x.dtype)
+    return ops.add_layer_norm(x, y, norm.weight, norm.bias, norm.eps, gate=gate, scale=scale, shift=shift)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate y, rounded once, in the type of x."""
+    return torch.addcmul(x, y, gate[:, None], out=torch.empty_like(x))
+
+
+def second_half(
+    x: Tensor, y: Tensor, gate: Tensor | None, norm: Any, scale: Tensor, shift: Tensor, ff: Any, ff_gate: Tensor
+) -> Tensor:
+    """The rest of a block after its attention gave y: s = x + gate y, then s + ff_gate ff(norm(s) (1 + scale) + shift)."""
+    s, normed = add_norm_tokens(norm, x, y, gate, scale, shift)
+    return add_gated(s, ff(normed), ff_gate)
+
+
+def is_layer_norm(norm: Any) -> bool:
+    """Whether calling the norm is a LayerNorm over the last dimension, and nothing else happens."""
+    plain = any(is_plain(norm, kind) for kind in NORMS) and FP32LayerNorm.forward is FP32_FORWARD
+    return plain and len(norm.normalized_shape) == 1
+
+
+def _modulate(normed: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    return normed if scale is None or shift is None else normed * (1 + scale[:, None]) + shift[:, None]
