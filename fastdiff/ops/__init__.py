@@ -13,6 +13,7 @@ Arguments that several operations have:
 
 from .group_norm import group_norm_silu
 from .inner import inner
+from .layer_norm import add_layer_norm, layer_norm
 from .loss import LOSSES, loss
 from .noise import FORWARD, PRIOR, REVERSE, normal
 from .noising import noising
@@ -25,9 +26,11 @@ __all__ = [
     "LOSSES",
     "PRIOR",
     "REVERSE",
+    "add_layer_norm",
     "combine",
     "group_norm_silu",
     "inner",
+    "layer_norm",
     "loss",
     "noising",
     "normal",
