@@ -164,19 +164,20 @@ def _networks(target: Any) -> dict[str, nn.Module]:
 def _parts(target: Any) -> Iterator[tuple[str, Any, nn.Module]]:
     """What is fused, or could be: (dotted name, module, the module that holds it).
 
-    Every ResnetBlock2D of a network or of a pipeline's networks, every Transformer2DModel that takes maps, and every
-    GroupNorm that another module of diffusers holds.
+    Every block, transformer or norm of a network, or of a pipeline's networks, that there is a fused class of, but for
+    a Transformer2DModel that takes no maps, and GroupNorm: only where another module of diffusers than a ResnetBlock2D
+    holds it.
     """
     networks = _networks(target)
     if not (kinds := _kinds()):  # then no network has modules of diffusers
         return
-    resnet, transformer, _ = kinds
+    whole = tuple(stock for stock in kinds if stock is not nn.GroupNorm)
     for name, network in networks.items():
         for inner, module in network.named_modules():
             prefix = [part for part in (name, inner) if part]
-            if isinstance(module, resnet) or (isinstance(module, transformer) and module.is_input_continuous):
+            if isinstance(module, whole) and getattr(module, "is_input_continuous", True):
                 yield ".".join(prefix), module, module
-            if not isinstance(module, resnet) and _of_diffusers(type(module)):
+            if not isinstance(module, _resnet()) and _of_diffusers(type(module)):
                 for child, part in module.named_children():
                     if isinstance(part, nn.GroupNorm):
                         yield ".".join((*prefix, child)), part, module
@@ -191,10 +192,11 @@ def _misfit(part: Any, owner: Any) -> str | None:
     for stock, fused in _kinds().items():
         if isinstance(part, stock) and type(part) not in (stock, fused):
             return f"{type(part).__name__} is a subclass of {stock.__name__}"
-    resnet, _, norm = _kinds()
-    if isinstance(part, norm):
+        if type(part) is stock and fused.forward is not stock.forward and "forward" in vars(part):
+            return "its forward is wrapped, as offloading does"
+    if isinstance(part, nn.GroupNorm):
         return _norm_misfit(part, owner)
-    return _block_misfit(part) if isinstance(part, resnet) else None
+    return _block_misfit(part) if isinstance(part, _resnet()) else None
 
 
 def _norm_misfit(norm: Any, owner: Any) -> str | None:
@@ -202,8 +204,6 @@ def _norm_misfit(norm: Any, owner: Any) -> str | None:
     processor = getattr(owner, "processor", None)
     if processor is not None and not type(processor).__module__.startswith("diffusers."):
         return f"its attention has a processor of its own, {type(processor).__name__}"
-    if type(norm) is nn.GroupNorm and "forward" in vars(norm):
-        return "its forward is wrapped, as offloading does"
     if norm.weight is None or norm.bias is None:
         return "it has no weight or no bias"
     if not has_plain_parameters(norm):
@@ -213,8 +213,6 @@ def _norm_misfit(norm: Any, owner: Any) -> str | None:
 
 def _block_misfit(block: Any) -> str | None:
     """Why a resnet block cannot be fused, or None."""
-    if "forward" in block.__dict__:
-        return "its forward is wrapped, as offloading does"
     if type(block.nonlinearity) is not nn.SiLU:
         return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
     if not is_plain(block.nonlinearity, nn.SiLU):
@@ -242,13 +240,28 @@ def _fused_schedulers() -> dict[type, Any]:
     return {kind.stock: kind for kind in importlib.import_module(".diffusers", __package__).SCHEDULERS}
 
 
+# The modules of diffusers that a file of fused classes stands for, by the file. Those not imported have no objects.
+FUSED = {
+    "resnet": "models.resnet",
+    "transformer": "models.transformers.transformer_2d",
+    "group_norm": "models",
+    "ada_norm": "models.normalization",
+    "joint_block": "models.attention",
+    "flux_block": "models.transformers.transformer_flux",
+    "wan_block": "models.transformers.transformer_wan",
+}
+
+
 def _kinds() -> dict[Any, Any]:
-    """The fused classes of modules by stock's: of resnet blocks, transformers and norms."""
-    if "diffusers.models.resnet" not in sys.modules:
-        return {}
-    names = {"resnet": "ResnetBlock2D", "transformer": "Transformer2DModel", "group_norm": "GroupNorm"}
-    rooms = {file: importlib.import_module(f".diffusers.{file}", __package__) for file in names}
-    return {kind.__base__: kind for kind in (getattr(rooms[file], name) for file, name in names.items())}
+    """The fused classes of modules by stock's."""
+    files = [file for file, stock in FUSED.items() if f"diffusers.{stock}" in sys.modules]
+    rooms = [importlib.import_module(f".diffusers.{file}", __package__) for file in files]
+    return {kind.__base__: kind for room in rooms for kind in room.KINDS}
+
+
+def _resnet() -> Any:
+    """The class ResnetBlock2D of diffusers, or none if it is not imported."""
+    return getattr(sys.modules.get("diffusers.models.resnet"), "ResnetBlock2D", ())
 
 
 def _put_back(part: Any, stock: Any, fused: Any) -> None:

@@ -25,6 +25,7 @@ METHODS: dict[type[nn.Module], list[tuple[str, Any]]] = {
         (nn.Conv2d, ("forward", "_conv_forward")),
         (nn.Linear, ("forward",)),
         (nn.GroupNorm, ("forward",)),
+        (nn.LayerNorm, ("forward",)),
         (nn.SiLU, ("forward",)),
     )
 }

@@ -61,11 +61,11 @@ class RMSNorm(normalization.RMSNorm):
     @instead_of(normalization.RMSNorm)
     def forward(self, hidden_states: Tensor) -> Tensor:
         x, weight = hidden_states, self.weight
-        alike = weight is None or (has_plain_parameters(self) and weight.dtype == x.dtype)
-        if self.bias is not None or len(self.dim) != 1 or not alike:
+        alike = weight is None or (weight.dtype == x.dtype and weight.shape == x.shape[-1:])
+        if self.bias is not None or not alike or not has_plain_parameters(self):
             stocks: Tensor = normalization.RMSNorm.forward(self, hidden_states)
             return stocks
-        return F.rms_norm(x, self.dim, weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
 
 
 KINDS = (AdaLayerNormZero, AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX, AdaLayerNormContinuous, RMSNorm)

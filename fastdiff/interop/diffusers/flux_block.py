@@ -6,11 +6,12 @@ import torch
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor
 
-from .modulated import add_gated, instead_of, second_half
+from .modulated import add_gated, instead_of, known_to_caches, second_half
 
 LARGEST = 65504.0  # of float16: stock clips its sums there
 
 
+@known_to_caches
 class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
     """diffusers' block with the same parameters. `accelerate` turns a block into one by its class."""
 
@@ -32,6 +33,7 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
         return within_float16(text), sum(of_adapter, x)
 
 
+@known_to_caches
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
     """diffusers' block with the same parameters. `accelerate` turns a block into one by its class."""
 

@@ -5,9 +5,10 @@ from typing import Any
 from diffusers.models import attention
 from torch import Tensor
 
-from .modulated import add_gated, instead_of, second_half
+from .modulated import add_gated, instead_of, known_to_caches, second_half
 
 
+@known_to_caches
 class JointTransformerBlock(attention.JointTransformerBlock):
     """diffusers' block with the same parameters. `accelerate` turns a block into one by its class."""
 

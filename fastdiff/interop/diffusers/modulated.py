@@ -6,11 +6,13 @@
 x and y are (B, N, C): tokens. gate, scale and shift are (B, C): one row for all tokens of a sample.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -42,13 +44,20 @@ def instead_of(stock: Any) -> Callable[[Any], Any]:
     return decorate
 
 
+def known_to_caches(ours: Any) -> Any:
+    """A decorator of a fused block: caches of diffusers, such as FirstBlockCache, look up what a block returns by its
+    class."""
+    TransformerBlockRegistry.register(ours, copy.copy(TransformerBlockRegistry.get(ours.__base__)))
+    return ours
+
+
 def fuses(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call with these arguments runs kernels: on plain tensors of one floating type, without a gradient.
 
     Autocast would give a norm float32. A compiler fuses stock's arithmetic itself.
     """
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensors or not is_fused(tensors[0]):
+    if torch.is_grad_enabled() or not tensors or not is_fused(*tensors):
         return False
     plain = all(type(t) in (Tensor, nn.Parameter) or isinstance(t, FakeTensor) for t in tensors)
     one_type = len({t.dtype for t in tensors if t.is_floating_point()}) == 1
@@ -57,18 +66,20 @@ def fuses(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 def norm_tokens(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) (1 + scale) + shift."""
-    if not is_layer_norm(norm):
-        return _modulate(norm(x), scale, shift).to(x.dtype)
+    if not fits(norm, x, scale, shift):
+        return modulate(norm(x), scale, shift).to(x.dtype)
+    scale, shift = (row.expand(len(x), -1) for row in (scale, shift))
     return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, scale=scale, shift=shift)
 
 
 def add_norm_tokens(
     norm: Any, x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor | None = None, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(s, norm(s) (1 + scale) + shift), s = x + gate y; without a gate it is 1."""
-    if not is_layer_norm(norm):
+    """(s, norm(s) (1 + scale) + shift), s = x + gate y; a gate of None is 1, and so is a scale."""
+    if x.shape != y.shape or not fits(norm, x, gate, scale, shift):
         s = x + y if gate is None else add_gated(x, y, gate)
-        return s, _modulate(norm(s), scale, shift).to(x.dtype)
+        return s, modulate(norm(s), scale, shift).to(x.dtype)
+    gate, scale, shift = (row if row is None else row.expand(len(x), -1) for row in (gate, scale, shift))
     return ops.add_layer_norm(x, y, norm.weight, norm.bias, norm.eps, gate=gate, scale=scale, shift=shift)
 
 
@@ -85,11 +96,13 @@ def second_half(
     return add_gated(s, ff(normed), ff_gate)
 
 
-def is_layer_norm(norm: Any) -> bool:
-    """Whether calling the norm is a LayerNorm over the last dimension, and nothing else happens."""
+def fits(norm: Any, x: Tensor, *rows: Tensor | None) -> bool:
+    """Whether calling the norm is LayerNorm of tokens and nothing else happens, and the rows are those of samples."""
     plain = any(is_plain(norm, kind) for kind in NORMS) and FP32LayerNorm.forward is FP32_FORWARD
-    return plain and len(norm.normalized_shape) == 1
+    shaped = x.ndim == 3 and all(row is None or row.ndim == 2 for row in rows)
+    return plain and shaped and norm.normalized_shape == x.shape[-1:]
 
 
-def _modulate(normed: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+def modulate(normed: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """normed (1 + scale) + shift, or normed."""
     return normed if scale is None or shift is None else normed * (1 + scale[:, None]) + shift[:, None]

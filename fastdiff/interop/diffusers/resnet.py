@@ -50,3 +50,6 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         )
         unpatched = resnet.ResnetBlock2D.forward is STOCK_FORWARD
         return takes and norms and is_plain(self.nonlinearity, nn.SiLU) and unpatched
+
+
+KINDS = (ResnetBlock2D,)

@@ -51,3 +51,6 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):
 def _as_map(pixels: Tensor, height: int) -> Tensor:
     """(B, H W, C) as (B, C, H, W), channels last: a view."""
     return pixels.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+
+
+KINDS = (Transformer2DModel,)

@@ -5,9 +5,10 @@ from typing import Any
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor
 
-from .modulated import add_norm_tokens, instead_of, norm_tokens, second_half
+from .modulated import add_norm_tokens, instead_of, known_to_caches, norm_tokens, second_half
 
 
+@known_to_caches
 class WanTransformerBlock(transformer_wan.WanTransformerBlock):
     """diffusers' block with the same parameters. `accelerate` turns a block into one by its class.
 
@@ -15,9 +16,7 @@ class WanTransformerBlock(transformer_wan.WanTransformerBlock):
     """
 
     @instead_of(transformer_wan.WanTransformerBlock)
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
         if temb.ndim != 3:  # rows for each token
             stocks: Tensor = transformer_wan.WanTransformerBlock.forward(
                 self, hidden_states, encoder_hidden_states, temb, rotary_emb
