@@ -91,7 +91,7 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 def second_half(
     x: Tensor, y: Tensor, gate: Tensor | None, norm: Any, scale: Tensor, shift: Tensor, ff: Any, ff_gate: Tensor
 ) -> Tensor:
-    """The rest of a block after its attention gave y: s = x + gate y, then s + ff_gate ff(norm(s) (1 + scale) + shift)."""
+    """The rest of a block, whose attention gave y: s = x + gate y, and s + ff_gate ff(norm(s) (1 + scale) + shift)."""
     s, normed = add_norm_tokens(norm, x, y, gate, scale, shift)
     return add_gated(s, ff(normed), ff_gate)
 
