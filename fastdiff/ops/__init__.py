@@ -11,6 +11,7 @@ Arguments that several operations have:
   is wanted.
 """
 
+from .gate import gated_gelu
 from .group_norm import group_norm_silu
 from .inner import inner
 from .loss import LOSSES, loss
@@ -26,6 +27,7 @@ __all__ = [
     "PRIOR",
     "REVERSE",
     "combine",
+    "gated_gelu",
     "group_norm_silu",
     "inner",
     "loss",
