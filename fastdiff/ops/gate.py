@@ -30,14 +30,19 @@ def gated_gelu(x: Tensor) -> Tensor:
     check_floating("x", x)
     if x.shape[-1] % 2:
         raise ValueError(f"x: expected a last dimension of an even size, got shape {tuple(x.shape)}")
-    if wants_gradient(x) or not is_fused(x):
+    if not is_fused(x):
         return reference.gated_gelu(x)
     return _OP(x)
 
 
 def is_fused(x: Tensor) -> bool:
-    """Whether the gate of tensors like x is a kernel of its own, if no gradient is wanted."""
-    return backend_of(x) == "triton" and not transforms.active() and not torch.compiler.is_compiling()
+    """Whether the gate of x is a kernel of its own. Within a compilation Inductor makes one, also of what is around it."""
+    return (
+        not torch.compiler.is_compiling()
+        and backend_of(x) == "triton"
+        and not wants_gradient(x)
+        and not transforms.active()
+    )
 
 
 def _empty(x: Tensor) -> Tensor:
