@@ -14,6 +14,7 @@ Arguments that several operations have:
 from .gate import gated_gelu
 from .group_norm import group_norm_silu
 from .inner import inner
+from .layer_norm import add_layer_norm, layer_norm
 from .loss import LOSSES, loss
 from .noise import FORWARD, PRIOR, REVERSE, normal
 from .noising import noising
@@ -26,10 +27,12 @@ __all__ = [
     "LOSSES",
     "PRIOR",
     "REVERSE",
+    "add_layer_norm",
     "combine",
     "gated_gelu",
     "group_norm_silu",
     "inner",
+    "layer_norm",
     "loss",
     "noising",
     "normal",
