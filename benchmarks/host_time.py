@@ -104,6 +104,10 @@ def cases(device: str) -> dict[str, Case]:
         a, b, c, d, *_ = rows[LEVELS // 2].unbind()
         return c * (a * x0 + b * pred).clamp(-1, 1) + d * x0
 
+    def eager_gate() -> Tensor:
+        hidden, gate = pred.chunk(2, -1)
+        return hidden * F.gelu(gate)
+
     def both(value: Tensor) -> Tensor:
         return torch.autograd.grad(value, wanted)[0]
 
@@ -125,6 +129,7 @@ def cases(device: str) -> dict[str, Case]:
         "update": (lambda: ops.update(x0, pred, rows, step, seed=seed, clip=1.0), eager_update),
         "combine": (lambda: ops.combine(x0, pred, rows, step, clip=1.0), eager_combine),
         "inner": (lambda: ops.inner(pred, noise), lambda: reference.inner(pred, noise, None, False)),
+        "gated_gelu": (lambda: ops.gated_gelu(pred), eager_gate),
         "loss": (lambda: loss(pred), lambda: eager_loss(pred)),
         "loss, forward and backward": (lambda: both(loss(wanted)), lambda: both(eager_loss(wanted))),
         "vlb": (lambda: vlb(pred), lambda: eager_vlb(pred)),

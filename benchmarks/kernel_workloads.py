@@ -1,5 +1,6 @@
 """The workloads that `workloads.OPERATIONS` lacks, so that a report has every kernel. Each has the same three rows."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -136,6 +137,29 @@ def inner_products(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
     return _rows(row, fused, eager)
 
 
+def gated_gelu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """hidden gelu(gate) with as many elements in a result, in rows of 1024."""
+    gate, hidden, _ = inputs(shape, dtype, device)
+    width = math.gcd(gate.numel(), 1024)
+    x = torch.cat([half.reshape(-1, width) for half in (hidden, gate)], 1)
+
+    def eager(x: Tensor = x) -> Tensor:
+        hidden, gate = x.chunk(2, -1)
+        return hidden * F.gelu(gate)
+
+    def fused(x: Tensor = x) -> Tensor:
+        return ops.gated_gelu(x)
+
+    def row(name: str, function: Callable[..., Tensor]) -> Row:
+        def check() -> None:
+            part = few(x)
+            agree(f"gated_gelu {name}", [function(part)], [eager(part.double())], BOUND[dtype])
+
+        return Row(function, check)
+
+    return _rows(row, fused, eager)
+
+
 def group_norm_silu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
     """GroupNorm and SiLU of as many elements in 48 channels and 8 groups, forward and backward."""
     batch, channels, height, width = shape
@@ -176,14 +200,16 @@ KERNELS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]]
     "loss_without_gradient": loss_without_gradient,
     "bound_forward_backward": bound_forward_backward,
     "inner_products": inner_products,
+    "gated_gelu": gated_gelu,
     "group_norm_silu": group_norm_silu,
 }
-# The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; cond and uncond; x, y and dy, x,
-# dx.
+# The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; cond and uncond; hidden, gate
+# and their product; x, y and dy, x, dx.
 KERNEL_TENSORS = {
     "normal": 1,
     "loss_without_gradient": 1,
     "bound_forward_backward": 6,
     "inner_products": 2,
+    "gated_gelu": 3,
     "group_norm_silu": 5,
 }

@@ -265,6 +265,12 @@ def inner(a: Tensor, b: Tensor, guidance: Tensor | None, centred: bool) -> Tenso
     return torch.stack([(u * v).sum(1) for u, v in ((a, a), (a, p), (p, p))], 1)
 
 
+def gated_gelu(x: Tensor) -> Tensor:
+    """hidden gelu(gate), of the halves of x (..., 2 C) (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+    hidden, gate = as_type(x, work_dtype(x)).tensor_split(2, -1)
+    return as_type(hidden * F.gelu(gate), x.dtype)
+
+
 def group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
     add: Tensor | None, eps: float, skip: Tensor | None, silu: bool,

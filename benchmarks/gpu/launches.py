@@ -55,6 +55,12 @@ def inner(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> N
         ops.inner(x.detach(), x.detach() + 1, guidance=torch.ones(1, device=device), centred=centred)
 
 
+def gated_gelu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    x, _ = draw(shape, dtype, device)
+    for width in (x.shape[-1] // 2, 300):
+        ops.gated_gelu(x.detach().flatten()[: 4 * width].view(2, 2 * width))
+
+
 def group_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     one, rows = torch.ones(shape[1], device=device), torch.ones(2, *shape[:2], device=device)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -70,6 +76,7 @@ LAUNCHES: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], None]
     "vlb": vlb,
     "update": update,
     "inner": inner,
+    "gated_gelu": gated_gelu,
     "group_norm": group_norm,
 }
 

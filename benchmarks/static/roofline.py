@@ -101,6 +101,7 @@ def launch_norm(v: Variant) -> None:
 
 def launch(v: Variant) -> None:
     """Call the launcher as ops does."""
+    from fastdiff.kernels.gate import gated_gelu
     from fastdiff.kernels.inner import inner
     from fastdiff.kernels.loss import loss, scale_
     from fastdiff.kernels.noise import normal_
@@ -130,6 +131,9 @@ def launch(v: Variant) -> None:
         vlb(floats(1), *grads, pred, raw, v.data(), v.data(), t, table, clip, 0.5)
     elif v.kernel in ("inner", "merge"):
         inner(floats(BATCH, 3), v.data(), v.data(), floats(1) if v.has("guidance") else None, v.has("centred"))
+    elif v.kernel == "gated_gelu":
+        x = v.data()
+        gated_gelu(x.flatten(2)[..., : x[0, 0].numel() // 2], x.flatten(2))
     elif v.kernel in NORMS:
         launch_norm(v)
     else:

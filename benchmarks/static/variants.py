@@ -64,6 +64,7 @@ COMMON = [
     ("vlb", ("none",), ["clip", "clip+raw", "raw+by_pred+by_raw", "raw+by_raw"]),
     ("update", DRAWN, subsets("clip")),
     ("inner", ("none",), ["", "guidance+centred"]),
+    ("gated_gelu", ("none",), [""]),
     ("norm", ("none",), [*subsets("scale", "channels_last"), "scale+add+channels_last", *MAPS]),
     ("norm_grad", ("none",), [*subsets("scale", "channels_last"), "scale+add+channels_last", *MAPS]),
 ]
@@ -79,6 +80,7 @@ RARE = [
     ("update", ("none", "generated"), ["clip+x0hat+slots", "clip+mix+slots"]),
     ("update", ("generated",), ["clip+x", "clip+new x0hat", "clip+ids", "clip+channels_last", "clip+mixed"]),
     ("inner", ("none",), ["channels_last", "centred", "guidance"]),
+    ("gated_gelu", ("none",), ["unaligned"]),
     ("merge", ("none",), ["centred"]),
     ("norm", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed", "linear"]),
     ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed", "linear"]),

@@ -19,6 +19,19 @@ from .replay import put_in, take_out
 DENOISERS = ("unet", "transformer")
 # Where a network keeps the convolutions whose layout was changed.
 LAID_OUT = "_channels_last_by_accelerate"
+# The fused classes of modules by their file in diffusers/, that of resnet blocks first.
+FUSED = {
+    "resnet": ["ResnetBlock2D"],
+    "transformer": ["Transformer2DModel"],
+    "group_norm": ["GroupNorm"],
+    "attention": ["BasicTransformerBlock", "Attention", "GEGLU"],
+    "ada_norm": [
+        *("AdaLayerNormZero", "AdaLayerNormZeroSingle", "SD35AdaLayerNormZeroX", "AdaLayerNormContinuous", "RMSNorm")
+    ],
+    "joint_block": ["JointTransformerBlock"],
+    "flux_block": ["FluxTransformerBlock", "FluxSingleTransformerBlock"],
+    "wan_block": ["WanTransformerBlock"],
+}
 # Attributes that a fused scheduler has beside those of its stock class.
 OWN = {
     *("_tables", "_tables_of", "_last_run", "fused_noise", "__module__"),
@@ -91,9 +104,9 @@ def accelerate(
     done = Accelerated()
     for name, part, owner in _parts(target):
         reason = _misfit(part, owner)
-        if reason is not None:
+        if reason:
             done.left[name] = reason
-        elif type(part) in _kinds():
+        elif reason is None and type(part) in _kinds():
             part.__class__ = _kinds()[type(part)]
             done.append(name)
     scheduler = _scheduler(target)
@@ -164,20 +177,19 @@ def _networks(target: Any) -> dict[str, nn.Module]:
 def _parts(target: Any) -> Iterator[tuple[str, Any, nn.Module]]:
     """What is fused, or could be: (dotted name, module, the module that holds it).
 
-    Every block, transformer or norm of a network, or of a pipeline's networks, that there is a fused class of, but for
-    a Transformer2DModel that takes no maps, and GroupNorm: only where another module of diffusers than a ResnetBlock2D
-    holds it.
+    The layers of a network, or of a pipeline's networks, that `_kinds` has, but GroupNorms only of other modules of
+    diffusers.
     """
     networks = _networks(target)
     if not (kinds := _kinds()):  # then no network has modules of diffusers
         return
-    whole = tuple(stock for stock in kinds if stock is not nn.GroupNorm)
+    resnet, *_ = layers = tuple(kind for kind in kinds if kind is not nn.GroupNorm)
     for name, network in networks.items():
         for inner, module in network.named_modules():
             prefix = [part for part in (name, inner) if part]
-            if isinstance(module, whole) and getattr(module, "is_input_continuous", True):
+            if isinstance(module, layers):
                 yield ".".join(prefix), module, module
-            if not isinstance(module, _resnet()) and _of_diffusers(type(module)):
+            if not isinstance(module, resnet) and _of_diffusers(type(module)):
                 for child, part in module.named_children():
                     if isinstance(part, nn.GroupNorm):
                         yield ".".join((*prefix, child)), part, module
@@ -188,15 +200,15 @@ def _of_diffusers(kind: type) -> bool:
 
 
 def _misfit(part: Any, owner: Any) -> str | None:
-    """Why a block, a transformer or a norm cannot be fused, or None."""
+    """Why a layer cannot be fused, "" if there is nothing in it to fuse, or None."""
     for stock, fused in _kinds().items():
         if isinstance(part, stock) and type(part) not in (stock, fused):
             return f"{type(part).__name__} is a subclass of {stock.__name__}"
-        if type(part) is stock and fused.forward is not stock.forward and "forward" in vars(part):
-            return "its forward is wrapped, as offloading does"
     if isinstance(part, nn.GroupNorm):
         return _norm_misfit(part, owner)
-    return _block_misfit(part) if isinstance(part, _resnet()) else None
+    fused = _kinds().get(type(part), type(part))
+    reason: str | None = fused.misfit(part)
+    return reason
 
 
 def _norm_misfit(norm: Any, owner: Any) -> str | None:
@@ -204,28 +216,12 @@ def _norm_misfit(norm: Any, owner: Any) -> str | None:
     processor = getattr(owner, "processor", None)
     if processor is not None and not type(processor).__module__.startswith("diffusers."):
         return f"its attention has a processor of its own, {type(processor).__name__}"
+    if type(norm) is nn.GroupNorm and "forward" in vars(norm):
+        return "its forward is wrapped, as offloading does"
     if norm.weight is None or norm.bias is None:
         return "it has no weight or no bias"
     if not has_plain_parameters(norm):
         return "it has parameters of another kind"
-    return None
-
-
-def _block_misfit(block: Any) -> str | None:
-    """Why a resnet block cannot be fused, or None."""
-    if type(block.nonlinearity) is not nn.SiLU:
-        return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
-    if not is_plain(block.nonlinearity, nn.SiLU):
-        return "its activation has hooks"
-    if block.time_emb_proj is not None and block.time_embedding_norm not in ("default", "scale_shift"):
-        return f"its time embedding enters by {block.time_embedding_norm!r}"
-    for norm in (block.norm1, block.norm2):
-        if type(norm) is not nn.GroupNorm:
-            return f"its norm is {type(norm).__name__}, not GroupNorm"
-        if not norm.affine:
-            return "its norm has no weight"
-        if not is_plain(norm, nn.GroupNorm):
-            return "its norm has hooks or parameters of another kind"
     return None
 
 
@@ -240,28 +236,15 @@ def _fused_schedulers() -> dict[type, Any]:
     return {kind.stock: kind for kind in importlib.import_module(".diffusers", __package__).SCHEDULERS}
 
 
-# The modules of diffusers that a file of fused classes stands for, by the file. Those not imported have no objects.
-FUSED = {
-    "resnet": "models.resnet",
-    "transformer": "models.transformers.transformer_2d",
-    "group_norm": "models",
-    "ada_norm": "models.normalization",
-    "joint_block": "models.attention",
-    "flux_block": "models.transformers.transformer_flux",
-    "wan_block": "models.transformers.transformer_wan",
-}
-
-
 def _kinds() -> dict[Any, Any]:
-    """The fused classes of modules by stock's."""
-    files = [file for file, stock in FUSED.items() if f"diffusers.{stock}" in sys.modules]
-    rooms = [importlib.import_module(f".diffusers.{file}", __package__) for file in files]
-    return {kind.__base__: kind for room in rooms for kind in room.KINDS}
-
-
-def _resnet() -> Any:
-    """The class ResnetBlock2D of diffusers, or none if it is not imported."""
-    return getattr(sys.modules.get("diffusers.models.resnet"), "ResnetBlock2D", ())
+    """The fused classes of modules by stock's. Their `misfit` says what `_misfit` does."""
+    if "diffusers.models.resnet" not in sys.modules:
+        return {}
+    found = {}
+    for file, names in FUSED.items():
+        room = importlib.import_module(f".diffusers.{file}", __package__)
+        found |= {kind.__base__: kind for kind in (getattr(room, name) for name in names)}
+    return found
 
 
 def _put_back(part: Any, stock: Any, fused: Any) -> None:

@@ -11,6 +11,7 @@ Arguments that several operations have:
   is wanted.
 """
 
+from .gate import gated_gelu
 from .group_norm import group_norm_silu
 from .inner import inner
 from .layer_norm import add_layer_norm, layer_norm
@@ -28,6 +29,7 @@ __all__ = [
     "REVERSE",
     "add_layer_norm",
     "combine",
+    "gated_gelu",
     "group_norm_silu",
     "inner",
     "layer_norm",

@@ -103,6 +103,14 @@ def test_inner(launches, shape, dtype, layout, centred):
     assert {a.data_ptr(), b.data_ptr()} <= launches[0].starts, "a copy was read"
 
 
+@every
+def test_gated_gelu(launches, shape, dtype, layout):
+    x = tensor((*shape[:-1], 2 * shape[-1]), dtype, layout)
+    ops.gated_gelu(x)
+    assert len(launches) == 1
+    assert (x.data_ptr() in launches[0].starts) == x.is_contiguous(), "a copy was read"
+
+
 @pytest.mark.slow
 @every
 @drawn

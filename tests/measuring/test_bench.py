@@ -49,7 +49,7 @@ def test_a_kernel_that_disagrees_is_refused(monkeypatch):
     def larger(function):
         return lambda *args, **kwargs: 1.1 * function(*args, **kwargs)
 
-    for name in ("normal", "loss", "vlb", "inner", "group_norm_silu"):
+    for name in ("normal", "loss", "vlb", "inner", "gated_gelu", "group_norm_silu"):
         monkeypatch.setattr(ops, name, larger(getattr(ops, name)))
     for kernel in KERNELS:
         with pytest.raises(RuntimeError, match=f"{kernel} fused: part 0 is"):

@@ -11,11 +11,13 @@ from diffusers.models import normalization
 from torch import Tensor
 
 from ...support.plain import has_plain_parameters
-from .modulated import instead_of, norm_tokens
+from .modulated import instead_of, norm_tokens, wrapped
 
 
 class AdaLayerNormZero(normalization.AdaLayerNormZero):
     """norm(x) (1 + scale) + shift, and the gate of attention, then shift, scale and gate of the MLP."""
+
+    misfit = staticmethod(wrapped)
 
     @instead_of(normalization.AdaLayerNormZero)
     def forward(
@@ -30,6 +32,8 @@ class AdaLayerNormZero(normalization.AdaLayerNormZero):
 class AdaLayerNormZeroSingle(normalization.AdaLayerNormZeroSingle):
     """norm(x) (1 + scale) + shift, and a gate."""
 
+    misfit = staticmethod(wrapped)
+
     @instead_of(normalization.AdaLayerNormZeroSingle)
     def forward(self, x: Tensor, emb: Any = None) -> tuple[Tensor, ...]:
         shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
@@ -38,6 +42,8 @@ class AdaLayerNormZeroSingle(normalization.AdaLayerNormZeroSingle):
 
 class SD35AdaLayerNormZeroX(normalization.SD35AdaLayerNormZeroX):
     """As AdaLayerNormZero, then the norm once more with another scale and shift, and its gate."""
+
+    misfit = staticmethod(wrapped)
 
     @instead_of(normalization.SD35AdaLayerNormZeroX)
     def forward(self, hidden_states: Tensor, emb: Any = None) -> tuple[Tensor, ...]:
@@ -49,6 +55,8 @@ class SD35AdaLayerNormZeroX(normalization.SD35AdaLayerNormZeroX):
 class AdaLayerNormContinuous(normalization.AdaLayerNormContinuous):
     """norm(x) (1 + scale) + shift."""
 
+    misfit = staticmethod(wrapped)
+
     @instead_of(normalization.AdaLayerNormContinuous)
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
         scale, shift = self.linear(self.silu(conditioning_embedding)).chunk(2, dim=1)
@@ -58,6 +66,8 @@ class AdaLayerNormContinuous(normalization.AdaLayerNormContinuous):
 class RMSNorm(normalization.RMSNorm):
     """x / sqrt(mean(x^2) + eps) weight, of the queries and keys, by PyTorch's kernel."""
 
+    misfit = staticmethod(wrapped)
+
     @instead_of(normalization.RMSNorm)
     def forward(self, hidden_states: Tensor) -> Tensor:
         x, weight = hidden_states, self.weight
@@ -66,6 +76,3 @@ class RMSNorm(normalization.RMSNorm):
             stocks: Tensor = normalization.RMSNorm.forward(self, hidden_states)
             return stocks
         return F.rms_norm(x, x.shape[-1:], weight, self.eps)
-
-
-KINDS = (AdaLayerNormZero, AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX, AdaLayerNormContinuous, RMSNorm)

@@ -6,7 +6,7 @@ import torch
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor
 
-from .modulated import add_gated, instead_of, known_to_caches, second_half
+from .modulated import add_gated, instead_of, known_to_caches, second_half, wrapped
 
 LARGEST = 65504.0  # of float16: stock clips its sums there
 
@@ -14,6 +14,8 @@ LARGEST = 65504.0  # of float16: stock clips its sums there
 @known_to_caches
 class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
     """diffusers' block with the same parameters. `accelerate` turns a block into one by its class."""
+
+    misfit = staticmethod(wrapped)
 
     @instead_of(transformer_flux.FluxTransformerBlock)
     def forward(
@@ -37,6 +39,8 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
     """diffusers' block with the same parameters. `accelerate` turns a block into one by its class."""
 
+    misfit = staticmethod(wrapped)
+
     @instead_of(transformer_flux.FluxSingleTransformerBlock)
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Any = None,
@@ -54,6 +58,3 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
 def within_float16(x: Tensor) -> Tensor:
     """x without infinities, if it is float16."""
     return x.clip(-LARGEST, LARGEST) if x.dtype == torch.float16 else x
-
-
-KINDS = (FluxTransformerBlock, FluxSingleTransformerBlock)

@@ -21,6 +21,3 @@ class GroupNorm(nn.GroupNorm):
         if not (ours and plain and is_fused(input)):
             return nn.GroupNorm.forward(self, input)
         return ops.group_norm_silu(input, self.num_groups, weight, bias, self.eps, silu=False)
-
-
-KINDS = (GroupNorm,)

@@ -5,12 +5,14 @@ from typing import Any
 from diffusers.models import attention
 from torch import Tensor
 
-from .modulated import add_gated, instead_of, known_to_caches, second_half
+from .modulated import add_gated, instead_of, known_to_caches, second_half, wrapped
 
 
 @known_to_caches
 class JointTransformerBlock(attention.JointTransformerBlock):
     """diffusers' block with the same parameters. `accelerate` turns a block into one by its class."""
+
+    misfit = staticmethod(wrapped)
 
     @instead_of(attention.JointTransformerBlock)
     def forward(
@@ -36,6 +38,3 @@ class JointTransformerBlock(attention.JointTransformerBlock):
             return None, x
         gate, shift, scale, ff_gate = of_text
         return second_half(text, y_text, gate, self.norm2_context, scale, shift, self.ff_context, ff_gate), x
-
-
-KINDS = (JointTransformerBlock,)

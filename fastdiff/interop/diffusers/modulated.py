@@ -15,11 +15,10 @@ import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import ops
 from ...ops.layer_norm import is_fused
-from ...support.plain import as_defined, is_plain
+from ...support.plain import as_defined, is_ordinary, is_plain
 
 NORMS = (nn.LayerNorm, FP32LayerNorm)
 FP32_FORWARD = as_defined(FP32LayerNorm, "forward")
@@ -44,6 +43,11 @@ def instead_of(stock: Any) -> Callable[[Any], Any]:
     return decorate
 
 
+def wrapped(module: nn.Module) -> str | None:
+    """Why the class of a module is not changed, or None: see `accelerate`."""
+    return "its forward is wrapped, as offloading does" if "forward" in vars(module) else None
+
+
 def known_to_caches(ours: Any) -> Any:
     """A decorator of a fused block: caches of diffusers, such as FirstBlockCache, look up what a block returns by its
     class."""
@@ -59,9 +63,8 @@ def fuses(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if torch.is_grad_enabled() or not tensors or not is_fused(*tensors):
         return False
-    plain = all(type(t) in (Tensor, nn.Parameter) or isinstance(t, FakeTensor) for t in tensors)
     one_type = len({t.dtype for t in tensors if t.is_floating_point()}) == 1
-    return plain and one_type and not torch.is_autocast_enabled(tensors[0].device.type)
+    return all(map(is_ordinary, tensors)) and one_type and not torch.is_autocast_enabled(tensors[0].device.type)
 
 
 def norm_tokens(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor
 
-from .modulated import add_norm_tokens, instead_of, known_to_caches, norm_tokens, second_half
+from .modulated import add_norm_tokens, instead_of, known_to_caches, norm_tokens, second_half, wrapped
 
 
 @known_to_caches
@@ -14,6 +14,8 @@ class WanTransformerBlock(transformer_wan.WanTransformerBlock):
 
     Stock copies the tokens to float32 and back around each norm and sum. Here only the arithmetic is float32.
     """
+
+    misfit = staticmethod(wrapped)
 
     @instead_of(transformer_wan.WanTransformerBlock)
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
@@ -28,6 +30,3 @@ class WanTransformerBlock(transformer_wan.WanTransformerBlock):
         x, normed = add_norm_tokens(self.norm2, hidden_states, y, gate)
         y = self.attn2(normed, encoder_hidden_states, None, None)
         return second_half(x, y, None, self.norm3, ff_scale, ff_shift, self.ffn, ff_gate)
-
-
-KINDS = (WanTransformerBlock,)
