@@ -14,6 +14,7 @@ from ... import ops
 from ...ops.gate import is_fused as gate_is_fused
 from ...ops.layer_norm import is_fused as norm_is_fused
 from ...support.plain import as_defined, is_ordinary, is_plain
+from .ada_block import fuses_block, is_modulated, modulated_block
 
 STOCK_BLOCK = as_defined(attention.BasicTransformerBlock, "forward")
 STOCK_GATE = as_defined(activations.GEGLU, "forward"), as_defined(activations.GEGLU, "gelu")
@@ -124,7 +125,7 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
     @staticmethod
     def misfit(module: Any) -> str | None:
         """See `accelerate`: in others no sum is followed by a plain norm."""
-        return _wrapped(module) if _has_plain_norms(module) else ""
+        return _wrapped(module) if _has_plain_norms(module) or is_modulated(module) else ""
 
     def forward(
         self,
@@ -138,6 +139,12 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         plain = isinstance(self, BasicTransformerBlock) and not cross_attention_kwargs
+        unpatched = attention.BasicTransformerBlock.forward is STOCK_BLOCK
+        if plain and unpatched and fuses_block(self, hidden_states, encoder_hidden_states, timestep):
+            return modulated_block(
+                self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+                class_labels,
+            )  # fmt: skip
         if not (plain and self._fuses(hidden_states)):
             made: Tensor = attention.BasicTransformerBlock.forward(
                 self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
@@ -155,10 +162,11 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether the norms that are not called, and stock's forward, are as diffusers made them."""
+        if not _has_plain_norms(self):
+            return False
         norms = (self.norm3,) if self.attn2 is None else (self.norm2, self.norm3)
         return (
             attention.BasicTransformerBlock.forward is STOCK_BLOCK
-            and _has_plain_norms(self)
             and self._chunk_size is None
             and x.ndim == 3
             and is_ordinary(x)
