@@ -1,0 +1,250 @@
+"""What accelerate makes of diffusion transformers: their norms, modulations and gated sums in one operation each."""
+
+import copy
+import functools
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from diffusers.models import attention, normalization
+from diffusers.models.transformers import transformer_flux, transformer_wan
+from small_models import Low
+from small_transformers import TRANSFORMERS, made, output
+from torch import nn
+from torch.nn import functional as F
+
+import fastdiff
+from benchmarks.network_cost import Meter
+
+NORMS = ("layer_norm", "add_layer_norm", "addcmul", "native_layer_norm")
+
+
+def with_kernels():
+    """Norms are operations of fastdiff, as on a GPU. Here they run the reference."""
+    return mock.patch("fastdiff.ops.layer_norm.backend_of", return_value="triton")
+
+
+@pytest.fixture
+def kernels():
+    with with_kernels():
+        yield
+
+
+def accelerated(name, dtype=torch.float32):
+    """(fused, stock, the arguments of a call)."""
+    stock, given = made(name, dtype)
+    fused = copy.deepcopy(stock)
+    fastdiff.accelerate(fused)
+    return fused, stock, given
+
+
+# Of a call: norms, sums with a norm, gated sums, and norms of PyTorch that stay.
+COUNTS = {
+    "sd3": (
+        6,
+        3,
+        4,
+        0,
+    ),  # 2 of the first block's image, 1 of its text; 1 and 1 of the last, which drops the text; output
+    "flux": (4, 2, 3, 0),  # 2, 2 and 2 of the first block; 1 and 1 of the single one; output
+    "dit": (1, 1, 1, 1),  # the last norm is not a layer of a block
+    "pixart": (1, 1, 2, 1),  # a gated sum before attention to the text, which has no norm
+    "wan": (1, 2, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_one_operation_for_each_norm_and_sum(name, kernels):
+    fused, stock, given = accelerated(name)
+    want = output(stock, given)
+    with Meter() as meter:
+        torch.testing.assert_close(output(fused, given), want, rtol=1e-4, atol=1e-5)
+    assert tuple(meter.kernels[norm] for norm in NORMS) == COUNTS[name]
+    fastdiff.restore(fused)
+    assert torch.equal(output(fused, given), want)
+    assert [type(part) for part in fused.modules()] == [type(part) for part in stock.modules()]
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_fewer_roundings_than_stock(name, kernels):
+    """In bfloat16 the error against float64 is not greater, and the type is stock's."""
+    exact = output(*made(name, torch.float64))
+    fused, stock, given = accelerated(name, torch.bfloat16)
+    results = output(fused, given), output(stock, given)
+    ours, theirs = ((result.double() - exact).square().mean() for result in results)
+    assert results[0].dtype == results[1].dtype and not torch.equal(*results)
+    assert ours <= 1.1 * theirs
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_stocks_bits_where_there_is_no_kernel(name):
+    """On a CPU, within autocast, and with a gradient."""
+    fused, stock, given = accelerated(name)
+    assert torch.equal(output(fused, given), output(stock, given))
+    with with_kernels():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(output(fused, given), output(stock, given))
+        results = [net(**given, return_dict=False)[0] for net in (fused, stock)]
+    grads = [
+        torch.autograd.grad(y.square().mean(), next(net.parameters()))[0]
+        for y, net in zip(results, (fused, stock), strict=True)
+    ]
+    assert torch.equal(*results) and torch.equal(*grads)
+
+
+# A block of each kind, a norm of it that is not called, and a layer that is.
+BLOCKS = {
+    "sd3": ("transformer_blocks.0", "norm2", "ff.net.2"),
+    "flux": ("transformer_blocks.0", "norm2_context", "norm1.linear"),
+    "dit": ("transformer_blocks.0", "norm3", "ff.net.2"),
+    "pixart": ("transformer_blocks.0", "norm2", "attn1.to_v"),
+    "wan": ("blocks.0", "norm2", "ffn.net.2"),
+}
+
+
+def wrap(layer):
+    layer.forward = lambda x, forward=layer.forward: 1.5 * forward(x)
+
+
+TREATMENTS = {
+    "a hook on a norm": lambda block, norm, layer: block.get_submodule(norm).register_forward_hook(
+        lambda m, x, y: 2 * y
+    ),
+    "a wrapped norm": lambda block, norm, layer: wrap(block.get_submodule(norm)),
+    "another layer": lambda block, norm, layer: block.set_submodule(layer, Low(block.get_submodule(layer))),
+}
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_what_is_done_to_a_block_counts(name, treatment, kernels):
+    block, norm, layer = BLOCKS[name]
+    fused, stock, given = accelerated(name)
+    before = output(fused, given)
+    for net in (fused, stock):
+        TREATMENTS[treatment](net.get_submodule(block), norm, layer)
+    want = output(stock, given)
+    torch.testing.assert_close(output(fused, given), want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, want, atol=1e-3)
+
+
+def test_a_block_that_is_patched_or_wrapped(kernels, monkeypatch):
+    """For its whole class, after it is fused; and one alone, before."""
+    kind = transformer_flux.FluxSingleTransformerBlock
+    fused, stock, given = accelerated("flux")
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kw: tuple(2 * t for t in original(self, *args, **kw)))
+    torch.testing.assert_close(output(fused, given), output(stock, given), rtol=1e-4, atol=1e-5)
+    stock.single_transformer_blocks[0].forward = functools.partial(original, stock.single_transformer_blocks[0])
+    with pytest.warns(UserWarning, match="accelerate left 1 parts"):
+        done = fastdiff.accelerate(stock)
+    assert done.left == {"single_transformer_blocks.0": "its forward is wrapped, as offloading does"}
+
+
+def called(stock, kind, *args, **kwargs):
+    """The results of a layer of diffusers, and of the same by accelerate, without a gradient."""
+    ours = copy.deepcopy(stock)
+    assert fastdiff.accelerate(ours)[0] == "" and type(ours) is not kind
+    with torch.no_grad(), with_kernels():
+        return stock(*args, **kwargs), ours(*args, **kwargs)
+
+
+def ada_norm(**options):
+    torch.manual_seed(0)
+    return normalization.AdaLayerNormContinuous(8, 8, elementwise_affine=False, **options)
+
+
+def test_rows_for_several_samples():
+    """A row of modulation for all samples; and one of another type, whose result is stock's."""
+    norm, x = ada_norm(), torch.randn(2, 3, 8)
+    torch.testing.assert_close(*called(norm, type(norm), x, torch.randn(1, 8)))
+    half = norm.bfloat16()
+    want, got = called(half, type(norm), x, torch.randn(2, 8))
+    assert torch.equal(want, got) and got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"elementwise_affine": False}, {"dtype": torch.float32}])
+def test_norms_of_queries_are_pytorchs_kernel_where_that_is_stocks_norm(options, monkeypatch):
+    dtype = options.pop("dtype", torch.bfloat16)
+    norm = normalization.RMSNorm(8, 1e-6, **options).to(dtype)
+    launches = []
+    rms_norm = F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda *args: launches.append(args) or rms_norm(*args))
+    want, got = called(norm, normalization.RMSNorm, torch.randn(2, 3, 4, 8).bfloat16())
+    torch.testing.assert_close(got, want)
+    assert len(launches) == (not options.get("bias") and dtype == torch.bfloat16)
+
+
+def test_calls_that_only_stock_takes():
+    """Rows for each token, as of Wan 2.2; the MLP in chunks."""
+    torch.manual_seed(0)
+    block = transformer_wan.WanTransformerBlock(16, 32, 2, cross_attn_norm=True)
+    want, got = called(block, type(block), torch.randn(2, 3, 16), torch.randn(2, 3, 16), torch.randn(2, 3, 6, 16), None)
+    assert torch.equal(want, got)
+    joint = attention.JointTransformerBlock(16, 2, 8)
+    joint.set_chunk_feed_forward(2, 1)
+    want, got = called(joint, type(joint), torch.randn(2, 4, 16), torch.randn(2, 6, 16), torch.randn(2, 16))
+    assert torch.equal(want[0], got[0]) and torch.equal(want[1], got[1])
+
+
+class Adapted(nn.Module):
+    """Attention with an image prompt, which gives a third result."""
+
+    def forward(self, hidden_states, encoder_hidden_states, image_rotary_emb):
+        return hidden_states, encoder_hidden_states, 3 * hidden_states
+
+
+def test_adapters_and_float16_of_flux():
+    """What an adapter adds comes last. Sums beyond float16 are clipped in the text and in single blocks."""
+    torch.manual_seed(0)
+    block = transformer_flux.FluxTransformerBlock(16, 2, 8).half()
+    block.attn = Adapted()
+    x, text, row = torch.randn(2, 4, 16).half(), torch.full((2, 3, 16), 65504.0).half(), torch.randn(2, 16).half()
+    with torch.no_grad():
+        block.norm1_context.linear.bias[-16:] = 1e4
+    want, got = called(block, type(block), x, text, row)
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+    assert got[0].isfinite().all() and got[0].abs().max() == 65504
+    single = transformer_flux.FluxSingleTransformerBlock(16, 2, 8).half()
+    want, got = called(single, type(single), x, text, 50 * row)
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_caches_of_diffusers(name, graph, kernels, taped):
+    """They know the fused blocks by their classes. While they hook them, no graph is replayed."""
+    fused, stock, given = accelerated(name)
+    left = fastdiff.accelerate(fused, graph=graph).left
+    fastdiff.accelerate(stock)
+    for net in (fused, stock):
+        net.enable_cache(FirstBlockCacheConfig(threshold=0.2))
+    for scale in (1.0, 1.01, 1.5, 1.51):
+        results = []
+        for net in (fused, stock):
+            with net.cache_context("cond"):
+                results.append(output(net, given | {"hidden_states": scale * given["hidden_states"]}))
+        assert torch.equal(*results)
+    assert taped.recorded == 0 and bool(left) == graph
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_graphs_replay_fused_blocks(name, kernels, taped):
+    fused, stock, given = accelerated(name)
+    fastdiff.accelerate(stock)
+    fastdiff.accelerate(fused, graph=True)
+    for scale in range(4):
+        scaled = given | {"hidden_states": scale * given["hidden_states"]}
+        assert torch.equal(output(fused, scaled), output(stock, scaled))
+    assert taped[0].replayed == 2
+
+
+def test_a_compiler_sees_stocks_arithmetic(kernels):
+    norm, x, row = ada_norm(), torch.randn(2, 3, 8), torch.randn(2, 8)
+    fused = copy.deepcopy(norm)
+    fastdiff.accelerate(fused)
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(fused, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x, row), norm(x, row))
