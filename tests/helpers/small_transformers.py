@@ -1,4 +1,4 @@
-"""The smallest transformers of diffusers of each kind whose blocks `accelerate` fuses, and what they are called with."""
+"""The smallest transformers of diffusers of each kind whose blocks `accelerate` fuses, and their calls."""
 
 import functools
 from collections.abc import Callable
