@@ -9,7 +9,7 @@ from .. import reference
 from ..support import transforms
 from ..support.scalars import as_number
 from .checks import check_floating, check_like, check_vector, wants_gradient
-from .dispatch import backend_of
+from .dispatch import backend_of, launcher
 from .quick import quick
 from .registry import Op
 
@@ -134,6 +134,9 @@ def _layer_norm(
     out = _empty(x)
     if x.numel() == 0:
         return out
+    if launch := launcher("layer_norm", x):
+        launch(out=out, total=None, x=x, y=None, weight=weight, bias=bias, eps=eps, gate=None, scale=scale, shift=shift)
+        return out
     return out.copy_(reference.layer_norm(x, weight, bias, eps, scale, shift))
 
 
@@ -147,6 +150,9 @@ def _add_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     total, out = _empty_pair(x)
     if x.numel() == 0:
+        return total, out
+    if launch := launcher("layer_norm", x):
+        launch(out=out, total=total, x=x, y=y, weight=weight, bias=bias, eps=eps, gate=gate, scale=scale, shift=shift)
         return total, out
     both = reference.add_layer_norm(x, y, weight, bias, eps, gate, scale, shift)
     return total.copy_(both[0]), out.copy_(both[1])
