@@ -107,20 +107,20 @@ def _checked(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, 
     Raises: TypeError or ValueError for an argument that does not fit x.
     """
     check_floating("x", x)
-    eps = as_number("eps", eps)
+    channels, eps = (x.shape[-1],), as_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
     if weight is not None:
-        check_vector("weight", weight, x.shape[-1:], x)
+        check_vector("weight", weight, channels, x)
     if bias is not None:
         if weight is None:
             raise ValueError("bias: expected None without weight")
-        check_vector("bias", bias, x.shape[-1:], x)
+        check_vector("bias", bias, channels, x)
     for name, row in rows.items():
         if row is not None:
             if x.ndim < 2:
                 raise ValueError(f"x: expected shape (B, ..., C) where {name} is given, got {tuple(x.shape)}")
-            check_vector(name, row, (x.shape[0], x.shape[-1]), x)
+            check_vector(name, row, (x.shape[0], *channels), x)
     return eps
 
 
