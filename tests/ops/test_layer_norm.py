@@ -206,9 +206,10 @@ def test_what_cannot_be_right_is_refused(arguments, error, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_opcheck(dtype):
-    x, y, rows = (tensor(shape, dtype, salt=i).cpu() for i, shape in enumerate([(2, 3, 4), (2, 3, 4), (2, 12)]))
+def test_opcheck():
+    x, y, rows = (
+        tensor(shape, torch.bfloat16, salt=i).cpu() for i, shape in enumerate([(2, 3, 4), (2, 3, 4), (2, 12)])
+    )
     gate, scale, shift = rows.chunk(3, 1)
     torch.library.opcheck(torch.ops.fastdiff.layer_norm.default, (x, x[0, 0], x[0, 1], EPS, scale, None))
     torch.library.opcheck(torch.ops.fastdiff.add_layer_norm.default, (x, y, None, None, EPS, gate, scale, shift))
