@@ -135,6 +135,7 @@ def cases(device: str) -> dict[str, Case]:
         "vlb": (lambda: vlb(pred), lambda: eager_vlb(pred)),
         "vlb, forward and backward": (lambda: both(vlb(wanted)), lambda: both(eager_vlb(wanted))),
         **norms(device),
+        **layer_norms(device),
     }
 
 
@@ -163,6 +164,26 @@ def norms(device: str) -> dict[str, Case]:
         found[name] = (partial(ours, *operands), partial(eager, *operands))
         found[f"{name}, forward and backward"] = (calls[0], calls[1])
     return found
+
+
+def layer_norms(device: str) -> dict[str, Case]:
+    """Those of a transformer, without a gradient: they have no kernel for one."""
+    x, y = (torch.randn(BATCH, 16, CHANNELS, device=device) for _ in range(2))
+    gate, scale, shift = torch.randn(BATCH, 3 * CHANNELS, device=device).chunk(3, 1)
+    weight, bias = torch.rand(CHANNELS, device=device), torch.rand(CHANNELS, device=device)
+
+    def eager(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (CHANNELS,)) * (1 + scale[:, None]) + shift[:, None]
+
+    def eager_sum() -> tuple[Tensor, Tensor]:
+        total = x + gate[:, None] * y
+        return total, eager(total)
+
+    return {
+        "layer_norm": (lambda: ops.layer_norm(x, weight, bias), lambda: F.layer_norm(x, (CHANNELS,), weight, bias)),
+        "layer_norm, scale and shift": (lambda: ops.layer_norm(x, scale=scale, shift=shift), lambda: eager(x)),
+        "add_layer_norm": (lambda: ops.add_layer_norm(x, y, gate=gate, scale=scale, shift=shift), eager_sum),
+    }
 
 
 # --- measuring --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..cast import channels_last_convolutions
-from ..support.plain import has_plain_parameters, is_plain
+from ..support.plain import has_plain_parameters
 from .replay import put_in, take_out
 
 # The components of a pipeline that it calls at every step.

@@ -36,7 +36,7 @@ def gated_gelu(x: Tensor) -> Tensor:
 
 
 def is_fused(x: Tensor) -> bool:
-    """Whether the gate of x is a kernel of its own. Within a compilation Inductor makes one, also of what is around it."""
+    """Whether the gate of x is a kernel of its own. Within a compilation Inductor makes one, with what is around it."""
     return (
         not torch.compiler.is_compiling()
         and backend_of(x) == "triton"

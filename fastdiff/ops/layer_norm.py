@@ -9,7 +9,7 @@ from .. import reference
 from ..support import transforms
 from ..support.scalars import as_number
 from .checks import check_floating, check_like, check_vector, wants_gradient
-from .dispatch import backend_of
+from .dispatch import backend_of, launcher
 from .quick import quick
 from .registry import Op
 
@@ -107,20 +107,20 @@ def _checked(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, 
     Raises: TypeError or ValueError for an argument that does not fit x.
     """
     check_floating("x", x)
-    eps = as_number("eps", eps)
+    channels, eps = (x.shape[-1],), as_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
     if weight is not None:
-        check_vector("weight", weight, x.shape[-1:], x)
+        check_vector("weight", weight, channels, x)
     if bias is not None:
         if weight is None:
             raise ValueError("bias: expected None without weight")
-        check_vector("bias", bias, x.shape[-1:], x)
+        check_vector("bias", bias, channels, x)
     for name, row in rows.items():
         if row is not None:
             if x.ndim < 2:
                 raise ValueError(f"x: expected shape (B, ..., C) where {name} is given, got {tuple(x.shape)}")
-            check_vector(name, row, (x.shape[0], x.shape[-1]), x)
+            check_vector(name, row, (x.shape[0], *channels), x)
     return eps
 
 
@@ -133,6 +133,9 @@ def _layer_norm(
 ) -> Tensor:
     out = _empty(x)
     if x.numel() == 0:
+        return out
+    if launch := launcher("layer_norm", x):
+        launch(out=out, total=None, x=x, y=None, weight=weight, bias=bias, eps=eps, gate=None, scale=scale, shift=shift)
         return out
     return out.copy_(reference.layer_norm(x, weight, bias, eps, scale, shift))
 
@@ -147,6 +150,9 @@ def _add_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     total, out = _empty_pair(x)
     if x.numel() == 0:
+        return total, out
+    if launch := launcher("layer_norm", x):
+        launch(out=out, total=total, x=x, y=y, weight=weight, bias=bias, eps=eps, gate=gate, scale=scale, shift=shift)
         return total, out
     both = reference.add_layer_norm(x, y, weight, bias, eps, gate, scale, shift)
     return total.copy_(both[0]), out.copy_(both[1])

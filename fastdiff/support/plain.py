@@ -60,7 +60,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def has_plain_parameters(module: nn.Module) -> bool:
     """Whether its own parameters are ordinary ones, not DTensors or quantized tensors."""
-    for p in module._parameters.values():  # no generator: this comes with every layer
+    for p in module._parameters.values():  # noqa: SIM110, this comes with every layer
         if not (p is None or is_ordinary(p)):
             return False
     return True

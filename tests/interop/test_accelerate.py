@@ -6,6 +6,9 @@ import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from small_models import RESNET, SMALL
@@ -95,9 +98,12 @@ def close(got, want, atol=1e-5):
 
 
 def parts(net) -> list[str]:
-    """What is fused: the blocks, the transformers, and the norms that are not within a block."""
+    """What is fused: the blocks, the transformers and their layers, and the norms that are not within a block."""
     blocks = {n for n, m in net.named_modules() if isinstance(m, ResnetBlock2D)}
-    transformers = [n for n, m in net.named_modules() if isinstance(m, Transformer2DModel)]
+    layers = Transformer2DModel, BasicTransformerBlock, GEGLU
+    transformers = [n for n, m in net.named_modules() if isinstance(m, layers)]
+    # Those outside of transformers have a sum after them.
+    transformers += [n for n, m in net.named_modules() if isinstance(m, Attention) and not m.residual_connection]
     norms = [n for n, m in net.named_modules() if isinstance(m, nn.GroupNorm) and n.rpartition(".")[0] not in blocks]
     return sorted([*blocks, *transformers, *norms])
 
@@ -118,7 +124,8 @@ def test_same_outputs_gradients_and_names(name, training):
     assert sorted(fastdiff.restore(net)) == fused and fastdiff.restore(net) == []
     assert all(type(m) is ResnetBlock2D for m in net.modules() if isinstance(m, ResnetBlock2D))
     assert all(type(m) is nn.GroupNorm for m in net.modules() if isinstance(m, nn.GroupNorm))
-    assert all(type(m) is Transformer2DModel for m in net.modules() if isinstance(m, Transformer2DModel))
+    for kind in (Transformer2DModel, BasicTransformerBlock, Attention, GEGLU):
+        assert all(type(m) is kind for m in net.modules() if isinstance(m, kind))
     close(with_gradients(net), want, atol=0)
     assert sorted(fastdiff.restore(twin)) == fused
 

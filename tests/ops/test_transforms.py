@@ -70,6 +70,7 @@ FUNCTIONS = {
     "norm by scale": lambda x: ops.group_norm_silu(
         data(1, x.dtype), 2, data(1, x.dtype, 1), data(2, x.dtype, 1), 1e-3, x[..., 0], x[..., 1], x[..., 2]
     ),
+    "layer norm": lambda x: ops.add_layer_norm(data(1, x.dtype), x, eps=1e-3, gate=x[:, 0], scale=x[:, 1])[1],
 }
 functions = pytest.mark.parametrize("name", FUNCTIONS)
 

@@ -1,7 +1,7 @@
 """The norms of diffusion transformers (diffusers 0.42.1) that a scale and a shift follow, and their RMSNorm.
 
 Each class has the parameters of stock's. `accelerate` turns a layer into one by its class. Where there is no kernel,
-stock's forward runs: see `instead_of`.
+stock's forward runs: see `stands_in`.
 """
 
 from typing import Any
@@ -11,15 +11,13 @@ from diffusers.models import normalization
 from torch import Tensor
 
 from ...support.plain import has_plain_parameters
-from .modulated import instead_of, norm_tokens, wrapped
+from .modulated import norm_tokens, stands_in
 
 
+@stands_in
 class AdaLayerNormZero(normalization.AdaLayerNormZero):
     """norm(x) (1 + scale) + shift, and the gate of attention, then shift, scale and gate of the MLP."""
 
-    misfit = staticmethod(wrapped)
-
-    @instead_of(normalization.AdaLayerNormZero)
     def forward(
         self, x: Tensor, timestep: Any = None, class_labels: Any = None, hidden_dtype: Any = None, emb: Any = None
     ) -> tuple[Tensor, ...]:
@@ -29,46 +27,38 @@ class AdaLayerNormZero(normalization.AdaLayerNormZero):
         return norm_tokens(self.norm, x, scale, shift), *rest
 
 
+@stands_in
 class AdaLayerNormZeroSingle(normalization.AdaLayerNormZeroSingle):
     """norm(x) (1 + scale) + shift, and a gate."""
 
-    misfit = staticmethod(wrapped)
-
-    @instead_of(normalization.AdaLayerNormZeroSingle)
     def forward(self, x: Tensor, emb: Any = None) -> tuple[Tensor, ...]:
         shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
         return norm_tokens(self.norm, x, scale, shift), gate
 
 
+@stands_in
 class SD35AdaLayerNormZeroX(normalization.SD35AdaLayerNormZeroX):
     """As AdaLayerNormZero, then the norm once more with another scale and shift, and its gate."""
 
-    misfit = staticmethod(wrapped)
-
-    @instead_of(normalization.SD35AdaLayerNormZeroX)
     def forward(self, hidden_states: Tensor, emb: Any = None) -> tuple[Tensor, ...]:
         shift, scale, *rest, shift2, scale2, gate2 = self.linear(self.silu(emb)).chunk(9, dim=1)
         normed, normed2 = (norm_tokens(self.norm, hidden_states, *rows) for rows in ((scale, shift), (scale2, shift2)))
         return normed, *rest, normed2, gate2
 
 
+@stands_in
 class AdaLayerNormContinuous(normalization.AdaLayerNormContinuous):
     """norm(x) (1 + scale) + shift."""
 
-    misfit = staticmethod(wrapped)
-
-    @instead_of(normalization.AdaLayerNormContinuous)
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
         scale, shift = self.linear(self.silu(conditioning_embedding)).chunk(2, dim=1)
         return norm_tokens(self.norm, x, scale, shift)
 
 
+@stands_in
 class RMSNorm(normalization.RMSNorm):
     """x / sqrt(mean(x^2) + eps) weight, of the queries and keys, by PyTorch's kernel."""
 
-    misfit = staticmethod(wrapped)
-
-    @instead_of(normalization.RMSNorm)
     def forward(self, hidden_states: Tensor) -> Tensor:
         x, weight = hidden_states, self.weight
         alike = weight is None or (weight.dtype == x.dtype and weight.shape == x.shape[-1:])

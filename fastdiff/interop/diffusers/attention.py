@@ -26,6 +26,12 @@ def _wrapped(module: nn.Module) -> str | None:
     return "its forward is wrapped, as offloading does" if "forward" in vars(module) else None
 
 
+def _as_it_is_now(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of a module whose class `restore` has changed, while somebody holds the method of ours."""
+    made: Tensor = type(module).forward(module, *args, **kwargs)
+    return made
+
+
 def _is_bare(module: Any) -> bool:
     """Whether there is nothing before and nothing after the attention and its projections."""
     around = module.spatial_norm is not None or module.group_norm is not None or module.residual_connection
@@ -48,10 +54,11 @@ class GEGLU(activations.GEGLU):
         return _wrapped(module)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        stock = activations.GEGLU
-        plain = isinstance(self, GEGLU) and not (args or kwargs or "gelu" in vars(self))
-        if not (plain and (stock.forward, stock.gelu) == STOCK_GATE and gate_is_fused(hidden_states)):
-            made: Tensor = stock.forward(self, hidden_states, *args, **kwargs)
+        if not isinstance(self, GEGLU):
+            return _as_it_is_now(self, hidden_states, *args, **kwargs)
+        patched = (activations.GEGLU.forward, activations.GEGLU.gelu) != STOCK_GATE or "gelu" in vars(self)
+        if args or kwargs or patched or not gate_is_fused(hidden_states):
+            made: Tensor = super().forward(hidden_states, *args, **kwargs)
             return made
         projected = self.proj(hidden_states)
         if is_ordinary(projected) and gate_is_fused(projected):
@@ -79,11 +86,11 @@ class Attention(attention_processor.Attention):
         attention_mask: Tensor | None = None,
         **cross_attention_kwargs: Any,
     ) -> Tensor:
-        plain = isinstance(self, Attention) and not cross_attention_kwargs and hidden_states.ndim == 3
-        if not (plain and self._runs_stock_processor()):
-            made: Tensor = attention_processor.Attention.forward(
-                self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
-            )
+        given = hidden_states, encoder_hidden_states, attention_mask
+        if not isinstance(self, Attention):
+            return _as_it_is_now(self, *given, **cross_attention_kwargs)
+        if cross_attention_kwargs or hidden_states.ndim != 3 or not self._runs_stock_processor():
+            made: Tensor = super().forward(*given, **cross_attention_kwargs)
             return made
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         batch, length, _ = text.shape
@@ -138,18 +145,17 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        plain = isinstance(self, BasicTransformerBlock) and not cross_attention_kwargs
-        unpatched = attention.BasicTransformerBlock.forward is STOCK_BLOCK
-        if plain and unpatched and fuses_block(self, hidden_states, encoder_hidden_states, timestep):
-            return modulated_block(
-                self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
-                class_labels,
-            )  # fmt: skip
-        if not (plain and self._fuses(hidden_states)):
-            made: Tensor = attention.BasicTransformerBlock.forward(
-                self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
-                cross_attention_kwargs, class_labels, added_cond_kwargs,
-            )  # fmt: skip
+        given = (
+            hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+            cross_attention_kwargs, class_labels, added_cond_kwargs,
+        )  # fmt: skip
+        if not isinstance(self, BasicTransformerBlock):
+            return _as_it_is_now(self, *given)
+        unpatched = attention.BasicTransformerBlock.forward is STOCK_BLOCK and not cross_attention_kwargs
+        if unpatched and fuses_block(self, hidden_states, encoder_hidden_states, timestep):
+            return modulated_block(self, *given[:5], class_labels)
+        if not (unpatched and self._fuses(hidden_states)):
+            made: Tensor = super().forward(*given)
             return made
         own = encoder_hidden_states if self.only_cross_attention else None
         out = self.attn1(self.norm1(hidden_states), encoder_hidden_states=own, attention_mask=attention_mask)
@@ -166,8 +172,7 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
             return False
         norms = (self.norm3,) if self.attn2 is None else (self.norm2, self.norm3)
         return (
-            attention.BasicTransformerBlock.forward is STOCK_BLOCK
-            and self._chunk_size is None
+            self._chunk_size is None
             and x.ndim == 3
             and is_ordinary(x)
             and all(is_plain(n, nn.LayerNorm) and norm_is_fused(x, n.weight, n.bias) for n in norms)

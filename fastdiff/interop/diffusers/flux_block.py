@@ -6,18 +6,15 @@ import torch
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor
 
-from .modulated import add_gated, instead_of, known_to_caches, second_half, wrapped
+from .modulated import add_gated, second_half, stands_in
 
 LARGEST = 65504.0  # of float16: stock clips its sums there
 
 
-@known_to_caches
+@stands_in
 class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
     """diffusers' block with the same parameters. `accelerate` turns a block into one by its class."""
 
-    misfit = staticmethod(wrapped)
-
-    @instead_of(transformer_flux.FluxTransformerBlock)
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Any = None,
         joint_attention_kwargs: Any = None,
@@ -35,13 +32,10 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
         return within_float16(text), sum(of_adapter, x)
 
 
-@known_to_caches
+@stands_in
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
     """diffusers' block with the same parameters. `accelerate` turns a block into one by its class."""
 
-    misfit = staticmethod(wrapped)
-
-    @instead_of(transformer_flux.FluxSingleTransformerBlock)
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Any = None,
         joint_attention_kwargs: Any = None,

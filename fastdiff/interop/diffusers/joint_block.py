@@ -5,16 +5,13 @@ from typing import Any
 from diffusers.models import attention
 from torch import Tensor
 
-from .modulated import add_gated, instead_of, known_to_caches, second_half, wrapped
+from .modulated import add_gated, second_half, stands_in
 
 
-@known_to_caches
+@stands_in
 class JointTransformerBlock(attention.JointTransformerBlock):
     """diffusers' block with the same parameters. `accelerate` turns a block into one by its class."""
 
-    misfit = staticmethod(wrapped)
-
-    @instead_of(attention.JointTransformerBlock)
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, joint_attention_kwargs: Any = None
     ) -> tuple[Tensor | None, Tensor]:

@@ -8,7 +8,8 @@ x and y are (B, N, C): tokens. gate, scale and shift are (B, C): one row for all
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,37 +25,33 @@ NORMS = (nn.LayerNorm, FP32LayerNorm)
 FP32_FORWARD = as_defined(FP32LayerNorm, "forward")
 
 
-def instead_of(stock: Any) -> Callable[[Any], Any]:
-    """A decorator of a fused class's forward, which has the signature of stock's.
+def stands_in(kind: Any) -> Any:
+    """A decorator of a fused class: its forward gets the signature of stock's, which runs where there is no kernel.
 
-    Stock's runs where there is no kernel: see `fuses`. It runs too if it was patched, or if `restore` has changed the
-    class while somebody holds the fused method.
+    See `fuses`. Stock's runs too if it was patched, and within a compilation, which fuses its arithmetic.
     """
+    stock, ours = kind.__base__, kind.forward
     original = as_defined(stock, "forward")
 
-    def decorate(ours: Any) -> Any:
-        @functools.wraps(stock.forward)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():  # what follows is not for a compiler, which fuses stock's arithmetic
-                return stock.forward(self, *args, **kwargs)
-            fused = type(self).forward is forward and stock.forward is original and fuses(args, kwargs)
-            return (ours if fused else stock.forward)(self, *args, **kwargs)
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, kind):  # `restore` has changed it since, but somebody holds this method
+            return type(self).forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling() or not (stock.forward is original and fuses(args, kwargs)):
+            return super(kind, self).forward(*args, **kwargs)
+        return ours(self, *args, **kwargs)
 
-        return forward
-
-    return decorate
+    kind.forward, kind.misfit = forward, staticmethod(wrapped)
+    with suppress(
+        ValueError
+    ):  # caches of diffusers, such as FirstBlockCache, look up what a block returns by its class
+        TransformerBlockRegistry.register(kind, copy.copy(TransformerBlockRegistry.get(stock)))
+    return kind
 
 
 def wrapped(module: nn.Module) -> str | None:
     """Why the class of a module is not changed, or None: see `accelerate`."""
     return "its forward is wrapped, as offloading does" if "forward" in vars(module) else None
-
-
-def known_to_caches(ours: Any) -> Any:
-    """A decorator of a fused block: caches of diffusers, such as FirstBlockCache, look up what a block returns by its
-    class."""
-    TransformerBlockRegistry.register(ours, copy.copy(TransformerBlockRegistry.get(ours.__base__)))
-    return ours
 
 
 def fuses(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

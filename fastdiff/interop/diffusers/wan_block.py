@@ -5,19 +5,16 @@ from typing import Any
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor
 
-from .modulated import add_norm_tokens, instead_of, known_to_caches, norm_tokens, second_half, wrapped
+from .modulated import add_norm_tokens, norm_tokens, second_half, stands_in
 
 
-@known_to_caches
+@stands_in
 class WanTransformerBlock(transformer_wan.WanTransformerBlock):
     """diffusers' block with the same parameters. `accelerate` turns a block into one by its class.
 
     Stock copies the tokens to float32 and back around each norm and sum. Here only the arithmetic is float32.
     """
 
-    misfit = staticmethod(wrapped)
-
-    @instead_of(transformer_wan.WanTransformerBlock)
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
         if temb.ndim != 3:  # rows for each token
             stocks: Tensor = transformer_wan.WanTransformerBlock.forward(
