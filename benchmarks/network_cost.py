@@ -1,9 +1,9 @@
 """What one forward of a network launches and moves, counted without a GPU: `python benchmarks/network_cost.py`.
 
 Two tables. The first runs networks on tensors without values: the 35.7M one of google/ddpm-cifar10-32, diffusers' of
-the same configuration, the U-Net of Stable Diffusion 1.5, and the transformer DiT-XL/2. It counts the GPU kernels that
-PyTorch launches, and the bytes that they read and write. The second counts what Inductor writes for two resnet blocks
-on an H100, and how often that reads or writes a whole map.
+the same configuration, the U-Net of Stable Diffusion 1.5, and the transformers DiT-XL/2, Stable Diffusion 3.5 medium
+and Flux. It counts the GPU kernels that PyTorch launches, and the bytes that they read and write. The second counts
+what Inductor writes for two resnet blocks on an H100, and how often that reads or writes a whole map.
 
 The count is an estimate by rules, see `cost`: a kernel for each operator that is no view, two for a convolution with a
 bias (cuDNN convolves, PyTorch adds), three for GroupNorm. Bytes are those of all operands, once each; caches hold some.
@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu.networks import STABLE_DIFFUSION, TOKENS
+from benchmarks.gpu.networks import STABLE_DIFFUSION, STABLE_DIFFUSION_3, TOKENS
 from benchmarks.networks import cifar10
 from fastdiff import accelerate
 from fastdiff.cast import Casts
@@ -112,7 +112,7 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Attention is one kernel, the norm is fastdiff's, and autocast gives GroupNorm float32, as on CUDA."""
+    """Attention and RMSNorm are one kernel, norms are fastdiff's, and autocast gives GroupNorm float32, as on CUDA."""
     group_norm = F.group_norm
 
     def cast_group_norm(x: Any, groups: int, w: Any = None, b: Any = None, eps: float = 1e-5) -> Tensor:
@@ -124,12 +124,18 @@ def as_on_a_gpu() -> Iterator[None]:
     if not hasattr(torch.ops.fastdiff_cost, "attention"):
         library.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")
         library.impl("attention", lambda q, k, v: torch.empty_like(q), "CompositeExplicitAutograd")
+        library.define("rms_norm(Tensor x, Tensor? weight) -> Tensor")
+        library.impl("rms_norm", lambda x, weight: torch.empty_like(x), "CompositeExplicitAutograd")
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.ops.fastdiff_cost.attention(query, key, value)
 
+    def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        return torch.ops.fastdiff_cost.rms_norm(x, weight)
+
     with (
         mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(F, "rms_norm", rms_norm),
         mock.patch.object(F, "group_norm", cast_group_norm),
         mock.patch("fastdiff.ops.group_norm.backend_of", return_value="triton"),
         mock.patch("fastdiff.ops.layer_norm.backend_of", return_value="triton"),
@@ -199,6 +205,11 @@ def count(
             arguments["class_labels"] = torch.zeros(batch, dtype=torch.int64, device="cpu")
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Meter() as counter:
             net(x, t, **arguments)
+    return row(name, batch, counter)
+
+
+def row(name: str, batch: int, counter: Meter) -> Row:
+    """What a call with so many images cost."""
     total = sum(counter.kernels.values())
     return Row(name, batch, total, counter.bytes / 1e6 / batch, dict(counter.kernels.most_common()))
 
@@ -236,6 +247,38 @@ def transformer_rows(**config: Any) -> list[Row]:
     for name, network in (("fastdiff", DiT), ("diffusers", diffusers.DiTTransformer2DModel)):
         made.append(count(f"DiT-XL/2, {name}", partial(in_bfloat16, partial(network, **config)), 2, **options))
     return made
+
+
+def before_and_after(name: str, batch: int, net: nn.Module, given: dict[str, Any]) -> list[Row]:
+    """A network of diffusers, stock and accelerated, called with `given`."""
+    made = []
+    for by in ("diffusers", "accelerate"):
+        if by == "accelerate":
+            accelerate(net)
+        with Meter() as counter:
+            net(**given)
+        made.append(row(f"{name}, {by}", batch, counter))
+    return made
+
+
+def text_to_image_rows() -> list[Row]:
+    """Those of the transformers of Stable Diffusion 3.5 medium, with guidance, and of Flux.
+
+    For an image of 1024x1024 pixels, with bfloat16 weights.
+    """
+    import diffusers
+
+    with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        numbers = partial(torch.zeros, dtype=torch.bfloat16, device="cpu")
+        net = in_bfloat16(lambda: diffusers.SD3Transformer2DModel(**STABLE_DIFFUSION_3)).eval()
+        image = {"hidden_states": numbers(2, 16, 128, 128), "timestep": numbers(2)}
+        text = {"encoder_hidden_states": numbers(2, 333, 4096), "pooled_projections": numbers(2, 2048)}
+        made = before_and_after("Stable Diffusion 3.5 medium", 2, net, image | text)
+        net = in_bfloat16(lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True)).eval()
+        image = {"hidden_states": numbers(1, 4096, 64), "timestep": numbers(1), "guidance": numbers(1)}
+        text = {"encoder_hidden_states": numbers(1, 512, 4096), "pooled_projections": numbers(1, 768)}
+        places = {"img_ids": numbers(4096, 3), "txt_ids": numbers(512, 3)}
+        return made + before_and_after("Flux", 1, net, image | text | places)
 
 
 class Compiled(NamedTuple):
@@ -333,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     args = parser.parse_args(argv)
-    counted = rows() + stable_diffusion_rows() + transformer_rows()
+    counted = rows() + stable_diffusion_rows() + transformer_rows() + text_to_image_rows()
     print("| network | batch | kernels | MB an image |\n|---|---:|---:|---:|")
     for row in counted:
         print(f"| {row.network} | {row.batch} | {row.kernels} | {row.megabytes_per_image:.1f} |")

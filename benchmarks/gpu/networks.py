@@ -13,6 +13,16 @@ from .rows import NotAvailable, Setup
 
 # The configuration of the U-Net of Stable Diffusion 1.5; its other values are diffusers' defaults. 860M parameters.
 STABLE_DIFFUSION = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+# The configuration of the transformer of Stable Diffusion 3.5 medium. 2.2B parameters.
+STABLE_DIFFUSION_3 = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": tuple(range(13)),
+}
 TINY: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (8, 16),

@@ -261,10 +261,13 @@ def test_graphs_replay_fused_blocks(name, kernels, taped):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flux", "pixart"])
-def test_a_compiler_sees_stocks_arithmetic(name, kernels):
-    """In one graph."""
-    fused, stock, given = accelerated(name)
+def test_a_compiler_sees_stocks_arithmetic(kernels):
+    """In one graph, though it does not know the classes of diffusers' blocks from inside."""
+    torch.manual_seed(0)
+    block = transformer_flux.FluxSingleTransformerBlock(16, 2, 8)
+    fused, given = copy.deepcopy(block), (torch.randn(2, 4, 16), torch.randn(2, 3, 16), torch.randn(2, 16))
+    fastdiff.accelerate(fused)
     torch.compiler.reset()
-    compiled = torch.compile(fused, backend="eager", fullgraph=True)
-    assert torch.equal(output(compiled, given), output(stock, given))
+    with torch.no_grad():
+        compiled = torch.compile(fused, backend="eager", fullgraph=True)(*given)
+        assert all(map(torch.equal, compiled, block(*given)))

@@ -11,6 +11,8 @@ from benchmarks.network_cost import (
     CPU,
     Cost,
     accelerated,
+    as_on_a_gpu,
+    before_and_after,
     conditional,
     cost,
     count,
@@ -136,6 +138,19 @@ def test_a_transformer_takes_a_norm_with_the_sum_before_it_and_what_modulates_it
         assert row.by_operator["addcmul"] == 1 and "native_layer_norm" not in row.by_operator
     assert sampled.kernels < ours.kernels <= theirs.kernels - 6
     assert ours.megabytes_per_image < theirs.megabytes_per_image
+
+
+def test_an_accelerated_transformer_launches_less():
+    """Than diffusers'. Its gates, scales, shifts and norms of queries are parts of other kernels, or one."""
+    pytest.importorskip("diffusers")
+    from small_transformers import made
+
+    net, given = made("sd3")
+    with as_on_a_gpu(), torch.no_grad():
+        theirs, ours = before_and_after("tiny", 2, net, given)
+    assert ours.by_operator["rms_norm"] == 2 * 2 + 2 + 2 * 2 and "rms_norm" not in theirs.by_operator
+    assert not ours.by_operator.keys() & {"pow", "mean", "rsqrt", "native_layer_norm"}
+    assert ours.kernels < 0.6 * theirs.kernels and ours.megabytes_per_image < theirs.megabytes_per_image
 
 
 @pytest.mark.slow
