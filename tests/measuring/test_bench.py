@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 from PIL import Image
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import fastdiff
 from benchmarks import peers, pictures, table, timing
