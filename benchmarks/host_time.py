@@ -108,6 +108,13 @@ def cases(device: str) -> dict[str, Case]:
         hidden, gate = pred.chunk(2, -1)
         return hidden * F.gelu(gate)
 
+    angles = torch.rand(2, IMAGE[0], IMAGE[2], device=device).unbind()
+
+    def eager_rotate() -> Tensor:
+        cos, sin = (t[:, None] for t in angles)
+        a, b = pred.unflatten(-1, (-1, 2)).unbind(-1)
+        return pred * cos + torch.stack([-b, a], -1).flatten(3) * sin
+
     def both(value: Tensor) -> Tensor:
         return torch.autograd.grad(value, wanted)[0]
 
@@ -130,6 +137,7 @@ def cases(device: str) -> dict[str, Case]:
         "combine": (lambda: ops.combine(x0, pred, rows, step, clip=1.0), eager_combine),
         "inner": (lambda: ops.inner(pred, noise), lambda: reference.inner(pred, noise, None, False)),
         "gated_gelu": (lambda: ops.gated_gelu(pred), eager_gate),
+        "rotate": (lambda: ops.rotate(pred, *angles), eager_rotate),
         "loss": (lambda: loss(pred), lambda: eager_loss(pred)),
         "loss, forward and backward": (lambda: both(loss(wanted)), lambda: both(eager_loss(wanted))),
         "vlb": (lambda: vlb(pred), lambda: eager_vlb(pred)),

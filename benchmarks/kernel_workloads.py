@@ -224,6 +224,32 @@ def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     return _rows(row, fused, eager)
 
 
+def rotate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """Rotary embedding of as many elements in H tokens of C heads of W, with angles of each pair."""
+    batch, heads, tokens, depth = shape
+    x, _, _ = inputs((batch, tokens, heads, depth), dtype, device)
+    angles = torch.linspace(0, 9, tokens * (depth // 2), device=device).view(tokens, -1)
+    tables = [t.repeat_interleave(2, 1) for t in (angles.cos(), angles.sin())]
+    n = len(few(x))
+
+    def fused(x: Tensor = x) -> Tensor:
+        return ops.rotate(x, *tables)
+
+    def eager(x: Tensor = x) -> Tensor:
+        cos, sin = (t[:, None] for t in tables)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return (x.float() * cos + torch.stack([-b, a], -1).flatten(3).float() * sin).to(x.dtype)
+
+    def row(name: str, function: Callable[..., Tensor]) -> Row:
+        def check() -> None:
+            want = reference.rotate(x[:n].double(), *(t.double() for t in tables))
+            agree(f"rotate {name}", [function(x[:n])], [want], BOUND[dtype])
+
+        return Row(function, check)
+
+    return _rows(row, fused, eager)
+
+
 KERNELS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]] = {
     "normal": normal,
     "loss_without_gradient": loss_without_gradient,
@@ -232,14 +258,10 @@ KERNELS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]]
     "gated_gelu": gated_gelu,
     "group_norm_silu": group_norm_silu,
     "layer_norm": layer_norm,
+    "rotate": rotate,
 }
-<<<<<<< HEAD
 # The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; cond and uncond; hidden, gate
-# and their product; x, y and dy, x, dx.
-=======
-# The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; cond and uncond; x, y and dy, x,
-# dx; x, y, their sum and its norm.
->>>>>>> ln
+# and their product; x, y and dy, x, dx; x, y, their sum and its norm; x and x rotated.
 KERNEL_TENSORS = {
     "normal": 1,
     "loss_without_gradient": 1,
@@ -248,4 +270,5 @@ KERNEL_TENSORS = {
     "gated_gelu": 3,
     "group_norm_silu": 5,
     "layer_norm": 4,
+    "rotate": 2,
 }

@@ -271,6 +271,15 @@ def gated_gelu(x: Tensor) -> Tensor:
     return as_type(hidden * F.gelu(gate), x.dtype)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (a, b) of x (B, N, heads, D) as (a cos - b sin, b cos + a sin) (Su et al. 2021, arXiv:2104.09864)."""
+    wide, *tables = (as_type(t, work_dtype(x)) for t in (x, cos, sin))
+    turned = torch.stack((-wide[..., 1::2], wide[..., ::2]), -1).flatten(-2)
+    pairs = cos.shape[-1] != x.shape[-1]
+    cos, sin = (t[:, None].repeat_interleave(2, -1) if pairs else t[:, None] for t in tables)
+    return as_type(wide * cos + turned * sin, x.dtype)
+
+
 def group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
     add: Tensor | None, eps: float, skip: Tensor | None, silu: bool,

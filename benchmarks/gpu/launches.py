@@ -76,6 +76,14 @@ def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     ops.add_layer_norm(x, x + 1, gate=row, scale=row, shift=row)
 
 
+def rotate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    x, _ = draw(shape, dtype, device)
+    x = x.detach()[..., : shape[-1] // 2 * 2]
+    table = torch.ones(x.shape[1], x.shape[3], device=device)
+    ops.rotate(x, table, table)
+    ops.rotate(x, table[:, ::2], table[:, ::2])
+
+
 LAUNCHES: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], None]] = {
     "normal": normal,
     "noising": noising,
@@ -86,6 +94,7 @@ LAUNCHES: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], None]
     "gated_gelu": gated_gelu,
     "group_norm": group_norm,
     "layer_norm": layer_norm,
+    "rotate": rotate,
 }
 
 

@@ -121,6 +121,7 @@ def launch(v: Variant) -> None:
     from fastdiff.kernels.loss import loss, scale_
     from fastdiff.kernels.noise import normal_
     from fastdiff.kernels.noising import noising
+    from fastdiff.kernels.rotate import rotate
     from fastdiff.kernels.update import update
     from fastdiff.kernels.vlb import vlb
 
@@ -153,6 +154,9 @@ def launch(v: Variant) -> None:
         launch_norm(v)
     elif v.kernel == "layer_norm":
         launch_layer_norm(v)
+    elif v.kernel == "rotate":
+        x = v.data()
+        rotate(x, x, *[floats(x.shape[1], x.shape[3])[:, :: 1 + v.has("pairs")]] * 2)
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None

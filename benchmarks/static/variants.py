@@ -39,6 +39,8 @@ class Variant:
         if self.kernel == "layer_norm":
             batch, tokens, width = next((TOKENS[o] for o in TOKENS if self.has(o)), (BATCH, 256, 1536))
             return torch.empty(batch, tokens, width - odd, dtype=dtype or self.dtype, device="meta")
+        if self.kernel == "rotate":
+            return torch.empty(BATCH, 256, 24, 128, dtype=dtype or self.dtype, device="meta")
         layout = torch.channels_last if self.has("channels_last") else torch.contiguous_format
         if self.kernel in NORMS:
             batch, own, height, width = next((SHAPES[o] for o in SHAPES if self.has(o)), INNER)
@@ -69,11 +71,9 @@ COMMON = [
     ("vlb", ("none",), ["clip", "clip+raw", "raw+by_pred+by_raw", "raw+by_raw"]),
     ("update", DRAWN, subsets("clip")),
     ("inner", ("none",), ["", "guidance+centred"]),
-<<<<<<< HEAD
     ("gated_gelu", ("none",), [""]),
-=======
     ("layer_norm", ("none",), ["add+gate+scale"]),
->>>>>>> ln
+    ("rotate", ("none",), [""]),
     ("norm", ("none",), [*subsets("scale", "channels_last"), "scale+add+channels_last", *MAPS]),
     ("norm_grad", ("none",), [*subsets("scale", "channels_last"), "scale+add+channels_last", *MAPS]),
 ]
@@ -90,6 +90,7 @@ RARE = [
     ("update", ("generated",), ["clip+x", "clip+new x0hat", "clip+ids", "clip+channels_last", "clip+mixed"]),
     ("inner", ("none",), ["channels_last", "centred", "guidance"]),
     ("gated_gelu", ("none",), ["unaligned"]),
+    ("rotate", ("none",), ["pairs"]),
     ("merge", ("none",), ["centred"]),
     ("layer_norm", ("none",), ["affine", "add+affine", "scale+1152", "add+gate+scale+1152", "add+gate+scale+5120"]),
     ("layer_norm", ("none",), ["affine+320", "affine+mixed", "scale+unaligned"]),

@@ -18,6 +18,7 @@ from .layer_norm import add_layer_norm, layer_norm
 from .loss import LOSSES, loss
 from .noise import FORWARD, PRIOR, REVERSE, normal
 from .noising import noising
+from .rotate import rotate
 from .update import KEEPS, combine, update
 from .vlb import vlb
 
@@ -36,6 +37,7 @@ __all__ = [
     "loss",
     "noising",
     "normal",
+    "rotate",
     "update",
     "vlb",
 ]

@@ -71,16 +71,16 @@ class backend:
 def launchers(name: str) -> Any:
     """The launchers of a backend by name, imported at first use.
 
-    All have normal_, noising, loss, scale_ and update. "triton" has vlb, inner, gated_gelu, norm, norm_grad and
-    layer_norm too.
+    All have normal_, noising, loss, scale_ and update. "triton" has vlb, inner, gated_gelu, norm, norm_grad, layer_norm
+    and rotate too.
     """
     if name == "cpu":
         keep_freed_memory()
         return uninterrupted(lambda: importlib.import_module("..kernels.cpu", __package__))
     warn_if_untested("triton", importlib.import_module("triton").__version__)
-    noise, noising, loss, vlb, update, inner, gate, group_norm, layer_norm = (
+    noise, noising, loss, vlb, update, inner, gate, group_norm, layer_norm, rotate = (
         importlib.import_module(f"..kernels.{file}", __package__)
-        for file in ("noise", "noising", "loss", "vlb", "update", "inner", "gate", "group_norm", "layer_norm")
+        for file in ("noise", "noising", "loss", "vlb", "update", "inner", "gate", "group_norm", "layer_norm", "rotate")
     )
     return SimpleNamespace(
         normal_=noise.normal_,
@@ -94,6 +94,7 @@ def launchers(name: str) -> Any:
         norm=group_norm.norm,
         norm_grad=group_norm.norm_grad,
         layer_norm=layer_norm.layer_norm,
+        rotate=rotate.rotate,
     )
 
 

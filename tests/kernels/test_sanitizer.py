@@ -111,6 +111,16 @@ def test_gated_gelu(launches, shape, dtype, layout):
     assert (x.data_ptr() in launches[0].starts) == x.is_contiguous(), "a copy was read"
 
 
+@every
+def test_rotate(launches, shape, dtype, layout):
+    x = tensor((2, 2, 3, 6), dtype, layout)
+    cos, sin = tensor((2, 6)), tensor((2, 6), salt=1)
+    ops.rotate(x, cos, sin)
+    ops.rotate(x, cos[:, ::2], sin[:, 1::2])
+    assert len(launches) == 2
+    assert {cos.data_ptr(), sin.data_ptr()} <= launches[0].starts
+
+
 @pytest.mark.slow
 @every
 @drawn

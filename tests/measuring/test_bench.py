@@ -50,11 +50,7 @@ def test_a_kernel_that_disagrees_is_refused(monkeypatch):
     def larger(function):
         return lambda *args, **kwargs: tree_map(lambda t: 1.1 * t, function(*args, **kwargs))
 
-<<<<<<< HEAD
-    for name in ("normal", "loss", "vlb", "inner", "gated_gelu", "group_norm_silu"):
-=======
-    for name in ("normal", "loss", "vlb", "inner", "group_norm_silu", "add_layer_norm"):
->>>>>>> ln
+    for name in ("normal", "loss", "vlb", "inner", "gated_gelu", "group_norm_silu", "add_layer_norm", "rotate"):
         monkeypatch.setattr(ops, name, larger(getattr(ops, name)))
     for kernel in KERNELS:
         with pytest.raises(RuntimeError, match=f"{kernel} fused: part 0 is"):

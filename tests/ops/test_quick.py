@@ -45,6 +45,7 @@ def calls(shape, dtype, layout, salt):
     def with_gradient(value: Tensor) -> tuple[Tensor, Tensor]:
         return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
+    pairs = x.flatten()[: x.numel() // 2 * 2].view(1, 1, -1, 2)
     found = {
         "normal": lambda: (ops.normal(shape, seed, dtype=dtype, device=DEVICE),),
         "noising": lambda: (ops.noising(x, t, table(ROWS, 2, salt), seed=seed),),
@@ -54,6 +55,7 @@ def calls(shape, dtype, layout, salt):
         "vlb": lambda: with_gradient(ops.vlb(leaf, x, noise, t, vlb_rows)),
         "inner": lambda: (ops.inner(x, pred, guidance=table(1, 1, salt), centred=True),),
         "gate": lambda: (ops.gated_gelu(x[..., : shape[-1] // 2 * 2]),),
+        "rotate": lambda: (ops.rotate(pairs, table(1, 2, salt), table(1, 2, salt + 1)),),
         "layer_norm": lambda: (ops.layer_norm(x, eps=1e-2), *ops.add_layer_norm(x, pred, eps=1e-2)),
     }
     if len(shape) > 1:
@@ -206,7 +208,7 @@ for case in range(30):
     vector = [torch.zeros(6, requires_grad=True) for _ in range(2)]
     def make():
         given = dict(x=data(), y=data(), z=data(), leaf=data().requires_grad_(), t=t.clone(), seed=seed.clone())
-        given |= dict(one=torch.zeros(1, 1))
+        given |= dict(one=torch.zeros(1, 1), angles=torch.zeros(6, n))
         given |= dict(rows=tables[9].clone(), two=tables[2].clone(), three=tables[3].clone(), six=tables[6].clone())
         weight, bias = (v.detach().clone().requires_grad_() for v in vector)
         return given | dict(weight=weight, bias=bias, grad=data())
@@ -228,6 +230,7 @@ for case in range(30):
             ops.group_norm_silu(g["leaf"], 2, g["weight"], g["bias"], 0.1), g, g["leaf"], g["weight"], g["bias"]),
     }
     if layout == "first" and case < 8:  # so few, as each is compiled
+        forms["rotate"] = lambda g: ops.rotate(g["x"], g["angles"], g["angles"])
         forms["layer_norm"] = lambda g: ops.add_layer_norm(g["x"], g["y"], eps=0.1, gate=g["z"][:, 0, 0])
     for name, form in forms.items():
         first, second = make(), make()
@@ -244,7 +247,7 @@ for case in range(30):
         repeats += repeats_now > 0
         quickly |= {name} if repeats_now else set()
         kinds += 1
-print(kinds, repeats, len({"layer_norm", *forms} - quickly))
+print(kinds, repeats, len({"layer_norm", "rotate", *forms} - quickly))
 """
 
 WAYS = """

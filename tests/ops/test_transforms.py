@@ -66,6 +66,7 @@ FUNCTIONS = {
     "combine": lambda x: ops.combine(data(1, x.dtype), x, cast(table(9), x), 1, z=data(2, x.dtype)),
     "inner": lambda x: ops.inner(x, data(1, x.dtype), guidance=data(1, x.dtype, 1)[:1], centred=True),
     "gate": lambda x: ops.gated_gelu(x),
+    "rotate": lambda x: ops.rotate(x.unflatten(-1, (-1, 2)), *data(1, x.dtype)[..., :2]),
     "norm": lambda x: ops.group_norm_silu(x, 2, data(1, x.dtype, 1), data(2, x.dtype, 1), 1e-3),
     "norm by scale": lambda x: ops.group_norm_silu(
         data(1, x.dtype), 2, data(1, x.dtype, 1), data(2, x.dtype, 1), 1e-3, x[..., 0], x[..., 1], x[..., 2]

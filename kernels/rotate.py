@@ -1,0 +1,62 @@
+"""Rotary embedding: each pair (a, b) of neighbours in a head becomes (a cos - b sin, b cos + a sin).
+
+Rows are tokens of samples, (batch, tokens, heads D). cos and sin are those of a token, the same for all its heads: one
+for each element of a head, or for each pair. A program owns BLOCK elements of one token. It computes in float32 and
+rounds once.
+
+Moves, per element: reads x, writes out. The tables stay in the cache: all heads and samples share them.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import FUSED, MAX_GRID_Y, kernel, launch
+from .tile import load_float32, owner, to_float32
+
+BLOCKS = 256, 512, 1024  # elements of a program
+
+
+@triton.jit
+def load_angles(ptr, column, stride, mask):
+    """The cosines or sines of elements as float32; few numbers, read by many programs."""
+    return to_float32(tl.load(ptr + column * stride, mask=mask, other=0.0, eviction_policy="evict_last"))
+
+
+@kernel
+def rotate_kernel(
+    out_ptr,  # (batch, tokens, WIDTH), the type of x, written
+    x_ptr,  # (batch, tokens, WIDTH), any floating type, the elements of a token adjacent
+    cos_ptr, sin_ptr,  # (tokens, DEPTH or DEPTH / 2), any floating type
+    rows, tokens, x_sample, x_token, cos_token, cos_column, sin_token, sin_column,
+    WIDTH: tl.constexpr, DEPTH: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, block = owner()
+    if row >= rows:
+        return
+    sample, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
+    column = block.to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < WIDTH
+    x = load_float32(x_ptr + (sample * x_sample + token * x_token) + column, mask)
+    angle = column % DEPTH // 2 if PAIRS else column % DEPTH
+    cos = load_angles(cos_ptr + token * cos_token, angle, cos_column, mask)
+    sin = load_angles(sin_ptr + token * sin_token, angle, sin_column, mask)
+    first, second = tl.split(tl.reshape(x, [BLOCK // 2, 2]))
+    turned = tl.reshape(tl.join(-second, first), [BLOCK])
+    tl.store(out_ptr + row.to(tl.int64) * WIDTH + column, x * cos + turned * sin, mask=mask)
+
+
+def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Write x (batch, tokens, heads, D), rotated, into out, which is contiguous."""
+    batch, tokens, heads, depth = x.shape
+    if x.stride(3) != 1 or (heads > 1 and x.stride(2) != depth):
+        x = x.contiguous()
+    rows, width = batch * tokens, heads * depth
+    block = min(BLOCKS, key=lambda size: (-(-width // size) * size, -size))  # the fewest idle lanes
+    grid = -(-width // block), min(rows, MAX_GRID_Y), -(-rows // MAX_GRID_Y)
+    launch(
+        rotate_kernel, grid, out_ptr=out, x_ptr=x, cos_ptr=cos, sin_ptr=sin, rows=rows, tokens=tokens,
+        x_sample=x.stride(0), x_token=x.stride(1),
+        cos_token=cos.stride(0), cos_column=cos.stride(1), sin_token=sin.stride(0), sin_column=sin.stride(1),
+        WIDTH=width, DEPTH=depth, PAIRS=cos.shape[1] != depth, BLOCK=block, num_warps=max(1, block // 256), **FUSED,
+    )  # fmt: skip
