@@ -140,6 +140,7 @@ def as_on_a_gpu() -> Iterator[None]:
         mock.patch("fastdiff.ops.group_norm.backend_of", return_value="triton"),
         mock.patch("fastdiff.ops.layer_norm.backend_of", return_value="triton"),
         mock.patch("fastdiff.ops.gate.backend_of", return_value="triton"),
+        mock.patch("fastdiff.ops.rotate.backend_of", return_value="triton"),
     ):
         yield
 

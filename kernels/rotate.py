@@ -7,6 +7,7 @@ rounds once.
 Moves, per element: reads x, writes out. The tables stay in the cache: all heads and samples share them.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +15,9 @@ from torch import Tensor
 from .launch import FUSED, MAX_GRID_Y, kernel, launch
 from .tile import load_float32, owner, to_float32
 
-BLOCKS = 256, 512, 1024  # elements of a program
+WARP = 64 if torch.version.hip else 32  # threads
+HELD = 8  # elements of a thread
+BLOCKS = 512, 1024  # elements of a program
 
 
 @triton.jit
@@ -58,5 +61,5 @@ def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         rotate_kernel, grid, out_ptr=out, x_ptr=x, cos_ptr=cos, sin_ptr=sin, rows=rows, tokens=tokens,
         x_sample=x.stride(0), x_token=x.stride(1),
         cos_token=cos.stride(0), cos_column=cos.stride(1), sin_token=sin.stride(0), sin_column=sin.stride(1),
-        WIDTH=width, DEPTH=depth, PAIRS=cos.shape[1] != depth, BLOCK=block, num_warps=max(1, block // 256), **FUSED,
+        WIDTH=width, DEPTH=depth, PAIRS=cos.shape[1] != depth, BLOCK=block, num_warps=max(1, block // (WARP * HELD)), **FUSED,
     )  # fmt: skip

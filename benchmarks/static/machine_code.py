@@ -95,10 +95,10 @@ def measure(kernels: Sequence[tuple[Any, int]]) -> list[dict[str, Any]]:
 
 
 def plan_for(target: GPUTarget) -> None:
-    """Let the norms plan for the target, not for the PyTorch at hand."""
-    from fastdiff.kernels import group_norm, layer_norm
+    """Let the kernels plan for the target, not for the PyTorch at hand."""
+    from fastdiff.kernels import group_norm, layer_norm, rotate
 
-    layer_norm.WARP = target.warp_size
+    layer_norm.WARP = rotate.WARP = target.warp_size
     group_norm.LIMITS = group_norm.LIMITS._replace(warp=target.warp_size, halves=target.backend == "cuda")
 
 
@@ -139,7 +139,7 @@ ACCESS = re.compile(
     r"tensor<([\dx]+)x(?:!tt\.ptr<)?[a-z]+(\d+)"
 )
 # What is evicted last, but AMD's buffer loads do not say so.
-ROW = re.compile(r" %(?:weight|bias|gate|scale|shift)_ptr\[")
+ROW = re.compile(r" %(?:weight|bias|gate|scale|shift|cos|sin)_ptr\[")
 
 
 def tensor_bytes(ttgir: str, threads: int = 1) -> dict[str, int]:

@@ -29,8 +29,8 @@ FUSED = {
         *("AdaLayerNormZero", "AdaLayerNormZeroSingle", "SD35AdaLayerNormZeroX", "AdaLayerNormContinuous", "RMSNorm")
     ],
     "joint_block": ["JointTransformerBlock"],
-    "flux_block": ["FluxTransformerBlock", "FluxSingleTransformerBlock"],
-    "wan_block": ["WanTransformerBlock"],
+    "flux_block": ["FluxTransformerBlock", "FluxSingleTransformerBlock", "FluxAttention"],
+    "wan_block": ["WanTransformerBlock", "WanAttention"],
 }
 # Attributes that a fused scheduler has beside those of its stock class.
 OWN = {

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -18,12 +19,17 @@ from torch.nn import functional as F
 import fastdiff
 from benchmarks.network_cost import Meter
 
-NORMS = ("layer_norm", "add_layer_norm", "addcmul", "native_layer_norm")
+OPERATIONS = ("layer_norm", "add_layer_norm", "addcmul", "native_layer_norm", "rotate")
 
 
+@contextmanager
 def with_kernels():
-    """Norms are operations of fastdiff, as on a GPU. Here they run the reference."""
-    return mock.patch("fastdiff.ops.layer_norm.backend_of", return_value="triton")
+    """Norms and rotations are operations of fastdiff, as on a GPU. Here they run the reference."""
+    with (
+        mock.patch("fastdiff.ops.layer_norm.backend_of", return_value="triton"),
+        mock.patch("fastdiff.ops.rotate.backend_of", return_value="triton"),
+    ):
+        yield
 
 
 @pytest.fixture
@@ -40,18 +46,15 @@ def accelerated(name, dtype=torch.float32):
     return fused, stock, given
 
 
-# Of a call: norms, sums with a norm, gated sums, and norms of PyTorch that stay.
+# Of a call: norms, sums with a norm, gated sums, norms of PyTorch that stay, and rotations.
 COUNTS = {
-    "sd3": (
-        6,
-        3,
-        4,
-        0,
-    ),  # 2 of the first block's image, 1 of its text; 1 and 1 of the last, which drops the text; output
-    "flux": (4, 2, 3, 0),  # 2, 2 and 2 of the first block; 1 and 1 of the single one; output
-    "dit": (1, 1, 1, 1),  # the last norm is not a layer of a block
-    "pixart": (1, 1, 2, 1),  # a gated sum before attention to the text, which has no norm
-    "wan": (1, 2, 1, 1),
+    # 2 norms of the first block's image and 1 of its text; 1 and 1 of the last, which drops the text; the output's
+    "sd3": (6, 3, 4, 0, 0),
+    # 2, 2 and 2 of the first block; 1 and 1 of the single one; the output's; queries and keys of both
+    "flux": (4, 2, 3, 0, 4),
+    "dit": (1, 1, 1, 1, 0),  # the last norm is not a layer of a block
+    "pixart": (1, 1, 2, 1, 0),  # a gated sum before attention to the text, which has no norm
+    "wan": (1, 2, 1, 1, 2),
 }
 
 
@@ -61,7 +64,7 @@ def test_one_operation_for_each_norm_and_sum(name, kernels):
     want = output(stock, given)
     with Meter() as meter:
         torch.testing.assert_close(output(fused, given), want, rtol=1e-4, atol=1e-5)
-    assert tuple(meter.kernels[norm] for norm in NORMS) == COUNTS[name]
+    assert tuple(meter.kernels[name] for name in OPERATIONS) == COUNTS[name]
     fastdiff.restore(fused)
     assert torch.equal(output(fused, given), want)
     assert [type(part) for part in fused.modules()] == [type(part) for part in stock.modules()]
@@ -97,10 +100,10 @@ def test_stocks_bits_where_there_is_no_kernel(name):
 # A block of each kind, a norm of it that is not called, and a layer that is.
 BLOCKS = {
     "sd3": ("transformer_blocks.0", "norm2", "ff.net.2"),
-    "flux": ("transformer_blocks.0", "norm2_context", "norm1.linear"),
+    "flux": ("transformer_blocks.0", "norm2_context", "attn.add_v_proj"),
     "dit": ("transformer_blocks.0", "norm3", "ff.net.2"),
     "pixart": ("transformer_blocks.0", "norm2", "attn1.to_v"),
-    "wan": ("blocks.0", "norm2", "ffn.net.2"),
+    "wan": ("blocks.0", "norm2", "attn1.to_v"),
 }
 
 
@@ -219,6 +222,48 @@ def test_adapters_and_float16_of_flux():
         torch.testing.assert_close(got[0], want[0], rtol=1e-2, atol=200)
         torch.testing.assert_close(got[1], want[1], rtol=1e-2, atol=0.01 if one is block else 200)
         assert got[0].isfinite().all() and got[0].max() == 65504
+
+
+class Louder(transformer_flux.FluxAttnProcessor):
+    """A user's processor."""
+
+    def __call__(self, *args, **kwargs):
+        return tuple(2 * t for t in super().__call__(*args, **kwargs))
+
+
+def test_processors_are_called(kernels, monkeypatch):
+    """A user's, one that is patched for its class, one with arguments of its own, and fused projections."""
+    fused, stock, given = accelerated("flux")
+    kind, original = transformer_flux.FluxAttnProcessor, transformer_flux.FluxAttnProcessor.__call__
+    wanted = []
+    for net in (fused, stock):
+        net.transformer_blocks[0].attn.set_processor(Louder())
+    wanted.append(output(stock, given))
+    torch.testing.assert_close(output(fused, given), wanted[-1], rtol=1e-4, atol=1e-5)
+    for net in (fused, stock):
+        net.fuse_qkv_projections()
+        net.set_attn_processor(kind())
+    wanted.append(output(stock, given))
+    torch.testing.assert_close(output(fused, given), wanted[-1], rtol=1e-4, atol=1e-5)
+    fused, stock, given = accelerated("flux")
+
+    def patched(self, attn, *args, **kwargs):
+        made = original(self, attn, *args, **kwargs)
+        return tuple(2 * t for t in made) if isinstance(made, tuple) else 2 * made
+
+    monkeypatch.setattr(kind, "__call__", patched)
+    wanted.append(output(stock, given))
+    torch.testing.assert_close(output(fused, given), wanted[-1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(wanted[0], wanted[1], atol=1e-3) and not torch.allclose(*wanted[1:], atol=1e-3)
+
+
+def test_the_halves_of_wans_tables_are_those_of_stock():
+    """The cosines of a pair are the first's, and its sines the second's, though the network's are equal."""
+    torch.manual_seed(0)
+    attention = transformer_wan.WanAttention(16, 2, 8, processor=transformer_wan.WanAttnProcessor())
+    tables = tuple(torch.randn(1, 3, 1, 8) for _ in range(2))
+    want, got = called(attention, type(attention), torch.randn(2, 3, 16), None, None, tables)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

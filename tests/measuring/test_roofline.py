@@ -84,7 +84,7 @@ BUDGETS = {
     ("inner", "guidance+centred", "none"): (23, 23),
     ("gated_gelu", "plain", "none"): (43, 43),
     ("layer_norm", "add+gate+scale", "none"): (16, 20),
-    ("rotate", "plain", "none"): (99, 99),
+    ("rotate", "plain", "none"): (17, 19),
     # A large image, whose groups are read twice, takes moments and norm_sums besides (the full table).
     ("norm", "plain", "none"): (21, 14),
     ("norm", "channels_last", "none"): (21, 15),

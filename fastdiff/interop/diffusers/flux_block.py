@@ -1,4 +1,4 @@
-"""The blocks of Flux (diffusers 0.42.1) with their sums, norms and modulations fused."""
+"""The blocks of Flux (diffusers 0.42.1) with their sums, norms, modulations and rotations fused."""
 
 from typing import Any
 
@@ -6,9 +6,56 @@ import torch
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor
 
-from .modulated import add_gated, second_half, stands_in
+from ... import ops
+from ...support.plain import as_defined
+from .modulated import add_gated, rotates, second_half, stands_in
 
 LARGEST = 65504.0  # of float16: stock clips its sums there
+STOCK_PROCESSOR = as_defined(transformer_flux.FluxAttnProcessor, "__call__")
+
+
+@stands_in
+class FluxAttention(transformer_flux.FluxAttention):
+    """diffusers' attention with the same parameters. `accelerate` turns one into it by its class.
+
+    With FluxAttnProcessor queries and keys are rotated in one kernel each. Any other processor is called as ever.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        x, text, processor = hidden_states, encoder_hidden_states, self.processor
+        kind = transformer_flux.FluxAttnProcessor
+        plain = type(processor) is kind and kind.__call__ is STOCK_PROCESSOR and not self.fused_projections
+        both = (text is None) == (self.added_kv_proj_dim is None)
+        if not (plain and both and rotates(image_rotary_emb, x)) or kwargs:
+            return transformer_flux.FluxAttention.forward(
+                self, x, text, attention_mask, image_rotary_emb, **kwargs
+            )  # fmt: skip
+
+        def heads(layer: Any, tokens: Tensor | None) -> Tensor:
+            made: Tensor = layer(tokens).unflatten(-1, (-1, self.head_dim))
+            return made
+
+        q, k, v = self.norm_q(heads(self.to_q, x)), self.norm_k(heads(self.to_k, x)), heads(self.to_v, x)
+        if text is not None:
+            text_q, text_k = (
+                self.norm_added_q(heads(self.add_q_proj, text)),
+                self.norm_added_k(heads(self.add_k_proj, text)),
+            )
+            pairs = (text_q, q), (text_k, k), (heads(self.add_v_proj, text), v)
+            q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
+        q, k = (ops.rotate(t, *image_rotary_emb) for t in (q, k))
+        out = transformer_flux.dispatch_attention_fn(
+            q, k, v, attn_mask=attention_mask, backend=processor._attention_backend,
+            parallel_config=processor._parallel_config,
+        )  # fmt: skip
+        out = out.flatten(2, 3).to(q.dtype)
+        if text is None:
+            return out
+        of_text, out = out.tensor_split((text.shape[1],), dim=1)
+        return self.to_out[1](self.to_out[0](out.contiguous())), self.to_add_out(of_text.contiguous())
 
 
 @stands_in

@@ -90,6 +90,13 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(x, y, gate[:, None], out=torch.empty_like(x))
 
 
+def rotates(tables: Any, x: Tensor) -> bool:
+    """Whether these are cosines and sines of the tokens of x (B, N, C), or of more tokens before them, for a kernel."""
+    if not isinstance(tables, tuple) or len(tables) != 2 or x.ndim != 3:
+        return False
+    return all(isinstance(t, Tensor) and is_ordinary(t) and t.ndim == 2 and t.device == x.device for t in tables)
+
+
 def second_half(
     x: Tensor, y: Tensor, gate: Tensor | None, norm: Any, scale: Tensor, shift: Tensor, ff: Any, ff_gate: Tensor
 ) -> Tensor:
