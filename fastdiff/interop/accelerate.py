@@ -232,7 +232,7 @@ def _fused_schedulers() -> dict[type, Any]:
 
 def _kinds() -> dict[Any, Any]:
     """The fused classes of modules by stock's. Their `misfit` says what `_misfit` does."""
-    if "diffusers.models.resnet" not in sys.modules:
+    if "diffusers.models" not in sys.modules:
         return {}
     found = {}
     for file, names in FUSED.items():

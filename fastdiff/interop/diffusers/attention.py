@@ -157,9 +157,7 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
         out = self.attn1(self.norm1(hidden_states), encoder_hidden_states=own, attention_mask=attention_mask)
         if self.attn2 is not None:
             hidden_states, normed = _sum_and_norm(hidden_states, out, self.norm2)
-            out = self.attn2(
-                normed, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
-            )
+            out = self.attn2(normed, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
         hidden_states, normed = _sum_and_norm(hidden_states, out, self.norm3)
         fed: Tensor = self.ff(normed)
         return fed + hidden_states
