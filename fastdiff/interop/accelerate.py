@@ -239,7 +239,7 @@ def _kinds() -> dict[Any, Any]:
     """The fused classes of modules by stock's. Their `misfit` says what `_misfit` does."""
     if "diffusers.models" not in sys.modules:
         return {}
-    found = {}
+    found: dict[Any, Any] = {}
     for file, names in FUSED.items():
         room = importlib.import_module(f".diffusers.{file}", __package__)
         found |= {kind.__base__: kind for kind in (getattr(room, name) for name in names)}

@@ -1,6 +1,7 @@
-"""What accelerate makes of the layers of a transformer block: attention, the gate of the feed-forward, sums and norms."""
+"""What accelerate makes of the layers of a transformer block: attention, a gate, and sums before norms."""
 
 import copy
+import functools
 from collections import Counter
 
 import pytest
@@ -54,13 +55,13 @@ def launches(monkeypatch) -> Counter[str]:
     """How often each kernel was launched."""
     launched: Counter[str] = Counter()
     launchers = fastdiff.ops.dispatch.launchers("triton")
+
+    def counted(name, launch, **operands):
+        launched[name] += 1
+        return launch(**operands)
+
     for name in ("gated_gelu", "layer_norm"):
-
-        def counted(name=name, launch=getattr(launchers, name), **operands):
-            launched[name] += 1
-            return launch(**operands)
-
-        monkeypatch.setattr(launchers, name, counted)
+        monkeypatch.setattr(launchers, name, functools.partial(counted, name, getattr(launchers, name)))
     with fastdiff.backend("triton"):
         yield launched
 
