@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ GROUPS, EPS = 8, 1e-5
 BOUND_ROWS = bound.vlb_rows(linear(TIMESTEPS), "eps", "learned").float()
 
 
-def _rows(row: Callable[..., Row], fused: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Rows:
+def _rows(row: Callable[..., Row], fused: Callable[..., Any], eager: Callable[..., Any]) -> Rows:
     functions = {"fused": fused, "reference": eager, "compile": torch.compile(eager)}
     return {name: row(name, function) for name, function in functions.items()}
 
@@ -195,6 +196,34 @@ def group_norm_silu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     return _rows(row, fused, eager)
 
 
+def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """x + gate y and its modulated norm, of as many elements in H tokens of C W channels."""
+    batch, channels, height, width = shape
+    x, y, _ = inputs((batch, height, channels * width), dtype, device)
+    parts = y.flip(0)[:, 0].repeat(1, 3).chunk(3, 1)
+    n = len(few(x))
+
+    def fused(x: Tensor = x, y: Tensor = y, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        gate, scale, shift = rows or parts
+        return ops.add_layer_norm(x, y, gate=gate, scale=scale, shift=shift)
+
+    def eager(x: Tensor = x, y: Tensor = y, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        gate, scale, shift = (row[:, None] for row in rows or parts)
+        total = x + gate * y
+        return total, F.layer_norm(total, x.shape[-1:]) * (1 + scale) + shift
+
+    def row(name: str, function: Callable[..., tuple[Tensor, Tensor]]) -> Row:
+        def check() -> None:
+            some = [v[:n] for v in (x, y, *parts)]
+            a, b, gate, scale, shift = (v.double() for v in some)
+            want = reference.add_layer_norm(a, b, None, None, EPS, gate, scale, shift)
+            agree(f"layer_norm {name}", function(*some), want, 4 * BOUND[dtype])
+
+        return Row(function, check)
+
+    return _rows(row, fused, eager)
+
+
 KERNELS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]] = {
     "normal": normal,
     "loss_without_gradient": loss_without_gradient,
@@ -202,9 +231,10 @@ KERNELS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]]
     "inner_products": inner_products,
     "gated_gelu": gated_gelu,
     "group_norm_silu": group_norm_silu,
+    "layer_norm": layer_norm,
 }
 # The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; cond and uncond; hidden, gate
-# and their product; x, y and dy, x, dx.
+# and their product; x, y and dy, x, dx; x, y, their sum and its norm.
 KERNEL_TENSORS = {
     "normal": 1,
     "loss_without_gradient": 1,
@@ -212,4 +242,5 @@ KERNEL_TENSORS = {
     "inner_products": 2,
     "gated_gelu": 3,
     "group_norm_silu": 5,
+    "layer_norm": 4,
 }

@@ -69,6 +69,13 @@ def group_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
             ops.group_norm_silu(x, 1, one, one, 1e-5, scale, shift).sum().backward()
 
 
+def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    x, _ = draw(shape, dtype, device)
+    x, row = x.detach(), x.detach()[:, 0, 0] + 1
+    ops.layer_norm(x, row[0], row[0])
+    ops.add_layer_norm(x, x + 1, gate=row, scale=row, shift=row)
+
+
 LAUNCHES: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], None]] = {
     "normal": normal,
     "noising": noising,
@@ -78,6 +85,7 @@ LAUNCHES: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], None]
     "inner": inner,
     "gated_gelu": gated_gelu,
     "group_norm": group_norm,
+    "layer_norm": layer_norm,
 }
 
 

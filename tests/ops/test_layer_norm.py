@@ -150,6 +150,16 @@ def test_views_are_read_where_they_are(monkeypatch):
     assert seen[2]["x_ptr"].is_contiguous() and seen[2]["x_token"] == 8
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="memory that is never written costs nothing on a CPU alone")
+@pytest.mark.parametrize(("shape", "stride"), [((3, 1, 64), (2**30, 64, 1)), ((1, 3, 64), (0, 2**30, 1))])
+def test_rows_lie_further_apart_than_32_bits_count(shape, stride):
+    x = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided(shape, stride)
+    x.copy_(tensor(shape))
+    with fastdiff.backend("triton"):
+        got = ops.layer_norm(x, shift=x[:, 0])
+        assert_same_bits(got, ops.layer_norm(x.contiguous(), shift=x[:, 0]))
+
+
 def test_samples_do_not_depend_on_their_batch():
     x, y, rows = tensor((3, 7, 96), torch.bfloat16), tensor((3, 7, 96)), tensor((3, 288), salt=1)
     with fastdiff.backend("triton"):
