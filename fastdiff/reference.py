@@ -341,8 +341,8 @@ def layer_norm(
     """LayerNorm(x) (1 + scale) + shift of rows x (B, ..., C), scale and shift (B, C) (Ba, Kiros & Hinton 2016,
     arXiv:1607.06450, eq. 4)."""
     work = work_dtype(x)
-    affine = (None if t is None else as_type(t, work) for t in (weight, bias))
-    u = F.layer_norm(as_type(x, work), x.shape[-1:], *affine, eps)
+    weight, bias = (None if t is None else as_type(t, work) for t in (weight, bias))
+    u = F.layer_norm(as_type(x, work), x.shape[-1:], weight, bias, eps)
     if scale is not None:
         u = u * (1 + _per_row(as_type(scale, work), x))
     if shift is not None:

@@ -1,6 +1,6 @@
 """A gate: out = hidden gelu(gate), hidden and gate the first and the second half of each row (Shazeer 2020, eq. 6).
 
-gelu(g) = g (1 + erf(g / sqrt(2))) / 2, in float32, rounded once.
+gelu(g) = g Phi(g), Phi the normal distribution function, in float32, rounded once.
 Moves, per element of the result: reads hidden and gate, writes out.
 """
 
@@ -10,8 +10,16 @@ from torch import Tensor
 
 from .launch import FUSED, kernel, launch
 from .tile import load_float32
+from .vlb import INV_SQRT_2PI, mills
 
 BLOCK, WIDEST = 2048, 256  # elements of a program, of which so many stand in a row: 256 divides most widths
+
+
+@triton.jit
+def gelu(g):
+    """g Phi(g). Left of 0 it keeps its relative accuracy, which 1 + erf loses."""
+    left = mills(tl.abs(g)) * (INV_SQRT_2PI * tl.exp(-0.5 * g * g))
+    return g * tl.where(g > 0.0, 1.0 - left, left)
 
 
 @kernel
@@ -29,8 +37,7 @@ def gated_gelu_kernel(
     pointers = x_ptr + row * (2 * channels) + column
     hidden = load_float32(pointers, mask)
     gate = load_float32(pointers + channels, mask)
-    gelu = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
-    tl.store(out_ptr + row * channels + column, hidden * gelu, mask=mask)
+    tl.store(out_ptr + row * channels + column, hidden * gelu(gate), mask=mask)
 
 
 def gated_gelu(out: Tensor, x: Tensor) -> None:

@@ -60,6 +60,11 @@ def accelerate(
     - Without a gradient, a 1x1 shortcut on a map that is channels last becomes a matrix product. It adds both last
       biases.
     - A Transformer2DModel keeps maps that are channels last as they are. Its 1x1 convolutions become matrix products.
+    - In a BasicTransformerBlock with plain norms, each sum before a norm becomes one operation with that norm
+      (`ops.add_layer_norm`), and the gate of its GEGLU another (`ops.gated_gelu`). With a gradient, and where there are
+      no kernels, stock's forward runs.
+    - Attention with stock's AttnProcessor2_0 is computed without its division by 1. The processor stays. Another one is
+      called, whenever it is set.
     - Every other GroupNorm of a module of diffusers becomes one operation too: those at the entry of transformers, in
       the attention of an autoencoder, and before the last convolution. Attention with a processor that is not of
       diffusers keeps its own.
@@ -238,9 +243,9 @@ def _fused_schedulers() -> dict[type, Any]:
 
 def _kinds() -> dict[Any, Any]:
     """The fused classes of modules by stock's. Their `misfit` says what `_misfit` does."""
-    if "diffusers.models.resnet" not in sys.modules:
+    if "diffusers.models" not in sys.modules:
         return {}
-    found = {}
+    found: dict[Any, Any] = {}
     for file, names in FUSED.items():
         room = importlib.import_module(f".diffusers.{file}", __package__)
         found |= {kind.__base__: kind for kind in (getattr(room, name) for name in names)}

@@ -82,7 +82,7 @@ BUDGETS = {
     ("vlb", "raw+by_pred+by_raw", "none"): (52, 54),
     ("inner", "plain", "none"): (12, 13),
     ("inner", "guidance+centred", "none"): (23, 23),
-    ("gated_gelu", "plain", "none"): (43, 43),
+    ("gated_gelu", "plain", "none"): (40, 39),
     ("layer_norm", "add+gate+scale", "none"): (16, 20),
     ("rotate", "plain", "none"): (17, 19),
     # A large image, whose groups are read twice, takes moments and norm_sums besides (the full table).
@@ -202,8 +202,8 @@ def test_predicted_roofline_of_the_h100(rows):
 
 
 def test_every_kernel_for_every_target(rows):
-    kernels = {"normal", "noising", "loss", "reduce", "scale", "update", "vlb", "inner"}
-    kernels |= {"gated_gelu", "layer_norm", "rotate", *NORMS}
+    names = "normal noising loss reduce scale update vlb inner gated_gelu layer_norm rotate"
+    kernels = {*names.split(), *NORMS}
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert {r["kernel"] for r in chosen(rows, source="fastdiff", target=target)} == kernels
 

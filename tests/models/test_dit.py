@@ -264,6 +264,7 @@ def test_norms_and_sums_are_one_kernel_without_a_gradient(monkeypatch):
     launch = kernels.launch
     monkeypatch.setattr(kernels, "launch", lambda *args, **given: (launched.append(given), launch(*args, **given)))
     dit = moved()
+    dit.transformer_blocks[0].register_forward_pre_hook(lambda block, given: seen.append(given[0].is_contiguous()))
     dit.transformer_blocks[0].attn1.register_forward_hook(lambda layer, x, y: (seen.append(x[0]), 2 * y)[1])
     dit.transformer_blocks[1].ff = Added(dit.transformer_blocks[1].ff)
     want = dit(*inputs())
@@ -273,8 +274,8 @@ def test_norms_and_sums_are_one_kernel_without_a_gradient(monkeypatch):
         with torch.no_grad():
             torch.testing.assert_close(dit(*inputs()), want, rtol=1e-4, atol=1e-5)
     assert [given["sum_ptr"] is None for given in launched] == [True, False, True, False, True]
-    assert all(given["x_ptr"].stride(-1) == 1 and given["x_sample"] == 16 * 16 for given in launched)
-    torch.testing.assert_close(seen[2], seen[0], rtol=1e-4, atol=1e-5)
+    assert all(seen[::2])  # no kernel has to copy its tokens
+    torch.testing.assert_close(seen[5], seen[1], rtol=1e-4, atol=1e-5)
 
 
 def test_fake_tensors_leave_no_table_behind():

@@ -6,8 +6,7 @@ import re
 import pytest
 import torch
 from hypothesis import example, given
-from hypothesis import strategies as st
-from strategies import BACKENDS, dtypes, layouts, salts, shapes, tensor
+from strategies import BACKENDS, DEVICE, dtypes, layouts, salts, shapes, tensor
 from tolerance import ARITHMETIC, assert_close
 
 import fastdiff
@@ -18,20 +17,29 @@ every = pytest.mark.parametrize("backend", BACKENDS)
 
 @pytest.mark.slow
 @every
-@given(shape=shapes((60, 600)), dtype=dtypes, layout=layouts, salt=salts, extreme=st.booleans())
-@example((3, 257), torch.float32, "contiguous", 1, False)  # two blocks beside each other, the second of one column
-@example((2, 5, 256), torch.bfloat16, "contiguous", 2, False)  # two below each other
-@example((70, 40), torch.float16, "half", 3, True)
-def test_gated_gelu_is_that_in_float64(backend, shape, dtype, layout, salt, extreme):
-    x = tensor((*shape[:-1], 2 * shape[-1]), dtype, layout, salt, extreme)
+@given(shape=shapes((60, 600)), dtype=dtypes, layout=layouts, salt=salts)
+@example((3, 257), torch.float32, "contiguous", 1)  # two blocks beside each other, the second of one column
+@example((2, 5, 256), torch.bfloat16, "contiguous", 2)  # two below each other
+@example((70, 40), torch.float16, "half", 3)
+def test_gated_gelu_is_that_in_float64(backend, shape, dtype, layout, salt):
+    x = tensor((*shape[:-1], 2 * shape[-1]), dtype, layout, salt)
     with fastdiff.backend(backend):
         got = ops.gated_gelu(x)
     hidden, gate = x.double().chunk(2, -1)
-    want = hidden * gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
-    # 1 + erf cancels where gelu vanishes, as in PyTorch: the error is one of the gate.
-    error = ARITHMETIC * (hidden * gate).abs().nan_to_num(math.inf)
+    want = hidden * gate * torch.erfc(-gate / math.sqrt(2)) / 2
+    # Of PyTorch it is one of the gate: 1 + erf cancels where gelu vanishes. A power of e has the error of its exponent.
+    error = ARITHMETIC * (hidden * gate if backend != "triton" else want * (1 + gate.square() / 2)).abs()
     assert got.dtype == dtype
     assert_close(got, want, error, backend=backend)
+
+
+def test_gates_at_their_ends():
+    """Open, closed, and 0 times infinity is NaN. PyTorch on a CPU has NaN for the first too."""
+    gate = torch.tensor([math.inf, 1e4, 0.0, -1e4, -math.inf, math.nan], device=DEVICE)
+    with fastdiff.backend("triton"):
+        got = ops.gated_gelu(torch.cat((torch.full_like(gate, 2.0), gate)))
+    want = torch.tensor([math.inf, 2e4, 0.0, 0.0, math.nan, math.nan], device=DEVICE)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_oracle_is_the_formula():
