@@ -54,12 +54,12 @@ def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     batch, tokens, heads, depth = x.shape
     if x.stride(3) != 1 or (heads > 1 and x.stride(2) != depth):
         x = x.contiguous()
-    rows, width = batch * tokens, heads * depth
+    rows, width, pairs = batch * tokens, heads * depth, cos.shape[1] != depth
     block = min(BLOCKS, key=lambda size: (-(-width // size) * size, -size))  # the fewest idle lanes
     grid = -(-width // block), min(rows, MAX_GRID_Y), -(-rows // MAX_GRID_Y)
     launch(
         rotate_kernel, grid, out_ptr=out, x_ptr=x, cos_ptr=cos, sin_ptr=sin, rows=rows, tokens=tokens,
         x_sample=x.stride(0), x_token=x.stride(1),
         cos_token=cos.stride(0), cos_column=cos.stride(1), sin_token=sin.stride(0), sin_column=sin.stride(1),
-        WIDTH=width, DEPTH=depth, PAIRS=cos.shape[1] != depth, BLOCK=block, num_warps=max(1, block // (WARP * HELD)), **FUSED,
+        WIDTH=width, DEPTH=depth, PAIRS=pairs, BLOCK=block, num_warps=max(1, block // (WARP * HELD)), **FUSED,
     )  # fmt: skip

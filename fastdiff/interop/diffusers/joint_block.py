@@ -23,7 +23,7 @@ class JointTransformerBlock(attention.JointTransformerBlock):
         x, text, more = hidden_states, encoder_hidden_states, joint_attention_kwargs or {}
         normed, gate, shift, scale, ff_gate, *second = self.norm1(x, emb=temb)
         if self.context_pre_only:
-            normed_text, of_text = self.norm1_context(text, temb), ()
+            normed_text = self.norm1_context(text, temb)
         else:
             normed_text, *of_text = self.norm1_context(text, emb=temb)
         y, y_text = self.attn(hidden_states=normed, encoder_hidden_states=normed_text, **more)

@@ -28,7 +28,7 @@ class WanAttention(transformer_wan.WanAttention):
         plain = type(processor) is kind and kind.__call__ is STOCK_PROCESSOR and not self.fused_projections
         own = encoder_hidden_states is None and self.add_k_proj is None and not kwargs
         tables = tables_of(rotary_emb)
-        if not (plain and own and rotates(tables, x)):
+        if tables is None or not (plain and own and rotates(tables, x)):
             stocks: Tensor = transformer_wan.WanAttention.forward(
                 self, x, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
             )
