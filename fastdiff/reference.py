@@ -63,13 +63,9 @@ def box_muller(bits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def normal(
-    shape: torch.Size | tuple[int, ...],
-    seed: Tensor,
-    ids: Tensor | None,
-    step: Tensor,
-    stream: int,
+    shape: torch.Size | tuple[int, ...], seed: Tensor, ids: Tensor | None, step: Tensor, stream: int,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """z(seed, stream, ids[i], step, element), shape (B, ...); element j takes output j % 4 of block j // 4."""
     n = math.prod(shape[1:])
     bits = uniform_bits(shape[0], n, seed, ids, step, stream)
@@ -275,8 +271,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs (a, b) of x (B, N, heads, D) as (a cos - b sin, b cos + a sin) (Su et al. 2021, arXiv:2104.09864)."""
     wide, *tables = (as_type(t, work_dtype(x)) for t in (x, cos, sin))
     turned = torch.stack((-wide[..., 1::2], wide[..., ::2]), -1).flatten(-2)
-    pairs = cos.shape[-1] != x.shape[-1]
-    cos, sin = (t[:, None].repeat_interleave(2, -1) if pairs else t[:, None] for t in tables)
+    cos, sin = (t[:, None].repeat_interleave(1 + (t.shape[-1] != x.shape[-1]), -1) for t in tables)
     return as_type(wide * cos + turned * sin, x.dtype)
 
 
