@@ -26,7 +26,8 @@ FUSED = {
     "group_norm": ["GroupNorm"],
     "attention": ["BasicTransformerBlock", "Attention", "GEGLU"],
     "ada_norm": [
-        *("AdaLayerNormZero", "AdaLayerNormZeroSingle", "SD35AdaLayerNormZeroX", "AdaLayerNormContinuous", "RMSNorm")
+        *("AdaLayerNormZero", "AdaLayerNormZeroSingle", "SD35AdaLayerNormZeroX", "AdaLayerNormContinuous"),
+        *("CogVideoXLayerNormZero", "RMSNorm"),
     ],
     "joint_block": ["JointTransformerBlock"],
     "flux_block": ["FluxTransformerBlock", "FluxSingleTransformerBlock", "FluxAttention"],

@@ -159,6 +159,16 @@ def ada_norm(**options):
     return normalization.AdaLayerNormContinuous(8, 8, elementwise_affine=False, **options)
 
 
+def test_norms_of_video_and_text(kernels):
+    torch.manual_seed(0)
+    norm = normalization.CogVideoXLayerNormZero(8, 6)
+    tokens = torch.randn(2, 3, 6), torch.randn(2, 2, 6)
+    with Meter() as meter:
+        want, got = called(norm, type(norm), *tokens, torch.randn(2, 8))
+    torch.testing.assert_close(got, want)
+    assert meter.kernels["layer_norm"] == meter.kernels["native_layer_norm"] == 2
+
+
 def test_a_row_for_all_samples():
     norm = ada_norm()
     torch.testing.assert_close(*called(norm, type(norm), torch.randn(2, 3, 8), torch.randn(1, 8)))

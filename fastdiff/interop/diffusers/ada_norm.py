@@ -56,6 +56,20 @@ class AdaLayerNormContinuous(normalization.AdaLayerNormContinuous):
 
 
 @stands_in
+class CogVideoXLayerNormZero(normalization.CogVideoXLayerNormZero):
+    """norm(x) (1 + scale) + shift of the video and of the text, and a gate of each."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
+        video, text = self.linear(self.silu(temb)).chunk(2, dim=1)
+        made, gates = [], []
+        for tokens, rows in ((hidden_states, video), (encoder_hidden_states, text)):
+            shift, scale, gate = rows.chunk(3, dim=1)
+            made.append(norm_tokens(self.norm, tokens, scale, shift))
+            gates.append(gate[:, None])
+        return *made, *gates
+
+
+@stands_in
 class RMSNorm(normalization.RMSNorm):
     """x / sqrt(mean(x^2) + eps) weight, of the queries and keys, by PyTorch's kernel."""
 
