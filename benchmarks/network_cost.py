@@ -98,11 +98,11 @@ class Meter(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
-        given, made = (
-            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), out)
-        )
+        read = args, {key: value for key, value in kwargs.items() if key != "out"}  # that is only written
+        given, made = ([leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (read, out))
         one = cost(name, given, made, name == "convolution" and args[2] is not None)
         if one.kernels:
             self.kernels[name] += one.kernels

@@ -1,4 +1,4 @@
-"""Weights that follow each other in memory."""
+"""Weights and tokens that follow each other in memory."""
 
 from collections.abc import Sequence
 
@@ -41,3 +41,12 @@ def with_own_storage(t: Tensor) -> Tensor:
     with unset_fake_temporarily(), torch.inference_mode(False):
         # As bytes, since DLPack lacks some of the types.
         return from_dlpack(t.view(torch.uint8)).view(t.dtype)
+
+
+def joined_tokens(first: Tensor, second: Tensor) -> Tensor:
+    """torch.cat((first, second), 1), each (B, N, C); where they lie if they are the two parts of such a tensor."""
+    batch, tokens, channels = first.shape
+    same = first.untyped_storage()._cdata == second.untyped_storage()._cdata and first.stride() == second.stride()
+    if not same or second.storage_offset() != first.storage_offset() + tokens * first.stride(1):
+        return torch.cat((first, second), 1)
+    return first.as_strided((batch, tokens + second.shape[1], channels), first.stride())

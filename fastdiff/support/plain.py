@@ -27,6 +27,7 @@ METHODS: dict[type[nn.Module], list[tuple[str, Any]]] = {
         (nn.GroupNorm, ("forward",)),
         (nn.LayerNorm, ("forward",)),
         (nn.SiLU, ("forward",)),
+        (nn.GELU, ("forward",)),
     )
 }
 

@@ -276,6 +276,25 @@ def test_the_halves_of_wans_tables_are_those_of_stock():
     torch.testing.assert_close(got, want)
 
 
+def test_single_blocks_of_flux_copy_no_more_than_they_must(kernels):
+    """Image and text lie as the block before left them. GELU writes beside the attention."""
+    torch.manual_seed(0)
+    block, tokens, row = (
+        transformer_flux.FluxSingleTransformerBlock(16, 2, 8),
+        torch.randn(2, 7, 16),
+        torch.randn(2, 16),
+    )
+    text, image = tokens.tensor_split((3,), dim=1)
+    for parts in ((text, image), (image, text), (text, image.clone())):
+        with Meter() as meter:
+            want, got = called(block, type(block), parts[1], parts[0], row)
+        torch.testing.assert_close(got, want)
+        assert meter.kernels["cat"] == (2 if parts[0] is text and parts[1] is image else 3)
+        assert meter.kernels["gelu"] == 2
+    block.act_mlp.register_forward_hook(lambda m, x, y: 2 * y)
+    torch.testing.assert_close(*called(block, type(block), image, text, row))
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_caches_of_diffusers_know_the_blocks(name):
     fused, stock, _ = accelerated(name)

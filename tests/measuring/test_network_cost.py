@@ -11,6 +11,7 @@ from benchmarks.gpu.networks import TINY_STABLE_DIFFUSION, TINY_UNET
 from benchmarks.network_cost import (
     CPU,
     Cost,
+    Meter,
     accelerated,
     as_on_a_gpu,
     before_and_after,
@@ -69,6 +70,14 @@ def test_passes_over_whole_maps(written):
     """Two reads of arg0 by the first kernel; the norm's two; a read, a write and a read of another map by the last."""
     assert passes(written, (2, 4, 8)) == 2 + 2 + 3
     assert passes(written, (2, 4)) == 1 + 2  # the norm's are always counted
+
+
+def test_what_is_only_written_is_not_read():
+    x = torch.empty(4, 4)
+    with Meter() as counter:
+        torch.add(x, x, out=torch.empty(4, 4))
+        x.add_(1)
+    assert counter.bytes == 64 * (3 + 2)
 
 
 class Two(nn.Module):

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers import transformer_flux
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import ops
-from ...support.plain import as_defined
+from ...support.adjacent import joined_tokens
+from ...support.plain import as_defined, is_plain
 from .modulated import add_gated, rotates, second_half, stands_in
 
 LARGEST = 65504.0  # of float16: stock clips its sums there
@@ -88,12 +89,23 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         joint_attention_kwargs: Any = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         tokens = encoder_hidden_states.shape[1]
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        x = joined_tokens(encoder_hidden_states, hidden_states)  # the two parts of what the last block made
         normed, gate = self.norm(x, emb=temb)
-        hidden = self.act_mlp(self.proj_mlp(normed))
+        hidden = self.proj_mlp(normed)
         y = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        x = within_float16(add_gated(x, self.proj_out(torch.cat([y, hidden], dim=2)), gate))
+        x = within_float16(add_gated(x, self.proj_out(beside(y, self.act_mlp, hidden)), gate))
         return x[:, :tokens], x[:, tokens:]
+
+
+def beside(y: Tensor, act: Any, hidden: Tensor) -> Tensor:
+    """torch.cat((y, act(hidden)), 2). GELU writes to its place at once."""
+    if not is_plain(act, nn.GELU):
+        return torch.cat((y, act(hidden)), 2)
+    both = y.new_empty(*y.shape[:2], y.shape[2] + hidden.shape[2])
+    of_y, of_hidden = both.tensor_split((y.shape[2],), dim=2)
+    of_y.copy_(y)
+    torch.ops.aten.gelu.out(hidden, approximate=act.approximate, out=of_hidden)
+    return both
 
 
 def within_float16(x: Tensor) -> Tensor:
