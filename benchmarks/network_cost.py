@@ -46,6 +46,7 @@ VIEWS = {
     "view", "reshape", "transpose", "unsqueeze", "squeeze", "expand", "select", "slice", "split", "split_with_sizes",
     "chunk", "permute", "t", "detach", "alias", "_unsafe_view", "as_strided", "unbind", "lift_fresh", "empty",
     "empty_like", "new_empty", "empty_strided", "empty_permuted", "_reshape_alias", "unsafe_split", "device",
+    "view_as_complex", "view_as_real",
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ FUSED = {
     ],
     "joint_block": ["JointTransformerBlock"],
     "flux_block": ["FluxTransformerBlock", "FluxSingleTransformerBlock", "FluxAttention"],
+    "qwen_block": ["QwenImageTransformerBlock"],
     "wan_block": ["WanTransformerBlock", "WanAttention"],
 }
 # Attributes that a fused scheduler has beside those of its stock class.
@@ -66,7 +67,7 @@ def accelerate(
       no kernels, stock's forward runs.
     - Attention with stock's AttnProcessor2_0 is computed without its division by 1. The processor stays. Another one is
       called, whenever it is set.
-    - In the blocks of Stable Diffusion 3, Flux, Wan, DiT and PixArt, a norm with its scale and shift becomes one
+    - In blocks of Stable Diffusion 3, Flux, Qwen-Image, Wan, DiT and PixArt a norm with its scale and shift is one
       operation, with the gated sum before it if there is one. Rotary embedding becomes `ops.rotate` in attention of
       Flux and Wan with stock's processor. AdaLayerNormZero and others of its kind, and RMSNorm, become one operation in
       every transformer. With a gradient, autocast or a compiler stock's forward runs.

@@ -65,8 +65,18 @@ def wan() -> tuple[nn.Module, dict[str, Any]]:
     return net, {"hidden_states": IMAGE[:, :, None], "encoder_hidden_states": TEXT, "timestep": TIMES}
 
 
+def qwen() -> tuple[nn.Module, dict[str, Any]]:
+    net = diffusers.QwenImageTransformer2DModel(
+        **HEADS, in_channels=4, out_channels=4, num_layers=1, patch_size=1, joint_attention_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    image = IMAGE.flatten(2).transpose(1, 2)
+    places = {"img_shapes": [(1, 4, 4)] * 2}
+    return net, {"hidden_states": image, "encoder_hidden_states": TEXT, "timestep": TIMES / 1000} | places
+
+
 TRANSFORMERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
-    make.__name__: make for make in (sd3, flux, dit, pixart, wan)
+    make.__name__: make for make in (sd3, flux, qwen, dit, pixart, wan)
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models import attention, normalization
-from diffusers.models.transformers import transformer_flux, transformer_wan
+from diffusers.models.transformers import transformer_flux, transformer_qwenimage, transformer_wan
 from small_models import Low
 from small_transformers import TRANSFORMERS, made, output
 from torch import nn
@@ -52,6 +52,7 @@ COUNTS = {
     "sd3": (6, 3, 4, 0, 0),
     # 2, 2 and 2 of the first block; 1 and 1 of the single one; the output's; queries and keys of both
     "flux": (4, 2, 3, 0, 4),
+    "qwen": (3, 2, 2, 0, 0),
     "dit": (1, 1, 1, 1, 0),  # the last norm is not a layer of a block
     "pixart": (1, 1, 2, 1, 0),  # a gated sum before attention to the text, which has no norm
     "wan": (1, 2, 1, 1, 2),
@@ -101,6 +102,7 @@ def test_stocks_bits_where_there_is_no_kernel(name):
 BLOCKS = {
     "sd3": ("transformer_blocks.0", "norm2", "ff.net.2"),
     "flux": ("transformer_blocks.0", "norm2_context", "attn.add_v_proj"),
+    "qwen": ("transformer_blocks.0", "txt_norm1", "img_mod.1"),
     "dit": ("transformer_blocks.0", "norm3", "ff.net.2"),
     "pixart": ("transformer_blocks.0", "norm2", "attn1.to_v"),
     "wan": ("blocks.0", "norm2", "attn1.to_v"),
@@ -197,11 +199,15 @@ def test_norms_of_queries_are_pytorchs_kernel_where_that_is_stocks_norm(options,
 
 
 def test_calls_that_only_stock_takes():
-    """Rows for each token, as of Wan 2.2; the MLP in chunks."""
+    """Rows for each token, as of Wan 2.2 and for editing; the MLP in chunks."""
     torch.manual_seed(0)
     block = transformer_wan.WanTransformerBlock(16, 32, 2, cross_attn_norm=True)
     want, got = called(block, type(block), torch.randn(2, 3, 16), torch.randn(2, 3, 16), torch.randn(2, 3, 6, 16), None)
     assert torch.equal(want, got)
+    block = transformer_qwenimage.QwenImageTransformerBlock(16, 2, 8, zero_cond_t=True)
+    given = torch.randn(2, 4, 16), torch.randn(2, 3, 16), None, torch.randn(4, 16)
+    want, got = called(block, type(block), *given, modulate_index=torch.tensor([[0, 1, 1, 0]] * 2))
+    assert torch.equal(want[0], got[0]) and torch.equal(want[1], got[1])
     joint = attention.JointTransformerBlock(16, 2, 8)
     joint.set_chunk_feed_forward(2, 1)
     want, got = called(joint, type(joint), torch.randn(2, 4, 16), torch.randn(2, 6, 16), torch.randn(2, 16))

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from ... import ops
 from ...support.adjacent import joined_tokens
 from ...support.plain import as_defined, is_plain
-from .modulated import add_gated, rotates, second_half, stands_in
+from .modulated import add_gated, rotates, second_half, stands_in, within_float16
 
-LARGEST = 65504.0  # of float16: stock clips its sums there
 STOCK_PROCESSOR = as_defined(transformer_flux.FluxAttnProcessor, "__call__")
 
 
@@ -106,8 +105,3 @@ def beside(y: Tensor, act: Any, hidden: Tensor) -> Tensor:
     of_y.copy_(y)
     torch.ops.aten.gelu.out(hidden, approximate=act.approximate, out=of_hidden)
     return both
-
-
-def within_float16(x: Tensor) -> Tensor:
-    """x without infinities, if it is float16."""
-    return x.clip(-LARGEST, LARGEST) if x.dtype == torch.float16 else x

@@ -22,6 +22,7 @@ from ...ops.layer_norm import is_fused
 from ...support.plain import as_defined, is_ordinary, is_plain
 
 NORMS = (nn.LayerNorm, FP32LayerNorm)
+LARGEST = 65504.0  # of float16: stock clips some sums there
 FP32_FORWARD = as_defined(FP32LayerNorm, "forward")
 
 
@@ -103,6 +104,11 @@ def second_half(
     """The rest of a block, whose attention gave y: s = x + gate y, and s + ff_gate ff(norm(s) (1 + scale) + shift)."""
     s, normed = add_norm_tokens(norm, x, y, gate, scale, shift)
     return add_gated(s, ff(normed), ff_gate)
+
+
+def within_float16(x: Tensor) -> Tensor:
+    """x without infinities, if it is float16."""
+    return x.clip(-LARGEST, LARGEST) if x.dtype == torch.float16 else x
 
 
 def fits(norm: Any, x: Tensor, *rows: Tensor | None) -> bool:
