@@ -84,7 +84,7 @@ def moments_kernel(
     square = tl.zeros([SLOTS], tl.float32)
     for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
         pointers = tile_pointers(
-            x_ptr, skip_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+            x_ptr, skip_ptr, sample, channel, pixel, FULL, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
         )
         masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
         tiles = load_tiles(pointers, masks, BLOCKS * TILES)
@@ -156,7 +156,7 @@ def norm_kernel(
     if partial_ptr is None:
         masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
         pointers = tile_pointers(
-            x_ptr, skip_ptr, sample, channel, 0, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+            x_ptr, skip_ptr, sample, channel, 0, FULL, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
         )
         tiles = load_tiles(pointers, masks, BLOCKS * TILES)
         _, mean, square = moments(
@@ -186,17 +186,18 @@ def norm_kernel(
         offset = offset + (bias[k] * UNIT - center * (weight[k] * rstds[k]),)
     if partial_ptr is None:
         pointers = tile_pointers(
-            out_ptr, None, sample, channel, 0, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+            out_ptr, None, sample, channel, 0, FULL, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
         )
         store_normed(pointers, tiles, masks, factor, offset, SILU, QUICK, BLOCKS, TILES)
     else:
         for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
             pointers = tile_pointers(
-                x_ptr, skip_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+                x_ptr, skip_ptr, sample, channel, pixel, FULL, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
             )
             masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
             tiles = load_tiles(pointers, masks, BLOCKS * TILES)
             pointers = tile_pointers(
-                out_ptr, None, sample, channel, pixel, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
-            )
+                out_ptr, None, sample, channel, pixel, FULL, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE,
+                LAST,
+            )  # fmt: skip
             store_normed(pointers, tiles, masks, factor, offset, SILU, QUICK, BLOCKS, TILES)
