@@ -38,9 +38,9 @@ def owned(
 
 @triton.jit
 def either(first, here, there, WHOLE: tl.constexpr):
-    """here where `first` is true, there elsewhere. WHOLE: `first` is a number, and the choice is one of whole tensors.
+    """here where `first` is true, there elsewhere. WHOLE: `first` is one number, and one of the two is taken whole.
 
-    From Triton 3.8 on such a choice alone keeps what is known of the alignment of pointers."""
+    Triton 3.8 forgets the alignment of pointers that are chosen element by element."""
     if WHOLE:
         chosen = there
         if first:
@@ -53,11 +53,11 @@ def either(first, here, there, WHOLE: tl.constexpr):
 @triton.jit
 def tile_pointers(
     ptr, skip_ptr, sample, channel, pixel,
-    FULL: tl.constexpr, CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr,
+    SLAB: tl.constexpr, CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr,
     BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Pointers [LANES, TILE] of the slab's tiles from `pixel` on. With skip_ptr the first FIRST channels lie at ptr,
-    the others at skip_ptr, as tensors of their own. FULL: see tile_masks; then slabs begin at multiples of LANES."""
+    the others at skip_ptr, as tensors of their own. SLAB: the channels of a slab."""
     lane = channel + tl.arange(0, LANES).to(tl.int64)[:, None]
     column = tl.arange(0, TILE).to(tl.int64)[None, :]
     pointers = ()
@@ -72,7 +72,8 @@ def tile_pointers(
                 pointers = pointers + (at + (k * ACROSS + t * ALONG),)
     else:
         REST: tl.constexpr = CHANNELS - FIRST
-        WHOLE: tl.constexpr = LAST and FULL and FIRST % LANES == 0  # a tile lies in one of the tensors
+        # Whether no tile of any slab has channels of both.
+        WHOLE: tl.constexpr = LAST and (FIRST % SLAB == 0 or (FIRST % LANES == 0 and SLAB % LANES == 0))
         p = column + tl.cast(pixel, tl.int64)
         for k in tl.static_range(BLOCKS):
             c = lane + k * LANES
