@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import bound, ops, sampling, steps
 from .arguments import check_loss, merged, named
@@ -89,12 +90,13 @@ class DDPM(ChainDiffusion):
         importance: bool = False,
     ) -> None:
         check_choice("variance", variance, steps.VARIANCES)
-        made = make_schedule(schedule, timesteps)
-        super().__init__(model, Chain(made), objective, loss, weighting, clip)
-        self._named = (schedule, made) if isinstance(schedule, str) else None
-        self.importance = LossSecondMoment(self.timesteps) if importance else None
-        self.variance = variance  # all options are there: checks them together
-        remaining = made.alpha_bar[-1].item()
+        with _disable_current_modes():  # the levels have values, also where fake weights have none
+            made = make_schedule(schedule, timesteps)
+            super().__init__(model, Chain(made), objective, loss, weighting, clip)
+            self._named = (schedule, made) if isinstance(schedule, str) else None
+            self.importance = LossSecondMoment(self.timesteps) if importance else None
+            self.variance = variance  # all options are there: checks them together
+            remaining = made.alpha_bar[-1].item()
         if made.vp and remaining > MAX_REMAINING_SIGNAL:
             warnings.warn(
                 f"schedule: alpha_bar_T = {remaining:.3g} of the signal is left at the last level, where sampling "
