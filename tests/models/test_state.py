@@ -89,7 +89,7 @@ def averaged_by_hand(model: Diffusion) -> Diffusion:
 
 
 def through_meta(model: Diffusion, how: str) -> Diffusion:
-    """The model emptied, and its state loaded into it; or built on the meta device, or of fake tensors, from the start."""
+    """The model emptied, and its state loaded into it; or built without values from the start."""
     state = model.state_dict()
     if how == "moved":
         made = copy.deepcopy(model).to("meta")
