@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, MAX_GRID_Y, kernel, launch
+from .launch import FUSED, grid_of, kernel, launch
 from .tile import owner, to_float32
 
 WARP = 64 if torch.version.hip else 32  # threads
@@ -49,7 +49,9 @@ def layer_norm_kernel(
     sample = sample.to(tl.int64)
     row = block * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, CHUNK)[None, :]
-    inside = (column < CHUNK) & (row < tokens if ROWS > 1 else True)
+    inside = column < CHUNK
+    if ROWS > 1:
+        inside = inside & (row < tokens)
     last = inside & (column < CHANNELS - (CHUNKS - 1) * CHUNK)
     x_at = x_ptr + (sample * x_sample + row * x_token + column)
     if y_ptr is not None:
@@ -105,10 +107,9 @@ def layer_norm(
     batch = x.shape[0] if first else 1
     tokens = x.numel() // (batch * channels)
     shape = shape_of(channels, tokens, WARP)
-    grid = -(-tokens // shape["ROWS"]), min(batch, MAX_GRID_Y), -(-batch // MAX_GRID_Y)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     launch(
-        layer_norm_kernel, grid, out_ptr=out, sum_ptr=total, x_ptr=x, y_ptr=y,
+        layer_norm_kernel, grid_of(batch, tokens, shape["ROWS"]), out_ptr=out, sum_ptr=total, x_ptr=x, y_ptr=y,
         weight_ptr=weight, bias_ptr=bias, gate_ptr=gate, scale_ptr=scale, shift_ptr=shift, batch=batch, tokens=tokens,
         x_sample=_from_sample(x, first), x_token=_from_row(x, first),
         y_sample=_from_sample(y, first), y_token=_from_row(y, first),
@@ -144,13 +145,13 @@ def _from_row(x: Tensor | None, first: int) -> int | None:
     shape, stride = x.shape, x.stride()
     if shape[-1] > 1 and stride[-1] != 1:
         return None
-    distance, end = 0, 0
+    distance = end = None
     for i in range(x.ndim - 2, first - 1, -1):
         if shape[i] > 1:
-            if end and stride[i] != end:
+            if end is not None and stride[i] != end:
                 return None
-            distance, end = distance or stride[i], stride[i] * shape[i]
-    return distance
+            distance, end = stride[i] if end is None else distance, stride[i] * shape[i]
+    return distance or 0
 
 
 def _from_sample(x: Tensor | None, first: int) -> int:

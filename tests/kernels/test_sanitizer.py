@@ -129,7 +129,7 @@ def test_update(launches, shape, dtype, layout, generated, keep, inplace):
 
 def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     """The last row of a grid of more than 32,768 samples has them."""
-    for file in ("noise", "noising", "loss", "update", "vlb", "inner"):
+    for file in ("noise", "noising", "loss", "update", "vlb", "inner", "layer_norm"):
         module = importlib.import_module(f"fastdiff.kernels.{file}")
         monkeypatch.setattr(module, "grid_of", lambda batch, n, block: (triton.cdiv(n, block), batch + 2, 1))
     x = tensor((2, 300)).requires_grad_()
@@ -139,7 +139,8 @@ def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     ops.update(ops.noising(x, 1, table(ROWS, 2, salt=0)), x, table(ROWS, 9, salt=0), 1)
     ops.vlb(x, x, x, 1, table(ROWS, 6, salt=0))
     ops.inner(x, x)
-    assert len(launches) == 10
+    ops.add_layer_norm(x, x, gate=x)
+    assert len(launches) == 11
 
 
 @pytest.mark.slow

@@ -160,6 +160,14 @@ def test_rows_lie_further_apart_than_32_bits_count(shape, stride):
         assert_same_bits(got, ops.layer_norm(x.contiguous(), shift=x[:, 0]))
 
 
+def test_rows_that_share_memory():
+    x, row = tensor((2, 3, 1, 8)).expand(2, 3, 4, 8), tensor((2, 8))
+    with fastdiff.backend("triton"):
+        for view in (x, x[:, :1], x[0, 0]):
+            assert_same_bits(ops.layer_norm(view), ops.layer_norm(view.contiguous()))
+        assert_same_bits(ops.layer_norm(x, shift=row), ops.layer_norm(x.contiguous(), shift=row))
+
+
 def test_samples_do_not_depend_on_their_batch():
     x, y, rows = tensor((3, 7, 96), torch.bfloat16), tensor((3, 7, 96)), tensor((3, 288), salt=1)
     with fastdiff.backend("triton"):
