@@ -69,16 +69,16 @@ def lines_of(
 @triton.jit
 def load_both(
     x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel,
-    CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr,
+    SLAB: tl.constexpr, CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr,
     BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """The slab's tiles of x, or of x and skip, and those of the gradient by y, from `pixel` on."""
     at = tile_pointers(
-        x_ptr, skip_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+        x_ptr, skip_ptr, sample, channel, pixel, SLAB, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
     )
     x = load_tiles(at, masks, BLOCKS * TILES)
     at = tile_pointers(
-        grad_ptr, None, sample, channel, pixel, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+        grad_ptr, None, sample, channel, pixel, SLAB, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
     )
     return x, load_tiles(at, masks, BLOCKS * TILES)
 
@@ -185,8 +185,8 @@ def norm_sums_kernel(
     for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
         masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
         x, grad = load_both(
-            x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES,
-            TILE, LAST,
+            x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS,
+            LANES, TILES, TILE, LAST,
         )  # fmt: skip
         _, ones, others, aways = sums_of(
             (ones, others, aways), grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, SPLIT
@@ -276,8 +276,8 @@ def norm_grad_kernel(
     if partial_ptr is None:
         masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
         x, grad = load_both(
-            x_ptr, skip_ptr, grad_ptr, masks, sample, channel, 0, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE,
-            LAST,
+            x_ptr, skip_ptr, grad_ptr, masks, sample, channel, 0, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS,
+            LANES, TILES, TILE, LAST,
         )  # fmt: skip
     center, slant, offset, rstd = lines_of(
         mean_ptr, rstd_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, groups, sample, channel, channels,
@@ -310,8 +310,9 @@ def norm_grad_kernel(
         store_row(row + 2 * stride, totals, channels, BLOCKS, LANES)
     if partial_ptr is None:
         pointers = tile_pointers(
-            x_grad_ptr, skip_grad_ptr, sample, channel, 0, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
-        )
+            x_grad_ptr, skip_grad_ptr, sample, channel, 0, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS, LANES,
+            TILES, TILE, LAST,
+        )  # fmt: skip
         store_gradient(pointers, slopes, x, masks, slant, by_x, constant, BLOCKS, TILES)
     else:
         offsets = ()  # as in the forward pass: u = slant x + offset
@@ -320,13 +321,13 @@ def norm_grad_kernel(
         for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
             masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
             x, grad = load_both(
-                x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES,
-                TILES, TILE, LAST,
+                x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS,
+                BLOCKS, LANES, TILES, TILE, LAST,
             )  # fmt: skip
             slopes = slopes_of(grad, x, slant, offsets, SILU, QUICK, BLOCKS, TILES)
             pointers = tile_pointers(
-                x_grad_ptr, skip_grad_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE,
-                LAST,
+                x_grad_ptr, skip_grad_ptr, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS,
+                LANES, TILES, TILE, LAST,
             )  # fmt: skip
             store_gradient(pointers, slopes, x, masks, slant, by_x, constant, BLOCKS, TILES)
 

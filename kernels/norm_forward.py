@@ -84,8 +84,9 @@ def moments_kernel(
     square = tl.zeros([SLOTS], tl.float32)
     for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
         pointers = tile_pointers(
-            x_ptr, skip_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
-        )
+            x_ptr, skip_ptr, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES,
+            TILE, LAST,
+        )  # fmt: skip
         masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
         tiles = load_tiles(pointers, masks, BLOCKS * TILES)
         n, m, s = moments(tiles, masks, add, channels, pixel, PIXELS, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILES, TILE)
@@ -156,8 +157,9 @@ def norm_kernel(
     if partial_ptr is None:
         masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
         pointers = tile_pointers(
-            x_ptr, skip_ptr, sample, channel, 0, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
-        )
+            x_ptr, skip_ptr, sample, channel, 0, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE,
+            LAST,
+        )  # fmt: skip
         tiles = load_tiles(pointers, masks, BLOCKS * TILES)
         _, mean, square = moments(
             tiles, masks, add, channels, 0, PIXELS, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILES, TILE
@@ -186,17 +188,20 @@ def norm_kernel(
         offset = offset + (bias[k] * UNIT - center * (weight[k] * rstds[k]),)
     if partial_ptr is None:
         pointers = tile_pointers(
-            out_ptr, None, sample, channel, 0, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
-        )
+            out_ptr, None, sample, channel, 0, GROUPS * DEPTH, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE,
+            LAST,
+        )  # fmt: skip
         store_normed(pointers, tiles, masks, factor, offset, SILU, QUICK, BLOCKS, TILES)
     else:
         for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
             pointers = tile_pointers(
-                x_ptr, skip_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
-            )
+                x_ptr, skip_ptr, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES,
+                TILE, LAST,
+            )  # fmt: skip
             masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
             tiles = load_tiles(pointers, masks, BLOCKS * TILES)
             pointers = tile_pointers(
-                out_ptr, None, sample, channel, pixel, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
-            )
+                out_ptr, None, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES,
+                TILES, TILE, LAST,
+            )  # fmt: skip
             store_normed(pointers, tiles, masks, factor, offset, SILU, QUICK, BLOCKS, TILES)

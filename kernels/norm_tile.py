@@ -37,13 +37,27 @@ def owned(
 
 
 @triton.jit
+def either(first, here, there, WHOLE: tl.constexpr):
+    """here where `first` is true, there elsewhere. WHOLE: `first` is one number, and one of the two is taken whole.
+
+    Triton 3.8 forgets the alignment of pointers that are chosen element by element."""
+    if WHOLE:
+        chosen = there
+        if first:
+            chosen = here
+    else:
+        chosen = tl.where(first, here, there)
+    return chosen
+
+
+@triton.jit
 def tile_pointers(
     ptr, skip_ptr, sample, channel, pixel,
-    CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr,
+    SLAB: tl.constexpr, CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr,
     BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Pointers [LANES, TILE] of the slab's tiles from `pixel` on. With skip_ptr the first FIRST channels lie at ptr,
-    the others at skip_ptr, as tensors of their own."""
+    the others at skip_ptr, as tensors of their own. SLAB: the channels of a slab."""
     lane = channel + tl.arange(0, LANES).to(tl.int64)[:, None]
     column = tl.arange(0, TILE).to(tl.int64)[None, :]
     pointers = ()
@@ -58,15 +72,17 @@ def tile_pointers(
                 pointers = pointers + (at + (k * ACROSS + t * ALONG),)
     else:
         REST: tl.constexpr = CHANNELS - FIRST
+        # Whether no tile of any slab has channels of both.
+        WHOLE: tl.constexpr = LAST and (FIRST % SLAB == 0 or (FIRST % LANES == 0 and SLAB % LANES == 0))
         p = column + tl.cast(pixel, tl.int64)
         for k in tl.static_range(BLOCKS):
             c = lane + k * LANES
-            first = c < FIRST
+            first = channel + k * LANES < FIRST if WHOLE else c < FIRST
             here = ptr + (sample * (FIRST * PIXELS) + (c + p * FIRST if LAST else c * PIXELS + p))
             c -= FIRST
             there = skip_ptr + (sample * (REST * PIXELS) + (c + p * REST if LAST else c * PIXELS + p))
-            at = tl.where(first, here, there)
-            along = tl.where(first, FIRST, REST).to(tl.int64) if LAST else 1  # from pixel to pixel
+            at = either(first, here, there, WHOLE)
+            along = either(first, FIRST, REST, WHOLE).to(tl.int64) if LAST else 1  # from pixel to pixel
             for t in tl.static_range(TILES):
                 pointers = pointers + (at + along * (t * TILE),)
     return pointers

@@ -38,17 +38,18 @@ def resnet_sampling() -> nn.Module:
     return unet(**RESNET, resnet_time_scale_shift="scale_shift", mid_block_scale_factor=2.0)
 
 
-def conditional() -> nn.Module:
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(4, 8),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=2,
-        cross_attention_dim=4,
-        attention_head_dim=2,
-    )
+def conditional(**changes) -> nn.Module:
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (4, 8),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "cross_attention_dim": 4,
+        "attention_head_dim": 2,
+    }
+    return diffusers.UNet2DConditionModel(**config | changes)
 
 
 def autoencoder() -> nn.Module:
@@ -230,17 +231,22 @@ def test_anything_else_is_refused(call):
 
 @pytest.mark.slow
 def test_compiles_to_one_graph():
-    net = made("resnet sampling").eval()
-    want = output(net)
-    fastdiff.accelerate(net)
+    """With transformers, and blocks that scale, shift and sample."""
+    torch.manual_seed(0)
+    config = {
+        "down_block_types": ("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
+        "mid_block_type": None,
+        "resnet_time_scale_shift": "scale_shift",
+    }
+    net = conditional(**config).eval()
+    random = torch.Generator().manual_seed(1)
+    x, t, text = torch.randn(2, 4, 8, 8, generator=random), torch.tensor([3, 700]), torch.ones(2, 3, 4)
     torch.compiler.reset()
     with torch.no_grad():
-        close([output_of(torch.compile(net, backend="eager", fullgraph=True), net)], [want])
-
-
-def output_of(compiled, net):
-    random = torch.Generator().manual_seed(1)
-    return compiled(torch.randn(2, 3, 8, 8, generator=random), torch.tensor([3, 700]), return_dict=False)[0]
+        want = net(x, t, text, return_dict=False)
+        fastdiff.accelerate(net)
+        close(torch.compile(net, backend="eager", fullgraph=True)(x, t, text, return_dict=False), want)
 
 
 class Doubled(nn.GroupNorm):

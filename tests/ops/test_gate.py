@@ -77,6 +77,5 @@ def test_what_cannot_be_right_is_refused(x, error, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_opcheck(dtype):
-    torch.library.opcheck(torch.ops.fastdiff.gated_gelu.default, (tensor((2, 3, 4), dtype).cpu(),))
+def test_opcheck():
+    torch.library.opcheck(torch.ops.fastdiff.gated_gelu.default, (tensor((2, 3, 4), torch.bfloat16).cpu(),))

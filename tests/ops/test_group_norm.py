@@ -208,17 +208,27 @@ def test_images_of_several_tiles(layout, limits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("limits", LIMITS[:2])
-def test_two_tensors_give_the_bits_of_their_concatenation(layout, limits):
-    """They meet in the middle of a group."""
+@pytest.mark.parametrize(
+    ("layout", "limits", "groups", "firsts"),
+    [
+        ("contiguous", LIMITS[0], 2, [7]),
+        ("contiguous", LIMITS[1], 2, [7]),
+        ("channels_last", LIMITS[0], 2, [3, 4, 6, 7]),
+        ("channels_last", LIMITS[1], 2, [7]),
+        ("channels_last", LIMITS[3], 4, [4]),  # slabs of 3 channels in tiles of 4
+    ],
+)
+def test_two_tensors_give_the_bits_of_their_concatenation(layout, limits, groups, firsts):
+    """They meet between two groups or in the middle of one, between two tiles or in the middle of one."""
     given = operands((2, 12, 3, 5), torch.bfloat16, torch.float32, layout, 1.0, True, 3, "row")
     grad = tensor((2, 12, 3, 5), torch.bfloat16, salt=9)
     with fastdiff.backend("triton"), mock.patch.object(kernels, "LIMITS", limits):
-        whole, split = with_gradients(given, 2, grad), with_gradients(given, 2, grad, first=7, layout=layout)
-    for name, result in whole.items():
-        assert_same_bits(split[name], result)
-        assert split[name].stride() == result.stride()
+        whole = with_gradients(given, groups, grad)
+        for first in firsts:
+            split = with_gradients(given, groups, grad, first=first, layout=layout)
+            for name, result in whole.items():
+                assert_same_bits(split[name], result)
+                assert split[name].stride() == result.stride()
 
 
 @pytest.mark.parametrize("limits", [LIMITS[0], SMALL._replace(warp=32, held=4, parts=4)])
