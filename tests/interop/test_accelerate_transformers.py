@@ -11,6 +11,7 @@ from diffusers import FirstBlockCacheConfig
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models import attention, normalization
 from diffusers.models.transformers import transformer_flux, transformer_qwenimage, transformer_wan
+from replayed import draw
 from small_models import Low
 from small_transformers import TRANSFORMERS, made, output
 from torch import nn
@@ -69,6 +70,13 @@ def test_one_operation_for_each_norm_and_sum(name, kernels):
     fastdiff.restore(fused)
     assert torch.equal(output(fused, given), want)
     assert [type(part) for part in fused.modules()] == [type(part) for part in stock.modules()]
+
+
+@pytest.mark.slow
+def test_the_kernels_give_what_stock_gives():
+    fused, stock, given = accelerated("flux")
+    with fastdiff.backend("triton"):
+        torch.testing.assert_close(output(fused, given), output(stock, given), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -331,11 +339,14 @@ def test_a_cache_within_fused_blocks(graph, kernels, taped):
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_graphs_replay_fused_blocks(name, kernels, taped):
+    """Flux with lists of a ControlNet's residuals."""
     fused, stock, given = accelerated(name)
+    lists = ("controlnet_block_samples", "controlnet_single_block_samples") if name == "flux" else ()
     fastdiff.accelerate(stock)
     fastdiff.accelerate(fused, graph=True)
     for scale in range(4):
         scaled = given | {"hidden_states": scale * given["hidden_states"]}
+        scaled |= {key: [draw(scale, 2, 16, 16)] for key in lists}
         assert torch.equal(output(fused, scaled), output(stock, scaled))
     assert taped[0].replayed == 2
 

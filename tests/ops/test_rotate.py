@@ -85,7 +85,6 @@ def test_what_cannot_be_right_is_refused(arguments, error, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_opcheck(dtype):
-    x, tables = tensor((2, 3, 2, 4), dtype).cpu(), [t.cpu() for t in angles(3, 2)]
+def test_opcheck():
+    x, tables = tensor((2, 3, 2, 4), torch.bfloat16).cpu(), [t.cpu() for t in angles(3, 2)]
     torch.library.opcheck(torch.ops.fastdiff.rotate.default, (x, *tables))
