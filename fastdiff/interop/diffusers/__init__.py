@@ -65,45 +65,59 @@ except ImportError as error:
 
 from .common import FusedScheduler
 from .ddim import DDIMScheduler
+from .ddim_cogvideox import CogVideoXDDIMScheduler
 from .ddim_inverse import DDIMInverseScheduler
 from .ddpm import DDPMScheduler
 from .deis import DEISMultistepScheduler
 from .dpm_solver import DPMSolverMultistepScheduler
+from .dpm_solver_inverse import DPMSolverMultistepInverseScheduler
 from .dpm_solver_singlestep import DPMSolverSinglestepScheduler
+from .edm_dpm_solver import EDMDPMSolverMultistepScheduler
 from .edm_euler import EDMEulerScheduler
 from .euler import EulerDiscreteScheduler
 from .euler_ancestral import EulerAncestralDiscreteScheduler
 from .flow_match_euler import FlowMatchEulerDiscreteScheduler
+from .flow_match_heun import FlowMatchHeunDiscreteScheduler
+from .flow_match_lcm import FlowMatchLCMScheduler
 from .heun import HeunDiscreteScheduler
 from .ipndm import IPNDMScheduler
 from .kdpm2 import KDPM2DiscreteScheduler
 from .kdpm2_ancestral import KDPM2AncestralDiscreteScheduler
 from .lcm import LCMScheduler
 from .lms import LMSDiscreteScheduler
+from .ltx_euler_ancestral import LTXEulerAncestralRFScheduler
 from .pndm import PNDMScheduler
+from .scm import SCMScheduler
 from .score_sde_ve import ScoreSdeVeScheduler
 from .tcd import TCDScheduler
 from .unipc import UniPCMultistepScheduler
 
 __all__ = [
     "SCHEDULERS",
+    "CogVideoXDDIMScheduler",
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
     "HeunDiscreteScheduler",
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "LCMScheduler",
     "LMSDiscreteScheduler",
+    "LTXEulerAncestralRFScheduler",
     "PNDMScheduler",
+    "SCMScheduler",
     "ScoreSdeVeScheduler",
     "TCDScheduler",
     "UniPCMultistepScheduler",
@@ -111,23 +125,30 @@ __all__ = [
 
 # All of them, for those that look up the one of a stock class.
 SCHEDULERS: tuple[type[FusedScheduler], ...] = (
+    CogVideoXDDIMScheduler,
     DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
     IPNDMScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LCMScheduler,
     LMSDiscreteScheduler,
+    LTXEulerAncestralRFScheduler,
     PNDMScheduler,
+    SCMScheduler,
     ScoreSdeVeScheduler,
     TCDScheduler,
     UniPCMultistepScheduler,

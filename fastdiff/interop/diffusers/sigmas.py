@@ -68,20 +68,25 @@ class SigmaScheduler(CountingScheduler):
         if not (isinstance(self.sigmas, Tensor) and isinstance(timesteps, Tensor) and addable(x, noise)):
             return NotImplemented
 
-        def build() -> Tensor:
-            return torch.stack(self._levels(self.sigmas.to(dtype)), 1).to(device)
-
-        device, dtype = x.device, work_dtype(x)
-        table = self._table("levels", build, (self.sigmas,), device, dtype)
+        device = x.device
         if self.begin_index is None:
             # As index_for_timestep: the second of several. A stranger gets a place outside of the table.
             hits = self.timesteps.to(device) == timesteps.to(device).reshape(-1, 1)
             count = hits.sum(1, keepdim=True)
             place = (hits & (hits.cumsum(1) == count.clamp(max=2))).int().argmax(1)
-            index = torch.where(count[:, 0] > 0, place, len(table))
+            index = torch.where(count[:, 0] > 0, place, len(self.sigmas))
         else:
             index = index_of(self.begin_index if self.step_index is None else self.step_index, device)
-        return noising(x, noise, index, table)
+        return self._noised_at(x, noise, index)
+
+    def _noised_at(self, x: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+        """x_0 with the noise of the levels at these places."""
+
+        def build() -> Tensor:
+            return torch.stack(self._levels(self.sigmas.to(dtype)), 1).to(device)
+
+        device, dtype = x.device, work_dtype(x)
+        return noising(x, noise, index, self._table("levels", build, (self.sigmas,), device, dtype))
 
     def _takes(self, model_output: Tensor, timestep: Any, sample: Tensor) -> bool:
         """Whether a fused step takes them. Stock refuses whole numbers: they look like places, not timesteps."""
@@ -90,6 +95,23 @@ class SigmaScheduler(CountingScheduler):
         else:
             refused = isinstance(timestep, Integral)
         return not refused and isinstance(self.sigmas, Tensor) and alike(sample, model_output)
+
+
+class FlowScheduler(SigmaScheduler):
+    """A scheduler for x = (1 - sigma) x_0 + sigma noise, whose network says v = noise - x_0."""
+
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor | None = None) -> Tensor:
+        """(1 - sigma) x_0 + sigma noise in one pass."""
+        return NotImplemented if noise is None else self._noised(sample, noise, timestep)
+
+    def _levels(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - sigmas, sigmas
+
+    def _rows_to_noise(self, device: torch.device) -> Tensor:
+        """Rows of x_s = (1 - sigma_s)(x_t - sigma_t v) + sigma_s z."""
+        sigma, to = self.sigmas[:-1], self.sigmas[1:]
+        rows = make_rows(sigma, torch.float32, x0_from_x=1.0, x0_from_pred=-sigma, from_x0=1 - to, noise=to)
+        return rows.to(device)
 
 
 class VarianceExplodingScheduler(SigmaScheduler):
