@@ -47,7 +47,7 @@ class CogVideoXDDIMScheduler(LevelScheduler, diffusers.CogVideoXDDIMScheduler, s
 
     def _steps(self, device: torch.device) -> Tensor:
         """One row per timestep."""
-        stride = self.config.num_train_timesteps // self.num_inference_steps
+        stride, prediction = self.config.num_train_timesteps // self.num_inference_steps, self.config.prediction_type
 
         def build() -> Tensor:
             alpha_bar = self.alphas_cumprod
@@ -62,9 +62,9 @@ class CogVideoXDDIMScheduler(LevelScheduler, diffusers.CogVideoXDDIMScheduler, s
                 "epsilon": (1.0, -sigma, 1 / alpha),
                 "sample": (0.0, 1.0, 1.0),
                 "v_prediction": (alpha, -sigma, 1.0),
-            }[self.config.prediction_type]
+            }[prediction]
             return make_rows(
                 alpha, torch.float32, x0_from_x=a, x0_from_pred=b, from_x0=from_x0 * c, from_x=from_x, kept_from_x0=c
             ).to(device)
 
-        return self._table("steps", build, (self.alphas_cumprod, self.final_alpha_cumprod), device, stride)
+        return self._table("steps", build, (self.alphas_cumprod, self.final_alpha_cumprod), device, stride, prediction)

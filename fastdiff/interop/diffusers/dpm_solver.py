@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ..stock import promoted
-from .common import PREDICTIONS, Generators, alike
+from .common import PREDICTIONS, Generators, alike, typed
 from .multistep import MultistepScheduler
 
 
@@ -66,13 +66,14 @@ class DPMSolver(MultistepScheduler):
             noise = {"noise": variance_noise.to(torch.float32)}
         elif random:
             drawn = said if prediction == ("epsilon" if of_noise else "sample") else output.dtype
-            like = torch.empty_like(output, dtype=torch.float32 if self._draws_float32 else drawn)
+            like = typed(output, torch.float32 if self._draws_float32 else drawn)
             noise = self._noise(like, generator, i)
         if config.thresholding:
             output = self._thresholded(sample, output, i, of_noise)
         rows = self._table(
             "steps", functools.partial(self._steps, sample.device, of_noise, random), (self.sigmas,),
-            sample.device, len(self.model_outputs),
+            sample.device, algorithm, config.solver_type, config.thresholding, len(self.model_outputs),
+            *self._levels_key(),
         )  # fmt: skip
         prev_sample = self._step_with(sample, output, rows[order - 1], i, **noise)
         if not return_dict:

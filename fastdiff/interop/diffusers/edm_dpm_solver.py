@@ -37,6 +37,9 @@ class EDMDPMSolverMultistepScheduler(
     def _sigma_to_alpha_sigma_t(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigma), sigma  # stock's 1 has no place for several sigmas
 
+    def _levels_key(self) -> tuple[Any, ...]:
+        return self.config.prediction_type, self.config.sigma_data
+
     def _columns(self, alpha: Tensor, sigma: Tensor, of_noise: bool) -> tuple[Tensor | float, Tensor | float, Any]:
         data, total = self.config.sigma_data, sigma**2 + self.config.sigma_data**2
         sign = 1 if self.config.prediction_type == "epsilon" else -1

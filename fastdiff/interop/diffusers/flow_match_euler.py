@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 
 from ... import ops
 from ...rows import make_rows
-from .common import Generators
+from .common import Generators, typed
 from .sigmas import FlowScheduler
 
 
@@ -71,7 +71,7 @@ class FlowMatchEulerDiscreteScheduler(
 
         device, stochastic = sample.device, self.config.stochastic_sampling
         rows = self._table("steps", build, (self.sigmas,), device, stochastic)
-        like = torch.empty_like(sample, dtype=torch.float32)  # stock's draw, whatever the type of the sample
+        like = typed(sample, torch.float32)  # stock's draw, whatever the type of the sample
         noise = self._noise(like, generator, i) if stochastic else {"noisy": False}
         x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         return ops.update(x, model_output, rows, i, **noise)

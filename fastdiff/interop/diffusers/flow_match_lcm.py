@@ -6,7 +6,7 @@ from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
 from torch import Tensor
 
 from ... import ops
-from .common import Generators
+from .common import Generators, typed
 from .sigmas import FlowScheduler
 
 
@@ -43,7 +43,7 @@ class FlowMatchLCMScheduler(FlowScheduler, diffusers.FlowMatchLCMScheduler, stoc
         dtype, device = model_output.dtype, sample.device
         rows = self._table("steps", lambda: self._rows_to_noise(device), (self.sigmas,), device)
         # Stock's draw, which is at least of float32.
-        like = torch.empty_like(sample, dtype=torch.promote_types(dtype, torch.float32))
+        like = typed(sample, torch.promote_types(dtype, torch.float32))
         noise = self._noise(like, generator, i)
         x = sample if sample.dtype == dtype else sample.to(torch.promote_types(sample.dtype, dtype))
         prev_sample = ops.update(x, model_output, rows, i, **noise)

@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 
 from ... import ops
 from ...rows import make_rows
-from .common import Generators
+from .common import Generators, typed
 from .sigmas import SigmaScheduler
 
 
@@ -39,13 +39,14 @@ class LTXEulerAncestralRFScheduler(
         i, device, dtype = self._place(timestep), sample.device, sample.dtype
         if i + 1 >= self.sigmas.shape[0]:
             return NotImplemented  # stock returns the sample
-        rows = self._table("steps", lambda: self._steps(device), (self.sigmas,), device)
-        random = self.config.eta > 0 and self.config.s_noise > 0
+        eta, s_noise = self.config.eta, self.config.s_noise
+        rows = self._table("steps", lambda: self._steps(device, eta, s_noise), (self.sigmas,), device, eta, s_noise)
+        random = eta > 0 and s_noise > 0
         if random and not is_compiling():  # then noise that is multiplied by 0 may be drawn
             random = self._table("noisy", lambda: (self.sigmas[1:].abs() >= 1e-8).tolist(), (self.sigmas,))[i]
         noise = {"noisy": False}
         if random:
-            noise = self._noise(torch.empty_like(sample, dtype=torch.float32), generator, i)
+            noise = self._noise(typed(sample, torch.float32), generator, i)
         x = sample if dtype == model_output.dtype else sample.to(torch.promote_types(dtype, model_output.dtype))
         prev_sample = ops.update(x, model_output, rows, i, **noise)
         prev_sample = prev_sample if prev_sample.dtype == dtype else prev_sample.to(dtype)
@@ -54,13 +55,13 @@ class LTXEulerAncestralRFScheduler(
             return (prev_sample,)
         return LTXEulerAncestralRFSchedulerOutput(prev_sample=prev_sample)
 
-    def _steps(self, device: torch.device) -> Tensor:
+    def _steps(self, device: torch.device, eta: float, s_noise: float) -> Tensor:
         """One row per step, in stock's float32: a small difference of squares says how much noise there is."""
-        sigma, to, eta = self.sigmas[:-1], self.sigmas[1:], self.config.eta
+        sigma, to = self.sigmas[:-1], self.sigmas[1:]
         down = to * (1 + (to / sigma - 1) * eta)
         scale = (1 - to) / (1 - down + 1e-12)
-        up = (to**2 - down**2 * (1 - to) ** 2 / ((1 - down) ** 2 + 1e-12)).clamp(min=0).sqrt() * self.config.s_noise
-        if not (eta > 0 and self.config.s_noise > 0):
+        up = (to**2 - down**2 * (1 - to) ** 2 / ((1 - down) ** 2 + 1e-12)).clamp(min=0).sqrt() * s_noise
+        if not (eta > 0 and s_noise > 0):
             scale, up = torch.ones_like(to), torch.zeros_like(to)
         last = to.abs() < 1e-8
         scale, up, down = (torch.where(last, v, w) for v, w in ((1.0, scale), (0.0, up), (0.0, down)))

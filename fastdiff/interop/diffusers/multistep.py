@@ -142,11 +142,15 @@ class MultistepScheduler(HistoryScheduler):
             eps = make_rows(alpha, torch.float32, x0_from_x=1.0, x0_from_pred=-alpha, from_x0=1 / sigma)
             return rows.to(device), eps.to(device)
 
-        x0_rows, eps_rows = self._table("x0", build, (self.sigmas,), device)
+        x0_rows, eps_rows = self._table("x0", build, (self.sigmas,), device, *self._levels_key())
         if config.prediction_type != "sample":
             output = ops.combine(x, output, x0_rows, i)
         x0 = self._threshold_sample(output)
         return ops.combine(x, x0, eps_rows, i) if of_noise else x0
+
+    def _levels_key(self) -> tuple[Any, ...]:
+        """What of the configuration `_levels` and `_columns` depend on."""
+        return self.config.prediction_type, self.config.use_flow_sigmas
 
     def _levels(self) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) of the steps, in stock's arithmetic."""
@@ -232,7 +236,7 @@ class MultistepScheduler(HistoryScheduler):
             return torch.stack(levels, 1).to(device)
 
         device, dtype = original_samples.device, work_dtype(original_samples)
-        table = self._table("levels", build, (self.sigmas,), device, dtype)
+        table = self._table("levels", build, (self.sigmas,), device, dtype, *self._levels_key())
         if self._begin_index is None:
             # As index_for_timestep: the second of several, and the last step if there is none.
             hits = self.timesteps.to(device) == timesteps.to(device).reshape(-1, 1)

@@ -6,7 +6,7 @@ from diffusers.schedulers.scheduling_scm import SCMSchedulerOutput
 from torch import Tensor
 
 from ...rows import make_rows
-from .common import Generators, alike
+from .common import Generators, alike, typed
 from .sigmas import CountingScheduler, in_float32, two_results
 
 
@@ -36,9 +36,10 @@ class SCMScheduler(CountingScheduler, diffusers.SCMScheduler, stock=diffusers.SC
         i, device = self._place(timestep), sample.device
         if i + 1 >= self.timesteps.shape[0]:  # len() of a tensor costs more
             return NotImplemented  # stock's error
-        rows = self._table("steps", lambda: self._steps(device), (self.timesteps,), device)
+        sigma_data = self.config.sigma_data
+        rows = self._table("steps", lambda: self._steps(device, sigma_data), (self.timesteps,), device, sigma_data)
         # Stock's draw, whatever the type of the sample, from which the result has its type.
-        noise = self._noise(torch.empty_like(model_output, dtype=torch.get_default_dtype()), generator, i)
+        noise = self._noise(typed(model_output, torch.get_default_dtype()), generator, i)
         dtype = sample.dtype
         if dtype != model_output.dtype:
             dtype = torch.promote_types(dtype, model_output.dtype)
@@ -49,10 +50,10 @@ class SCMScheduler(CountingScheduler, diffusers.SCMScheduler, stock=diffusers.SC
             return (prev_sample, x0)
         return SCMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
 
-    def _steps(self, device: torch.device) -> Tensor:
+    def _steps(self, device: torch.device, sigma_data: float) -> Tensor:
         """One row per step."""
         t, s = self.timesteps[:-1], self.timesteps[1:]
         return make_rows(
             t, torch.float32, x0_from_x=t.cos(), x0_from_pred=-t.sin(), from_x0=s.cos(),
-            noise=s.sin() * self.config.sigma_data, kept_from_x0=1.0,
+            noise=s.sin() * sigma_data, kept_from_x0=1.0,
         ).to(device)  # fmt: skip

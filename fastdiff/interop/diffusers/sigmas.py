@@ -19,6 +19,7 @@ from .common import FusedScheduler, Generators, addable, alike, index_of
 
 SAMPLE = ("sample", "original_sample")
 WHOLE = (torch.int32, torch.int64)
+WITHOUT: dict[str, Any] = {"noisy": False}
 
 
 class CountingScheduler(FusedScheduler):
@@ -237,7 +238,7 @@ def two_results(
     x: Tensor,
     pred: Tensor,
     rows: Tensor,
-    i: int,
+    i: int | Tensor,
     dtypes: tuple[torch.dtype, torch.dtype],
     clip: float | None = None,
     **noise: Any,
@@ -246,9 +247,10 @@ def two_results(
 
     If gradients are wanted, it takes an operation for each of them: none with two results has a gradient.
     """
-    noise = noise or {"noisy": False}
-    if x.dtype != pred.dtype:
-        x = x.to(torch.promote_types(x.dtype, pred.dtype))
+    noise, dtype = noise or WITHOUT, x.dtype
+    if dtype != pred.dtype:
+        dtype = torch.promote_types(dtype, pred.dtype)
+        x = x.to(dtype)
     if wants_gradient(x, pred, *noise.values()) or transforms.active():
         row, history = columns(rows), history_columns(rows)
         mixing = make_rows(
@@ -257,6 +259,6 @@ def two_results(
         )  # fmt: skip
         kept = ops.combine(in_float32(x), pred, mixing, i, clip=clip)
         return ops.update(x, pred, rows, i, clip=clip, **noise).to(dtypes[0]), kept.to(dtypes[1])
-    kept = torch.empty_like(x) if x.dtype == dtypes[1] else torch.empty_like(x, dtype=dtypes[1])
+    kept = torch.empty_like(x) if dtype == dtypes[1] else torch.empty_like(x, dtype=dtypes[1])
     out = ops.update(x, pred, rows, i, hist=kept, keep="new mix", clip=clip, **noise)
-    return out if x.dtype == dtypes[0] else out.to(dtypes[0]), kept
+    return out if dtype == dtypes[0] else out.to(dtypes[0]), kept
