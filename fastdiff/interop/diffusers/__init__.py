@@ -18,9 +18,9 @@ multiplications are fused with additions.
 Neither a step nor add_noise waits for the device or breaks a graph. A timestep is read only if that is free: a number,
 a CPU tensor, or an element of self.timesteps, which the first step after set_timesteps copies to the host. If a DDPM
 step cannot tell whether t > 0, it draws noise at t = 0 too and multiplies it by 0. That is so for another GPU tensor,
-and for any tensor under torch.compile. The other schedulers but DDIM's and ScoreSdeVe's count their steps. If one must
-look for the first step in a tensor that is not free to read, it does as stock, unless set_begin_index was called. Their
-fused noise is z(seed, sample, place in self.timesteps).
+and for any tensor under torch.compile, where LTX's last step draws such noise too. The other schedulers but DDIM's and
+ScoreSdeVe's count their steps. If one must look for the first step in a tensor that is not free to read, it does as
+stock, unless set_begin_index was called. Their fused noise is z(seed, sample, place in self.timesteps).
 
 If a subclass, a patch or the object overrides a method that stock's step (or add_noise) calls, such as _get_variance,
 previous_timestep or convert_model_output, stock's step runs and calls it. It also runs for arguments that no kernel
@@ -43,9 +43,10 @@ Differences from stock, all of them defects there:
       (1,) makes stock's result float32. Here it keeps its type, as for a timestep without a shape.
     - The second halves of Heun's and DPM2's steps take the distance of x from x_0 out of the prediction. Stock takes it
       from the rounded x_0, and multiplies its rounding by dt / (2 sigma), or dt / sigma.
+    - The second halves of FlowMatchHeunDiscreteScheduler take v as it is. Stock takes it from a rounded x_0.
     - LMSDiscreteScheduler has the exact integrals. Stock integrates by quadrature, in float32.
     - IPNDMScheduler: the gradient at the first level, where alpha = 0, is right in float32 too.
-    - DPMSolverMultistepScheduler and DEISMultistepScheduler: a step between equal sigmas, as the last one with
+    - The multistep solvers of DPM and DEIS: a step between equal sigmas, as the last one with
       use_karras_sigmas and final_sigmas_type "sigma_min", returns its sample. Some solvers of stock give NaN.
     - UniPCMultistepScheduler: "bh1" is finite in a last step to sigma = 0. Stock's is NaN. A result that is edited in
       place counts as edited. Stock's corrector ignores edits, and so does this if the edited sample is a new tensor.
