@@ -350,3 +350,91 @@ def test_fused_noise(name: str) -> None:
             ours._noise = lambda *args, z=z: {"noise": z}
         ends.append(step(ours, 0.3 * x, ours.timesteps[2], x, seed=7).prev_sample)
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_no_graph_break() -> None:
+    """LTX reads on the host whether a step draws; not under the compiler."""
+    ours = begun(LTX)[1]
+    ours.set_begin_index(0)
+    x = torch.randn(SHAPE, generator=seeded(0))
+    ours.step(x, ours.timesteps[0], x)
+    explained = torch._dynamo.explain(ours.step)(x, ours.timesteps[1], x)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+
+
+# --- CogVideoX's form of DPM, whose step is given the prediction before ------------------------------------------
+
+
+COG_DPM: list[dict[str, Any]] = [
+    {"prediction_type": "epsilon", "set_alpha_to_one": False},
+    {"prediction_type": "sample", "snr_shift_scale": 1.0},
+    {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+]
+
+
+def cog(scheduler: Any, steps: int, dtype: torch.dtype = torch.float32, change: Any = None) -> list[Tensor]:
+    """The states and predictions of a run, and what its generator draws next."""
+    scheduler.set_timesteps(steps)
+    generator, inputs = seeded(2), seeded(1)
+    x, old, before, results = torch.randn(SHAPE, generator=inputs).to(dtype), None, None, []
+    for k, t in enumerate(scheduler.timesteps):
+        scheduler = change(scheduler) if change is not None and k == 3 else scheduler
+        output = torch.randn(SHAPE, generator=inputs).to(dtype)
+        x, old = scheduler.step(output, old, t, before, x, generator=generator)
+        before = t
+        results += [x, old]
+    return [*results, torch.randn(3, generator=generator)]
+
+
+@pytest.mark.parametrize("config", COG_DPM)
+def test_cogvideox_dpm(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs from the same noise, also with a change within; each step is at most two launches."""
+    stock, ours = diffusers.CogVideoXDPMScheduler, fused.CogVideoXDPMScheduler
+    for steps in (20, 7, 1):
+        pairs = zip(cog(ours(**config), steps), cog(stock(**config), steps), strict=True)
+        assert max(error(got, want, 4.0) for got, want in pairs) <= 4 * PARITY
+    for dtype, bound in ((torch.bfloat16, 0.05), (torch.float64, 1e-5)):  # float64 has float32's rows
+        pairs = zip(cog(ours(**config), 7, dtype), cog(stock(**config), 7, dtype), strict=True)
+        assert max(error(got, want, 4.0) for got, want in pairs) <= bound
+    want = cog(stock(**config), 7)
+    for start, change in (
+        (ours, copy.deepcopy), (stock, changed(fastdiff.accelerate)), (ours, changed(fastdiff.restore))
+    ):  # fmt: skip
+        torch.testing.assert_close(cog(start(**config), 7, change=change), want, rtol=2e-5, atol=2e-5)
+    calls, scheduler = [], ours(**config)
+    original = ops.update
+    monkeypatch.setattr(ops, "update", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    cog(scheduler, 7)
+    # The first step, and the last one if it ends at data, is of first order.
+    assert len(calls) == 7 + sum(int(t) >= 1000 // 7 for t in scheduler.timesteps[1:])
+
+
+def test_what_cogvideox_dpm_leaves_to_stock() -> None:
+    """Timesteps that are no neighbours of the run, and shapes that broadcast: stock's bits."""
+    x, output, old = (torch.randn(SHAPE, generator=seeded(k)) for k in range(3))
+    for t, before, prediction in ((3, 1, old), (3, 2, old[:1]), (3, None, None)):
+        ends = []
+        for s in both("CogVideoXDPMScheduler", 7):
+            back = None if before is None else s.timesteps[before]
+            given = output if prediction is not None else output[:1]
+            ends.append(s.step(given, prediction, s.timesteps[t], back, x, generator=seeded(0)))
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    for s in both("CogVideoXDPMScheduler"):
+        with pytest.raises(ValueError, match="Number of inference steps is 'None'"):
+            s.step(output, None, 3, None, x)
+
+
+def test_fused_noise_of_cogvideox_dpm() -> None:
+    x, output, old = (torch.randn(SHAPE, generator=seeded(k)) for k in range(3))
+    for prediction in (None, old):
+        ends = []
+        for fused_noise in (True, False):
+            ours = both("CogVideoXDPMScheduler", 7)[1]
+            ours.fused_noise = fused_noise
+            if not fused_noise:
+                z = ops.normal(x.shape, 7, step=2, stream=ops.REVERSE)
+                ours._noise = lambda *args, z=z: {"noise": z}
+            t = ours.timesteps
+            ends.append(ours.step(output, prediction, t[2], t[1], x, generator=seeded(7))[0])
+        torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)

@@ -20,7 +20,8 @@ a CPU tensor, or an element of self.timesteps, which the first step after set_ti
 step cannot tell whether t > 0, it draws noise at t = 0 too and multiplies it by 0. That is so for another GPU tensor,
 and for any tensor under torch.compile, where LTX's last step draws such noise too. The other schedulers but DDIM's and
 ScoreSdeVe's count their steps. If one must look for the first step in a tensor that is not free to read, it does as
-stock, unless set_begin_index was called. Their fused noise is z(seed, sample, place in self.timesteps).
+stock, unless set_begin_index was called. Their fused noise is z(seed, sample, place in self.timesteps). So is that of
+CogVideoXDPMScheduler, whose step is stock's if its timesteps are not free to read.
 
 If a subclass, a patch or the object overrides a method that stock's step (or add_noise) calls, such as _get_variance,
 previous_timestep or convert_model_output, stock's step runs and calls it. It also runs for arguments that no kernel
@@ -70,6 +71,7 @@ from .ddim_cogvideox import CogVideoXDDIMScheduler
 from .ddim_inverse import DDIMInverseScheduler
 from .ddpm import DDPMScheduler
 from .deis import DEISMultistepScheduler
+from .dpm_cogvideox import CogVideoXDPMScheduler
 from .dpm_solver import DPMSolverMultistepScheduler
 from .dpm_solver_inverse import DPMSolverMultistepInverseScheduler
 from .dpm_solver_singlestep import DPMSolverSinglestepScheduler
@@ -96,6 +98,7 @@ from .unipc import UniPCMultistepScheduler
 __all__ = [
     "SCHEDULERS",
     "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
@@ -127,6 +130,7 @@ __all__ = [
 # All of them, for those that look up the one of a stock class.
 SCHEDULERS: tuple[type[FusedScheduler], ...] = (
     CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,

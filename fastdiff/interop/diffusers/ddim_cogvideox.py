@@ -1,5 +1,7 @@
 """CogVideoXDDIMScheduler: DDIM by the sample and the prediction of data."""
 
+from typing import Any
+
 import diffusers
 import torch
 from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput
@@ -58,11 +60,12 @@ class CogVideoXDDIMScheduler(LevelScheduler, diffusers.CogVideoXDDIMScheduler, s
             from_x = ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5
             from_x0 = alpha_bar_prev**0.5 - alpha * from_x
             # (a, b, c) of x_0 = c (a x + b pred), where the bracket is rounded before c, as in stock.
-            a, b, c = {
+            kinds: dict[str, tuple[Any, Any, Any]] = {
                 "epsilon": (1.0, -sigma, 1 / alpha),
                 "sample": (0.0, 1.0, 1.0),
                 "v_prediction": (alpha, -sigma, 1.0),
-            }[prediction]
+            }
+            a, b, c = kinds[prediction]
             return make_rows(
                 alpha, torch.float32, x0_from_x=a, x0_from_pred=b, from_x0=from_x0 * c, from_x=from_x, kept_from_x0=c
             ).to(device)

@@ -50,12 +50,13 @@ class FlowMatchHeunDiscreteScheduler(
         first, second, dts = self._table("steps", lambda: self._steps(device), (self.sigmas,), device)
         if i >= len(dts):
             return self._hand_over()  # stock's error, or NaN
-        if self.dt is None:
+        halfway = self._halfway
+        if self.dt is None or halfway is None:
             x = in_float32(sample)
             prev_sample, self._halfway = two_results(x, model_output, first, i, (dtype, x.dtype))
             self.dt, self.sample = dts[i], x
         else:
-            prev_sample = ops.update(self._halfway, model_output, second, i, noisy=False)
+            prev_sample = ops.update(halfway, model_output, second, i, noisy=False)
             prev_sample = prev_sample if prev_sample.dtype == dtype else prev_sample.to(dtype)
             self.dt = self.sample = self._halfway = None
         self._step_index += 1
@@ -63,7 +64,9 @@ class FlowMatchHeunDiscreteScheduler(
             return (prev_sample,)
         return FlowMatchHeunDiscreteSchedulerOutput(prev_sample=prev_sample)
 
-    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
+    def scale_noise(  # type: ignore[override]  # stock has no default
+        self, sample: Tensor, timestep: float | Tensor, noise: Tensor
+    ) -> Tensor:
         """(1 - sigma) x_0 + sigma noise in one pass, at the step of a pipeline, or where it would start."""
         if not addable(sample, noise):
             return NotImplemented

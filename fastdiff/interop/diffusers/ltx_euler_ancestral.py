@@ -1,5 +1,7 @@
 """LTXEulerAncestralRFScheduler: Euler's rule to below the next level of flow matching, and noise up to it."""
 
+from typing import Any
+
 import diffusers
 import torch
 from diffusers.schedulers.scheduling_ltx_euler_ancestral_rf import LTXEulerAncestralRFSchedulerOutput
@@ -44,7 +46,7 @@ class LTXEulerAncestralRFScheduler(
         random = eta > 0 and s_noise > 0
         if random and not is_compiling():  # then noise that is multiplied by 0 may be drawn
             random = self._table("noisy", lambda: (self.sigmas[1:].abs() >= 1e-8).tolist(), (self.sigmas,))[i]
-        noise = {"noisy": False}
+        noise: dict[str, Any] = {"noisy": False}
         if random:
             noise = self._noise(typed(sample, torch.float32), generator, i)
         x = sample if dtype == model_output.dtype else sample.to(torch.promote_types(dtype, model_output.dtype))
