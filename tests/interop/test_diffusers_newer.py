@@ -16,6 +16,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.interop import diffusers as fused
+from fastdiff.interop.diffusers.common import drawn
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # diffusers with NumPy 2
@@ -350,6 +351,16 @@ def test_fused_noise(name: str) -> None:
             ours._noise = lambda *args, z=z: {"noise": z}
         ends.append(step(ours, 0.3 * x, ours.timesteps[2], x, seed=7).prev_sample)
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_without_a_generator_is_stocks() -> None:
+    """Also for a sample that lies in memory in another order, or is part of another."""
+    plain = torch.zeros(2, 3, 4, 4)
+    for like in (plain, plain.to(memory_format=torch.channels_last), plain[..., ::2], plain.double()):
+        torch.manual_seed(3)
+        want = torch.randn(like.shape, dtype=like.dtype)
+        torch.manual_seed(3)
+        assert torch.equal(drawn(like, None), want)
 
 
 @pytest.mark.slow
