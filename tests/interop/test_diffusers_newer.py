@@ -27,7 +27,8 @@ SHAPE = (2, 3, 4, 4)
 EDM, INVERSE = "EDMDPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler"
 HEUN, LCM = "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"
 SCM, LTX, COG = "SCMScheduler", "LTXEulerAncestralRFScheduler", "CogVideoXDDIMScheduler"
-PLAIN = (EDM, INVERSE, HEUN, LCM, SCM, LTX, COG)
+CM = "CMStochasticIterativeScheduler"
+PLAIN = (EDM, INVERSE, HEUN, LCM, SCM, LTX, COG, CM)
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((EDM, {"solver_order": order, "solver_type": kind}) for order in (2, 3) for kind in ("midpoint", "heun")),
@@ -44,6 +45,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (LCM, {"shift": 3.0, "use_karras_sigmas": True}),
     (LCM, {"invert_sigmas": True}),
     (SCM, {"sigma_data": 0.7}),
+    (CM, {"clip_denoised": False, "s_noise": 1.01}),
+    (CM, {"sigma_max": 9.0, "num_train_timesteps": 20}),
     *((LTX, {"eta": eta, "s_noise": s_noise}) for eta, s_noise in ((1.0, 1.0), (0.5, 0.9), (0.0, 1.0))),
     (COG, {"prediction_type": "epsilon", "set_alpha_to_one": False}),
     (COG, {"prediction_type": "sample", "snr_shift_scale": 1.0}),
@@ -181,7 +184,7 @@ def test_what_stock_does_with_the_rest(name: str) -> None:
         want, got = (step(s, b, s.timesteps[2], a) for s in begun(name))
         assert all(torch.equal(got[k], want[k]) for k in want)
     for s in both(name):
-        if name not in (HEUN, LCM, LTX):
+        if name not in (HEUN, LCM, LTX, CM):
             with pytest.raises(ValueError, match="Number of inference steps is 'None'"):
                 step(s, output, 1, x)
             begin(s)
@@ -222,7 +225,7 @@ def test_what_is_left_to_stock_is_said() -> None:
     assert got.shape == (2, 3, 2, 2) and torch.equal(got, step(stock, output, stock.timesteps[0], x)[0])
 
 
-@pytest.mark.parametrize("name", [EDM, INVERSE, HEUN, LCM, COG])
+@pytest.mark.parametrize("name", [EDM, INVERSE, HEUN, LCM, COG, CM])
 def test_noising(name: str) -> None:
     """By timestep, at the begin index, and at the step of a pipeline."""
     stock, ours = begun(name)
@@ -292,7 +295,7 @@ def test_changes_are_seen(name: str) -> None:
     pair = begun(name)
     x, output = (torch.randn(SHAPE, generator=seeded(k)) for k in range(2))
     source = {COG: "alphas_cumprod", SCM: "timesteps"}.get(name, "sigmas")
-    setting = {EDM: ("sigma_data", 0.7), SCM: ("sigma_data", 0.7), LTX: ("eta", 0.3), HEUN: None, LCM: None}
+    setting = {**dict.fromkeys((EDM, SCM, CM), ("sigma_data", 0.7)), LTX: ("eta", 0.3), HEUN: None, LCM: None}
     option = setting.get(name, ("prediction_type", "v_prediction"))
     seen = []
     for change in (
@@ -339,7 +342,7 @@ def test_a_step_is_one_operation_that_reads_nothing(name: str, monkeypatch: pyte
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("name", [LCM, SCM, LTX])
+@pytest.mark.parametrize("name", [LCM, SCM, LTX, CM])
 def test_fused_noise(name: str) -> None:
     """It is z(seed, sample, place) of the stream of reverse noise."""
     x, ends = torch.randn(SHAPE, generator=seeded(0)), []

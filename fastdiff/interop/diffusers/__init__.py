@@ -66,6 +66,7 @@ except ImportError as error:
     raise ImportError(f"{message} ({error})") from error
 
 from .common import FusedScheduler
+from .consistency_models import CMStochasticIterativeScheduler
 from .ddim import DDIMScheduler
 from .ddim_cogvideox import CogVideoXDDIMScheduler
 from .ddim_inverse import DDIMInverseScheduler
@@ -97,6 +98,7 @@ from .unipc import UniPCMultistepScheduler
 
 __all__ = [
     "SCHEDULERS",
+    "CMStochasticIterativeScheduler",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
     "DDIMInverseScheduler",
@@ -129,6 +131,7 @@ __all__ = [
 
 # All of them, for those that look up the one of a stock class.
 SCHEDULERS: tuple[type[FusedScheduler], ...] = (
+    CMStochasticIterativeScheduler,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     DDIMInverseScheduler,
