@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from schedulers import PARITY, NoReads, both, noised, seeded
+from strategies import BACKENDS, DEVICE
 from torch import Tensor
 
 import fastdiff
@@ -63,10 +64,10 @@ def kernels_of_the_cpu() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def begin(scheduler: Any, steps: int = 7) -> list[Tensor]:
+def begin(scheduler: Any, steps: int = 7, device: torch.device | str | None = None) -> list[Tensor]:
     """The timesteps of a run. SCM's end with where the run ends."""
     ends = isinstance(scheduler, diffusers.SCMScheduler)
-    scheduler.set_timesteps(steps, **({"intermediate_timesteps": None} if ends else {}))
+    scheduler.set_timesteps(steps, device=device, **({"intermediate_timesteps": None} if ends else {}))
     return list(scheduler.timesteps)[: -1 if ends else None]
 
 
@@ -354,6 +355,39 @@ def test_fused_noise(name: str) -> None:
             ours._noise = lambda *args, z=z: {"noise": z}
         ends.append(step(ours, 0.3 * x, ours.timesteps[2], x, seed=7).prev_sample)
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
+
+
+def begun_on_device(name: str, device: torch.device | str, backend: str) -> tuple[Any, Tensor]:
+    """(scheduler, state) after two steps, as in a pipeline."""
+    ours = getattr(fused, name)()
+    begin(ours, 7, device)
+    if hasattr(ours, "set_begin_index"):
+        ours.set_begin_index(0)
+    x = torch.randn(SHAPE, generator=seeded(3)).to(device)
+    with fastdiff.backend(backend):
+        for k, t in enumerate(ours.timesteps[:2]):
+            x = step(ours, 0.3 * x, t, x, seed=k).prev_sample
+    return ours, x
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_kernels(name: str, backend: str) -> None:
+    """On a GPU where there is one, against plain PyTorch on the CPU."""
+    want, got = begun_on_device(name, "cpu", "reference")[1], begun_on_device(name, DEVICE, backend)[1]
+    torch.testing.assert_close(got.cpu(), want, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PLAIN)
+def test_no_wait_for_a_gpu(name: str) -> None:
+    ours, x = begun_on_device(name, DEVICE, "triton")
+    with fastdiff.backend("triton"):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours.step(x, ours.timesteps[2], x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_noise_without_a_generator_is_stocks() -> None:
