@@ -228,6 +228,7 @@ def test_sizes_that_are_none(tmp_path, call, said):
     assert len(list(tmp_path.iterdir())) == 1 and len(data.folder(str(tmp_path), np.int64(8))) == 1
 
 
+@pytest.mark.slow
 def test_many_broken_items_are_replaced_by_all_others_alike():
     """Half of 24 items cannot be read, one behind the other, as the texts beside a folder of images."""
     values = np.arange(24, dtype=np.float32)[:, None]
