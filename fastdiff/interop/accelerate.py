@@ -74,8 +74,9 @@ def accelerate(
     - Every other GroupNorm of a module of diffusers becomes one operation too: those at the entry of transformers, in
       the attention of an autoencoder, and before the last convolution. Attention with a processor that is not of
       diffusers keeps its own.
-    - The scheduler of a pipeline becomes that of fastdiff.interop.diffusers with the same configuration and state. It
-      is another object: take it from the pipeline. A scheduler that is assigned later, as in
+    - Every scheduler of a pipeline, such as `low_res_scheduler` beside `scheduler`, becomes that of
+      fastdiff.interop.diffusers with the same configuration and state. It is another object: take it from the
+      pipeline. A scheduler that is assigned later, as in
       `pipe.scheduler = X.from_config(pipe.scheduler.config)`, is what X is: take X from fastdiff.interop.diffusers, or
       call `accelerate` again.
 
@@ -120,17 +121,18 @@ def accelerate(
         elif reason is None and type(part) in _kinds():
             part.__class__ = _kinds()[type(part)]
             done.append(name)
-    scheduler = _scheduler(target)
-    if scheduler is not None and not hasattr(scheduler, "stock"):
-        replaced = [name for name, value in vars(scheduler).items() if callable(value)]
+    for name, scheduler, holders in _schedulers(target):
+        if hasattr(scheduler, "stock"):  # it is one of ours
+            continue
+        replaced = [attribute for attribute, value in vars(scheduler).items() if callable(value)]
         ours = _fused_schedulers().get(type(scheduler))
         if ours is None:
-            done.left["scheduler"] = f"{type(scheduler).__name__} has no fused scheduler"
+            done.left[name] = f"{type(scheduler).__name__} has no fused scheduler"
         elif replaced:
-            done.left["scheduler"] = f"this object has methods of its own: {', '.join(replaced)}"
+            done.left[name] = f"this object has methods of its own: {', '.join(replaced)}"
         else:
-            target.scheduler = _become(ours, scheduler)
-            done.append("scheduler")
+            _hold(holders, _become(ours, scheduler))
+            done.append(name)
     for network in networks.values():
         parameter = next(network.parameters(), None)
         on_gpu = parameter is not None and parameter.is_cuda and not network.training
@@ -169,10 +171,10 @@ def restore(target: Any) -> list[str]:
                 convolution.weight.data = convolution.weight.data.to(memory_format=torch.contiguous_format)
             if take_out(module):
                 done.append(".".join(filter(None, (name, inner, "forward"))))
-    scheduler = _scheduler(target)
-    if type(scheduler) in _fused_schedulers().values():
-        target.scheduler = _become(type(scheduler).stock, scheduler)
-        done.append("scheduler")
+    for name, scheduler, holders in _schedulers(target):
+        if type(scheduler) in _fused_schedulers().values():
+            _hold(holders, _become(type(scheduler).stock, scheduler))
+            done.append(name)
     return done
 
 
@@ -236,8 +238,29 @@ def _norm_misfit(norm: Any, owner: Any) -> str | None:
     return None
 
 
-def _scheduler(target: Any) -> Any:
-    return None if isinstance(target, nn.Module) else target.components.get("scheduler")
+def _schedulers(target: Any) -> list[tuple[str, Any, list[tuple[Any, str]]]]:
+    """The schedulers of a pipeline: (name, scheduler, who holds it under which name).
+
+    Pipelines within it hold what it holds too, as in those that combine a prior and a decoder.
+    """
+    if isinstance(target, nn.Module):
+        return []
+    found: dict[int, tuple[str, Any, list[tuple[Any, str]]]] = {}
+    for name, part in target.components.items():
+        known = any(base.__name__ == "SchedulerMixin" for base in type(part).__mro__)
+        if known or (name == "scheduler" and part is not None):
+            found.setdefault(id(part), (name, part, []))
+    within = [part for part in vars(target).values() if isinstance(getattr(part, "components", None), dict)]
+    for holder in (target, *within):
+        for name, part in holder.components.items():
+            if id(part) in found:
+                found[id(part)][2].append((holder, name))
+    return list(found.values())
+
+
+def _hold(holders: list[tuple[Any, str]], scheduler: Any) -> None:
+    for holder, name in holders:
+        setattr(holder, name, scheduler)
 
 
 def _fused_schedulers() -> dict[type, Any]:

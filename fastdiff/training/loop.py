@@ -22,6 +22,7 @@ from fastdiff.denoiser import TOLD
 from fastdiff.files import locked, sweep, writable
 from fastdiff.networks import Network
 from fastdiff.recipes import offset_noise, own_estimate
+from fastdiff.support import walk
 from fastdiff.support.run_file import NAME
 from fastdiff.training.build import build
 from fastdiff.training.checkpoint import FOLDER as CHECKPOINTS
@@ -247,7 +248,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate(step)
         bad = self._step_in_parts() if self.take is None else self._step(self.take)
-        update_averages(self.averages, self.diffusion.model.parameters(), step)
+        if self.averages:
+            update_averages(self.averages, walk.parameters(self.diffusion.model), step)
         self.skipped, self.bad = self.skipped + bad, (self.bad + 1) * bad
         good = (step + 1 - self.start - self.skipped).clamp(1, 50)
         self.loss = torch.where(bad, self.loss, self.loss.lerp(self.losses.mean(), 1 / good))

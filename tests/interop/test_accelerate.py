@@ -419,6 +419,34 @@ def test_a_run_goes_on_whatever_happens_within(name):
     assert vars(pair[1].scheduler).keys() == vars(pair[0].scheduler).keys()
 
 
+class Cascade(diffusers.DiffusionPipeline):
+    """A pipeline of several schedulers, within which another one holds some of them."""
+
+    def __init__(self, scheduler, low_res_scheduler, prior_scheduler, decoder_scheduler):
+        super().__init__()
+        self.register_modules(
+            scheduler=scheduler, low_res_scheduler=low_res_scheduler, prior_scheduler=prior_scheduler,
+            decoder_scheduler=decoder_scheduler,
+        )  # fmt: skip
+        self.prior_pipe = diffusers.DDPMPipeline(nn.Identity(), low_res_scheduler)
+
+
+def test_every_scheduler_of_a_pipeline_is_replaced():
+    """Or named in `left`; what was one object, here and in a pipeline within, stays one."""
+    shared, left = diffusers.DDPMScheduler(), diffusers.UnCLIPScheduler()
+    pipeline = Cascade(diffusers.EulerDiscreteScheduler(), shared, left, shared)
+    with pytest.warns(UserWarning, match="accelerate left 1 parts as they are: UnCLIPScheduler has no fused"):
+        done = fastdiff.accelerate(pipeline)
+    assert done == ["scheduler", "low_res_scheduler"]
+    assert done.left == {"prior_scheduler": "UnCLIPScheduler has no fused scheduler"}
+    assert type(pipeline.scheduler) is ours.EulerDiscreteScheduler and pipeline.prior_scheduler is left
+    assert type(pipeline.low_res_scheduler) is ours.DDPMScheduler
+    assert pipeline.decoder_scheduler is pipeline.low_res_scheduler is pipeline.prior_pipe.scheduler
+    assert fastdiff.restore(pipeline) == ["scheduler", "low_res_scheduler"]
+    assert type(pipeline.prior_pipe.scheduler) is diffusers.DDPMScheduler
+    assert pipeline.decoder_scheduler is pipeline.low_res_scheduler is pipeline.prior_pipe.scheduler
+
+
 def test_a_scheduler_that_is_assigned_later():
     """Is what its class is; a second call replaces it."""
     pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.DDPMScheduler())

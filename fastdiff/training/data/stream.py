@@ -16,7 +16,7 @@ from fastdiff.support.scalars import as_count, as_integer, as_share
 from fastdiff.training.data.order import FLIP, LABEL, draws, shuffled
 from fastdiff.training.data.sources import Source, finite, scaled
 
-# Items that are drawn at a time in the place of one that cannot be read.
+# Items that are drawn at a time, at most, in the place of one that cannot be read.
 SUBSTITUTES = 64
 # Items that a process remembers as unreadable.
 REMEMBERED = 2**16
@@ -82,9 +82,10 @@ class Reader:
     def _candidates(self, item: Item) -> Iterator[int]:
         """The item, and then all of the source in an order of the sample's own."""
         yield item.number
-        size = len(self.source)
-        for first in range(0, size, SUBSTITUTES):
-            yield from shuffled(np.arange(first, min(first + SUBSTITUTES, size)), size, item.sample).tolist()
+        size, first, many = len(self.source), 0, 1
+        while first < size:
+            yield from shuffled(np.arange(first, min(first + many, size)), size, item.sample).tolist()
+            first, many = first + many, min(2 * many, SUBSTITUTES)
 
 
 class Stream:
