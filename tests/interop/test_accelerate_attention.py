@@ -152,7 +152,11 @@ KINDS = {
     "itself twice": ({"double_self_attention": True}, NAMES),
     "only the text": ({"cross_attention_dim": 6, "only_cross_attention": True}, NAMES),
     "other feed-forward": ({"cross_attention_dim": 6, "activation_fn": "gelu-approximate"}, NAMES[:3]),
-    "other norms": ({"norm_type": "ada_norm_zero", "num_embeds_ada_norm": 3}, ["attn1", "ff.net.0"]),
+    "modulated norms": (
+        {"norm_type": "ada_norm_zero", "num_embeds_ada_norm": 3},
+        ["", "norm1", "attn1", "ff.net.0"],
+    ),
+    "other norms": ({"norm_type": "ada_norm", "num_embeds_ada_norm": 3}, ["attn1", "ff.net.0"]),
     "positions": ({"positional_embeddings": "sinusoidal", "num_positional_embeddings": 5}, ["attn1", "ff.net.0"]),
 }
 
@@ -162,10 +166,12 @@ def test_every_kind_of_block(kind, launches):
     options, names = KINDS[kind]
     stock, ours = block(**options), block(**options)
     assert fastdiff.accelerate(ours) == names
-    steps = {"timestep": torch.tensor([1]), "class_labels": torch.tensor([2, 0])} if kind == "other norms" else {}
+    steps = {"other norms": {"timestep": torch.tensor(1)}}.get(kind, {})
+    if kind == "modulated norms":
+        steps = {"timestep": torch.tensor([1]), "class_labels": torch.tensor([2, 0])}
     text = {} if "cross_attention_dim" in options else {"encoder_hidden_states": None}
     close(output(ours, **steps, **text), output(stock, **steps, **text))
-    assert launches["layer_norm"] == ("" in names) * (2 if "attn2" in names else 1)
+    assert launches["layer_norm"] == ("" in names) * (2 if {"attn2", "norm1"} & {*names} else 1)
 
 
 # Options of attention, a mask, and whether its input is a map.

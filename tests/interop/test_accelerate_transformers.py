@@ -179,9 +179,10 @@ def test_norms_of_video_and_text(kernels):
     assert meter.kernels["layer_norm"] == meter.kernels["native_layer_norm"] == 2
 
 
-def test_a_row_for_all_samples():
+@pytest.mark.parametrize(("samples", "rows"), [(2, 1), (1, 2)])
+def test_a_row_for_all_samples_or_a_sample_for_all_rows(samples, rows):
     norm = ada_norm()
-    torch.testing.assert_close(*called(norm, type(norm), torch.randn(2, 3, 8), torch.randn(1, 8)))
+    torch.testing.assert_close(*called(norm, type(norm), torch.randn(samples, 3, 8), torch.randn(rows, 8)))
 
 
 def test_rows_of_another_type():

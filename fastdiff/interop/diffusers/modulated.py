@@ -43,9 +43,7 @@ def stands_in(kind: Any) -> Any:
         return ours(self, *args, **kwargs)
 
     kind.forward, kind.misfit = forward, staticmethod(wrapped)
-    with suppress(
-        ValueError
-    ):  # caches of diffusers, such as FirstBlockCache, look up what a block returns by its class
+    with suppress(ValueError):  # hooks of diffusers that cache or skip blocks look the class up
         TransformerBlockRegistry.register(kind, copy.copy(TransformerBlockRegistry.get(stock)))
     return kind
 
@@ -92,10 +90,11 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def rotates(tables: Any, x: Tensor) -> bool:
-    """Whether these are cosines and sines of the tokens of x (B, N, C), or of more tokens before them, for a kernel."""
+    """Whether these are cosines and sines that `ops.rotate` takes for heads of tokens x (B, N, C), text before them."""
     if not isinstance(tables, tuple) or len(tables) != 2 or x.ndim != 3:
         return False
-    return all(isinstance(t, Tensor) and is_ordinary(t) and t.ndim == 2 and t.device == x.device for t in tables)
+    ordinary = all(isinstance(t, Tensor) and is_ordinary(t) and t.is_floating_point() for t in tables)
+    return ordinary and all(t.ndim == 2 and t.device == x.device for t in tables)
 
 
 def second_half(
@@ -114,7 +113,7 @@ def within_float16(x: Tensor) -> Tensor:
 def fits(norm: Any, x: Tensor, *rows: Tensor | None) -> bool:
     """Whether calling the norm is LayerNorm of tokens and nothing else happens, and the rows are those of samples."""
     plain = any(is_plain(norm, kind) for kind in NORMS) and FP32LayerNorm.forward is FP32_FORWARD
-    shaped = x.ndim == 3 and all(row is None or row.ndim == 2 for row in rows)
+    shaped = x.ndim == 3 and all(row is None or (row.ndim == 2 and row.shape[0] in (1, len(x))) for row in rows)
     return plain and shaped and norm.normalized_shape == x.shape[-1:]
 
 
