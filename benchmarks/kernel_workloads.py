@@ -242,7 +242,7 @@ def rotate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
     def row(name: str, function: Callable[..., Tensor]) -> Row:
         def check() -> None:
-            want = reference.rotate(x[:n].double(), *(t.double() for t in tables))
+            want = reference.rotate(x[:n].double(), *(t.double() for t in tables), None, 0.0)
             agree(f"rotate {name}", [function(x[:n])], [want], BOUND[dtype])
 
         return Row(function, check)

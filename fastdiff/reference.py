@@ -267,9 +267,10 @@ def gated_gelu(x: Tensor) -> Tensor:
     return as_type(hidden * F.gelu(gate), x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Pairs (a, b) of x (B, N, heads, D) as (a cos - b sin, b cos + a sin) (Su et al. 2021, arXiv:2104.09864)."""
     wide, *tables = (as_type(t, work_dtype(x)) for t in (x, cos, sin))
+    wide = wide if weight is None else F.rms_norm(wide, x.shape[-1:], as_type(weight, wide.dtype), eps)
     turned = torch.stack((-wide[..., 1::2], wide[..., ::2]), -1).flatten(-2)
     cos, sin = (t[:, None].repeat_interleave(1 + (t.shape[-1] != x.shape[-1]), -1) for t in tables)
     return as_type(wide * cos + turned * sin, x.dtype)

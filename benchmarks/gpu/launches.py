@@ -82,6 +82,7 @@ def rotate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     table = torch.ones(x.shape[1], x.shape[3], device=device)
     ops.rotate(x, table, table)
     ops.rotate(x, table[:, ::2], table[:, ::2])
+    ops.rotate(x, table, table, table[0])
 
 
 LAUNCHES: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], None]] = {

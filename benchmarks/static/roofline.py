@@ -156,7 +156,9 @@ def launch(v: Variant) -> None:
         launch_layer_norm(v)
     elif v.kernel == "rotate":
         x = v.data()
-        rotate(x, x, *[floats(x.shape[1], x.shape[3])[:, :: 1 + v.has("pairs")]] * 2)
+        table = floats(x.shape[1], x.shape[3])[:, :: 1 + v.has("pairs")]
+        weight = torch.empty(x.shape[3], dtype=v.dtype, device="meta") if v.has("norm") else None
+        rotate(x, x, table, table, weight, 1e-6)
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None

@@ -90,7 +90,7 @@ RARE = [
     ("update", ("generated",), ["clip+x", "clip+new x0hat", "clip+ids", "clip+channels_last", "clip+mixed"]),
     ("inner", ("none",), ["channels_last", "centred", "guidance"]),
     ("gated_gelu", ("none",), ["unaligned"]),
-    ("rotate", ("none",), ["pairs"]),
+    ("rotate", ("none",), ["pairs", "norm"]),
     ("merge", ("none",), ["centred"]),
     ("layer_norm", ("none",), ["affine", "add+affine", "scale+1152", "add+gate+scale+1152", "add+gate+scale+5120"]),
     ("layer_norm", ("none",), ["affine+320", "affine+mixed", "scale+unaligned"]),

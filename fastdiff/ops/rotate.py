@@ -1,21 +1,28 @@
 """Rotary position embedding of queries and keys."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..support import transforms
-from .checks import check_device, check_floating, wants_gradient
+from ..support.scalars import as_number
+from .checks import check_device, check_floating, check_vector, wants_gradient
 from .dispatch import backend_of, launcher
 from .quick import quick
 from .registry import Op
 
+LARGEST = 512  # elements of a head whose norm the kernel takes
+
 
 @quick(on_cpu=False)
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """x with each pair of neighbours in a head turned by an angle of its token.
 
         (a, b)  ->  (a cos - b sin, b cos + a sin)
+
+    With a weight, heads have a norm first: weight x / sqrt(mean(x^2) + eps), the mean that of a head.
 
     It is computed in float32 and rounded once. If a gradient is wanted, and within torch.compile, which fuses it, plain
     PyTorch runs instead of a kernel.
@@ -23,12 +30,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         x: (B, N, heads, D), D even.
         cos, sin: (N, D), of each element of a head; or (N, D / 2), of each pair.
+        weight: (D,), or None for no norm. For a D that is no power of 2 up to 512 plain PyTorch runs.
+        eps: at least 0.
 
     Returns: a tensor shaped and typed like x.
     Raises: TypeError or ValueError that names the argument.
-    Reference: Su et al. 2021, arXiv:2104.09864, eq. 34.
+    Reference: Su et al. 2021, arXiv:2104.09864, eq. 34; the norm: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
     check_floating("x", x)
+    eps = as_number("eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"x: expected shape (B, N, heads, D) with an even D, got {tuple(x.shape)}")
     _, tokens, _, depth = x.shape
@@ -41,9 +53,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             )
     if cos.shape != sin.shape:
         raise ValueError(f"sin: expected shape {tuple(cos.shape)} as cos has, got {tuple(sin.shape)}")
-    if wants_gradient(x, cos, sin) or not is_fused(x):
-        return reference.rotate(x, cos, sin)
-    return _OP(x, cos, sin)
+    if weight is not None:
+        check_vector("weight", weight, (depth,), x)
+    whole = weight is None or (depth & (depth - 1) == 0 and depth <= LARGEST)
+    if wants_gradient(x, cos, sin, weight) or not (whole and is_fused(x)):
+        return reference.rotate(x, cos, sin, weight, eps)
+    return _OP(x, cos, sin, weight, eps)
 
 
 def is_fused(x: Tensor) -> bool:
@@ -51,18 +66,18 @@ def is_fused(x: Tensor) -> bool:
     return backend_of(x) == "triton" and not transforms.active() and not torch.compiler.is_compiling()
 
 
-def _empty(x: Tensor, *tables: Tensor) -> Tensor:
+def _empty(x: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     out = _empty(x)
     if x.numel() == 0:
         return out
     if launch := launcher("rotate", x):
-        launch(out=out, x=x, cos=cos, sin=sin)
+        launch(out=out, x=x, cos=cos, sin=sin, weight=weight, eps=eps)
         return out
-    return out.copy_(reference.rotate(x, cos, sin))
+    return out.copy_(reference.rotate(x, cos, sin, weight, eps))
 
 
-_OP = Op("rotate", "(Tensor x, Tensor cos, Tensor sin) -> Tensor", _rotate, _empty)
+_OP = Op("rotate", "(Tensor x, Tensor cos, Tensor sin, Tensor? weight, float eps) -> Tensor", _rotate, _empty)

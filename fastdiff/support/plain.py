@@ -26,6 +26,7 @@ METHODS: dict[type[nn.Module], list[tuple[str, Any]]] = {
         (nn.Linear, ("forward",)),
         (nn.GroupNorm, ("forward",)),
         (nn.LayerNorm, ("forward",)),
+        (nn.RMSNorm, ("forward",)),
         (nn.SiLU, ("forward",)),
         (nn.GELU, ("forward",)),
     )

@@ -51,8 +51,8 @@ def accelerated(name, dtype=torch.float32):
 COUNTS = {
     # 2 norms of the first block's image and 1 of its text; 1 and 1 of the last, which drops the text; the output's
     "sd3": (6, 3, 4, 0, 0),
-    # 2, 2 and 2 of the first block; 1 and 1 of the single one; the output's; queries and keys of both
-    "flux": (4, 2, 3, 0, 4),
+    # 2, 2 and 2 of the first block; 1 and 1 of the single one; the output's; queries and keys of text, image and both
+    "flux": (4, 2, 3, 0, 6),
     "qwen": (3, 2, 2, 0, 0),
     "dit": (1, 1, 1, 1, 0),  # the last norm is not a layer of a block
     "pixart": (1, 1, 2, 1, 0),  # a gated sum before attention to the text, which has no norm
@@ -109,7 +109,7 @@ def test_stocks_bits_where_there_is_no_kernel(name):
 # A block of each kind, a norm of it that is not called, and a layer that is.
 BLOCKS = {
     "sd3": ("transformer_blocks.0", "norm2", "ff.net.2"),
-    "flux": ("transformer_blocks.0", "norm2_context", "attn.add_v_proj"),
+    "flux": ("transformer_blocks.0", "attn.norm_added_k", "attn.add_v_proj"),
     "qwen": ("transformer_blocks.0", "txt_norm1", "img_mod.1"),
     "dit": ("transformer_blocks.0", "norm3", "ff.net.2"),
     "pixart": ("transformer_blocks.0", "norm2", "attn1.to_v"),

@@ -23,17 +23,22 @@ def angles(tokens, columns, salt=0):
 @every
 @given(
     batch=st.integers(1, 3), tokens=st.integers(1, 5), heads=st.integers(1, 3), half=st.integers(1, 40),
-    pairs=st.booleans(), dtype=dtypes, layout=layouts, salt=salts,
+    pairs=st.booleans(), norm=st.booleans(), dtype=dtypes, layout=layouts, salt=salts,
 )  # fmt: skip
-@example(2, 3, 3, 64, False, torch.bfloat16, "contiguous", 1)  # more than a block, which ends within it
-@example(1, 2, 1, 130, True, torch.float32, "half", 2)
-def test_rotations_are_those_in_float64(backend, batch, tokens, heads, half, pairs, dtype, layout, salt):
+@example(2, 3, 5, 64, False, True, torch.bfloat16, "contiguous", 1)  # more than a block, which ends within it
+@example(1, 2, 1, 130, True, False, torch.float32, "half", 2)
+@example(1, 2, 3, 4, True, True, torch.float32, "half", 3)
+def test_rotations_are_those_in_float64(backend, batch, tokens, heads, half, pairs, norm, dtype, layout, salt):
     x = tensor((batch, tokens, heads, 2 * half), dtype, layout, salt)
     cos, sin = angles(tokens, half if pairs else 2 * half, salt)
+    weight = tensor((2 * half,), dtype, salt=salt + 9)
     with fastdiff.backend(backend):
-        got = ops.rotate(x, cos, sin)
+        got = ops.rotate(x, cos, sin, *([weight, 0.1] if norm else []))
+    exact = x.double()
+    if norm:
+        exact = exact / (exact.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight.double()
     c, s = (t.double()[:, None].repeat_interleave(1 + pairs, -1) for t in (cos, sin))
-    a, b = x.double()[..., ::2], x.double()[..., 1::2]
+    a, b = exact[..., ::2], exact[..., 1::2]
     turned = a * c[..., ::2] - b * s[..., ::2], b * c[..., 1::2] + a * s[..., 1::2]
     sizes = (a * c[..., ::2]).abs() + (b * s[..., ::2]).abs(), (b * c[..., 1::2]).abs() + (a * s[..., 1::2]).abs()
     want, size = (torch.stack(two, -1).flatten(-2) for two in (turned, sizes))
@@ -57,7 +62,7 @@ def test_a_gradient_is_that_of_the_oracle():
     with fastdiff.backend("triton"):
         got = torch.autograd.grad(ops.rotate(x, cos, sin).square().sum(), x)
     wide = x.detach().double().requires_grad_()
-    want = torch.autograd.grad(reference.rotate(wide, cos.double(), sin.double()).square().sum(), wide)
+    want = torch.autograd.grad(reference.rotate(wide, cos.double(), sin.double(), None, 0.0).square().sum(), wide)
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-6, atol=1e-5)
 
 
@@ -77,6 +82,8 @@ def test_rotations_of_nothing(backend, shape):
         (((2, 3, 1, 4), (2, 4), (3, 4)), ValueError, "cos: expected shape (3, 4) or (3, 2), got (2, 4)"),
         (((2, 3, 1, 4), (3, 4), (3, 3)), ValueError, "sin: expected shape (3, 4) or (3, 2), got (3, 3)"),
         (((2, 3, 1, 4), (3, 4), (3, 2)), ValueError, "sin: expected shape (3, 4) as cos has, got (3, 2)"),
+        (((2, 3, 1, 4), (3, 4), (3, 4), (3,)), ValueError, "weight: expected shape (4,), got (3,)"),
+        (((2, 3, 1, 4), (3, 4), (3, 4), None, -1), ValueError, "eps: expected a number of at least 0, got -1"),
     ],
 )
 def test_what_cannot_be_right_is_refused(arguments, error, message):
@@ -87,4 +94,4 @@ def test_what_cannot_be_right_is_refused(arguments, error, message):
 @pytest.mark.slow
 def test_opcheck():
     x, tables = tensor((2, 3, 2, 4), torch.bfloat16).cpu(), [t.cpu() for t in angles(3, 2)]
-    torch.library.opcheck(torch.ops.fastdiff.rotate.default, (x, *tables))
+    torch.library.opcheck(torch.ops.fastdiff.rotate.default, (x, *tables, tables[0][0].repeat(2), 0.1))

@@ -18,7 +18,8 @@ STOCK_PROCESSOR = as_defined(transformer_flux.FluxAttnProcessor, "__call__")
 class FluxAttention(transformer_flux.FluxAttention):
     """diffusers' attention with the same parameters. `accelerate` turns one into it by its class.
 
-    With FluxAttnProcessor queries and keys are rotated in one kernel each. Any other processor is called as ever.
+    With FluxAttnProcessor queries have their norm and are rotated in one kernel, and keys in another. Any other
+    processor is called as ever.
     """
 
     def forward(
@@ -29,24 +30,22 @@ class FluxAttention(transformer_flux.FluxAttention):
         kind = transformer_flux.FluxAttnProcessor
         plain = type(processor) is kind and kind.__call__ is STOCK_PROCESSOR and not self.fused_projections
         both = (text is None) == (self.added_kv_proj_dim is None)
-        if not (plain and both and rotates(image_rotary_emb, x)) or kwargs:
+        if not (plain and both and rotates(image_rotary_emb, x, text)) or kwargs:
             return transformer_flux.FluxAttention.forward(
                 self, x, text, attention_mask, image_rotary_emb, **kwargs
             )  # fmt: skip
 
-        def heads(layer: Any, tokens: Tensor | None) -> Tensor:
-            made: Tensor = layer(tokens).unflatten(-1, (-1, self.head_dim))
-            return made
-
-        q, k, v = self.norm_q(heads(self.to_q, x)), self.norm_k(heads(self.to_k, x)), heads(self.to_v, x)
+        cos, sin = image_rotary_emb
+        names = [("to_q", "norm_q", "to_k", "norm_k", "to_v", x, len(cos) - x.shape[1])]
         if text is not None:
-            text_q, text_k = (
-                self.norm_added_q(heads(self.add_q_proj, text)),
-                self.norm_added_k(heads(self.add_k_proj, text)),
-            )
-            pairs = (text_q, q), (text_k, k), (heads(self.add_v_proj, text), v)
-            q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
-        q, k = (ops.rotate(t, *image_rotary_emb) for t in (q, k))
+            names.insert(0, ("add_q_proj", "norm_added_q", "add_k_proj", "norm_added_k", "add_v_proj", text, 0))
+        made = []
+        for q, norm_q, k, norm_k, v, tokens, start in names:
+            tables = [t[start : start + tokens.shape[1]] for t in (cos, sin)]
+            q, k, v = (getattr(self, layer)(tokens).unflatten(-1, (-1, self.head_dim)) for layer in (q, k, v))
+            q, k = (rotated(getattr(self, norm), t, *tables) for norm, t in ((norm_q, q), (norm_k, k)))
+            made.append((q, k, v))
+        q, k, v = (parts[0] if text is None else torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
         out = transformer_flux.dispatch_attention_fn(
             q, k, v, attn_mask=attention_mask, backend=processor._attention_backend,
             parallel_config=processor._parallel_config,
@@ -94,6 +93,14 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         y = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
         x = within_float16(add_gated(x, self.proj_out(beside(y, self.act_mlp, hidden)), gate))
         return x[:, :tokens], x[:, tokens:]
+
+
+def rotated(norm: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """norm(x), heads (B, N, heads, D), rotated; in one kernel if the norm is PyTorch's."""
+    plain = is_plain(norm, nn.RMSNorm) and norm.weight is not None and norm.eps is not None
+    if not plain or norm.normalized_shape != x.shape[-1:] or norm.weight.dtype != x.dtype:
+        return ops.rotate(norm(x), cos, sin)
+    return ops.rotate(x, cos, sin, norm.weight, norm.eps)
 
 
 def beside(y: Tensor, act: Any, hidden: Tensor) -> Tensor:
