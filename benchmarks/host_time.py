@@ -137,7 +137,7 @@ def cases(device: str) -> dict[str, Case]:
         "combine": (lambda: ops.combine(x0, pred, rows, step, clip=1.0), eager_combine),
         "inner": (lambda: ops.inner(pred, noise), lambda: reference.inner(pred, noise, None, False)),
         "gated_gelu": (lambda: ops.gated_gelu(pred), eager_gate),
-        "rotate": (lambda: ops.rotate(pred, *angles), eager_rotate),
+        "rotate": (lambda: ops.rotate(pred, angles[0], angles[1]), eager_rotate),
         "loss": (lambda: loss(pred), lambda: eager_loss(pred)),
         "loss, forward and backward": (lambda: both(loss(wanted)), lambda: both(eager_loss(wanted))),
         "vlb": (lambda: vlb(pred), lambda: eager_vlb(pred)),

@@ -233,7 +233,7 @@ def rotate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     n = len(few(x))
 
     def fused(x: Tensor = x) -> Tensor:
-        return ops.rotate(x, *tables)
+        return ops.rotate(x, tables[0], tables[1])
 
     def eager(x: Tensor = x) -> Tensor:
         cos, sin = (t[:, None] for t in tables)
@@ -242,7 +242,8 @@ def rotate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
     def row(name: str, function: Callable[..., Tensor]) -> Row:
         def check() -> None:
-            want = reference.rotate(x[:n].double(), *(t.double() for t in tables), None, 0.0)
+            cos, sin = (t.double() for t in tables)
+            want = reference.rotate(x[:n].double(), cos, sin, None, 0.0)
             agree(f"rotate {name}", [function(x[:n])], [want], BOUND[dtype])
 
         return Row(function, check)

@@ -35,22 +35,23 @@ class FluxAttention(transformer_flux.FluxAttention):
                 self, x, text, attention_mask, image_rotary_emb, **kwargs
             )  # fmt: skip
 
-        cos, sin = image_rotary_emb
-        names = [("to_q", "norm_q", "to_k", "norm_k", "to_v", x, len(cos) - x.shape[1])]
+        def parts(tokens: Tensor, layers: Any, norms: Any, start: int) -> list[Tensor]:
+            """Queries and keys, rotated, and values of tokens, of which the first has the angles `start`."""
+            cos, sin = (t[start : start + tokens.shape[1]] for t in image_rotary_emb)
+            q, k, v = (layer(tokens).unflatten(-1, (-1, self.head_dim)) for layer in layers)
+            return [*(rotated(norm, t, cos, sin) for norm, t in zip(norms, (q, k), strict=True)), v]
+
+        before = 0 if text is None else text.shape[1]
+        made = parts(x, (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k), before)
         if text is not None:
-            names.insert(0, ("add_q_proj", "norm_added_q", "add_k_proj", "norm_added_k", "add_v_proj", text, 0))
-        made = []
-        for q, norm_q, k, norm_k, v, tokens, start in names:
-            tables = [t[start : start + tokens.shape[1]] for t in (cos, sin)]
-            q, k, v = (getattr(self, layer)(tokens).unflatten(-1, (-1, self.head_dim)) for layer in (q, k, v))
-            q, k = (rotated(getattr(self, norm), t, *tables) for norm, t in ((norm_q, q), (norm_k, k)))
-            made.append((q, k, v))
-        q, k, v = (parts[0] if text is None else torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
+            layers, norms = (self.add_q_proj, self.add_k_proj, self.add_v_proj), (self.norm_added_q, self.norm_added_k)
+            made = [torch.cat(pair, dim=1) for pair in zip(parts(text, layers, norms, 0), made, strict=True)]
+        query, key, value = made
         out = transformer_flux.dispatch_attention_fn(
-            q, k, v, attn_mask=attention_mask, backend=processor._attention_backend,
+            query, key, value, attn_mask=attention_mask, backend=processor._attention_backend,
             parallel_config=processor._parallel_config,
         )  # fmt: skip
-        out = out.flatten(2, 3).to(q.dtype)
+        out = out.flatten(2, 3).to(query.dtype)
         if text is None:
             return out
         of_text, out = out.tensor_split((text.shape[1],), dim=1)
