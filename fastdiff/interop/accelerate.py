@@ -69,8 +69,8 @@ def accelerate(
       called, whenever it is set.
     - In blocks of Stable Diffusion 3, Flux, Qwen-Image, Wan, DiT and PixArt a norm with its scale and shift is one
       operation, with the gated sum before it if there is one. Rotary embedding becomes `ops.rotate` in attention of
-      Flux and Wan with stock's processor. AdaLayerNormZero and others of its kind, and RMSNorm, become one operation in
-      every transformer. With a gradient, autocast or a compiler stock's forward runs.
+      Flux, Qwen-Image and Wan with stock's processor. AdaLayerNormZero and others of its kind, and RMSNorm, become one
+      operation in every transformer. With a gradient, autocast or a compiler stock's forward runs.
     - Every other GroupNorm of a module of diffusers becomes one operation too: those at the entry of transformers, in
       the attention of an autoencoder, and before the last convolution. Attention with a processor that is not of
       diffusers keeps its own.

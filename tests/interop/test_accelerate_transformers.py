@@ -53,7 +53,7 @@ COUNTS = {
     "sd3": (6, 3, 4, 0, 0),
     # 2, 2 and 2 of the first block; 1 and 1 of the single one; the output's; queries and keys of text, image and both
     "flux": (4, 2, 3, 0, 6),
-    "qwen": (3, 2, 2, 0, 0),
+    "qwen": (3, 2, 2, 0, 4),
     "dit": (1, 1, 1, 1, 0),  # the last norm is not a layer of a block
     "pixart": (1, 1, 2, 1, 0),  # a gated sum before attention to the text, which has no norm
     "wan": (1, 2, 1, 1, 2),
@@ -110,7 +110,7 @@ def test_stocks_bits_where_there_is_no_kernel(name):
 BLOCKS = {
     "sd3": ("transformer_blocks.0", "norm2", "ff.net.2"),
     "flux": ("transformer_blocks.0", "attn.norm_added_k", "attn.add_v_proj"),
-    "qwen": ("transformer_blocks.0", "txt_norm1", "img_mod.1"),
+    "qwen": ("transformer_blocks.0", "attn.norm_k", "attn.to_v"),
     "dit": ("transformer_blocks.0", "norm3", "ff.net.2"),
     "pixart": ("transformer_blocks.0", "norm2", "attn1.to_v"),
     "wan": ("blocks.0", "norm2", "attn1.to_v"),
@@ -280,6 +280,24 @@ def test_processors_are_called(kernels, monkeypatch):
     wanted.append(output(stock, given))
     torch.testing.assert_close(output(fused, given), wanted[-1], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(wanted[0], wanted[1], atol=1e-3) and not torch.allclose(*wanted[1:], atol=1e-3)
+
+
+def test_qwens_attention_is_called_if_anything_is_done_to_it(kernels):
+    def louder(module, given, made):
+        return tuple(2 * t for t in made)
+
+    class Louder(transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0):
+        def __call__(self, *args, **kwargs):
+            return louder(None, None, super().__call__(*args, **kwargs))
+
+    for treat in (lambda attn: attn.register_forward_hook(louder), lambda attn: attn.set_processor(Louder())):
+        fused, stock, given = accelerated("qwen")
+        before = output(stock, given)
+        for net in (fused, stock):
+            treat(net.transformer_blocks[0].attn)
+        want = output(stock, given)
+        torch.testing.assert_close(output(fused, given), want, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(before, want, atol=1e-3)
 
 
 def test_the_halves_of_wans_tables_are_those_of_stock():

@@ -6,10 +6,10 @@ import torch
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
 
-from ... import ops
 from ...support.adjacent import joined_tokens
 from ...support.plain import as_defined, is_plain
-from .modulated import add_gated, rotates, second_half, stands_in, within_float16
+from .modulated import add_gated, second_half, stands_in, within_float16
+from .rotary import attend, rotates
 
 STOCK_PROCESSOR = as_defined(transformer_flux.FluxAttnProcessor, "__call__")
 
@@ -18,8 +18,8 @@ STOCK_PROCESSOR = as_defined(transformer_flux.FluxAttnProcessor, "__call__")
 class FluxAttention(transformer_flux.FluxAttention):
     """diffusers' attention with the same parameters. `accelerate` turns one into it by its class.
 
-    With FluxAttnProcessor queries have their norm and are rotated in one kernel, and keys in another. Any other
-    processor is called as ever.
+    With FluxAttnProcessor queries have their norm and are rotated in one kernel, and so have keys. Any other processor
+    is called as ever.
     """
 
     def forward(
@@ -30,32 +30,13 @@ class FluxAttention(transformer_flux.FluxAttention):
         kind = transformer_flux.FluxAttnProcessor
         plain = type(processor) is kind and kind.__call__ is STOCK_PROCESSOR and not self.fused_projections
         both = (text is None) == (self.added_kv_proj_dim is None)
-        if not (plain and both and rotates(image_rotary_emb, x, text)) or kwargs:
-            return transformer_flux.FluxAttention.forward(
-                self, x, text, attention_mask, image_rotary_emb, **kwargs
-            )  # fmt: skip
-
-        def parts(tokens: Tensor, layers: Any, norms: Any, start: int) -> list[Tensor]:
-            """Queries and keys, rotated, and values of tokens, of which the first has the angles `start`."""
-            cos, sin = (t[start : start + tokens.shape[1]] for t in image_rotary_emb)
-            q, k, v = (layer(tokens).unflatten(-1, (-1, self.head_dim)) for layer in layers)
-            return [*(rotated(norm, t, cos, sin) for norm, t in zip(norms, (q, k), strict=True)), v]
-
         before = 0 if text is None else text.shape[1]
-        made = parts(x, (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k), before)
-        if text is not None:
-            layers, norms = (self.add_q_proj, self.add_k_proj, self.add_v_proj), (self.norm_added_q, self.norm_added_k)
-            made = [torch.cat(pair, dim=1) for pair in zip(parts(text, layers, norms, 0), made, strict=True)]
-        query, key, value = made
-        out = transformer_flux.dispatch_attention_fn(
-            query, key, value, attn_mask=attention_mask, backend=processor._attention_backend,
-            parallel_config=processor._parallel_config,
-        )  # fmt: skip
-        out = out.flatten(2, 3).to(query.dtype)
-        if text is None:
-            return out
-        of_text, out = out.tensor_split((text.shape[1],), dim=1)
-        return self.to_out[1](self.to_out[0](out.contiguous())), self.to_add_out(of_text.contiguous())
+        if kwargs or not (plain and both and rotates(image_rotary_emb, before + x.shape[1], x)):
+            return transformer_flux.FluxAttention.forward(self, x, text, attention_mask, image_rotary_emb, **kwargs)
+        cos, sin = image_rotary_emb
+        tables, of_text = (cos[before:], sin[before:]), (cos[:before], sin[:before])
+        dispatch = transformer_flux.dispatch_attention_fn
+        return attend(self, dispatch, self.head_dim, x, tables, text, of_text, attention_mask)
 
 
 @stands_in
@@ -94,14 +75,6 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         y = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
         x = within_float16(add_gated(x, self.proj_out(beside(y, self.act_mlp, hidden)), gate))
         return x[:, :tokens], x[:, tokens:]
-
-
-def rotated(norm: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """norm(x), heads (B, N, heads, D), rotated; in one kernel if the norm is PyTorch's."""
-    plain = is_plain(norm, nn.RMSNorm) and norm.weight is not None and norm.eps is not None
-    if not plain or norm.normalized_shape != x.shape[-1:] or norm.weight.dtype != x.dtype:
-        return ops.rotate(norm(x), cos, sin)
-    return ops.rotate(x, cos, sin, norm.weight, norm.eps)
 
 
 def beside(y: Tensor, act: Any, hidden: Tensor) -> Tensor:

@@ -89,15 +89,6 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(x, y, gate[:, None], out=torch.empty_like(x))
 
 
-def rotates(tables: Any, x: Tensor, text: Tensor | None = None) -> bool:
-    """Whether these are cosines and sines that `ops.rotate` takes, of tokens x (B, N, C), and text before them."""
-    if not isinstance(tables, tuple) or len(tables) != 2 or any(t is not None and t.ndim != 3 for t in (x, text)):
-        return False
-    tokens = x.shape[1] + (0 if text is None else text.shape[1])
-    ordinary = all(isinstance(t, Tensor) and is_ordinary(t) and t.is_floating_point() for t in tables)
-    return ordinary and all(t.ndim == 2 and len(t) == tokens and t.device == x.device for t in tables)
-
-
 def second_half(
     x: Tensor, y: Tensor, gate: Tensor | None, norm: Any, scale: Tensor, shift: Tensor, ff: Any, ff_gate: Tensor
 ) -> Tensor:

@@ -2,12 +2,17 @@
 
 from typing import Any
 
+from diffusers.models import attention_processor
 from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor
 
-from ...support.plain import as_defined
+from ...support.plain import as_defined, is_ordinary, is_plain
+from .attention import Attention
 from .modulated import norm_tokens, second_half, stands_in, within_float16
+from .rotary import Tables, attend, rotates
 
+STOCK_ATTENTION = as_defined(attention_processor.Attention, "forward")
+STOCK_PROCESSOR = as_defined(transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0, "__call__")
 STOCK_MODULATE = as_defined(transformer_qwenimage.QwenImageTransformerBlock, "_modulate")
 
 
@@ -35,14 +40,44 @@ class QwenImageTransformerBlock(transformer_qwenimage.QwenImageTransformerBlock)
             return stocks
         shift, scale, gate, *of_image = self.img_mod(temb).chunk(6, dim=-1)
         text_shift, text_scale, text_gate, *of_text = self.txt_mod(temb).chunk(6, dim=-1)
-        y, y_text = self.attn(
-            hidden_states=norm_tokens(self.img_norm1, x, scale, shift),
-            encoder_hidden_states=norm_tokens(self.txt_norm1, text, text_scale, text_shift),
-            encoder_hidden_states_mask=encoder_hidden_states_mask, image_rotary_emb=image_rotary_emb,
-            **(joint_attention_kwargs or {}),
-        )  # fmt: skip
+        normed, normed_text = (
+            norm_tokens(self.img_norm1, x, scale, shift),
+            norm_tokens(self.txt_norm1, text, text_scale, text_shift),
+        )
+        tables = tables_of(image_rotary_emb, normed, normed_text)
+        if (
+            tables is None
+            or encoder_hidden_states_mask is not None
+            or joint_attention_kwargs
+            or not is_stock(self.attn)
+        ):
+            y, y_text = self.attn(
+                hidden_states=normed, encoder_hidden_states=normed_text,
+                encoder_hidden_states_mask=encoder_hidden_states_mask, image_rotary_emb=image_rotary_emb,
+                **(joint_attention_kwargs or {}),
+            )  # fmt: skip
+        else:
+            dispatch, depth = transformer_qwenimage.dispatch_attention_fn, self.attn.inner_dim // self.attn.heads
+            y, y_text = attend(self.attn, dispatch, depth, normed, tables[0], normed_text, tables[1])
         shift, scale, ff_gate = of_image
         x = second_half(x, y, gate, self.img_norm2, scale, shift, self.img_mlp, ff_gate)
         shift, scale, ff_gate = of_text
         text = second_half(text, y_text, text_gate, self.txt_norm2, scale, shift, self.txt_mlp, ff_gate)
         return within_float16(text), within_float16(x)
+
+
+def is_stock(attn: Any) -> bool:
+    """Whether calling the attention is stock's processor, and nothing else happens."""
+    kind = transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0
+    layer = type(attn) in (attention_processor.Attention, Attention) and is_plain(attn, type(attn))
+    unpatched = attention_processor.Attention.forward is STOCK_ATTENTION and kind.__call__ is STOCK_PROCESSOR
+    return layer and unpatched and type(attn.processor) is kind and len(attn.to_out) == 2
+
+
+def tables_of(image_rotary_emb: Any, x: Tensor, text: Tensor) -> list[Tables] | None:
+    """Cosines and sines of the image and of the text, parts of their complex numbers; None if these are not given."""
+    if not isinstance(image_rotary_emb, tuple) or not all(is_ordinary(t) and t.is_complex() for t in image_rotary_emb):
+        return None
+    tables = [(t.real, t.imag) for t in image_rotary_emb]
+    fit = all(rotates(table, tokens.shape[1], tokens) for table, tokens in zip(tables, (x, text), strict=True))
+    return tables if fit else None

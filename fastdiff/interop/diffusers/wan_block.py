@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ... import ops
 from ...support.plain import as_defined
-from .modulated import add_norm_tokens, norm_tokens, rotates, second_half, stands_in
+from .modulated import add_norm_tokens, norm_tokens, second_half, stands_in
+from .rotary import rotates
 
 STOCK_PROCESSOR = as_defined(transformer_wan.WanAttnProcessor, "__call__")
 
@@ -28,7 +29,7 @@ class WanAttention(transformer_wan.WanAttention):
         plain = type(processor) is kind and kind.__call__ is STOCK_PROCESSOR and not self.fused_projections
         own = encoder_hidden_states is None and self.add_k_proj is None and not kwargs
         tables = tables_of(rotary_emb)
-        if tables is None or not (plain and own and rotates(tables, x)):
+        if tables is None or not (plain and own and rotates(tables, x.shape[1], x)):
             stocks: Tensor = transformer_wan.WanAttention.forward(
                 self, x, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
             )
