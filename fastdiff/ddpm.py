@@ -191,6 +191,7 @@ class DDPM(ChainDiffusion):
 
         Args:
             x0: (B, ...), data, scaled to about [-1, 1]: images in [0, 1] as 2 x - 1. Nothing looks at the values.
+            unnamed: nothing; all but x0 is given by name.
             t: levels in 1..T of the samples, an int, () or (B,); drawn if None.
             reduction: "mean" gives (), "none" gives (B,).
             options: seed, sample_ids, noise and mask as in FlowMatching.forward, and the model's further arguments.

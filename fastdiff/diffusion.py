@@ -116,6 +116,7 @@ class Diffusion(Denoiser, ABC):
 
         Args:
             x0: (B, ...), data, scaled to about [-1, 1]: images in [0, 1] as 2 x - 1. Nothing looks at the values.
+            unnamed: nothing; all but x0 is given by name.
             t: times of the samples, a number, () or (B,); drawn if None.
             seed, noise: of x_t; drawn if None.
             sample_ids: (B,), the number of each sample in the seed's noise; None draws by its place in the batch. With

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.training.data import Arrays, Source, Stream, open_source
+from fastdiff.training.data import Arrays, HuggingFace, Source, Stream, open_source
 from fastdiff.training.data.cache import Cached
 from fastdiff.training.data.opening import is_path
 from fastdiff.training.options import Options
@@ -55,7 +55,7 @@ def noted(source: Source, data: str) -> dict[str, Any]:
     Names are those below the folder `data`, which may be moved. No image is opened, so new pixels go unseen.
     """
     names, folder = hashlib.sha256(), str(Path(data))
-    for index in range(len(source)):
+    for index in () if isinstance(source, Arrays | HuggingFace) else range(len(source)):  # whose names are numbers
         names.update(source.name(index).removeprefix(folder).encode("utf-8", "surrogateescape") + b"\0")
     labels = "" if source.labels is None else hashlib.sha256(source.labels.tobytes()).hexdigest()
     return {"images": len(source), "names": names.hexdigest(), "labels": labels}

@@ -11,6 +11,8 @@ from tiny_run import TINY, metadata_of, run
 from fastdiff import DDPM, UNet, training
 from fastdiff.cli import main
 from fastdiff.training import Options, checkpoint, samples
+from fastdiff.training.data import Arrays, open_source
+from fastdiff.training.feed import changed, noted
 
 CPU = "cpu"
 ON_CPU = ["--device", CPU]
@@ -63,6 +65,33 @@ def test_a_run_that_goes_on_says_which_images_came_or_went(model, tmp_path, caps
         training.train(Options(**options), tmp_path / "run", CPU, state)
         assert [line for line in capsys.readouterr().out.splitlines() if "warning" in line] == lines
         state = checkpoint.load(tmp_path / "run")
+
+
+def test_what_is_noted_of_the_data_tells_names_and_labels_and_not_the_place(tmp_path):
+    names = ["1/a.png", "1/b.png", "2/a.png"]
+    folders = {
+        "here": names,
+        "moved": names,
+        "fewer": names[:2],
+        "renamed": ["1/a.png", "1/c.png", "2/a.png"],
+        "other class": ["1/a.png", "2/b.png", "2/a.png"],
+    }
+    found = {}
+    for name, files in folders.items():
+        data = str(tmp_path / name)
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).touch()
+        found[name] = noted(open_source(data, (8, 8), 3, classes=True), f"{data}/")
+    said = {name: changed(found["here"], now, 7) for name, now in found.items()}
+    assert said["here"] == said["moved"] == changed({}, found["here"], 7) == ""
+    assert said["fewer"] == "3 images until step 7, 2 now; they come in another order"
+    names = "the images have other names than until step 7; they come in another order"
+    assert said["renamed"] == said["other class"] == names
+    first, second, none = (
+        noted(Arrays(np.zeros((3, 1)), labels), "x.npy") for labels in (np.arange(3), np.arange(3)[::-1], None)
+    )
+    assert changed(first, second, 7) == changed(first, none, 7) == "the images have other labels than until step 7"
 
 
 @pytest.mark.slow

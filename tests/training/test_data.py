@@ -21,7 +21,7 @@ from fastdiff.training.data.cache import Cached
 from fastdiff.training.data.opening import open_source
 from fastdiff.training.data.order import draws, shuffled
 from fastdiff.training.data.sources import Names
-from fastdiff.training.feed import changed, noted, open_stream
+from fastdiff.training.feed import open_stream
 
 
 def numbered(count, labels=None):
@@ -104,31 +104,6 @@ def test_workers_read_what_this_process_reads(tmp_path):
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
 
 
-def test_what_is_noted_of_the_data_tells_names_and_labels_and_not_the_place(tmp_path):
-    names = ["1/a.png", "1/b.png", "2/a.png"]
-    folders = {
-        "here": names,
-        "moved": names,
-        "fewer": names[:2],
-        "renamed": ["1/a.png", "1/c.png", "2/a.png"],
-        "other class": ["1/a.png", "2/b.png", "2/a.png"],
-    }
-    found = {}
-    for name, files in folders.items():
-        data = str(images_in(tmp_path / name, files))
-        found[name] = noted(open_source(data, (8, 8), 3, classes=True), f"{data}/")
-    said = {name: changed(found["here"], now, 7) for name, now in found.items()}
-    assert said["here"] == said["moved"] == changed({}, found["here"], 7) == ""
-    assert said["fewer"] == "3 images until step 7, 2 now; they come in another order"
-    assert (
-        said["renamed"]
-        == said["other class"]
-        == ("the images have other names than until step 7; they come in another order")
-    )
-    first, second, none = (noted(numbered(3, labels), "x.npy") for labels in (np.arange(3), np.arange(3)[::-1], None))
-    assert changed(first, second, 7) == changed(first, none, 7) == "the images have other labels than until step 7"
-
-
 def test_flips_are_half_of_the_images_and_mirror_them():
     ramp = torch.arange(4.0).expand(100, 1, 1, 4)
     images = data.Stream(data.Arrays(ramp.clone()), 100, flip=True).batch(0).images
@@ -166,29 +141,6 @@ def test_a_broken_file_is_replaced_and_named_once(tmp_path):
     assert replaced == {0, 10, 20}
     ((name, why, count),) = warned
     assert name == str(tmp_path / "c.png") and "cannot identify" in why and count == 1
-
-
-def test_what_is_no_image_is_opened_once_and_what_the_system_did_not_read_again(monkeypatch):
-    asked = []
-
-    class Texts(data.Arrays):
-        def read(self, index):
-            asked.append(index)
-            if index == 1:
-                raise ValueError("a text")
-            if index == 2:
-                raise OSError(errno.EIO, "Input/output error")
-            return super().read(index)
-
-    stream = data.Stream(Texts(np.zeros((4, 1), np.float32)), 4)
-    for epoch in range(3):
-        stream.batch(epoch)
-    assert asked.count(1) == 1 and asked.count(2) >= 3
-    assert stream.skipped == {1: "a text", 2: "[Errno 5] Input/output error"}
-    monkeypatch.setattr("fastdiff.training.data.stream.REMEMBERED", 0)
-    asked.clear()
-    data.Stream(stream.source, 8).batch(0)
-    assert asked.count(1) >= 2  # no memory is left
 
 
 def test_nothing_readable_is_an_error_that_names_a_file(tmp_path):
