@@ -24,41 +24,26 @@ class QwenImageTransformerBlock(transformer_qwenimage.QwenImageTransformerBlock)
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_mask: Tensor | None,
         temb: Tensor, image_rotary_emb: Any = None, joint_attention_kwargs: Any = None, modulate_index: Any = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x, text = hidden_states, encoder_hidden_states
+        x, text, mask = hidden_states, encoder_hidden_states, encoder_hidden_states_mask
         patched = type(self)._modulate is not STOCK_MODULATE or "_modulate" in vars(self)
         if self.zero_cond_t or modulate_index is not None or patched:  # rows for each token
             stocks: tuple[Tensor, Tensor] = transformer_qwenimage.QwenImageTransformerBlock.forward(
-                self,
-                x,
-                text,
-                encoder_hidden_states_mask,
-                temb,
-                image_rotary_emb,
-                joint_attention_kwargs,
-                modulate_index,
+                self, x, text, mask, temb, image_rotary_emb, joint_attention_kwargs, modulate_index
             )
             return stocks
         shift, scale, gate, *of_image = self.img_mod(temb).chunk(6, dim=-1)
         text_shift, text_scale, text_gate, *of_text = self.txt_mod(temb).chunk(6, dim=-1)
-        normed, normed_text = (
-            norm_tokens(self.img_norm1, x, scale, shift),
-            norm_tokens(self.txt_norm1, text, text_scale, text_shift),
-        )
-        tables = tables_of(image_rotary_emb, normed, normed_text)
-        if (
-            tables is None
-            or encoder_hidden_states_mask is not None
-            or joint_attention_kwargs
-            or not is_stock(self.attn)
-        ):
-            y, y_text = self.attn(
-                hidden_states=normed, encoder_hidden_states=normed_text,
-                encoder_hidden_states_mask=encoder_hidden_states_mask, image_rotary_emb=image_rotary_emb,
-                **(joint_attention_kwargs or {}),
-            )  # fmt: skip
-        else:
+        normed = norm_tokens(self.img_norm1, x, scale, shift)
+        normed_text = norm_tokens(self.txt_norm1, text, text_scale, text_shift)
+        tables = None if joint_attention_kwargs or mask is not None else tables_of(image_rotary_emb, x, text)
+        if tables is not None and is_stock(self.attn):
             dispatch, depth = transformer_qwenimage.dispatch_attention_fn, self.attn.inner_dim // self.attn.heads
             y, y_text = attend(self.attn, dispatch, depth, normed, tables[0], normed_text, tables[1])
+        else:
+            y, y_text = self.attn(
+                hidden_states=normed, encoder_hidden_states=normed_text, encoder_hidden_states_mask=mask,
+                image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}),
+            )  # fmt: skip
         shift, scale, ff_gate = of_image
         x = second_half(x, y, gate, self.img_norm2, scale, shift, self.img_mlp, ff_gate)
         shift, scale, ff_gate = of_text

@@ -23,13 +23,16 @@ def rotates(tables: Any, tokens: int, x: Tensor) -> bool:
 
 
 def rotated(norm: Any, x: Tensor, tables: Tables) -> Tensor:
-    """norm(x), heads (B, N, heads, D), rotated; in one kernel if the norm is RMSNorm, and nothing else happens."""
+    """norm(x), heads (B, N, heads, D), rotated; in one kernel if the norm is RMSNorm, and nothing else happens.
+
+    norm: None for no norm.
+    """
     plain = is_plain(norm, nn.RMSNorm)
     if type(norm) in (normalization.RMSNorm, RMSNorm):
         plain = is_plain(norm, type(norm)) and norm.bias is None and normalization.RMSNorm.forward is STOCK_NORM
     weight = norm.weight if plain else None
     if weight is None or norm.eps is None or weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
-        return ops.rotate(norm(x), *tables)
+        return ops.rotate(x if norm is None else norm(x), *tables)
     return ops.rotate(x, *tables, weight, norm.eps)
 
 
