@@ -104,6 +104,10 @@ def cases(device: str) -> dict[str, Case]:
         a, b, c, d, *_ = rows[LEVELS // 2].unbind()
         return c * (a * x0 + b * pred).clamp(-1, 1) + d * x0
 
+    def eager_gate() -> Tensor:
+        hidden, gate = pred.chunk(2, -1)
+        return hidden * F.gelu(gate)
+
     def both(value: Tensor) -> Tensor:
         return torch.autograd.grad(value, wanted)[0]
 
@@ -125,11 +129,13 @@ def cases(device: str) -> dict[str, Case]:
         "update": (lambda: ops.update(x0, pred, rows, step, seed=seed, clip=1.0), eager_update),
         "combine": (lambda: ops.combine(x0, pred, rows, step, clip=1.0), eager_combine),
         "inner": (lambda: ops.inner(pred, noise), lambda: reference.inner(pred, noise, None, False)),
+        "gated_gelu": (lambda: ops.gated_gelu(pred), eager_gate),
         "loss": (lambda: loss(pred), lambda: eager_loss(pred)),
         "loss, forward and backward": (lambda: both(loss(wanted)), lambda: both(eager_loss(wanted))),
         "vlb": (lambda: vlb(pred), lambda: eager_vlb(pred)),
         "vlb, forward and backward": (lambda: both(vlb(wanted)), lambda: both(eager_vlb(wanted))),
         **norms(device),
+        **layer_norms(device),
     }
 
 
@@ -158,6 +164,26 @@ def norms(device: str) -> dict[str, Case]:
         found[name] = (partial(ours, *operands), partial(eager, *operands))
         found[f"{name}, forward and backward"] = (calls[0], calls[1])
     return found
+
+
+def layer_norms(device: str) -> dict[str, Case]:
+    """Those of a transformer, without a gradient: they have no kernel for one."""
+    x, y = (torch.randn(BATCH, 16, CHANNELS, device=device) for _ in range(2))
+    gate, scale, shift = torch.randn(BATCH, 3 * CHANNELS, device=device).chunk(3, 1)
+    weight, bias = torch.rand(CHANNELS, device=device), torch.rand(CHANNELS, device=device)
+
+    def eager(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (CHANNELS,)) * (1 + scale[:, None]) + shift[:, None]
+
+    def eager_sum() -> tuple[Tensor, Tensor]:
+        total = x + gate[:, None] * y
+        return total, eager(total)
+
+    return {
+        "layer_norm": (lambda: ops.layer_norm(x, weight, bias), lambda: F.layer_norm(x, (CHANNELS,), weight, bias)),
+        "layer_norm, scale and shift": (lambda: ops.layer_norm(x, scale=scale, shift=shift), lambda: eager(x)),
+        "add_layer_norm": (lambda: ops.add_layer_norm(x, y, gate=gate, scale=scale, shift=shift), eager_sum),
+    }
 
 
 # --- measuring --------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The workloads that `workloads.OPERATIONS` lacks, so that a report has every kernel. Each has the same three rows."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ GROUPS, EPS = 8, 1e-5
 BOUND_ROWS = bound.vlb_rows(linear(TIMESTEPS), "eps", "learned").float()
 
 
-def _rows(row: Callable[..., Row], fused: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Rows:
+def _rows(row: Callable[..., Row], fused: Callable[..., Any], eager: Callable[..., Any]) -> Rows:
     functions = {"fused": fused, "reference": eager, "compile": torch.compile(eager)}
     return {name: row(name, function) for name, function in functions.items()}
 
@@ -136,6 +138,29 @@ def inner_products(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
     return _rows(row, fused, eager)
 
 
+def gated_gelu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """hidden gelu(gate) with as many elements in a result, in rows of 1024."""
+    gate, hidden, _ = inputs(shape, dtype, device)
+    width = math.gcd(gate.numel(), 1024)
+    x = torch.cat([half.reshape(-1, width) for half in (hidden, gate)], 1)
+
+    def eager(x: Tensor = x) -> Tensor:
+        hidden, gate = x.chunk(2, -1)
+        return hidden * F.gelu(gate)
+
+    def fused(x: Tensor = x) -> Tensor:
+        return ops.gated_gelu(x)
+
+    def row(name: str, function: Callable[..., Tensor]) -> Row:
+        def check() -> None:
+            part = few(x)
+            agree(f"gated_gelu {name}", [function(part)], [eager(part.double())], BOUND[dtype])
+
+        return Row(function, check)
+
+    return _rows(row, fused, eager)
+
+
 def group_norm_silu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
     """GroupNorm and SiLU of as many elements in 48 channels and 8 groups, forward and backward."""
     batch, channels, height, width = shape
@@ -171,19 +196,51 @@ def group_norm_silu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     return _rows(row, fused, eager)
 
 
+def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """x + gate y and its modulated norm, of as many elements in H tokens of C W channels."""
+    batch, channels, height, width = shape
+    x, y, _ = inputs((batch, height, channels * width), dtype, device)
+    parts = y.flip(0)[:, 0].repeat(1, 3).chunk(3, 1)
+    n = len(few(x))
+
+    def fused(x: Tensor = x, y: Tensor = y, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        gate, scale, shift = rows or parts
+        return ops.add_layer_norm(x, y, gate=gate, scale=scale, shift=shift)
+
+    def eager(x: Tensor = x, y: Tensor = y, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        gate, scale, shift = (row[:, None] for row in rows or parts)
+        total = x + gate * y
+        return total, F.layer_norm(total, x.shape[-1:]) * (1 + scale) + shift
+
+    def row(name: str, function: Callable[..., tuple[Tensor, Tensor]]) -> Row:
+        def check() -> None:
+            some = [v[:n] for v in (x, y, *parts)]
+            a, b, gate, scale, shift = (v.double() for v in some)
+            want = reference.add_layer_norm(a, b, None, None, EPS, gate, scale, shift)
+            agree(f"layer_norm {name}", function(*some), want, 4 * BOUND[dtype])
+
+        return Row(function, check)
+
+    return _rows(row, fused, eager)
+
+
 KERNELS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]] = {
     "normal": normal,
     "loss_without_gradient": loss_without_gradient,
     "bound_forward_backward": bound_forward_backward,
     "inner_products": inner_products,
+    "gated_gelu": gated_gelu,
     "group_norm_silu": group_norm_silu,
+    "layer_norm": layer_norm,
 }
-# The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; cond and uncond; x, y and dy, x,
-# dx.
+# The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; cond and uncond; hidden, gate
+# and their product; x, y and dy, x, dx; x, y, their sum and its norm.
 KERNEL_TENSORS = {
     "normal": 1,
     "loss_without_gradient": 1,
     "bound_forward_backward": 6,
     "inner_products": 2,
+    "gated_gelu": 3,
     "group_norm_silu": 5,
+    "layer_norm": 4,
 }

@@ -1,9 +1,9 @@
-"""What one forward of a U-Net launches and moves, counted without a GPU: `python benchmarks/network_cost.py`.
+"""What one forward of a network launches and moves, counted without a GPU: `python benchmarks/network_cost.py`.
 
 Two tables. The first runs networks on tensors without values: the 35.7M one of google/ddpm-cifar10-32, diffusers' of
-the same configuration, and the U-Net of Stable Diffusion 1.5. It counts the GPU kernels that PyTorch launches, and the
-bytes that they read and write. The second counts what Inductor writes for two resnet blocks on an H100, and how often
-that reads or writes a whole map.
+the same configuration, the U-Net of Stable Diffusion 1.5, and the transformer DiT-XL/2. It counts the GPU kernels that
+PyTorch launches, and the bytes that they read and write. The second counts what Inductor writes for two resnet blocks
+on an H100, and how often that reads or writes a whole map.
 
 The count is an estimate by rules, see `cost`: a kernel for each operator that is no view, two for a convolution with a
 bias (cuDNN convolves, PyTorch adds), three for GroupNorm. Bytes are those of all operands, once each; caches hold some.
@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from unittest import mock
@@ -33,6 +34,7 @@ from benchmarks.gpu.networks import STABLE_DIFFUSION, TOKENS
 from benchmarks.networks import cifar10
 from fastdiff import accelerate
 from fastdiff.cast import Casts
+from fastdiff.dit import DiT
 from fastdiff.files import write_json
 from fastdiff.fused import Ahead
 from fastdiff.nn import ResnetBlock
@@ -130,6 +132,8 @@ def as_on_a_gpu() -> Iterator[None]:
         mock.patch.object(F, "scaled_dot_product_attention", attention),
         mock.patch.object(F, "group_norm", cast_group_norm),
         mock.patch("fastdiff.ops.group_norm.backend_of", return_value="triton"),
+        mock.patch("fastdiff.ops.layer_norm.backend_of", return_value="triton"),
+        mock.patch("fastdiff.ops.gate.backend_of", return_value="triton"),
     ):
         yield
 
@@ -142,17 +146,21 @@ def stock() -> nn.Module:
     return made
 
 
+def in_bfloat16(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network that is made with bfloat16 weights."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(before)
+
+
 def conditional(**config: Any) -> nn.Module:
     """diffusers' U-Net of Stable Diffusion 1.5, or of another configuration, with bfloat16 weights."""
     import diffusers
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        made: nn.Module = diffusers.UNet2DConditionModel(**(config or STABLE_DIFFUSION))
-    finally:
-        torch.set_default_dtype(before)
-    return made
+    return in_bfloat16(lambda: diffusers.UNet2DConditionModel(**(config or STABLE_DIFFUSION)))
 
 
 def accelerated(**config: Any) -> nn.Module:
@@ -164,7 +172,7 @@ def accelerated(**config: Any) -> nn.Module:
 
 def count(
     name: str, make: Callable[[], nn.Module], batch: int, *, sampled: bool = False, half: bool = False,
-    autocast: bool = False, size: tuple[int, ...] = (3, 32, 32), text: int | None = None,
+    autocast: bool = False, size: tuple[int, ...] = (3, 32, 32), text: int | None = None, labels: bool = False,
 ) -> Row:  # fmt: skip
     """One forward, float32 unless `half` (bfloat16 weights) or `autocast` (to bfloat16).
 
@@ -172,6 +180,7 @@ def count(
         sampled: as Diffusion.sample calls it: with dtype=torch.bfloat16, and what depends on time alone ahead.
         size: of an image.
         text: the width of the states of a text, if the network takes one.
+        labels: whether it takes a class.
     """
     with as_on_a_gpu(), FakeTensorMode(), torch.no_grad():
         net: nn.Module = make().eval()
@@ -186,6 +195,8 @@ def count(
         x = torch.empty(batch, *size, dtype=dtype, device="cpu")
         if text is not None:
             arguments["encoder_hidden_states"] = torch.empty(batch, TOKENS, text, dtype=dtype, device="cpu")
+        if labels:
+            arguments["class_labels"] = torch.zeros(batch, dtype=torch.int64, device="cpu")
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Meter() as counter:
             net(x, t, **arguments)
     total = sum(counter.kernels.values())
@@ -214,6 +225,17 @@ def stable_diffusion_rows() -> list[Row]:
     networks = {"accelerate": accelerated, "diffusers": conditional}
     size, text = (4, 64, 64), STABLE_DIFFUSION["cross_attention_dim"]
     return [count(f"Stable Diffusion 1.5, {name}", make, 2, size=size, text=text) for name, make in networks.items()]
+
+
+def transformer_rows(**config: Any) -> list[Row]:
+    """Those of DiT-XL/2, or of another configuration, for two images of 256x256 pixels, with bfloat16 weights."""
+    import diffusers
+
+    options: dict[str, Any] = {"size": (4, 32, 32), "labels": True}
+    made = [count("DiT-XL/2, fastdiff, sample(dtype=bfloat16)", partial(DiT, **config), 2, sampled=True, **options)]
+    for name, network in (("fastdiff", DiT), ("diffusers", diffusers.DiTTransformer2DModel)):
+        made.append(count(f"DiT-XL/2, {name}", partial(in_bfloat16, partial(network, **config)), 2, **options))
+    return made
 
 
 class Compiled(NamedTuple):
@@ -311,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     args = parser.parse_args(argv)
-    counted = rows() + stable_diffusion_rows()
+    counted = rows() + stable_diffusion_rows() + transformer_rows()
     print("| network | batch | kernels | MB an image |\n|---|---:|---:|---:|")
     for row in counted:
         print(f"| {row.network} | {row.batch} | {row.kernels} | {row.megabytes_per_image:.1f} |")

@@ -27,6 +27,7 @@ OPERATIONS = {
     "loss_without_gradient": "loss without gradient",
     "bound_forward_backward": "variational bound with gradients",
     "group_norm_silu": "group norm and SiLU, with gradient",
+    "layer_norm": "layer norm of a gated sum",
 }
 # The size that fills a GPU, for the picture.
 LARGE = "256x3x256x256"

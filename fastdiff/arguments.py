@@ -24,7 +24,7 @@ from .support.choices import did_you_mean
 from .support.scalars import integer
 
 # What `sample` takes and newcomers look for under another name.
-OPTIONS = ("steps", "guidance", "x_T", "x_init", "known")
+OPTIONS = ("steps", "guidance", "x_T", "x_init", "known", "return_trajectory")
 
 
 def merged(model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +63,14 @@ def check_call(model: nn.Module, x: Tensor, condition: Tensor, model_kwargs: dic
     except TypeError as error:
         names = ", ".join(("x", "t", *model_kwargs))
         raise TypeError(f"model: expected {call} to take ({names}), got {error}") from None
+
+
+def refuse_unnamed(given: tuple[Any, ...]) -> None:
+    """Say how the arguments behind x0 are given. Raises: TypeError."""
+    raise TypeError(
+        f"x0: expected one argument without a name, got {1 + len(given)}; name the others, "
+        "as in t=..., class_labels=... or noise=..."
+    )
 
 
 def named(option: str, value: Any) -> str:

@@ -5,7 +5,7 @@ the device. It reads the rows of the step that the counter names, overwrites the
 launch: it runs no Python of the model and copies no inputs. It does what the plain loop does, bit for bit.
 
     captures.steps(run)     the steps of a run, for sampling.walk: replayed, or captured by their first run
-    what_forbids(...)       why a step cannot be captured
+    is_captured(...)        whether steps are captured
 """
 
 import functools
@@ -158,6 +158,23 @@ class Captures:
             while len(self.kept) > MOST_CAPTURES:
                 self.kept.popitem(last=False)
         return steps.begin(run, required)
+
+
+def is_captured(
+    graph: bool | None, denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int, compiled: bool
+) -> bool:
+    """Whether to capture the steps, as the option `graph` of `sample` says; ValueError if they have to be and cannot.
+
+    compiled: whether the step is compiled.
+    """
+    if graph is False:
+        return False
+    reason = what_forbids(denoiser, model_kwargs, batch)
+    if compiled:
+        reason = "a model that is not compiled; its step is a graph already"
+    if graph and reason is not None:
+        raise ValueError(f"graph: expected {reason}")
+    return reason is None
 
 
 def what_forbids(denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -> str | None:

@@ -235,5 +235,6 @@ class ChainDiffusion(Diffusion):
             seen = transforms.visible(levels)
             wrong = seen is not None and bool(((seen < 1) | (seen > self.timesteps)).any())
         if wrong:
-            raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t}")
+            other = "; timestep k of other libraries is level k + 1"
+            raise ValueError(f"t: expected levels from 1 to {self.timesteps}, got {t}{other}")
         return levels.expand(x.shape[0])

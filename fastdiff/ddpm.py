@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import bound, ops, sampling, steps
-from .arguments import check_loss, merged, named
+from .arguments import check_loss, merged, named, refuse_unnamed
 from .chain import ChainDiffusion
 from .denoiser import Prediction
 from .estimates import with_own_estimates
@@ -89,12 +90,13 @@ class DDPM(ChainDiffusion):
         importance: bool = False,
     ) -> None:
         check_choice("variance", variance, steps.VARIANCES)
-        made = make_schedule(schedule, timesteps)
-        super().__init__(model, Chain(made), objective, loss, weighting, clip)
-        self._named = (schedule, made) if isinstance(schedule, str) else None
-        self.importance = LossSecondMoment(self.timesteps) if importance else None
-        self.variance = variance  # all options are there: checks them together
-        remaining = made.alpha_bar[-1].item()
+        with _disable_current_modes():  # the levels have values, also where fake weights have none
+            made = make_schedule(schedule, timesteps)
+            super().__init__(model, Chain(made), objective, loss, weighting, clip)
+            self._named = (schedule, made) if isinstance(schedule, str) else None
+            self.importance = LossSecondMoment(self.timesteps) if importance else None
+            self.variance = variance  # all options are there: checks them together
+            remaining = made.alpha_bar[-1].item()
         if made.vp and remaining > MAX_REMAINING_SIGNAL:
             warnings.warn(
                 f"schedule: alpha_bar_T = {remaining:.3g} of the signal is left at the last level, where sampling "
@@ -180,7 +182,7 @@ class DDPM(ChainDiffusion):
         }
 
     def forward(
-        self, x0: Tensor, *, t: float | Tensor | None = None, reduction: str = "mean", **options: Any
+        self, x0: Tensor, *unnamed: Any, t: float | Tensor | None = None, reduction: str = "mean", **options: Any
     ) -> Tensor:
         """The training loss E[w_t rho(model(x_t, t) - y)], float32: of the levels that are drawn, or of t.
 
@@ -189,6 +191,7 @@ class DDPM(ChainDiffusion):
 
         Args:
             x0: (B, ...), data, scaled to about [-1, 1]: images in [0, 1] as 2 x - 1. Nothing looks at the values.
+            unnamed: nothing; all but x0 is given by name.
             t: levels in 1..T of the samples, an int, () or (B,); drawn if None.
             reduction: "mean" gives (), "none" gives (B,).
             options: seed, sample_ids, noise and mask as in FlowMatching.forward, and the model's further arguments.
@@ -196,6 +199,8 @@ class DDPM(ChainDiffusion):
         Raises: ValueError or TypeError, naming the argument.
         Reference: Ho et al. 2020, algorithm 1.
         """
+        if unnamed:
+            refuse_unnamed(unnamed)
         if options.get("mask") is not None and self.loss_kind not in ops.LOSSES:
             raise ValueError(f"mask: expected None with loss {self.loss_kind!r}, whose bound has no mask")
         if t is not None or self.importance is None or not self.training:

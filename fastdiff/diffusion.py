@@ -17,9 +17,10 @@ from .arguments import (
     check_out_apart,
     check_sampling,
     merged,
+    refuse_unnamed,
     shape_of,
 )
-from .capture import Captures, what_forbids
+from .capture import Captures, is_captured
 from .cast import channels_last_convolutions
 from .denoiser import Denoiser, Prediction
 from .editing import Edit
@@ -102,7 +103,7 @@ class Diffusion(Denoiser, ABC):
     def forward(
         self,
         x0: Tensor,
-        *,
+        *unnamed: Any,
         t: float | Tensor | None = None,
         seed: int | Tensor | None = None,
         sample_ids: Tensor | Iterable[int] | None = None,
@@ -115,6 +116,7 @@ class Diffusion(Denoiser, ABC):
 
         Args:
             x0: (B, ...), data, scaled to about [-1, 1]: images in [0, 1] as 2 x - 1. Nothing looks at the values.
+            unnamed: nothing; all but x0 is given by name.
             t: times of the samples, a number, () or (B,); drawn if None.
             seed, noise: of x_t; drawn if None.
             sample_ids: (B,), the number of each sample in the seed's noise; None draws by its place in the batch. With
@@ -129,6 +131,8 @@ class Diffusion(Denoiser, ABC):
         Reference: Ho et al. 2020, algorithm 1; denoising score matching if the model predicts the score (Song & Ermon
             2019, arXiv:1907.05600, eq. 5).
         """
+        if unnamed:
+            refuse_unnamed(unnamed)
         model_kwargs = merged(model_kwargs)
         seed, ids = check_loss(x0, seed, sample_ids, noise, mask, reduction)
         check_labels(self.model, model_kwargs)
@@ -277,7 +281,7 @@ class Diffusion(Denoiser, ABC):
         denoiser, table = self.cast(dtype), edit.table(table, self.process)
         check_gradients(grad_steps, table, callback, return_trajectory, out, dtype, known, graph or None)
         denoiser = beside(denoiser, uncond, dtype)
-        captured = not grad_steps and self._is_captured(graph, denoiser, kwargs, shape[0])
+        captured = not grad_steps and is_captured(graph, denoiser, kwargs, shape[0], self._compiled_step is not None)
         check_noise(noise, len(table), shape)
         table = with_guidance(table, guidance, guidance_rule, self.process, self.objective)
         if estimates := wants_estimate(callback):
@@ -387,14 +391,3 @@ class Diffusion(Denoiser, ABC):
             return x_T.detach().to(seed.device, self.dtype, copy=True) if out is None else out.copy_(x_T.detach())
         x = ops.normal(shape, seed, sample_ids=ids, dtype=self.dtype, device=seed.device, out=out)
         return x.mul_(std)
-
-    def _is_captured(self, graph: bool | None, denoiser: Denoiser, model_kwargs: dict[str, Any], batch: int) -> bool:
-        """Whether to capture the steps; ValueError if that is asked for and cannot be."""
-        if graph is False:
-            return False
-        reason = what_forbids(denoiser, model_kwargs, batch)
-        if self._compiled_step is not None:
-            reason = "a model that is not compiled; its step is a graph already"
-        if graph and reason is not None:
-            raise ValueError(f"graph: expected {reason}")
-        return reason is None

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ops
 from .fused import keys
 from .interop import pretrained
 from .nn import TimeEmbedding, attention, sinusoidal_embedding
+from .ops.layer_norm import is_fused
 from .support.cache import Tables
 from .support.inputs import check_image, check_labels, describe, timesteps_of, with_estimate
 from .support.scalars import integer, plain_number
@@ -174,7 +176,8 @@ class DiT(nn.Module):
             class_labels = torch.full(x.shape[:1], self.config["num_embeds_ada_norm"], device=x.device)
         patch, (h, w) = self.config["patch_size"], (side // self.config["patch_size"] for side in x.shape[2:])
         tokens = self.pos_embed(with_estimate(x, x_self_cond, self.self_condition))
-        tokens = (tokens + self._positions(h, w, x.device)).to(tokens.dtype)
+        # The first operand says how a sum lies in memory: here with channels adjacent, unlike a convolution's output.
+        tokens = (self._positions(h, w, x.device) + tokens).to(tokens.dtype)
         conditions: list[Tensor] = []
         for i, block in enumerate(self.transformer_blocks):
             tokens, condition = block(tokens, t, class_labels, None if emb is None else emb[:, i])
@@ -307,13 +310,26 @@ class Block(nn.Module):
     def forward(self, x: Tensor, t: Any, labels: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(x', the condition) from tokens (B, N, D), timesteps (B or 1,), labels (B,), and emb as in Conditioning."""
         condition, (shift, scale, gate, shift_mlp, scale_mlp, gate_mlp) = self.norm1(t, labels, emb)
-        x = x + gate[:, None] * self.attn1(modulated_norm(x, shift, scale, EPS))
-        return x + gate_mlp[:, None] * self.ff(modulated_norm(x, shift_mlp, scale_mlp, self.eps)), condition
+        y = self.attn1(modulated_norm(x, shift, scale, EPS))
+        x, normed = add_modulated_norm(x, y, gate, shift_mlp, scale_mlp, self.eps)
+        return torch.addcmul(x, gate_mlp[:, None], self.ff(normed)), condition
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Each token (of B, N, D) with mean 0 and variance 1, times 1 + scale (B, D), plus shift (B, D)."""
+    if is_fused(x, shift, scale):
+        return ops.layer_norm(x, eps=eps, scale=scale, shift=shift)
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
+
+
+def add_modulated_norm(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + gate y, gate (B, D), and its modulated norm."""
+    if is_fused(x, y, gate, shift, scale):
+        return ops.add_layer_norm(x, y, eps=eps, gate=gate, scale=scale, shift=shift)
+    x = torch.addcmul(x, gate[:, None], y)
+    return x, modulated_norm(x, shift, scale, eps)
 
 
 def positions(h: int, w: int, width: int, base: int, device: torch.device) -> Tensor:

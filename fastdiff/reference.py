@@ -89,18 +89,9 @@ def noising(
 
 
 def loss(
-    pred: Tensor,
-    x0: Tensor | None,
-    t: Tensor,
-    table: Tensor,
-    seed: Tensor | None,
-    ids: Tensor | None,
-    noise: Tensor | None,
-    stream: int,
-    rho: str,
-    delta: float,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    pred: Tensor, x0: Tensor | None, t: Tensor, table: Tensor, seed: Tensor | None, ids: Tensor | None,
+    noise: Tensor | None, stream: int, rho: str, delta: float, mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(w_t m rho(pred - y), its derivative by pred) per element, y = p_t x_0 + q_t z; table (levels, 3): (p, q, w).
 
     rho: "mse" r^2 (Ho et al. 2020, eq. 14); "l1" |r|; "huber" r^2 / 2 up to |r| = delta, then delta (|r| - delta / 2).
@@ -129,20 +120,10 @@ def loss(
 
 
 def update(
-    x: Tensor,
-    pred: Tensor,
-    rows: Tensor,
-    step: Tensor,
-    seed: Tensor | None,
-    ids: Tensor | None,
-    uncond: Tensor | None,
-    raw: Tensor | None,
-    noise: Tensor | None,
-    hist: Tensor | None,
-    clip: float | None,
-    keep: str,
-    stream: int,
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, pred: Tensor, rows: Tensor, step: Tensor, seed: Tensor | None, ids: Tensor | None,
+    uncond: Tensor | None, raw: Tensor | None, noise: Tensor | None, hist: Tensor | None,
+    clip: float | None, keep: str, stream: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(x', what hist becomes).
 
         x0hat = clip(x0_from_x x + x0_from_pred pred)
@@ -284,6 +265,12 @@ def inner(a: Tensor, b: Tensor, guidance: Tensor | None, centred: bool) -> Tenso
     return torch.stack([(u * v).sum(1) for u, v in ((a, a), (a, p), (p, p))], 1)
 
 
+def gated_gelu(x: Tensor) -> Tensor:
+    """hidden gelu(gate), of the halves of x (..., 2 C) (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+    hidden, gate = as_type(x, work_dtype(x)).tensor_split(2, -1)
+    return as_type(hidden * F.gelu(gate), x.dtype)
+
+
 def group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
     add: Tensor | None, eps: float, skip: Tensor | None, silu: bool,
@@ -337,6 +324,37 @@ def group_norm_silu_grad(
     by_x = by_x.to(x.dtype)
     by_skip = None if skip is None else by_x[:, first:]
     return by_x[:, :first], (by_factor * by).sum(0), (by_offset * by).sum(0), by_scale, by_shift, by_add, by_skip
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift of rows x (B, ..., C), scale and shift (B, C) (Ba, Kiros & Hinton 2016,
+    arXiv:1607.06450, eq. 4)."""
+    work = work_dtype(x)
+    weight, bias = (None if t is None else as_type(t, work) for t in (weight, bias))
+    u = F.layer_norm(as_type(x, work), x.shape[-1:], weight, bias, eps)
+    if scale is not None:
+        u = u * (1 + _per_row(as_type(scale, work), x))
+    if shift is not None:
+        u = u + _per_row(as_type(shift, work), x)
+    return as_type(u, x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(s, layer_norm of s), s = x + gate y, gate (B, C); typed like x, and s is rounded after the norm."""
+    work = work_dtype(x)
+    y = as_type(y, work)
+    s = as_type(x, work) + (y if gate is None else _per_row(as_type(gate, work), x) * y)
+    return as_type(s, x.dtype), as_type(layer_norm(s, weight, bias, eps, scale, shift), x.dtype)
+
+
+def _per_row(rows: Tensor, x: Tensor) -> Tensor:
+    """(B, C) shaped to be multiplied with or added to x (B, ..., C)."""
+    return rows.reshape(rows.shape[0], *[1] * (x.ndim - 2), rows.shape[-1])
 
 
 def with_channels(x: Tensor, add: Tensor | None) -> Tensor:

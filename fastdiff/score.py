@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .arguments import named
 from .chain import ChainDiffusion
@@ -58,7 +59,8 @@ class NCSN(ChainDiffusion):
         weighting: str | Weighting = "simple",
         clip: float | None = None,
     ) -> None:
-        super().__init__(model, Ladder(sigma_max, sigma_min, levels), objective, loss, weighting, clip)
+        with _disable_current_modes():  # the levels have values, also where fake weights have none
+            super().__init__(model, Ladder(sigma_max, sigma_min, levels), objective, loss, weighting, clip)
 
     def apply_options(self) -> None:
         super().apply_options()

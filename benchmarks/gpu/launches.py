@@ -55,12 +55,25 @@ def inner(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> N
         ops.inner(x.detach(), x.detach() + 1, guidance=torch.ones(1, device=device), centred=centred)
 
 
+def gated_gelu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    x, _ = draw(shape, dtype, device)
+    for width in (x.shape[-1] // 2, 300):
+        ops.gated_gelu(x.detach().flatten()[: 4 * width].view(2, 2 * width))
+
+
 def group_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     one, rows = torch.ones(shape[1], device=device), torch.ones(2, *shape[:2], device=device)
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(shape, device=device).to(dtype, memory_format=layout).requires_grad_()
         for scale, shift in ((None, None), rows):
             ops.group_norm_silu(x, 1, one, one, 1e-5, scale, shift).sum().backward()
+
+
+def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    x, _ = draw(shape, dtype, device)
+    x, row = x.detach(), x.detach()[:, 0, 0] + 1
+    ops.layer_norm(x, row[0], row[0])
+    ops.add_layer_norm(x, x + 1, gate=row, scale=row, shift=row)
 
 
 LAUNCHES: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], None]] = {
@@ -70,7 +83,9 @@ LAUNCHES: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], None]
     "vlb": vlb,
     "update": update,
     "inner": inner,
+    "gated_gelu": gated_gelu,
     "group_norm": group_norm,
+    "layer_norm": layer_norm,
 }
 
 

@@ -95,9 +95,10 @@ def measure(kernels: Sequence[tuple[Any, int]]) -> list[dict[str, Any]]:
 
 
 def plan_for(target: GPUTarget) -> None:
-    """Let the norm plan for the target, not for the PyTorch at hand."""
-    from fastdiff.kernels import group_norm
+    """Let the norms plan for the target, not for the PyTorch at hand."""
+    from fastdiff.kernels import group_norm, layer_norm
 
+    layer_norm.WARP = target.warp_size
     group_norm.LIMITS = group_norm.LIMITS._replace(warp=target.warp_size, halves=target.backend == "cuda")
 
 
@@ -106,6 +107,8 @@ def elements(arguments: dict[str, Any]) -> int:
     if "BLOCK" in arguments:
         return arguments["BLOCK"]
     a = arguments  # of a norm
+    if "CHUNK" in a:
+        return a["ROWS"] * a["CHANNELS"]
     return min(a["GROUPS"] * a["DEPTH"], a["BLOCKS"] * a["LANES"]) * min(a["PIXELS"], a["TILES"] * a["TILE"])
 
 
@@ -135,19 +138,21 @@ ACCESS = re.compile(
     r"\b(?:tt|amdg|amdgpu)\.(?:buffer_)?(load|store)\b(.*) : (?:!tt\.ptr<\w+> -> )?"
     r"tensor<([\dx]+)x(?:!tt\.ptr<)?[a-z]+(\d+)"
 )
+# What is evicted last, but AMD's buffer loads do not say so.
+ROW = re.compile(r" %(?:weight|bias|gate|scale|shift)_ptr\[")
 
 
 def tensor_bytes(ttgir: str, threads: int = 1) -> dict[str, int]:
     """Bytes of the tensors that one program loads and stores, by their types in Triton's GPU IR.
 
-    Two kinds do not count. What is evicted last is the same few numbers for many elements. A tensor with fewer elements
-    than the program has threads is not the data.
+    Two kinds do not count. What is evicted last is the same few numbers for many elements; for AMD the names tell these
+    rows. A tensor with fewer elements than the program has threads is not the data.
 
     Returns: {"load": bytes, "store": bytes}.
     """
     moved = {"load": 0, "store": 0}
     for kind, attributes, shape, bits in ACCESS.findall(ttgir):
-        if "evict_last" not in attributes and _elements(shape) >= threads:
+        if "evict_last" not in attributes and not ROW.match(attributes) and _elements(shape) >= threads:
             moved[kind] += _elements(shape) * max(1, int(bits) // 8)
     return moved
 

@@ -99,8 +99,24 @@ def launch_norm(v: Variant) -> None:
         norm_grad(x_grad=x, **by_rows, add_grad=add, skip_grad=skip, grad=y, **operands)
 
 
+def launch_layer_norm(v: Variant) -> None:
+    """Call the launcher of the layer norm as ops does."""
+    from fastdiff.kernels.layer_norm import layer_norm
+
+    x, y = v.data(), v.data() if v.has("add") else None
+    batch, _, channels = x.shape
+    weight = None
+    if v.has("affine"):
+        weight = torch.empty(channels, dtype=torch.float32 if v.has("mixed") else v.dtype, device="meta")
+    parts = torch.empty(batch, 3 * channels, dtype=v.dtype, device="meta").chunk(3, 1)
+    gate, scale, shift = (part if v.has(o) else None for part, o in zip(parts, ("gate", "scale", "scale"), strict=True))
+    rows = {"weight": weight, "bias": weight, "gate": gate, "scale": scale, "shift": shift}
+    layer_norm(out=x, total=y, x=x, y=y, eps=1e-5, **rows)
+
+
 def launch(v: Variant) -> None:
     """Call the launcher as ops does."""
+    from fastdiff.kernels.gate import gated_gelu
     from fastdiff.kernels.inner import inner
     from fastdiff.kernels.loss import loss, scale_
     from fastdiff.kernels.noise import normal_
@@ -130,8 +146,13 @@ def launch(v: Variant) -> None:
         vlb(floats(1), *grads, pred, raw, v.data(), v.data(), t, table, clip, 0.5)
     elif v.kernel in ("inner", "merge"):
         inner(floats(BATCH, 3), v.data(), v.data(), floats(1) if v.has("guidance") else None, v.has("centred"))
+    elif v.kernel == "gated_gelu":
+        x = v.data().flatten(2)
+        gated_gelu(x, torch.cat([x, x], -1))
     elif v.kernel in NORMS:
         launch_norm(v)
+    elif v.kernel == "layer_norm":
+        launch_layer_norm(v)
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None
@@ -274,7 +295,7 @@ def all_rows(size: str, dump: Path | None = None) -> list[dict[str, Any]]:
 
 COLUMNS = {  # key: heading, width, format
     "source": ("source", -21, "s"),
-    "kernel": ("kernel", -10, "s"),
+    "kernel": ("kernel", -11, "s"),
     "variant": ("variant", -26, "s"),
     "target": ("target", -7, "s"),
     "dtype": ("dtype", -9, "s"),

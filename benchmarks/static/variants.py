@@ -12,6 +12,8 @@ GROUPS, INNER = 32, (BATCH, 128, 32, 32)
 SHAPES = {"concat": (64, 384, 32, 32), "64x64": (64, 128, 64, 64), "128x128": (64, 128, 128, 128)}
 SHAPES |= {"4x4": (64, 256, 4, 4), "16x16": (64, 384, 16, 16), "320x64x64": (64, 320, 64, 64)}
 SHAPES["parts"] = (1, 128, 256, 256)
+# Tokens of a transformer: rows of six tiles, and those of Stable Diffusion 1.5, DiT-XL and larger ones.
+TOKENS = {"320": (BATCH, 1024, 320), "1152": (BATCH, 256, 1152), "5120": (BATCH, 256, 5120)}
 NORMS = ("moments", "norm", "norm_sums", "norm_grad")
 
 
@@ -34,6 +36,9 @@ class Variant:
     def data(self, dtype: torch.dtype | None = None, channels: int | None = None) -> Tensor:
         """(B, ...) without storage, which Triton takes for aligned. channels: others than the variant's."""
         odd = int(self.has("unaligned"))
+        if self.kernel == "layer_norm":
+            batch, tokens, width = next((TOKENS[o] for o in TOKENS if self.has(o)), (BATCH, 256, 1536))
+            return torch.empty(batch, tokens, width - odd, dtype=dtype or self.dtype, device="meta")
         layout = torch.channels_last if self.has("channels_last") else torch.contiguous_format
         if self.kernel in NORMS:
             batch, own, height, width = next((SHAPES[o] for o in SHAPES if self.has(o)), INNER)
@@ -64,6 +69,8 @@ COMMON = [
     ("vlb", ("none",), ["clip", "clip+raw", "raw+by_pred+by_raw", "raw+by_raw"]),
     ("update", DRAWN, subsets("clip")),
     ("inner", ("none",), ["", "guidance+centred"]),
+    ("gated_gelu", ("none",), [""]),
+    ("layer_norm", ("none",), ["add+gate+scale"]),
     ("norm", ("none",), [*subsets("scale", "channels_last"), "scale+add+channels_last", *MAPS]),
     ("norm_grad", ("none",), [*subsets("scale", "channels_last"), "scale+add+channels_last", *MAPS]),
 ]
@@ -79,7 +86,10 @@ RARE = [
     ("update", ("none", "generated"), ["clip+x0hat+slots", "clip+mix+slots"]),
     ("update", ("generated",), ["clip+x", "clip+new x0hat", "clip+ids", "clip+channels_last", "clip+mixed"]),
     ("inner", ("none",), ["channels_last", "centred", "guidance"]),
+    ("gated_gelu", ("none",), ["unaligned"]),
     ("merge", ("none",), ["centred"]),
+    ("layer_norm", ("none",), ["affine", "add+affine", "scale+1152", "add+gate+scale+1152", "add+gate+scale+5120"]),
+    ("layer_norm", ("none",), ["affine+320", "affine+mixed", "scale+unaligned"]),
     ("norm", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed", "linear"]),
     ("norm_grad", ("none",), [*subsets("scale", "parts", "channels_last", "add"), "unaligned", "mixed", "linear"]),
     ("norm_grad", ("none",), ["4x4+channels_last", "16x16+add+channels_last"]),

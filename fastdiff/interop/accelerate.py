@@ -12,13 +12,20 @@ import torch
 from torch import nn
 
 from ..cast import channels_last_convolutions
-from ..support.plain import has_plain_parameters, is_plain
+from ..support.plain import has_plain_parameters
 from .replay import put_in, take_out
 
 # The components of a pipeline that it calls at every step.
 DENOISERS = ("unet", "transformer")
 # Where a network keeps the convolutions whose layout was changed.
 LAID_OUT = "_channels_last_by_accelerate"
+# The fused classes of modules by their file in diffusers/, that of resnet blocks first.
+FUSED = {
+    "resnet": ["ResnetBlock2D"],
+    "transformer": ["Transformer2DModel"],
+    "group_norm": ["GroupNorm"],
+    "attention": ["BasicTransformerBlock", "Attention", "GEGLU"],
+}
 # Attributes that a fused scheduler has beside those of its stock class.
 OWN = {
     *("_tables", "_tables_of", "_last_run", "fused_noise", "__module__"),
@@ -47,11 +54,17 @@ def accelerate(
     - Without a gradient, a 1x1 shortcut on a map that is channels last becomes a matrix product. It adds both last
       biases.
     - A Transformer2DModel keeps maps that are channels last as they are. Its 1x1 convolutions become matrix products.
+    - In a BasicTransformerBlock with plain norms, each sum before a norm becomes one operation with that norm
+      (`ops.add_layer_norm`), and the gate of its GEGLU another (`ops.gated_gelu`). With a gradient, and where there are
+      no kernels, stock's forward runs.
+    - Attention with stock's AttnProcessor2_0 is computed without its division by 1. The processor stays. Another one is
+      called, whenever it is set.
     - Every other GroupNorm of a module of diffusers becomes one operation too: those at the entry of transformers, in
       the attention of an autoencoder, and before the last convolution. Attention with a processor that is not of
       diffusers keeps its own.
-    - The scheduler of a pipeline becomes that of fastdiff.interop.diffusers with the same configuration and state. It
-      is another object: take it from the pipeline. A scheduler that is assigned later, as in
+    - Every scheduler of a pipeline, such as `low_res_scheduler` beside `scheduler`, becomes that of
+      fastdiff.interop.diffusers with the same configuration and state. It is another object: take it from the
+      pipeline. A scheduler that is assigned later, as in
       `pipe.scheduler = X.from_config(pipe.scheduler.config)`, is what X is: take X from fastdiff.interop.diffusers, or
       call `accelerate` again.
 
@@ -91,22 +104,23 @@ def accelerate(
     done = Accelerated()
     for name, part, owner in _parts(target):
         reason = _misfit(part, owner)
-        if reason is not None:
+        if reason:
             done.left[name] = reason
-        elif type(part) in _kinds():
+        elif reason is None and type(part) in _kinds():
             part.__class__ = _kinds()[type(part)]
             done.append(name)
-    scheduler = _scheduler(target)
-    if scheduler is not None and not hasattr(scheduler, "stock"):
-        replaced = [name for name, value in vars(scheduler).items() if callable(value)]
+    for name, scheduler, holders in _schedulers(target):
+        if hasattr(scheduler, "stock"):  # it is one of ours
+            continue
+        replaced = [attribute for attribute, value in vars(scheduler).items() if callable(value)]
         ours = _fused_schedulers().get(type(scheduler))
         if ours is None:
-            done.left["scheduler"] = f"{type(scheduler).__name__} has no fused scheduler"
+            done.left[name] = f"{type(scheduler).__name__} has no fused scheduler"
         elif replaced:
-            done.left["scheduler"] = f"this object has methods of its own: {', '.join(replaced)}"
+            done.left[name] = f"this object has methods of its own: {', '.join(replaced)}"
         else:
-            target.scheduler = _become(ours, scheduler)
-            done.append("scheduler")
+            _hold(holders, _become(ours, scheduler))
+            done.append(name)
     for network in networks.values():
         parameter = next(network.parameters(), None)
         on_gpu = parameter is not None and parameter.is_cuda and not network.training
@@ -145,10 +159,10 @@ def restore(target: Any) -> list[str]:
                 convolution.weight.data = convolution.weight.data.to(memory_format=torch.contiguous_format)
             if take_out(module):
                 done.append(".".join(filter(None, (name, inner, "forward"))))
-    scheduler = _scheduler(target)
-    if type(scheduler) in _fused_schedulers().values():
-        target.scheduler = _become(type(scheduler).stock, scheduler)
-        done.append("scheduler")
+    for name, scheduler, holders in _schedulers(target):
+        if type(scheduler) in _fused_schedulers().values():
+            _hold(holders, _become(type(scheduler).stock, scheduler))
+            done.append(name)
     return done
 
 
@@ -164,17 +178,17 @@ def _networks(target: Any) -> dict[str, nn.Module]:
 def _parts(target: Any) -> Iterator[tuple[str, Any, nn.Module]]:
     """What is fused, or could be: (dotted name, module, the module that holds it).
 
-    Every ResnetBlock2D of a network or of a pipeline's networks, every Transformer2DModel that takes maps, and every
-    GroupNorm that another module of diffusers holds.
+    The layers of a network, or of a pipeline's networks, that `_kinds` has, but GroupNorms only of other modules of
+    diffusers.
     """
     networks = _networks(target)
     if not (kinds := _kinds()):  # then no network has modules of diffusers
         return
-    resnet, transformer, _ = kinds
+    resnet, *_ = layers = tuple(kind for kind in kinds if kind is not nn.GroupNorm)
     for name, network in networks.items():
         for inner, module in network.named_modules():
             prefix = [part for part in (name, inner) if part]
-            if isinstance(module, resnet) or (isinstance(module, transformer) and module.is_input_continuous):
+            if isinstance(module, layers):
                 yield ".".join(prefix), module, module
             if not isinstance(module, resnet) and _of_diffusers(type(module)):
                 for child, part in module.named_children():
@@ -187,14 +201,15 @@ def _of_diffusers(kind: type) -> bool:
 
 
 def _misfit(part: Any, owner: Any) -> str | None:
-    """Why a block, a transformer or a norm cannot be fused, or None."""
+    """Why a layer cannot be fused, "" if there is nothing in it to fuse, or None."""
     for stock, fused in _kinds().items():
         if isinstance(part, stock) and type(part) not in (stock, fused):
             return f"{type(part).__name__} is a subclass of {stock.__name__}"
-    resnet, _, norm = _kinds()
-    if isinstance(part, norm):
+    if isinstance(part, nn.GroupNorm):
         return _norm_misfit(part, owner)
-    return _block_misfit(part) if isinstance(part, resnet) else None
+    fused = _kinds().get(type(part), type(part))
+    reason: str | None = fused.misfit(part)
+    return reason
 
 
 def _norm_misfit(norm: Any, owner: Any) -> str | None:
@@ -211,28 +226,29 @@ def _norm_misfit(norm: Any, owner: Any) -> str | None:
     return None
 
 
-def _block_misfit(block: Any) -> str | None:
-    """Why a resnet block cannot be fused, or None."""
-    if "forward" in block.__dict__:
-        return "its forward is wrapped, as offloading does"
-    if type(block.nonlinearity) is not nn.SiLU:
-        return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
-    if not is_plain(block.nonlinearity, nn.SiLU):
-        return "its activation has hooks"
-    if block.time_emb_proj is not None and block.time_embedding_norm not in ("default", "scale_shift"):
-        return f"its time embedding enters by {block.time_embedding_norm!r}"
-    for norm in (block.norm1, block.norm2):
-        if type(norm) is not nn.GroupNorm:
-            return f"its norm is {type(norm).__name__}, not GroupNorm"
-        if not norm.affine:
-            return "its norm has no weight"
-        if not is_plain(norm, nn.GroupNorm):
-            return "its norm has hooks or parameters of another kind"
-    return None
+def _schedulers(target: Any) -> list[tuple[str, Any, list[tuple[Any, str]]]]:
+    """The schedulers of a pipeline: (name, scheduler, who holds it under which name).
+
+    Pipelines within it hold what it holds too, as in those that combine a prior and a decoder.
+    """
+    if isinstance(target, nn.Module):
+        return []
+    found: dict[int, tuple[str, Any, list[tuple[Any, str]]]] = {}
+    for name, part in target.components.items():
+        known = any(base.__name__ == "SchedulerMixin" for base in type(part).__mro__)
+        if known or (name == "scheduler" and part is not None):
+            found.setdefault(id(part), (name, part, []))
+    within = [part for part in vars(target).values() if isinstance(getattr(part, "components", None), dict)]
+    for holder in (target, *within):
+        for name, part in holder.components.items():
+            if id(part) in found:
+                found[id(part)][2].append((holder, name))
+    return list(found.values())
 
 
-def _scheduler(target: Any) -> Any:
-    return None if isinstance(target, nn.Module) else target.components.get("scheduler")
+def _hold(holders: list[tuple[Any, str]], scheduler: Any) -> None:
+    for holder, name in holders:
+        setattr(holder, name, scheduler)
 
 
 def _fused_schedulers() -> dict[type, Any]:
@@ -243,12 +259,14 @@ def _fused_schedulers() -> dict[type, Any]:
 
 
 def _kinds() -> dict[Any, Any]:
-    """The fused classes of modules by stock's: of resnet blocks, transformers and norms."""
-    if "diffusers.models.resnet" not in sys.modules:
+    """The fused classes of modules by stock's. Their `misfit` says what `_misfit` does."""
+    if "diffusers.models" not in sys.modules:
         return {}
-    names = {"resnet": "ResnetBlock2D", "transformer": "Transformer2DModel", "group_norm": "GroupNorm"}
-    rooms = {file: importlib.import_module(f".diffusers.{file}", __package__) for file in names}
-    return {kind.__base__: kind for kind in (getattr(rooms[file], name) for file, name in names.items())}
+    found: dict[Any, Any] = {}
+    for file, names in FUSED.items():
+        room = importlib.import_module(f".diffusers.{file}", __package__)
+        found |= {kind.__base__: kind for kind in (getattr(room, name) for name in names)}
+    return found
 
 
 def _put_back(part: Any, stock: Any, fused: Any) -> None:

@@ -11,8 +11,10 @@ Arguments that several operations have:
   is wanted.
 """
 
+from .gate import gated_gelu
 from .group_norm import group_norm_silu
 from .inner import inner
+from .layer_norm import add_layer_norm, layer_norm
 from .loss import LOSSES, loss
 from .noise import FORWARD, PRIOR, REVERSE, normal
 from .noising import noising
@@ -25,9 +27,12 @@ __all__ = [
     "LOSSES",
     "PRIOR",
     "REVERSE",
+    "add_layer_norm",
     "combine",
+    "gated_gelu",
     "group_norm_silu",
     "inner",
+    "layer_norm",
     "loss",
     "noising",
     "normal",

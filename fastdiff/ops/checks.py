@@ -1,6 +1,7 @@
 """Checks of arguments: what cannot be right is a TypeError or ValueError that names the argument, before any work."""
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,8 @@ def type_names(dtypes: tuple[torch.dtype, ...]) -> str:
 def check_floating(name: str, x: Tensor) -> None:
     """x is a floating tensor with a batch dimension."""
     if isinstance(x, Tensor) and x.dtype in FLOATING and x.layout is _STRIDED and x.ndim and not x.is_nested:
+        if type(x) is not Tensor and not torch.compiler.is_compiling():
+            check_whole(name, x)
         return  # all at once: this comes several times in every call
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -38,6 +41,13 @@ def check_floating(name: str, x: Tensor) -> None:
     check_dense(name, x)
     if x.ndim < 1:
         raise ValueError(f"{name}: expected a batch dimension, got shape ()")
+
+
+def check_whole(name: str, x: Tensor) -> None:
+    """x is no DTensor, of whose samples and noise this process knows a part alone."""
+    split = sys.modules.get("torch.distributed.tensor")
+    if split is not None and isinstance(x, split.DTensor):
+        raise TypeError(f"{name}: expected the tensor of one process, got a DTensor; {name}.to_local() is its part")
 
 
 def check_like(name: str, given: Tensor, x: Tensor) -> None:

@@ -71,15 +71,16 @@ class backend:
 def launchers(name: str) -> Any:
     """The launchers of a backend by name, imported at first use.
 
-    All have normal_, noising, loss, scale_ and update. "triton" has vlb, inner, norm and norm_grad too.
+    All have normal_, noising, loss, scale_ and update. "triton" has vlb, inner, gated_gelu, norm, norm_grad and
+    layer_norm too.
     """
     if name == "cpu":
         keep_freed_memory()
         return uninterrupted(lambda: importlib.import_module("..kernels.cpu", __package__))
     warn_if_untested("triton", importlib.import_module("triton").__version__)
-    noise, noising, loss, vlb, update, inner, group_norm = (
+    noise, noising, loss, vlb, update, inner, gate, group_norm, layer_norm = (
         importlib.import_module(f"..kernels.{file}", __package__)
-        for file in ("noise", "noising", "loss", "vlb", "update", "inner", "group_norm")
+        for file in ("noise", "noising", "loss", "vlb", "update", "inner", "gate", "group_norm", "layer_norm")
     )
     return SimpleNamespace(
         normal_=noise.normal_,
@@ -89,8 +90,10 @@ def launchers(name: str) -> Any:
         vlb=vlb.vlb,
         update=update.update,
         inner=inner.inner,
+        gated_gelu=gate.gated_gelu,
         norm=group_norm.norm,
         norm_grad=group_norm.norm_grad,
+        layer_norm=layer_norm.layer_norm,
     )
 
 

@@ -28,6 +28,10 @@ OTHER_NAMES = {
     "init_image": "x_init",
     "mask": "known",
     "mask_image": "known",
+    "return_all_timesteps": "return_trajectory",
+    "cond_scale": "guidance",
+    "y": "class_labels",
+    "label": "class_labels",
     "--learning-rate": "--lr",
     "--epochs": "--steps",
 }

@@ -25,6 +25,7 @@ METHODS: dict[type[nn.Module], list[tuple[str, Any]]] = {
         (nn.Conv2d, ("forward", "_conv_forward")),
         (nn.Linear, ("forward",)),
         (nn.GroupNorm, ("forward",)),
+        (nn.LayerNorm, ("forward",)),
         (nn.SiLU, ("forward",)),
     )
 }
@@ -59,10 +60,15 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def has_plain_parameters(module: nn.Module) -> bool:
     """Whether its own parameters are ordinary ones, not DTensors or quantized tensors."""
-    for p in module._parameters.values():  # no generator: this comes with every layer
-        if not (p is None or type(p) is nn.Parameter or type(p) is Tensor or isinstance(p, FakeTensor)):
+    for p in module._parameters.values():  # noqa: SIM110, this comes with every layer
+        if not (p is None or is_ordinary(p)):
             return False
     return True
+
+
+def is_ordinary(t: Any) -> bool:
+    """Whether it is a tensor or parameter, not a DTensor or a quantized tensor."""
+    return type(t) is nn.Parameter or type(t) is Tensor or isinstance(t, FakeTensor)
 
 
 def is_wrapped(module: nn.Module) -> bool:

@@ -3,8 +3,8 @@
 Tensors are in groups: model.* (trained weights), ema.* (their moving average, to sample from), averages.* (further
 averages, by their names), optimizer.N.* (of parameter N), rng.* (states of generators), and importance.* (the losses
 that importance sampling remembers). There is no pickle. The metadata is JSON: the format's version, the step, the
-configurations of the network (under its name, "unet" or "dit") and of the formulation around it, and the options of the
-run.
+configurations of the network (under its name, "unet" or "dit") and of the formulation around it, the options of the
+run, and what it noted of its data.
 """
 
 import errno
@@ -33,7 +33,7 @@ NAME = "model.safetensors"
 VERSION = 2
 METADATA_KEY = "fastdiff"
 GROUPS = ("model", "ema", "averages", "optimizer", "rng", "importance")
-METADATA = {"version": int, "step": int, "model": str, "config": dict, "options": dict, "classes": list}
+METADATA = {"version": int, "step": int, "model": str, "config": dict, "options": dict, "classes": list, "data": dict}
 NETWORKS = ("unet", "dit")
 # What each formulation has to be told. A wrong default would go unseen: no tensor's shape depends on these.
 REQUIRED = {
@@ -77,6 +77,7 @@ class RunFile:
         kind: of network, a name of NETWORKS; arguments: those of its constructor.
         options, step: the options of the run, and the step at whose end it was written.
         classes: the names of the classes that the network knows, in the order of their numbers.
+        data: what the run noted of its data.
     """
 
     file: TensorFile
@@ -87,6 +88,7 @@ class RunFile:
     options: dict[str, Any]
     step: int
     classes: list[str]
+    data: dict[str, Any]
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFile":
@@ -113,7 +115,7 @@ class RunFile:
             for name in ("timesteps", "levels"):
                 if name in metadata["config"]:
                     check_length(name, metadata["config"][name], file.size)
-        kind, rest = _kind(metadata), (metadata[name] for name in ("options", "step", "classes"))
+        kind, rest = _kind(metadata), (metadata[name] for name in ("options", "step", "classes", "data"))
         return cls(file, metadata["model"], metadata["config"], kind, metadata[kind], *rest)
 
     def blamed(self) -> AbstractContextManager[None]:
@@ -171,6 +173,7 @@ def _metadata(header: Mapping[str, str]) -> dict[str, Any]:
     metadata: dict[str, Any] = json.loads(text)
     if isinstance(metadata, dict):
         metadata.setdefault("classes", [])  # files of 0.1 have none
+        metadata.setdefault("data", {})
     for name, kind in METADATA.items():
         value = metadata.get(name) if isinstance(metadata, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):

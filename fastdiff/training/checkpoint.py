@@ -52,6 +52,7 @@ class State:
         step: the optimizer steps done.
         averages: further averages of the weights by name, see fastdiff.training.ema, each by the names of the weights.
         classes: the names of the classes, none without.
+        data: what `fastdiff.training.feed.noted` says of the data (JSON); nothing in files of before.
     """
 
     diffusion: Diffusion
@@ -62,6 +63,7 @@ class State:
     step: int
     averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -129,6 +131,7 @@ def snapshot(state: State, ranks: Ranks = ALONE, buffers: dict[str, Tensor] | No
         "config": state.diffusion.config,
         "options": state.options,
         "classes": state.classes,
+        "data": state.data,
     }
     return Snapshot(metadata, _copied(groups, ranks, {} if buffers is None else buffers), shares)
 
@@ -180,7 +183,9 @@ def load(path: str | Path) -> State:
         folder = shares_of(stored.file.path, stored.step)
         whole_file = any(name.startswith("optimizer.") for name in stored.file.shapes) or not folder.is_dir()
         optimizer = _optimizer(stored, network) if whole_file else folder
-        return State(diffusion, average, optimizer, rng, stored.options, stored.step, averages, stored.classes)
+        return State(
+            diffusion, average, optimizer, rng, stored.options, stored.step, averages, stored.classes, stored.data
+        )
 
 
 def check_free(path: Path, resume: State | None) -> None:

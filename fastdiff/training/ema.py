@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdiff.support import run_file
+from fastdiff.support import run_file, walk
 from fastdiff.support.errors import blaming
 from fastdiff.support.run_file import RunFile
 from fastdiff.support.scalars import as_share
@@ -93,8 +93,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
 
     Raises: TypeError or ValueError, naming the argument.
     """
-    averages: list[Tensor] = [*ema.parameters()]
-    weights: list[Tensor] = [*model.parameters()]
+    averages: list[Tensor] = [*walk.parameters(ema)]
+    weights: list[Tensor] = [*walk.parameters(model)]
     if [average.shape for average in averages] != [weight.shape for weight in weights]:
         raise ValueError(f"ema: expected the {len(weights)} parameters of model, got {len(averages)} or other shapes")
     if not isinstance(decay, Tensor):

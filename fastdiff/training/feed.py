@@ -1,12 +1,14 @@
-"""The batches of a run, as its options describe them, and what is measured of its data."""
+"""The batches of a run, as its options describe them, and what is measured and noted of its data."""
 
+import hashlib
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastdiff.training.data import Arrays, Source, Stream, open_source
+from fastdiff.training.data import Arrays, HuggingFace, Source, Stream, open_source
 from fastdiff.training.data.cache import Cached
 from fastdiff.training.data.opening import is_path
 from fastdiff.training.options import Options
@@ -45,6 +47,29 @@ def open_stream(options: Options, folder: Path) -> Stream:
         label_dropout=options.label_dropout,
         workers=0 if isinstance(source, Arrays) else options.workers,
     )
+
+
+def noted(source: Source, data: str) -> dict[str, Any]:
+    """What a checkpoint says of its data: how many, and a hash of their names and of their labels.
+
+    Names are those below the folder `data`, which may be moved. No image is opened, so new pixels go unseen.
+    """
+    names, folder = hashlib.sha256(), str(Path(data))
+    for index in () if isinstance(source, Arrays | HuggingFace) else range(len(source)):  # whose names are numbers
+        names.update(source.name(index).removeprefix(folder).encode("utf-8", "surrogateescape") + b"\0")
+    labels = "" if source.labels is None else hashlib.sha256(source.labels.tobytes()).hexdigest()
+    return {"images": len(source), "names": names.hexdigest(), "labels": labels}
+
+
+def changed(before: dict[str, Any], now: dict[str, Any], step: int) -> str:
+    """How the data differ from those until a step, in words; "" if they do not, or if that was not noted."""
+    if before == now or before.keys() != now.keys():
+        return ""
+    if before["images"] != now["images"]:
+        return f"{before['images']} images until step {step}, {now['images']} now; they come in another order"
+    if before["names"] != now["names"]:
+        return f"the images have other names than until step {step}; they come in another order"
+    return f"the images have other labels than until step {step}"
 
 
 def warn_if_wide(source: Source) -> None:

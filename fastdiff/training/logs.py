@@ -1,5 +1,6 @@
 """What a run says: what it trains, how long that will take, and a bar of its steps."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from fastdiff.files import need
 EVERY = 10
 # The bar is drawn again after so many seconds.
 BAR_SECONDS = 0.5
-# The time is estimated after so many seconds, or the first EVERY steps.
+# The time is estimated from so many seconds, or EVERY steps, after as many that warm up.
 PATIENCE = 5.0
 # Items that cannot be read and are named one by one.
 NAMED = 100
@@ -33,7 +34,7 @@ class Progress:
     def __init__(self, start: int, steps: int, batch_size: int) -> None:
         self.start, self.steps, self.batch_size = start, steps, batch_size
         self.lost: OSError | None = None
-        self._timed: float | None = None  # when the first step, which compiles, had been done
+        self._marks: list[tuple[float, int]] = []  # (when, step): after the first step, and after the warm-up
         self._estimated = False
         self._tqdm = need("tqdm").tqdm
         self._bar = self._tqdm(total=steps, initial=start, unit="step", mininterval=BAR_SECONDS)
@@ -72,16 +73,20 @@ class Progress:
         self._show(self._bar.close)
 
     def _estimate(self, step: int) -> None:
-        """Say once how long the run will take, from the steps after the first."""
-        now, done, left = time.perf_counter(), step - self.start, self.steps - step
-        if self._timed is None:
-            self._timed = now
-        elif now - self._timed >= PATIENCE or done >= EVERY:
-            self._estimated = True
-            if left:
-                seconds = (now - self._timed) / (done - 1) * left
-                rest = "step that is" if left == 1 else "steps that are"
-                self.say(f"fastdiff: about {duration(seconds)} for the {left} {rest} left")
+        """Say once how long the run will take. The first step compiles, and some after it warm up: they do not count.
+
+        A GPU is behind the host, but where a number was just read from it.
+        """
+        now, left = time.perf_counter(), self.steps - step
+        begun, first = self._marks[-1] if self._marks else (-math.inf, step)
+        if now - begun < PATIENCE and step % EVERY:
+            return
+        self._marks.append((now, step))
+        self._estimated = len(self._marks) > 2
+        if self._estimated and left:
+            seconds = (now - begun) / (step - first) * left
+            rest = "step that is" if left == 1 else "steps that are"
+            self.say(f"fastdiff: about {duration(seconds)} for the {left} {rest} left")
 
     def _show(self, write: Callable[[], object]) -> None:
         """Write something, unless the output is lost."""

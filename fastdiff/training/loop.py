@@ -22,6 +22,7 @@ from fastdiff.denoiser import TOLD
 from fastdiff.files import locked, sweep, writable
 from fastdiff.networks import Network
 from fastdiff.recipes import offset_noise, own_estimate
+from fastdiff.support import walk
 from fastdiff.support.run_file import NAME
 from fastdiff.training.build import build
 from fastdiff.training.checkpoint import FOLDER as CHECKPOINTS
@@ -29,7 +30,7 @@ from fastdiff.training.checkpoint import State, check_free, importance, read_sha
 from fastdiff.training.draws import LEVELS, SELF_CONDITIONING, noise_key, uniforms
 from fastdiff.training.ema import FOLDER as AVERAGES
 from fastdiff.training.ema import average_names, update_averages, update_ema, warmed
-from fastdiff.training.feed import measured, open_stream
+from fastdiff.training.feed import changed, measured, noted, open_stream
 from fastdiff.training.layout import exchanging, laid_out, recompute_blocks, replicate, shard, whole
 from fastdiff.training.logs import EVERY, Progress, Silent
 from fastdiff.training.options import Options
@@ -96,6 +97,8 @@ def train(
             # Workers that read ahead end here too.
             with closing(run.batches), closing(record), closing(progress), interrupts() as signals, saver:
                 progress.say(run.summary())
+                if run.changed:
+                    progress.say(f"fastdiff: warning: data: {run.changed}")
                 run.stream.warn = progress.left_out
                 take_steps(run, record, progress, saver, signals, caught)
                 if run.step > run.saved:
@@ -155,6 +158,8 @@ class Run:
         ranks.agree("data", len(self.stream))
         if resume and resume.classes != self.classes:
             raise ValueError(f"data: expected the classes {resume.classes} of the run, got {self.classes}")
+        self.data = noted(self.stream.source, options.data)
+        self.changed = changed(resume.data, self.data, resume.step) if resume else ""
         place = torch.device("cpu") if options.fsdp else device  # FSDP brings each process its share alone
         self.diffusion = (resume.diffusion if resume else build(options, len(self.classes))).to(place).train()
         self.ema = resume.ema.to(place) if resume else cast(Network, copy.deepcopy(self.diffusion.model))
@@ -243,7 +248,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate(step)
         bad = self._step_in_parts() if self.take is None else self._step(self.take)
-        update_averages(self.averages, self.diffusion.model.parameters(), step)
+        if self.averages:
+            update_averages(self.averages, walk.parameters(self.diffusion.model), step)
         self.skipped, self.bad = self.skipped + bad, (self.bad + 1) * bad
         good = (step + 1 - self.start - self.skipped).clamp(1, 50)
         self.loss = torch.where(bad, self.loss, self.loss.lerp(self.losses.mean(), 1 / good))
@@ -381,6 +387,7 @@ class Run:
                 self.step,
                 {name: dict(zip(self.names, tensors, strict=True)) for name, tensors in self.averages.items()},
                 self.classes,
+                self.data,
             )
         )
         self.saved = self.step

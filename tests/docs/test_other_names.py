@@ -171,6 +171,20 @@ def test_schedules_of_lucidrains(name, atol):
     torch.testing.assert_close(theirs.double(), schedule.SCHEDULES[name](T).betas, rtol=0, atol=atol)
 
 
+def test_methods_and_attributes_of_lucidrains():
+    interop = pytest.importorskip("fastdiff.interop.denoising_diffusion")
+
+    class Stand(nn.Module):
+        channels = out_dim = 3
+        self_condition = random_or_learned_sinusoidal_cond = False
+
+    theirs, ours = interop.GaussianDiffusion(Stand(), image_size=4, beta_schedule="linear"), DDPM(Stand())
+    assert theirs.num_timesteps == ours.timesteps == T
+    torch.testing.assert_close(theirs.alphas_cumprod.double(), ours.schedule.alpha_bar[1:], **FLOAT32)
+    x, noise, t = torch.rand(SHAPE), torch.rand(SHAPE), torch.tensor([0, T - 1])
+    torch.testing.assert_close(theirs.q_sample(x, t, noise), ours.q_sample(x, t + 1, noise=noise), **FLOAT32)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_euler_of_flow_matching(diffusers, shift):
     """On the levels that the pipelines of Stable Diffusion 3 and FLUX give."""

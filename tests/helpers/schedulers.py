@@ -5,6 +5,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.interop import diffusers as fused
 
@@ -132,3 +133,13 @@ def small_unet(**config: Any) -> diffusers.UNet2DModel:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         **config,
     )
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what would wait for a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"), name
+        self.calls = [*getattr(self, "calls", []), name]
+        return func(*args, **(kwargs or {}))

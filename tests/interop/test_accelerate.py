@@ -6,6 +6,9 @@ import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from small_models import RESNET, SMALL
@@ -35,17 +38,18 @@ def resnet_sampling() -> nn.Module:
     return unet(**RESNET, resnet_time_scale_shift="scale_shift", mid_block_scale_factor=2.0)
 
 
-def conditional() -> nn.Module:
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(4, 8),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=2,
-        cross_attention_dim=4,
-        attention_head_dim=2,
-    )
+def conditional(**changes) -> nn.Module:
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (4, 8),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "cross_attention_dim": 4,
+        "attention_head_dim": 2,
+    }
+    return diffusers.UNet2DConditionModel(**config | changes)
 
 
 def autoencoder() -> nn.Module:
@@ -95,9 +99,12 @@ def close(got, want, atol=1e-5):
 
 
 def parts(net) -> list[str]:
-    """What is fused: the blocks, the transformers, and the norms that are not within a block."""
+    """What is fused: the blocks, the transformers and their layers, and the norms that are not within a block."""
     blocks = {n for n, m in net.named_modules() if isinstance(m, ResnetBlock2D)}
-    transformers = [n for n, m in net.named_modules() if isinstance(m, Transformer2DModel)]
+    layers = Transformer2DModel, BasicTransformerBlock, GEGLU
+    transformers = [n for n, m in net.named_modules() if isinstance(m, layers)]
+    # Those outside of transformers have a sum after them.
+    transformers += [n for n, m in net.named_modules() if isinstance(m, Attention) and not m.residual_connection]
     norms = [n for n, m in net.named_modules() if isinstance(m, nn.GroupNorm) and n.rpartition(".")[0] not in blocks]
     return sorted([*blocks, *transformers, *norms])
 
@@ -118,7 +125,8 @@ def test_same_outputs_gradients_and_names(name, training):
     assert sorted(fastdiff.restore(net)) == fused and fastdiff.restore(net) == []
     assert all(type(m) is ResnetBlock2D for m in net.modules() if isinstance(m, ResnetBlock2D))
     assert all(type(m) is nn.GroupNorm for m in net.modules() if isinstance(m, nn.GroupNorm))
-    assert all(type(m) is Transformer2DModel for m in net.modules() if isinstance(m, Transformer2DModel))
+    for kind in (Transformer2DModel, BasicTransformerBlock, Attention, GEGLU):
+        assert all(type(m) is kind for m in net.modules() if isinstance(m, kind))
     close(with_gradients(net), want, atol=0)
     assert sorted(fastdiff.restore(twin)) == fused
 
@@ -223,17 +231,22 @@ def test_anything_else_is_refused(call):
 
 @pytest.mark.slow
 def test_compiles_to_one_graph():
-    net = made("resnet sampling").eval()
-    want = output(net)
-    fastdiff.accelerate(net)
+    """With transformers, and blocks that scale, shift and sample."""
+    torch.manual_seed(0)
+    config = {
+        "down_block_types": ("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
+        "mid_block_type": None,
+        "resnet_time_scale_shift": "scale_shift",
+    }
+    net = conditional(**config).eval()
+    random = torch.Generator().manual_seed(1)
+    x, t, text = torch.randn(2, 4, 8, 8, generator=random), torch.tensor([3, 700]), torch.ones(2, 3, 4)
     torch.compiler.reset()
     with torch.no_grad():
-        close([output_of(torch.compile(net, backend="eager", fullgraph=True), net)], [want])
-
-
-def output_of(compiled, net):
-    random = torch.Generator().manual_seed(1)
-    return compiled(torch.randn(2, 3, 8, 8, generator=random), torch.tensor([3, 700]), return_dict=False)[0]
+        want = net(x, t, text, return_dict=False)
+        fastdiff.accelerate(net)
+        close(torch.compile(net, backend="eager", fullgraph=True)(x, t, text, return_dict=False), want)
 
 
 class Doubled(nn.GroupNorm):
@@ -404,6 +417,34 @@ def test_a_run_goes_on_whatever_happens_within(name):
         torch.testing.assert_close(*x, rtol=1e-5, atol=1e-5)
     fastdiff.restore(pair[1])
     assert vars(pair[1].scheduler).keys() == vars(pair[0].scheduler).keys()
+
+
+class Cascade(diffusers.DiffusionPipeline):
+    """A pipeline of several schedulers, within which another one holds some of them."""
+
+    def __init__(self, scheduler, low_res_scheduler, prior_scheduler, decoder_scheduler):
+        super().__init__()
+        self.register_modules(
+            scheduler=scheduler, low_res_scheduler=low_res_scheduler, prior_scheduler=prior_scheduler,
+            decoder_scheduler=decoder_scheduler,
+        )  # fmt: skip
+        self.prior_pipe = diffusers.DDPMPipeline(nn.Identity(), low_res_scheduler)
+
+
+def test_every_scheduler_of_a_pipeline_is_replaced():
+    """Or named in `left`; what was one object, here and in a pipeline within, stays one."""
+    shared, left = diffusers.DDPMScheduler(), diffusers.UnCLIPScheduler()
+    pipeline = Cascade(diffusers.EulerDiscreteScheduler(), shared, left, shared)
+    with pytest.warns(UserWarning, match="accelerate left 1 parts as they are: UnCLIPScheduler has no fused"):
+        done = fastdiff.accelerate(pipeline)
+    assert done == ["scheduler", "low_res_scheduler"]
+    assert done.left == {"prior_scheduler": "UnCLIPScheduler has no fused scheduler"}
+    assert type(pipeline.scheduler) is ours.EulerDiscreteScheduler and pipeline.prior_scheduler is left
+    assert type(pipeline.low_res_scheduler) is ours.DDPMScheduler
+    assert pipeline.decoder_scheduler is pipeline.low_res_scheduler is pipeline.prior_pipe.scheduler
+    assert fastdiff.restore(pipeline) == ["scheduler", "low_res_scheduler"]
+    assert type(pipeline.prior_pipe.scheduler) is diffusers.DDPMScheduler
+    assert pipeline.decoder_scheduler is pipeline.low_res_scheduler is pipeline.prior_pipe.scheduler
 
 
 def test_a_scheduler_that_is_assigned_later():

@@ -35,7 +35,12 @@ def random_norm(net, name) -> nn.Module:
 
 
 NETWORKS = {"group_norm": attention, "norm": transformer}
-ITSELF = {"group_norm": [], "norm": [""]}  # what else of the network is replaced
+# What else of the network is replaced, before and after the norm.
+ITSELF = {"group_norm": [], "norm": [""]}
+LAYERS = {
+    "group_norm": [],
+    "norm": [f"transformer_blocks.0{name}" for name in ("", ".attn1", ".attn2", ".ff.net.0")],
+}
 
 
 def output(net, layout=torch.contiguous_format) -> torch.Tensor:
@@ -104,12 +109,12 @@ def test_the_results_of_stock_whatever_is_done_to_a_norm(treatment, launches):
     treat, fused, said = TREATMENTS[treatment]
     for name, make in NETWORKS.items():
         stock, before, after = make(), make(), make()
-        assert fastdiff.accelerate(after) == [*ITSELF[name], name]
+        assert fastdiff.accelerate(after) == [*ITSELF[name], name, *LAYERS[name]]
         for net in (stock, before, after):
             torch.manual_seed(2)
             treat(getattr(net, name))
         done = fastdiff.accelerate(before)
-        assert done == [*ITSELF[name], *([name] if said is None else [])]
+        assert done == [*ITSELF[name], *([name] if said is None else []), *LAYERS[name]]
         assert done.left == ({} if said is None else {name: said})
         want = output(stock)
         assert not launches

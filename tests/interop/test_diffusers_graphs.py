@@ -6,11 +6,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from schedulers import CASES, COUNTING, NAMES, PARITY, both, draw, noised, prepared, seeded, small_unet
+from schedulers import CASES, COUNTING, NAMES, PARITY, NoReads, both, draw, noised, prepared, seeded, small_unet
 from strategies import BACKENDS, DEVICE
 from tolerance import assert_same_bits
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import ops
@@ -21,16 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffuse
 
 
 # --- no waiting, no graph breaks ----------------------------------------------------------------------------------
-
-
-class NoReads(TorchDispatchMode):
-    """Refuses what would wait for a device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"), name
-        self.calls = [*getattr(self, "calls", []), name]
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("fused_noise", [False, True])

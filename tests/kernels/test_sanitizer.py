@@ -103,6 +103,14 @@ def test_inner(launches, shape, dtype, layout, centred):
     assert {a.data_ptr(), b.data_ptr()} <= launches[0].starts, "a copy was read"
 
 
+@every
+def test_gated_gelu(launches, shape, dtype, layout):
+    x = tensor((*shape[:-1], 2 * shape[-1]), dtype, layout)
+    ops.gated_gelu(x)
+    assert len(launches) == 1
+    assert (x.data_ptr() in launches[0].starts) == x.is_contiguous(), "a copy was read"
+
+
 @pytest.mark.slow
 @every
 @drawn
@@ -121,7 +129,7 @@ def test_update(launches, shape, dtype, layout, generated, keep, inplace):
 
 def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     """The last row of a grid of more than 32,768 samples has them."""
-    for file in ("noise", "noising", "loss", "update", "vlb", "inner"):
+    for file in ("noise", "noising", "loss", "update", "vlb", "inner", "layer_norm"):
         module = importlib.import_module(f"fastdiff.kernels.{file}")
         monkeypatch.setattr(module, "grid_of", lambda batch, n, block: (triton.cdiv(n, block), batch + 2, 1))
     x = tensor((2, 300)).requires_grad_()
@@ -131,7 +139,8 @@ def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     ops.update(ops.noising(x, 1, table(ROWS, 2, salt=0)), x, table(ROWS, 9, salt=0), 1)
     ops.vlb(x, x, x, 1, table(ROWS, 6, salt=0))
     ops.inner(x, x)
-    assert len(launches) == 10
+    ops.add_layer_norm(x, x, gate=x)
+    assert len(launches) == 11
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def taped(monkeypatch) -> Faulty:
     recorders = Faulty()
     # Not the list itself: a model that holds what grows changes with each recorder.
     monkeypatch.setattr(Captures.__init__, "__defaults__", (lambda device: recorders(device),))
-    monkeypatch.setattr("fastdiff.diffusion.what_forbids", lambda *_: None)
+    monkeypatch.setattr("fastdiff.capture.what_forbids", lambda *_: None)
     for module in ("interop.replay", "training.step"):
         monkeypatch.setattr(f"fastdiff.{module}.CudaGraphs", recorders)
         monkeypatch.setattr(f"fastdiff.{module}.what_forbids_here", lambda device: None)

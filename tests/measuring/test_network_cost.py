@@ -6,9 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.gpu.networks import TINY_STABLE_DIFFUSION
-from benchmarks.network_cost import CPU, Cost, accelerated, conditional, cost, count, inductor_kernels, passes, rows
+from benchmarks import network_cost
+from benchmarks.gpu.networks import TINY_STABLE_DIFFUSION, TINY_UNET
+from benchmarks.network_cost import (
+    CPU,
+    Cost,
+    accelerated,
+    conditional,
+    cost,
+    count,
+    inductor_kernels,
+    passes,
+    rows,
+    transformer_rows,
+)
 from benchmarks.networks import cifar10
+from fastdiff import UNet
 
 
 def test_rules():
@@ -88,8 +101,10 @@ def test_what_the_network_costs_as_it_is_sampled():
 
 
 @pytest.mark.slow
-def test_rows_compare_with_diffusers():
+def test_rows_compare_with_diffusers(monkeypatch):
+    """Of a small network: there are seven."""
     pytest.importorskip("diffusers")
+    monkeypatch.setattr(network_cost, "cifar10", lambda device: UNet(**TINY_UNET))
     ours, *_, theirs = (row for row in rows([1]) if "autocast" not in row.network and "float32" not in row.network)
     assert ours.network.startswith("fastdiff") and theirs.network.startswith("diffusers")
     assert 2 * ours.kernels < theirs.kernels
@@ -107,9 +122,24 @@ def test_an_accelerated_network_launches_less():
     assert ours.megabytes_per_image < theirs.megabytes_per_image
     assert ours.by_operator["group_norm_silu"] == 2 * 8 + 4 + 1
     assert not ours.by_operator.keys() & {"native_group_norm", "clone"}
-    assert theirs.by_operator["div"] - ours.by_operator["div"] == 8
+    assert theirs.by_operator["div"] - ours.by_operator["div"] == 8 + 2 * 4
+    assert (ours.by_operator["gated_gelu"], ours.by_operator["add_layer_norm"]) == (4, 2 * 4)
+    assert ours.by_operator["native_layer_norm"] == 4 and "gelu" not in ours.by_operator
     # One for each of the blocks' first, and for a second beside a shortcut; two for the others that add their bias.
     assert ours.by_operator["convolution"] == 8 + 5 + 2 * 3 + 2 * 4
+
+
+@pytest.mark.slow
+def test_a_transformer_takes_a_norm_with_the_sum_before_it_and_what_modulates_it():
+    """Three launches of a block, two norms and the last sum; without them there were nine, as in diffusers."""
+    pytest.importorskip("diffusers")
+    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_embeds_ada_norm": 5}
+    sampled, ours, theirs = transformer_rows(**config)
+    for row in (sampled, ours):
+        assert row.by_operator["layer_norm"] == 1 + 1 and row.by_operator["add_layer_norm"] == 1
+        assert row.by_operator["addcmul"] == 1 and "native_layer_norm" not in row.by_operator
+    assert sampled.kernels < ours.kernels <= theirs.kernels - 6
+    assert ours.megabytes_per_image < theirs.megabytes_per_image
 
 
 @pytest.mark.slow

@@ -82,6 +82,8 @@ BUDGETS = {
     ("vlb", "raw+by_pred+by_raw", "none"): (52, 54),
     ("inner", "plain", "none"): (12, 13),
     ("inner", "guidance+centred", "none"): (23, 23),
+    ("gated_gelu", "plain", "none"): (40, 39),
+    ("layer_norm", "add+gate+scale", "none"): (16, 20),
     # A large image, whose groups are read twice, takes moments and norm_sums besides (the full table).
     ("norm", "plain", "none"): (21, 14),
     ("norm", "channels_last", "none"): (21, 15),
@@ -135,7 +137,7 @@ NORMS = ("norm", "norm_grad")
 def minimum_bytes(row):
     """What has to be read and written at least: the tensors, once each."""
     tensors = {"normal": 1, "noising": 2, "loss": 1, "scale": 2, "update": 3, "reduce": 1, "vlb": 3, "norm": 2}
-    tensors = (tensors | {"norm_grad": 3, "inner": 2})[row["kernel"]]
+    tensors = (tensors | {"norm_grad": 3, "inner": 2, "gated_gelu": 3, "layer_norm": 4})[row["kernel"]]
     tensors += (row["noise"] == "given") + len({"grad", "raw", "by_pred", "by_raw"} & set(row["variant"].split("+")))
     return tensors * SIZE[row["dtype"]]
 
@@ -165,7 +167,7 @@ def test_nothing_spills(rows):
 
 
 def test_elementwise_kernels_have_no_barrier(rows):
-    others = ("loss", "reduce", "vlb", "inner", *NORMS)
+    others = ("loss", "reduce", "vlb", "inner", "layer_norm", *NORMS)
     wrong = [r for r in rows if r["kernel"] not in others and (r["barriers"] or r["shared"])]
     assert not wrong, shown(wrong)
 
@@ -193,7 +195,8 @@ def test_predicted_roofline_of_the_h100(rows):
 
 
 def test_every_kernel_for_every_target(rows):
-    kernels = {"normal", "noising", "loss", "reduce", "scale", "update", "vlb", "inner", *NORMS}
+    names = "normal noising loss reduce scale update vlb inner gated_gelu layer_norm"
+    kernels = {*names.split(), *NORMS}
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert {r["kernel"] for r in chosen(rows, source="fastdiff", target=target)} == kernels
 

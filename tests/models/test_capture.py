@@ -68,7 +68,7 @@ def taped(monkeypatch) -> Recorders:
     """Diffusion.sample captures on the CPU, on tapes."""
     torch.manual_seed(0)
     recorders = Recorders()
-    monkeypatch.setattr("fastdiff.diffusion.what_forbids", lambda *_: None)
+    monkeypatch.setattr("fastdiff.capture.what_forbids", lambda *_: None)
     monkeypatch.setattr(Captures.__init__, "__defaults__", (recorders,))
     return recorders
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import SHAPE, Fixed, Net, Pointwise
 
-from fastdiff import DDPM
+from fastdiff import DDPM, FlowMatching
 
 # Chains as short as most of these keep some signal at the end.
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. alpha_bar_T")
@@ -92,7 +92,11 @@ def test_noise_function_of_the_wrong_shape():
         ({"x0": [1.0]}, TypeError, "x0: expected a tensor, got list"),
         ({"x0": torch.zeros(SHAPE, dtype=torch.uint8)}, TypeError, r"uint8; images as x0.float\(\) / 127.5 - 1"),
         ({"x0": torch.tensor(1.0)}, ValueError, "x0: expected a batch dimension"),
-        ({"t": 0}, ValueError, "t: expected levels from 1 to 10, got 0"),
+        (
+            {"t": 0},
+            ValueError,
+            "t: expected levels from 1 to 10, got 0; timestep k of other libraries is level k \\+ 1",
+        ),
         ({"t": 11}, ValueError, "t: expected levels from 1 to 10, got 11"),
         ({"t": torch.tensor([1, 2, 3, 11])}, ValueError, "t: expected levels from 1 to 10, got tensor"),
         ({"t": torch.tensor([1, 2])}, ValueError, r"t: expected shape \(\) or \(4,\), got \(2,\)"),
@@ -108,6 +112,33 @@ def test_noise_function_of_the_wrong_shape():
 def test_loss_errors(options, error, said):
     with pytest.raises(error, match=said):
         DDPM(Pointwise(), timesteps=10)(**{"x0": torch.zeros(SHAPE), **options})
+
+
+@pytest.mark.parametrize("importance", [False, True])
+def test_more_than_the_data_without_a_name(importance):
+    ddpm, labels = DDPM(Pointwise(), timesteps=10, importance=importance), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(TypeError, match="x0: expected one argument without a name, got 2; name the others, as in t="):
+        ddpm(torch.zeros(SHAPE), labels)
+    with pytest.raises(TypeError, match="x0: expected one argument without a name, got 3"):
+        FlowMatching(Pointwise())(torch.zeros(SHAPE), 0.5, labels)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("num_inference_steps", "steps"),
+        ("cond_scale", "guidance"),
+        ("return_all_timesteps", "return_trajectory"),
+        ("y", "class_labels"),
+    ],
+)
+def test_an_argument_by_its_name_elsewhere(theirs, ours):
+    class Labelled(Pointwise):
+        def forward(self, x, t, class_labels=None):
+            return super().forward(x, t)
+
+    with pytest.raises(TypeError, match=f"^{theirs}: expected an option .*; did you mean '{ours}'"):
+        DDPM(Labelled(), timesteps=10).sample(SHAPE, **{theirs: 2})
 
 
 def test_single_step_errors():

@@ -8,7 +8,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fastdiff
 from fastdiff import DDPM, DiT, Edm, FlowMatching
+from fastdiff.kernels import layer_norm as kernels
 from fastdiff.recipes import drop_labels
 from fastdiff.training.layout import recompute_blocks
 
@@ -254,6 +256,26 @@ def test_every_linear_layer_may_be_another():
     after.sum().backward()
     assert torch.equal(after, before)
     assert all(p.grad is not None for name, p in dit.named_parameters() if name.endswith("share"))
+
+
+def test_norms_and_sums_are_one_kernel_without_a_gradient(monkeypatch):
+    """Five launches, of two blocks and the last norm. Hooks of the layers between them, and other layers, still run."""
+    launched, seen = [], []
+    launch = kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda *args, **given: (launched.append(given), launch(*args, **given)))
+    dit = moved()
+    dit.transformer_blocks[0].register_forward_pre_hook(lambda block, given: seen.append(given[0].is_contiguous()))
+    dit.transformer_blocks[0].attn1.register_forward_hook(lambda layer, x, y: (seen.append(x[0]), 2 * y)[1])
+    dit.transformer_blocks[1].ff = Added(dit.transformer_blocks[1].ff)
+    want = dit(*inputs())
+    with fastdiff.backend("triton"):
+        torch.testing.assert_close(dit(*inputs()), want)
+        assert not launched
+        with torch.no_grad():
+            torch.testing.assert_close(dit(*inputs()), want, rtol=1e-4, atol=1e-5)
+    assert [given["sum_ptr"] is None for given in launched] == [True, False, True, False, True]
+    assert all(seen[::2])  # no kernel has to copy its tokens
+    torch.testing.assert_close(seen[5], seen[1], rtol=1e-4, atol=1e-5)
 
 
 def test_fake_tensors_leave_no_table_behind():

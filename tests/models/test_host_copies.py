@@ -118,7 +118,7 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("number", range(len(RUNS)))
 def test_a_captured_step(monkeypatch, number):
     name, how = RUNS[number]
-    monkeypatch.setattr("fastdiff.diffusion.what_forbids", lambda *_: None)
+    monkeypatch.setattr("fastdiff.capture.what_forbids", lambda *_: None)
     monkeypatch.setattr(Captures.__init__, "__defaults__", (Recorder,))
     Recorder.watch = Watch()
     MODELS[name]().to(META).sample(SHAPE, seed=1, **how)

@@ -149,7 +149,7 @@ def test_an_inversion_tells_the_data_and_then_estimates(make: Any) -> None:
 
 
 def test_each_run_begins_with_zeros_and_captures_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdiff.diffusion.what_forbids", lambda *_: None)
+    monkeypatch.setattr("fastdiff.capture.what_forbids", lambda *_: None)
     monkeypatch.setattr(Captures.__init__, "__defaults__", (Recorders(),))
     model = Edm(Told())
     for sampler, sigma_max in itertools.product(("heun", "ddim"), (80.0, 10.0)):  # the rows are those of each run

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastdiff import DDPM, NCSN, Edm, FlowMatching, ScoreSDE
@@ -88,17 +89,17 @@ def averaged_by_hand(model: Diffusion) -> Diffusion:
 
 
 def through_meta(model: Diffusion, how: str) -> Diffusion:
-    """The model emptied, and its state loaded into it; or built on the meta device from the start."""
+    """The model emptied, and its state loaded into it; or built without values from the start."""
     state = model.state_dict()
     if how == "moved":
         made = copy.deepcopy(model).to("meta")
     else:
         alike = (make for make in FORMULATIONS.values() if make().config == model.config)
-        with torch.device("meta"):
+        with FakeTensorMode() if how == "fake" else torch.device("meta"):
             made = next(alike)()
-    if how != "assign":
+    if how not in ("assign", "fake"):
         made.to_empty(device="cpu")
-    made.load_state_dict(state, assign=how == "assign")
+    made.load_state_dict(state, assign=how in ("assign", "fake"))
     return made
 
 
@@ -111,6 +112,7 @@ WAYS = {
     "to_empty": lambda m: through_meta(m, "to_empty"),
     "moved": lambda m: through_meta(m, "moved"),
     "assign": lambda m: through_meta(m, "assign"),
+    "fake": lambda m: through_meta(m, "fake"),
     "averaged": averaged,
     "averaged by hand": averaged_by_hand,
 }
@@ -187,7 +189,7 @@ def told(model: DDPM) -> DDPM:
     return model
 
 
-HISTORY_WAYS = {k: v for k, v in WAYS.items() if k not in ("to_empty", "moved", "assign", "averaged by hand")}
+HISTORY_WAYS = {k: v for k, v in WAYS.items() if k not in ("to_empty", "moved", "assign", "fake", "averaged by hand")}
 
 
 @pytest.mark.parametrize("way", HISTORY_WAYS)
@@ -198,12 +200,12 @@ def test_the_history_survives(way):
     assert torch.equal(other.importance.probabilities(), p) and torch.equal(other.importance.seen, seen)
 
 
-def test_the_history_is_loaded_through_the_meta_device():
+def test_the_history_is_loaded_where_it_has_no_values():
     model = told(DDPM(Net(), timesteps=8, importance=True))
     state = model.state_dict()
     assert {"importance.losses", "importance.seen"} < state.keys()
-    for assign in (False, True):
-        with torch.device("meta"):
+    for without, assign in ((torch.device("meta"), False), (torch.device("meta"), True), (FakeTensorMode(), True)):
+        with without:
             empty = DDPM(Net(), timesteps=8, importance=True)
         if not assign:
             empty.to_empty(device="cpu")

@@ -65,10 +65,12 @@ FUNCTIONS = {
     ),
     "combine": lambda x: ops.combine(data(1, x.dtype), x, cast(table(9), x), 1, z=data(2, x.dtype)),
     "inner": lambda x: ops.inner(x, data(1, x.dtype), guidance=data(1, x.dtype, 1)[:1], centred=True),
+    "gate": lambda x: ops.gated_gelu(x),
     "norm": lambda x: ops.group_norm_silu(x, 2, data(1, x.dtype, 1), data(2, x.dtype, 1), 1e-3),
     "norm by scale": lambda x: ops.group_norm_silu(
         data(1, x.dtype), 2, data(1, x.dtype, 1), data(2, x.dtype, 1), 1e-3, x[..., 0], x[..., 1], x[..., 2]
     ),
+    "layer norm": lambda x: ops.add_layer_norm(data(1, x.dtype), x, eps=1e-3, gate=x[:, 0], scale=x[:, 1])[1],
 }
 functions = pytest.mark.parametrize("name", FUNCTIONS)
 

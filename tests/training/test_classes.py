@@ -8,11 +8,14 @@ import torch
 from PIL import Image
 from tiny_run import TINY, metadata_of, run
 
-from fastdiff import DDPM, UNet
+from fastdiff import DDPM, UNet, training
 from fastdiff.cli import main
-from fastdiff.training import checkpoint, samples
+from fastdiff.training import Options, checkpoint, samples
+from fastdiff.training.data import Arrays, open_source
+from fastdiff.training.feed import changed, noted
 
-CPU = ["--device", "cpu"]
+CPU = "cpu"
+ON_CPU = ["--device", CPU]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def model(tmp_path_factory):
 
 
 def draw(model, out, *args):
-    assert main(["sample", str(model), "--steps", "2", "--out", str(out), *CPU, *args]) == 0
+    assert main(["sample", str(model), "--steps", "2", "--out", str(out), *ON_CPU, *args]) == 0
     return np.load(f"{out}.npy")
 
 
@@ -46,10 +49,49 @@ def test_a_run_goes_on_with_its_classes_alone(model, tmp_path):
     other.mkdir()
     Image.new("L", (8, 8)).save(other / "a.png")
     options["data"] = str(tmp_path)
-    from fastdiff.training import Options, train
-
     with pytest.raises(ValueError, match=r"data: expected the classes \['dark', 'light'\] of the run, got \['dark'\]"):
-        train(Options(**options), tmp_path / "run", "cpu", state)
+        training.train(Options(**options), tmp_path / "run", CPU, state)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_says_which_images_came_or_went(model, tmp_path, capsys):
+    state = checkpoint.load(model / "model.safetensors")
+    for name in ("dark/a.png", "light/a.png", "light/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    said = "fastdiff: warning: data: 2 images until step 2, 3 now; they come in another order"
+    for steps, lines in ((3, [said]), (4, [])):  # the next checkpoint knows the new images
+        options = {**state.options, "steps": steps, "data": str(tmp_path)}
+        training.train(Options(**options), tmp_path / "run", CPU, state)
+        assert [line for line in capsys.readouterr().out.splitlines() if "warning" in line] == lines
+        state = checkpoint.load(tmp_path / "run")
+
+
+def test_what_is_noted_of_the_data_tells_names_and_labels_and_not_the_place(tmp_path):
+    names = ["1/a.png", "1/b.png", "2/a.png"]
+    folders = {
+        "here": names,
+        "moved": names,
+        "fewer": names[:2],
+        "renamed": ["1/a.png", "1/c.png", "2/a.png"],
+        "other class": ["1/a.png", "2/b.png", "2/a.png"],
+    }
+    found = {}
+    for name, files in folders.items():
+        data = str(tmp_path / name)
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).touch()
+        found[name] = noted(open_source(data, (8, 8), 3, classes=True), f"{data}/")
+    said = {name: changed(found["here"], now, 7) for name, now in found.items()}
+    assert said["here"] == said["moved"] == changed({}, found["here"], 7) == ""
+    assert said["fewer"] == "3 images until step 7, 2 now; they come in another order"
+    names = "the images have other names than until step 7; they come in another order"
+    assert said["renamed"] == said["other class"] == names
+    first, second, none = (
+        noted(Arrays(np.zeros((3, 1)), labels), "x.npy") for labels in (np.arange(3), np.arange(3)[::-1], None)
+    )
+    assert changed(first, second, 7) == changed(first, none, 7) == "the images have other labels than until step 7"
 
 
 @pytest.mark.slow
@@ -76,7 +118,7 @@ def test_samples_of_a_class_by_number_and_by_name(model, tmp_path):
     ],
 )
 def test_labels_that_there_are_not_are_one_line(model, tmp_path, capsys, args, said):
-    assert main(["sample", str(model), "--out", str(tmp_path / "x"), *CPU, *args]) == 1
+    assert main(["sample", str(model), "--out", str(tmp_path / "x"), *ON_CPU, *args]) == 1
     assert said in capsys.readouterr().err
 
 
@@ -84,7 +126,7 @@ def test_a_model_without_classes_takes_no_label(tmp_path, capsys):
     run(tmp_path, steps=1)
     assert metadata_of(tmp_path / "model.safetensors")["classes"] == []
     for args in (["--label", "1"], ["--guidance", "2"]):
-        assert main(["sample", str(tmp_path), "--out", str(tmp_path / "x"), *CPU, *args]) == 1
+        assert main(["sample", str(tmp_path), "--out", str(tmp_path / "x"), *ON_CPU, *args]) == 1
         assert "label, guidance: expected a class-conditional model" in capsys.readouterr().err
 
 
@@ -119,8 +161,8 @@ def test_dropped_labels_train_the_unconditional_branch(tmp_path):
 @pytest.mark.slow
 def test_mnist_from_training_to_figures(small_mnist, tmp_path):
     few = ["--steps", "1", "--batch-size", "4", "--channels", "8", "--sample-every", "0"]
-    assert main(["train", "--preset", "mnist28", "--out", str(tmp_path), *few, *CPU]) == 0
-    assert main(["eval", str(tmp_path), "--steps", "1", "--json", str(tmp_path / "eval.json"), *CPU]) == 0
+    assert main(["train", "--preset", "mnist28", "--out", str(tmp_path), *few, *ON_CPU]) == 0
+    assert main(["eval", str(tmp_path), "--steps", "1", "--json", str(tmp_path / "eval.json"), *ON_CPU]) == 0
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["n_samples"] == 20  # as many as the half that is trained on
     assert found["frechet_distance"] > 10 * found["frechet_distance_real"] >= 0

@@ -1,5 +1,6 @@
 """Folders of images of every kind: the modes of PIL, transparency, and what is left out."""
 
+import errno
 import os
 import struct
 import zlib
@@ -228,14 +229,38 @@ def test_sizes_that_are_none(tmp_path, call, said):
     assert len(list(tmp_path.iterdir())) == 1 and len(data.folder(str(tmp_path), np.int64(8))) == 1
 
 
+@pytest.mark.slow
 def test_many_broken_items_are_replaced_by_all_others_alike():
-    """Half of 200 items cannot be read, one behind the other, as the texts beside a folder of images."""
-    values = np.arange(200, dtype=np.float32)[:, None]
-    values[100:] = np.nan
-    stream = data.Stream(data.Arrays(values), 200)
-    counts = sum(torch.bincount(stream.batch(step).images.long().flatten(), minlength=200) for step in range(20))
-    assert counts[100:].sum() == 0 and counts[:100].min() >= 20 + 4 and counts.max() <= 20 + 50  # 20, and Poisson of 20
-    assert len(stream.skipped) == 100 and stream.skipped[150] == "it holds NaN or infinity"
+    """Half of 24 items cannot be read, one behind the other, as the texts beside a folder of images."""
+    values = np.arange(24, dtype=np.float32)[:, None]
+    values[12:] = np.nan
+    stream = data.Stream(data.Arrays(values), 24)
+    counts = sum(torch.bincount(stream.batch(step).images.long().flatten(), minlength=24) for step in range(20))
+    assert counts[12:].sum() == 0 and counts[:12].min() >= 20 + 4 and counts.max() <= 20 + 50  # 20, and Poisson of 20
+    assert len(stream.skipped) == 12 and stream.skipped[20] == "it holds NaN or infinity"
+
+
+def test_what_is_no_image_is_opened_once_and_what_the_system_did_not_read_again(monkeypatch):
+    asked = []
+
+    class Texts(data.Arrays):
+        def read(self, index):
+            asked.append(index)
+            if index == 1:
+                raise ValueError("a text")
+            if index == 2:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(index)
+
+    stream = data.Stream(Texts(np.zeros((4, 1), np.float32)), 4)
+    for epoch in range(3):
+        stream.batch(epoch)
+    assert asked.count(1) == 1 and asked.count(2) >= 3
+    assert stream.skipped == {1: "a text", 2: "[Errno 5] Input/output error"}
+    monkeypatch.setattr("fastdiff.training.data.stream.REMEMBERED", 0)
+    asked.clear()
+    data.Stream(stream.source, 8).batch(0)
+    assert asked.count(1) >= 2  # no memory is left
 
 
 def test_a_step_and_a_part_that_are_none_are_named():

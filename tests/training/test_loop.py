@@ -205,8 +205,24 @@ def test_a_run_says_what_it_trains_and_how_long_it_takes(tmp_path, capsys, monke
     assert len(lines) == 2
     parameters = sum(p.numel() for p in checkpoint.load_model(tmp_path).parameters())
     assert lines[0] == (f"fastdiff: ddpm of {parameters:,} parameters, 898 images of 1x8x8, on cpu, steps 0 to 5")
-    # after the second step: a minute a step, three are left
-    assert lines[1] == "fastdiff: about 3 min for the 3 steps that are left"
+    # after the third step: a minute a step, two are left
+    assert lines[1] == "fastdiff: about 2 min for the 2 steps that are left"
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "said"), [(0.5, 0.1, "about 8 s for the 80"), (4.0, 2.0, "about 3 min for the 94")]
+)
+def test_the_time_is_estimated_from_steps_that_are_warm(capsys, monkeypatch, first, then, said):
+    """The first step takes 100 s, and some after it longer than the rest; the loss is read at every tenth."""
+    clock = [0.0]
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: clock[0])
+    progress = logs.Progress(0, 100, batch_size=4)
+    for step in range(1, 31):
+        clock[0] += 100.0 if step == 1 else first if step <= 3 else then
+        progress.advance(step, torch.zeros(()))
+    progress.close()
+    out = capsys.readouterr().out
+    assert out.count("about") == 1 and said in out
 
 
 def test_the_bar_says_what_holds_up_the_steps_until_the_next_one(capsys, monkeypatch):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_run import CPU, TINY, assert_same_files, assert_same_weights, run
 
-from fastdiff import DDPM, training
+from fastdiff import DDPM, ops, training
 from fastdiff.cli import main
 from fastdiff.interop.k_diffusion import as_k_diffusion
 from fastdiff.training import Options, checkpoint, draws, loop, ranks
@@ -166,7 +166,7 @@ def test_split_weights_train_and_go_on_as_whole_ones(tmp_path):
 @pytest.mark.slow
 def test_a_split_model_samples_before_and_after_training(group):
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     torch.manual_seed(0)
     ddpm = training.build(Options(**TINY))
@@ -196,6 +196,17 @@ def test_a_split_model_samples_before_and_after_training(group):
         torch.testing.assert_close(ddpm.encode(x, steps=2), ddpm.encode(x, steps=2))
         assert all(isinstance(weight, DTensor) for weight in ddpm.parameters())
         ddpm(x).backward()
+    split = distribute_tensor(x, next(ddpm.parameters()).device_mesh)
+    for name, call in (
+        ("x0", lambda: ddpm(split)),
+        ("noise", lambda: ddpm(x, noise=split)),
+        ("x_T", lambda: ddpm.sample(2, x_T=split, **how)),
+        ("x", lambda: ops.update(split, split, torch.zeros(1, 9), 0)),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"^{name}: expected the tensor of one process, got a DTensor; {name}.to_local"
+        ):
+            call()
     with pytest.raises(ValueError, match="graph: expected"):
         ddpm.sample(2, graph=True)
     with pytest.raises(ValueError, match="dtype: expected None with weights that FSDP splits"):

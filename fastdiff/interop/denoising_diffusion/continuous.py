@@ -1,6 +1,7 @@
 """What the two classes with times in [0, 1] share: a log signal-to-noise ratio, and the steps as rows of numbers."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ def cosine_log_snr(t: Tensor, s: float = 0.008) -> Tensor:
     return -((torch.cos((t + s) / (1 + s) * math.pi * 0.5) ** -2) - 1).clamp(min=1e-5).log()
 
 
-class Continuous(nn.Module):
+class Continuous(nn.Module, ABC):
     """A diffusion with times in [0, 1], alpha^2 = sigmoid(log_snr(t)) and sigma^2 = sigmoid(-log_snr(t)).
 
     A class of this kind has `p_losses` and `_start`, and is a class `remembered`. Its model sees log SNR, (B,).
@@ -128,9 +129,9 @@ class Continuous(nn.Module):
         )
         return rows, variance
 
+    @abstractmethod
     def _start(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(x0_from_x, x0_from_pred)."""
-        raise NotImplementedError
 
     # --- training
 

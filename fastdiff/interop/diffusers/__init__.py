@@ -18,9 +18,10 @@ multiplications are fused with additions.
 Neither a step nor add_noise waits for the device or breaks a graph. A timestep is read only if that is free: a number,
 a CPU tensor, or an element of self.timesteps, which the first step after set_timesteps copies to the host. If a DDPM
 step cannot tell whether t > 0, it draws noise at t = 0 too and multiplies it by 0. That is so for another GPU tensor,
-and for any tensor under torch.compile. The other schedulers but DDIM's and ScoreSdeVe's count their steps. If one must
-look for the first step in a tensor that is not free to read, it does as stock, unless set_begin_index was called. Their
-fused noise is z(seed, sample, place in self.timesteps).
+and for any tensor under torch.compile, where LTX's last step draws such noise too. The other schedulers but DDIM's and
+ScoreSdeVe's count their steps. If one must look for the first step in a tensor that is not free to read, it does as
+stock, unless set_begin_index was called. Their fused noise is z(seed, sample, place in self.timesteps). So is that of
+CogVideoXDPMScheduler, whose step is stock's if its timesteps are not free to read.
 
 If a subclass, a patch or the object overrides a method that stock's step (or add_noise) calls, such as _get_variance,
 previous_timestep or convert_model_output, stock's step runs and calls it. It also runs for arguments that no kernel
@@ -43,9 +44,10 @@ Differences from stock, all of them defects there:
       (1,) makes stock's result float32. Here it keeps its type, as for a timestep without a shape.
     - The second halves of Heun's and DPM2's steps take the distance of x from x_0 out of the prediction. Stock takes it
       from the rounded x_0, and multiplies its rounding by dt / (2 sigma), or dt / sigma.
+    - The second halves of FlowMatchHeunDiscreteScheduler take v as it is. Stock takes it from a rounded x_0.
     - LMSDiscreteScheduler has the exact integrals. Stock integrates by quadrature, in float32.
     - IPNDMScheduler: the gradient at the first level, where alpha = 0, is right in float32 too.
-    - DPMSolverMultistepScheduler and DEISMultistepScheduler: a step between equal sigmas, as the last one with
+    - The multistep solvers of DPM and DEIS: a step between equal sigmas, as the last one with
       use_karras_sigmas and final_sigmas_type "sigma_min", returns its sample. Some solvers of stock give NaN.
     - UniPCMultistepScheduler: "bh1" is finite in a last step to sigma = 0. Stock's is NaN. A result that is edited in
       place counts as edited. Stock's corrector ignores edits, and so does this if the edited sample is a new tensor.
@@ -64,46 +66,64 @@ except ImportError as error:
     raise ImportError(f"{message} ({error})") from error
 
 from .common import FusedScheduler
+from .consistency_models import CMStochasticIterativeScheduler
 from .ddim import DDIMScheduler
+from .ddim_cogvideox import CogVideoXDDIMScheduler
 from .ddim_inverse import DDIMInverseScheduler
 from .ddpm import DDPMScheduler
 from .deis import DEISMultistepScheduler
+from .dpm_cogvideox import CogVideoXDPMScheduler
 from .dpm_solver import DPMSolverMultistepScheduler
+from .dpm_solver_inverse import DPMSolverMultistepInverseScheduler
 from .dpm_solver_singlestep import DPMSolverSinglestepScheduler
+from .edm_dpm_solver import EDMDPMSolverMultistepScheduler
 from .edm_euler import EDMEulerScheduler
 from .euler import EulerDiscreteScheduler
 from .euler_ancestral import EulerAncestralDiscreteScheduler
 from .flow_match_euler import FlowMatchEulerDiscreteScheduler
+from .flow_match_heun import FlowMatchHeunDiscreteScheduler
+from .flow_match_lcm import FlowMatchLCMScheduler
 from .heun import HeunDiscreteScheduler
 from .ipndm import IPNDMScheduler
 from .kdpm2 import KDPM2DiscreteScheduler
 from .kdpm2_ancestral import KDPM2AncestralDiscreteScheduler
 from .lcm import LCMScheduler
 from .lms import LMSDiscreteScheduler
+from .ltx_euler_ancestral import LTXEulerAncestralRFScheduler
 from .pndm import PNDMScheduler
+from .scm import SCMScheduler
 from .score_sde_ve import ScoreSdeVeScheduler
 from .tcd import TCDScheduler
 from .unipc import UniPCMultistepScheduler
 
 __all__ = [
     "SCHEDULERS",
+    "CMStochasticIterativeScheduler",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
     "HeunDiscreteScheduler",
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "LCMScheduler",
     "LMSDiscreteScheduler",
+    "LTXEulerAncestralRFScheduler",
     "PNDMScheduler",
+    "SCMScheduler",
     "ScoreSdeVeScheduler",
     "TCDScheduler",
     "UniPCMultistepScheduler",
@@ -111,23 +131,32 @@ __all__ = [
 
 # All of them, for those that look up the one of a stock class.
 SCHEDULERS: tuple[type[FusedScheduler], ...] = (
+    CMStochasticIterativeScheduler,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
     IPNDMScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LCMScheduler,
     LMSDiscreteScheduler,
+    LTXEulerAncestralRFScheduler,
     PNDMScheduler,
+    SCMScheduler,
     ScoreSdeVeScheduler,
     TCDScheduler,
     UniPCMultistepScheduler,

@@ -8,12 +8,12 @@ from torch.compiler import is_compiling
 
 from ... import ops
 from ...rows import make_rows
-from .common import Generators
-from .sigmas import SigmaScheduler
+from .common import Generators, typed
+from .sigmas import FlowScheduler
 
 
 class FlowMatchEulerDiscreteScheduler(
-    SigmaScheduler, diffusers.FlowMatchEulerDiscreteScheduler, stock=diffusers.FlowMatchEulerDiscreteScheduler
+    FlowScheduler, diffusers.FlowMatchEulerDiscreteScheduler, stock=diffusers.FlowMatchEulerDiscreteScheduler
 ):
     """diffusers.FlowMatchEulerDiscreteScheduler on the fused operations; see the package.
 
@@ -64,23 +64,14 @@ class FlowMatchEulerDiscreteScheduler(
         """The step whose numbers are row i of a table on the device."""
 
         def build() -> Tensor:
+            if stochastic:
+                return self._rows_to_noise(device)
             sigma, to = self.sigmas[:-1], self.sigmas[1:]
-            if not stochastic:
-                return make_rows(sigma, torch.float32, from_x=1.0, from_pred=to - sigma).to(device)
-            return make_rows(
-                sigma, torch.float32, x0_from_x=1.0, x0_from_pred=-sigma, from_x0=1 - to, noise=to
-            ).to(device)  # fmt: skip
+            return make_rows(sigma, torch.float32, from_x=1.0, from_pred=to - sigma).to(device)
 
         device, stochastic = sample.device, self.config.stochastic_sampling
         rows = self._table("steps", build, (self.sigmas,), device, stochastic)
-        like = torch.empty_like(sample, dtype=torch.float32)  # stock's draw, whatever the type of the sample
+        like = typed(sample, torch.float32)  # stock's draw, whatever the type of the sample
         noise = self._noise(like, generator, i) if stochastic else {"noisy": False}
         x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         return ops.update(x, model_output, rows, i, **noise)
-
-    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor | None = None) -> Tensor:
-        """(1 - sigma) x_0 + sigma noise in one pass."""
-        return NotImplemented if noise is None else self._noised(sample, noise, timestep)
-
-    def _levels(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 - sigmas, sigmas

@@ -1,6 +1,9 @@
-"""HeunDiscreteScheduler: Heun's rule on the probability-flow ODE, with two calls of the network a step."""
+"""HeunDiscreteScheduler: Heun's rule on the probability-flow ODE, with two calls of the network a step.
+
+Flow matching's shares what is between the calls."""
 
 import functools
+from typing import Any
 
 import diffusers
 import torch
@@ -8,21 +11,11 @@ from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerO
 from torch import Tensor
 
 from .common import PREDICTIONS, alike
-from .sigmas import VarianceExplodingScheduler, derivative_rows, in_float32, two_results, x0_from_sigma
+from .sigmas import SigmaScheduler, VarianceExplodingScheduler, derivative_rows, in_float32, two_results, x0_from_sigma
 
 
-class HeunDiscreteScheduler(
-    VarianceExplodingScheduler, diffusers.HeunDiscreteScheduler, stock=diffusers.HeunDiscreteScheduler
-):
-    """diffusers.HeunDiscreteScheduler on the fused operations; see the package.
-
-        d  = (x_t - x_0)/sigma_t,    x'  = x_t + (sigma_s - sigma_t) d
-        d' = (x' - x_0')/sigma_s,    x_s = x_t + (sigma_s - sigma_t) (d + d')/2
-
-    The first half of a step takes two passes: it also leaves x_t + (sigma_s - sigma_t) d/2 to the second half.
-
-    Reference: Karras et al. 2022, arXiv:2206.00364, algorithm 1.
-    """
+class HalfwayScheduler(SigmaScheduler):
+    """A scheduler with steps in two halves, the first of which leaves x_t + (sigma_s - sigma_t) d/2 to the second."""
 
     dt: Tensor | None
     sample: Tensor | None
@@ -40,13 +33,43 @@ class HeunDiscreteScheduler(
     def prev_derivative(self, value: Tensor | None) -> None:
         self.__dict__["prev_derivative"], self._halfway = value, None
 
+    def _goes_on(self, sample: Tensor) -> bool:
+        """Whether this is a first half, or goes on with a first half of ours and of the same shape."""
+        before = self._halfway
+        if self.dt is None:
+            return True
+        return before is not None and before.shape == sample.shape and before.device == sample.device
+
+    def _hand_over(self) -> Any:
+        """NotImplemented, after leaving a second half to stock's step."""
+        if self._halfway is not None:
+            self.prev_derivative = self.prev_derivative  # the number in place of what it is computed from
+        return NotImplemented
+
+
+class HeunDiscreteScheduler(
+    HalfwayScheduler,
+    VarianceExplodingScheduler,
+    diffusers.HeunDiscreteScheduler,
+    stock=diffusers.HeunDiscreteScheduler,
+):
+    """diffusers.HeunDiscreteScheduler on the fused operations; see the package.
+
+        d  = (x_t - x_0)/sigma_t,    x'  = x_t + (sigma_s - sigma_t) d
+        d' = (x' - x_0')/sigma_s,    x_s = x_t + (sigma_s - sigma_t) (d + d')/2
+
+    The first half of a step takes two passes: it also leaves x_t + (sigma_s - sigma_t) d/2 to the second half.
+
+    Reference: Karras et al. 2022, arXiv:2206.00364, algorithm 1.
+    """
+
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
     ) -> HeunDiscreteSchedulerOutput | tuple[Tensor, ...]:
         """Half a step: x_0 and its sum with x_t in one pass, and in the first half what the second needs."""
-        if not self._fuses(model_output, sample):
-            self._hand_over()
-            return NotImplemented
+        known = self.config.prediction_type in PREDICTIONS and isinstance(self.sigmas, Tensor)
+        if not (known and alike(sample, model_output) and self._goes_on(sample)):
+            return self._hand_over()
         i, config, device, dtype = self._place(timestep), self.config, sample.device, model_output.dtype
         prediction, clip = config.prediction_type, config.clip_sample_range if config.clip_sample else None
         both = dtype if sample.dtype == dtype else torch.promote_types(sample.dtype, dtype)
@@ -56,8 +79,7 @@ class HeunDiscreteScheduler(
             "steps", lambda: self._steps(device, clip is not None), (self.sigmas,), device, prediction, clip is None
         )
         if i >= len(dts):
-            self._hand_over()
-            return NotImplemented  # stock's error, or NaN
+            return self._hand_over()  # stock's error, or NaN
         if self.dt is None:
             x = in_float32(sample)
             self._halfway, x0 = two_results(x, model_output, first, i, (x.dtype, dtypes[1]), clip)
@@ -71,21 +93,6 @@ class HeunDiscreteScheduler(
         if not return_dict:
             return (prev_sample, x0)
         return HeunDiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
-
-    def _fuses(self, model_output: Tensor, sample: Tensor) -> bool:
-        """Whether a fused half takes them; a second half only goes on with a first half of the same shape."""
-        known = self.config.prediction_type in PREDICTIONS and isinstance(self.sigmas, Tensor)
-        if not (known and alike(sample, model_output)):
-            return False
-        if self.dt is None:
-            return True
-        before = self._halfway
-        return before is not None and before.shape == sample.shape and before.device == sample.device
-
-    def _hand_over(self) -> None:
-        """Leave a second half to stock's step."""
-        if self._halfway is not None:
-            self.prev_derivative = self.prev_derivative  # the number in place of what it is computed from
 
     def _steps(self, device: torch.device, clipped: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Rows (n, WIDE) of half the way of first halves, (n, WIDE) of second halves, and dt of every step.

@@ -1,5 +1,7 @@
 """What both schedulers of DPM2 share: the midpoint rule, with two calls of the network a step."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -10,7 +12,7 @@ from .common import Generators, alike
 from .sigmas import VarianceExplodingScheduler, derivative_rows, in_float32, two_results, x0_from_sigma
 
 
-class MidpointScheduler(VarianceExplodingScheduler):
+class MidpointScheduler(VarianceExplodingScheduler, ABC):
     """The midpoint rule along dx/dsigma = (x - x_0)/sigma, down to a level from which noise leads up again.
 
         x_m = x_t + (sigma_m - sigma_t)/sigma_t (x_t - x_0)
@@ -24,13 +26,13 @@ class MidpointScheduler(VarianceExplodingScheduler):
     sample: Tensor | None  # x_t, in the second half of a step
     sigmas_interpol: Tensor
 
+    @abstractmethod
     def _sources(self) -> tuple[Tensor, ...]:
         """The tensors that the levels are made of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _levels_of_steps(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """sigma_m, sigma_d and up by the place of a step's first half; None without noise."""
-        raise NotImplementedError
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """x / sqrt(sigma^2 + 1), by a number that was made for the whole run."""

@@ -99,7 +99,7 @@ class MultistepScheduler(HistoryScheduler):
     model_outputs: list[Tensor | None]
     lower_order_nums: int
     step_index: int
-    begin_index: int | None
+    _begin_index: int | None
 
     def _takes(self, output: Tensor, sample: Tensor) -> bool:
         """Whether a fused step takes them, and what is remembered fits them."""
@@ -142,13 +142,15 @@ class MultistepScheduler(HistoryScheduler):
             eps = make_rows(alpha, torch.float32, x0_from_x=1.0, x0_from_pred=-alpha, from_x0=1 / sigma)
             return rows.to(device), eps.to(device)
 
-        x0_rows, eps_rows = self._table(
-            "x0", build, (self.sigmas,), device, config.prediction_type, config.use_flow_sigmas
-        )
+        x0_rows, eps_rows = self._table("x0", build, (self.sigmas,), device, *self._levels_key())
         if config.prediction_type != "sample":
             output = ops.combine(x, output, x0_rows, i)
         x0 = self._threshold_sample(output)
         return ops.combine(x, x0, eps_rows, i) if of_noise else x0
+
+    def _levels_key(self) -> tuple[Any, ...]:
+        """What of the configuration `_levels` and `_columns` depend on."""
+        return self.config.prediction_type, self.config.use_flow_sigmas
 
     def _levels(self) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) of the steps, in stock's arithmetic."""
@@ -216,7 +218,7 @@ class MultistepScheduler(HistoryScheduler):
         )  # fmt: skip
 
     def _init_step_index(self, timestep: int | Tensor) -> None:
-        t = self._number(timestep) if self.begin_index is None else None
+        t = self._number(timestep) if self._begin_index is None else None
         if t is None:
             return NotImplemented
         found = [i for i, s in enumerate(self._host_timesteps()) if s == t]
@@ -234,15 +236,15 @@ class MultistepScheduler(HistoryScheduler):
             return torch.stack(levels, 1).to(device)
 
         device, dtype = original_samples.device, work_dtype(original_samples)
-        table = self._table("levels", build, (self.sigmas,), device, dtype, self.config.use_flow_sigmas)
-        if self.begin_index is None:
+        table = self._table("levels", build, (self.sigmas,), device, dtype, *self._levels_key())
+        if self._begin_index is None:
             # As index_for_timestep: the second of several, and the last step if there is none.
             hits = self.timesteps.to(device) == timesteps.to(device).reshape(-1, 1)
             count = hits.sum(1, keepdim=True)
             place = (hits & (hits.cumsum(1) == count.clamp(max=2))).int().argmax(1)
             index = torch.where(count[:, 0] > 0, place, len(self.timesteps) - 1)
         else:
-            index = index_of(self.begin_index if self.step_index is None else self.step_index, device)
+            index = index_of(self._begin_index if self.step_index is None else self.step_index, device)
         return noising(original_samples, noise, index, table)
 
 

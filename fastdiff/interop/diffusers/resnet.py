@@ -17,6 +17,26 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
     It does not call its norms and its activation. If they are no longer plain layers, stock's forward runs.
     """
 
+    @staticmethod
+    def misfit(module: Any) -> str | None:
+        """Why a block cannot be fused, or None."""
+        if "forward" in module.__dict__:
+            return "its forward is wrapped, as offloading does"
+        if type(module.nonlinearity) is not nn.SiLU:
+            return f"its activation is {type(module.nonlinearity).__name__}, not SiLU"
+        if not is_plain(module.nonlinearity, nn.SiLU):
+            return "its activation has hooks"
+        if module.time_emb_proj is not None and module.time_embedding_norm not in ("default", "scale_shift"):
+            return f"its time embedding enters by {module.time_embedding_norm!r}"
+        for norm in (module.norm1, module.norm2):
+            if type(norm) is not nn.GroupNorm:
+                return f"its norm is {type(norm).__name__}, not GroupNorm"
+            if not norm.affine:
+                return "its norm has no weight"
+            if not is_plain(norm, nn.GroupNorm):
+                return "its norm has hooks or parameters of another kind"
+        return None
+
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         # Another class: `restore` has changed it since, but somebody holds this method.
         if not isinstance(self, ResnetBlock2D) or not self._fuses(input_tensor, temb):

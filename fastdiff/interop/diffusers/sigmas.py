@@ -19,6 +19,7 @@ from .common import FusedScheduler, Generators, addable, alike, index_of
 
 SAMPLE = ("sample", "original_sample")
 WHOLE = (torch.int32, torch.int64)
+WITHOUT: dict[str, Any] = {"noisy": False}
 
 
 class CountingScheduler(FusedScheduler):
@@ -68,20 +69,25 @@ class SigmaScheduler(CountingScheduler):
         if not (isinstance(self.sigmas, Tensor) and isinstance(timesteps, Tensor) and addable(x, noise)):
             return NotImplemented
 
-        def build() -> Tensor:
-            return torch.stack(self._levels(self.sigmas.to(dtype)), 1).to(device)
-
-        device, dtype = x.device, work_dtype(x)
-        table = self._table("levels", build, (self.sigmas,), device, dtype)
+        device = x.device
         if self.begin_index is None:
             # As index_for_timestep: the second of several. A stranger gets a place outside of the table.
             hits = self.timesteps.to(device) == timesteps.to(device).reshape(-1, 1)
             count = hits.sum(1, keepdim=True)
             place = (hits & (hits.cumsum(1) == count.clamp(max=2))).int().argmax(1)
-            index = torch.where(count[:, 0] > 0, place, len(table))
+            index = torch.where(count[:, 0] > 0, place, len(self.sigmas))
         else:
             index = index_of(self.begin_index if self.step_index is None else self.step_index, device)
-        return noising(x, noise, index, table)
+        return self._noised_at(x, noise, index)
+
+    def _noised_at(self, x: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+        """x_0 with the noise of the levels at these places."""
+
+        def build() -> Tensor:
+            return torch.stack(self._levels(self.sigmas.to(dtype)), 1).to(device)
+
+        device, dtype = x.device, work_dtype(x)
+        return noising(x, noise, index, self._table("levels", build, (self.sigmas,), device, dtype))
 
     def _takes(self, model_output: Tensor, timestep: Any, sample: Tensor) -> bool:
         """Whether a fused step takes them. Stock refuses whole numbers: they look like places, not timesteps."""
@@ -90,6 +96,23 @@ class SigmaScheduler(CountingScheduler):
         else:
             refused = isinstance(timestep, Integral)
         return not refused and isinstance(self.sigmas, Tensor) and alike(sample, model_output)
+
+
+class FlowScheduler(SigmaScheduler):
+    """A scheduler for x = (1 - sigma) x_0 + sigma noise, whose network says v = noise - x_0."""
+
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor | None = None) -> Tensor:
+        """(1 - sigma) x_0 + sigma noise in one pass."""
+        return NotImplemented if noise is None else self._noised(sample, noise, timestep)
+
+    def _levels(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - sigmas, sigmas
+
+    def _rows_to_noise(self, device: torch.device) -> Tensor:
+        """Rows of x_s = (1 - sigma_s)(x_t - sigma_t v) + sigma_s z."""
+        sigma, to = self.sigmas[:-1], self.sigmas[1:]
+        rows = make_rows(sigma, torch.float32, x0_from_x=1.0, x0_from_pred=-sigma, from_x0=1 - to, noise=to)
+        return rows.to(device)
 
 
 class VarianceExplodingScheduler(SigmaScheduler):
@@ -215,7 +238,7 @@ def two_results(
     x: Tensor,
     pred: Tensor,
     rows: Tensor,
-    i: int,
+    i: int | Tensor,
     dtypes: tuple[torch.dtype, torch.dtype],
     clip: float | None = None,
     **noise: Any,
@@ -224,9 +247,10 @@ def two_results(
 
     If gradients are wanted, it takes an operation for each of them: none with two results has a gradient.
     """
-    noise = noise or {"noisy": False}
-    if x.dtype != pred.dtype:
-        x = x.to(torch.promote_types(x.dtype, pred.dtype))
+    noise, dtype = noise or WITHOUT, x.dtype
+    if dtype != pred.dtype:
+        dtype = torch.promote_types(dtype, pred.dtype)
+        x = x.to(dtype)
     if wants_gradient(x, pred, *noise.values()) or transforms.active():
         row, history = columns(rows), history_columns(rows)
         mixing = make_rows(
@@ -235,6 +259,6 @@ def two_results(
         )  # fmt: skip
         kept = ops.combine(in_float32(x), pred, mixing, i, clip=clip)
         return ops.update(x, pred, rows, i, clip=clip, **noise).to(dtypes[0]), kept.to(dtypes[1])
-    kept = torch.empty_like(x) if x.dtype == dtypes[1] else torch.empty_like(x, dtype=dtypes[1])
+    kept = torch.empty_like(x) if dtype == dtypes[1] else torch.empty_like(x, dtype=dtypes[1])
     out = ops.update(x, pred, rows, i, hist=kept, keep="new mix", clip=clip, **noise)
-    return out if x.dtype == dtypes[0] else out.to(dtypes[0]), kept
+    return out if dtype == dtypes[0] else out.to(dtypes[0]), kept

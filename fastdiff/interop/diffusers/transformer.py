@@ -21,6 +21,11 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):
     there on a network runs in mixed layouts, if the projection is a linear layer.
     """
 
+    @staticmethod
+    def misfit(module: Any) -> str | None:
+        """See `accelerate`: one that takes no maps has nothing to fuse."""
+        return None if module.is_input_continuous else ""
+
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         layer: Any = self.proj_in
         patched = transformer_2d.Transformer2DModel._operate_on_continuous_inputs is not STOCK_START

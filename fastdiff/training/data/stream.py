@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -16,8 +16,10 @@ from fastdiff.support.scalars import as_count, as_integer, as_share
 from fastdiff.training.data.order import FLIP, LABEL, draws, shuffled
 from fastdiff.training.data.sources import Source, finite, scaled
 
-# Items that are drawn at a time in the place of one that cannot be read.
+# Items that are drawn at a time, at most, in the place of one that cannot be read.
 SUBSTITUTES = 64
+# Items that a process remembers as unreadable.
+REMEMBERED = 2**16
 
 
 class Batch(NamedTuple):
@@ -48,19 +50,27 @@ class Reader:
     """The dataset of a DataLoader. An item that cannot be read is replaced by one that can, drawn by the sample number.
 
     The next one would not do: behind a folder of texts one image would be seen in place of each of them.
+
+    What is no image, as a text beside one, is opened once. What the system did not read may be there in the next epoch.
     """
 
     source: Source
+    unreadable: dict[int, str] = field(default_factory=dict)
 
     def __getitems__(self, items: Sequence[Item]) -> tuple[Tensor, list[int], dict[int, str]]:
         """(the stacked values, the number of each item that was read, why others were not)."""
         values, numbers, skipped = [], [], {}
         for item in items:
             for number in self._candidates(item):
+                if number in self.unreadable:
+                    skipped[number] = self.unreadable[number]
+                    continue
                 try:
                     value = finite(self.source, number)
                 except Exception as error:  # decoders of broken files raise whatever they meet
                     skipped[number] = reason(error)
+                    if is_lasting(error) and len(self.unreadable) < REMEMBERED:
+                        self.unreadable[number] = skipped[number]
                 else:
                     values.append(value.flip(-1) if item.flipped else value)
                     numbers.append(number)
@@ -72,9 +82,10 @@ class Reader:
     def _candidates(self, item: Item) -> Iterator[int]:
         """The item, and then all of the source in an order of the sample's own."""
         yield item.number
-        size = len(self.source)
-        for first in range(0, size, SUBSTITUTES):
-            yield from shuffled(np.arange(first, min(first + SUBSTITUTES, size)), size, item.sample).tolist()
+        size, first, many = len(self.source), 0, 1
+        while first < size:
+            yield from shuffled(np.arange(first, min(first + many, size)), size, item.sample).tolist()
+            first, many = first + many, min(2 * many, SUBSTITUTES)
 
 
 class Stream:
@@ -194,6 +205,11 @@ class Stream:
             kept = np.where(dropped, len(self.source.classes), self.source.labels[indices])
             labels = torch.from_numpy(kept)
         return Batch(scaled(values, self.source.white), labels)
+
+
+def is_lasting(error: Exception) -> bool:
+    """Whether another try would fail too: the content is at fault, not the system."""
+    return getattr(error, "errno", None) is None and not isinstance(error, MemoryError)
 
 
 def _same(read: Any) -> Any:
