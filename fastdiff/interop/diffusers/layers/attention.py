@@ -10,10 +10,10 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models import activations, attention, attention_processor
 from torch import Tensor, nn
 
-from ... import ops
-from ...ops.gate import is_fused as gate_is_fused
-from ...ops.layer_norm import is_fused as norm_is_fused
-from ...support.plain import as_defined, is_ordinary, is_plain
+from .... import ops
+from ....ops.gate import is_fused as gate_is_fused
+from ....ops.layer_norm import is_fused as norm_is_fused
+from ....support.plain import as_defined, is_ordinary, is_plain
 from .ada_block import fuses_block, is_modulated, modulated_block
 
 STOCK_BLOCK = as_defined(attention.BasicTransformerBlock, "forward")

@@ -17,9 +17,9 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
-from ... import ops
-from ...ops.layer_norm import is_fused
-from ...support.plain import as_defined, is_ordinary, is_plain
+from .... import ops
+from ....ops.layer_norm import is_fused
+from ....support.plain import as_defined, is_ordinary, is_plain
 
 NORMS = (nn.LayerNorm, FP32LayerNorm)
 LARGEST = 65504.0  # of float16: stock clips some sums there
