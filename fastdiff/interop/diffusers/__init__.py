@@ -130,34 +130,4 @@ __all__ = [
 ]
 
 # All of them, for those that look up the one of a stock class.
-SCHEDULERS: tuple[type[FusedScheduler], ...] = (
-    CMStochasticIterativeScheduler,
-    CogVideoXDDIMScheduler,
-    CogVideoXDPMScheduler,
-    DDIMInverseScheduler,
-    DDIMScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepInverseScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EDMDPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FlowMatchLCMScheduler,
-    HeunDiscreteScheduler,
-    IPNDMScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LCMScheduler,
-    LMSDiscreteScheduler,
-    LTXEulerAncestralRFScheduler,
-    PNDMScheduler,
-    SCMScheduler,
-    ScoreSdeVeScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
+SCHEDULERS: tuple[type[FusedScheduler], ...] = tuple(globals()[name] for name in __all__[1:])
