@@ -71,7 +71,9 @@ from ...support.versions import numbers, warn_if_untested
 
 warn_if_untested("diffusers", diffusers.__version__)
 VERSION = numbers(diffusers.__version__)
-# The first versions whose schedulers are those that ours stand for. Of an older one only layers are fused.
+if VERSION < (0, 30):
+    raise ImportError(f"fastdiff.interop.diffusers needs diffusers 0.30 or later, got {diffusers.__version__}")
+# The first versions whose schedulers give what those of 0.42.1 give. Of an older version only layers are fused.
 SCHEDULERS_SINCE = (0, 32)
 NEWER = {"SCMScheduler": (0, 33), "FlowMatchLCMScheduler": (0, 34), "LTXEulerAncestralRFScheduler": (0, 37)}
 

@@ -3,8 +3,8 @@
 A class here is the stock class that it derives from, with the same parameters and their names. Its `misfit` says why a
 layer cannot become one. A layer becomes one by its class alone, and `restore` gives it stock's again.
 
-Each stands for stock's class as it is in diffusers 0.42.1 and, but for what changes no result, from the version on that
-is named here. A layer of an older version stays stock's.
+They repeat the arithmetic of diffusers 0.42.1. Here stands from which version on stock's class gives the same. A layer
+of an older version stays stock's.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from .resnet import ResnetBlock2D
 from .transformer import Transformer2DModel
 
 # All of them, for `accelerate`: that of resnet blocks first.
-LAYERS: list[Any] = [ResnetBlock2D, Transformer2DModel, GroupNorm, BasicTransformerBlock, Attention, GEGLU]  # 0.30
+LAYERS: list[Any] = [ResnetBlock2D, Transformer2DModel, GroupNorm, BasicTransformerBlock, Attention, GEGLU]  # from 0.30
 
 if VERSION >= (0, 32):
     from .ada_norm import (
