@@ -53,7 +53,7 @@ def test_a_version_before_the_schedulers(under):
 
 def test_a_version_between(under):
     """What it lacks, or defines otherwise, stays stock."""
-    older = under("0.34.0")
+    older = under("0.36.0")
     assert len(fused.SCHEDULERS) - len(older.SCHEDULERS) == 1
     with pytest.raises(ImportError, match=r"LTXEulerAncestralRFScheduler needs diffusers 0\.37"):
         from fastdiff.interop.diffusers import LTXEulerAncestralRFScheduler  # noqa: F401

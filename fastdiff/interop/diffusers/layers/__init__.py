@@ -32,7 +32,7 @@ if VERSION >= (0, 32):
     LAYERS += [AdaLayerNormZero, AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX, AdaLayerNormContinuous]
     LAYERS += [CogVideoXLayerNormZero, RMSNorm, JointTransformerBlock]
 
-if VERSION >= (0, 36):
+if VERSION >= (0, 37):
     from .flux_block import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
     from .qwen_block import QwenImageTransformerBlock
     from .wan_block import WanAttention, WanTransformerBlock
