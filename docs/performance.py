@@ -28,7 +28,7 @@ OPERATIONS = {
     "bound_forward_backward": "variational bound with gradients",
     "group_norm_silu": "group norm and SiLU, with gradient",
     "layer_norm": "layer norm of a gated sum",
-    "rotate": "rotary embedding",
+    "rotate": "norm and rotary embedding",
 }
 # The size that fills a GPU, for the picture.
 LARGE = "256x3x256x256"

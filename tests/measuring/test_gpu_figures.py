@@ -15,11 +15,13 @@ import torch
 import triton
 
 from benchmarks import workloads
-from benchmarks.gpu import checks, measure, operations, packaged_step, training
+from benchmarks.gpu import checks, launches, measure, operations, packaged_step, training
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.rows import STAGES, NotAvailable, Setup
 from benchmarks.gpu.worker import measure as outcome_of
 from benchmarks.static import variants
+from fastdiff.kernels import layer_norm, rotate
+from fastdiff.ops.rotate import LARGEST
 
 ROOT = Path(__file__).resolve().parents[2]
 HELPED = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "helpers")))
@@ -153,6 +155,13 @@ def test_what_the_sanitizer_is_given_launches_every_kernel():
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     known = {f"{kernel}_kernel" for kernel, _, _ in variants.COMMON + variants.RARE}
     assert done.stdout.split() == sorted(known), done.stderr
+
+
+def test_the_sanitizer_sees_warps_that_meet():
+    """In shared memory, where races are: a row or head of a program's tile has more elements than a warp holds."""
+    rows = layer_norm.shape_of(launches.WIDE_ROW, 3, layer_norm.WARP)
+    assert rows["CHUNK"] > layer_norm.WARP * layer_norm.HELD and rows["ROWS"] > 1
+    assert launches.WIDE_HEAD > rotate.WARP * rotate.HELD and launches.WIDE_HEAD <= LARGEST
 
 
 @pytest.mark.slow
