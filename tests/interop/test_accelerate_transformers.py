@@ -72,6 +72,15 @@ def test_one_operation_for_each_norm_and_sum(name, kernels):
     assert [type(part) for part in fused.modules()] == [type(part) for part in stock.modules()]
 
 
+def test_timesteps_of_another_type(kernels):
+    """Some schedulers have float32."""
+    fused, stock, given = accelerated("dit", torch.bfloat16)
+    given |= {"timestep": given["timestep"].float()}
+    with Meter() as meter:
+        torch.testing.assert_close(output(fused, given), output(stock, given), rtol=0.1, atol=0.1)
+    assert meter.kernels["add_layer_norm"] == 1
+
+
 @pytest.mark.slow
 def test_the_kernels_give_what_stock_gives():
     fused, stock, given = accelerated("flux")
