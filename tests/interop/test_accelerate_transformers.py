@@ -384,6 +384,23 @@ def test_graphs_replay_fused_blocks(name, kernels, taped):
     assert taped[0].replayed == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(name, dtype):
+    """The compiled kernels give what stock gives, and a CUDA graph of them the same bits."""
+    fused, stock, given = accelerated(name, dtype)
+    given = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+    for net in (fused, stock):
+        net.cuda()
+    want, got = output(stock, given), output(fused, given)
+    bound = 1e-4 if dtype == torch.float32 else 0.05
+    assert (got.double() - want.double()).norm() <= bound * want.double().norm()
+    fastdiff.accelerate(fused, graph=True)
+    for _ in range(4):
+        assert torch.equal(output(fused, given), got)
+
+
 @pytest.mark.slow
 def test_a_compiler_sees_stocks_arithmetic(kernels):
     """In one graph, though it does not know the classes of diffusers' blocks from inside."""
