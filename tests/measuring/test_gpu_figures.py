@@ -263,7 +263,7 @@ def test_what_needs_no_compiler_comes_first_and_what_compiles_longest_last():
     assert {row.turn for name in ("smoke", "host") for row in stages[name]} == {1}
     assert {row.turn for row in stages["operations"]} == {2, 3, 4, 5} and {row.turn for row in stages["checks"]} == {3}
     assert all((row.turn > 3) == ("and torch.compile" in row.case) for row in stages["operations"])
-    assert len(stages["sampling"]) == 6 * 3 + 6 * 2
+    assert len(stages["sampling"]) == 6 * 3 + 6 * 2 + 5
 
 
 def test_a_training_step_trains(short):
