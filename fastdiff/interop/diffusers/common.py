@@ -301,7 +301,8 @@ def quantile(values: Tensor, q: float) -> Tensor:
     in_double = DOUBLE_RANKS and values.device.type != "mps"
     rank = torch.full_like(largest, q).to(torch.float64 if in_double else largest.dtype) * (n - 1)
     below = rank.floor()
-    low, high = (top.gather(1, (n - 1 - place.long()).clamp(min=0)) for place in (below, rank.ceil()))
+    places = n - 1 - torch.cat((below, rank.ceil()), 1).long()
+    low, high = top.gather(1, places.clamp(min=0)).chunk(2, 1)
     return torch.where(largest.isnan(), largest, low.lerp(high, (rank - below).to(largest.dtype)))
 
 
