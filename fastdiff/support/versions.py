@@ -1,14 +1,15 @@
-"""The versions of PyTorch and Triton that the tests ran on.
+"""The versions of PyTorch, Triton and diffusers that the tests ran on.
 
 Some of what makes calls cheap is private there: `ops/dispatch.py`, `ops/quick.py`, `ops/plan.py`, `ops/registry.py`,
-`support/transforms.py` and `kernels/launch.py` use it. A later version may change it.
+`support/transforms.py` and `kernels/launch.py` use it. `interop/diffusers/` repeats the arithmetic of diffusers. A
+later version may change it.
 """
 
 import re
 import warnings
 
 # The first version that was not tested.
-UNTESTED = {"torch": (2, 15), "triton": (3, 9)}
+UNTESTED = {"torch": (2, 15), "triton": (3, 9), "diffusers": (0, 43)}
 
 
 def warn_if_untested(package: str, version: str) -> None:

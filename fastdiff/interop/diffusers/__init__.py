@@ -60,11 +60,12 @@ DDIMPipeline converts what it is given to the stock DDIMScheduler: assign pipeli
 """
 
 try:
-    import diffusers.schedulers.scheduling_utils  # noqa: F401
+    import diffusers.schedulers.scheduling_utils
 except ImportError as error:
     message = "fastdiff.interop.diffusers needs diffusers: pip install 'fastdiff-kernels[diffusers]'"
     raise ImportError(f"{message} ({error})") from error
 
+from ...support.versions import warn_if_untested
 from .common import FusedScheduler
 from .consistency_models import CMStochasticIterativeScheduler
 from .ddim import DDIMScheduler
@@ -129,6 +130,7 @@ __all__ = [
     "UniPCMultistepScheduler",
 ]
 
+warn_if_untested("diffusers", diffusers.__version__)
 # All of them, for those that look up the one of a stock class.
 SCHEDULERS: tuple[type[FusedScheduler], ...] = (
     CMStochasticIterativeScheduler,
