@@ -24,7 +24,10 @@ def is_image(path: Path) -> bool:
 
 
 def listed(path: Path) -> tuple[list[Path], dict[Path, str]]:
-    """(the files under a folder, what is left out and why), each in the order of names; without what is hidden."""
+    """(the files under a folder, what is left out and why), each in the order of names; without what is hidden.
+
+    A file that is named after an image beside it, as a caption is, is left out: a.txt or a.png.json beside a.png.
+    """
     files, skipped = [], {}
 
     def unreadable(error: OSError) -> None:
@@ -36,8 +39,11 @@ def listed(path: Path) -> tuple[list[Path], dict[Path, str]]:
             skipped[Path(root)] = "the folder of a run"
             folders.clear()
             continue
+        images = {owner for name in names if is_image(Path(name)) for owner in (name, os.path.splitext(name)[0])}
         for entry in (Path(root, name) for name in (*folders, *names) if not name.startswith(".")):
-            if os.path.isfile(entry):
+            if entry.stem in images and not is_image(entry) and os.path.isfile(entry):
+                skipped[entry] = "goes with the image of its name"
+            elif os.path.isfile(entry):
                 files.append(entry)
             elif os.path.islink(entry):
                 skipped[entry] = "a link to a folder" if os.path.isdir(entry) else "a link to nothing"
