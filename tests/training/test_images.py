@@ -184,6 +184,21 @@ def test_more_than_three_are_counted_and_three_are_named(tmp_path, capsys):
     assert line.rstrip().endswith(", ...")
 
 
+@pytest.mark.parametrize(
+    ("size", "channels", "message"),
+    [
+        ((8, 8, 8), 3, r"size: expected a side or \(H, W\), got \(8, 8, 8\)"),
+        (0, 3, "size: expected an integer from 1"),
+        (8, 5, "channels: expected an integer from 1 to 4, got 5"),
+    ],
+)
+def test_shapes_that_no_image_has_are_named(tmp_path, size, channels, message):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    assert data.Folder(tmp_path, 8, 3).read(0).shape == (3, 8, 8)  # a side alone
+    with pytest.raises(ValueError, match=message):
+        data.Folder(tmp_path, size, channels)
+
+
 def test_captions_beside_images_are_no_images(tmp_path, capsys):
     for name in ("a.png", "b.JPG"):
         Image.new("L", (4, 4)).save(tmp_path / name)

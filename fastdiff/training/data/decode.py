@@ -2,18 +2,22 @@
 
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastdiff.files import need
+from fastdiff.support.scalars import as_integer
 from fastdiff.training.data.pictures import MODES
 
 # How the names of image files end.
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
 # What the folder of a run holds. Its samples are no data.
 RUN = {"config.json", "log.csv"}
+# The largest side of an image.
+LARGEST = 2**15
 # White in the image modes of PIL that have more than 8 bits.
 DEEP = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 
@@ -50,6 +54,15 @@ def listed(path: Path) -> tuple[list[Path], dict[Path, str]]:
             elif not os.path.isdir(entry):
                 skipped[entry] = "neither a file nor a folder"
     return sorted(files), dict(sorted(skipped.items()))
+
+
+def image_shape(size: int | Sequence[int], channels: int) -> tuple[int, int, int]:
+    """(channels, H, W) of images whose `size` is a side or (H, W). Raises TypeError or ValueError naming either."""
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"size: expected a side or (H, W), got {size!r}")
+    height, width = (as_integer("size", side, 1, LARGEST) for side in sides)
+    return as_integer("channels", channels, 1, len(MODES)), height, width
 
 
 def decoded(source: str | Path | bytes | Any, size: tuple[int, int], channels: int) -> np.ndarray:
