@@ -99,6 +99,8 @@ def accelerate(
             raise TypeError(f"{option}: expected True or False, got {value!r}")
     networks = _networks(target)
     done = Accelerated()
+    if not networks and not _schedulers(target):  # diffusers counts no argument with a default unless it is told to
+        done.left["components"] = "the pipeline's `components` have neither a network nor a scheduler"
     for name, part, owner in _parts(target):
         reason = _misfit(part, owner)
         if reason:
