@@ -26,7 +26,7 @@ def test_every_operation_has_its_places() -> None:
             text = "".join((ROOT / place).read_text(encoding="utf-8") for place in places.split())
             if f"ops.{name}(" not in text:
                 missing.append((name, places))
-    assert not missing
+    assert not missing, "\n" + "\n".join(f"{name} is not in {place}" for name, place in missing)
 
 
 def test_every_operation_has_a_static_variant() -> None:
