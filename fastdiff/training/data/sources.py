@@ -192,8 +192,8 @@ class Names:
 class Folder:
     """Every image file under a folder, decoded when it is read: `fastdiff.training.data.decode` says how.
 
-    Links to folders, folders of runs, and what is neither file nor folder, are left out; a line on stderr counts and
-    names them. Files and folders whose names begin with a dot are left out without a word.
+    Links to folders, folders of runs, captions (a.txt beside a.png), and what is neither file nor folder, are left out;
+    a line on stderr counts and names them. Files and folders whose names begin with a dot are left out without a word.
 
     Args:
         path: the folder, whose folders are read too.
