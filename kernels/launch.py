@@ -23,12 +23,12 @@ __all__ = ["noted"]
 MAX_GRID_Y = 32768
 # The arithmetic is written for fused multiply-adds; Triton 3.10 stops contracting by default.
 FUSED = {"enable_fp_fusion": True}
-# Decorates what is launched. The numbers of samples and rows, and the address of a number, change from step to step
-# and from call to call. A kernel compiled for each of them gains nothing, and would be compiled within a sampling loop
-# or the capture of a CUDA graph.
+# Decorates what is launched. The numbers of samples, tokens and rows, and the address of a number, change from step to
+# step and from call to call. A kernel compiled for each of them gains nothing, and would be compiled within a sampling
+# loop or the capture of a CUDA graph.
 kernel = functools.partial(
     triton.jit,
-    do_not_specialize=["batch", "levels", "steps", "first"],
+    do_not_specialize=["batch", "rows", "tokens", "levels", "steps", "first"],
     do_not_specialize_on_alignment=[
         f"{name}_ptr" for name in ("t", "step", "table", "rows", "seed", "ids", "incoming", "guidance")
     ],

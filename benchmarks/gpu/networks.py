@@ -39,7 +39,31 @@ TINY_STABLE_DIFFUSION = TINY | {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-TOKENS = 77
+TINY_STABLE_DIFFUSION_3: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "joint_attention_dim": 8,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 8,
+    "pos_embed_max_size": 8,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": (0,),
+}
+TINY_FLUX: dict[str, Any] = {
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "joint_attention_dim": 8,
+    "pooled_projection_dim": 8,
+    "axes_dims_rope": (2, 2, 4),
+}
+TOKENS, TOKENS_3 = 77, 333
 
 
 def diffusers() -> Any:
@@ -71,30 +95,38 @@ def stable_diffusion(setup: Setup) -> Any:
         return diffusers().UNet2DConditionModel(**setup.size(STABLE_DIFFUSION, TINY_STABLE_DIFFUSION)).eval()
 
 
+def stable_diffusion_3(setup: Setup) -> Any:
+    torch.manual_seed(0)
+    with setup.device:
+        return diffusers().SD3Transformer2DModel(**setup.size(STABLE_DIFFUSION_3, TINY_STABLE_DIFFUSION_3)).eval()
+
+
 class Pipeline:
     """The loop of DDIMPipeline and StableDiffusionPipeline, from x_T to x_0, without text encoder and VAE.
 
-    The U-Net gets its time on the device and the scheduler on the host, so that neither waits for the other: this is
+    The network gets its time on the device and the scheduler on the host, so that neither waits for the other: this is
     the quickest way to write that loop.
+
+    name: of the network among the components. given: what the network takes beside the text.
     """
 
-    def __init__(self, unet: Any, scheduler: Any) -> None:
-        self.unet, self.scheduler = unet, scheduler
+    def __init__(self, network: Any, scheduler: Any, name: str = "unet", **given: Tensor) -> None:
+        self.network, self.scheduler, self.name, self.given = network, scheduler, name, given
 
     @property
     def components(self) -> dict[str, Any]:
-        return {"unet": self.unet, "scheduler": self.scheduler}
+        return {self.name: self.network, "scheduler": self.scheduler}
 
     @torch.no_grad()
     def __call__(self, x: Tensor, steps: int, text: Tensor | None = None, guidance: float = 7.5) -> Tensor:
-        """text: (2 B, tokens, width), without and with the prompt; None if the U-Net takes none."""
+        """text: (2 B, tokens, width), without and with the prompt; None if the network takes none."""
         self.scheduler.set_timesteps(steps)
         for t, time in zip(self.scheduler.timesteps, self.scheduler.timesteps.to(x.device), strict=True):
             if text is None:
-                pred = self.unet(x, time, return_dict=False)[0]
+                pred = self.network(x, timestep=time, return_dict=False)[0]
             else:
-                both = self.unet(torch.cat([x, x]), time, encoder_hidden_states=text, return_dict=False)[0]
-                without, prompted = both.chunk(2)
+                given = {"timestep": time.expand(len(text)), "encoder_hidden_states": text, **self.given}
+                without, prompted = self.network(torch.cat([x, x]), **given, return_dict=False)[0].chunk(2)
                 pred = without + guidance * (prompted - without)
             x = self.scheduler.step(pred, t, x, return_dict=False)[0]
         return x

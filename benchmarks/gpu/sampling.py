@@ -1,4 +1,4 @@
-"""Sampling with two U-Nets in bfloat16: DDIM steps from noise to data, as users of diffusers and of fastdiff do it."""
+"""Sampling with three networks in bfloat16: steps from noise to data, as users of diffusers and of fastdiff do it."""
 
 import functools
 from collections.abc import Callable
@@ -11,10 +11,20 @@ import fastdiff
 from fastdiff import DDPM
 
 from .measure import job
-from .networks import TOKENS, Pipeline, cifar10, diffusers, stable_diffusion, stock_cifar10
+from .networks import (
+    TOKENS,
+    TOKENS_3,
+    Pipeline,
+    cifar10,
+    diffusers,
+    stable_diffusion,
+    stable_diffusion_3,
+    stock_cifar10,
+)
 from .rows import Figures, NotAvailable, Row, Setup
 
 STEPS, TOY_STEPS = 50, 2
+STEPS_3 = 20  # of Stable Diffusion 3.5, each of which takes longer
 # Images that are compared with those in float32, at most.
 COMPARED = 4
 
@@ -68,13 +78,13 @@ def sample_cifar10(batch: int, method: str, setup: Setup) -> Figures:
     return figures | {"off_float32": distance(sampler(x)[:COMPARED], want)}
 
 
-# --- the U-Net of Stable Diffusion 1.5 --------------------------------------------------------------------------
+# --- the networks of Stable Diffusion 1.5 and 3.5 ---------------------------------------------------------------
 
 
 def stock(pipeline: Pipeline, mode: str | None) -> None:
     """What a user of diffusers does for speed."""
     if mode:
-        pipeline.unet.to(memory_format=torch.channels_last).compile(mode=mode)
+        pipeline.network.to(memory_format=torch.channels_last).compile(mode=mode)
 
 
 def accelerated(pipeline: Pipeline, **options: Any) -> dict[str, str]:
@@ -88,8 +98,8 @@ def accelerated(pipeline: Pipeline, **options: Any) -> dict[str, str]:
 
 def check(left: dict[str, str]) -> None:
     """What ran without a graph is not measured as one."""
-    if "unet.forward" in left:
-        raise NotAvailable(left["unet.forward"])
+    if reasons := [reason for name, reason in left.items() if name.endswith(".forward")]:
+        raise NotAvailable(reasons[0])
 
 
 STABLE_DIFFUSION_METHODS: dict[str, Callable[[Pipeline], dict[str, str] | None]] = {
@@ -107,14 +117,28 @@ def sample_stable_diffusion(batch: int, method: str, setup: Setup) -> Figures:
     unet = stable_diffusion(setup).to(torch.bfloat16)
     schedule: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     scheduler = diffusers().DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    pipeline, steps = Pipeline(unet, scheduler), setup.size(STEPS, TOY_STEPS)
-    config, random = unet.config, torch.Generator(setup.device).manual_seed(0)
+    text = drawn(setup, 2 * batch, TOKENS, unet.config.cross_attention_dim)
+    return iterations(Pipeline(unet, scheduler), text, STEPS, method, setup)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, device=setup.device).to(torch.bfloat16)
 
-    x = draw(batch, config.in_channels, config.sample_size, config.sample_size)
-    text = draw(2 * batch, TOKENS, config.cross_attention_dim)
+def sample_stable_diffusion_3(batch: int, method: str, setup: Setup) -> Figures:
+    """The same of its transformer."""
+    net = stable_diffusion_3(setup).to(torch.bfloat16)
+    pooled = drawn(setup, 2 * batch, net.config.pooled_projection_dim)
+    scheduler = diffusers().FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline = Pipeline(net, scheduler, "transformer", pooled_projections=pooled)
+    text = drawn(setup, 2 * batch, TOKENS_3, net.config.joint_attention_dim)
+    return iterations(pipeline, text, STEPS_3, method, setup)
+
+
+def drawn(setup: Setup, *shape: int) -> Tensor:
+    random = torch.Generator(setup.device).manual_seed(0)
+    return torch.randn(shape, generator=random, device=setup.device).to(torch.bfloat16)
+
+
+def iterations(pipeline: Pipeline, text: Tensor, steps: int, method: str, setup: Setup) -> Figures:
+    steps, config = setup.size(steps, TOY_STEPS), pipeline.network.config
+    x = drawn(setup, len(text) // 2, config.in_channels, config.sample_size, config.sample_size)
     want = pipeline(x, TOY_STEPS, text)
     left = STABLE_DIFFUSION_METHODS[method](pipeline) or {}
     figures = job(lambda: pipeline(x, steps, text), setup.device, steps=steps, units=steps)
@@ -133,7 +157,7 @@ def turn(case: str, method: str) -> int:
     """
     if "max-autotune" in method:
         return 4 if "SD 1.5 U-Net, batch 1" in case else 5
-    if "SD 1.5 U-Net, batch 4" in case:
+    if "SD 1.5 U-Net, batch 4" in case or ("SD 3.5" in case and LIMITS[method.split()[-1]] > 60):
         return 3
     if LIMITS[method.split()[-1]] == 60:
         return 1
@@ -148,6 +172,9 @@ def rows(setup: Setup) -> list[Row]:
     for batch in setup.size([1, 4], [1]):
         for method in STABLE_DIFFUSION_METHODS:
             found.append((f"SD 1.5 U-Net, batch {batch}", method, sample_stable_diffusion, batch))
+    for method in STABLE_DIFFUSION_METHODS:
+        if "max-autotune" not in method:  # which takes too long to try out such a network's kernels
+            found.append(("SD 3.5 transformer, batch 1", method, sample_stable_diffusion_3, 1))
     return [
         Row(
             case, method, functools.partial(sample, batch, method, setup), LIMITS[method.split()[-1]],

@@ -16,7 +16,7 @@ from ..support.plain import has_plain_parameters
 from .replay import put_in, take_out
 
 # The components of a pipeline that it calls at every step.
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer", "transformer_2")
 # Where a network keeps the convolutions whose layout was changed.
 LAID_OUT = "_channels_last_by_accelerate"
 # Attributes that a fused scheduler has beside those of its stock class.

@@ -232,12 +232,14 @@ def test_anything_else_is_refused(call):
 
 @pytest.mark.slow
 def test_compiles_to_one_graph():
-    """With transformers, and blocks that scale, shift and sample."""
+    """With transformers, attention with a norm of its own, a middle block that divides, and blocks that scale, shift
+    and sample."""
     torch.manual_seed(0)
     config = {
-        "down_block_types": ("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "down_block_types": ("AttnDownBlock2D", "ResnetDownsampleBlock2D"),
         "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
-        "mid_block_type": None,
+        "mid_block_type": "UNetMidBlock2D",
+        "mid_block_scale_factor": 2.0,
         "resnet_time_scale_shift": "scale_shift",
     }
     net = conditional(**config).eval()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tape import Recorders, Tape
+from torch import nn
 
 import fastdiff
 from benchmarks.gpu import smoke
@@ -16,6 +17,7 @@ SETUP = Setup(torch.device("cpu"), toy=True)
 CAPTURED = {
     "sample": smoke.graph,
     "network": smoke.network,
+    "transformer": smoke.transformer,
     "training step": smoke.training_step,
     "failed capture": smoke.refused,
 }
@@ -92,6 +94,19 @@ def test_a_graph_that_overwrites_its_results_is_found(row, taped, monkeypatch):
     monkeypatch.setattr("fastdiff.graphs.tree_map_only", lambda kind, function, tree: tree)
     with pytest.raises((RuntimeError, AssertionError), match=r"off|Tensor-likes"):
         CAPTURED[row](SETUP)
+
+
+@pytest.mark.slow
+def test_a_fused_network_that_is_not_stocks_is_found(monkeypatch):
+    accelerate = smoke.accelerate
+
+    def twice_as_much(net, **options):
+        next(m for m in net.modules() if isinstance(m, nn.GELU)).register_forward_hook(lambda m, x, y: 2 * y)
+        return accelerate(net, **options)
+
+    monkeypatch.setattr(smoke, "accelerate", twice_as_much)
+    with pytest.raises(RuntimeError, match="transformer: part 0 is"):
+        smoke.transformer(SETUP)
 
 
 def test_on_a_gpu_a_capture_that_is_not_made_is_an_error():

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastdiff.training import data
 from fastdiff.training.data.decode import listed
@@ -273,17 +273,21 @@ def test_what_is_no_image_is_opened_once_and_what_the_system_did_not_read_again(
     class Texts(data.Arrays):
         def read(self, index):
             asked.append(index)
-            if index == 1:
-                raise ValueError("a text")
-            if index == 2:
-                raise OSError(errno.EIO, "Input/output error")
+            if index in errors:
+                raise errors[index]
             return super().read(index)
 
-    stream = data.Stream(Texts(np.zeros((4, 1), np.float32)), 4)
+    errors = {
+        1: UnidentifiedImageError("a text"),
+        2: OSError(errno.EIO, "Input/output error"),
+        3: ConnectionError("no answer"),  # as of requests, without a number
+        4: ValueError("too small"),
+    }
+    stream = data.Stream(Texts(np.zeros((6, 1), np.float32)), 6)
     for epoch in range(3):
         stream.batch(epoch)
-    assert asked.count(1) == 1 and asked.count(2) >= 3
-    assert stream.skipped == {1: "a text", 2: "[Errno 5] Input/output error"}
+    assert asked.count(1) == asked.count(4) == 1 and asked.count(2) >= 3 and asked.count(3) >= 3
+    assert stream.skipped == {number: str(error) for number, error in errors.items()}
     monkeypatch.setattr("fastdiff.training.data.stream.REMEMBERED", 0)
     asked.clear()
     data.Stream(stream.source, 8).batch(0)
