@@ -2,44 +2,40 @@
 
 A class here is the stock class that it derives from, with the same parameters and their names. Its `misfit` says why a
 layer cannot become one. A layer becomes one by its class alone, and `restore` gives it stock's again.
+
+They repeat the arithmetic of diffusers 0.42.1. Here stands from which version on stock's class gives the same. A layer
+of an older version stays stock's.
 """
 
-from .ada_norm import (
-    AdaLayerNormContinuous,
-    AdaLayerNormZero,
-    AdaLayerNormZeroSingle,
-    CogVideoXLayerNormZero,
-    RMSNorm,
-    SD35AdaLayerNormZeroX,
-)
+from typing import Any
+
+from .. import VERSION
 from .attention import GEGLU, Attention, BasicTransformerBlock
-from .flux_block import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
 from .group_norm import GroupNorm
-from .joint_block import JointTransformerBlock
-from .qwen_block import QwenImageTransformerBlock
 from .resnet import ResnetBlock2D
 from .transformer import Transformer2DModel
-from .wan_block import WanAttention, WanTransformerBlock
 
 # All of them, for `accelerate`: that of resnet blocks first.
-LAYERS = (
-    ResnetBlock2D,
-    Transformer2DModel,
-    GroupNorm,
-    BasicTransformerBlock,
-    Attention,
-    GEGLU,
-    AdaLayerNormZero,
-    AdaLayerNormZeroSingle,
-    SD35AdaLayerNormZeroX,
-    AdaLayerNormContinuous,
-    CogVideoXLayerNormZero,
-    RMSNorm,
-    JointTransformerBlock,
-    FluxTransformerBlock,
-    FluxSingleTransformerBlock,
-    FluxAttention,
-    QwenImageTransformerBlock,
-    WanTransformerBlock,
-    WanAttention,
-)
+LAYERS: list[Any] = [ResnetBlock2D, Transformer2DModel, GroupNorm, BasicTransformerBlock, Attention, GEGLU]  # from 0.30
+
+if VERSION >= (0, 32):
+    from .ada_norm import (
+        AdaLayerNormContinuous,
+        AdaLayerNormZero,
+        AdaLayerNormZeroSingle,
+        CogVideoXLayerNormZero,
+        RMSNorm,
+        SD35AdaLayerNormZeroX,
+    )
+    from .joint_block import JointTransformerBlock
+
+    LAYERS += [AdaLayerNormZero, AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX, AdaLayerNormContinuous]
+    LAYERS += [CogVideoXLayerNormZero, RMSNorm, JointTransformerBlock]
+
+if VERSION >= (0, 36):
+    from .flux_block import FluxAttention, FluxSingleTransformerBlock, FluxTransformerBlock
+    from .qwen_block import QwenImageTransformerBlock
+    from .wan_block import WanAttention, WanTransformerBlock
+
+    LAYERS += [FluxTransformerBlock, FluxSingleTransformerBlock, FluxAttention]
+    LAYERS += [QwenImageTransformerBlock, WanTransformerBlock, WanAttention]
