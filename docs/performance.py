@@ -27,6 +27,8 @@ OPERATIONS = {
     "loss_without_gradient": "loss without gradient",
     "bound_forward_backward": "variational bound with gradients",
     "group_norm_silu": "group norm and SiLU, with gradient",
+    "inner_products": "inner products for guidance",
+    "gated_gelu": "gate of GEGLU",
     "layer_norm": "layer norm of a gated sum",
     "rotate": "norm and rotary embedding",
 }

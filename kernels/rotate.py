@@ -8,15 +8,13 @@ rounds once.
 Moves, per element: reads x, writes out. The tables stay in the cache: all heads and samples share them.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, grid_of, kernel, launch
+from .launch import FUSED, grid_of, kernel, launch, warps_of
 from .tile import load_float32, owner, to_float32
 
-WARP = 64 if torch.version.hip else 32  # threads
 HELD = 8  # elements of a thread
 BLOCKS = 512, 1024  # elements of a program
 
@@ -67,5 +65,5 @@ def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | No
         weight_ptr=None if weight is None else weight.contiguous(), rows=rows, tokens=tokens, eps=eps,
         x_sample=x.stride(0), x_token=x.stride(1),
         cos_token=cos.stride(0), cos_column=cos.stride(1), sin_token=sin.stride(0), sin_column=sin.stride(1),
-        WIDTH=width, DEPTH=depth, PAIRS=pairs, BLOCK=block, num_warps=max(1, block // (WARP * HELD)), **FUSED,
+        WIDTH=width, DEPTH=depth, PAIRS=pairs, BLOCK=block, num_warps=warps_of(block, HELD), **FUSED,
     )  # fmt: skip

@@ -121,13 +121,6 @@ def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
         importlib.import_module("fastdiff.interop.diffusers")
 
 
-def test_a_later_diffusers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its arithmetic may be another than what is repeated here."""
-    monkeypatch.setattr(diffusers, "__version__", "0.43.0")
-    with pytest.warns(UserWarning, match=r"tested with diffusers below 0\.43, and diffusers is 0\.43\.0"):
-        importlib.reload(fused)
-
-
 # --- pipelines and training ---------------------------------------------------------------------------------------
 
 

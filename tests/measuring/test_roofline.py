@@ -21,6 +21,7 @@ from PIL import Image
 
 from benchmarks import pictures
 from benchmarks.static import roofline
+from benchmarks.static.variants import COMMON
 
 pytestmark = pytest.mark.slow  # all wait for one compilation of everything
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "static_roofline.py"
@@ -126,6 +127,10 @@ def test_instructions(rows, kernel, variant, noise, dtype):
     assert all(r["instructions_per_element"] <= budget for r in found), f"budget {budget}" + shown(found)
 
 
+def test_every_kernel_of_elements_has_a_budget():
+    assert {kernel for kernel, *_ in BUDGETS} == {kernel for kernel, *_ in COMMON} - {"normal", "reduce", "scale"}
+
+
 @pytest.mark.parametrize(("dtype", "budget"), [("float32", 42), ("bfloat16", 45)])
 def test_instructions_of_the_polynomials(rows, dtype, budget):
     found = chosen(rows, source="fastdiff polynomials", kernel="noising", dtype=dtype, target="sm_90")
@@ -196,8 +201,7 @@ def test_predicted_roofline_of_the_h100(rows):
 
 
 def test_every_kernel_for_every_target(rows):
-    names = "normal noising loss reduce scale update vlb inner gated_gelu layer_norm rotate"
-    kernels = {*names.split(), *NORMS}
+    kernels = {kernel for kernel, *_ in COMMON}
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert {r["kernel"] for r in chosen(rows, source="fastdiff", target=target)} == kernels
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from fastdiff.training import data
+from fastdiff.training.data.decode import listed
 
 RAMP = np.linspace(0, 1, 16)[None].repeat(16, 0)
 EIGHT = (RAMP * 255).round().astype(np.uint8)
@@ -181,6 +182,32 @@ def test_more_than_three_are_counted_and_three_are_named(tmp_path, capsys):
     line = capsys.readouterr().err
     assert "left out 5 of 6 files" in line and line.count(".txt") == 6  # PIL's reason names the file again
     assert line.rstrip().endswith(", ...")
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "message"),
+    [
+        ((8, 8, 8), 3, r"size: expected a side or \(H, W\), got \(8, 8, 8\)"),
+        (0, 3, "size: expected an integer from 1"),
+        (8, 5, "channels: expected an integer from 1 to 4, got 5"),
+    ],
+)
+def test_shapes_that_no_image_has_are_named(tmp_path, size, channels, message):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    assert data.Folder(tmp_path, 8, 3).read(0).shape == (3, 8, 8)  # a side alone
+    with pytest.raises(ValueError, match=message):
+        data.Folder(tmp_path, size, channels)
+
+
+def test_captions_beside_images_are_no_images(tmp_path, capsys):
+    for name in ("a.png", "b.JPG"):
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    for name in ("a.txt", "b.JPG.json", "c.txt", "no_ending"):
+        (tmp_path / name).write_text("a caption")
+    assert [path.name for path in listed(tmp_path)[0]] == ["a.png", "b.JPG", "c.txt", "no_ending"]
+    data.folder(tmp_path, 4)
+    assert "left out 4 of 6 files" in (said := capsys.readouterr().err)
+    assert "a.txt: goes with the image of its name" in said
 
 
 def test_a_bomb_is_left_out(tmp_path, capsys):

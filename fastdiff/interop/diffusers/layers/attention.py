@@ -1,21 +1,19 @@
 """The layers of a transformer block of diffusers (0.42.1): its attention, its feed-forward gate, and the sums before
 its norms."""
 
-import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models import activations, attention, attention_processor
 from torch import Tensor, nn
 
-from ... import ops
-from ...ops.gate import is_fused as gate_is_fused
-from ...ops.layer_norm import is_fused as norm_is_fused
-from ...support.plain import as_defined, is_ordinary, is_plain
+from .... import ops
+from ....ops.gate import is_fused as gate_is_fused
+from ....ops.layer_norm import is_fused as norm_is_fused
+from ....support.plain import as_defined, is_ordinary, is_plain
 from .ada_block import fuses_block, is_modulated, modulated_block
-from .modulated import wrapped
+from .modulated import known_to_hooks, wrapped
 
 STOCK_BLOCK = as_defined(attention.BasicTransformerBlock, "forward")
 STOCK_GATE = as_defined(activations.GEGLU, "forward"), as_defined(activations.GEGLU, "gelu")
@@ -185,7 +183,4 @@ def _sum_and_norm(x: Tensor, y: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     return x, norm(x)
 
 
-# Hooks of diffusers that cache or skip blocks look the class up.
-TransformerBlockRegistry.register(
-    BasicTransformerBlock, copy.copy(TransformerBlockRegistry.get(attention.BasicTransformerBlock))
-)
+known_to_hooks(BasicTransformerBlock)
