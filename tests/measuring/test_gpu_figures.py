@@ -20,8 +20,7 @@ from benchmarks.gpu.results import Results
 from benchmarks.gpu.rows import STAGES, NotAvailable, Setup
 from benchmarks.gpu.worker import measure as outcome_of
 from benchmarks.static import variants
-from fastdiff.kernels import layer_norm, rotate
-from fastdiff.kernels.launch import WARP
+from fastdiff.kernels import launch, layer_norm, rotate
 from fastdiff.ops.rotate import LARGEST
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,8 +160,8 @@ def test_what_the_sanitizer_is_given_launches_every_kernel():
 def test_the_sanitizer_sees_warps_that_meet():
     """In shared memory, where races are: a row or head of a program's tile has more elements than a warp holds."""
     rows = layer_norm.shape_of(launches.WIDE_ROW, 3)
-    assert rows["CHUNK"] > WARP * layer_norm.HELD and rows["ROWS"] > 1
-    assert LARGEST >= launches.WIDE_HEAD > WARP * rotate.HELD
+    assert rows["CHUNK"] > launch.WARP * layer_norm.HELD and rows["ROWS"] > 1
+    assert LARGEST >= launches.WIDE_HEAD > launch.WARP * rotate.HELD
 
 
 @pytest.mark.slow
