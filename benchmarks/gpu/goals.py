@@ -34,7 +34,6 @@ def goals(rows: Rows) -> list[Goal]:
     for batch in (1, 4):
         case = f"sampling / SD 1.5 U-Net, batch {batch}"
         found.append(_quicker(rows, case, "accelerate", "diffusers max-autotune", 1.3))
-    found.append(_quicker(rows, "sampling / SD 3.5 transformer, batch 1", "accelerate", "diffusers eager", 1.1))
     for batch in (16, 128):
         case = f"training / cifar10 U-Net, batch {batch}"
         found.append(_quicker(rows, case, "fastdiff", "diffusers eager", 1.5))

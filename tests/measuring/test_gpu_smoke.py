@@ -1,9 +1,10 @@
 """What the stage smoke finds wrong with graphs, on tapes instead of a GPU."""
 
+import functools
+
 import pytest
 import torch
 from tape import Recorders, Tape
-from torch import nn
 
 import fastdiff
 from benchmarks.gpu import smoke
@@ -16,8 +17,7 @@ from fastdiff.ops.quick import forget
 SETUP = Setup(torch.device("cpu"), toy=True)
 CAPTURED = {
     "sample": smoke.graph,
-    "network": smoke.network,
-    "transformer": smoke.transformer,
+    "network": functools.partial(smoke.network, "cifar10 U-Net"),
     "training step": smoke.training_step,
     "failed capture": smoke.refused,
 }
@@ -97,16 +97,14 @@ def test_a_graph_that_overwrites_its_results_is_found(row, taped, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_fused_network_that_is_not_stocks_is_found(monkeypatch):
-    accelerate = smoke.accelerate
+def test_an_accelerated_network_that_is_further_from_float64_is_found(monkeypatch):
+    def wrong(net, **options):
+        smoke.change(net)
+        return fastdiff.interop.accelerate.Accelerated()
 
-    def twice_as_much(net, **options):
-        next(m for m in net.modules() if isinstance(m, nn.GELU)).register_forward_hook(lambda m, x, y: 2 * y)
-        return accelerate(net, **options)
-
-    monkeypatch.setattr(smoke, "accelerate", twice_as_much)
-    with pytest.raises(RuntimeError, match="transformer: part 0 is"):
-        smoke.transformer(SETUP)
+    monkeypatch.setattr(smoke, "accelerate", wrong)
+    with pytest.raises(RuntimeError, match="times as far from float64 as stock's"):
+        smoke.network("Flux transformer", SETUP)
 
 
 def test_on_a_gpu_a_capture_that_is_not_made_is_an_error():
