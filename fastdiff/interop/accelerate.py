@@ -16,7 +16,7 @@ from ..support.plain import has_plain_parameters
 from .replay import put_in, take_out
 
 # The components of a pipeline that it calls at every step.
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer", "transformer_2")
 # Where a network keeps the convolutions whose layout was changed.
 LAID_OUT = "_channels_last_by_accelerate"
 # Attributes that a fused scheduler has beside those of its stock class.
@@ -99,6 +99,8 @@ def accelerate(
             raise TypeError(f"{option}: expected True or False, got {value!r}")
     networks = _networks(target)
     done = Accelerated()
+    if not networks and not _schedulers(target):  # diffusers counts no argument with a default unless it is told to
+        done.left["components"] = "the pipeline's `components` have neither a network nor a scheduler"
     for name, part, owner in _parts(target):
         reason = _misfit(part, owner)
         if reason:

@@ -13,16 +13,12 @@ from ....ops.gate import is_fused as gate_is_fused
 from ....ops.layer_norm import is_fused as norm_is_fused
 from ....support.plain import as_defined, is_ordinary, is_plain
 from .ada_block import fuses_block, is_modulated, modulated_block
-from .modulated import known_to_hooks
+from .modulated import known_to_hooks, wrapped
 
 STOCK_BLOCK = as_defined(attention.BasicTransformerBlock, "forward")
 STOCK_GATE = as_defined(activations.GEGLU, "forward"), as_defined(activations.GEGLU, "gelu")
 STOCK_ATTENTION = as_defined(attention_processor.Attention, "forward")
 STOCK_PROCESSOR = as_defined(attention_processor.AttnProcessor2_0, "__call__")
-
-
-def _wrapped(module: nn.Module) -> str | None:
-    return "its forward is wrapped, as offloading does" if "forward" in vars(module) else None
 
 
 def _as_it_is_now(module: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -50,7 +46,7 @@ class GEGLU(activations.GEGLU):
     @staticmethod
     def misfit(module: Any) -> str | None:
         """See `accelerate`."""
-        return _wrapped(module)
+        return wrapped(module)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, GEGLU):
@@ -76,7 +72,7 @@ class Attention(attention_processor.Attention):
     @staticmethod
     def misfit(module: Any) -> str | None:
         """See `accelerate`: one with a norm before or a sum after the attention stays stock's."""
-        return _wrapped(module) if _is_bare(module) else ""
+        return wrapped(module) if _is_bare(module) else ""
 
     def forward(
         self,
@@ -131,7 +127,7 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
     @staticmethod
     def misfit(module: Any) -> str | None:
         """See `accelerate`: in others no sum is followed by a plain norm."""
-        return _wrapped(module) if _has_plain_norms(module) or is_modulated(module) else ""
+        return wrapped(module) if _has_plain_norms(module) or is_modulated(module) else ""
 
     def forward(
         self,

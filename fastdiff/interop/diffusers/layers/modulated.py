@@ -62,12 +62,12 @@ def wrapped(module: nn.Module) -> str | None:
 def fuses(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call with these arguments runs kernels: on plain tensors of one floating type, without a gradient.
 
-    Autocast would give a norm float32.
+    Autocast would give a norm float32. Timesteps, (B,), become tokens' type before they meet them.
     """
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if torch.is_grad_enabled() or not tensors or not is_fused(*tensors):
         return False
-    one_type = len({t.dtype for t in tensors if t.is_floating_point()}) == 1
+    one_type = len({t.dtype for t in tensors if t.is_floating_point() and t.ndim > 1}) == 1
     return all(map(is_ordinary, tensors)) and one_type and not torch.is_autocast_enabled(tensors[0].device.type)
 
 
