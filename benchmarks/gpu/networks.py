@@ -49,7 +49,7 @@ SMALL_STABLE_DIFFUSION_3: dict[str, Any] = STABLE_DIFFUSION_3 | {
     "pos_embed_max_size": 16,
     "dual_attention_layers": (0,),
 }
-TOKENS, TOKENS_3 = 77, 333  # of the texts of the two
+TOKENS, TOKENS_3, FEW_TOKENS = 77, 333, 7  # of the texts of the two, and of a rehearsal of the latter
 
 
 def diffusers() -> Any:

@@ -12,6 +12,7 @@ from fastdiff import DDPM
 
 from .measure import job
 from .networks import (
+    FEW_TOKENS,
     TOKENS,
     TOKENS_3,
     Pipeline,
@@ -124,7 +125,8 @@ def transformer_pipeline(setup: Setup) -> tuple[Pipeline, dict[str, tuple[int, .
     """The same of Stable Diffusion 3.5, for images of 1024x1024 pixels."""
     net = stable_diffusion_3(setup).to(torch.bfloat16)
     pipeline = Pipeline(net, diffusers().FlowMatchEulerDiscreteScheduler(shift=3.0), "transformer")
-    text, pooled = (TOKENS_3, net.config.joint_attention_dim), (net.config.pooled_projection_dim,)
+    tokens = setup.size(TOKENS_3, FEW_TOKENS)
+    text, pooled = (tokens, net.config.joint_attention_dim), (net.config.pooled_projection_dim,)
     return pipeline, {"encoder_hidden_states": text, "pooled_projections": pooled}
 
 

@@ -12,7 +12,7 @@ from .rows import Setup
 WIDTH, TOKENS = 32, 13  # of a text
 # Widths that kernels read 16 bytes at a time, as those of large networks.
 STABLE_DIFFUSION = {
-    "sample_size": 16,
+    "sample_size": 8,
     "block_out_channels": (64, 128),
     "layers_per_block": 1,
     "cross_attention_dim": WIDTH,
@@ -49,7 +49,7 @@ def cifar10() -> tuple[nn.Module, Given]:
 
 def stable_diffusion() -> tuple[nn.Module, Given]:
     text = torch.randn(2, TOKENS, WIDTH)
-    given = {"sample": torch.randn(2, 4, 16, 16), "timestep": 10, "encoder_hidden_states": text}
+    given = {"sample": torch.randn(2, 4, 8, 8), "timestep": 10, "encoder_hidden_states": text}
     return diffusers().UNet2DConditionModel(**STABLE_DIFFUSION), given
 
 

@@ -236,13 +236,14 @@ def test_launchers_take_approximations_on_nvidia_alone(monkeypatch, cuda, hip, f
 STEPS = """
 import torch
 from benchmarks.static import machine_code, roofline
+from fastdiff.kernels.layer_norm import layer_norm
 from fastdiff.kernels.loss import loss
 from fastdiff.kernels.noising import noising
-from fastdiff.kernels.layer_norm import layer_norm
 from fastdiff.kernels.rotate import rotate
 from fastdiff.kernels.update import update
 
-ROWS = ("weight", "bias", "gate", "scale", "shift")
+NONE = dict.fromkeys(("total", "y", "weight", "bias", "gate"))
+
 with machine_code.compile_only(machine_code.target_of("sm_90")) as compiled:
     for batch, rows, k in ((1, 50, 0), (2, 50, 1), (16, 64, 2), (3, 1, 0)):
         x = torch.empty(batch, 3, 64, 64)
@@ -251,15 +252,15 @@ with machine_code.compile_only(machine_code.target_of("sm_90")) as compiled:
         noising(x, x, index, table[:, :2], seed, None, None, 1)
         loss(torch.empty(1), x, x, x, index, table[:, :3], seed, None, None, None, 1, "mse", 1.0, 0.5, 0.5)
         update(x, x, x, table, index, seed, None, None, None, None, None, 1.0, "none", 2)
-        tokens, angles = torch.empty(batch, rows + 15, 64), torch.empty(rows + 15, 32)
-        layer_norm(out=tokens, total=None, x=tokens, y=None, eps=1e-5, **dict.fromkeys(ROWS))
-        rotate(tokens, tokens.unflatten(-1, (2, 32)), angles, angles, None, 1e-5)
+        heads, row, angles = torch.empty(batch, 16 + rows, 2, 32), torch.empty(batch, 64), torch.empty(16 + rows, 32)
+        layer_norm(out=heads, x=heads.flatten(2), scale=row, shift=row, eps=1e-5, **NONE)
+        rotate(heads, heads, angles, angles, None, 1e-6)
 launched = [k for k, _ in compiled if k.metadata.name != "reduce_kernel"]  # whose work is the number of samples
 print(len({k.hash for k in launched}), len(launched))
 """
 
 
-def test_a_kernel_is_compiled_once_for_all_steps_batches_and_tables():
+def test_a_kernel_is_compiled_once_for_all_steps_batches_tokens_and_tables():
     """Else it would be in the middle of a sampling loop, or of the capture of a CUDA graph."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
     done = forked.run("-c", STEPS, env=environment)
