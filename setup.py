@@ -34,8 +34,8 @@ setup(
         "eval": ["torchmetrics", "torch-fidelity"],
         "ode": ["torchdiffeq"],
         "coupling": ["scipy"],
-        # The schedulers and the diffusion repeat the arithmetic of these versions.
-        "diffusers": ["diffusers>=0.42.1,<0.43"],
+        # The schedulers, layers and the diffusion repeat the arithmetic of these versions.
+        "diffusers": ["diffusers>=0.30,<0.43"],
         "denoising-diffusion": ["denoising-diffusion-pytorch>=2.3.4,<2.4"],
         "peers": ["diffusers", "denoising-diffusion-pytorch"],
         "dev": [

@@ -197,9 +197,10 @@ def group_norm_silu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 
 
 def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    """x + gate y and its modulated norm, of as many elements in H tokens of C W channels."""
-    batch, channels, height, width = shape
-    x, y, _ = inputs((batch, height, channels * width), dtype, device)
+    """x + gate y and its modulated norm, of as many elements in tokens of 3072 channels, as those of Flux."""
+    size = math.prod(shape[1:])
+    channels = math.gcd(size, 3072)
+    x, y, _ = inputs((shape[0], size // channels, channels), dtype, device)
     parts = y.flip(0)[:, 0].repeat(1, 3).chunk(3, 1)
     n = len(few(x))
 
@@ -225,25 +226,29 @@ def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def rotate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    """Rotary embedding of as many elements in H tokens of C heads of W, with angles of each pair."""
-    batch, heads, tokens, depth = shape
-    x, _, _ = inputs((batch, tokens, heads, depth), dtype, device)
-    angles = torch.linspace(0, 9, tokens * (depth // 2), device=device).view(tokens, -1)
+    """Norm and rotary embedding of as many elements in tokens of 24 heads of 128, as those of Flux."""
+    size = math.prod(shape[1:])
+    depth = math.gcd(size, 128)
+    heads = math.gcd(size // depth, 24)
+    x, _, _ = inputs((shape[0], size // (heads * depth), heads, depth), dtype, device)
+    weight = torch.linspace(0.5, 1.5, depth, device=device).to(dtype)
+    angles = torch.linspace(0, 9, x.shape[1] * (depth // 2), device=device).view(x.shape[1], -1)
     tables = [t.repeat_interleave(2, 1) for t in (angles.cos(), angles.sin())]
     n = len(few(x))
 
     def fused(x: Tensor = x) -> Tensor:
-        return ops.rotate(x, tables[0], tables[1])
+        return ops.rotate(x, tables[0], tables[1], weight, EPS)
 
     def eager(x: Tensor = x) -> Tensor:
         cos, sin = (t[:, None] for t in tables)
+        x = F.rms_norm(x, weight.shape, weight, EPS)
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         return (x.float() * cos + torch.stack([-b, a], -1).flatten(3).float() * sin).to(x.dtype)
 
     def row(name: str, function: Callable[..., Tensor]) -> Row:
         def check() -> None:
-            cos, sin = (t.double() for t in tables)
-            want = reference.rotate(x[:n].double(), cos, sin, None, 0.0)
+            cos, sin, factor = (t.double() for t in (*tables, weight))
+            want = reference.rotate(x[:n].double(), cos, sin, factor, EPS)
             agree(f"rotate {name}", [function(x[:n])], [want], BOUND[dtype])
 
         return Row(function, check)
@@ -262,7 +267,7 @@ KERNELS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], Rows]]
     "rotate": rotate,
 }
 # The fewest tensors to read and write: z; pred; pred, raw, x_t, x_0 and two gradients; cond and uncond; hidden, gate
-# and their product; x, y and dy, x, dx; x, y, their sum and its norm; x and x rotated.
+# and their product; x, y and dy, x, dx; x, y, their sum and its norm; x and its norm, rotated.
 KERNEL_TENSORS = {
     "normal": 1,
     "loss_without_gradient": 1,

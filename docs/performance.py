@@ -27,8 +27,10 @@ OPERATIONS = {
     "loss_without_gradient": "loss without gradient",
     "bound_forward_backward": "variational bound with gradients",
     "group_norm_silu": "group norm and SiLU, with gradient",
+    "inner_products": "inner products for guidance",
+    "gated_gelu": "gate of GEGLU",
     "layer_norm": "layer norm of a gated sum",
-    "rotate": "rotary embedding",
+    "rotate": "norm and rotary embedding",
 }
 # The size that fills a GPU, for the picture.
 LARGE = "256x3x256x256"
@@ -60,7 +62,7 @@ TITLES = {
     "checks": "Checks",
 }
 UNITS = {
-    "sampling": "Images a second, of the SD 1.5 U-Net iterations a second: higher is better. DDIM, 50 steps, bfloat16.",
+    "sampling": "Images a second, of SD iterations a second: higher is better. DDIM, of SD 3.5 Euler, bfloat16.",
     "training": "Images a second of whole steps under autocast to bfloat16: higher is better.",
     "operations": "Milliseconds of the GPU's work, lower is better. In the last two columns higher is better.",
     "host": "Microseconds that one call holds up the program, lower is better.",

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
-import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
@@ -24,7 +23,7 @@ from .ops.dispatch import forced
 from .ops.plan import capturing
 from .support import walk
 from .support.footprint import Footprint
-from .support.plain import is_wrapped
+from .support.plain import has_global_hooks, is_wrapped
 
 # Captures are kept for this many kinds of call; each holds the memory of one call.
 MOST_CAPTURES = 4
@@ -269,7 +268,7 @@ class WatchedCalls:
 
     def what_forbids(self, arguments: Any, device: torch.device) -> str | None:
         """Why a call cannot be captured, as what it needs; None if it can. Outdated captures are dropped."""
-        if torch_module._has_any_global_hook():
+        if has_global_hooks():
             return "no hooks on all modules"
         reason = what_forbids_here(device) or what_forbids_arguments(arguments, device)
         if reason is None and self.changes < MOST_CHANGES:

@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import FUSED, launch, on_nvidia
+from .launch import FUSED, WARP, launch, on_nvidia
 from .layout import channels_of, is_dense, laid_like, strides_of
 from .norm_backward import norm_grad_kernel, norm_sums_kernel, parameters_kernel
 from .norm_forward import moments_kernel, norm_kernel
@@ -27,7 +27,7 @@ from .norm_forward import moments_kernel, norm_kernel
 class Limits(NamedTuple):
     """What fits on a GPU, and what is worth doing. The tests make them small, so that small images are large."""
 
-    warp: int = 64 if torch.version.hip else 32  # threads
+    warp: int = WARP  # threads
     forward: int = 16  # warps of a program at most
     backward: int = 8
     held: int = 64  # elements that a thread holds at most: more would not stay in its registers

@@ -21,14 +21,15 @@ __all__ = ["noted"]
 
 # Grid axes 1 and 2 hold at most 65,535 programs; a power of two keeps the product exact.
 MAX_GRID_Y = 32768
+WARP = 64 if torch.version.hip else 32  # threads
 # The arithmetic is written for fused multiply-adds; Triton 3.10 stops contracting by default.
 FUSED = {"enable_fp_fusion": True}
-# Decorates what is launched. The numbers of samples and rows, and the address of a number, change from step to step
-# and from call to call. A kernel compiled for each of them gains nothing, and would be compiled within a sampling loop
-# or the capture of a CUDA graph.
+# Decorates what is launched. The numbers of samples, tokens and rows, and the address of a number, change from step to
+# step and from call to call. A kernel compiled for each of them gains nothing, and would be compiled within a sampling
+# loop or the capture of a CUDA graph.
 kernel = functools.partial(
     triton.jit,
-    do_not_specialize=["batch", "levels", "steps", "first"],
+    do_not_specialize=["batch", "rows", "tokens", "levels", "steps", "first"],
     do_not_specialize_on_alignment=[
         f"{name}_ptr" for name in ("t", "step", "table", "rows", "seed", "ids", "incoming", "guidance")
     ],
@@ -135,6 +136,11 @@ def _block_of(size: int, channels: int, generated: bool, narrowest: int) -> dict
 def grid_of(batch: int, size: int, block: int) -> tuple[int, int, int]:
     """The grid in which every block of every sample has a program; see `tile.owner`."""
     return -(-size // block), min(batch, MAX_GRID_Y), -(-batch // MAX_GRID_Y)
+
+
+def warps_of(elements: int, held: int) -> int:
+    """The warps of a program with so many elements at a time, of which a thread holds `held`."""
+    return max(1, elements // (WARP * held))
 
 
 def on_nvidia(x: Tensor) -> bool:

@@ -11,15 +11,13 @@ Moves, per element: reads x, and y if it is there; writes n, and with y also s.
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, grid_of, kernel, launch
+from .launch import FUSED, grid_of, kernel, launch, warps_of
 from .tile import owner, to_float32
 
-WARP = 64 if torch.version.hip else 32  # threads
 HELD = 8  # elements of a tile that a thread holds
 CHUNK_SIZES, MOST_CHUNKS = [64 << i for i in range(7)], 6  # channels of a tile, and tiles of a row, unless it is longer
 PROGRAM = 1024  # elements of a tile of several rows
@@ -106,27 +104,27 @@ def layer_norm(
     channels, (first, x, y) = x.shape[-1], _even(x, y, by_sample)
     batch = x.shape[0] if first else 1
     tokens = x.numel() // (batch * channels)
-    shape = shape_of(channels, tokens, WARP)
+    shape = shape_of(channels, tokens)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     launch(
         layer_norm_kernel, grid_of(batch, tokens, shape["ROWS"]), out_ptr=out, sum_ptr=total, x_ptr=x, y_ptr=y,
         weight_ptr=weight, bias_ptr=bias, gate_ptr=gate, scale_ptr=scale, shift_ptr=shift, batch=batch, tokens=tokens,
         x_sample=_from_sample(x, first), x_token=_from_row(x, first),
         y_sample=_from_sample(y, first), y_token=_from_row(y, first),
-        gate_stride=_stride(gate), scale_stride=_stride(scale), shift_stride=_stride(shift), eps=eps, **shape, **FUSED,
+        gate_stride=_stride(gate), scale_stride=_stride(scale), shift_stride=_stride(shift), eps=eps, **shape,
+        num_warps=warps_of(shape["ROWS"] * shape["CHUNK"], HELD), **FUSED,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
-def shape_of(channels: int, tokens: int, warp: int) -> dict[str, int]:
+def shape_of(channels: int, tokens: int) -> dict[str, int]:
     """The constants for rows of so many channels: tiles with the fewest idle lanes, and of these the narrowest."""
     fits = [(c, -(-channels // c)) for c in CHUNK_SIZES]
     chunk, chunks = min(
         (fit for fit in fits if fit[1] <= MOST_CHUNKS or fit[0] == CHUNK_SIZES[-1]), key=lambda fit: fit[0] * fit[1]
     )
     rows = max(1, min(PROGRAM // chunk, triton.next_power_of_2(tokens)))
-    warps = max(1, rows * chunk // (warp * HELD))
-    return {"CHANNELS": channels, "ROWS": rows, "CHUNKS": chunks, "CHUNK": chunk, "num_warps": warps}
+    return {"CHANNELS": channels, "ROWS": rows, "CHUNKS": chunks, "CHUNK": chunk}
 
 
 def _even(x: Tensor, y: Tensor | None, by_sample: bool) -> tuple[int, Tensor, Tensor | None]:

@@ -114,7 +114,9 @@ def sums_of(
     sums: None, or three rows of [LANES, WIDE]: what further tiles are added to, and not yet summed among threads."""
     slopes, ones, others, aways = (), (), (), ()
     for k in tl.static_range(BLOCKS):
-        one, other, away = None, None, None
+        one = None  # Triton 3.3 takes no tuple of these
+        other = None
+        away = None
         if sums is not None:
             one, other, away = sums[0][k], sums[1][k], sums[2][k]
         for t in tl.static_range(TILES):
@@ -126,7 +128,7 @@ def sums_of(
             slopes = slopes + (slope,)
         if sums is None:
             # What comes second is still being added up while threads meet. Then it had better need no x of 32 bits.
-            if BLOCKS == 1 and tiles[0].dtype.primitive_bitwidth == 32:
+            if BLOCKS == 1 and 128 // tiles[0].dtype.primitive_bitwidth == 4:  # Triton 3.3 cannot ask for 32 bits
                 other = pixel_sums(other, SPLIT)
                 one = pixel_sums(one, SPLIT)
             else:
@@ -167,7 +169,8 @@ def norm_sums_kernel(
     SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
-    QUICK: tl.constexpr = SILU and FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # elements of an access
+    QUICK: tl.constexpr = (SILU and FAST) and VECTOR == 8
     ADD: tl.constexpr = add_ptr is not None
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
     groups = sample * (CHANNELS // DEPTH) + group
@@ -175,10 +178,9 @@ def norm_sums_kernel(
         mean_ptr, rstd_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, groups, sample, channel, channels,
         add_stride, scale_stride, shift_stride, DEPTH, GROUPS, QUICK, BLOCKS, LANES,
     )  # fmt: skip
-    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # elements of an access
     SPLIT: tl.constexpr = LAST and BLOCKS * VECTOR >= 8  # channels of a thread
     # Threads are summed after the loop. Eight neighbouring pixels of a thread are summed at once, to spare registers.
-    WIDE: tl.constexpr = TILE if LAST or VECTOR < 8 or PIXELS % VECTOR != 0 else TILE // VECTOR
+    WIDE: tl.constexpr = TILE if (LAST or VECTOR < 8) or PIXELS % VECTOR != 0 else TILE // VECTOR
     ones = zeros(BLOCKS, LANES, WIDE)
     others = zeros(BLOCKS, LANES, WIDE)
     aways = zeros(BLOCKS, LANES, WIDE)
@@ -265,14 +267,15 @@ def norm_grad_kernel(
     SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
-    QUICK: tl.constexpr = SILU and FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # elements of an access
+    QUICK: tl.constexpr = (SILU and FAST) and VECTOR == 8
     PER_UNIT: tl.constexpr = MINUS_LN_2 if QUICK else 1.0  # see lines_of
     ADD: tl.constexpr = add_ptr is not None
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
     groups = sample * (CHANNELS // DEPTH) + group
     row = sums_ptr + (tl.cast(span, tl.int64) * (4 if ADD else 2) * batch + sample) * CHANNELS + channel
     stride = tl.cast(batch, tl.int64) * CHANNELS
-    SPLIT: tl.constexpr = LAST and BLOCKS * 128 // x_ptr.dtype.element_ty.primitive_bitwidth >= 8  # as there
+    SPLIT: tl.constexpr = LAST and BLOCKS * VECTOR >= 8  # as there
     if partial_ptr is None:
         masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
         x, grad = load_both(

@@ -147,7 +147,8 @@ def norm_kernel(
     SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     FULL: tl.constexpr = GROUPS * DEPTH == CHUNKS * BLOCKS * LANES
-    QUICK: tl.constexpr = SILU and FAST and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # elements of an access
+    QUICK: tl.constexpr = (SILU and FAST) and VECTOR == 8
     UNIT: tl.constexpr = MINUS_LOG2_E if QUICK else 1.0  # of u, see silu
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
     groups = sample * (CHANNELS // DEPTH) + group

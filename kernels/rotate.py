@@ -8,15 +8,13 @@ rounds once.
 Moves, per element: reads x, writes out. The tables stay in the cache: all heads and samples share them.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, MAX_GRID_Y, kernel, launch
+from .launch import FUSED, grid_of, kernel, launch, warps_of
 from .tile import load_float32, owner, to_float32
 
-WARP = 64 if torch.version.hip else 32  # threads
 HELD = 8  # elements of a thread
 BLOCKS = 512, 1024  # elements of a program
 
@@ -62,11 +60,10 @@ def rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | No
         x = x.contiguous()
     rows, width, pairs = batch * tokens, heads * depth, cos.shape[1] != depth
     block = min(BLOCKS, key=lambda size: (-(-width // size) * size, -size))  # the fewest idle lanes
-    grid = -(-width // block), min(rows, MAX_GRID_Y), -(-rows // MAX_GRID_Y)
     launch(
-        rotate_kernel, grid, out_ptr=out, x_ptr=x, cos_ptr=cos, sin_ptr=sin,
+        rotate_kernel, grid_of(rows, width, block), out_ptr=out, x_ptr=x, cos_ptr=cos, sin_ptr=sin,
         weight_ptr=None if weight is None else weight.contiguous(), rows=rows, tokens=tokens, eps=eps,
         x_sample=x.stride(0), x_token=x.stride(1),
         cos_token=cos.stride(0), cos_column=cos.stride(1), sin_token=sin.stride(0), sin_column=sin.stride(1),
-        WIDTH=width, DEPTH=depth, PAIRS=pairs, BLOCK=block, num_warps=max(1, block // (WARP * HELD)), **FUSED,
+        WIDTH=width, DEPTH=depth, PAIRS=pairs, BLOCK=block, num_warps=warps_of(block, HELD), **FUSED,
     )  # fmt: skip

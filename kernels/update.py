@@ -86,7 +86,7 @@ def update_kernel(
         if CLIP:
             kept = clamp(kept, clip, BLOCK)
     # Where only c x0hat is needed, c goes into a, b and the bound, once per program.
-    if KEEP == "none" or KEEP == "x" or KEEP == "new x0hat":
+    if (KEEP == "none" or KEEP == "x") or KEEP == "new x0hat":
         a, b, clip, c = c * a, c * b, tl.abs(c) * clip, 1.0
     x0 = a * x + b * pred
     if CLIP:

@@ -127,6 +127,15 @@ def test_imports_of_the_layers() -> None:
         assert not helpers & {base.split(".")[0] for base, _, _ in imports(name, path)}, name
 
 
+def test_kernels_are_of_the_language_of_the_oldest_triton() -> None:
+    """Triton 3.3 refuses a chain of three conditions, and takes a comparison of the number of bits for true."""
+    asked = [n for path in KERNELS.values() if "import triton" in path.read_text() for n in ast.walk(tree(path))]
+    within = [n for f in asked if isinstance(f, ast.FunctionDef) and f.decorator_list for n in ast.walk(f)]
+    chains = [ast.unparse(n) for n in within if isinstance(n, ast.BoolOp) and len(n.values) > 2]
+    bits = [ast.unparse(n) for n in within if isinstance(n, ast.Compare) and "bitwidth" in ast.unparse(n.left)]
+    assert not chains and all("//" in comparison for comparison in bits)
+
+
 @pytest.fixture(scope="module")
 def imported() -> list[tuple[float, list[str]]]:
     """The seconds that `import fastdiff` takes and the modules it brings, in each child of a process that has imported

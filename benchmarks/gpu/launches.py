@@ -15,6 +15,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((3, 5, 7, 11), (2, 3, 64, 64))
 # A group in one part, and one that no program holds, in several.
 NORM_SHAPES = ((2, 4, 5, 7), (1, 4, 97, 101))
+# Rows whose threads are of several warps: only these meet in shared memory.
+WIDE_ROW, WIDE_HEAD = 1600, 512
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -56,9 +58,9 @@ def inner(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> N
 
 
 def gated_gelu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    x, _ = draw(shape, dtype, device)
-    for width in (x.shape[-1] // 2, 300):
-        ops.gated_gelu(x.detach().flatten()[: 4 * width].view(2, 2 * width))
+    for width in (shape[-1] // 2, 300):
+        x, _ = draw((2, 2 * width), dtype, device)
+        ops.gated_gelu(x.detach())
 
 
 def group_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -70,19 +72,20 @@ def group_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    x, _ = draw(shape, dtype, device)
-    x, row = x.detach(), x.detach()[:, 0, 0] + 1
-    ops.layer_norm(x, row[0], row[0])
-    ops.add_layer_norm(x, x + 1, gate=row, scale=row, shift=row)
+    for size in (shape, (2, 3, WIDE_ROW)):
+        x = draw(size, dtype, device)[0].detach()
+        row = x.flatten(1, -2)[:, 0] + 1
+        ops.layer_norm(x, row[0], row[0])
+        ops.add_layer_norm(x, x + 1, gate=row, scale=row, shift=row)
 
 
 def rotate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    x, _ = draw(shape, dtype, device)
-    x = x.detach()[..., : shape[-1] // 2 * 2]
-    table = torch.ones(x.shape[1], x.shape[3], device=device)
-    ops.rotate(x, table, table)
-    ops.rotate(x, table[:, ::2], table[:, ::2])
-    ops.rotate(x, table, table, table[0])
+    for size in (shape, (2, 3, 2, WIDE_HEAD)):
+        x = draw(size, dtype, device)[0].detach()[..., : size[-1] // 2 * 2]
+        table = torch.ones(x.shape[1], x.shape[3], device=device)
+        ops.rotate(x, table, table)
+        ops.rotate(x, table[:, ::2], table[:, ::2])
+        ops.rotate(x, table, table, table[0])
 
 
 LAUNCHES: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.device], None]] = {

@@ -39,7 +39,17 @@ TINY_STABLE_DIFFUSION = TINY | {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-TOKENS = 77
+SMALL_STABLE_DIFFUSION_3: dict[str, Any] = STABLE_DIFFUSION_3 | {
+    "sample_size": 16,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 128,
+    "pooled_projection_dim": 32,
+    "pos_embed_max_size": 16,
+    "dual_attention_layers": (0,),
+}
+TOKENS, TOKENS_3 = 77, 333  # of the texts of the two
 
 
 def diffusers() -> Any:
@@ -71,29 +81,36 @@ def stable_diffusion(setup: Setup) -> Any:
         return diffusers().UNet2DConditionModel(**setup.size(STABLE_DIFFUSION, TINY_STABLE_DIFFUSION)).eval()
 
 
-class Pipeline:
-    """The loop of DDIMPipeline and StableDiffusionPipeline, from x_T to x_0, without text encoder and VAE.
+def stable_diffusion_3(setup: Setup) -> Any:
+    torch.manual_seed(0)
+    with setup.device:
+        return diffusers().SD3Transformer2DModel(**setup.size(STABLE_DIFFUSION_3, SMALL_STABLE_DIFFUSION_3)).eval()
 
-    The U-Net gets its time on the device and the scheduler on the host, so that neither waits for the other: this is
-    the quickest way to write that loop.
+
+class Pipeline:
+    """The loop of DDIMPipeline and of those of Stable Diffusion, from x_T to x_0, without text encoders and VAE.
+
+    The network gets its time on the device and the scheduler on the host, so that neither waits for the other: this is
+    the quickest way to write that loop. name: what a pipeline of diffusers calls the network.
     """
 
-    def __init__(self, unet: Any, scheduler: Any) -> None:
-        self.unet, self.scheduler = unet, scheduler
+    def __init__(self, network: Any, scheduler: Any, name: str = "unet") -> None:
+        self.network, self.scheduler, self.name = network, scheduler, name
 
     @property
     def components(self) -> dict[str, Any]:
-        return {"unet": self.unet, "scheduler": self.scheduler}
+        return {self.name: self.network, "scheduler": self.scheduler}
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, steps: int, text: Tensor | None = None, guidance: float = 7.5) -> Tensor:
-        """text: (2 B, tokens, width), without and with the prompt; None if the U-Net takes none."""
+    def __call__(self, x: Tensor, steps: int, given: dict[str, Tensor] | None = None, guidance: float = 7.5) -> Tensor:
+        """given: more arguments of the network, of 2 B samples, without and with the prompt; None for no prompt."""
         self.scheduler.set_timesteps(steps)
         for t, time in zip(self.scheduler.timesteps, self.scheduler.timesteps.to(x.device), strict=True):
-            if text is None:
-                pred = self.unet(x, time, return_dict=False)[0]
+            if given is None:
+                pred = self.network(x, time, return_dict=False)[0]
             else:
-                both = self.unet(torch.cat([x, x]), time, encoder_hidden_states=text, return_dict=False)[0]
+                times = time.expand(2 * len(x))
+                both = self.network(torch.cat([x, x]), timestep=times, **given, return_dict=False)[0]
                 without, prompted = both.chunk(2)
                 pred = without + guidance * (prompted - without)
             x = self.scheduler.step(pred, t, x, return_dict=False)[0]

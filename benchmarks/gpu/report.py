@@ -26,8 +26,8 @@ WAYS = {
 # Columns that are made of two others.
 RATIOS = {"eager / fastdiff": ("reference", "fused"), "of a copy": ("copy", "fused")}
 TITLES: dict[str, tuple[str, str, dict[str, str]]] = {
-    "smoke": ("Smoke", "Each kernel against the float64 reference, and a captured sample.", {}),
-    "sampling": ("Sampling", "DDIM, 50 steps, bfloat16. Images a second; for SD 1.5 iterations a second.", JOB),
+    "smoke": ("Smoke", "Each kernel and small networks against float64, and what is captured.", {}),
+    "sampling": ("Sampling", "DDIM, of SD 3.5 Euler, bfloat16. Images a second; of SD iterations a second.", JOB),
     "training": ("Training", "Images a second of whole steps under autocast to bfloat16.", JOB),
     "operations": ("Operations", "Milliseconds of the GPU's work, captured in a CUDA graph; beside it a copy.", WAYS),
     "host": ("The host", "Microseconds that a call holds up the program, while the GPU works on.", WAYS),

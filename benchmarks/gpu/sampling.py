@@ -1,4 +1,4 @@
-"""Sampling with two U-Nets in bfloat16: DDIM steps from noise to data, as users of diffusers and of fastdiff do it."""
+"""Sampling in bfloat16, from noise to data, as users of diffusers and of fastdiff do it."""
 
 import functools
 from collections.abc import Callable
@@ -11,10 +11,19 @@ import fastdiff
 from fastdiff import DDPM
 
 from .measure import job
-from .networks import TOKENS, Pipeline, cifar10, diffusers, stable_diffusion, stock_cifar10
+from .networks import (
+    TOKENS,
+    TOKENS_3,
+    Pipeline,
+    cifar10,
+    diffusers,
+    stable_diffusion,
+    stable_diffusion_3,
+    stock_cifar10,
+)
 from .rows import Figures, NotAvailable, Row, Setup
 
-STEPS, TOY_STEPS = 50, 2
+STEPS, FEW_STEPS, TOY_STEPS = 50, 10, 2
 # Images that are compared with those in float32, at most.
 COMPARED = 4
 
@@ -68,13 +77,13 @@ def sample_cifar10(batch: int, method: str, setup: Setup) -> Figures:
     return figures | {"off_float32": distance(sampler(x)[:COMPARED], want)}
 
 
-# --- the U-Net of Stable Diffusion 1.5 --------------------------------------------------------------------------
+# --- Stable Diffusion: the U-Net of 1.5 and the transformer of 3.5 medium ---------------------------------------
 
 
 def stock(pipeline: Pipeline, mode: str | None) -> None:
     """What a user of diffusers does for speed."""
     if mode:
-        pipeline.unet.to(memory_format=torch.channels_last).compile(mode=mode)
+        pipeline.network.to(memory_format=torch.channels_last).compile(mode=mode)
 
 
 def accelerated(pipeline: Pipeline, **options: Any) -> dict[str, str]:
@@ -88,11 +97,12 @@ def accelerated(pipeline: Pipeline, **options: Any) -> dict[str, str]:
 
 def check(left: dict[str, str]) -> None:
     """What ran without a graph is not measured as one."""
-    if "unet.forward" in left:
-        raise NotAvailable(left["unet.forward"])
+    for name in ("unet.forward", "transformer.forward"):
+        if name in left:
+            raise NotAvailable(left[name])
 
 
-STABLE_DIFFUSION_METHODS: dict[str, Callable[[Pipeline], dict[str, str] | None]] = {
+GUIDED_METHODS: dict[str, Callable[[Pipeline], dict[str, str] | None]] = {
     "diffusers eager": lambda pipeline: stock(pipeline, None),
     "accelerate eager": lambda pipeline: accelerated(pipeline),
     "accelerate graph": lambda pipeline: accelerated(pipeline, graph=True),
@@ -102,24 +112,38 @@ STABLE_DIFFUSION_METHODS: dict[str, Callable[[Pipeline], dict[str, str] | None]]
 }
 
 
-def sample_stable_diffusion(batch: int, method: str, setup: Setup) -> Figures:
-    """per_s are iterations of the loop: one call of the U-Net with both branches of the guidance."""
-    unet = stable_diffusion(setup).to(torch.bfloat16)
+def unet_pipeline(setup: Setup) -> tuple[Pipeline, dict[str, tuple[int, ...]]]:
+    """A pipeline, and the shapes of the arguments of a prompt, without their number."""
     schedule: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     scheduler = diffusers().DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    pipeline, steps = Pipeline(unet, scheduler), setup.size(STEPS, TOY_STEPS)
-    config, random = unet.config, torch.Generator(setup.device).manual_seed(0)
+    unet = stable_diffusion(setup).to(torch.bfloat16)
+    return Pipeline(unet, scheduler), {"encoder_hidden_states": (TOKENS, unet.config.cross_attention_dim)}
+
+
+def transformer_pipeline(setup: Setup) -> tuple[Pipeline, dict[str, tuple[int, ...]]]:
+    """The same of Stable Diffusion 3.5, for images of 1024x1024 pixels."""
+    net = stable_diffusion_3(setup).to(torch.bfloat16)
+    pipeline = Pipeline(net, diffusers().FlowMatchEulerDiscreteScheduler(shift=3.0), "transformer")
+    text, pooled = (TOKENS_3, net.config.joint_attention_dim), (net.config.pooled_projection_dim,)
+    return pipeline, {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+
+def sample_guided(make: Callable[[Setup], Any], most_steps: int, batch: int, method: str, setup: Setup) -> Figures:
+    """per_s are iterations of the loop: one call of the network with both branches of the guidance."""
+    pipeline, shapes = make(setup)
+    config, steps = pipeline.network.config, setup.size(most_steps, TOY_STEPS)
+    random = torch.Generator(setup.device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, device=setup.device).to(torch.bfloat16)
 
     x = draw(batch, config.in_channels, config.sample_size, config.sample_size)
-    text = draw(2 * batch, TOKENS, config.cross_attention_dim)
-    want = pipeline(x, TOY_STEPS, text)
-    left = STABLE_DIFFUSION_METHODS[method](pipeline) or {}
-    figures = job(lambda: pipeline(x, steps, text), setup.device, steps=steps, units=steps)
+    prompts = {name: draw(2 * batch, *shape) for name, shape in shapes.items()}
+    want = pipeline(x, TOY_STEPS, prompts)
+    left = GUIDED_METHODS[method](pipeline) or {}
+    figures = job(lambda: pipeline(x, steps, prompts), setup.device, steps=steps, units=steps)
     check(left)
-    return figures | {"off_eager": distance(pipeline(x, TOY_STEPS, text), want)}
+    return figures | {"off_eager": distance(pipeline(x, TOY_STEPS, prompts), want)}
 
 
 # Seconds that a row may take. Compiling a large U-Net takes minutes, and to try out its kernels more.
@@ -129,29 +153,34 @@ LIMITS = {"eager": 60, "graph": 60, "reduce-overhead": 180, "compiled": 180, "ma
 def turn(case: str, method: str) -> int:
     """First what needs no compiler, then the compiled rows of diffusers, and last what takes long or matters less.
 
-    Of the longest, that of a goal comes before the others.
+    Of the longest, that of a goal comes before the others. No goal is about the transformer.
     """
+    quick = LIMITS[method.split()[-1]] == 60
+    if "SD 3.5" in case:
+        return 5 if quick else 6
     if "max-autotune" in method:
-        return 4 if "SD 1.5 U-Net, batch 1" in case else 5
+        return 4 if "SD 1.5 U-Net, batch 1" in case else 6
     if "SD 1.5 U-Net, batch 4" in case:
         return 3
-    if LIMITS[method.split()[-1]] == 60:
+    if quick:
         return 1
     return 2 if "reduce-overhead" in method and "batch 256" not in case else 3
 
 
 def rows(setup: Setup) -> list[Row]:
-    found = []
+    found: list[tuple[str, str, Callable[[int, str, Setup], Figures], int]] = []
     for batch in setup.size([1, 16, 256], [2]):
         for method in CIFAR10_METHODS:
             found.append((f"cifar10 U-Net, batch {batch}", method, sample_cifar10, batch))
     for batch in setup.size([1, 4], [1]):
-        for method in STABLE_DIFFUSION_METHODS:
-            found.append((f"SD 1.5 U-Net, batch {batch}", method, sample_stable_diffusion, batch))
+        for method in GUIDED_METHODS:
+            run = functools.partial(sample_guided, unet_pipeline, STEPS)
+            found.append((f"SD 1.5 U-Net, batch {batch}", method, run, batch))
+    for method in GUIDED_METHODS:
+        if method != "diffusers max-autotune":
+            run = functools.partial(sample_guided, transformer_pipeline, FEW_STEPS)
+            found.append(("SD 3.5 transformer, batch 1", method, run, 1))
     return [
-        Row(
-            case, method, functools.partial(sample, batch, method, setup), LIMITS[method.split()[-1]],
-            turn(case, method),
-        )
-        for case, method, sample, batch in found
-    ]  # fmt: skip
+        Row(case, method, functools.partial(run, batch, method, setup), LIMITS[method.split()[-1]], turn(case, method))
+        for case, method, run, batch in found
+    ]

@@ -96,9 +96,9 @@ def measure(kernels: Sequence[tuple[Any, int]]) -> list[dict[str, Any]]:
 
 def plan_for(target: GPUTarget) -> None:
     """Let the kernels plan for the target, not for the PyTorch at hand."""
-    from fastdiff.kernels import group_norm, layer_norm, rotate
+    from fastdiff.kernels import group_norm, launch
 
-    layer_norm.WARP = rotate.WARP = target.warp_size
+    launch.WARP = target.warp_size
     group_norm.LIMITS = group_norm.LIMITS._replace(warp=target.warp_size, halves=target.backend == "cuda")
 
 

@@ -16,24 +16,9 @@ from ..support.plain import has_plain_parameters
 from .replay import put_in, take_out
 
 # The components of a pipeline that it calls at every step.
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer", "transformer_2")
 # Where a network keeps the convolutions whose layout was changed.
 LAID_OUT = "_channels_last_by_accelerate"
-# The fused classes of modules by their file in diffusers/, that of resnet blocks first.
-FUSED = {
-    "resnet": ["ResnetBlock2D"],
-    "transformer": ["Transformer2DModel"],
-    "group_norm": ["GroupNorm"],
-    "attention": ["BasicTransformerBlock", "Attention", "GEGLU"],
-    "ada_norm": [
-        *("AdaLayerNormZero", "AdaLayerNormZeroSingle", "SD35AdaLayerNormZeroX", "AdaLayerNormContinuous"),
-        *("CogVideoXLayerNormZero", "RMSNorm"),
-    ],
-    "joint_block": ["JointTransformerBlock"],
-    "flux_block": ["FluxTransformerBlock", "FluxSingleTransformerBlock", "FluxAttention"],
-    "qwen_block": ["QwenImageTransformerBlock"],
-    "wan_block": ["WanTransformerBlock", "WanAttention"],
-}
 # Attributes that a fused scheduler has beside those of its stock class.
 OWN = {
     *("_tables", "_tables_of", "_last_run", "fused_noise", "__module__"),
@@ -114,6 +99,8 @@ def accelerate(
             raise TypeError(f"{option}: expected True or False, got {value!r}")
     networks = _networks(target)
     done = Accelerated()
+    if not networks and not _schedulers(target):  # diffusers counts no argument with a default unless it is told to
+        done.left["components"] = "the pipeline's `components` have neither a network nor a scheduler"
     for name, part, owner in _parts(target):
         reason = _misfit(part, owner)
         if reason:
@@ -274,11 +261,7 @@ def _kinds() -> dict[Any, Any]:
     """The fused classes of modules by stock's. Their `misfit` says what `_misfit` does."""
     if "diffusers.models" not in sys.modules:
         return {}
-    found: dict[Any, Any] = {}
-    for file, names in FUSED.items():
-        room = importlib.import_module(f".diffusers.{file}", __package__)
-        found |= {kind.__base__: kind for kind in (getattr(room, name) for name in names)}
-    return found
+    return {kind.__base__: kind for kind in importlib.import_module(".diffusers.layers", __package__).LAYERS}
 
 
 def _put_back(part: Any, stock: Any, fused: Any) -> None:

@@ -26,6 +26,19 @@ uninterrupted = importlib.import_module("..kernels.uninterrupted", __package__).
 warn_if_untested("torch", torch.__version__)
 
 BACKENDS = ("triton", "cpu", "reference")
+# The launchers of Triton kernels, by their file in kernels/.
+TRITON = {
+    "noise": ["normal_"],
+    "noising": ["noising"],
+    "loss": ["loss", "scale_"],
+    "vlb": ["vlb"],
+    "update": ["update"],
+    "inner": ["inner"],
+    "gate": ["gated_gelu"],
+    "group_norm": ["norm", "norm_grad"],
+    "layer_norm": ["layer_norm"],
+    "rotate": ["rotate"],
+}
 
 
 def _checked(name: str | None) -> str | None:
@@ -71,31 +84,14 @@ class backend:
 def launchers(name: str) -> Any:
     """The launchers of a backend by name, imported at first use.
 
-    All have normal_, noising, loss, scale_ and update. "triton" has vlb, inner, gated_gelu, norm, norm_grad, layer_norm
-    and rotate too.
+    "cpu" has normal_, noising, loss, scale_ and update alone.
     """
     if name == "cpu":
         keep_freed_memory()
         return uninterrupted(lambda: importlib.import_module("..kernels.cpu", __package__))
     warn_if_untested("triton", importlib.import_module("triton").__version__)
-    noise, noising, loss, vlb, update, inner, gate, group_norm, layer_norm, rotate = (
-        importlib.import_module(f"..kernels.{file}", __package__)
-        for file in ("noise", "noising", "loss", "vlb", "update", "inner", "gate", "group_norm", "layer_norm", "rotate")
-    )
-    return SimpleNamespace(
-        normal_=noise.normal_,
-        noising=noising.noising,
-        loss=loss.loss,
-        scale_=loss.scale_,
-        vlb=vlb.vlb,
-        update=update.update,
-        inner=inner.inner,
-        gated_gelu=gate.gated_gelu,
-        norm=group_norm.norm,
-        norm_grad=group_norm.norm_grad,
-        layer_norm=layer_norm.layer_norm,
-        rotate=rotate.rotate,
-    )
+    files = {file: importlib.import_module(f"..kernels.{file}", __package__) for file in TRITON}
+    return SimpleNamespace(**{name: getattr(files[file], name) for file, names in TRITON.items() for name in names})
 
 
 @functools.cache

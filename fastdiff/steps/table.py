@@ -76,8 +76,14 @@ def make_table(
     Args:
         rows: (n, WIDTH or WIDE); or None, to make them of `values`, columns by name (n,), with guidance 1.
         keep, slots, kinds, learned: as in StepTable.
+
+    Raises: TypeError or ValueError that names a column, if there is none of that name or it has another length.
     """
     if rows is None:
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.numel() != 1 and value.shape != levels[:-1].shape:
+                got = tuple(value.shape)
+                raise ValueError(f"{name}: expected a number for each of {len(levels) - 1} steps, got {got}")
         rows = make_rows(levels[:-1], torch.float64, guidance=1.0, **values)
     noisy = bool((columns(rows).noise > (LOG_ZERO if learned else 0.0)).any())
     start = schedule.prior_std(int(levels[0]))

@@ -41,6 +41,16 @@ def is_patched(kind: type[nn.Module]) -> bool:
     return False
 
 
+def has_global_hooks() -> bool:
+    """Whether something is called at every module. PyTorch 2.7 has no function for this."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `module` is `kind.forward` on ordinary parameters, and nothing else happens.
 
@@ -55,7 +65,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return False
-    if torch_module._has_any_global_hook():
+    if has_global_hooks():
         return False
     return has_plain_parameters(module)
 

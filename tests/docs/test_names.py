@@ -35,6 +35,13 @@ def prose(text: str) -> str:
     return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
 
 
+def test_the_map_names_every_file_of_the_package():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = page[page.index("## The map") : page.index("## Add something")]
+    files = {path.name for path in (ROOT / "fastdiff").glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert not [name for name in files if f"/{name}`" not in named and f"`{name}`" not in named]
+
+
 def test_no_hint_installs_the_other_fastdiff():
     # In regular expressions of tests the bracket is escaped.
     old = re.compile(r"pip install '?\"?fastdiff(?!-kernels)\b|(?<![-\w.])fastdiff\\*\[[a-z-]+\\*\]")

@@ -1,6 +1,7 @@
 """accelerate and restore on networks and pipelines of diffusers, against the stock ones."""
 
 import copy
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -231,12 +232,14 @@ def test_anything_else_is_refused(call):
 
 @pytest.mark.slow
 def test_compiles_to_one_graph():
-    """With transformers, and blocks that scale, shift and sample."""
+    """With transformers, attention with a norm of its own, a middle block that divides, and blocks that scale, shift
+    and sample."""
     torch.manual_seed(0)
     config = {
-        "down_block_types": ("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "down_block_types": ("AttnDownBlock2D", "ResnetDownsampleBlock2D"),
         "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
-        "mid_block_type": None,
+        "mid_block_type": "UNetMidBlock2D",
+        "mid_block_scale_factor": 2.0,
         "resnet_time_scale_shift": "scale_shift",
     }
     net = conditional(**config).eval()
@@ -381,6 +384,12 @@ def test_nothing_is_said_if_nothing_is_left(recwarn):
     pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.DDPMScheduler())
     assert fastdiff.accelerate(pipeline).left == {} and fastdiff.accelerate(pipeline).left == {}
     assert not [w for w in recwarn if "accelerate" in str(w.message)]
+
+
+def test_a_pipeline_without_components_is_said():
+    """An argument with a default is no component, unless the class names it in `_optional_components`."""
+    with pytest.warns(UserWarning, match="have neither a network nor a scheduler"):
+        assert fastdiff.accelerate(SimpleNamespace(components={})).left.keys() == {"components"}
 
 
 def test_a_scheduler_with_methods_of_its_own_is_left():

@@ -72,6 +72,15 @@ def test_one_operation_for_each_norm_and_sum(name, kernels):
     assert [type(part) for part in fused.modules()] == [type(part) for part in stock.modules()]
 
 
+def test_timesteps_of_another_type(kernels):
+    """Some schedulers have float32."""
+    fused, stock, given = accelerated("dit", torch.bfloat16)
+    given |= {"timestep": given["timestep"].float()}
+    with Meter() as meter:
+        torch.testing.assert_close(output(fused, given), output(stock, given), rtol=0.1, atol=0.1)
+    assert meter.kernels["add_layer_norm"] == 1
+
+
 @pytest.mark.slow
 def test_the_kernels_give_what_stock_gives():
     fused, stock, given = accelerated("flux")
@@ -373,6 +382,23 @@ def test_graphs_replay_fused_blocks(name, kernels, taped):
         scaled |= {key: [draw(scale, 2, 16, 16)] for key in lists}
         assert torch.equal(output(fused, scaled), output(stock, scaled))
     assert taped[0].replayed == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(name, dtype):
+    """The compiled kernels give what stock gives, and a CUDA graph of them the same bits."""
+    fused, stock, given = accelerated(name, dtype)
+    given = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+    for net in (fused, stock):
+        net.cuda()
+    want, got = output(stock, given), output(fused, given)
+    bound = 1e-4 if dtype == torch.float32 else 0.05
+    assert (got.double() - want.double()).norm() <= bound * want.double().norm()
+    fastdiff.accelerate(fused, graph=True)
+    for _ in range(4):
+        assert torch.equal(output(fused, given), got)
 
 
 @pytest.mark.slow

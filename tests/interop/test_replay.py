@@ -63,11 +63,12 @@ class Parts:
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("residuals", [False, True])
 def test_guidance_residuals_and_callbacks(taped, name, residuals):
-    pipeline = Parts(unet=made(conditional), scheduler=getattr(diffusers, name)(), text_encoder=nn.Linear(2, 2))
+    others = {"text_encoder": nn.Linear(2, 2), "transformer_2": nn.Linear(2, 2)}  # the latter as of Wan 2.2
+    pipeline = Parts(unet=made(conditional), scheduler=getattr(diffusers, name)(), **others)
     changes = [None, lambda k, x: x * 0.5 if k == 3 else x]
     fastdiff.accelerate(pipeline)
     want = [guided(pipeline.unet, pipeline.scheduler, change, residuals) for change in changes]
-    assert fastdiff.accelerate(pipeline, graph=True) == ["unet.forward"]
+    assert fastdiff.accelerate(pipeline, graph=True) == ["unet.forward", "transformer_2.forward"]
     for change, wanted in zip(changes, want, strict=True):
         assert torch.equal(guided(pipeline.unet, pipeline.scheduler, change, residuals), wanted)
     assert taped.recorded == 1 and taped[0].replayed == 12 - WARM_UP

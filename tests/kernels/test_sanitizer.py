@@ -14,6 +14,7 @@ from strategies import laid, table, tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.kernels import group_norm
+from fastdiff.ops.dispatch import TRITON
 from fastdiff.rows import WIDE
 
 pytestmark = [
@@ -111,14 +112,16 @@ def test_gated_gelu(launches, shape, dtype, layout):
     assert (x.data_ptr() in launches[0].starts) == x.is_contiguous(), "a copy was read"
 
 
-@every
-def test_rotate(launches, shape, dtype, layout):
-    x = tensor((2, 2, 3, 6), dtype, layout)
-    cos, sin = tensor((2, 6)), tensor((2, 6), salt=1)
-    ops.rotate(x, cos, sin)
-    ops.rotate(x, cos[:, ::2], sin[:, 1::2])
-    assert len(launches) == 2
-    assert {cos.data_ptr(), sin.data_ptr()} <= launches[0].starts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotate(launches, dtype):
+    """The queries of a fused projection are read where they lie: heads of two blocks and a half, and part of one."""
+    for depth in (256, 6):
+        x = tensor((2, 3, 3, 5 * depth), dtype)[:, :, 1].unflatten(-1, (5, depth))
+        cos, sin = tensor((3, depth)), tensor((3, depth), salt=1)
+        ops.rotate(x, cos, sin, sin[0] if depth == 256 else None)
+        ops.rotate(x, cos[:, ::2], sin[:, 1::2])
+        assert {x.data_ptr(), cos.data_ptr(), sin.data_ptr()} <= launches[-2].starts, "a copy was read"
+    assert len(launches) == 4
 
 
 @pytest.mark.slow
@@ -139,8 +142,8 @@ def test_update(launches, shape, dtype, layout, generated, keep, inplace):
 
 def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     """The last row of a grid of more than 32,768 samples has them."""
-    for file in ("noise", "noising", "loss", "update", "vlb", "inner", "layer_norm"):
-        module = importlib.import_module(f"fastdiff.kernels.{file}")
+    modules = [importlib.import_module(f"fastdiff.kernels.{file}") for file in TRITON]
+    for module in (module for module in modules if hasattr(module, "grid_of")):
         monkeypatch.setattr(module, "grid_of", lambda batch, n, block: (triton.cdiv(n, block), batch + 2, 1))
     x = tensor((2, 300)).requires_grad_()
     ops.normal(x.shape, 5)
@@ -150,7 +153,8 @@ def test_programs_beyond_the_batch_do_nothing(launches, monkeypatch):
     ops.vlb(x, x, x, 1, table(ROWS, 6, salt=0))
     ops.inner(x, x)
     ops.add_layer_norm(x, x, gate=x)
-    assert len(launches) == 11
+    ops.rotate(x[:, None, None], x[:1], x[1:])
+    assert len(launches) == 12
 
 
 @pytest.mark.slow

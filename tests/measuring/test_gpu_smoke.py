@@ -1,5 +1,7 @@
 """What the stage smoke finds wrong with graphs, on tapes instead of a GPU."""
 
+import functools
+
 import pytest
 import torch
 from tape import Recorders, Tape
@@ -15,7 +17,7 @@ from fastdiff.ops.quick import forget
 SETUP = Setup(torch.device("cpu"), toy=True)
 CAPTURED = {
     "sample": smoke.graph,
-    "network": smoke.network,
+    "network": functools.partial(smoke.network, "cifar10 U-Net"),
     "training step": smoke.training_step,
     "failed capture": smoke.refused,
 }
@@ -92,6 +94,17 @@ def test_a_graph_that_overwrites_its_results_is_found(row, taped, monkeypatch):
     monkeypatch.setattr("fastdiff.graphs.tree_map_only", lambda kind, function, tree: tree)
     with pytest.raises((RuntimeError, AssertionError), match=r"off|Tensor-likes"):
         CAPTURED[row](SETUP)
+
+
+@pytest.mark.slow
+def test_an_accelerated_network_that_is_further_from_float64_is_found(monkeypatch):
+    def wrong(net, **options):
+        smoke.change(net)
+        return fastdiff.interop.accelerate.Accelerated()
+
+    monkeypatch.setattr(smoke, "accelerate", wrong)
+    with pytest.raises(RuntimeError, match="times as far from float64 as stock's"):
+        smoke.network("Flux transformer", SETUP)
 
 
 def test_on_a_gpu_a_capture_that_is_not_made_is_an_error():

@@ -216,6 +216,8 @@ def test_rows_by_the_names_of_their_columns():
     assert rows.sum() == 7.5
     columns(rows).guidance.fill_(2.0)
     assert rows.sum() == 13.5
+    with pytest.raises(ValueError, match=r"from_x0: expected a number for each of 2 steps, got \(11,\)"):
+        steps.make_table(schedule.linear(10), torch.tensor([10, 5, 0]), from_x0=schedule.linear(10).alpha)
     with pytest.raises(TypeError, match=r"scale: expected a column, one of x0_from_x, .*guidance"):
         make_rows(torch.zeros(3), scale=1.0)
 

@@ -11,6 +11,7 @@ from tolerance import ARITHMETIC, SUMMATION, assert_close, assert_same_bits
 
 import fastdiff
 from fastdiff import ops, reference
+from fastdiff.kernels import launch as launching
 from fastdiff.kernels import layer_norm as kernels
 from fastdiff.ops.layer_norm import LARGEST, is_fused
 
@@ -126,11 +127,16 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("channels", SHAPES)
-def test_a_program_of_enough_warps_holds_its_rows(channels):
-    shape = kernels.shape_of(channels, 256, 32)
-    assert tuple(shape[name] for name in ("CHUNKS", "CHUNK", "ROWS", "num_warps")) == SHAPES[channels]
-    assert kernels.shape_of(channels, 1, 32)["ROWS"] == 1
-    assert kernels.shape_of(channels, 256, 64)["num_warps"] == SHAPES[channels][3] // 2
+def test_a_program_of_enough_warps_holds_its_rows(channels, monkeypatch):
+    seen = []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, **given: seen.append(given))
+    for warp, tokens in ((32, 256), (64, 256), (32, 1)):
+        monkeypatch.setattr(launching, "WARP", warp)
+        x = torch.empty(1, tokens, channels, device="meta")
+        rest = dict.fromkeys(("total", "y", "weight", "bias", "gate", "scale", "shift"))
+        kernels.layer_norm(out=x, x=x, eps=EPS, **rest)
+    assert tuple(seen[0][name] for name in ("CHUNKS", "CHUNK", "ROWS", "num_warps")) == SHAPES[channels]
+    assert seen[1]["num_warps"] == SHAPES[channels][3] // 2 and seen[2]["ROWS"] == 1
 
 
 def test_views_are_read_where_they_are(monkeypatch):

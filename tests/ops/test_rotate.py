@@ -48,7 +48,6 @@ def test_rotations_are_those_in_float64(backend, batch, tokens, heads, half, pai
 
 @every
 def test_a_quarter_turn_of_every_head_of_a_token(backend):
-    """And the halves of a fused projection are read where they lie."""
     x = torch.arange(1.0, 17, device=DEVICE).view(1, 2, 2, 4)
     zero, one = torch.zeros(2, 1, device=DEVICE), torch.ones(2, 1, device=DEVICE)
     cos, sin = torch.cat([zero, one], 1), torch.cat([one, zero], 1)  # of the pairs: the first turns

@@ -8,9 +8,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastdiff.training import data
+from fastdiff.training.data.decode import listed
 
 RAMP = np.linspace(0, 1, 16)[None].repeat(16, 0)
 EIGHT = (RAMP * 255).round().astype(np.uint8)
@@ -183,6 +184,32 @@ def test_more_than_three_are_counted_and_three_are_named(tmp_path, capsys):
     assert line.rstrip().endswith(", ...")
 
 
+@pytest.mark.parametrize(
+    ("size", "channels", "message"),
+    [
+        ((8, 8, 8), 3, r"size: expected a side or \(H, W\), got \(8, 8, 8\)"),
+        (0, 3, "size: expected an integer from 1"),
+        (8, 5, "channels: expected an integer from 1 to 4, got 5"),
+    ],
+)
+def test_shapes_that_no_image_has_are_named(tmp_path, size, channels, message):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    assert data.Folder(tmp_path, 8, 3).read(0).shape == (3, 8, 8)  # a side alone
+    with pytest.raises(ValueError, match=message):
+        data.Folder(tmp_path, size, channels)
+
+
+def test_captions_beside_images_are_no_images(tmp_path, capsys):
+    for name in ("a.png", "b.JPG"):
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    for name in ("a.txt", "b.JPG.json", "c.txt", "no_ending"):
+        (tmp_path / name).write_text("a caption")
+    assert [path.name for path in listed(tmp_path)[0]] == ["a.png", "b.JPG", "c.txt", "no_ending"]
+    data.folder(tmp_path, 4)
+    assert "left out 4 of 6 files" in (said := capsys.readouterr().err)
+    assert "a.txt: goes with the image of its name" in said
+
+
 def test_a_bomb_is_left_out(tmp_path, capsys):
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)  # 900 million pixels in 1 kB
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
@@ -246,17 +273,21 @@ def test_what_is_no_image_is_opened_once_and_what_the_system_did_not_read_again(
     class Texts(data.Arrays):
         def read(self, index):
             asked.append(index)
-            if index == 1:
-                raise ValueError("a text")
-            if index == 2:
-                raise OSError(errno.EIO, "Input/output error")
+            if index in errors:
+                raise errors[index]
             return super().read(index)
 
-    stream = data.Stream(Texts(np.zeros((4, 1), np.float32)), 4)
+    errors = {
+        1: UnidentifiedImageError("a text"),
+        2: OSError(errno.EIO, "Input/output error"),
+        3: ConnectionError("no answer"),  # as of requests, without a number
+        4: ValueError("too small"),
+    }
+    stream = data.Stream(Texts(np.zeros((6, 1), np.float32)), 6)
     for epoch in range(3):
         stream.batch(epoch)
-    assert asked.count(1) == 1 and asked.count(2) >= 3
-    assert stream.skipped == {1: "a text", 2: "[Errno 5] Input/output error"}
+    assert asked.count(1) == asked.count(4) == 1 and asked.count(2) >= 3 and asked.count(3) >= 3
+    assert stream.skipped == {number: str(error) for number, error in errors.items()}
     monkeypatch.setattr("fastdiff.training.data.stream.REMEMBERED", 0)
     asked.clear()
     data.Stream(stream.source, 8).batch(0)

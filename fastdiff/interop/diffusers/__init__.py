@@ -59,42 +59,58 @@ With s_churn the network is asked before the noise is added, as in stock. It sho
 DDIMPipeline converts what it is given to the stock DDIMScheduler: assign pipeline.scheduler afterwards.
 """
 
+from typing import Any
+
 try:
-    import diffusers.schedulers.scheduling_utils  # noqa: F401
+    import diffusers.schedulers.scheduling_utils
 except ImportError as error:
     message = "fastdiff.interop.diffusers needs diffusers: pip install 'fastdiff-kernels[diffusers]'"
     raise ImportError(f"{message} ({error})") from error
 
-from .common import FusedScheduler
-from .consistency_models import CMStochasticIterativeScheduler
-from .ddim import DDIMScheduler
-from .ddim_cogvideox import CogVideoXDDIMScheduler
-from .ddim_inverse import DDIMInverseScheduler
-from .ddpm import DDPMScheduler
-from .deis import DEISMultistepScheduler
-from .dpm_cogvideox import CogVideoXDPMScheduler
-from .dpm_solver import DPMSolverMultistepScheduler
-from .dpm_solver_inverse import DPMSolverMultistepInverseScheduler
-from .dpm_solver_singlestep import DPMSolverSinglestepScheduler
-from .edm_dpm_solver import EDMDPMSolverMultistepScheduler
-from .edm_euler import EDMEulerScheduler
-from .euler import EulerDiscreteScheduler
-from .euler_ancestral import EulerAncestralDiscreteScheduler
-from .flow_match_euler import FlowMatchEulerDiscreteScheduler
-from .flow_match_heun import FlowMatchHeunDiscreteScheduler
-from .flow_match_lcm import FlowMatchLCMScheduler
-from .heun import HeunDiscreteScheduler
-from .ipndm import IPNDMScheduler
-from .kdpm2 import KDPM2DiscreteScheduler
-from .kdpm2_ancestral import KDPM2AncestralDiscreteScheduler
-from .lcm import LCMScheduler
-from .lms import LMSDiscreteScheduler
-from .ltx_euler_ancestral import LTXEulerAncestralRFScheduler
-from .pndm import PNDMScheduler
-from .scm import SCMScheduler
-from .score_sde_ve import ScoreSdeVeScheduler
-from .tcd import TCDScheduler
-from .unipc import UniPCMultistepScheduler
+from ...support.versions import numbers, warn_if_untested
+
+warn_if_untested("diffusers", diffusers.__version__)
+VERSION = numbers(diffusers.__version__)
+if VERSION < (0, 30):
+    raise ImportError(f"fastdiff.interop.diffusers needs diffusers 0.30 or later, got {diffusers.__version__}")
+# The first versions whose schedulers give what those of 0.42.1 give. Of an older version only layers are fused.
+SCHEDULERS_SINCE = (0, 32)
+NEWER = {"SCMScheduler": (0, 33), "FlowMatchLCMScheduler": (0, 34), "LTXEulerAncestralRFScheduler": (0, 37)}
+
+if VERSION >= SCHEDULERS_SINCE:
+    from .common import FusedScheduler
+    from .consistency_models import CMStochasticIterativeScheduler
+    from .ddim import DDIMScheduler
+    from .ddim_cogvideox import CogVideoXDDIMScheduler
+    from .ddim_inverse import DDIMInverseScheduler
+    from .ddpm import DDPMScheduler
+    from .deis import DEISMultistepScheduler
+    from .dpm_cogvideox import CogVideoXDPMScheduler
+    from .dpm_solver import DPMSolverMultistepScheduler
+    from .dpm_solver_inverse import DPMSolverMultistepInverseScheduler
+    from .dpm_solver_singlestep import DPMSolverSinglestepScheduler
+    from .edm_dpm_solver import EDMDPMSolverMultistepScheduler
+    from .edm_euler import EDMEulerScheduler
+    from .euler import EulerDiscreteScheduler
+    from .euler_ancestral import EulerAncestralDiscreteScheduler
+    from .flow_match_euler import FlowMatchEulerDiscreteScheduler
+    from .flow_match_heun import FlowMatchHeunDiscreteScheduler
+    from .heun import HeunDiscreteScheduler
+    from .ipndm import IPNDMScheduler
+    from .kdpm2 import KDPM2DiscreteScheduler
+    from .kdpm2_ancestral import KDPM2AncestralDiscreteScheduler
+    from .lcm import LCMScheduler
+    from .lms import LMSDiscreteScheduler
+    from .pndm import PNDMScheduler
+    from .score_sde_ve import ScoreSdeVeScheduler
+    from .tcd import TCDScheduler
+    from .unipc import UniPCMultistepScheduler
+if NEWER["SCMScheduler"] <= VERSION:
+    from .scm import SCMScheduler
+if NEWER["FlowMatchLCMScheduler"] <= VERSION:
+    from .flow_match_lcm import FlowMatchLCMScheduler
+if NEWER["LTXEulerAncestralRFScheduler"] <= VERSION:
+    from .ltx_euler_ancestral import LTXEulerAncestralRFScheduler
 
 __all__ = [
     "SCHEDULERS",
@@ -129,35 +145,12 @@ __all__ = [
     "UniPCMultistepScheduler",
 ]
 
-# All of them, for those that look up the one of a stock class.
-SCHEDULERS: tuple[type[FusedScheduler], ...] = (
-    CMStochasticIterativeScheduler,
-    CogVideoXDDIMScheduler,
-    CogVideoXDPMScheduler,
-    DDIMInverseScheduler,
-    DDIMScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepInverseScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EDMDPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FlowMatchLCMScheduler,
-    HeunDiscreteScheduler,
-    IPNDMScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LCMScheduler,
-    LMSDiscreteScheduler,
-    LTXEulerAncestralRFScheduler,
-    PNDMScheduler,
-    SCMScheduler,
-    ScoreSdeVeScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
+# All that this version has, for those that look up the one of a stock class.
+SCHEDULERS: "tuple[type[FusedScheduler], ...]" = tuple(globals()[name] for name in __all__[1:] if name in globals())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    first = ".".join(map(str, NEWER.get(name, SCHEDULERS_SINCE)))
+    raise ImportError(f"fastdiff's {name} needs diffusers {first} or later, got {diffusers.__version__}")

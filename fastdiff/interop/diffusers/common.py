@@ -264,6 +264,15 @@ class LevelScheduler(FusedScheduler):
         return self._threshold_sample(x0) if config.thresholding else x0
 
 
+def x0_from_level(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(a, b, c) of x_0 = c (a x + b pred) where x = alpha x_0 + sigma noise. As in stock the bracket is rounded before
+    c."""
+    one = torch.ones_like(alpha)
+    if prediction == "epsilon":
+        return one, -sigma, 1 / alpha
+    return (0 * one, one, one) if prediction == "sample" else (alpha, -sigma, one)
+
+
 def with_fused_noise(stock: type) -> Callable[..., None]:
     """stock.__init__ with the keyword fused_noise, which stays out of the configuration."""
 

@@ -1,15 +1,13 @@
 """CogVideoXDDIMScheduler: DDIM by the sample and the prediction of data."""
 
-from typing import Any
-
 import diffusers
 import torch
 from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput
 from torch import Tensor
 
 from ...rows import make_rows
-from .common import PREDICTIONS, Generators, LevelScheduler, alike, index_of, is_level
-from .sigmas import two_results
+from .common import PREDICTIONS, Generators, LevelScheduler, alike, index_of, is_level, x0_from_level
+from .sigmas import result_types, two_results
 
 
 class CogVideoXDDIMScheduler(LevelScheduler, diffusers.CogVideoXDDIMScheduler, stock=diffusers.CogVideoXDDIMScheduler):
@@ -37,12 +35,9 @@ class CogVideoXDDIMScheduler(LevelScheduler, diffusers.CogVideoXDDIMScheduler, s
             return NotImplemented  # stock's error
         if not (is_level(timestep) and alike(sample, model_output)):
             return NotImplemented
-        device, output, dtype = sample.device, model_output.dtype, sample.dtype
-        if dtype != output:
-            dtype = torch.promote_types(dtype, output)
-        dtypes = dtype, output if prediction == "sample" else dtype
-        rows = self._steps(device)
-        prev_sample, x0 = two_results(sample, model_output, rows, index_of(timestep, device), dtypes)
+        rows, index = self._steps(sample.device), index_of(timestep, sample.device)
+        dtypes = result_types(prediction, sample, model_output)
+        prev_sample, x0 = two_results(sample, model_output, rows, index, dtypes)
         if not return_dict:
             return (prev_sample, x0)
         return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
@@ -59,13 +54,7 @@ class CogVideoXDDIMScheduler(LevelScheduler, diffusers.CogVideoXDDIMScheduler, s
             alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
             from_x = ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5
             from_x0 = alpha_bar_prev**0.5 - alpha * from_x
-            # (a, b, c) of x_0 = c (a x + b pred), where the bracket is rounded before c, as in stock.
-            kinds: dict[str, tuple[Any, Any, Any]] = {
-                "epsilon": (1.0, -sigma, 1 / alpha),
-                "sample": (0.0, 1.0, 1.0),
-                "v_prediction": (alpha, -sigma, 1.0),
-            }
-            a, b, c = kinds[prediction]
+            a, b, c = x0_from_level(prediction, alpha, sigma)
             return make_rows(
                 alpha, torch.float32, x0_from_x=a, x0_from_pred=b, from_x0=from_x0 * c, from_x=from_x, kept_from_x0=c
             ).to(device)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import ops
 from ...rows import make_rows
 from ..stock import promoted
-from .common import PREDICTIONS, FusedScheduler, alike, index_of, is_level
+from .common import PREDICTIONS, FusedScheduler, alike, index_of, is_level, x0_from_level
 
 
 class DDIMInverseScheduler(FusedScheduler, diffusers.DDIMInverseScheduler, stock=diffusers.DDIMInverseScheduler):
@@ -55,11 +55,12 @@ class DDIMInverseScheduler(FusedScheduler, diffusers.DDIMInverseScheduler, stock
             alpha, sigma, direction = alpha_bar**0.5, (1 - alpha_bar) ** 0.5, (1 - to) ** 0.5
             one = torch.ones_like(alpha)
             # (a, b, c) of c (a x + b pred), where the bracket is rounded before c, as in stock.
-            of_x0, of_eps = {
-                "epsilon": ((one, -sigma, 1 / alpha), (0 * one, one, direction)),
-                "sample": ((0 * one, one, one), (one, -alpha, direction / sigma)),
-                "v_prediction": ((alpha, -sigma, one), (sigma, alpha, direction)),
+            of_eps = {
+                "epsilon": (0 * one, one, direction),
+                "sample": (one, -alpha, direction / sigma),
+                "v_prediction": (sigma, alpha, direction),
             }[prediction]
+            of_x0 = x0_from_level(prediction, alpha, sigma)
             x0_rows, rows = (
                 make_rows(to, torch.float32, x0_from_x=a, x0_from_pred=b, from_x0=c, noise=noise)
                 for (a, b, c), noise in ((of_x0, 0.0), (of_eps, to**0.5))

@@ -1,7 +1,5 @@
 """CogVideoXDPMScheduler: DPM-Solver++(2M) of the SDE, which is given the last prediction of data."""
 
-from typing import Any
-
 import diffusers
 import torch
 from diffusers.schedulers.scheduling_dpm_cogvideox import DDIMSchedulerOutput
@@ -9,8 +7,8 @@ from torch import Tensor
 
 from ... import ops
 from ...rows import make_rows
-from .common import PREDICTIONS, Generators, LevelScheduler, alike, is_level
-from .sigmas import in_float32, two_results
+from .common import PREDICTIONS, Generators, LevelScheduler, alike, is_level, x0_from_level
+from .sigmas import in_float32, result_types, two_results
 
 
 class CogVideoXDPMScheduler(LevelScheduler, diffusers.CogVideoXDPMScheduler, stock=diffusers.CogVideoXDPMScheduler):
@@ -56,17 +54,14 @@ class CogVideoXDPMScheduler(LevelScheduler, diffusers.CogVideoXDPMScheduler, sto
         first, second, past = self._table(
             "steps", lambda: self._steps(device, stride), sources, device, stride, prediction
         )
-        output, dtype = model_output.dtype, sample.dtype
-        if dtype != output:
-            dtype = torch.promote_types(dtype, output)
-        dtypes = dtype, output if prediction == "sample" else dtype
+        dtypes = result_types(prediction, sample, model_output)
         noise = self._noise(sample, generator, i)
         if old is None:
             return two_results(sample, model_output, first, i, dtypes, **noise)
         if not self.fused_noise:
             noise = self._noise(sample, generator, i)  # stock draws a second time, for its second order
         base = ops.update(in_float32(old), sample, past, i, **noise)
-        dtypes = torch.promote_types(dtype, old.dtype), dtypes[1]
+        dtypes = torch.promote_types(dtypes[0], old.dtype), dtypes[1]
         results = two_results(in_float32(sample), model_output, second, i, dtypes, noise=base)
         if not return_dict:
             return results
@@ -82,14 +77,7 @@ class CogVideoXDPMScheduler(LevelScheduler, diffusers.CogVideoXDPMScheduler, sto
         h, r, *_ = self.get_variables(at, to, back)
         from_x, minus, new, old = self.get_mult(h, r, at, to, back)
         std = (1 - to) ** 0.5 * (1 - (-2 * h).exp()) ** 0.5
-        alpha, sigma = at**0.5, (1 - at) ** 0.5
-        # (a, b, c) of x_0 = c (a x + b pred), where the bracket is rounded before c, as in stock.
-        kinds: dict[str, tuple[Any, Any, Any]] = {
-            "epsilon": (1.0, -sigma, 1 / alpha),
-            "sample": (0.0, 1.0, 1.0),
-            "v_prediction": (alpha, -sigma, 1.0),
-        }
-        a, b, c = kinds[self.config.prediction_type]
+        a, b, c = x0_from_level(self.config.prediction_type, at**0.5, (1 - at) ** 0.5)
         same = {"x0_from_x": a, "x0_from_pred": b, "from_x": from_x, "kept_from_x0": c}
         first = make_rows(at, torch.float32, from_x0=-minus * c, noise=std, **same)
         second = make_rows(at, torch.float32, from_x0=-minus * new * c, noise=1.0, **same)

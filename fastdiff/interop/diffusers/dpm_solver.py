@@ -14,27 +14,20 @@ from .multistep import MultistepScheduler
 
 
 class DPMSolver(MultistepScheduler):
-    """A multistep scheduler of DPM-Solver. A step of second order of "dpmsolver++" by "midpoint":
-
-        x_s = sigma_s / sigma_t x_t + k (1 + w) x_0 - k w x_0',    x_0': the prediction of the step before
-
-    "dpmsolver" has eps in the place of x_0, and "sde-" adds noise.
-
-    Reference: Lu et al. 2022, arXiv:2206.00927 and arXiv:2211.01095, algorithm 2.
-    """
+    """A multistep scheduler of DPM-Solver; see `DPMSolverMultistepScheduler`."""
 
     _predictions: tuple[str, ...] = (*PREDICTIONS, "flow_prediction")  # those that stock does not refuse
     _third_of_sde: tuple[str, ...] = ()  # the algorithms of the SDE that stock has a third order of
     _draws_float32 = False  # whether stock draws noise so whatever the type of the model's output
 
-    def _solve(
+    def step(
         self,
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
-        generator: Generators,
-        variance_noise: Tensor | None,
-        return_dict: bool,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """One step: x_0 or eps from the prediction, and its sum with x_t, the ones before and noise, in one pass."""
         config = self.config
@@ -107,15 +100,3 @@ class DPMSolverMultistepScheduler(
 
     _third_of_sde = ("sde-dpmsolver++",)
     _draws_float32 = True
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """One step: x_0 or eps from the prediction, and its sum with x_t, the ones before and noise, in one pass."""
-        return self._solve(model_output, timestep, sample, generator, variance_noise, return_dict)

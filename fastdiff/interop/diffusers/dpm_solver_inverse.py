@@ -1,10 +1,7 @@
 """DPMSolverMultistepInverseScheduler: DPM-Solver from data to noise."""
 
 import diffusers
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from torch import Tensor
 
-from .common import Generators
 from .dpm_solver import DPMSolver
 
 
@@ -21,15 +18,3 @@ class DPMSolverMultistepInverseScheduler(
     """
 
     _begin_index = None  # stock has none
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """One step: x_0 or eps from the prediction, and its sum with x_t, the ones before and noise, in one pass."""
-        return self._solve(model_output, timestep, sample, generator, variance_noise, return_dict)

@@ -23,7 +23,7 @@ class EDMDPMSolverMultistepScheduler(
 
     _predictions = ("epsilon", "v_prediction")
 
-    def step(
+    def step(  # type: ignore[override]  # stock takes no noise
         self,
         model_output: Tensor,
         timestep: int | Tensor,
@@ -32,7 +32,7 @@ class EDMDPMSolverMultistepScheduler(
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """One step: x_0 from the prediction, and its sum with x_t, the ones before and noise, in one pass."""
-        return self._solve(model_output, timestep, sample, generator, None, return_dict)
+        return super().step(model_output, timestep, sample, generator, None, return_dict)
 
     def _sigma_to_alpha_sigma_t(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigma), sigma  # stock's 1 has no place for several sigmas

@@ -48,7 +48,7 @@ class FlowMatchEulerDiscreteScheduler(
             return NotImplemented  # stock's error
 
         plain = sample.dtype == torch.float32 and self.sigmas.is_cpu  # torch.add rounds twice in smaller types
-        if plain and not (self.config.stochastic_sampling or is_compiling()):
+        if plain and not (self.config.get("stochastic_sampling") or is_compiling()):
             dt = self._table("dt", lambda: self.sigmas.diff().tolist(), (self.sigmas,))
             prev_sample = torch.add(sample, model_output, alpha=dt[i])
         else:
@@ -69,7 +69,7 @@ class FlowMatchEulerDiscreteScheduler(
             sigma, to = self.sigmas[:-1], self.sigmas[1:]
             return make_rows(sigma, torch.float32, from_x=1.0, from_pred=to - sigma).to(device)
 
-        device, stochastic = sample.device, self.config.stochastic_sampling
+        device, stochastic = sample.device, self.config.get("stochastic_sampling")
         rows = self._table("steps", build, (self.sigmas,), device, stochastic)
         like = typed(sample, torch.float32)  # stock's draw, whatever the type of the sample
         noise = self._noise(like, generator, i) if stochastic else {"noisy": False}

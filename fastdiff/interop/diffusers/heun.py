@@ -11,7 +11,15 @@ from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerO
 from torch import Tensor
 
 from .common import PREDICTIONS, alike
-from .sigmas import SigmaScheduler, VarianceExplodingScheduler, derivative_rows, in_float32, two_results, x0_from_sigma
+from .sigmas import (
+    SigmaScheduler,
+    VarianceExplodingScheduler,
+    derivative_rows,
+    in_float32,
+    result_types,
+    two_results,
+    x0_from_sigma,
+)
 
 
 class HalfwayScheduler(SigmaScheduler):
@@ -70,10 +78,9 @@ class HeunDiscreteScheduler(
         known = self.config.prediction_type in PREDICTIONS and isinstance(self.sigmas, Tensor)
         if not (known and alike(sample, model_output) and self._goes_on(sample)):
             return self._hand_over()
-        i, config, device, dtype = self._place(timestep), self.config, sample.device, model_output.dtype
+        i, config, device = self._place(timestep), self.config, sample.device
         prediction, clip = config.prediction_type, config.clip_sample_range if config.clip_sample else None
-        both = dtype if sample.dtype == dtype else torch.promote_types(sample.dtype, dtype)
-        dtypes = both, dtype if prediction == "sample" else both
+        dtypes = result_types(prediction, sample, model_output)
         # The key has all of the configuration that is in them.
         first, second, dts = self._tables.get(
             "steps", lambda: self._steps(device, clip is not None), (self.sigmas,), device, prediction, clip is None

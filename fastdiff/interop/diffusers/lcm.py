@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...rows import make_rows
 from ..stock import promoted
-from .common import LARGE, PREDICTIONS, Generators, LevelScheduler, alike, index_of, is_level
+from .common import LARGE, PREDICTIONS, Generators, LevelScheduler, alike, index_of, is_level, x0_from_level
 from .sigmas import CountingScheduler, two_results
 
 
@@ -64,15 +64,10 @@ class LCMScheduler(CountingScheduler, LevelScheduler, diffusers.LCMScheduler, st
             last = torch.arange(len(t), device=t.device) == count - 1
             c_skip, c_out = self.get_scalings_for_boundary_condition_discrete(t)
             share = torch.where(last, 1.0, alpha_prev)
-            one = torch.ones_like(alpha)
-            from_x, from_pred, scale = {
-                "epsilon": (one, -sigma, 1 / alpha),
-                "sample": (0 * one, one, one),
-                "v_prediction": (alpha, -sigma, one),
-            }[prediction]
+            from_x, from_pred, scale = x0_from_level(prediction, alpha, sigma)
             if clipped:  # then the bracket must be x_0 itself; else the fewer roundings, the better
                 scale = scale.clamp(max=LARGE)  # at alpha = 0 the clip says x_0 by the sign
-                from_x, from_pred, scale = from_x * scale, from_pred * scale, one
+                from_x, from_pred, scale = from_x * scale, from_pred * scale, torch.ones_like(scale)
             return make_rows(
                 alpha, torch.float32, x0_from_x=from_x, x0_from_pred=from_pred,
                 from_x0=share * c_out * scale, from_x=share * c_skip, noise=(1 - alpha_bar_prev).sqrt(),

@@ -234,6 +234,12 @@ def in_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def result_types(prediction: str, x: Tensor, pred: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The types of stock's x' and x_0: a prediction of x_0 stays as it is."""
+    dtype = x.dtype if x.dtype == pred.dtype else torch.promote_types(x.dtype, pred.dtype)
+    return dtype, pred.dtype if prediction == "sample" else dtype
+
+
 def two_results(
     x: Tensor,
     pred: Tensor,

@@ -2,18 +2,22 @@
 
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastdiff.files import need
+from fastdiff.support.scalars import as_integer
 from fastdiff.training.data.pictures import MODES
 
 # How the names of image files end.
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
 # What the folder of a run holds. Its samples are no data.
 RUN = {"config.json", "log.csv"}
+# The largest side of an image.
+LARGEST = 2**15
 # White in the image modes of PIL that have more than 8 bits.
 DEEP = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 
@@ -24,7 +28,10 @@ def is_image(path: Path) -> bool:
 
 
 def listed(path: Path) -> tuple[list[Path], dict[Path, str]]:
-    """(the files under a folder, what is left out and why), each in the order of names; without what is hidden."""
+    """(the files under a folder, what is left out and why), each in the order of names; without what is hidden.
+
+    A file that is named after an image beside it, as a caption is, is left out: a.txt or a.png.json beside a.png.
+    """
     files, skipped = [], {}
 
     def unreadable(error: OSError) -> None:
@@ -36,14 +43,26 @@ def listed(path: Path) -> tuple[list[Path], dict[Path, str]]:
             skipped[Path(root)] = "the folder of a run"
             folders.clear()
             continue
+        images = {owner for name in names if is_image(Path(name)) for owner in (name, os.path.splitext(name)[0])}
         for entry in (Path(root, name) for name in (*folders, *names) if not name.startswith(".")):
-            if os.path.isfile(entry):
+            if entry.stem in images and not is_image(entry) and os.path.isfile(entry):
+                skipped[entry] = "goes with the image of its name"
+            elif os.path.isfile(entry):
                 files.append(entry)
             elif os.path.islink(entry):
                 skipped[entry] = "a link to a folder" if os.path.isdir(entry) else "a link to nothing"
             elif not os.path.isdir(entry):
                 skipped[entry] = "neither a file nor a folder"
     return sorted(files), dict(sorted(skipped.items()))
+
+
+def image_shape(size: int | Sequence[int], channels: int) -> tuple[int, int, int]:
+    """(channels, H, W) of images whose `size` is a side or (H, W). Raises TypeError or ValueError naming either."""
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"size: expected a side or (H, W), got {size!r}")
+    height, width = (as_integer("size", side, 1, LARGEST) for side in sides)
+    return as_integer("channels", channels, 1, len(MODES)), height, width
 
 
 def decoded(source: str | Path | bytes | Any, size: tuple[int, int], channels: int) -> np.ndarray:

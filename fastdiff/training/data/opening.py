@@ -40,16 +40,17 @@ def array_shape(data: str) -> tuple[int, ...] | None:
     return array_file(Path(data)).shape if Path(data).suffix in ARRAYS else None
 
 
-def open_source(data: str, size: tuple[int, int], channels: int, classes: bool = False) -> Source:
+def open_source(data: str, size: int | tuple[int, int], channels: int, classes: bool = False) -> Source:
     """The source that `data` names.
 
     Args:
         data: "digits" or "mnist", whose train half it is; "hf:NAME" or a folder of save_to_disk; a .npy or .npz file; a
             .tar file, a pattern of them, or a folder of them and no image files; or a folder of image files.
-        size, channels: of the images; arrays have their own.
+        size, channels: of the images, a side or (H, W), and 1 to 4; arrays have their own.
         classes: read labels too.
 
-    Raises: OSError or ValueError naming what cannot be read, or has no labels; ImportError without the extra [data].
+    Raises: OSError or ValueError naming what cannot be read, or has no labels; TypeError or ValueError naming `size` or
+        `channels`; ImportError without the extra [data].
     """
     path = Path(data)
     if data in SETS:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.files import need
-from fastdiff.training.data.decode import ENDINGS, decoded
+from fastdiff.training.data.decode import ENDINGS, decoded, image_shape
 from fastdiff.training.data.sources import Names, numbered_classes, stamped
 
 
@@ -23,7 +23,7 @@ class Shards:
 
     Args:
         paths: the tar files.
-        size: (H, W).
+        size: a side, or (H, W).
         channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha.
         classes: read the labels too, integers from 0 in text.
 
@@ -33,8 +33,9 @@ class Shards:
 
     white = 255
 
-    def __init__(self, paths: list[Path], size: tuple[int, int], channels: int, classes: bool = False) -> None:
-        self.shape, self._size, self._channels = (channels, *size), size, channels
+    def __init__(self, paths: list[Path], size: int | tuple[int, int], channels: int, classes: bool = False) -> None:
+        self.shape = image_shape(size, channels)
+        self._size, self._channels = self.shape[1:], channels
         self._shards, names, places, labels = Names([str(path) for path in paths]), [], [], []
         for number, path in enumerate(paths):
             for key, (start, length, label) in _members(path, classes).items():
@@ -120,7 +121,7 @@ class HuggingFace:
 
     Args:
         data: a folder written by save_to_disk, or a name that load_dataset knows.
-        size: (H, W).
+        size: a side, or (H, W).
         channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha.
         classes: read the labels too, the first ClassLabel column.
 
@@ -129,7 +130,8 @@ class HuggingFace:
 
     white = 255
 
-    def __init__(self, data: str, size: tuple[int, int], channels: int, classes: bool = False) -> None:
+    def __init__(self, data: str, size: int | tuple[int, int], channels: int, classes: bool = False) -> None:
+        self.shape = image_shape(size, channels)
         datasets = need("datasets", "data")
         loaded = datasets.load_from_disk(data) if Path(data).is_dir() else datasets.load_dataset(data)
         if isinstance(loaded, dict) and "train" not in loaded:
@@ -139,7 +141,7 @@ class HuggingFace:
         for kind in ("Image", "ClassLabel")[: 1 + classes]:
             if kind not in columns:
                 raise ValueError(f"data: {data} has no column of type {kind}, it has {', '.join(rows.features)}")
-        self.shape, self._size, self._channels, self._data = (channels, *size), size, channels, data
+        self._size, self._channels, self._data = self.shape[1:], channels, data
         self._images = rows.select_columns(columns["Image"]).cast_column(columns["Image"], datasets.Image(decode=False))
         self._column = columns["Image"]
         self._stamp = " ".join(stamped(file["filename"]) for file in rows.cache_files)

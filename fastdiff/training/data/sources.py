@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastdiff.files import need
 from fastdiff.support.errors import blaming, reason
-from fastdiff.support.scalars import as_integer
-from fastdiff.training.data.decode import decoded, is_image, listed
+from fastdiff.training.data.decode import decoded, image_shape, is_image, listed
 from fastdiff.training.ranks import leads
 
 # Files that a warning names.
@@ -193,22 +192,23 @@ class Names:
 class Folder:
     """Every image file under a folder, decoded when it is read: `fastdiff.training.data.decode` says how.
 
-    Links to folders, folders of runs, and what is neither file nor folder, are left out; a line on stderr counts and
-    names them. Files and folders whose names begin with a dot are left out without a word.
+    Links to folders, folders of runs, captions (a.txt beside a.png), and what is neither file nor folder, are left out;
+    a line on stderr counts and names them. Files and folders whose names begin with a dot are left out without a word.
 
     Args:
         path: the folder, whose folders are read too.
-        size: (H, W).
+        size: a side, or (H, W).
         channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha.
         classes: the label of a file is the first folder below `path` that it is in.
 
     Raises: OSError if `path` is no folder that can be read; ValueError if it holds no file, or with `classes` one in
-        no class.
+        no class; TypeError or ValueError naming `size` or `channels`.
     """
 
     white = 255
 
-    def __init__(self, path: str | Path, size: tuple[int, int], channels: int, classes: bool = False) -> None:
+    def __init__(self, path: str | Path, size: int | tuple[int, int], channels: int, classes: bool = False) -> None:
+        shape = image_shape(size, channels)
         path = Path(path)
         next(path.iterdir(), None)  # a missing folder is reported in the system's own words
         files, skipped = listed(path)
@@ -220,7 +220,7 @@ class Folder:
             warn_left_out({str(file): why for file, why in skipped.items()}, len(files) + len(skipped))
         if not files:
             raise ValueError(f"data: no readable image among the {len(skipped)} files under {path}")
-        self.shape, self._size, self._channels = (channels, *size), size, channels
+        self.shape, self._size, self._channels = shape, shape[1:], channels
         self._names = Names([str(file) for file in files])
         self.labels: np.ndarray | None = None
         self.classes: list[str] | None = None
@@ -276,17 +276,16 @@ def folder(path: str | Path, size: int | tuple[int, int], gray: bool = False) ->
     Returns: images (N, 1 or 3, H, W), in the order of their names.
     Raises: OSError if `path` is no folder that can be read; ValueError if no image is left, or for a size below 1.
     """
-    sides = size if isinstance(size, tuple | list) else (size, size)
-    height, width = (as_integer("size", side, 1, 2**15) for side in sides)
-    path, sides = Path(path), (height, width)
+    channels, height, width = image_shape(size, 1 if gray else 3)
+    path = Path(path)
     next(path.iterdir(), None)  # a missing folder is reported in the system's own words
     files, left_out = listed(path)
     skipped = {str(file): why for file, why in left_out.items()}
-    found, count, channels = len(files) + len(skipped), 0, 1 if gray else 3
-    pixels = torch.empty(len(files), channels, *sides, dtype=torch.uint8)
+    found, count = len(files) + len(skipped), 0
+    pixels = torch.empty(len(files), channels, height, width, dtype=torch.uint8)
     for file in need("tqdm").tqdm(files, desc=f"reading {path}", unit="file", leave=False, delay=1):
         try:
-            pixels[count] = torch.from_numpy(decoded(file, sides, channels))
+            pixels[count] = torch.from_numpy(decoded(file, (height, width), channels))
         except Exception as error:  # decoders of broken files raise whatever they meet
             skipped[str(file)] = reason(error)
         else:

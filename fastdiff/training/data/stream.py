@@ -51,7 +51,8 @@ class Reader:
 
     The next one would not do: behind a folder of texts one image would be seen in place of each of them.
 
-    What is no image, as a text beside one, is opened once. What the system did not read may be there in the next epoch.
+    What is no image, as a text beside one, is opened once. What the system or a network did not read may be there in
+    the next epoch.
     """
 
     source: Source
@@ -208,8 +209,8 @@ class Stream:
 
 
 def is_lasting(error: Exception) -> bool:
-    """Whether another try would fail too: the content is at fault, not the system."""
-    return getattr(error, "errno", None) is None and not isinstance(error, MemoryError)
+    """Whether another try would fail too: the content is at fault, not the system or a network. The first is PIL's."""
+    return type(error).__name__ == "UnidentifiedImageError" or isinstance(error, ValueError)
 
 
 def _same(read: Any) -> Any:

@@ -5,8 +5,8 @@ from typing import Any
 from diffusers.models import resnet
 from torch import Tensor, nn
 
-from ...fused import bias_for_norm, norm_silu, with_shortcut
-from ...support.plain import as_defined, is_plain
+from ....fused import bias_for_norm, norm_silu, with_shortcut
+from ....support.plain import as_defined, is_plain
 
 STOCK_FORWARD = as_defined(resnet.ResnetBlock2D, "forward")
 

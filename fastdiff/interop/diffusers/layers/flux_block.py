@@ -6,8 +6,8 @@ import torch
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
 
-from ...support.adjacent import joined_tokens
-from ...support.plain import as_defined, is_plain
+from ....support.adjacent import joined_tokens
+from ....support.plain import as_defined, is_plain
 from .modulated import add_gated, second_half, stands_in, within_float16
 from .rotary import attend, rotates
 

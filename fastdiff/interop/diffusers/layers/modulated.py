@@ -8,18 +8,18 @@ x and y are (B, N, C): tokens. gate, scale and shift are (B, C): one row for all
 
 import copy
 import functools
+import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
-from ... import ops
-from ...ops.layer_norm import is_fused
-from ...support.plain import as_defined, is_ordinary, is_plain
+from .... import ops
+from ....ops.layer_norm import is_fused
+from ....support.plain import as_defined, is_ordinary, is_plain
 
 NORMS = (nn.LayerNorm, FP32LayerNorm)
 LARGEST = 65504.0  # of float16: stock clips some sums there
@@ -43,9 +43,15 @@ def stands_in(kind: Any) -> Any:
         return ours(self, *args, **kwargs)
 
     kind.forward, kind.misfit = forward, staticmethod(wrapped)
-    with suppress(ValueError):  # hooks of diffusers that cache or skip blocks look the class up
-        TransformerBlockRegistry.register(kind, copy.copy(TransformerBlockRegistry.get(stock)))
+    known_to_hooks(kind)
     return kind
+
+
+def known_to_hooks(kind: Any) -> None:
+    """Hooks of diffusers (0.35) that cache or skip blocks look the class of a block up: they find stock's entry."""
+    with suppress(ImportError, ValueError):  # an older version; a class that is no block
+        registry = importlib.import_module("diffusers.hooks._helpers").TransformerBlockRegistry
+        registry.register(kind, copy.copy(registry.get(kind.__base__)))
 
 
 def wrapped(module: nn.Module) -> str | None:
@@ -56,12 +62,12 @@ def wrapped(module: nn.Module) -> str | None:
 def fuses(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call with these arguments runs kernels: on plain tensors of one floating type, without a gradient.
 
-    Autocast would give a norm float32.
+    Autocast would give a norm float32. Timesteps, (B,), become tokens' type before they meet them.
     """
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if torch.is_grad_enabled() or not tensors or not is_fused(*tensors):
         return False
-    one_type = len({t.dtype for t in tensors if t.is_floating_point()}) == 1
+    one_type = len({t.dtype for t in tensors if t.is_floating_point() and t.ndim > 1}) == 1
     return all(map(is_ordinary, tensors)) and one_type and not torch.is_autocast_enabled(tensors[0].device.type)
 
 

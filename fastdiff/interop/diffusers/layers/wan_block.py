@@ -5,8 +5,8 @@ from typing import Any
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor
 
-from ... import ops
-from ...support.plain import as_defined
+from .... import ops
+from ....support.plain import as_defined
 from .modulated import add_norm_tokens, norm_tokens, second_half, stands_in
 from .rotary import rotates
 

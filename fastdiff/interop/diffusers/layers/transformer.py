@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from diffusers.models.transformers import transformer_2d
 from torch import Tensor
 
-from ...fused import channels_last, maps_pixels
-from ...support.plain import as_defined
+from ....fused import channels_last, maps_pixels
+from ....support.plain import as_defined
 
 STOCK_START = as_defined(transformer_2d.Transformer2DModel, "_operate_on_continuous_inputs")
 STOCK_END = as_defined(transformer_2d.Transformer2DModel, "_get_output_for_continuous_inputs")

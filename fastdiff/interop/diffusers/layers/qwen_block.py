@@ -6,7 +6,7 @@ from diffusers.models import attention_processor
 from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor
 
-from ...support.plain import as_defined, is_ordinary, is_plain
+from ....support.plain import as_defined, is_ordinary, is_plain
 from .attention import Attention
 from .modulated import norm_tokens, second_half, stands_in, within_float16
 from .rotary import Tables, attend, rotates

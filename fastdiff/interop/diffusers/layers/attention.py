@@ -1,29 +1,24 @@
 """The layers of a transformer block of diffusers (0.42.1): its attention, its feed-forward gate, and the sums before
 its norms."""
 
-import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models import activations, attention, attention_processor
 from torch import Tensor, nn
 
-from ... import ops
-from ...ops.gate import is_fused as gate_is_fused
-from ...ops.layer_norm import is_fused as norm_is_fused
-from ...support.plain import as_defined, is_ordinary, is_plain
+from .... import ops
+from ....ops.gate import is_fused as gate_is_fused
+from ....ops.layer_norm import is_fused as norm_is_fused
+from ....support.plain import as_defined, is_ordinary, is_plain
 from .ada_block import fuses_block, is_modulated, modulated_block
+from .modulated import known_to_hooks, wrapped
 
 STOCK_BLOCK = as_defined(attention.BasicTransformerBlock, "forward")
 STOCK_GATE = as_defined(activations.GEGLU, "forward"), as_defined(activations.GEGLU, "gelu")
 STOCK_ATTENTION = as_defined(attention_processor.Attention, "forward")
 STOCK_PROCESSOR = as_defined(attention_processor.AttnProcessor2_0, "__call__")
-
-
-def _wrapped(module: nn.Module) -> str | None:
-    return "its forward is wrapped, as offloading does" if "forward" in vars(module) else None
 
 
 def _as_it_is_now(module: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -51,7 +46,7 @@ class GEGLU(activations.GEGLU):
     @staticmethod
     def misfit(module: Any) -> str | None:
         """See `accelerate`."""
-        return _wrapped(module)
+        return wrapped(module)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, GEGLU):
@@ -77,7 +72,7 @@ class Attention(attention_processor.Attention):
     @staticmethod
     def misfit(module: Any) -> str | None:
         """See `accelerate`: one with a norm before or a sum after the attention stays stock's."""
-        return _wrapped(module) if _is_bare(module) else ""
+        return wrapped(module) if _is_bare(module) else ""
 
     def forward(
         self,
@@ -132,7 +127,7 @@ class BasicTransformerBlock(attention.BasicTransformerBlock):
     @staticmethod
     def misfit(module: Any) -> str | None:
         """See `accelerate`: in others no sum is followed by a plain norm."""
-        return _wrapped(module) if _has_plain_norms(module) or is_modulated(module) else ""
+        return wrapped(module) if _has_plain_norms(module) or is_modulated(module) else ""
 
     def forward(
         self,
@@ -188,7 +183,4 @@ def _sum_and_norm(x: Tensor, y: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     return x, norm(x)
 
 
-# Hooks of diffusers that cache or skip blocks look the class up.
-TransformerBlockRegistry.register(
-    BasicTransformerBlock, copy.copy(TransformerBlockRegistry.get(attention.BasicTransformerBlock))
-)
+known_to_hooks(BasicTransformerBlock)

@@ -6,8 +6,8 @@ import torch
 from diffusers.models import normalization
 from torch import Tensor, nn
 
-from ... import ops
-from ...support.plain import as_defined, is_ordinary, is_plain
+from .... import ops
+from ....support.plain import as_defined, is_ordinary, is_plain
 from .ada_norm import RMSNorm
 
 STOCK_NORM = as_defined(normalization.RMSNorm, "forward")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models import normalization
 from torch import Tensor
 
-from ...support.plain import has_plain_parameters
+from ....support.plain import has_plain_parameters
 from .modulated import norm_tokens, stands_in
 
 

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from ... import ops
-from ...ops.group_norm import is_fused
-from ...support.plain import has_plain_parameters, is_patched
+from .... import ops
+from ....ops.group_norm import is_fused
+from ....support.plain import has_plain_parameters, is_patched
 
 
 class GroupNorm(nn.GroupNorm):
