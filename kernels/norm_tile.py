@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 
 MINUS_LOG2_E, MINUS_LN_2 = tl.constexpr(-1.4426950408889634), tl.constexpr(-0.6931471805599453)
+# Triton 3.8 forgets the alignment of pointers that are chosen element by element. Triton 3.7 makes less code of them.
+CHOOSES_TILES = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 
 
 @triton.jit
@@ -38,9 +40,7 @@ def owned(
 
 @triton.jit
 def either(first, here, there, WHOLE: tl.constexpr):
-    """here where `first` is true, there elsewhere. WHOLE: `first` is one number, and one of the two is taken whole.
-
-    Triton 3.8 forgets the alignment of pointers that are chosen element by element."""
+    """here where `first` is true, there elsewhere. WHOLE: each of the three is one number."""
     if WHOLE:
         chosen = there
         if first:
@@ -72,17 +72,20 @@ def tile_pointers(
                 pointers = pointers + (at + (k * ACROSS + t * ALONG),)
     else:
         REST: tl.constexpr = CHANNELS - FIRST
-        # Whether no tile of any slab has channels of both.
-        WHOLE: tl.constexpr = LAST and (FIRST % SLAB == 0 or (FIRST % LANES == 0 and SLAB % LANES == 0))
+        # Whether no tile of any slab has channels of both: then what is chosen is where its first element lies.
+        APART: tl.constexpr = FIRST % SLAB == 0 or (FIRST % LANES == 0 and SLAB % LANES == 0)
+        WHOLE: tl.constexpr = CHOOSES_TILES and LAST and APART
         p = column + tl.cast(pixel, tl.int64)
         for k in tl.static_range(BLOCKS):
-            c = lane + k * LANES
-            first = channel + k * LANES < FIRST if WHOLE else c < FIRST
-            here = ptr + (sample * (FIRST * PIXELS) + (c + p * FIRST if LAST else c * PIXELS + p))
+            c, q = (channel + k * LANES, 0) if WHOLE else (lane + k * LANES, p)
+            first = c < FIRST
+            here = ptr + (sample * (FIRST * PIXELS) + (c + q * FIRST if LAST else c * PIXELS + q))
             c -= FIRST
-            there = skip_ptr + (sample * (REST * PIXELS) + (c + p * REST if LAST else c * PIXELS + p))
+            there = skip_ptr + (sample * (REST * PIXELS) + (c + q * REST if LAST else c * PIXELS + q))
             at = either(first, here, there, WHOLE)
             along = either(first, FIRST, REST, WHOLE).to(tl.int64) if LAST else 1  # from pixel to pixel
+            if WHOLE:
+                at += lane - channel + p * along
             for t in tl.static_range(TILES):
                 pointers = pointers + (at + along * (t * TILE),)
     return pointers

@@ -54,7 +54,7 @@ def launch_pull(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """y, shaped and typed like x."""
     out = torch.empty_like(x)
     size, block = x[0].numel(), 1024
-    pull_kernel[triton.cdiv(size, block), len(x)](x, target, weight, out, size, BLOCK=block)
+    pull_kernel[triton.cdiv(size, block), len(x)](x, target, weight, out, size, BLOCK=block, enable_fp_fusion=True)
     return out
 
 

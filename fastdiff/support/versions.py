@@ -9,7 +9,7 @@ import re
 import warnings
 
 # The first version that was not tested.
-UNTESTED = {"torch": (2, 15), "triton": (3, 9), "diffusers": (0, 43)}
+UNTESTED = {"torch": (2, 15), "triton": (3, 10), "diffusers": (0, 43)}
 
 
 def numbers(version: str) -> tuple[int, int]:

@@ -208,7 +208,7 @@ for case in range(30):
     vector = [torch.zeros(6, requires_grad=True) for _ in range(2)]
     def make():
         given = dict(x=data(), y=data(), z=data(), leaf=data().requires_grad_(), t=t.clone(), seed=seed.clone())
-        given |= dict(one=torch.zeros(1, 1), angles=torch.zeros(6, n))
+        given |= dict(one=torch.zeros(1, 1), cos=torch.zeros(6, n), sin=torch.zeros(6, n))
         given |= dict(rows=tables[9].clone(), two=tables[2].clone(), three=tables[3].clone(), six=tables[6].clone())
         weight, bias = (v.detach().clone().requires_grad_() for v in vector)
         return given | dict(weight=weight, bias=bias, grad=data())
@@ -230,7 +230,7 @@ for case in range(30):
             ops.group_norm_silu(g["leaf"], 2, g["weight"], g["bias"], 0.1), g, g["leaf"], g["weight"], g["bias"]),
     }
     if layout == "first" and case < 8:  # so few, as each is compiled
-        forms["rotate"] = lambda g: ops.rotate(g["x"], g["angles"], g["angles"])
+        forms["rotate"] = lambda g: ops.rotate(g["x"], g["cos"], g["sin"])
         forms["layer_norm"] = lambda g: ops.add_layer_norm(g["x"], g["y"], eps=0.1, gate=g["z"][:, 0, 0])
     for name, form in forms.items():
         first, second = make(), make()
