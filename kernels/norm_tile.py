@@ -74,7 +74,7 @@ def tile_pointers(
         REST: tl.constexpr = CHANNELS - FIRST
         # Whether no tile of any slab has channels of both: then what is chosen is where its first element lies.
         APART: tl.constexpr = FIRST % SLAB == 0 or (FIRST % LANES == 0 and SLAB % LANES == 0)
-        WHOLE: tl.constexpr = CHOOSES_TILES and LAST and APART
+        WHOLE: tl.constexpr = (CHOOSES_TILES and LAST) and APART
         p = column + tl.cast(pixel, tl.int64)
         for k in tl.static_range(BLOCKS):
             c, q = (channel + k * LANES, 0) if WHOLE else (lane + k * LANES, p)

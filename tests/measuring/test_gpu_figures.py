@@ -290,7 +290,7 @@ def test_a_result_that_is_not_the_reference_is_not_timed(short, monkeypatch):
     monkeypatch.setitem(workloads.BOUND, torch.float32, 0.0)
     rows = [row for row in operations.rows(CPU) if "float32" in row.name]
     outcomes = [outcome_of(row) for row in rows]
-    assert len(rows) == 17 and all("off the float64 reference" in outcome["error"] for outcome in outcomes)
+    assert len(rows) == 20 and all("off the float64 reference" in outcome["error"] for outcome in outcomes)
 
 
 def test_the_packaged_step_of_stock_pytorch_has_nothing_of_ours():
