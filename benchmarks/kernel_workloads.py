@@ -197,7 +197,7 @@ def group_norm_silu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 
 
 def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    """x + gate y and its modulated norm, of as many elements in tokens of 3072 channels, as those of Flux."""
+    """x + gate y and its modulated norm, of as many elements in tokens of 3072 channels, as those of Flux, or fewer."""
     size = math.prod(shape[1:])
     channels = math.gcd(size, 3072)
     x, y, _ = inputs((shape[0], size // channels, channels), dtype, device)
@@ -226,7 +226,7 @@ def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def rotate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    """Norm and rotary embedding of as many elements in tokens of 24 heads of 128, as those of Flux."""
+    """Norm and rotary embedding of as many elements in tokens of 24 heads of 128, as those of Flux, or fewer."""
     size = math.prod(shape[1:])
     depth = math.gcd(size, 128)
     heads = math.gcd(size // depth, 24)

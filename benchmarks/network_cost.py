@@ -1,9 +1,9 @@
 """What one forward of a network launches and moves, counted without a GPU: `python benchmarks/network_cost.py`.
 
-Two tables. The first runs networks on tensors without values: the 35.7M one of google/ddpm-cifar10-32, diffusers' of
-the same configuration, the U-Net of Stable Diffusion 1.5, and the transformers DiT-XL/2, Stable Diffusion 3.5 medium
-and Flux. It counts the GPU kernels that PyTorch launches, and the bytes that they read and write. The second counts
-what Inductor writes for two resnet blocks on an H100, and how often that reads or writes a whole map.
+Two tables. The first runs networks on tensors without values. These are the 35.7M U-Net of google/ddpm-cifar10-32,
+diffusers' of the same configuration, and that of Stable Diffusion 1.5. Then come the transformers DiT-XL/2, Stable
+Diffusion 3.5 medium and Flux. It counts the GPU kernels that PyTorch launches, and the bytes that they read and write.
+The second counts what Inductor writes for two resnet blocks on an H100, and how often that reads or writes a whole map.
 
 The count is an estimate by rules, see `cost`: a kernel for each operator that is no view, two for a convolution with a
 bias (cuDNN convolves, PyTorch adds), three for GroupNorm. Bytes are those of all operands, once each; caches hold some.
@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu.networks import STABLE_DIFFUSION, STABLE_DIFFUSION_3, TOKENS
+from benchmarks.gpu.networks import STABLE_DIFFUSION, STABLE_DIFFUSION_3, TOKENS, TOKENS_3
 from benchmarks.networks import cifar10
 from fastdiff import accelerate
 from fastdiff.cast import Casts
@@ -274,7 +274,7 @@ def text_to_image_rows() -> list[Row]:
         numbers = partial(torch.zeros, dtype=torch.bfloat16, device="cpu")
         net = in_bfloat16(lambda: diffusers.SD3Transformer2DModel(**STABLE_DIFFUSION_3)).eval()
         image = {"hidden_states": numbers(2, 16, 128, 128), "timestep": numbers(2)}
-        text = {"encoder_hidden_states": numbers(2, 333, 4096), "pooled_projections": numbers(2, 2048)}
+        text = {"encoder_hidden_states": numbers(2, TOKENS_3, 4096), "pooled_projections": numbers(2, 2048)}
         made = before_and_after("Stable Diffusion 3.5 medium", 2, net, image | text)
         net = in_bfloat16(lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True)).eval()
         image = {"hidden_states": numbers(1, 4096, 64), "timestep": numbers(1), "guidance": numbers(1)}

@@ -62,7 +62,7 @@ TITLES = {
     "checks": "Checks",
 }
 UNITS = {
-    "sampling": "Images a second, of SD iterations a second: higher is better. DDIM, of SD 3.5 Euler, bfloat16.",
+    "sampling": "Images a second, for SD iterations: higher is better. DDIM, for SD 3.5 Euler, in bfloat16.",
     "training": "Images a second of whole steps under autocast to bfloat16: higher is better.",
     "operations": "Milliseconds of the GPU's work, lower is better. In the last two columns higher is better.",
     "host": "Microseconds that one call holds up the program, lower is better.",

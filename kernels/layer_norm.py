@@ -128,7 +128,8 @@ def shape_of(channels: int, tokens: int) -> dict[str, int]:
 
 
 def _even(x: Tensor, y: Tensor | None, by_sample: bool) -> tuple[int, Tensor, Tensor | None]:
-    """(1 if a sample is x[i], or 0 if it is all of x, x and y with rows equally far apart in a sample, or copies)."""
+    """(first, x, y). first: 1 if a sample is x[i], 0 if it is all of x. x and y: copies, unless their rows are equally
+    far apart in a sample."""
     for first in (1,) if by_sample else (0, 1):
         if _from_row(x, first) is not None and _from_row(y, first) is not None:
             return first, x, y

@@ -27,7 +27,7 @@ WAYS = {
 RATIOS = {"eager / fastdiff": ("reference", "fused"), "of a copy": ("copy", "fused")}
 TITLES: dict[str, tuple[str, str, dict[str, str]]] = {
     "smoke": ("Smoke", "Each kernel and small networks against float64, and what is captured.", {}),
-    "sampling": ("Sampling", "DDIM, of SD 3.5 Euler, bfloat16. Images a second; of SD iterations a second.", JOB),
+    "sampling": ("Sampling", "DDIM, for SD 3.5 Euler, in bfloat16. Images a second; for SD, iterations a second.", JOB),
     "training": ("Training", "Images a second of whole steps under autocast to bfloat16.", JOB),
     "operations": ("Operations", "Milliseconds of the GPU's work, captured in a CUDA graph; beside it a copy.", WAYS),
     "host": ("The host", "Microseconds that a call holds up the program, while the GPU works on.", WAYS),

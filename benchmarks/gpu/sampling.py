@@ -155,7 +155,7 @@ LIMITS = {"eager": 60, "graph": 60, "reduce-overhead": 180, "compiled": 180, "ma
 def turn(case: str, method: str) -> int:
     """First what needs no compiler, then the compiled rows of diffusers, and last what takes long or matters less.
 
-    Of the longest, that of a goal comes before the others. No goal is about the transformer.
+    Of the longest, that of a goal at batch 1 comes before the others. No goal is about the transformer.
     """
     quick = LIMITS[method.split()[-1]] == 60
     if "SD 3.5" in case:

@@ -48,14 +48,14 @@ def accelerate(
       biases.
     - A Transformer2DModel keeps maps that are channels last as they are. Its 1x1 convolutions become matrix products.
     - In a BasicTransformerBlock with plain norms, each sum before a norm becomes one operation with that norm
-      (`ops.add_layer_norm`), and the gate of its GEGLU another (`ops.gated_gelu`). With a gradient, and where there are
-      no kernels, stock's forward runs.
+      (`ops.add_layer_norm`). The gate of its GEGLU becomes another (`ops.gated_gelu`). With a gradient, and where there
+      are no kernels, stock's forward runs.
     - Attention with stock's AttnProcessor2_0 is computed without its division by 1. The processor stays. Another one is
       called, whenever it is set.
     - In blocks of Stable Diffusion 3, Flux, Qwen-Image, Wan, DiT and PixArt a norm with its scale and shift is one
-      operation, with the gated sum before it if there is one. Rotary embedding becomes `ops.rotate` in attention of
-      Flux, Qwen-Image and Wan with stock's processor. AdaLayerNormZero and others of its kind, and RMSNorm, become one
-      operation in every transformer. With a gradient, autocast or a compiler stock's forward runs.
+      operation. It takes the gated sum before it too, if there is one. Rotary embedding becomes `ops.rotate` in
+      attention of Flux, Qwen-Image and Wan with stock's processor. AdaLayerNormZero and others of its kind, and
+      RMSNorm, become one operation in every transformer. With a gradient, autocast or a compiler stock's forward runs.
     - Every other GroupNorm of a module of diffusers becomes one operation too: those at the entry of transformers, in
       the attention of an autoencoder, and before the last convolution. Attention with a processor that is not of
       diffusers keeps its own.
@@ -66,7 +66,7 @@ def accelerate(
       call `accelerate` again.
 
     With `graph` or `compile` the forward of the network becomes a replay of CUDA graphs, or compiled code. In a
-    pipeline that is the component "unet" or "transformer".
+    pipeline these are the components "unet", "transformer" and "transformer_2".
 
     What is done to a block later still counts. If its norms or its activation get hooks, another class or other tensors
     (offloading, LoRA, quantization, pruning), the block runs stock's forward. A convolution that is changed so is

@@ -2,9 +2,9 @@
 
 Tensors are in groups: model.* (trained weights), ema.* (their moving average, to sample from), averages.* (further
 averages, by their names), optimizer.N.* (of parameter N), rng.* (states of generators), and importance.* (the losses
-that importance sampling remembers). There is no pickle. The metadata is JSON: the format's version, the step, the
-configurations of the network (under its name, "unet" or "dit") and of the formulation around it, the options of the
-run, and what it noted of its data.
+that importance sampling remembers). There is no pickle. The metadata is JSON: the format's version, the step, and the
+configurations of the network (under its name, "unet" or "dit") and of the formulation around it. It also has the
+options of the run, and what it noted of its data.
 """
 
 import errno

@@ -45,6 +45,7 @@ Differences from stock, all of them defects there:
     - The second halves of Heun's and DPM2's steps take the distance of x from x_0 out of the prediction. Stock takes it
       from the rounded x_0, and multiplies its rounding by dt / (2 sigma), or dt / sigma.
     - The second halves of FlowMatchHeunDiscreteScheduler take v as it is. Stock takes it from a rounded x_0.
+    - FlowMatchEulerDiscreteScheduler with stochastic_sampling draws from `generator`. Stock's ignores it before 0.39.
     - LMSDiscreteScheduler has the exact integrals. Stock integrates by quadrature, in float32.
     - IPNDMScheduler: the gradient at the first level, where alpha = 0, is right in float32 too.
     - The multistep solvers of DPM and DEIS: a step between equal sigmas, as the last one with
