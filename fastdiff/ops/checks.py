@@ -264,7 +264,7 @@ def _check_values(name: str, index: Tensor, end: int) -> None:
         return
     if n == 1:
         low = high = index.item()
-    elif n <= FEW and index.ndim == 1:
+    elif n <= FEW and index.ndim == 1 and not transforms.active():  # PyTorch 2.7 has no list of a tensor within one
         values = index.tolist()
         low, high = min(values), max(values)
     else:
