@@ -139,9 +139,7 @@ def as_on_a_gpu() -> Iterator[None]:
         mock.patch.object(F, "rms_norm", rms_norm),
         mock.patch.object(F, "group_norm", cast_group_norm),
         mock.patch("fastdiff.ops.group_norm.backend_of", return_value="triton"),
-        mock.patch("fastdiff.ops.layer_norm.backend_of", return_value="triton"),
-        mock.patch("fastdiff.ops.gate.backend_of", return_value="triton"),
-        mock.patch("fastdiff.ops.rotate.backend_of", return_value="triton"),
+        mock.patch("fastdiff.ops.checks.backend_of", return_value="triton"),
     ):
         yield
 

@@ -12,6 +12,7 @@ from ..support import transforms
 from ..support.choices import did_you_mean
 from ..support.scalars import as_integer, as_number, integer
 from ..support.shapes import fits
+from .dispatch import backend_of
 from .plan import draw, number, recording
 
 _STRIDED = torch.strided
@@ -271,6 +272,20 @@ def _check_values(name: str, index: Tensor, end: int) -> None:
         low, high = (v.item() for v in index.aminmax())
     if low < 0 or high >= end:
         raise ValueError(f"{name}: expected values in [0, {end}), got {low if low < 0 else high}")
+
+
+def runs_kernel(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an operation that has a kernel for its result alone runs it on x and others.
+
+    Plain PyTorch runs if a gradient is wanted, and within transforms. So it does within a compilation: Inductor makes
+    one kernel of the arithmetic and of what is around it.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and backend_of(x) == "triton"
+        and not wants_gradient(x, *others)
+        and not transforms.active()
+    )
 
 
 # --- noise ------------------------------------------------------------------------------------------------------

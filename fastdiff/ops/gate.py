@@ -1,12 +1,10 @@
 """Gated activations."""
 
-import torch
 from torch import Tensor
 
 from .. import reference
-from ..support import transforms
-from .checks import check_floating, wants_gradient
-from .dispatch import backend_of, launcher
+from .checks import check_floating, runs_kernel
+from .dispatch import launcher
 from .quick import quick
 from .registry import Op
 
@@ -30,19 +28,9 @@ def gated_gelu(x: Tensor) -> Tensor:
     check_floating("x", x)
     if x.shape[-1] % 2:
         raise ValueError(f"x: expected a last dimension of an even size, got shape {tuple(x.shape)}")
-    if not is_fused(x):
+    if not runs_kernel(x):
         return reference.gated_gelu(x)
     return _OP(x)
-
-
-def is_fused(x: Tensor) -> bool:
-    """Whether the gate of x is a kernel of its own. Within a compilation Inductor makes one, with what is around it."""
-    return (
-        not torch.compiler.is_compiling()
-        and backend_of(x) == "triton"
-        and not wants_gradient(x)
-        and not transforms.active()
-    )
 
 
 def _empty(x: Tensor) -> Tensor:

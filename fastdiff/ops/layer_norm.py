@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
-from ..support import transforms
 from ..support.scalars import as_number
-from .checks import check_floating, check_like, check_vector, wants_gradient
-from .dispatch import backend_of, launcher
+from .checks import check_floating, check_like, check_vector, runs_kernel
+from .dispatch import launcher
 from .quick import quick
 from .registry import Op
 
@@ -88,17 +86,8 @@ def add_layer_norm(
 
 
 def is_fused(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the norm of x with these operands is a kernel of its own.
-
-    Inductor makes one kernel of the arithmetic and of what is around it, so nothing is gained within a compilation.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and backend_of(x) == "triton"
-        and x.shape[-1] <= LARGEST
-        and not wants_gradient(x, *others)
-        and not transforms.active()
-    )
+    """Whether the norm of x with these operands is a kernel of its own."""
+    return x.shape[-1] <= LARGEST and runs_kernel(x, *others)
 
 
 def _checked(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, **rows: Tensor | None) -> float:

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
-from ..support import transforms
 from ..support.scalars import as_number
-from .checks import check_device, check_floating, check_vector, wants_gradient
-from .dispatch import backend_of, launcher
+from .checks import check_device, check_floating, check_vector, runs_kernel
+from .dispatch import launcher
 from .quick import quick
 from .registry import Op
 
@@ -56,14 +54,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, ep
     if weight is not None:
         check_vector("weight", weight, (depth,), x)
     whole = weight is None or (depth & (depth - 1) == 0 and depth <= LARGEST)
-    if wants_gradient(x, cos, sin, weight) or not (whole and is_fused(x)):
+    if not (whole and runs_kernel(x, cos, sin, weight)):
         return reference.rotate(x, cos, sin, weight, eps)
     return _OP(x, cos, sin, weight, eps)
-
-
-def is_fused(x: Tensor) -> bool:
-    """Whether the rotation of tensors like x is a kernel of its own, if no gradient is wanted."""
-    return backend_of(x) == "triton" and not transforms.active() and not torch.compiler.is_compiling()
 
 
 def _empty(x: Tensor, *operands: Any) -> Tensor:

@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -16,3 +17,12 @@ def taped(monkeypatch) -> Iterator[Recorders]:
         monkeypatch.setattr(f"fastdiff.{module}.what_forbids_here", lambda device: None)
     with fastdiff.backend("reference"), torch.no_grad():
         yield recorders
+
+
+@pytest.fixture
+def kernels_of_the_cpu() -> Iterator[None]:
+    """What runs on a CPU outside of tests. Stock's reminders to call scale_model_input are of no interest here."""
+    logging.disable(logging.WARNING)
+    with fastdiff.backend("cpu"):
+        yield
+    logging.disable(logging.NOTSET)

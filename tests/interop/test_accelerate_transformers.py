@@ -26,10 +26,7 @@ OPERATIONS = ("layer_norm", "add_layer_norm", "addcmul", "native_layer_norm", "r
 @contextmanager
 def with_kernels():
     """Norms and rotations are operations of fastdiff, as on a GPU. Here they run the reference."""
-    with (
-        mock.patch("fastdiff.ops.layer_norm.backend_of", return_value="triton"),
-        mock.patch("fastdiff.ops.rotate.backend_of", return_value="triton"),
-    ):
+    with mock.patch("fastdiff.ops.checks.backend_of", return_value="triton"):
         yield
 
 

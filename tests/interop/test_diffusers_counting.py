@@ -5,7 +5,7 @@ import itertools
 import logging
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -19,7 +19,10 @@ from fastdiff import ops
 from fastdiff.interop import diffusers as fused
 from fastdiff.interop.stock import reached
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers with NumPy 2
+pytestmark = [
+    pytest.mark.usefixtures("kernels_of_the_cpu"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # diffusers with NumPy 2
+]
 
 EULER, ANCESTRAL, HEUN, EDM, FLOW, LCM, TCD = COUNTING
 LEVELS = (LCM, TCD)
@@ -27,15 +30,6 @@ SIGMAS: tuple[dict[str, Any], ...] = (
     {}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}
 )  # fmt: skip
 CHURN = {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
-
-
-@pytest.fixture(autouse=True)
-def kernels_of_the_cpu() -> Iterator[None]:
-    """What runs on a CPU outside of tests. Stock's reminders to call scale_model_input are of no interest here."""
-    logging.disable(logging.WARNING)
-    with fastdiff.backend("cpu"):
-        yield
-    logging.disable(logging.NOTSET)
 
 
 def step(scheduler: Any, output: Tensor, t: Any, x: Tensor, generator: Any = None, **options: Any) -> Any:

@@ -2,8 +2,6 @@
 
 import copy
 import inspect
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from fastdiff.interop import diffusers as fused
 from fastdiff.interop.diffusers.common import drawn
 
 pytestmark = [
+    pytest.mark.usefixtures("kernels_of_the_cpu"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # diffusers with NumPy 2
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # diffusers of its older algorithms
 ]
@@ -53,15 +52,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (COG, {"prediction_type": "sample", "snr_shift_scale": 1.0}),
     (COG, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def kernels_of_the_cpu() -> Iterator[None]:
-    """What runs on a CPU outside of tests."""
-    logging.disable(logging.WARNING)
-    with fastdiff.backend("cpu"):
-        yield
-    logging.disable(logging.NOTSET)
 
 
 def begin(scheduler: Any, steps: int = 7, device: torch.device | str | None = None) -> list[Tensor]:

@@ -9,7 +9,7 @@ from diffusers.models import activations, attention, attention_processor
 from torch import Tensor, nn
 
 from .... import ops
-from ....ops.gate import is_fused as gate_is_fused
+from ....ops.checks import runs_kernel
 from ....ops.layer_norm import is_fused as norm_is_fused
 from ....support.plain import as_defined, is_ordinary, is_plain
 from .ada_block import fuses_block, is_modulated, modulated_block
@@ -52,11 +52,11 @@ class GEGLU(activations.GEGLU):
         if not isinstance(self, GEGLU):
             return _as_it_is_now(self, hidden_states, *args, **kwargs)
         patched = (activations.GEGLU.forward, activations.GEGLU.gelu) != STOCK_GATE or "gelu" in vars(self)
-        if args or kwargs or patched or not gate_is_fused(hidden_states):
+        if args or kwargs or patched or not runs_kernel(hidden_states):
             made: Tensor = super().forward(hidden_states, *args, **kwargs)
             return made
         projected = self.proj(hidden_states)
-        if is_ordinary(projected) and gate_is_fused(projected):
+        if is_ordinary(projected) and runs_kernel(projected):
             return ops.gated_gelu(projected)
         hidden, gates = projected.chunk(2, dim=-1)
         return hidden * self.gelu(gates)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ....fused import bias_for_norm, norm_silu, with_shortcut
 from ....support.plain import as_defined, is_plain
+from .modulated import wrapped
 
 STOCK_FORWARD = as_defined(resnet.ResnetBlock2D, "forward")
 
@@ -20,8 +21,8 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
     @staticmethod
     def misfit(module: Any) -> str | None:
         """Why a block cannot be fused, or None."""
-        if "forward" in module.__dict__:
-            return "its forward is wrapped, as offloading does"
+        if (reason := wrapped(module)) is not None:
+            return reason
         if type(module.nonlinearity) is not nn.SiLU:
             return f"its activation is {type(module.nonlinearity).__name__}, not SiLU"
         if not is_plain(module.nonlinearity, nn.SiLU):
