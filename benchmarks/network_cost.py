@@ -5,32 +5,27 @@ diffusers' of the same configuration, and that of Stable Diffusion 1.5. Then com
 Diffusion 3.5 medium and Flux. It counts the GPU kernels that PyTorch launches, and the bytes that they read and write.
 The second counts what Inductor writes for two resnet blocks on an H100, and how often that reads or writes a whole map.
 
-The count is an estimate by rules, see `cost`: a kernel for each operator that is no view, two for a convolution with a
-bias (cuDNN convolves, PyTorch adds), three for GroupNorm. Bytes are those of all operands, once each; caches hold some.
+`meter.py` has the rules. `training_cost.py` counts whole steps of training.
 """
 
 import argparse
 import ast
 import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu.networks import STABLE_DIFFUSION, STABLE_DIFFUSION_3, TOKENS, TOKENS_3
+from benchmarks.meter import Meter, Row, as_on_a_gpu, row
 from benchmarks.networks import cifar10
 from fastdiff import accelerate
 from fastdiff.cast import Casts
@@ -41,107 +36,12 @@ from fastdiff.nn import ResnetBlock
 from fastdiff.unet import UNet
 
 CPU = torch.device("cpu")
-# Operators that launch nothing: views, and memory that is not written.
-VIEWS = {
-    "view", "reshape", "transpose", "unsqueeze", "squeeze", "expand", "select", "slice", "split", "split_with_sizes",
-    "chunk", "permute", "t", "detach", "alias", "_unsafe_view", "as_strided", "unbind", "lift_fresh", "empty",
-    "empty_like", "new_empty", "empty_strided", "empty_permuted", "_reshape_alias", "unsafe_split", "device",
-    "view_as_complex", "view_as_real",
-}  # fmt: skip
-
-
 # What the second table compares, and what it is called there.
 NORMS = {
     "fastdiff": "fastdiff's, with its norm",
     "accelerate": "diffusers', by accelerate",
     "PyTorch": "fastdiff's, with PyTorch's norm",
 }
-
-
-class Cost(NamedTuple):
-    """GPU kernels, and bytes read and written."""
-
-    kernels: int
-    bytes: int
-
-
-class Row(NamedTuple):
-    """One line of the first table. by_operator: kernels of each."""
-
-    network: str
-    batch: int
-    kernels: int
-    megabytes_per_image: float
-    by_operator: dict[str, int]
-
-
-def cost(name: str, given: list[Tensor], made: list[Tensor], has_bias: bool) -> Cost:
-    """Of one operator with these operands and results."""
-    read, written = (sum(t.numel() * t.element_size() for t in tensors) for tensors in (given, made))
-    if name in VIEWS:
-        return Cost(0, 0)
-    if name == "convolution":  # the bias is added in a pass of its own
-        return Cost(2, read + 3 * written) if has_bias else Cost(1, read + written)
-    if name == "native_group_norm":  # moments read x; their merging is small; the last pass reads and writes it
-        x = given[0].numel() * given[0].element_size()
-        return Cost(3, 2 * x + x)
-    if name == "group_norm_silu":  # a group stays on the chip
-        return Cost(1, read + made[0].numel() * made[0].element_size())
-    return Cost(1, read + written)
-
-
-class Meter(TorchDispatchMode):
-    """Adds up the cost of the operators that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels: Counter[str] = Counter()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        name = func._schema.name.split("::")[1]
-        read = args, {key: value for key, value in kwargs.items() if key != "out"}  # that is only written
-        given, made = ([leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (read, out))
-        one = cost(name, given, made, name == "convolution" and args[2] is not None)
-        if one.kernels:
-            self.kernels[name] += one.kernels
-            self.bytes += one.bytes
-        return out
-
-
-@contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Attention and RMSNorm are one kernel, norms are fastdiff's, and autocast gives GroupNorm float32, as on CUDA."""
-    group_norm = F.group_norm
-
-    def cast_group_norm(x: Any, groups: int, w: Any = None, b: Any = None, eps: float = 1e-5) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):
-            x, w, b = (t if t is None else t.float() for t in (x, w, b))
-        return group_norm(x, groups, w, b, eps)
-
-    library = torch.library.Library("fastdiff_cost", "FRAGMENT")
-    if not hasattr(torch.ops.fastdiff_cost, "attention"):
-        library.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")
-        library.impl("attention", lambda q, k, v: torch.empty_like(q), "CompositeExplicitAutograd")
-        library.define("rms_norm(Tensor x, Tensor? weight) -> Tensor")
-        library.impl("rms_norm", lambda x, weight: torch.empty_like(x), "CompositeExplicitAutograd")
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.ops.fastdiff_cost.attention(query, key, value)
-
-    def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-        return torch.ops.fastdiff_cost.rms_norm(x, weight)
-
-    with (
-        mock.patch.object(F, "scaled_dot_product_attention", attention),
-        mock.patch.object(F, "rms_norm", rms_norm),
-        mock.patch.object(F, "group_norm", cast_group_norm),
-        mock.patch("fastdiff.ops.group_norm.backend_of", return_value="triton"),
-        mock.patch("fastdiff.ops.checks.backend_of", return_value="triton"),
-    ):
-        yield
 
 
 def stock() -> nn.Module:
@@ -206,12 +106,6 @@ def count(
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Meter() as counter:
             net(x, t, **arguments)
     return row(name, batch, counter)
-
-
-def row(name: str, batch: int, counter: Meter) -> Row:
-    """What a call with so many images cost."""
-    total = sum(counter.kernels.values())
-    return Row(name, batch, total, counter.bytes / 1e6 / batch, dict(counter.kernels.most_common()))
 
 
 def rows(batches: Sequence[int] = (1, 256)) -> list[Row]:
@@ -378,8 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     counted = rows() + stable_diffusion_rows() + transformer_rows() + text_to_image_rows()
     print("| network | batch | kernels | MB an image |\n|---|---:|---:|---:|")
-    for row in counted:
-        print(f"| {row.network} | {row.batch} | {row.kernels} | {row.megabytes_per_image:.1f} |")
+    for one in counted:
+        print(f"| {one.network} | {one.batch} | {one.kernels} | {one.megabytes_per_image:.1f} |")
     blocks = []
     print("\n| two resnet blocks, compiled | layout | Triton kernels | calls | passes |\n|---|---|---:|---:|---:|")
     for kind in NORMS:
@@ -389,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             blocks.append({"norm": kind, "layout": layout} | made._asdict())
             print(f"| {NORMS[kind]} | {layout} | {made.triton} | {made.calls} | {made.passes} |")
     if args.json:
-        write_json(args.json, {"forward": [row._asdict() for row in counted], "compiled": blocks})
+        write_json(args.json, {"forward": [one._asdict() for one in counted], "compiled": blocks})
     return 0
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
 import fastdiff
-from benchmarks.network_cost import Meter, as_on_a_gpu
+from benchmarks.meter import Meter, as_on_a_gpu
 from fastdiff.support.plain import METHODS, as_defined
 
 LAST = torch.channels_last

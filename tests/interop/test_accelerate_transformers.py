@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastdiff
-from benchmarks.network_cost import Meter
+from benchmarks.meter import Meter
 
 OPERATIONS = ("layer_norm", "add_layer_norm", "addcmul", "native_layer_norm", "rotate")
 

@@ -8,15 +8,12 @@ from torch import nn
 
 from benchmarks import network_cost
 from benchmarks.gpu.networks import TINY_STABLE_DIFFUSION, TINY_UNET
+from benchmarks.meter import Cost, Meter, as_on_a_gpu, cost
 from benchmarks.network_cost import (
     CPU,
-    Cost,
-    Meter,
     accelerated,
-    as_on_a_gpu,
     before_and_after,
     conditional,
-    cost,
     count,
     inductor_kernels,
     passes,
