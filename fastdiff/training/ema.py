@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdiff.support import run_file, walk
 from fastdiff.support.errors import blaming
+from fastdiff.support.plain import is_ordinary
 from fastdiff.support.run_file import RunFile
 from fastdiff.support.scalars import as_share
 from fastdiff.support.weights import TensorFile, check_shapes, save_tensors
@@ -99,13 +100,31 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
         raise ValueError(f"ema: expected the {len(weights)} parameters of model, got {len(averages)} or other shapes")
     if not isinstance(decay, Tensor):
         as_share("decay", decay)
-    mixed = any(average.dtype != weight.dtype for average, weight in zip(averages, weights, strict=True))
-    if mixed or isinstance(decay, Tensor):  # of which lerp has no form for many tensors at once
+    if not isinstance(decay, Tensor) and all(a.dtype == w.dtype for a, w in zip(averages, weights, strict=True)):
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+    elif isinstance(decay, Tensor) and averages and are_alike(averages, weights):
+        # lerp has no form for this; a step of SGD, with a gradient of weights and a weight decay of -1, is one pass.
+        torch._fused_sgd_(
+            averages, weights, [], weight_decay=-1.0, momentum=0.0, lr=(decay - 1).float(), dampening=0.0,
+            nesterov=False, maximize=False, is_first_step=False,
+        )  # fmt: skip
+    else:
         change = torch._foreach_sub(weights, averages)
         torch._foreach_mul_(change, 1 - decay)
         torch._foreach_add_(averages, change)
-    else:
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def are_alike(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether all are of one type, lie in memory without gaps, and each pair in the same order."""
+    dtype, last = averages[0].dtype, torch.channels_last
+    return all(
+        is_ordinary(a)
+        and is_ordinary(w)
+        and a.dtype == w.dtype == dtype
+        and a.stride() == w.stride()
+        and (a.is_contiguous() or a.is_contiguous(memory_format=last))
+        for a, w in zip(averages, weights, strict=True)
+    )
 
 
 # --- after the run ----------------------------------------------------------------------------------------------

@@ -265,15 +265,17 @@ def test_what_no_step_can_be_made_of():
             TrainingStep(loss, optimizer)(torch.zeros(1, 2))
 
 
-def test_groups_that_are_added_later_are_clipped_too():
+@pytest.mark.parametrize("fused", [False, True])  # which divides the gradient itself
+def test_groups_that_are_added_later_are_clipped_too(fused):
     one, other, x = nn.Linear(2, 2), nn.Linear(2, 2), torch.ones(1, 2)
-    optimizer = torch.optim.SGD(one.parameters(), 1.0)
+    optimizer = torch.optim.SGD(one.parameters(), 1.0, fused=fused)
     step = TrainingStep(lambda x: 100 * other(one(x)).sum(), optimizer, clip_grad=1e-3)
     optimizer.add_param_group({"params": [*other.parameters()], "lr": 1.0})
     before = torch.cat([p.detach().flatten() for p in step.parameters])
     step(x)
     after = torch.cat([p.detach().flatten() for p in step.parameters])
     assert len(before) == 12 and (after - before).norm().item() == pytest.approx(1e-3, rel=1e-2)
+    assert step.norm > 1 and not hasattr(optimizer, "grad_scale")
 
 
 def test_one_process_after_another(monkeypatch):
@@ -290,8 +292,11 @@ def test_one_process_after_another(monkeypatch):
         TrainingStep(lambda x: layer(x).mean(), torch.optim.AdamW(layer.parameters()), graph=True)
 
 
-def test_the_average_with_a_tensor_of_decay():
+@pytest.mark.parametrize("columns_first", [False, True])
+def test_the_average_with_a_tensor_of_decay(columns_first):
     pairs = [(nn.Linear(3, 2), nn.Linear(3, 2)) for _ in range(2)]
+    if columns_first:  # which the kernel that takes all weights at once does not take
+        pairs[1][0].weight.data = pairs[1][0].weight.data.t().contiguous().t()
     for one, other in zip(*pairs, strict=True):
         other.load_state_dict(one.state_dict())
     update_ema(*pairs[0], 0.9)
