@@ -45,6 +45,7 @@ class Row(NamedTuple):
 GRADIENTS = {
     "convolution_backward", "native_group_norm_backward", "group_norm_silu_grad", "attention_backward",
 }  # fmt: skip
+DENSE = {"convolution", "convolution_backward", "group_norm_silu", "group_norm_silu_grad"}  # need maps without gaps
 # How many tensors and blocks a launch over lists takes, by the number of lists; a block has so many elements.
 TENSORS_A_LAUNCH, BLOCKS_A_LAUNCH, BLOCK = (110, 64, 48, 36, 30), 320, 65536
 # Operators that write into their first operand and do not read it.
@@ -84,6 +85,13 @@ def cost_of_lists(name: str, args: Sequence[Any], out: Any, scaled: bool) -> Cos
     made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
     read = 0 if name == "_foreach_copy_" else moved[0]
     return Cost(launches(numbers, len(lists) + bool(made)), read + sum(moved[1:]) + (size(*made) or moved[0]))
+
+
+def copies(*maps: Tensor) -> Cost:
+    """What a kernel that needs its maps without gaps makes of them first, such as of the halves of a concatenation."""
+    last = torch.channels_last
+    gaps = [x for x in maps if x.ndim == 4 and not (x.is_contiguous() or x.is_contiguous(memory_format=last))]
+    return Cost(len(gaps), 2 * size(*gaps))
 
 
 def cost_of_gradient(name: str, given: list[Tensor], made: list[Tensor]) -> Cost:
@@ -149,10 +157,15 @@ class Meter(TorchDispatchMode):
             one = cost_of_lists(name, args, out, kwargs.get("grad_scale") is not None)
         else:
             one = cost(name, given, made, name == "convolution" and args[2] is not None)
+        self._add(name, one)
+        if name in DENSE:
+            self._add("copies", copies(*given))
+        return out
+
+    def _add(self, name: str, one: Cost) -> None:
         if one.kernels:
             self.kernels[name] += one.kernels
             self.bytes_by[name] += one.bytes
-        return out
 
 
 @contextmanager

@@ -1,12 +1,15 @@
-"""A copy of a network in another floating type, made once and refreshed."""
+"""Weights in another floating type: a copy of a network, made once and refreshed, or for one step of training."""
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .support import walk
+from .support.plain import is_plain
 
 TYPES = (torch.bfloat16, torch.float16)
 
@@ -30,6 +33,57 @@ def channels_last_convolutions(model: nn.Module) -> list[nn.Conv2d]:
                 module.weight.data = weight
                 changed.append(module)
     return changed
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write the second of each pair into the first."""
+    for alike in (True, False):  # on a GPU they are copied in one kernel if all strides are the same
+        some = [pair for pair in pairs if (pair[0].stride() == pair[1].stride()) is alike]
+        if some:
+            torch._foreach_copy_([mine for mine, _ in some], [t for _, t in some])
+
+
+class _Cast(torch.autograd.Function):
+    """Tensors in another type. Their gradients are cast back together, when the last of them is there."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        made = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        _copy([*zip(made, weights, strict=True)])
+        return tuple(made)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        made = [None if grad is None else torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+        _copy([(mine, grad) for mine, grad in zip(made, grads, strict=True) if mine is not None and grad is not None])
+        return None, *made
+
+
+@contextmanager
+def weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let the layers of a network that autocast would cast the weights of have them in that type already.
+
+    All are cast in one pass, and so are their gradients, where autocast launches a kernel for each. Within the block
+    these layers have tensors in place of their parameters. A backward pass that computes parts of the forward again
+    has to be in it too.
+    """
+    places = [
+        (module._parameters, name, parameter)
+        for module in walk.modules(network)
+        if is_plain(module, nn.Conv2d) or is_plain(module, nn.Linear)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad and parameter.dtype == torch.float32
+    ]
+    known: dict[int, Any] = {id(parameter): parameter for *_, parameter in places}
+    known = dict(zip(known, _Cast.apply(dtype, *known.values()), strict=True))  # type: ignore[no-untyped-call]
+    try:
+        for parameters, name, parameter in places:
+            parameters[name] = known[id(parameter)]
+        yield
+    finally:
+        for parameters, name, parameter in places:
+            parameters[name] = parameter
 
 
 class Casts:
@@ -57,12 +111,8 @@ class Casts:
             cast = [t for t in walk.tensors(made) if t.is_floating_point()]
             self._copies = {dtype: (made, modules, tensors, cast)}
         else:
-            pairs = [(mine, t.detach()) for mine, t in zip(cast, tensors, strict=True)]
-            for alike in (True, False):  # on a GPU they are copied in one kernel if all strides are the same
-                some = [pair for pair in pairs if (pair[0].stride() == pair[1].stride()) is alike]
-                if some:
-                    with torch.no_grad():
-                        torch._foreach_copy_([mine for mine, _ in some], [t for _, t in some])
+            with torch.no_grad():
+                _copy([*zip(cast, (t.detach() for t in tensors), strict=True)])
         return made
 
 

@@ -3,14 +3,18 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdiff.cast import weights_cast
+from fastdiff.diffusion import Diffusion
 from fastdiff.graphs import CudaGraphs, WatchedCalls, what_forbids_here
+from fastdiff.networks import NETWORKS
+from fastdiff.support.plain import is_ordinary
 from fastdiff.support.scalars import as_number
 
 TINY = 1e-6  # added to the norm of a gradient, as PyTorch's clip_grad_norm_ does
@@ -152,13 +156,14 @@ class TrainingStep:
 
     def _take(self, decay: float | Tensor, *batch: Any, **model_kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(what the loss gave, the norm of the gradient, whether one of them is not finite)."""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            losses = self.loss(*batch, **model_kwargs)
-        if not isinstance(losses, Tensor) or not losses.requires_grad:
-            got = "one without" if isinstance(losses, Tensor) else type(losses).__name__
-            raise TypeError(f"loss: expected a tensor with a gradient by the parameters, got {got}")
-        self.optimizer.zero_grad()
-        losses.mean().backward()
+        with self._weights():
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                losses = self.loss(*batch, **model_kwargs)
+            if not isinstance(losses, Tensor) or not losses.requires_grad:
+                got = "one without" if isinstance(losses, Tensor) else type(losses).__name__
+                raise TypeError(f"loss: expected a tensor with a gradient by the parameters, got {got}")
+            self.optimizer.zero_grad()
+            losses.mean().backward()
         if any(p.grad is not None and p.grad.is_sparse for p in self.parameters):
             raise TypeError("optimizer: expected parameters with dense gradients")
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -169,6 +174,17 @@ class TrainingStep:
         if self.average is not None:
             self.average(decay)
         return losses.detach(), norm, bad
+
+    def _weights(self) -> AbstractContextManager[None]:
+        """What lets the layers of this package's networks have their weights in autocast's type, for one step.
+
+        Layers of other networks have their parameters, which a forward may read. So have those whose gradients are
+        exchanged while they are computed, not together at the end.
+        """
+        ours = isinstance(self.loss, Diffusion) and type(self.loss.model) in NETWORKS.values()
+        if self.autocast is None or not ours or exchanges_gradients(self.loss):
+            return nullcontext()
+        return weights_cast(self.loss.model, self.autocast)
 
 
 def exchanges_gradients(loss: Callable[..., Tensor]) -> bool:
@@ -190,7 +206,7 @@ def clipped(
     known: Any = vars(optimizer)
     if largest is None:
         yield
-    elif is_fused(optimizer) and known.get("_step_supports_amp_scaling") and type(norm) is Tensor:
+    elif is_fused(optimizer) and known.get("_step_supports_amp_scaling") and is_ordinary(norm):
         known["grad_scale"] = ((norm.float() + TINY) / largest).clamp(min=1)
         try:
             yield

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fastdiff import DDPM, NCSN, ScoreSDE, UNet
-from fastdiff.cast import TYPES
+from fastdiff.cast import TYPES, weights_cast
 
 SHAPE = (2, 3, 8, 8)
 CASTS = pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -157,3 +158,39 @@ def test_other_types_are_refused():
     with pytest.raises(ValueError, match=r"expected no steps, .*dtype, graph or grad_steps"):
         model.sample(2, sampler="ode", dtype=torch.bfloat16)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def gradients(model: nn.Module, block: AbstractContextManager[None]) -> list[Tensor]:
+    torch.manual_seed(1)
+    model.zero_grad()
+    with block, torch.autocast("cpu", torch.bfloat16):
+        model(torch.linspace(-1, 1, 2 * 3 * 64).reshape(SHAPE)).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.slow
+def test_weights_that_are_cast_together_have_the_gradients_of_autocast():
+    model = DDPM(unet(), "cosine", 20)
+    conv, weight = model.model.conv_in, model.model.conv_in.weight
+    wanted = gradients(model, nullcontext())
+    with pytest.raises(KeyError), weights_cast(model.model, torch.bfloat16):
+        assert conv.weight.dtype == torch.bfloat16 and torch.equal(conv.weight, weight.bfloat16())
+        assert model.model.conv_norm_out.weight.dtype == torch.float32
+        raise KeyError
+    assert conv.weight is weight
+    got = gradients(model, weights_cast(model.model, torch.bfloat16))
+    for one, other in zip(got, wanted, strict=True):
+        assert one.dtype == torch.float32 and one.stride() == other.stride()
+        # the sum of a bias and the time embedding is rounded once more
+        assert (one - other).norm() <= 16 * torch.finfo(torch.bfloat16).eps * other.norm() + 1e-4
+
+
+def test_a_weight_of_two_layers_is_cast_once():
+    net, x = Tied(), torch.ones(2, 3)
+    with weights_cast(net, torch.bfloat16):
+        assert net.first.weight is net.second.weight and net.first.bias is not net.second.bias
+        net.second(net.first(x.bfloat16())).sum().backward()
+    assert net.first.weight.grad.abs().min() > 0 and net.shift.dtype == torch.float32
+    net.second.bias.requires_grad_(False)
+    with weights_cast(net, torch.bfloat16):
+        assert net.second.bias.dtype == torch.float32  # one without a gradient

@@ -4,17 +4,19 @@ On a CPU a tape stands for a CUDA graph; the tests marked `gpu` use CUDA's own.
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from small_models import TINY
 from tape import Recorders
 from tiny_run import assert_same_files, run
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff import DDPM, ops
+from fastdiff import DDPM, UNet, ops
 from fastdiff.graphs import WARM_UP, WatchedCalls
 from fastdiff.training import TrainingStep
 from fastdiff.training.loop import update_ema
@@ -35,6 +37,10 @@ class Net(nn.Module):
         return h if y is None else h + y[:, None, None, None]
 
 
+def unet() -> UNet:
+    return UNet(**TINY | {"in_channels": 2, "out_channels": 2})
+
+
 @pytest.fixture
 def taped(monkeypatch) -> Recorders:
     """Steps are captured on the CPU, on tapes."""
@@ -49,9 +55,11 @@ def taped(monkeypatch) -> Recorders:
 class Trained:
     """A small model, its optimizer, its average and a step of them."""
 
-    def __init__(self, graph: bool | None, device: str = "cpu", **options: Any) -> None:
+    def __init__(
+        self, graph: bool | None, device: str = "cpu", net: Callable[[], nn.Module] = Net, **options: Any
+    ) -> None:
         torch.manual_seed(0)
-        self.ddpm = DDPM(Net(), "cosine", 9).to(device)
+        self.ddpm = DDPM(net(), "cosine", 9).to(device)
         self.ema = copy.deepcopy(self.ddpm.model)
         # A rate in float32 is what a captured step uses.
         rate = torch.tensor(1e-2, device=device)
@@ -84,6 +92,17 @@ def test_a_replay_gives_the_bits_of_the_step(taped):
     assert taped.recorded == 1 and sum(tape.replayed for tape in taped) == 3 and captured.step.reason is None
     assert sum(tape.followed for tape in taped) == CAPTURED_AT + 2  # each waits for the one before
     assert not any(map(torch.equal, first, plain.tensors())) and plain.step.reason == "graph=False"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("net", "dtype"), [(unet, torch.bfloat16), (Net, torch.float32)])
+def test_layers_of_our_networks_have_their_weights_in_the_type_of_autocast(taped, net, dtype):
+    """With the bits of the plain steps."""
+    captured, plain = (Trained(graph, net=net, autocast=torch.bfloat16) for graph in (None, False))
+    seen, layer = [], next(part for part in plain.ddpm.modules() if isinstance(part, nn.Conv2d))
+    plain.ddpm.model.register_forward_pre_hook(lambda *_: seen.append(layer.weight.dtype))
+    same(captured, plain, range(CAPTURED_AT + 1))
+    assert taped.recorded == 1 and set(seen) == {dtype} and layer.weight.dtype == torch.float32
 
 
 def test_losses_are_the_callers_own(taped):
