@@ -104,14 +104,17 @@ def bias_for_norm(conv: Any, x: Tensor, add: Tensor | None = None) -> tuple[Tens
 def with_shortcut(shortcut: Any, x: Tensor, conv: Any, h: Tensor) -> Tensor:
     """shortcut(x) + conv(h), x itself for None.
 
-    With channels last and without a gradient a 1x1 shortcut is a matrix product, which adds both biases in its pass.
+    With channels last a 1x1 shortcut is a matrix product, which adds its bias in its pass; without a gradient, both.
     """
-    apart = torch.is_grad_enabled() or shortcut is None or not channels_last(x)
+    apart = shortcut is None or not channels_last(x) or (torch.is_grad_enabled() and not is_fused(x))
     if apart or not (maps_pixels(shortcut) and adds_bias(conv)):
         h = conv(h)
         return (x if shortcut is None else shortcut(x)) + h
-    h = without_bias(conv, h)
-    weight, bias = shortcut.weight.flatten(1), shortcut.bias + conv.bias
+    weight, bias = shortcut.weight.flatten(1), shortcut.bias
+    if torch.is_grad_enabled():
+        h = conv(h)
+    else:
+        h, bias = without_bias(conv, h), bias + conv.bias
     return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2) + h
 
 
@@ -145,13 +148,18 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear) and layer.bias is not None
 
 
-def keys(layer: nn.Module, h: Tensor) -> Tensor:
-    """layer(h), the keys of attention. Their bias changes no weight of attention, so its gradient is 0.
+def bias_of_keys(layer: Any) -> Tensor:
+    """That of the linear layer that makes keys: it changes no weight of attention, so its gradient is 0.
 
     Without this it would be rounding errors. Adam makes whole steps of them, other ones on each number of processes.
     """
+    bias: Tensor = layer.bias
+    return bias.detach() + 0 * bias if torch.is_grad_enabled() else bias
+
+
+def keys(layer: nn.Module, h: Tensor) -> Tensor:
+    """layer(h), the keys of attention, see `bias_of_keys`."""
     if not torch.is_grad_enabled() or not is_linear(layer):
         made: Tensor = layer(h)
         return made
-    bias: Any = layer.bias
-    return F.linear(h, layer.weight, bias.detach() + 0 * bias)  # type: ignore[arg-type]
+    return F.linear(h, layer.weight, bias_of_keys(layer))  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from .fused import (
     add_product,
     ahead_of,
     bias_for_norm,
+    bias_of_keys,
     by_pixel,
     channels_last,
     is_linear,
@@ -164,7 +165,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Embedding, skip: Tensor | None = None) -> Tensor:
         shift, owed = ahead_of(self, emb)
-        if skip is not None and (owed is None or not channels_last(x, skip) or skip.dtype != x.dtype):
+        if skip is not None and not (is_fused(x) and channels_last(x, skip) and skip.dtype == x.dtype):
             x, skip = torch.cat((x, skip), 1), None
         e = self.time_emb_proj(emb) if shift is None else shift
         h = self.resample(norm_silu(self.norm1, x, add=owed, skip=skip))
@@ -179,6 +180,7 @@ class ResnetBlock(nn.Module):
         h = norm_silu(self.norm2, h, s, b, add)
         x, h = self.resample(x), self.dropout(h)
         if owed is None:
+            x = x if skip is None else torch.cat((x, skip), 1)  # after the norm, whose gradients then have no gaps
             h = with_shortcut(self.conv_shortcut, x, self.conv2, h)
         else:
             h = self._sum_without_biases(x, skip, h)
@@ -217,7 +219,7 @@ class Attention(nn.Module):
     """(x + W_o softmax(q k^T / sqrt(head_dim)) v) / scale over the H*W positions, channels / head_dim heads.
 
     q, k, v are linear maps of the group-normalised x (of x itself if groups is None). Their weights lie one behind the
-    other in memory, as those of torch.nn.LSTM do, so that inference takes them in one product. head_dim None is one
+    other in memory, as those of torch.nn.LSTM do, so that a GPU takes them in one product. head_dim None is one
     head; ValueError if it does not divide channels. If x owes something, it may be overwritten.
     """
 
@@ -266,11 +268,13 @@ class Attention(nn.Module):
         return state
 
     def _qkv(self, h: Tensor) -> tuple[Tensor, ...]:
-        """The maps of h (B, N, channels), each (B, N, channels): in one product, on a GPU and without a gradient."""
+        """The maps of h (B, N, channels), each (B, N, channels): in one product, on a GPU."""
         layers = (self.to_q, self.to_k, self.to_v)
-        if not torch.is_grad_enabled() and is_fused(h) and all(map(is_linear, layers)):
-            weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
-            return F.linear(h, joined(weights), joined(biases)).chunk(3, dim=-1)
+        if is_fused(h) and all(map(is_linear, layers)):
+            join: Any = torch.cat if torch.is_grad_enabled() else joined
+            weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+            biases[1] = bias_of_keys(self.to_k)
+            return F.linear(h, join(weights), join(biases)).chunk(3, dim=-1)
         return self.to_q(h), keys(self.to_k, h), self.to_v(h)
 
     def forward(self, x: Tensor, emb: Embedding | None = None) -> Tensor:

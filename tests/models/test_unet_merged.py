@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
-from fastdiff.nn import Attention
+from fastdiff.nn import Attention, ResnetBlock
 from fastdiff.unet import UNet
 
 
@@ -58,14 +58,21 @@ def test_merged_layers_are_those_called_one_by_one(changes, layout):
         torch.testing.assert_close(net(x, None, *labels, **one), apart(x, 700, *labels), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", ["reference", "triton"])  # as on a GPU, where more is merged
 @pytest.mark.parametrize("changes", MERGED[:2], ids=str)
-def test_gradients_of_merged_layers(changes):
-    net = small(**changes).double()
-    apart, x = separate(net), torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    for each in (net, apart):
-        each(x, torch.tensor([3, 700])).square().sum().backward()
+def test_gradients_of_merged_layers(changes, norm, monkeypatch):
+    net = small(**changes).double().to(memory_format=torch.channels_last)
+    apart, x = separate(net), torch.randn(2, 3, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
+    apart(x, torch.tensor([3, 700])).square().sum().backward()
+    monkeypatch.setattr("fastdiff.ops.group_norm.backend_of", lambda x: norm)
+    with Operators() as seen:
+        net(x, torch.tensor([3, 700])).square().sum().backward()
     for (name, got), want in zip(net.named_parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-9, msg=name)
+        assert not name.endswith("to_k.bias") or not got.grad.any()
+    blocks = sum(isinstance(module, ResnetBlock) for module in net.modules())
+    # Of the last of each block, the first and last of all, and those that change sizes; not of shortcuts.
+    assert norm == "reference" or seen.biased == blocks + 2 + 2
 
 
 OWED = [*MERGED[:3], {"mid_block_scale_factor": 2.0, "downsample_padding": 0}]
