@@ -169,14 +169,15 @@ class Meter(TorchDispatchMode):
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Attention and RMSNorm are one kernel, norms are fastdiff's, and autocast gives GroupNorm float32, as on CUDA."""
+def as_on_a_gpu(norm: str = "triton") -> Iterator[None]:
+    """Attention and RMSNorm are one kernel, and autocast gives GroupNorm float32, as on CUDA. norm: fastdiff's is
+    its kernel ("triton"), or PyTorch's operations ("reference")."""
     group_norm = F.group_norm
 
-    def cast_group_norm(x: Any, groups: int, w: Any = None, b: Any = None, eps: float = 1e-5) -> Tensor:
+    def cast_group_norm(x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
-            x, w, b = (t if t is None else t.float() for t in (x, w, b))
-        return group_norm(x, groups, w, b, eps)
+            x, weight, bias = (t if t is None else t.float() for t in (x, weight, bias))
+        return group_norm(x, groups, weight, bias, eps)
 
     library, kind = torch.library.Library("fastdiff_cost", "FRAGMENT"), "CompositeExplicitAutograd"
     if not hasattr(torch.ops.fastdiff_cost, "attention"):
@@ -203,7 +204,7 @@ def as_on_a_gpu() -> Iterator[None]:
         mock.patch.object(F, "scaled_dot_product_attention", attention),
         mock.patch.object(F, "rms_norm", rms_norm),
         mock.patch.object(F, "group_norm", cast_group_norm),
-        mock.patch("fastdiff.ops.group_norm.backend_of", return_value="triton"),
+        mock.patch("fastdiff.ops.group_norm.backend_of", return_value=norm),
         mock.patch("fastdiff.ops.checks.backend_of", return_value="triton"),
         mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True),
     ):

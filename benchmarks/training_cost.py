@@ -2,7 +2,8 @@
 
 The step is forward, backward, clipping, AdamW and the moving average, of the 35.7M U-Net of google/ddpm-cifar10-32
 under autocast to bfloat16. It is built by what a GPU measures (gpu/training.py), and run on tensors without values.
-`meter.py` has the rules. With `--operators` the bytes and kernels of each operator are shown.
+`meter.py` has the rules. With `--operators` the bytes and kernels of each operator are shown. A second table counts what
+Inductor writes for two resnet blocks with their gradients, as that of `network_cost.py` does for a forward.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.compiled_blocks import inductor_kernels
 from benchmarks.gpu.rows import Setup
 from benchmarks.gpu.training import own_step, stock_step
 from benchmarks.meter import Meter, Row, as_on_a_gpu, row
@@ -31,6 +33,7 @@ COUNTED = {
     "fastdiff graph": partial(own_step, graph=None),
     "diffusers eager": partial(stock_step, compiled=False),
 }
+BLOCKS = {"fastdiff": "fastdiff's, as TrainingStep runs them", "diffusers": "diffusers', under autocast"}
 
 
 def count(method: str, batch: int, toy: bool = False) -> tuple[Row, Meter]:
@@ -51,7 +54,7 @@ def count(method: str, batch: int, toy: bool = False) -> tuple[Row, Meter]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; returns 0."""
+    """Print both tables; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     parser.add_argument("--operators", action="store_true", help="also show what each operator costs")
@@ -65,8 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             counted.append(step)
             for name, moved in meter.bytes_by.most_common() if args.operators else ():
                 print(f"|   {name} | | {meter.kernels[name]} | {moved / 1e6 / batch:.2f} |")
+    blocks = []
+    print("\n| two resnet blocks with gradients, compiled | Triton kernels | calls | passes |\n|---|---:|---:|---:|")
+    for kind, name in BLOCKS.items():
+        made = inductor_kernels(kind, channels_last=True, gradient=True)
+        blocks.append({"blocks": kind} | made._asdict())
+        print(f"| {name} | {made.triton} | {made.calls} | {made.passes} |")
     if args.json:
-        write_json(args.json, {"step": [step._asdict() for step in counted]})
+        write_json(args.json, {"step": [step._asdict() for step in counted], "compiled": blocks})
     return 0
 
 

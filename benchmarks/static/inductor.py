@@ -92,6 +92,10 @@ def _written(function: Callable[..., Any], *arguments: Tensor) -> Iterator[str]:
         fake = [mode.from_tensor(argument) for argument in arguments]
         on_gpu = [torch.empty_strided(f.shape, f.stride(), dtype=f.dtype, device="cuda") for f in fake]
         graph = make_fx(function)(*fake)
+        for node in graph.graph.nodes:  # casts of gradients name the device that was traced
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": on_gpu[0].device}
+        graph.recompile()
         with _h100() as written:
             with contextlib.suppress(_Stop):
                 compile_fx(graph, on_gpu)
