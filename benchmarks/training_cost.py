@@ -2,14 +2,14 @@
 
 The step is forward, backward, clipping, AdamW and the moving average, of the 35.7M U-Net of google/ddpm-cifar10-32
 under autocast to bfloat16. It is built by what a GPU measures (gpu/training.py), and run on tensors without values.
-`meter.py` has the rules. With `--operators` the bytes and kernels of each operator are shown. A second table counts what
-Inductor writes for two resnet blocks with their gradients, as that of `network_cost.py` does for a forward.
+`meter.py` has the rules. With `--operators` the bytes and kernels of each operator are shown. A second table counts
+what Inductor writes for two resnet blocks with their gradients, as that of `network_cost.py` does for a forward.
 """
 
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.compiled_blocks import inductor_kernels
 from benchmarks.gpu.rows import Setup
-from benchmarks.gpu.training import own_step, stock_step
+from benchmarks.gpu.training import Step, own_step, stock_step
 from benchmarks.meter import Meter, Row, as_on_a_gpu, row
 from fastdiff.files import write_json
 
 BATCHES = (16, 128)
 # A captured step runs the same operators as one that would be captured if this device could.
-COUNTED = {
+COUNTED: dict[str, Callable[..., Step]] = {
     "fastdiff eager": own_step,
     "fastdiff graph": partial(own_step, graph=None),
     "diffusers eager": partial(stock_step, compiled=False),
@@ -43,9 +43,10 @@ def count(method: str, batch: int, toy: bool = False) -> tuple[Row, Meter]:
         as_on_a_gpu(),
         mock.patch.object(nn.Module, "to", lambda module, device: module),  # weights without values cannot move
         mock.patch("fastdiff.training.step.what_forbids_here", return_value=None),
-        warnings.catch_warnings(action="ignore"),
+        warnings.catch_warnings(),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
+        warnings.simplefilter("ignore")
         step = COUNTED[method](torch.empty(batch, 3, size, size), setup)
         step()
         with Meter() as meter:

@@ -31,11 +31,11 @@ def training_step(
     loss: Callable[..., Tensor],
     average: Callable[[Any], object],
     batch: tuple[Tensor, ...] = (),
-    graph: bool = False,
+    graph: bool | None = False,
 ) -> Step:
     """One step of a network, of which only the loss and the moving average differ between libraries.
 
-    graph: the whole step as one CUDA graph, captured at its fourth call.
+    graph: the whole step as one CUDA graph, captured at its fourth call; None if it can be.
     """
     optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
     step = TrainingStep(loss, optimizer, average=average, clip_grad=LARGEST_NORM, autocast=torch.bfloat16, graph=graph)
@@ -59,7 +59,7 @@ def stock_step(data: Tensor, setup: Setup, compiled: bool) -> Step:
     return training_step(parameters, loss, lambda decay: ema.step(parameters))
 
 
-def own_step(data: Tensor, setup: Setup, compiled: bool = False, graph: bool = False) -> Step:
+def own_step(data: Tensor, setup: Setup, compiled: bool = False, graph: bool | None = False) -> Step:
     """As `fastdiff train --channels-last`."""
     ddpm = DDPM(cifar10(setup).train()).to(setup.device)
     channels_last_convolutions(ddpm.model)
