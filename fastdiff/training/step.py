@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -39,8 +39,8 @@ class TrainingStep:
         average: called after each step with `decay`, to update a moving average. Captured too, so it has to write to
             the same tensors each time. A number that it counts or computes on the host stays as it was captured.
         clip_grad: largest norm of the gradient, above 0, or None.
-        autocast: the type of autocast for the loss, such as torch.bfloat16, or None. If the loss is a Diffusion of a UNet
-            or DiT, their layers have tensors of that type in place of their weights while it is computed.
+        autocast: the type of autocast for the loss, such as torch.bfloat16, or None. If the loss is a Diffusion of a
+            UNet or DiT, their layers have tensors of that type in place of their weights while it is computed.
         graph: None captures on CUDA unless something forbids it, and warns if so; False never does; True raises then.
 
     `reason` says what the last step would have needed to be a graph; None if nothing forbade it. `norm` () is the norm
@@ -182,10 +182,10 @@ class TrainingStep:
         Layers of other networks have their parameters, which a forward may read. So have those whose gradients are
         exchanged while they are computed, not together at the end.
         """
-        ours = isinstance(self.loss, Diffusion) and type(self.loss.model) in NETWORKS.values()
-        if self.autocast is None or not ours or exchanges_gradients(self.loss):
+        network = self.loss.model if isinstance(self.loss, Diffusion) else None
+        if self.autocast is None or type(network) not in NETWORKS.values() or exchanges_gradients(self.loss):
             return nullcontext()
-        return weights_cast(self.loss.model, self.autocast)
+        return weights_cast(cast(nn.Module, network), self.autocast)
 
 
 def exchanges_gradients(loss: Callable[..., Tensor]) -> bool:
