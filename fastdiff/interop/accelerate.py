@@ -106,6 +106,8 @@ def accelerate(
         if reason:
             done.left[name] = reason
         elif reason is None and type(part) in _kinds():
+            if any(part is network for network in networks.values()):
+                part.__module__ = type(part).__module__  # as of this library a pipeline made of it is saved
             part.__class__ = _kinds()[type(part)]
             done.append(name)
     for name, scheduler, holders in _schedulers(target):
@@ -267,6 +269,7 @@ def _kinds() -> dict[Any, Any]:
 def _put_back(part: Any, stock: Any, fused: Any) -> None:
     """Give a module its stock class, also within a wrapper of its forward, which keeps the one that it found."""
     part.__class__ = stock
+    vars(part).pop("__module__", None)
     for attribute in ("forward", "_old_forward"):
         if getattr(vars(part).get(attribute), "__func__", None) is fused.forward:
             setattr(part, attribute, MethodType(stock.forward, part))

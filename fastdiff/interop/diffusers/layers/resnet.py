@@ -5,8 +5,9 @@ from typing import Any
 from diffusers.models import resnet
 from torch import Tensor, nn
 
-from ....fused import bias_for_norm, norm_silu, with_shortcut
+from ....fused import bias_for_norm, norm_silu, with_shortcut, without_bias
 from ....support.plain import as_defined, is_plain
+from .ahead import ahead_of
 from .modulated import wrapped
 
 STOCK_FORWARD = as_defined(resnet.ResnetBlock2D, "forward")
@@ -46,17 +47,22 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         resample = self.upsample or self.downsample
         if resample is not None:
             x, h = resample(x), resample(h)
-        scale = shift = add = None
-        if temb is not None:
+        scale = shift = add = bias = None
+        if (ahead := ahead_of(self, temb)) is not None:
+            add, bias = ahead
+        elif temb is not None:
             add = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         if add is not None and self.time_embedding_norm == "scale_shift":
             scale, shift = add.expand(len(h), -1).chunk(2, dim=1)
             add = None
-        h, add = bias_for_norm(self.conv1, h, add)
+        if ahead is None or add is None:
+            h, add = bias_for_norm(self.conv1, h, add)
+        else:
+            h = without_bias(self.conv1, h)  # the bias is in add
         h = self.dropout(norm_silu(self.norm2, h, scale, shift, add))
         if self.conv_shortcut is not None and self.training:
             x = x.contiguous()  # as stock: else the strides of DDP's gradients differ
-        out = with_shortcut(self.conv_shortcut, x, self.conv2, h)
+        out = with_shortcut(self.conv_shortcut, x, self.conv2, h, bias)
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
     def _fuses(self, x: Tensor, temb: Tensor | None) -> bool:
