@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from ..cast import channels_last_convolutions
+from ..support import walk
 from ..support.plain import has_plain_parameters
 from .replay import put_in, take_out
+from .together import arrange, separate
 
 # The components of a pipeline that it calls at every step.
 DENOISERS = ("unet", "transformer", "transformer_2")
@@ -128,6 +130,9 @@ def accelerate(
         if on_gpu if channels_last is None else channels_last:
             changed = vars(network).setdefault(LAID_OUT, [])
             changed += channels_last_convolutions(network)
+            for part in walk.modules(network):
+                for layers in _projections(part):
+                    arrange(layers)
     if graph or compile:
         called = {name: network for name, network in networks.items() if name in ("", *DENOISERS)}
         if not called:
@@ -152,6 +157,8 @@ def restore(target: Any) -> list[str]:
     for name, part, _ in _parts(target):
         for stock, fused in _kinds().items():
             if type(part) is fused:
+                for layers in _projections(part):
+                    separate(layers)
                 _put_back(part, stock, fused)
                 done.append(name)
     for name, network in _networks(target).items():
@@ -264,6 +271,13 @@ def _kinds() -> dict[Any, Any]:
     if "diffusers.models" not in sys.modules:
         return {}
     return {kind.__base__: kind for kind in importlib.import_module(".diffusers.layers", __package__).LAYERS}
+
+
+def _projections(part: Any) -> list[list[nn.Module]]:
+    """Lists of layers of a fused part that take one input; see together.py."""
+    named = type(part) in _kinds().values() and hasattr(part, "projections")
+    found: list[list[nn.Module]] = part.projections() if named else []
+    return found
 
 
 def _put_back(part: Any, stock: Any, fused: Any) -> None:

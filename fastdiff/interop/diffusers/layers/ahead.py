@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ....fused import adds_bias, is_linear, maps_pixels
 from ....ops.group_norm import is_fused
 from ....support import walk
+from ....support.adjacent import joined
 from ....support.plain import is_ordinary
 
 
@@ -75,7 +76,7 @@ def _made(network: nn.Module, kind: type, temb: Tensor) -> dict[nn.Module, Ahead
     sums = torch._foreach_add(*map(list, zip(*pairs, strict=True))) if pairs else []  # one launch
     of_rows, of_maps = dict(zip(added, sums, strict=False)), dict(zip(mapped, sums[len(added) :], strict=True))
     layers = [block.time_emb_proj for block in blocks]
-    weight = torch.cat([layer.weight for layer in layers])
+    weight = joined([layer.weight for layer in layers])
     bias = torch.cat([of_rows.get(block, block.time_emb_proj.bias) for block in blocks])
     rows = F.linear(F.silu(temb), weight, bias).split([layer.out_features for layer in layers], dim=1)
     return {block: Ahead(row, of_maps.get(block)) for block, row in zip(blocks, rows, strict=True)}

@@ -12,6 +12,7 @@ from .... import ops
 from ....ops.checks import runs_kernel
 from ....ops.layer_norm import is_fused as norm_is_fused
 from ....support.plain import as_defined, is_ordinary, is_plain
+from ...together import product, saved_apart
 from .ada_block import fuses_block, is_modulated, modulated_block
 from .modulated import known_to_hooks, wrapped
 
@@ -62,6 +63,7 @@ class GEGLU(activations.GEGLU):
         return hidden * self.gelu(gates)
 
 
+@saved_apart
 class Attention(attention_processor.Attention):
     """diffusers' attention with the same parameters. `accelerate` turns one into it by its class.
 
@@ -92,10 +94,9 @@ class Attention(attention_processor.Attention):
         if attention_mask is not None:
             mask = self.prepare_attention_mask(attention_mask, length, batch)
             attention_mask = mask.view(batch, self.heads, -1, mask.shape[-1])
-        query = self.to_q(hidden_states)
         if encoder_hidden_states is not None and self.norm_cross:
             text = self.norm_encoder_hidden_states(text)
-        key, value = self.to_k(text), self.to_v(text)
+        query, key, value = self._maps(hidden_states, text)
         size = key.shape[-1] // self.heads
         query, key, value = (t.view(batch, -1, self.heads, size).transpose(1, 2) for t in (query, key, value))
         query = query if self.norm_q is None else self.norm_q(query)
@@ -106,6 +107,17 @@ class Attention(attention_processor.Attention):
         out = out.transpose(1, 2).reshape(batch, -1, self.heads * size).to(query.dtype)
         projection, dropout = self.to_out
         return dropout(projection(out))
+
+    def projections(self) -> list[list[Any]]:
+        """The layers that take one input; see fastdiff/interop/together.py."""
+        return [[self.to_k, self.to_v] if self.is_cross_attention else [self.to_q, self.to_k, self.to_v]]
+
+    def _maps(self, x: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """Queries of x, keys and values of text."""
+        if x is text and (maps := product((self.to_q, self.to_k, self.to_v), x)) is not None:
+            return maps
+        query = self.to_q(x)
+        return query, *(product((self.to_k, self.to_v), text) or (self.to_k(text), self.to_v(text)))
 
     def _runs_stock_processor(self) -> bool:
         kind = attention_processor.AttnProcessor2_0

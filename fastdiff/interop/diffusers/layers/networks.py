@@ -5,7 +5,9 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 
+from ....support import walk
 from .ahead import called
 from .modulated import wrapped
 
@@ -23,13 +25,19 @@ def makes_ahead(kind: Any) -> Any:
             return run(*args, **kwargs)
         return called(self, run, args, kwargs)
 
-    kind.forward, kind.misfit = forward, staticmethod(misfit)
+    kind.forward, kind.misfit, kind.projections = forward, staticmethod(misfit), projections
     return kind
 
 
 def misfit(module: Any) -> str | None:
     """See `accelerate`: within a wrapper of its forward a network stays stock's, as it is, and nothing is said."""
     return None if wrapped(module) is None else ""
+
+
+def projections(network: Any) -> list[list[Any]]:
+    """The layers that take one input: those of the time embedding."""
+    blocks = [part for part in walk.modules(network) if isinstance(part, ResnetBlock2D)]
+    return [[block.time_emb_proj for block in blocks if block.time_emb_proj is not None]]
 
 
 @makes_ahead

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 from ....fused import bias_for_norm, norm_silu, with_shortcut, without_bias
 from ....support.plain import as_defined, is_plain
+from ...together import saved_apart
 from .ahead import ahead_of
 from .modulated import wrapped
 
 STOCK_FORWARD = as_defined(resnet.ResnetBlock2D, "forward")
 
 
+@saved_apart
 class ResnetBlock2D(resnet.ResnetBlock2D):
     """diffusers' block with the same parameters and arithmetic. `accelerate` turns a block into one by its class.
 
