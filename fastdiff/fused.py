@@ -101,11 +101,13 @@ def bias_for_norm(conv: Any, x: Tensor, add: Tensor | None = None) -> tuple[Tens
     return without_bias(conv, x), conv.bias if add is None else add + conv.bias
 
 
-def with_shortcut(shortcut: Any, x: Tensor, conv: Any, h: Tensor, biases: Tensor | None = None) -> Tensor:
+def with_shortcut(
+    shortcut: Any, x: Tensor, conv: Any, h: Tensor, biases: Tensor | None = None, skip: Tensor | None = None
+) -> Tensor:
     """shortcut(x) + conv(h), x itself for None.
 
     With channels last and without a gradient a 1x1 shortcut is a matrix product, which adds both biases in its pass.
-    biases: their sum, if it is known.
+    biases: their sum, if it is known. skip: further channels of x, with such a shortcut; also channels last.
     """
     apart = torch.is_grad_enabled() or shortcut is None or not channels_last(x)
     if apart or not (maps_pixels(shortcut) and adds_bias(conv)):
@@ -113,7 +115,9 @@ def with_shortcut(shortcut: Any, x: Tensor, conv: Any, h: Tensor, biases: Tensor
         return (x if shortcut is None else shortcut(x)) + h
     h = without_bias(conv, h)
     biases = shortcut.bias + conv.bias if biases is None else biases
-    return F.linear(x.permute(0, 2, 3, 1), shortcut.weight.flatten(1), biases).permute(0, 3, 1, 2) + h
+    weight, rest = shortcut.weight.flatten(1).tensor_split([x.shape[1]], dim=1)
+    mapped = F.linear(x.permute(0, 2, 3, 1), weight, biases).permute(0, 3, 1, 2)
+    return (mapped if skip is None else add_product(mapped, by_pixel(skip), rest)) + h
 
 
 def adds_bias(conv: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from small_models import RESNET, SMALL
 from strategies import DEVICE
 from torch import nn
@@ -100,9 +101,10 @@ def close(got, want, atol=1e-5):
 
 
 def parts(net) -> list[str]:
-    """What is fused: U-Nets, blocks, transformers and their layers, and the norms that are not within a block."""
+    """What is fused: U-Nets and their blocks, transformers and their layers, and norms that are not within a block."""
     blocks = {n for n, m in net.named_modules() if isinstance(m, ResnetBlock2D)}
-    layers = Transformer2DModel, BasicTransformerBlock, GEGLU, diffusers.UNet2DModel, diffusers.UNet2DConditionModel
+    layers = Transformer2DModel, BasicTransformerBlock, GEGLU
+    layers += diffusers.UNet2DModel, diffusers.UNet2DConditionModel, UpBlock2D, CrossAttnUpBlock2D
     transformers = [n for n, m in net.named_modules() if isinstance(m, layers)]
     # Those outside of transformers have a sum after them.
     transformers += [n for n, m in net.named_modules() if isinstance(m, Attention) and not m.residual_connection]
