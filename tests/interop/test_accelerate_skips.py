@@ -1,4 +1,4 @@
-"""Up blocks after accelerate: a map and its skip are read where they lie."""
+"""U-Nets of texts after accelerate: a map and its skip are read where they lie, and a text once."""
 
 import copy
 from collections import Counter
@@ -16,10 +16,9 @@ import fastdiff
 from benchmarks.gpu.networks import TINY_STABLE_DIFFUSION
 from benchmarks.network_cost import Meter
 
-CATS, SKIPS = (
-    2 + 2,
-    4,
-)  # concatenations of a call: of sines and cosines, of weights; of two blocks at each of two levels
+# Concatenations of a call: two of sines and cosines, one of biases, one of weights in a copy. One more for each skip.
+CATS, SKIPS = 2 + 2, 4
+ATTENTIONS = 4  # to an image, and as many to a text
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +50,12 @@ def as_kernels() -> Iterator[None]:
         yield
 
 
-def run(net, **arguments) -> tuple[torch.Tensor, Counter]:
+def run(net, length=3) -> tuple[torch.Tensor, Counter]:
     """(output, kernels)"""
     random = torch.Generator().manual_seed(1)
-    x, text = (torch.randn(*shape, generator=random) for shape in ((2, 2, 4, 4), (2, 3, 16)))
+    x, text = (torch.randn(*shape, generator=random) for shape in ((2, 2, 4, 4), (2, length, 16)))
     with as_kernels(), torch.no_grad(), Meter() as counted:
-        return net(x, torch.tensor([3, 700]), text, **arguments).sample, counted.kernels
+        return net(x, torch.tensor([3, 700]), text).sample, counted.kernels
 
 
 def same(pair, cats) -> None:
@@ -67,6 +66,16 @@ def same(pair, cats) -> None:
 
 def test_no_skip_is_concatenated(pair):
     same(pair, 0)
+
+
+def test_keys_and_values_of_a_text_are_one_product(nets):
+    """If they are few beside the weights; else one for each block of attention."""
+    by_length = []
+    for length in (2, 3):
+        (want, _), (got, kernels) = (run(net, length) for net in nets)
+        torch.testing.assert_close(got, want, rtol=4e-6, atol=4e-6)
+        by_length.append(kernels["mm"])
+    assert by_length == [2 * ATTENTIONS + 1, 2 * ATTENTIONS + ATTENTIONS]  # the first term: of images
 
 
 def test_freeu_is_stocks(pair):

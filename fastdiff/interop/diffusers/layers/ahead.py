@@ -1,9 +1,10 @@
-"""What the resnet blocks of a network (diffusers 0.42.1) take that does not depend on the image.
+"""What the blocks of a network (diffusers 0.42.1) take that does not depend on the image.
 
 It is made once a call of the network, when the first block asks. All projections of the time embedding are one product,
-and all sums of two biases are one operation. Without a gradient, where the norm is a kernel.
+all sums of two biases are one operation, and all keys and values of a text are one product. Without a gradient.
 """
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from ....ops.group_norm import is_fused
 from ....support import walk
 from ....support.adjacent import joined
 from ....support.plain import is_ordinary
+from ...together import product
 
 
 class Ahead(NamedTuple):
@@ -30,17 +32,19 @@ class Ahead(NamedTuple):
 
 
 class Call:
-    """One call of a network, with what was made for the first time embedding that a block was given."""
+    """One call of a network, with what was made of the first tensor that a block of each kind was given."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.temb: Tensor | None = None
-        self.made: dict[nn.Module, Ahead] = {}
+        self.made: dict[type, tuple[Tensor, dict[nn.Module, Any]]] = {}
 
-    def of(self, block: nn.Module, temb: Tensor) -> Ahead | None:
-        if self.temb is None:
-            self.temb, self.made = temb, _made(self.network, type(block), temb)
-        return self.made.get(block) if self.temb is temb else None
+    def of(self, block: nn.Module, given: Tensor, make: Any) -> Any:
+        kind = type(block)
+        if kind not in self.made:
+            blocks = [part for part in walk.modules(self.network) if isinstance(part, kind)]
+            self.made[kind] = given, make(blocks, given)
+        first, made = self.made[kind]
+        return made.get(block) if first is given else None
 
 
 # It ends with the call: a tensor that is known longer may be written by a graph, of which its version says nothing.
@@ -56,17 +60,37 @@ def called(network: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         CALL.reset(token)
 
 
-def ahead_of(block: nn.Module, temb: Tensor | None) -> Ahead | None:
-    """What was made for this block, or None: it is not within such a call, or has layers that must be called."""
-    call = None if temb is None or torch.compiler.is_compiling() or torch.is_grad_enabled() else CALL.get()
-    return None if call is None or temb is None else call.of(block, temb)
+def ahead_of(block: nn.Module, given: Tensor | None, make: Any) -> Any:
+    """What make(blocks, given) has for this one of the network's blocks of its kind, or None.
+
+    It is None outside of such a call, and if given is another tensor than was the first block's.
+    """
+    call = None if given is None or torch.compiler.is_compiling() or torch.is_grad_enabled() else CALL.get()
+    return None if call is None or given is None else call.of(block, given, make)
 
 
-def _made(network: nn.Module, kind: type, temb: Tensor) -> dict[nn.Module, Ahead]:
-    """What each block of that kind takes, by block."""
+def keys_and_values(blocks: Sequence[Any], text: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Those of a text by block of attention, if they are small beside the weights, which lie together."""
+    blocks = of_text(blocks)
+    maps = product(text_layers(blocks), text) if 4 * text[..., 0].numel() <= text.shape[-1] else None
+    return {} if maps is None else dict(zip(blocks, zip(maps[::2], maps[1::2], strict=True), strict=True))
+
+
+def text_layers(blocks: Sequence[Any]) -> list[Any]:
+    """The layers of blocks of attention that take a text: keys, values, keys, values, ..."""
+    return [layer for block in of_text(blocks) for layer in (block.to_k, block.to_v)]
+
+
+def of_text(blocks: Sequence[Any]) -> list[Any]:
+    """Those blocks of attention that take a text."""
+    return [block for block in blocks if block.is_cross_attention and block.to_k is not None]
+
+
+def rows_and_biases(blocks: Sequence[Any], temb: Tensor) -> dict[nn.Module, Ahead]:
+    """What resnet blocks take, but for those with layers that must be called; none where the norm is no kernel."""
     if not (is_ordinary(temb) and is_fused(temb)) or torch.is_autocast_enabled(temb.device.type):
         return {}
-    blocks: list[Any] = [part for part in walk.modules(network) if isinstance(part, kind) and _takes(part, temb)]
+    blocks = [block for block in blocks if _takes(block, temb)]
     if not blocks:
         return {}
     added = [block for block in blocks if block.time_embedding_norm != "scale_shift"]

@@ -5,10 +5,11 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 
 from ....support import walk
-from .ahead import called
+from .ahead import called, text_layers
 from .modulated import wrapped
 
 
@@ -35,9 +36,11 @@ def misfit(module: Any) -> str | None:
 
 
 def projections(network: Any) -> list[list[Any]]:
-    """The layers that take one input: those of the time embedding."""
-    blocks = [part for part in walk.modules(network) if isinstance(part, ResnetBlock2D)]
-    return [[block.time_emb_proj for block in blocks if block.time_emb_proj is not None]]
+    """Lists of layers that take one input: the time embedding, and a text."""
+    parts = walk.modules(network)
+    blocks = [part for part in parts if isinstance(part, ResnetBlock2D) and part.time_emb_proj is not None]
+    attentions = [part for part in parts if isinstance(part, Attention)]
+    return [[block.time_emb_proj for block in blocks], text_layers(attentions)]
 
 
 @makes_ahead

@@ -18,7 +18,7 @@ from ....fused import (
 from ....ops.group_norm import is_fused
 from ....support.plain import as_defined, is_plain
 from ...together import saved_apart
-from .ahead import ahead_of
+from .ahead import ahead_of, rows_and_biases
 from .modulated import wrapped
 
 STOCK_FORWARD = as_defined(resnet.ResnetBlock2D, "forward")
@@ -66,7 +66,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         if resample is not None:
             x, h = resample(x), resample(h)
         scale = shift = add = bias = None
-        if (ahead := ahead_of(self, temb)) is not None:
+        if (ahead := ahead_of(self, temb, rows_and_biases)) is not None:
             add, bias = ahead
         elif temb is not None:
             add = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
