@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 import fastdiff
 from benchmarks.network_cost import Meter
 from fastdiff.interop.diffusers.layers.ahead import CALL
+from fastdiff.support.adjacent import shares_storage
 
 # SiLUs of a call: in the time embedding, before the last convolution, and that which all blocks share.
 SILUS = 3
@@ -72,6 +73,9 @@ def test_one_product_serves_all_blocks(scale_shift):
             for net in (stock, ours):
                 for p in net.parameters():
                     p.mul_(0.9)
+    weights = [block.time_emb_proj.weight for block in blocks(ours)]
+    assert all(map(shares_storage, weights)) and not any(map(shares_storage, ours.state_dict().values()))
+    assert fastdiff.restore(blocks(ours)[0]) == [""] and [*map(shares_storage, weights)].count(False) == 1
 
 
 def blocks(net) -> list:

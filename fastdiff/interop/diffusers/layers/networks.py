@@ -5,12 +5,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 
 from ....support import walk
 from .ahead import called, text_layers
+from .attention import Attention
 from .modulated import wrapped
+from .resnet import ResnetBlock2D
 
 
 def makes_ahead(kind: Any) -> Any:

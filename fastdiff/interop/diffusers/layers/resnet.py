@@ -83,6 +83,10 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         out = with_shortcut(self.conv_shortcut, x, self.conv2, h, bias, skip)
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
+    def projections(self) -> list[list[Any]]:
+        """Those of the time embedding; see fastdiff/interop/together.py, and the networks, which lay them together."""
+        return [] if self.time_emb_proj is None else [[self.time_emb_proj]]
+
     def _takes_halves(self, x: Tensor, skip: Tensor) -> bool:
         """Whether x and further channels of it are read where they lie, by the norm and by the shortcut."""
         mapped = self.conv_shortcut is not None and maps_pixels(self.conv_shortcut) and adds_bias(self.conv2)
