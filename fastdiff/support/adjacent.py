@@ -7,6 +7,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.dlpack import from_dlpack
 
+from .plain import is_ordinary
+
 
 def adjacent(parts: Sequence[Tensor]) -> bool:
     """Whether tensors, of one shape but for the first size, follow each other in the same memory."""
@@ -38,8 +40,8 @@ def lay_together(parts: Sequence[Tensor]) -> None:
 
 
 def shares_storage(t: Tensor) -> bool:
-    """Whether its storage holds more than its elements."""
-    return t.untyped_storage().nbytes() != t.numel() * t.element_size()
+    """Whether its storage holds more than its elements; never that of a subclass, which may have none."""
+    return is_ordinary(t) and t.untyped_storage().nbytes() != t.numel() * t.element_size()
 
 
 def with_own_storage(t: Tensor) -> Tensor:
