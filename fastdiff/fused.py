@@ -101,21 +101,26 @@ def bias_for_norm(conv: Any, x: Tensor, add: Tensor | None = None) -> tuple[Tens
     return without_bias(conv, x), conv.bias if add is None else add + conv.bias
 
 
-def with_shortcut(shortcut: Any, x: Tensor, conv: Any, h: Tensor) -> Tensor:
+def with_shortcut(
+    shortcut: Any, x: Tensor, conv: Any, h: Tensor, biases: Tensor | None = None, skip: Tensor | None = None
+) -> Tensor:
     """shortcut(x) + conv(h), x itself for None.
 
     With channels last a 1x1 shortcut is a matrix product, which adds its bias in its pass; without a gradient, both.
+    biases: their sum, if it is known. skip: further channels of x, with such a shortcut; also channels last.
     """
     apart = shortcut is None or not channels_last(x) or (torch.is_grad_enabled() and not is_fused(x))
     if apart or not (maps_pixels(shortcut) and adds_bias(conv)):
         h = conv(h)
         return (x if shortcut is None else shortcut(x)) + h
-    weight, bias = shortcut.weight.flatten(1), shortcut.bias
     if torch.is_grad_enabled():
-        h = conv(h)
+        h, biases = conv(h), shortcut.bias
     else:
-        h, bias = without_bias(conv, h), bias + conv.bias
-    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2) + h
+        h, biases = without_bias(conv, h), shortcut.bias + conv.bias if biases is None else biases
+    weight = shortcut.weight.permute(0, 2, 3, 1).flatten(1)  # so that its gradient has strides of channels_last
+    weight, rest = (weight, weight) if skip is None else weight.tensor_split([x.shape[1]], dim=1)
+    mapped = F.linear(x.permute(0, 2, 3, 1), weight, biases).permute(0, 3, 1, 2)
+    return (mapped if skip is None else add_product(mapped, by_pixel(skip), rest)) + h
 
 
 def adds_bias(conv: nn.Module) -> bool:

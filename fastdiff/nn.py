@@ -32,7 +32,7 @@ from .fused import (
 )
 from .ops.group_norm import is_fused
 from .support import transforms
-from .support.adjacent import adjacent, joined, with_own_storage
+from .support.adjacent import joined, lay_together, with_own_storage
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, freq_shift: float = 0, flip_sin_to_cos: bool = True) -> Tensor:
@@ -254,10 +254,7 @@ class Attention(nn.Module):
         if len(alike) != 1 or not all(map(is_linear, layers)):
             return
         for name in ("weight", "bias"):
-            parts = [getattr(layer, name) for layer in layers]
-            if not adjacent(parts):
-                for part, new in zip(parts, torch.cat([p.data for p in parts]).chunk(3), strict=True):
-                    part.data = new
+            lay_together([getattr(layer, name) for layer in layers])
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         state = super().state_dict(*args, **options)

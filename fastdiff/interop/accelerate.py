@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from ..cast import channels_last_convolutions
+from ..support import walk
 from ..support.plain import has_plain_parameters
 from .replay import put_in, take_out
+from .together import arrange, separate
 
 # The components of a pipeline that it calls at every step.
 DENOISERS = ("unet", "transformer", "transformer_2")
@@ -45,13 +47,15 @@ def accelerate(
       (`ops.group_norm_silu`), which also adds the bias of the convolution before it. UNet2DModel, UNet2DConditionModel
       and AutoencoderKL are made of such blocks. Parameters, their names and hooks on the blocks stay.
     - Without a gradient, a 1x1 shortcut on a map that is channels last becomes a matrix product. It adds both last
-      biases.
+      biases. One product projects the time embedding for all blocks of a U-Net or ControlNetModel, and one operation
+      sums their biases. An UpBlock2D or CrossAttnUpBlock2D has its blocks read a map and its skip where they lie.
     - A Transformer2DModel keeps maps that are channels last as they are. Its 1x1 convolutions become matrix products.
     - In a BasicTransformerBlock with plain norms, each sum before a norm becomes one operation with that norm
       (`ops.add_layer_norm`). The gate of its GEGLU becomes another (`ops.gated_gelu`). With a gradient, and where there
       are no kernels, stock's forward runs.
-    - Attention with stock's AttnProcessor2_0 is computed without its division by 1. The processor stays. Another one is
-      called, whenever it is set.
+    - Attention with stock's AttnProcessor2_0 is computed without its division by 1. Without a gradient, projections of
+      one input are one product while their weights lie side by side (`channels_last`). The processor stays. Another one
+      is called, whenever it is set.
     - In blocks of Stable Diffusion 3, Flux, Qwen-Image, Wan, DiT and PixArt a norm with its scale and shift is one
       operation. It takes the gated sum before it too, if there is one. Rotary embedding becomes `ops.rotate` in
       attention of Flux, Qwen-Image and Wan with stock's processor. AdaLayerNormZero and others of its kind, and
@@ -85,8 +89,9 @@ def accelerate(
             the memory of a call. Needs a network on CUDA in eval mode, without gradients.
         compile: compile the network with torch.compile, with the fused operations inside. Compiling takes minutes for
             a large network. With `graph` the compiled code is captured.
-        channels_last: lay out the weights of 2d convolutions channels last. None does so for networks on CUDA in eval
-            mode: an optimizer may keep its state in the layout of the weights.
+        channels_last: lay out the weights of 2d convolutions channels last, and those of projections of one input side
+            by side. None does so for networks on CUDA in eval mode: an optimizer may keep its state in the layout of
+            the weights.
 
     Returns: a list of the dotted names of what was replaced; that of a replayed or compiled forward is "unet.forward".
         Its attribute `left` says by name what was left as it is and why: a scheduler without a fused one, a block with
@@ -106,6 +111,8 @@ def accelerate(
         if reason:
             done.left[name] = reason
         elif reason is None and type(part) in _kinds():
+            if any(part is network for network in networks.values()):
+                part.__module__ = type(part).__module__  # as of this library a pipeline made of it is saved
             part.__class__ = _kinds()[type(part)]
             done.append(name)
     for name, scheduler, holders in _schedulers(target):
@@ -126,6 +133,9 @@ def accelerate(
         if on_gpu if channels_last is None else channels_last:
             changed = vars(network).setdefault(LAID_OUT, [])
             changed += channels_last_convolutions(network)
+            for part in walk.modules(network):
+                for layers in _projections(part):
+                    arrange(layers)
     if graph or compile:
         called = {name: network for name, network in networks.items() if name in ("", *DENOISERS)}
         if not called:
@@ -150,6 +160,8 @@ def restore(target: Any) -> list[str]:
     for name, part, _ in _parts(target):
         for stock, fused in _kinds().items():
             if type(part) is fused:
+                for layers in _projections(part):
+                    separate(layers)
                 _put_back(part, stock, fused)
                 done.append(name)
     for name, network in _networks(target).items():
@@ -264,9 +276,17 @@ def _kinds() -> dict[Any, Any]:
     return {kind.__base__: kind for kind in importlib.import_module(".diffusers.layers", __package__).LAYERS}
 
 
+def _projections(part: Any) -> list[list[nn.Module]]:
+    """Lists of layers of a fused part that take one input; see together.py."""
+    named = type(part) in _kinds().values() and hasattr(part, "projections")
+    found: list[list[nn.Module]] = part.projections() if named else []
+    return found
+
+
 def _put_back(part: Any, stock: Any, fused: Any) -> None:
     """Give a module its stock class, also within a wrapper of its forward, which keeps the one that it found."""
     part.__class__ = stock
+    vars(part).pop("__module__", None)
     for attribute in ("forward", "_old_forward"):
         if getattr(vars(part).get(attribute), "__func__", None) is fused.forward:
             setattr(part, attribute, MethodType(stock.forward, part))

@@ -7,25 +7,41 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.dlpack import from_dlpack
 
+from .plain import is_ordinary
+
 
 def adjacent(parts: Sequence[Tensor]) -> bool:
-    """Whether tensors of one shape follow each other in the same memory."""
+    """Whether tensors, of one shape but for the first size, follow each other in the same memory."""
     first = parts[0]
-    memory = first.untyped_storage()._cdata
-    return all(
-        p.untyped_storage()._cdata == memory
-        and p.storage_offset() == first.storage_offset() + i * first.numel()
-        and p.is_contiguous()
-        for i, p in enumerate(parts)
-    )
+    memory, start, rest = first.untyped_storage()._cdata, first.storage_offset(), first.shape[1:]
+    for p in parts:
+        if p.untyped_storage()._cdata != memory or p.storage_offset() != start or p.shape[1:] != rest:
+            return False
+        if not p.is_contiguous():
+            return False
+        start += p.numel()
+    return True
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Equal tensors as one; where they lie if they are adjacent, else copied."""
+    """torch.cat(parts); where they lie if they are adjacent, else copied."""
     if torch.compiler.is_compiling() or not adjacent(parts):
         return torch.cat(list(parts))
     first = parts[0].detach()
-    return first.as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride())
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+def lay_together(parts: Sequence[Tensor]) -> None:
+    """Put the values of parameters one behind the other in memory."""
+    if not adjacent(parts):
+        together = torch.cat([part.data for part in parts]).split([len(part) for part in parts])
+        for part, new in zip(parts, together, strict=True):
+            part.data = new
+
+
+def shares_storage(t: Tensor) -> bool:
+    """Whether its storage holds more than its elements; never that of a subclass, which may have none."""
+    return is_ordinary(t) and t.untyped_storage().nbytes() != t.numel() * t.element_size()
 
 
 def with_own_storage(t: Tensor) -> Tensor:

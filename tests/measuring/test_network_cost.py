@@ -131,6 +131,8 @@ def test_an_accelerated_network_launches_less():
     assert ours.megabytes_per_image < theirs.megabytes_per_image
     assert ours.by_operator["group_norm_silu"] == 2 * 8 + 4 + 1
     assert not ours.by_operator.keys() & {"native_group_norm", "clone"}
+    # SiLU of the embedding within, for all blocks, and before the last convolution.
+    assert (ours.by_operator["silu"], ours.by_operator["_foreach_add"]) == (3, 1)
     assert theirs.by_operator["div"] - ours.by_operator["div"] == 8 + 2 * 4
     assert (ours.by_operator["gated_gelu"], ours.by_operator["add_layer_norm"]) == (4, 2 * 4)
     assert ours.by_operator["native_layer_norm"] == 4 and "gelu" not in ours.by_operator

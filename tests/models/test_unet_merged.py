@@ -70,6 +70,7 @@ def test_gradients_of_merged_layers(changes, norm, monkeypatch):
     for (name, got), want in zip(net.named_parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-9, msg=name)
         assert not name.endswith("to_k.bias") or not got.grad.any()
+        assert not name.endswith("conv_shortcut.weight") or got.grad.stride() == got.stride()  # as DDP wants them
     blocks = sum(isinstance(module, ResnetBlock) for module in net.modules())
     # Of the last of each block, the first and last of all, and those that change sizes; not of shortcuts.
     assert norm == "reference" or seen.biased == blocks + 2 + 2

@@ -12,11 +12,14 @@ from typing import Any
 from .. import VERSION
 from .attention import GEGLU, Attention, BasicTransformerBlock
 from .group_norm import GroupNorm
+from .networks import NETWORKS
 from .resnet import ResnetBlock2D
 from .transformer import Transformer2DModel
+from .up_block import CrossAttnUpBlock2D, UpBlock2D
 
 # All of them, for `accelerate`: that of resnet blocks first.
 LAYERS: list[Any] = [ResnetBlock2D, Transformer2DModel, GroupNorm, BasicTransformerBlock, Attention, GEGLU]  # from 0.30
+LAYERS += [*NETWORKS, UpBlock2D, CrossAttnUpBlock2D]
 
 if VERSION >= (0, 32):
     from .ada_norm import (

@@ -12,7 +12,9 @@ from .... import ops
 from ....ops.checks import runs_kernel
 from ....ops.layer_norm import is_fused as norm_is_fused
 from ....support.plain import as_defined, is_ordinary, is_plain
+from ...together import product, saved_apart
 from .ada_block import fuses_block, is_modulated, modulated_block
+from .ahead import ahead_of, keys_and_values
 from .modulated import known_to_hooks, wrapped
 
 STOCK_BLOCK = as_defined(attention.BasicTransformerBlock, "forward")
@@ -62,6 +64,7 @@ class GEGLU(activations.GEGLU):
         return hidden * self.gelu(gates)
 
 
+@saved_apart
 class Attention(attention_processor.Attention):
     """diffusers' attention with the same parameters. `accelerate` turns one into it by its class.
 
@@ -92,10 +95,7 @@ class Attention(attention_processor.Attention):
         if attention_mask is not None:
             mask = self.prepare_attention_mask(attention_mask, length, batch)
             attention_mask = mask.view(batch, self.heads, -1, mask.shape[-1])
-        query = self.to_q(hidden_states)
-        if encoder_hidden_states is not None and self.norm_cross:
-            text = self.norm_encoder_hidden_states(text)
-        key, value = self.to_k(text), self.to_v(text)
+        query, key, value = self._maps(hidden_states, encoder_hidden_states)
         size = key.shape[-1] // self.heads
         query, key, value = (t.view(batch, -1, self.heads, size).transpose(1, 2) for t in (query, key, value))
         query = query if self.norm_q is None else self.norm_q(query)
@@ -106,6 +106,24 @@ class Attention(attention_processor.Attention):
         out = out.transpose(1, 2).reshape(batch, -1, self.heads * size).to(query.dtype)
         projection, dropout = self.to_out
         return dropout(projection(out))
+
+    def projections(self) -> list[list[Any]]:
+        """Lists of layers that take one input; see fastdiff/interop/together.py."""
+        layers = [self.to_k, self.to_v] if self.is_cross_attention else [self.to_q, self.to_k, self.to_v]
+        return [[layer for layer in layers if layer is not None]]
+
+    def _maps(self, x: Tensor, text: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries of x, and keys and values of a text, or of x without one."""
+        if text is None and (maps := product((self.to_q, self.to_k, self.to_v), x)) is not None:
+            return maps
+        query = self.to_q(x)
+        if text is None:
+            text = x
+        elif self.norm_cross:
+            text = self.norm_encoder_hidden_states(text)
+        elif (made := ahead_of(self, text, keys_and_values)) is not None:
+            return query, *made
+        return query, *(product((self.to_k, self.to_v), text) or (self.to_k(text), self.to_v(text)))
 
     def _runs_stock_processor(self) -> bool:
         kind = attention_processor.AttnProcessor2_0

@@ -2,16 +2,29 @@
 
 from typing import Any
 
+import torch
 from diffusers.models import resnet
 from torch import Tensor, nn
 
-from ....fused import bias_for_norm, norm_silu, with_shortcut
+from ....fused import (
+    adds_bias,
+    bias_for_norm,
+    channels_last,
+    maps_pixels,
+    norm_silu,
+    with_shortcut,
+    without_bias,
+)
+from ....ops.group_norm import is_fused
 from ....support.plain import as_defined, is_plain
+from ...together import saved_apart
+from .ahead import ahead_of, rows_and_biases
 from .modulated import wrapped
 
 STOCK_FORWARD = as_defined(resnet.ResnetBlock2D, "forward")
 
 
+@saved_apart
 class ResnetBlock2D(resnet.ResnetBlock2D):
     """diffusers' block with the same parameters and arithmetic. `accelerate` turns a block into one by its class.
 
@@ -38,26 +51,47 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
                 return "its norm has hooks or parameters of another kind"
         return None
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, input_tensor: Tensor, temb: Tensor | None, *args: Any, skip: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """skip: further channels of the input."""
         # Another class: `restore` has changed it since, but somebody holds this method.
-        if not isinstance(self, ResnetBlock2D) or not self._fuses(input_tensor, temb):
+        fuses = isinstance(self, ResnetBlock2D) and self._fuses(input_tensor, temb)
+        if skip is not None and not (fuses and self._takes_halves(input_tensor, skip)):
+            input_tensor, skip = torch.cat([input_tensor, skip], dim=1), None
+        if not fuses:
             return resnet.ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
-        x, h = input_tensor, norm_silu(self.norm1, input_tensor)
+        x, h = input_tensor, norm_silu(self.norm1, input_tensor, skip=skip)
         resample = self.upsample or self.downsample
         if resample is not None:
             x, h = resample(x), resample(h)
-        scale = shift = add = None
-        if temb is not None:
+        scale = shift = add = bias = None
+        if (ahead := ahead_of(self, temb, rows_and_biases)) is not None:
+            add, bias = ahead
+        elif temb is not None:
             add = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         if add is not None and self.time_embedding_norm == "scale_shift":
             scale, shift = add.expand(len(h), -1).chunk(2, dim=1)
             add = None
-        h, add = bias_for_norm(self.conv1, h, add)
+        if ahead is None or add is None:
+            h, add = bias_for_norm(self.conv1, h, add)
+        else:
+            h = without_bias(self.conv1, h)  # the bias is in add
         h = self.dropout(norm_silu(self.norm2, h, scale, shift, add))
         if self.conv_shortcut is not None and self.training:
             x = x.contiguous()  # as stock: else the strides of DDP's gradients differ
-        out = with_shortcut(self.conv_shortcut, x, self.conv2, h)
+        out = with_shortcut(self.conv_shortcut, x, self.conv2, h, bias, skip)
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
+
+    def projections(self) -> list[list[Any]]:
+        """Those of the time embedding; see fastdiff/interop/together.py, and the networks, which lay them together."""
+        return [] if self.time_emb_proj is None else [[self.time_emb_proj]]
+
+    def _takes_halves(self, x: Tensor, skip: Tensor) -> bool:
+        """Whether x and further channels of it are read where they lie, by the norm and by the shortcut."""
+        mapped = self.conv_shortcut is not None and maps_pixels(self.conv_shortcut) and adds_bias(self.conv2)
+        bare = self.upsample is self.downsample is None and not torch.is_grad_enabled()
+        return mapped and bare and x.dtype == skip.dtype and channels_last(x, skip) and is_fused(x)
 
     def _fuses(self, x: Tensor, temb: Tensor | None) -> bool:
         """Whether the layers that are not called, and stock's forward, are as diffusers made them, and stock takes the
