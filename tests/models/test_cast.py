@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 
 from fastdiff import DDPM, NCSN, ScoreSDE, UNet
 from fastdiff.cast import TYPES
+from fastdiff.nn import TimeEmbedding
 
 SHAPE = (2, 3, 8, 8)
 CASTS = pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -157,3 +158,15 @@ def test_other_types_are_refused():
     with pytest.raises(ValueError, match=r"expected no steps, .*dtype, graph or grad_steps"):
         model.sample(2, sampler="ode", dtype=torch.bfloat16)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5), lambda layer: nn.Sequential(layer)],
+    ids=["pruned", "wrapped"],
+)
+def test_times_are_embedded_in_the_type_of_the_parameters(change):
+    """Not in that of an attribute `weight`, which pruning keeps in the type of before, and a wrapper has not."""
+    embedding = TimeEmbedding(lambda t: t[:, None] / 10, 1, 4)
+    embedding.linear_1 = change(embedding.linear_1)
+    assert embedding.double()(torch.tensor([1.0, 2.0])).dtype == torch.float64
