@@ -58,10 +58,11 @@ def stand_ins() -> bool:
 
 
 def fake_mode() -> Any:
-    """The FakeTensorMode that is active around this call, if one is; a compilation has its own."""
+    """The FakeTensorMode that takes fake tensors alone, if one is active. That of a trace makes constants of others."""
     if torch.compiler.is_compiling() or not _len_torch_dispatch_stack():
         return None
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    mode: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return None if mode is None or mode.allow_non_fake_inputs else mode
 
 
 def with_values() -> AbstractContextManager[None]:
@@ -70,7 +71,7 @@ def with_values() -> AbstractContextManager[None]:
 
 
 def admitted(numbers: Tensor) -> Tensor:
-    """Numbers of levels for data: an active FakeTensorMode takes fake tensors alone."""
+    """Numbers of levels for data: fake ones where a mode takes no others."""
     mode = fake_mode()
     return mode.from_tensor(numbers) if mode is not None and type(numbers) is Tensor else numbers
 

@@ -227,5 +227,16 @@ def test_fake_tensors_have_the_shapes_and_the_cost_of_others(name):
 
 def test_an_adaptive_solver_looks_at_no_fake_tensor():
     pytest.importorskip("torchdiffeq")
-    with FakeTensorMode(), pytest.raises(ValueError, match="expected numbers to look at, got fake tensors"):
+    with FakeTensorMode(), pytest.raises(ValueError, match="expected numbers to look at, got fakes or a trace"):
         FlowMatching(Net()).sample(SHAPE, sampler="ode")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_trace_of_a_walk_has_the_numbers_of_its_levels(mode):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = DDPM(Net(), "cosine", 12, "v")
+    call = lambda x: model.sample(SHAPE, steps=2, x_T=x, sampler="ddim") + model.predict_x0(x, 3)  # noqa: E731
+    traced = make_fx(call, tracing_mode=mode, _allow_non_fake_inputs=True)(X.float())
+    torch.testing.assert_close(traced(Z.float()), call(Z.float()))
