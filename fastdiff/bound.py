@@ -74,7 +74,10 @@ def prior_kl(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
     Returns: (B,) float32, or float64 for float64 data. No model changes it.
     """
     second_moment = flat(x0.to(work_dtype(x0))).square().mean(1)
-    return schedule.prior_kl(0.0) + 0.5 * schedule.alpha_bar[-1].item() / schedule.prior_std() ** 2 * second_moment
+    with transforms.with_values():
+        without_data = schedule.prior_kl(0.0)
+        by_moment = 0.5 * schedule.alpha_bar[-1].item() / schedule.prior_std() ** 2
+    return without_data + by_moment * second_moment
 
 
 @dataclass(frozen=True)
@@ -121,15 +124,18 @@ def evaluate(
     if x0.numel() == 0:
         raise ValueError(f"x0: expected at least one image, got shape {tuple(x0.shape)}")
     x0 = x0.detach().to(denoiser.device_for(x0), denoiser.dtype)
-    grid, levels = decreasing(denoiser.process, steps)
-    if levels[-1] != 0:
-        raise ValueError(f"steps: expected levels that end at 0 (data), got {levels.tolist()}")
-    times = grid.times(levels)[:-1]
-    made = denoiser.process.discretize(times.flip(0).double())
-    n, dtype = len(times), work_dtype(x0.dtype)
-    rows = vlb_rows(made, denoiser.objective, denoiser.variance).to(x0.device, dtype)
-    noising = torch.stack((made.alpha, made.sigma), 1).to(x0.device, dtype)
-    condition = denoiser.condition(times).to(x0.device)
+    with transforms.with_values():
+        grid, levels = decreasing(denoiser.process, steps)
+        if levels[-1] != 0:
+            raise ValueError(f"steps: expected levels that end at 0 (data), got {levels.tolist()}")
+        times = grid.times(levels)[:-1]
+        made = denoiser.process.discretize(times.flip(0).double())
+        n, dtype = len(times), work_dtype(x0.dtype)
+        rows = vlb_rows(made, denoiser.objective, denoiser.variance)
+        noising = torch.stack((made.alpha, made.sigma), 1)
+        condition = denoiser.condition(times)
+    rows, noising = (transforms.admitted(v).to(x0.device, dtype) for v in (rows, noising))
+    condition = transforms.admitted(condition).to(x0.device)
     seed = as_seed(seed, x0.device)
     terms = x0.new_empty(len(x0), n)
     eval_mode = denoiser.evaluating()

@@ -173,7 +173,7 @@ class ChainDiffusion(Diffusion):
                 made: Tensor = getattr(self._tables, name)  # an input of the graph, and no constant in it
                 return made
             return self._build(kind, name, device)
-        return self._make(kind, name, device)
+        return transforms.admitted(self._make(kind, name, device))
 
     def _make(self, kind: str, name: str, device: torch.device) -> Tensor:
         """The table, made unless it is there, and kept unless it has a gradient, as learned weights of a loss have."""

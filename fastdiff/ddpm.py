@@ -26,7 +26,7 @@ from .reference import work_dtype
 from .sampling import Run, StepOptions, Steps
 from .schedule import NoiseSchedule, make_schedule
 from .steps import Sampler, StepTable, ancestral, make_steps
-from .support import run_file
+from .support import run_file, transforms
 from .support.scalars import integer
 from .support.sharded import as_forward
 from .unet import UNet
@@ -310,7 +310,8 @@ class DDPM(ChainDiffusion):
         z = torch.lerp(first, second, mix) / (mix**2 + (1 - mix) ** 2).sqrt()
         x = self.q_sample(torch.lerp(x0.to(z.dtype), x1.to(z.dtype), mix), level, noise=z).detach()
         model_kwargs = merged(model_kwargs)
-        table = with_own_estimates(self.step_table("ddpm", range(level, -1, -1)), self, model_kwargs)
+        with transforms.with_values():
+            table = with_own_estimates(self.step_table("ddpm", range(level, -1, -1)), self, model_kwargs)
         options = StepOptions.of(table, self.clip)
         run = Run(self, table, x, options, seed, model_kwargs=model_kwargs, compiled=self._compiled_step)
         return as_forward(self, sampling.walk)(Steps(run))

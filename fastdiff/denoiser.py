@@ -295,7 +295,8 @@ class Denoiser(nn.Module):
 
     def prior_std(self) -> float:
         """Standard deviation of the draw that sampling starts from, at `process.last`."""
-        return self.process.at(torch.tensor([self.process.last], dtype=torch.float64, device="cpu")).prior_std()
+        with transforms.with_values():
+            return self.process.at(torch.tensor([self.process.last], dtype=torch.float64, device="cpu")).prior_std()
 
     # --- where it lives ---------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ from .ops.overlap import check_memory
 from .process import Grid, Process
 from .sampling import Noise, Run, StepOptions, Steps, steps_of
 from .steps import Sampler, StepTable, check_learned, ddim_inversion, decreasing, make_steps
+from .support import transforms
 from .support.run_file import RunFile
 from .support.scalars import as_number
 from .support.settable import settable
@@ -277,16 +278,20 @@ class Diffusion(Denoiser, ABC):
             x = self._start(shape, seed_of(seed, generator, device), ids, x_T, self.prior_std(), out)
             return x.copy_(ode.sample(self, x, kwargs))
         # The table.
-        table = self.step_table(sampler, edit.steps(self.process, sampler, steps, stop_at), eta)
-        denoiser, table = self.cast(dtype), edit.table(table, self.process)
+        with transforms.with_values():
+            table = self.step_table(sampler, edit.steps(self.process, sampler, steps, stop_at), eta)
+            table = edit.table(table, self.process)
+        denoiser = self.cast(dtype)
         check_gradients(grad_steps, table, callback, return_trajectory, out, dtype, known, graph or None)
         denoiser = beside(denoiser, uncond, dtype)
         captured = not grad_steps and is_captured(graph, denoiser, kwargs, shape[0], self._compiled_step is not None)
         check_noise(noise, len(table), shape)
-        table = with_guidance(table, guidance, guidance_rule, self.process, self.objective)
-        if estimates := wants_estimate(callback):
-            table = with_estimates(table, self.process, self.objective)
-        table = table if grad_steps else with_own_estimates(table, denoiser, kwargs)
+        estimates = wants_estimate(callback)
+        with transforms.with_values():
+            table = with_guidance(table, guidance, guidance_rule, self.process, self.objective)
+            if estimates:
+                table = with_estimates(table, self.process, self.objective)
+            table = table if grad_steps else with_own_estimates(table, denoiser, kwargs)
         # The start.
         seed = seed_of(seed, generator, device)
         x = self._start(shape, seed, ids, x_T, table.start, out)
@@ -321,9 +326,11 @@ class Diffusion(Denoiser, ABC):
         """
         model_kwargs = merged(model_kwargs)
         check_floating("x0", x0)
-        schedule, levels = decreasing(self.process, steps)
-        levels = levels.flip(0)
-        table = ddim_inversion(schedule, levels if self._starts_at_data else levels[levels > 0], self.objective)
+        with transforms.with_values():
+            schedule, levels = decreasing(self.process, steps)
+            levels = levels.flip(0)
+            table = ddim_inversion(schedule, levels if self._starts_at_data else levels[levels > 0], self.objective)
+            table = with_own_estimates(table, self, model_kwargs)
         device = self.device_for(x0, out)
         if out is not None:
             check_state(out, tuple(x0.shape), self.dtype, device)
@@ -331,7 +338,6 @@ class Diffusion(Denoiser, ABC):
         x = x0.detach().to(device, self.dtype, copy=True) if out is None else out.copy_(x0.detach())
         if not self._starts_at_data:
             x.mul_(self.process.first_scale)
-        table = with_own_estimates(table, self, model_kwargs)
         options = StepOptions.of(table, clip=None)
         run = Run(self, table, x, options, model_kwargs=model_kwargs, compiled=self._compiled_step)
         return as_forward(self, sampling.walk)(Steps(run), progress=progress)

@@ -82,7 +82,9 @@ class Edit:
         if self.x_init is None:
             return callback
         x_init = self.x_init.detach().to(x.device, x.dtype)
-        x.add_(x_init, alpha=noise_levels(process, table.levels[:1])[0, 0].item())
+        with transforms.with_values():
+            alpha = noise_levels(process, table.levels[:1])[0, 0].item()
+        x.add_(x_init, alpha=alpha)
         if self.known is None:
             return callback
         return keeping(process, table, x_init, self.known, seed, sample_ids, callback)
@@ -132,7 +134,9 @@ def keeping(
 
     Its noise is that of ops.FORWARD in step k, apart from the sampler's.
     """
-    rows = noise_levels(process, table.levels[1:]).to(seed.device, work_dtype(x_init.dtype))
+    with transforms.with_values():
+        rows = noise_levels(process, table.levels[1:])
+    rows = transforms.admitted(rows).to(seed.device, work_dtype(x_init.dtype))
     mask = as_mask(known.to(x_init.device), x_init, "known").to(x_init.dtype)
 
     def restore(k: int, level: float, x: Tensor, *more: Any) -> Any:

@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .ops.dispatch import forced
@@ -324,6 +325,8 @@ def what_forbids_here(device: torch.device) -> str | None:
         return "an NVIDIA GPU, got one of ROCm, on which no capture was ever tried"
     if torch.compiler.is_compiling() or capturing():
         return "a call that is not compiled or captured as a part of something else"
+    if _len_torch_dispatch_stack():
+        return "no mode of PyTorch's dispatcher, such as FlopCounterMode, which sees nothing of a replay"
     if torch.is_autocast_enabled(device.type):
         return "no autocast, whose copies of the weights do not outlive it; use dtype"
     return None

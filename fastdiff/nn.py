@@ -81,8 +81,10 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         if t.dim() > 1:
             raise ValueError(f"t: expected shape (N,) or (), got {tuple(t.shape)}")
-        t, weight = t.reshape(-1), getattr(self.linear_1, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():  # not nn.Linear's
+        t = t.reshape(-1)
+        # A parameter: `linear_1` may be wrapped, and after pruning its `weight` keeps the type that it was made in.
+        weight = next((p for p in self.linear_1.parameters() if p.is_floating_point()), None)
+        if weight is None:  # quantized
             h = self._proj[0](t)
         else:  # an offloaded weight is on the meta device until the layer is called
             h = self._proj[0](t if weight.is_meta else t.to(weight.device)).to(weight.dtype)

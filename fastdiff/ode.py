@@ -106,6 +106,8 @@ def check(process: Process, device: torch.device) -> None:
     need("torchdiffeq", "ode")
     if device.type == "meta":
         raise ValueError("device: the ODE's solver expected numbers to look at, got the meta device")
+    if transforms.stand_ins():
+        raise ValueError("sampler, log_likelihood: the ODE's solver expected numbers to look at, got fakes or a trace")
     if transforms.active():
         raise ValueError("sampler, log_likelihood: the ODE's solver expected no torch.func transform or dual level")
     if not process.straight and not math.isfinite(process.sigma_range()[1]):

@@ -201,8 +201,8 @@ class Chain(Process):
         return float((-self.schedule.log_snr / 2).exp()[self._last_with_signal()])
 
     def _last_with_signal(self) -> int:
-        made = self.schedule
-        return made.timesteps - int(bool(made.log_alpha[-1] == -math.inf))
+        with transforms.with_values():
+            return self.schedule.timesteps - int(bool(self.schedule.log_alpha[-1] == -math.inf))
 
     # A trace asks once: it cannot look at a value. torch.compiler.assume_constant_result would import the compiler.
     _last_with_signal._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -213,7 +213,7 @@ class Chain(Process):
         seen = transforms.visible(times)
         if seen is not None and not bool(((seen >= lowest) & (seen <= self.last)).all()):
             raise ValueError(f"times: expected them from {lowest} to {self.last:g}, got {seen.tolist()}")
-        log_alpha, sigma = made.log_alpha.to(times.device), made.sigma.to(times.device)
+        log_alpha, sigma = (transforms.admitted(v).to(times.device) for v in (made.log_alpha, made.sigma))
         upper = times.ceil().long().clamp(min=lowest + 1).clamp(max=made.timesteps)
         share = times - (upper - 1)
 
@@ -237,13 +237,12 @@ class Chain(Process):
 
     def time_of(self, ratio: Tensor) -> Tensor:
         made = self.schedule
-        if made.vp:  # log alpha = -log(1 + ratio^2) / 2, and time is linear in it
-            wanted, known = torch.log1p(ratio**2) / 2, -made.log_alpha.to(ratio.device)
-        else:
-            wanted, known = ratio.log(), -made.log_snr[1:].to(ratio.device) / 2
+        with transforms.with_values():  # log alpha = -log(1 + ratio^2) / 2, and time is linear in it
+            known = -made.log_alpha if made.vp else -made.log_snr[1:] / 2
+        wanted = torch.log1p(ratio**2) / 2 if made.vp else ratio.log()
         # No level without signal has a ratio, and none between it and the one before.
         last = self._last_with_signal()
-        known = known[: last + made.vp]
+        known = transforms.admitted(known).to(ratio.device)[: last + made.vp]
         if last == 0:
             raise ValueError("sigma: expected a schedule with signal at one level at least, got one of noise alone")
         # Both ends may have come from sigma_range with a rounding.

@@ -113,8 +113,9 @@ class Run:
     @functools.cached_property
     def own_estimate_rows(self) -> Tensor | None:
         """The rows of estimates.own_estimate_rows, on the state's device."""
-        rows = own_estimate_rows(self.denoiser, self.table, self.model_kwargs)
-        return None if rows is None else rows.to(self.x.device, work_dtype(self.x.dtype))
+        with transforms.with_values():
+            rows = own_estimate_rows(self.denoiser, self.table, self.model_kwargs)
+        return None if rows is None else numbers_for(self.x, rows)
 
 
 class Steps:
@@ -123,7 +124,7 @@ class Steps:
     def __init__(self, run: Run) -> None:
         self.run, self.x = run, run.x
         n, device = len(run.table), run.x.device
-        self.rows = run.table.rows.to(device, work_dtype(run.x.dtype))
+        self.rows = numbers_for(run.x, run.table.rows)
         self.index = torch.arange(n, device=device)[:, None]
         self.hist = no_history(run)
         self.memory = torch.zeros_like(run.x) if remembers(run.options.rule) else None
@@ -232,6 +233,8 @@ def walk(
     if path is not None:
         path[0] = run.x
     eval_mode = run.denoiser.evaluating()
+    with transforms.with_values():
+        levels = run.table.levels.tolist()
     with transforms.without_gradients():
         with eval_mode:
             steps.start()
@@ -240,7 +243,7 @@ def walk(
                 steps.take(k)
                 if callback is not None:
                     more = (estimate(steps, k),) if run.estimates else ()
-                    replace_state(steps.x, callback(k, run.table.levels[k + 1].item(), steps.x, *more))
+                    replace_state(steps.x, callback(k, levels[k + 1], steps.x, *more))
             if path is not None:
                 path[k + 1] = steps.x
         x = steps.finish()
@@ -254,7 +257,8 @@ def estimate(steps: Walker, k: int) -> Tensor | None:
         return None
     if table.slots == 1:
         return hist
-    slot = int(history_columns(table.rows[k]).slot)
+    with transforms.with_values():
+        slot = int(history_columns(table.rows[k]).slot)
     return hist[slot] if 0 <= slot < table.slots else None
 
 
@@ -277,9 +281,16 @@ def no_history(run: Run) -> Tensor | None:
     return torch.zeros_like(x if slots == 1 else x[None].expand(slots, *x.shape))
 
 
+def numbers_for(x: Tensor, numbers: Tensor) -> Tensor:
+    """Numbers of levels where the state is, in the type that it is computed in."""
+    return transforms.admitted(numbers).to(x.device, work_dtype(x.dtype))
+
+
 def conditions(run: Run) -> Tensor:
     """(n, B): what the model sees of the time at every step; (n, 2 B) if it is asked for both branches."""
-    condition = run.denoiser.condition(run.table.levels[:-1]).to(run.x.device)
+    with transforms.with_values():
+        condition = run.denoiser.condition(run.table.levels[:-1])
+    condition = transforms.admitted(condition).to(run.x.device)
     return condition[:, None].expand(-1, len(run.x) * (2 if run.options.guided else 1)).contiguous()
 
 

@@ -146,7 +146,8 @@ def accelerate(
                 done.append(forward)
     if done.left:
         reasons = "; ".join(f"{reason} ({n})" for reason, n in Counter(done.left.values()).items())
-        warnings.warn(f"accelerate left {len(done.left)} parts as they are: {reasons}", stacklevel=2)
+        parts = "1 part as it is" if len(done.left) == 1 else f"{len(done.left)} parts as they are"
+        warnings.warn(f"accelerate left {parts}: {reasons}", stacklevel=2)
     return done
 
 

@@ -5,13 +5,15 @@ PyTorch operations have all rules.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def active() -> bool:
@@ -53,6 +55,25 @@ def stand_ins() -> bool:
         return False
     keys = torch._C._TorchDispatchModeKey.__members__.values()
     return any(torch._C._get_dispatch_mode(key) is not None for key in keys)
+
+
+def fake_mode() -> Any:
+    """The FakeTensorMode that takes fake tensors alone, if one is active. That of a trace makes constants of others."""
+    if torch.compiler.is_compiling() or not _len_torch_dispatch_stack():
+        return None
+    mode: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return None if mode is None or mode.allow_non_fake_inputs else mode
+
+
+def with_values() -> AbstractContextManager[None]:
+    """A block for the numbers of levels: they have values also where a mode's tensors stand for others."""
+    return _disable_current_modes() if not torch.compiler.is_compiling() and stand_ins() else nullcontext()
+
+
+def admitted(numbers: Tensor) -> Tensor:
+    """Numbers of levels for data: fake ones where a mode takes no others."""
+    mode = fake_mode()
+    return mode.from_tensor(numbers) if mode is not None and type(numbers) is Tensor else numbers
 
 
 def bare(index: Tensor | None) -> Tensor | None:

@@ -75,8 +75,11 @@ def _pair(result: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _inception(device: torch.device) -> Features:
-    fid = need("torchmetrics.image.fid", "eval")
-    need("torch_fidelity", "eval")
+    try:
+        fid = need("torchmetrics.image.fid", "eval")
+        need("torch_fidelity", "eval")
+    except ImportError as error:
+        raise ImportError(f"{error}; --features pixels does without it") from error
     network = fid.NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).to(device).eval()
 
     def features(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -447,7 +447,7 @@ def test_every_scheduler_of_a_pipeline_is_replaced():
     """Or named in `left`; what was one object, here and in a pipeline within, stays one."""
     shared, left = diffusers.DDPMScheduler(), diffusers.UnCLIPScheduler()
     pipeline = Cascade(diffusers.EulerDiscreteScheduler(), shared, left, shared)
-    with pytest.warns(UserWarning, match="accelerate left 1 parts as they are: UnCLIPScheduler has no fused"):
+    with pytest.warns(UserWarning, match="accelerate left 1 part as it is: UnCLIPScheduler has no fused"):
         done = fastdiff.accelerate(pipeline)
     assert done == ["scheduler", "low_res_scheduler"]
     assert done.left == {"prior_scheduler": "UnCLIPScheduler has no fused scheduler"}

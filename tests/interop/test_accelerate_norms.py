@@ -158,7 +158,7 @@ def test_attention_with_a_processor_of_the_user_is_left(launches):
     net = attention()
     net.set_processor(Mine())
     want = output(net)
-    with pytest.warns(UserWarning, match="accelerate left 1 parts"):
+    with pytest.warns(UserWarning, match="accelerate left 1 part as it is"):
         done = fastdiff.accelerate(net)
     assert done == [] and done.left == {"group_norm": "its attention has a processor of its own, Mine"}
     assert torch.equal(output(net), want) and not launches

@@ -157,7 +157,7 @@ def test_a_block_that_is_patched_or_wrapped(kernels, monkeypatch):
     monkeypatch.setattr(kind, "forward", lambda self, *args, **kw: tuple(2 * t for t in original(self, *args, **kw)))
     torch.testing.assert_close(output(fused, given), output(stock, given), rtol=1e-4, atol=1e-5)
     stock.single_transformer_blocks[0].forward = functools.partial(original, stock.single_transformer_blocks[0])
-    with pytest.warns(UserWarning, match="accelerate left 1 parts"):
+    with pytest.warns(UserWarning, match="accelerate left 1 part as it is"):
         done = fastdiff.accelerate(stock)
     assert done.left == {"single_transformer_blocks.0": "its forward is wrapped, as offloading does"}
 

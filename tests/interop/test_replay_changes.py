@@ -217,11 +217,11 @@ def test_arguments_of_other_kinds_run_as_they_are(taped):
 
 def test_on_a_cpu_nothing_is_captured():
     net, plain = made(unet), made(unet)
-    with pytest.warns(UserWarning, match="accelerate left 1 parts"):
+    with pytest.warns(UserWarning, match="accelerate left 1 part as it is"):
         done = fastdiff.accelerate(net, graph=True)
     fastdiff.accelerate(plain)
     assert done.left == {"forward": "a graph needs a model on CUDA, got one on cpu"} and "forward" in done
-    with pytest.warns(UserWarning, match="accelerate left 1 parts"):
+    with pytest.warns(UserWarning, match="accelerate left 1 part as it is"):
         again = fastdiff.accelerate(net, graph=True)
     assert again == [] and again.left == done.left
     with torch.no_grad(), fastdiff.backend("reference"):

@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 
 from fastdiff import DDPM, NCSN, ScoreSDE, UNet
 from fastdiff.cast import TYPES, weights_cast
+from fastdiff.nn import TimeEmbedding
 
 SHAPE = (2, 3, 8, 8)
 CASTS = pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -194,3 +195,15 @@ def test_a_weight_of_two_layers_is_cast_once():
     net.second.bias.requires_grad_(False)
     with weights_cast(net, torch.bfloat16):
         assert net.second.bias.dtype == torch.float32  # one without a gradient
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5), lambda layer: nn.Sequential(layer)],
+    ids=["pruned", "wrapped"],
+)
+def test_times_are_embedded_in_the_type_of_the_parameters(change):
+    """Not in that of an attribute `weight`, which pruning keeps in the type of before, and a wrapper has not."""
+    embedding = TimeEmbedding(lambda t: t[:, None] / 10, 1, 4)
+    embedding.linear_1 = change(embedding.linear_1)
+    assert embedding.double()(torch.tensor([1.0, 2.0])).dtype == torch.float64

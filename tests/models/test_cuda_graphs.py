@@ -10,6 +10,7 @@ import pytest
 import torch
 from tape import Tape
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff.graphs import (
     WAIT,
@@ -226,6 +227,8 @@ def test_one_thread_at_a_time_captures():
 
 
 def test_what_forbids_a_capture_here(monkeypatch):
+    with FlopCounterMode(display=False):
+        assert "sees nothing of a replay" in str(what_forbids_here(CUDA))
     monkeypatch.setattr("fastdiff.graphs.capturing", lambda: True)
     assert "captured as a part of something else" in str(what_forbids_here(CUDA))
     monkeypatch.setattr(torch.version, "hip", "7.0")

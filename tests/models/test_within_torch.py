@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff import DDPM, NCSN, Edm, FlowMatching
 from fastdiff.flow import optimal_coupling
@@ -187,3 +189,54 @@ def test_traces_without_a_compiler(loss):
     t = torch.tensor([5, 9])
     torch.testing.assert_close(traced(Z.float(), t), call(Z.float(), t))
     assert len([n for n in traced.graph.nodes if "log" in str(n.target)]) == 0
+
+
+FAKE: dict[str, Callable[[], Any]] = {
+    "chain": lambda: DDPM(Net(), "cosine", 12, "v", importance=True),
+    "ladder": lambda: NCSN(Net()),
+    "flow": lambda: FlowMatching(Net()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAKE)
+def test_fake_tensors_have_the_shapes_and_the_cost_of_others(name):
+    """Numbers of levels keep their values where weights and data have none."""
+
+    def shapes(x: Tensor) -> Any:
+        model, labels, levels = FAKE[name](), torch.tensor([1, 2]), []
+        given = {"class_labels": labels, "guidance": 2.0, "uncond": {"class_labels": labels}}
+        seen = lambda k, level, x, x0: levels.append(level)  # noqa: E731
+        results = [
+            model.sample(x.shape, steps=2, x_init=x, known=x.abs() < 1, callback=seen, **given),
+            model.sample(x.shape, steps=2, sampler="heun", return_trajectory=True),
+            model.predict_x0(x, 1.0 if name == "flow" else 3),
+            model(x, reduction="none"),
+        ]
+        results[-1].sum().backward()
+        return [r.shape for r in results], levels
+
+    x = X.float()
+    with FlopCounterMode(display=False) as real:
+        want = shapes(x)
+    with FakeTensorMode() as mode, FlopCounterMode(display=False) as fake:
+        got = shapes(mode.from_tensor(x))
+    assert got == want
+    assert fake.get_total_flops() == real.get_total_flops()
+
+
+def test_an_adaptive_solver_looks_at_no_fake_tensor():
+    pytest.importorskip("torchdiffeq")
+    with FakeTensorMode(), pytest.raises(ValueError, match="expected numbers to look at, got fakes or a trace"):
+        FlowMatching(Net()).sample(SHAPE, sampler="ode")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_trace_of_a_walk_has_the_numbers_of_its_levels(mode):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = DDPM(Net(), "cosine", 12, "v")
+    call = lambda x: model.sample(SHAPE, steps=2, x_T=x, sampler="ddim") + model.predict_x0(x, 3)  # noqa: E731
+    traced = make_fx(call, tracing_mode=mode, _allow_non_fake_inputs=True)(X.float())
+    torch.testing.assert_close(traced(Z.float()), call(Z.float()))

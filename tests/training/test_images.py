@@ -11,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from fastdiff.training import data
-from fastdiff.training.data.decode import listed
+from fastdiff.training.data.decode import decoded, listed
 
 RAMP = np.linspace(0, 1, 16)[None].repeat(16, 0)
 EIGHT = (RAMP * 255).round().astype(np.uint8)
@@ -121,6 +121,8 @@ def test_a_transparent_shade_of_16_bits_is_white(tmp_path):
     png.write_bytes(whole[:at] + chunk + whole[at:])
     pixels = read(tmp_path, gray=True)
     assert (pixels[0, 0, :, :8] == 255).all() and (pixels[0, 0, :, 8:].numpy() == EIGHT[:, 8:]).all()
+    alpha = decoded(png, (16, 16), 2)[1]  # data with alpha keeps it
+    assert (alpha[:, :8] == 0).all() and (alpha[:, 8:] == 255).all()
 
 
 @pytest.mark.parametrize(

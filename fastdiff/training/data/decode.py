@@ -82,10 +82,8 @@ def decoded(source: str | Path | bytes | Any, size: tuple[int, int], channels: i
             upright = ops.exif_transpose(image)
     else:
         upright = ops.exif_transpose(source)
-    mode = MODES[channels]
-    if channels in (1, 3) or upright.mode in DEEP:  # convert() would cut deep modes off at 255
-        upright = eight_bits(upright)
-    fitted = ops.fit(upright.convert(mode), size[::-1], image_module.Resampling.LANCZOS)
+    upright = eight_bits(upright) if channels in (1, 3) else shallow(upright)
+    fitted = ops.fit(upright.convert(MODES[channels]), size[::-1], image_module.Resampling.LANCZOS)
     return np.ascontiguousarray(np.array(fitted).reshape(*size, channels).transpose(2, 0, 1))
 
 
@@ -103,12 +101,20 @@ def eight_bits(image: Any) -> Any:
 
     Raises: ValueError for I or F with values outside their range, or in I with none above 255, which may be 8 bits.
     """
-    image_module = need("PIL.Image")
+    image_module, image = need("PIL.Image"), shallow(image)
+    if not image.has_transparency_data:
+        return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    colours = image.convert("RGBA")
+    return image_module.alpha_composite(image_module.new("RGBA", colours.size, "white"), colours).convert("RGB")
+
+
+def shallow(image: Any) -> Any:
+    """A PIL image as it is, or of 8 bits, "L" or "LA", for one of more: convert() would cut those off at 255.
+
+    Raises: as `eight_bits`.
+    """
     if image.mode not in DEEP:
-        if not image.has_transparency_data:
-            return image.convert("L" if image.mode in ("1", "L") else "RGB")
-        colours = image.convert("RGBA")
-        return image_module.alpha_composite(image_module.new("RGBA", colours.size, "white"), colours).convert("RGB")
+        return image
     values, white = np.asarray(image), DEEP[image.mode]
     low, high = values.min(), values.max()
     if not 0 <= low <= high <= white:
@@ -116,5 +122,7 @@ def eight_bits(image: Any) -> Any:
     if image.mode == "I" and 0 < high <= 255:
         raise ValueError(f"mode I: expected 16 bits, got values of at most {high}, which may be 8 bits")
     clear = image.info.get("transparency")
-    shades = np.where(values == clear, white, values) if isinstance(clear, int) else values
-    return image_module.fromarray((shades.astype(np.float64) * (255 / white)).round().astype(np.uint8))
+    made = need("PIL.Image").fromarray((values.astype(np.float64) * (255 / white)).round().astype(np.uint8))
+    if isinstance(clear, int):
+        made.putalpha(need("PIL.Image").fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return made
