@@ -1,0 +1,337 @@
+"""Example calls of every operation. What times or watches all operations takes its calls from here.
+
+The name of a call begins with that of its operation. After a comma it says what is special. In float64 an operation
+runs the reference, so each call has its oracle.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff import ops
+from fastdiff.rows import WIDTH
+
+from .eager import Eager
+
+ROWS = 6  # of a table
+EPS = 1e-5
+Shape = tuple[int, ...]
+
+
+class Source:
+    """What the operands of a call are made of; the same again for the same arguments.
+
+    Args:
+        shape: (B, ...), of the data.
+        lay: what is done to data last: another memory layout, or other values.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        lay: Callable[[Tensor], Tensor] = lambda x: x,
+        salt: int = 0,
+    ) -> None:
+        self.shape, self.dtype, self.device, self.lay = shape, dtype, device, lay
+        self.random = torch.Generator(device).manual_seed(salt)
+        self.t = torch.randint(1, ROWS, shape[:1], generator=self.random, device=device)
+        self.step, self.seed = self.t[:1].clone(), torch.full((1,), salt, device=device)
+
+    def row(self, *shape: int) -> Tensor:
+        """Normal values, contiguous."""
+        return torch.randn(shape, generator=self.random, device=self.device).to(self.dtype)
+
+    def data(self, *shape: int) -> Tensor:
+        """The same in the layout of data; without arguments, of its shape."""
+        return self.lay(self.row(*shape or self.shape))
+
+    def table(self, columns: int, rows: int = ROWS) -> Tensor:
+        """(rows, columns) in [0, 1); float32, or float64 for float64 data."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return torch.rand(rows, columns, generator=self.random, device=self.device).to(wide)
+
+
+@dataclass(frozen=True)
+class Call:
+    """op(**operands).
+
+    eager: the same in eager PyTorch, for calls that are timed.
+    by: the operands with a gradient.
+    launches: of Triton's kernels; backward: with those of the gradients, None if these have no kernel.
+    """
+
+    op: Callable[..., Any]
+    operands: dict[str, Any]
+    eager: Callable[..., Any] | None
+    by: Sequence[str]
+    launches: int
+    backward: int | None
+
+    def __call__(self, **other: Any) -> Any:
+        return self.op(**self.operands | other)
+
+    def to(self, dtype: torch.dtype) -> "Call":
+        """The call with floating operands of another type."""
+        operands = {
+            name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in self.operands.items()
+        }
+        return replace(self, operands=operands)
+
+    def bound(self, function: Callable[..., Any]) -> Callable[[], Any]:
+        """A call of the operation or its twin, with as many operands by position as it takes."""
+        given = inspect.signature(function).bind(**self.operands)
+        return functools.partial(function, *given.args, **given.kwargs)
+
+    def with_gradients(self, function: Callable[..., Any]) -> Callable[[], tuple[Tensor, ...]]:
+        """A call of the operation or its twin that gives (the last result, its gradients)."""
+        leaves = {name: self.operands[name].detach().clone().requires_grad_() for name in self.by}
+        run = replace(self, operands=self.operands | leaves).bound(function)
+        incoming: list[Tensor] = []
+
+        def call() -> tuple[Tensor, ...]:
+            value = last(run())
+            if value.ndim and not incoming:  # exact in every type, and in the layout of the result
+                numbers = torch.arange(value.numel(), device=value.device) % 5 + 1
+                incoming.append(torch.empty_like(value).copy_(numbers.view(value.shape)))
+            return value.detach(), *torch.autograd.grad(value, list(leaves.values()), *incoming)
+
+        return call
+
+
+def last(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return result[-1] if isinstance(result, tuple) else result
+
+
+def call(
+    op: Callable[..., Any],
+    eager: Callable[..., Any] | None = None,
+    by: Sequence[str] = (),
+    launches: int = 1,
+    backward: int | None = None,
+    **operands: Any,
+) -> Call:
+    return Call(op, operands, eager, by, launches, backward)
+
+
+# --- noise, steps and losses ------------------------------------------------------------------------------------
+
+
+def normal(s: Source, **more: Any) -> Call:
+    def eager(shape: Shape, seed: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    operands = {"shape": s.shape, "seed": s.seed, "dtype": s.dtype, "device": s.device}
+    return call(ops.normal, None if more else eager, **operands, **more)
+
+
+def noising(s: Source) -> Call:
+    model = Eager(ROWS, torch.device(s.device))
+    operands = {"x0": s.data(), "t": s.t, "table": s.table(2), "seed": s.seed}
+    return call(ops.noising, lambda x0, t, table, seed: model.q_sample(x0, t), by=["x0"], **operands)
+
+
+def noising_given(s: Source) -> Call:
+    noise, out = s.data(), s.data()
+    return call(ops.noising, by=["noise"], x0=s.data(), t=s.t, table=s.table(2), noise=noise, out=out)
+
+
+def update(s: Source, by: str = "x", **more: Any) -> Call:
+    row = Eager(ROWS, torch.device(s.device)).rows["ddpm"][1]
+
+    def eager(x: Tensor, pred: Tensor, rows: Tensor, step: Tensor, seed: Tensor, clip: float) -> Tensor:
+        a, b, c, d, f = row.unbind()
+        return c * (a * x + b * pred).clamp(-clip, clip) + d * x + f * torch.randn_like(x)
+
+    operands = {"x": s.data(), "pred": s.data(), "rows": s.table(WIDTH), "step": s.step}
+    return call(ops.update, None if more else eager, [by], **operands, **(more or {"seed": s.seed}), clip=0.6)
+
+
+def combine(s: Source, **more: Any) -> Call:
+    row = Eager(ROWS, torch.device(s.device)).rows["ddpm"][1]
+
+    def eager(x: Tensor, y: Tensor, rows: Tensor, index: Tensor, clip: float) -> Tensor:
+        a, b, c, d, _ = row.unbind()
+        return c * (a * x + b * y).clamp(-clip, clip) + d * x
+
+    operands = {"x": s.data(), "y": s.data(), "rows": s.table(WIDTH), "index": s.step}
+    return call(ops.combine, None if more else eager, ["y"], **operands, **more, clip=0.6)
+
+
+def loss(s: Source) -> Call:
+    noise = s.data()
+
+    def eager(pred: Tensor, t: Tensor, table: Tensor, seed: Tensor) -> Tensor:
+        return F.mse_loss(pred.float(), noise.float())
+
+    operands = {"pred": s.data(), "t": s.t, "table": s.table(3), "seed": s.seed}
+    return call(ops.loss, eager, ["pred"], 2, 3, **operands)
+
+
+def loss_of_x0(s: Source, by: str = "pred", **more: Any) -> Call:
+    operands = {"pred": s.data(), "x0": s.data(), "t": s.t, "table": s.table(3)}
+    return call(ops.loss, None, [by], 2, 3, **operands, **more)
+
+
+def vlb_rows(s: Source, decoder: bool = False) -> Tensor:
+    """The logarithms of the variances, and whether a level is that of the decoder, have a meaning."""
+    rows = s.table(6)
+    rows[:, 3], rows[:, 4], rows[:, 5] = -2.0, -1.0, decoder
+    return rows
+
+
+def vlb(s: Source, decoder: bool = False, **more: Any) -> Call:
+    operands = {"pred": s.data(), "x_t": s.data(), "x0": s.data(), "t": s.t, "rows": vlb_rows(s, decoder)}
+    by = ["raw_variance"] if "raw_variance" in more else ["pred"]
+    return call(ops.vlb, None, by, 2, 3, **operands, **more)
+
+
+def vlb_learned(s: Source) -> Call:
+    """All samples are of one level, whose numbers eager PyTorch knows."""
+    rows, t = vlb_rows(s), s.step.repeat(s.shape[0])
+    a, b, w, low, high, _ = rows[int(s.step)].tolist()
+
+    def eager(
+        pred: Tensor, raw_variance: Tensor, x_t: Tensor, x0: Tensor, t: Tensor, rows: Tensor, reduction: str
+    ) -> Tensor:
+        error = x0.float() - (a * x_t.float() + b * pred.float())
+        delta = low + (raw_variance.float() + 1) / 2 * (high - low)
+        return 0.5 * (delta + torch.expm1(-delta) + w * error.square() * torch.exp(-delta)).mean()
+
+    operands = {"pred": s.data(), "raw_variance": s.data(), "x_t": s.data(), "x0": s.data(), "t": t, "rows": rows}
+    return call(ops.vlb, eager, ["pred", "raw_variance"], 2, 4, **operands, reduction="mean")
+
+
+# --- sums, gates and norms --------------------------------------------------------------------------------------
+
+
+def inner(s: Source) -> Call:
+    def eager(a: Tensor, b: Tensor, guidance: Tensor, centred: bool) -> Tensor:
+        a, b = a.float().flatten(1), b.float().flatten(1)
+        a, p = (v - v.mean(1, keepdim=True) for v in (a, b + guidance * (a - b)))
+        return torch.stack([(a * a).sum(1), (a * p).sum(1), (p * p).sum(1)], 1)
+
+    guidance = 4 * s.table(1, 1)[0]
+    return call(ops.inner, eager, ["a"], 2, a=s.data(), b=s.data(), guidance=guidance, centred=True)
+
+
+def gated_gelu(s: Source) -> Call:
+    def eager(x: Tensor) -> Tensor:
+        hidden, gate = x.chunk(2, -1)
+        return hidden * F.gelu(gate)
+
+    return call(ops.gated_gelu, eager, ["x"], x=s.data(*s.shape[:-1], 2 * s.shape[-1]))
+
+
+def rotate(s: Source, step: int = 1) -> Call:
+    """step: of the columns of the tables; 2 has one number for each pair."""
+
+    def eager(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = F.rms_norm(x, weight.shape, weight, eps)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return (x.float() * cos[:, None] + torch.stack([-b, a], -1).flatten(3).float() * sin[:, None]).to(x.dtype)
+
+    # (B, N, H, D) of any shape.
+    batch, *tokens, heads, pairs = (s.shape[0], *(1,) * (4 - len(s.shape)), *s.shape[1:])
+    x = s.data(batch, math.prod(tokens), heads, 2 * pairs)
+    cos, sin = (s.table(2 * pairs, x.shape[1])[:, ::step] for _ in range(2))
+    more: dict[str, Any] = {} if step > 1 else {"weight": s.row(2 * pairs), "eps": EPS}
+    return call(ops.rotate, eager if more else None, ["x"], x=x, cos=cos, sin=sin, **more)
+
+
+def group_norm_silu(s: Source, *names: str) -> Call:
+    """names: of the rows that are given."""
+
+    def eager(
+        x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
+        scale: Tensor | None = None, shift: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        y = F.group_norm(x, num_groups, weight, bias, eps)
+        if scale is not None and shift is not None:
+            y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        return F.silu(y)
+
+    batch, channels, *_ = shape = (*s.shape, 1)[: max(2, len(s.shape))]
+    operands = {"x": s.data(*shape), "weight": s.row(channels), "bias": s.row(channels)}
+    operands |= {name: s.row(batch, channels) for name in names}
+    groups = max(1, math.gcd(channels, 16) // 2)
+    twin = None if "add" in names else eager
+    return call(ops.group_norm_silu, twin, [*operands], 1, 3, num_groups=groups, eps=EPS, **operands)
+
+
+def spread(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows (B, C) over x (B, ..., C)."""
+    return rows.view(len(rows), *[1] * (x.ndim - 2), -1)
+
+
+def layer_norm(s: Source, *names: str) -> Call:
+    """names: of the rows that are given, for each sample or for all."""
+
+    def eager(
+        x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
+        scale: Tensor | None = None, shift: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        y = F.layer_norm(x, x.shape[-1:], weight, bias)
+        return y if scale is None or shift is None else y * (1 + spread(scale, x)) + spread(shift, x)
+
+    batch, *_, channels = shape = (*s.shape, 1)[: max(2, len(s.shape))]
+    sizes = {"weight": [channels], "bias": [channels]}
+    operands = {name: s.row(*sizes.get(name, [batch, channels])) for name in names}
+    return call(ops.layer_norm, eager, [*operands], x=s.data(*shape), **operands)
+
+
+def add_layer_norm(s: Source) -> Call:
+    def eager(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + spread(gate, x) * y
+        return total, F.layer_norm(total, x.shape[-1:]) * (1 + spread(scale, x)) + spread(shift, x)
+
+    batch, *_, channels = shape = (*s.shape, 1)[: max(2, len(s.shape))]
+    gate, scale, shift = s.row(batch, 3 * channels).chunk(3, 1)
+    x, y = s.data(*shape), s.data(*shape)
+    return call(ops.add_layer_norm, eager, ["y", "gate", "scale"], x=x, y=y, gate=gate, scale=scale, shift=shift)
+
+
+CALLS: dict[str, Callable[[Source], Call]] = {
+    "normal": normal,
+    "normal, out": lambda s: call(ops.normal, shape=s.shape, seed=s.seed, out=s.data()),
+    "normal, step": lambda s: normal(s, step=s.t, sample_ids=10 + s.t),
+    "noising": noising,
+    "noising, given": noising_given,
+    "update": update,
+    "update, learned": lambda s: update(
+        s, "raw_variance", seed=s.seed, sample_ids=10 + s.t, uncond=s.data(), raw_variance=s.data()
+    ),
+    "update, in place": lambda s: update(s, seed=s.seed, inplace=True),
+    "update, kept": lambda s: update(s, noisy=False, hist=s.data(), keep="x", inplace=True),
+    "combine": combine,
+    "combine, noise": lambda s: combine(s, z=s.data()),
+    "loss": loss,
+    "loss, x0": lambda s: loss_of_x0(s, seed=s.seed, sample_ids=10 + s.t),
+    "loss, each": lambda s: loss_of_x0(s, seed=s.seed, reduction="none"),
+    "loss, huber": lambda s: loss_of_x0(s, "x0", noise=s.data(), kind="huber", delta=0.3, reduction="none"),
+    "loss, l1": lambda s: loss_of_x0(s, "noise", noise=s.data(), kind="l1"),
+    "vlb": lambda s: vlb(s, reduction="mean"),
+    "vlb, learned": vlb_learned,
+    "vlb, each": lambda s: vlb(s, raw_variance=s.data(), clip=1.0),
+    "vlb, decoder": lambda s: vlb(s, True, clip=5.0),
+    "inner": inner,
+    "inner, plain": lambda s: call(ops.inner, None, ["a"], 2, a=s.data(), b=s.data()),
+    "gated_gelu": gated_gelu,
+    "rotate": rotate,
+    "rotate, pairs": lambda s: rotate(s, 2),
+    "group_norm_silu": group_norm_silu,
+    "group_norm_silu, scale and shift": lambda s: group_norm_silu(s, "scale", "shift"),
+    "group_norm_silu, add": lambda s: group_norm_silu(s, "scale", "shift", "add"),
+    "layer_norm": lambda s: layer_norm(s, "weight", "bias"),
+    "layer_norm, scale and shift": lambda s: layer_norm(s, "scale", "shift"),
+    "add_layer_norm": add_layer_norm,
+}
