@@ -335,3 +335,58 @@ CALLS: dict[str, Callable[[Source], Call]] = {
     "layer_norm, scale and shift": lambda s: layer_norm(s, "scale", "shift"),
     "add_layer_norm": add_layer_norm,
 }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A call that is timed for as many elements as images have.
+
+    shape: that of its data, as networks have it, by that of the images.
+    tensors: the fewest that have to be read or written, with those of the gradients.
+    roundings: how many times as far as one from float64 its results may be.
+    """
+
+    call: str
+    shape: Callable[[Shape], Shape]
+    tensors: int
+    roundings: int = 1
+
+
+def rows_of_1024(shape: Shape) -> Shape:
+    width = math.gcd(math.prod(shape), 1024)
+    return math.prod(shape) // width, width
+
+
+def maps_of_a_network(shape: Shape) -> Shape:
+    """48 channels of images, in 8 groups."""
+    batch, channels, height, width = shape
+    if height % 4 or width % 4:
+        raise ValueError(f"shape: expected height and width in multiples of 4, got {shape}")
+    return batch, 16 * channels, height // 4, width // 4
+
+
+def tokens_of_3072(shape: Shape) -> Shape:
+    """As those of Flux, or of fewer channels."""
+    channels = math.gcd(math.prod(shape[1:]), 3072)
+    return shape[0], math.prod(shape[1:]) // channels, channels
+
+
+def heads_of_128(shape: Shape) -> Shape:
+    """24 in each token, as those of Flux, or fewer: (B, N, H, pairs)."""
+    size = math.prod(shape[1:])
+    depth = math.gcd(size, 128)
+    heads = math.gcd(size // depth, 24)
+    return shape[0], size // (heads * depth), heads, depth // 2
+
+
+# By the name of a row. The tensors: pred, raw, x_t, x_0 and two gradients; a and b; hidden, gate and their product;
+# x, y and dy, x, dx; x, y, their sum and its norm; x and its norm, rotated.
+MEASURED = {
+    "bound_forward_backward": Measured("vlb, learned", lambda shape: shape, 6),
+    "inner_products": Measured("inner", lambda shape: shape, 2),
+    "gated_gelu": Measured("gated_gelu", rows_of_1024, 3),
+    # The slope of SiLU adds a rounding, and the gradients by weight and bias are sums of them.
+    "group_norm_silu": Measured("group_norm_silu", maps_of_a_network, 5, 4),
+    "layer_norm": Measured("add_layer_norm", tokens_of_3072, 4, 4),
+    "rotate": Measured("rotate", heads_of_128, 2),
+}
