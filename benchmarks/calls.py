@@ -232,11 +232,11 @@ def gated_gelu(s: Source) -> Call:
     return call(ops.gated_gelu, eager, ["x"], x=s.data(*s.shape[:-1], 2 * s.shape[-1]))
 
 
-def rotate(s: Source, step: int = 1) -> Call:
+def rotate(s: Source, step: int = 1, norm: bool = False) -> Call:
     """step: of the columns of the tables; 2 has one number for each pair."""
 
-    def eager(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x = F.rms_norm(x, weight.shape, weight, eps)
+    def eager(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, eps: float = EPS) -> Tensor:
+        x = x if weight is None else F.rms_norm(x, weight.shape, weight, eps)
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         return (x.float() * cos[:, None] + torch.stack([-b, a], -1).flatten(3).float() * sin[:, None]).to(x.dtype)
 
@@ -244,8 +244,8 @@ def rotate(s: Source, step: int = 1) -> Call:
     batch, *tokens, heads, pairs = (s.shape[0], *(1,) * (4 - len(s.shape)), *s.shape[1:])
     x = s.data(batch, math.prod(tokens), heads, 2 * pairs)
     cos, sin = (s.table(2 * pairs, x.shape[1])[:, ::step] for _ in range(2))
-    more: dict[str, Any] = {} if step > 1 else {"weight": s.row(2 * pairs), "eps": EPS}
-    return call(ops.rotate, eager if more else None, ["x"], x=x, cos=cos, sin=sin, **more)
+    more: dict[str, Any] = {"weight": s.row(2 * pairs), "eps": EPS} if norm else {}
+    return call(ops.rotate, eager if step == 1 else None, ["x"], x=x, cos=cos, sin=sin, **more)
 
 
 def group_norm_silu(s: Source, *names: str) -> Call:
@@ -328,6 +328,7 @@ CALLS: dict[str, Callable[[Source], Call]] = {
     "gated_gelu": gated_gelu,
     "rotate": rotate,
     "rotate, pairs": lambda s: rotate(s, 2),
+    "rotate, norm": lambda s: rotate(s, norm=True),
     "group_norm_silu": group_norm_silu,
     "group_norm_silu, scale and shift": lambda s: group_norm_silu(s, "scale", "shift"),
     "group_norm_silu, add": lambda s: group_norm_silu(s, "scale", "shift", "add"),
@@ -388,5 +389,5 @@ MEASURED = {
     # The slope of SiLU adds a rounding, and the gradients by weight and bias are sums of them.
     "group_norm_silu": Measured("group_norm_silu", maps_of_a_network, 5, 4),
     "layer_norm": Measured("add_layer_norm", tokens_of_3072, 4, 4),
-    "rotate": Measured("rotate", heads_of_128, 2),
+    "rotate": Measured("rotate, norm", heads_of_128, 2),
 }
