@@ -45,6 +45,7 @@ class Source:
         self.random = torch.Generator(device).manual_seed(salt)
         self.t = torch.randint(1, ROWS, shape[:1], generator=self.random, device=device)
         self.step, self.seed = self.t[:1].clone(), torch.full((1,), salt, device=device)
+        self.ids = torch.arange(10, 10 + shape[0], device=device)
 
     def row(self, *shape: int) -> Tensor:
         """Normal values, contiguous."""
@@ -94,7 +95,7 @@ class Call:
 
     def with_gradients(self, function: Callable[..., Any]) -> Callable[[], tuple[Tensor, ...]]:
         """A call of the operation or its twin that gives (the last result, its gradients)."""
-        leaves = {name: self.operands[name].detach().clone().requires_grad_() for name in self.by}
+        leaves = {name: self.operands[name].detach().requires_grad_() for name in self.by}
         run = replace(self, operands=self.operands | leaves).bound(function)
         incoming: list[Tensor] = []
 
@@ -145,7 +146,7 @@ def noising_given(s: Source) -> Call:
     return call(ops.noising, by=["noise"], x0=s.data(), t=s.t, table=s.table(2), noise=noise, out=out)
 
 
-def update(s: Source, by: str = "x", **more: Any) -> Call:
+def update(s: Source, *by: str, **more: Any) -> Call:
     row = Eager(ROWS, torch.device(s.device)).rows["ddpm"][1]
 
     def eager(x: Tensor, pred: Tensor, rows: Tensor, step: Tensor, seed: Tensor, clip: float) -> Tensor:
@@ -153,7 +154,7 @@ def update(s: Source, by: str = "x", **more: Any) -> Call:
         return c * (a * x + b * pred).clamp(-clip, clip) + d * x + f * torch.randn_like(x)
 
     operands = {"x": s.data(), "pred": s.data(), "rows": s.table(WIDTH), "step": s.step}
-    return call(ops.update, None if more else eager, [by], **operands, **(more or {"seed": s.seed}), clip=0.6)
+    return call(ops.update, None if more else eager, by, **operands, **(more or {"seed": s.seed}), clip=0.6)
 
 
 def combine(s: Source, **more: Any) -> Call:
@@ -164,7 +165,7 @@ def combine(s: Source, **more: Any) -> Call:
         return c * (a * x + b * y).clamp(-clip, clip) + d * x
 
     operands = {"x": s.data(), "y": s.data(), "rows": s.table(WIDTH), "index": s.step}
-    return call(ops.combine, None if more else eager, ["y"], **operands, **more, clip=0.6)
+    return call(ops.combine, None if more else eager, ["y"] * bool(more), **operands, **more, clip=0.6)
 
 
 def loss(s: Source) -> Call:
@@ -245,7 +246,7 @@ def rotate(s: Source, step: int = 1, norm: bool = False) -> Call:
     x = s.data(batch, math.prod(tokens), heads, 2 * pairs)
     cos, sin = (s.table(2 * pairs, x.shape[1])[:, ::step] for _ in range(2))
     more: dict[str, Any] = {"weight": s.row(2 * pairs), "eps": EPS} if norm else {}
-    return call(ops.rotate, eager if step == 1 else None, ["x"], x=x, cos=cos, sin=sin, **more)
+    return call(ops.rotate, eager if step == 1 else None, ["x"] * norm, x=x, cos=cos, sin=sin, **more)
 
 
 def group_norm_silu(s: Source, *names: str) -> Call:
@@ -286,7 +287,7 @@ def layer_norm(s: Source, *names: str) -> Call:
     batch, *_, channels = shape = (*s.shape, 1)[: max(2, len(s.shape))]
     sizes = {"weight": [channels], "bias": [channels]}
     operands = {name: s.row(*sizes.get(name, [batch, channels])) for name in names}
-    return call(ops.layer_norm, eager, [*operands], x=s.data(*shape), **operands)
+    return call(ops.layer_norm, eager, ["x"] * ("scale" in names), x=s.data(*shape), **operands)
 
 
 def add_layer_norm(s: Source) -> Call:
@@ -303,19 +304,19 @@ def add_layer_norm(s: Source) -> Call:
 CALLS: dict[str, Callable[[Source], Call]] = {
     "normal": normal,
     "normal, out": lambda s: call(ops.normal, shape=s.shape, seed=s.seed, out=s.data()),
-    "normal, step": lambda s: normal(s, step=s.t, sample_ids=10 + s.t),
+    "normal, step": lambda s: normal(s, step=s.t, sample_ids=s.ids),
     "noising": noising,
     "noising, given": noising_given,
-    "update": update,
+    "update": lambda s: update(s, "x"),
     "update, learned": lambda s: update(
-        s, "raw_variance", seed=s.seed, sample_ids=10 + s.t, uncond=s.data(), raw_variance=s.data()
+        s, "raw_variance", seed=s.seed, sample_ids=s.ids, uncond=s.data(), raw_variance=s.data()
     ),
     "update, in place": lambda s: update(s, seed=s.seed, inplace=True),
     "update, kept": lambda s: update(s, noisy=False, hist=s.data(), keep="x", inplace=True),
     "combine": combine,
     "combine, noise": lambda s: combine(s, z=s.data()),
     "loss": loss,
-    "loss, x0": lambda s: loss_of_x0(s, seed=s.seed, sample_ids=10 + s.t),
+    "loss, x0": lambda s: loss_of_x0(s, seed=s.seed, sample_ids=s.ids),
     "loss, each": lambda s: loss_of_x0(s, seed=s.seed, reduction="none"),
     "loss, huber": lambda s: loss_of_x0(s, "x0", noise=s.data(), kind="huber", delta=0.3, reduction="none"),
     "loss, l1": lambda s: loss_of_x0(s, "noise", noise=s.data(), kind="l1"),
@@ -324,7 +325,7 @@ CALLS: dict[str, Callable[[Source], Call]] = {
     "vlb, each": lambda s: vlb(s, raw_variance=s.data(), clip=1.0),
     "vlb, decoder": lambda s: vlb(s, True, clip=5.0),
     "inner": inner,
-    "inner, plain": lambda s: call(ops.inner, None, ["a"], 2, a=s.data(), b=s.data()),
+    "inner, plain": lambda s: call(ops.inner, launches=2, a=s.data(), b=s.data()),
     "gated_gelu": gated_gelu,
     "rotate": rotate,
     "rotate, pairs": lambda s: rotate(s, 2),
