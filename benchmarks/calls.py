@@ -67,7 +67,8 @@ class Call:
 
     eager: the same in eager PyTorch, for calls that are timed.
     by: the operands with a gradient.
-    launches: of Triton's kernels; backward: with those of the gradients, None if these have no kernel.
+    backward: whether the gradients have kernels of their own.
+    launches: of Triton's kernels in `whole`.
     """
 
     op: Callable[..., Any]
@@ -75,7 +76,7 @@ class Call:
     eager: Callable[..., Any] | None
     by: Sequence[str]
     launches: int
-    backward: int | None
+    backward: bool
 
     def __call__(self, **other: Any) -> Any:
         return self.op(**self.operands | other)
@@ -92,6 +93,10 @@ class Call:
         """A call of the operation or its twin, with as many operands by position as it takes."""
         given = inspect.signature(function).bind(**self.operands)
         return functools.partial(function, *given.args, **given.kwargs)
+
+    def whole(self, function: Callable[..., Any]) -> Callable[[], Any]:
+        """A call with gradients if these have kernels."""
+        return self.with_gradients(function) if self.backward else self.bound(function)
 
     def with_gradients(self, function: Callable[..., Any]) -> Callable[[], tuple[Tensor, ...]]:
         """A call of the operation or its twin that gives (the last result, its gradients)."""
@@ -118,7 +123,7 @@ def call(
     eager: Callable[..., Any] | None = None,
     by: Sequence[str] = (),
     launches: int = 1,
-    backward: int | None = None,
+    backward: bool = False,
     **operands: Any,
 ) -> Call:
     return Call(op, operands, eager, by, launches, backward)
@@ -135,10 +140,14 @@ def normal(s: Source, **more: Any) -> Call:
     return call(ops.normal, None if more else eager, **operands, **more)
 
 
-def noising(s: Source) -> Call:
+def noising(s: Source, **more: Any) -> Call:
     model = Eager(ROWS, torch.device(s.device))
+
+    def eager(x0: Tensor, t: Tensor, table: Tensor, seed: Tensor) -> Tensor:
+        return model.q_sample(x0, t)
+
     operands = {"x0": s.data(), "t": s.t, "table": s.table(2), "seed": s.seed}
-    return call(ops.noising, lambda x0, t, table, seed: model.q_sample(x0, t), by=["x0"], **operands)
+    return call(ops.noising, None if more else eager, ["x0"] * bool(more), **operands, **more)
 
 
 def noising_given(s: Source) -> Call:
@@ -175,12 +184,12 @@ def loss(s: Source) -> Call:
         return F.mse_loss(pred.float(), noise.float())
 
     operands = {"pred": s.data(), "t": s.t, "table": s.table(3), "seed": s.seed}
-    return call(ops.loss, eager, ["pred"], 2, 3, **operands)
+    return call(ops.loss, eager, ["pred"], 3, True, **operands)
 
 
 def loss_of_x0(s: Source, by: str = "pred", **more: Any) -> Call:
     operands = {"pred": s.data(), "x0": s.data(), "t": s.t, "table": s.table(3)}
-    return call(ops.loss, None, [by], 2, 3, **operands, **more)
+    return call(ops.loss, None, [by], 3, True, **operands, **more)
 
 
 def vlb_rows(s: Source, decoder: bool = False) -> Tensor:
@@ -193,7 +202,7 @@ def vlb_rows(s: Source, decoder: bool = False) -> Tensor:
 def vlb(s: Source, decoder: bool = False, **more: Any) -> Call:
     operands = {"pred": s.data(), "x_t": s.data(), "x0": s.data(), "t": s.t, "rows": vlb_rows(s, decoder)}
     by = ["raw_variance"] if "raw_variance" in more else ["pred"]
-    return call(ops.vlb, None, by, 2, 3, **operands, **more)
+    return call(ops.vlb, None, by, 3, True, **operands, **more)
 
 
 def vlb_learned(s: Source) -> Call:
@@ -209,7 +218,7 @@ def vlb_learned(s: Source) -> Call:
         return 0.5 * (delta + torch.expm1(-delta) + w * error.square() * torch.exp(-delta)).mean()
 
     operands = {"pred": s.data(), "raw_variance": s.data(), "x_t": s.data(), "x0": s.data(), "t": t, "rows": rows}
-    return call(ops.vlb, eager, ["pred", "raw_variance"], 2, 4, **operands, reduction="mean")
+    return call(ops.vlb, eager, ["pred", "raw_variance"], 4, True, **operands, reduction="mean")
 
 
 # --- sums, gates and norms --------------------------------------------------------------------------------------
@@ -266,7 +275,7 @@ def group_norm_silu(s: Source, *names: str) -> Call:
     operands |= {name: s.row(batch, channels) for name in names}
     groups = max(1, math.gcd(channels, 16) // 2)
     twin = None if "add" in names else eager
-    return call(ops.group_norm_silu, twin, [*operands], 1, 3, num_groups=groups, eps=EPS, **operands)
+    return call(ops.group_norm_silu, twin, [*operands], 3, True, num_groups=groups, eps=EPS, **operands)
 
 
 def spread(rows: Tensor, x: Tensor) -> Tensor:
@@ -306,6 +315,7 @@ CALLS: dict[str, Callable[[Source], Call]] = {
     "normal, out": lambda s: call(ops.normal, shape=s.shape, seed=s.seed, out=s.data()),
     "normal, step": lambda s: normal(s, step=s.t, sample_ids=s.ids),
     "noising": noising,
+    "noising, ids": lambda s: noising(s, sample_ids=s.ids),
     "noising, given": noising_given,
     "update": lambda s: update(s, "x"),
     "update, learned": lambda s: update(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff import ops, reference
 
-from .calls import CALLS, MEASURED, Call, Source
+from .calls import CALLS, MEASURED, Source
 from .workloads import BOUND, LOSS, SEED, Row, Rows, agree, few, inputs
 
 
@@ -77,17 +77,14 @@ def measured(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torc
     what = MEASURED[name]
     make, own = CALLS[what.call], what.shape(shape)
 
-    def run(call: Call, function: Callable[..., Any]) -> Callable[[], Any]:
-        return call.with_gradients(function) if call.backward else call.bound(function)
-
     def row(name_of_row: str, function: Callable[..., Any]) -> Row:
         def check() -> None:
             part = make(Source((len(few(torch.empty(own, device="meta"))), *own[1:]), dtype, device))
-            got, want = run(part, function)(), run(part.to(torch.float64), part.op)()
+            got, want = part.whole(function)(), part.to(torch.float64).whole(part.op)()
             got, want = ((t,) if isinstance(t, Tensor) else t for t in (got, want))
             agree(f"{name} {name_of_row}", got, want, what.roundings * max(BOUND[t.dtype] for t in got))
 
-        return Row(run(call, function), check)
+        return Row(call.whole(function), check)
 
     call = make(Source(own, dtype, device))
     assert call.eager is not None

@@ -28,8 +28,7 @@ def launch(operation: str, device: torch.device) -> None:
     makers = [make for name, make in CALLS.items() if name.partition(",")[0] == operation]
     for dtype, shape, lay, make in itertools.product(DTYPES, SHAPES, (Tensor.contiguous, channels_last), makers):
         call = make(Source(shape, dtype, device, lay))
-        run = call.with_gradients(call.op) if call.backward else call
-        run()
+        call.whole(call.op)()
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def test_the_bare_op_refuses_what_it_cannot_do():
 
 @pytest.mark.slow
 def test_compiled_transforms():
-    f, x, v = function("noising")
+    f, x, v = function("noising, ids")
     slopes = lambda x: vmap(grad(lambda x: f(x).sum()))(tree_map(lambda t: t[None], x))  # noqa: E731
     for made in (lambda x: jvp(f, (x,), (v,))[1], slopes):
         torch.testing.assert_close(torch.compile(made, backend="aot_eager")(x), made(x))
