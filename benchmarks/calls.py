@@ -73,10 +73,10 @@ class Call:
 
     op: Callable[..., Any]
     operands: dict[str, Any]
-    eager: Callable[..., Any] | None
-    by: Sequence[str]
-    launches: int
-    backward: bool
+    eager: Callable[..., Any] | None = None
+    by: Sequence[str] = ()
+    launches: int = 1
+    backward: bool = False
 
     def __call__(self, **other: Any) -> Any:
         return self.op(**self.operands | other)
@@ -102,7 +102,7 @@ class Call:
         """A call of the operation or its twin that gives (the last result, its gradients)."""
         leaves = {name: self.operands[name].detach().requires_grad_() for name in self.by}
         run = replace(self, operands=self.operands | leaves).bound(function)
-        incoming: list[Tensor] = []
+        incoming: list[Any] = []
 
         def call() -> tuple[Tensor, ...]:
             value = last(run())
@@ -118,17 +118,6 @@ def last(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     return result[-1] if isinstance(result, tuple) else result
 
 
-def call(
-    op: Callable[..., Any],
-    eager: Callable[..., Any] | None = None,
-    by: Sequence[str] = (),
-    launches: int = 1,
-    backward: bool = False,
-    **operands: Any,
-) -> Call:
-    return Call(op, operands, eager, by, launches, backward)
-
-
 # --- noise, steps and losses ------------------------------------------------------------------------------------
 
 
@@ -137,7 +126,7 @@ def normal(s: Source, **more: Any) -> Call:
         return torch.randn(shape, dtype=dtype, device=device)
 
     operands = {"shape": s.shape, "seed": s.seed, "dtype": s.dtype, "device": s.device}
-    return call(ops.normal, None if more else eager, **operands, **more)
+    return Call(ops.normal, operands | more, None if more else eager)
 
 
 def noising(s: Source, **more: Any) -> Call:
@@ -147,12 +136,12 @@ def noising(s: Source, **more: Any) -> Call:
         return model.q_sample(x0, t)
 
     operands = {"x0": s.data(), "t": s.t, "table": s.table(2), "seed": s.seed}
-    return call(ops.noising, None if more else eager, ["x0"] * bool(more), **operands, **more)
+    return Call(ops.noising, operands | more, None if more else eager, ["x0"] * bool(more))
 
 
 def noising_given(s: Source) -> Call:
-    noise, out = s.data(), s.data()
-    return call(ops.noising, by=["noise"], x0=s.data(), t=s.t, table=s.table(2), noise=noise, out=out)
+    operands = {"x0": s.data(), "t": s.t, "table": s.table(2), "noise": s.data(), "out": s.data()}
+    return Call(ops.noising, operands, by=["noise"])
 
 
 def update(s: Source, *by: str, **more: Any) -> Call:
@@ -163,7 +152,7 @@ def update(s: Source, *by: str, **more: Any) -> Call:
         return c * (a * x + b * pred).clamp(-clip, clip) + d * x + f * torch.randn_like(x)
 
     operands = {"x": s.data(), "pred": s.data(), "rows": s.table(WIDTH), "step": s.step}
-    return call(ops.update, None if more else eager, by, **operands, **(more or {"seed": s.seed}), clip=0.6)
+    return Call(ops.update, operands | (more or {"seed": s.seed}) | {"clip": 0.6}, None if more else eager, by)
 
 
 def combine(s: Source, **more: Any) -> Call:
@@ -174,7 +163,7 @@ def combine(s: Source, **more: Any) -> Call:
         return c * (a * x + b * y).clamp(-clip, clip) + d * x
 
     operands = {"x": s.data(), "y": s.data(), "rows": s.table(WIDTH), "index": s.step}
-    return call(ops.combine, None if more else eager, ["y"] * bool(more), **operands, **more, clip=0.6)
+    return Call(ops.combine, operands | more | {"clip": 0.6}, None if more else eager, ["y"] * bool(more))
 
 
 def loss(s: Source) -> Call:
@@ -184,12 +173,12 @@ def loss(s: Source) -> Call:
         return F.mse_loss(pred.float(), noise.float())
 
     operands = {"pred": s.data(), "t": s.t, "table": s.table(3), "seed": s.seed}
-    return call(ops.loss, eager, ["pred"], 3, True, **operands)
+    return Call(ops.loss, operands, eager, ["pred"], 3, True)
 
 
 def loss_of_x0(s: Source, by: str = "pred", **more: Any) -> Call:
     operands = {"pred": s.data(), "x0": s.data(), "t": s.t, "table": s.table(3)}
-    return call(ops.loss, None, [by], 3, True, **operands, **more)
+    return Call(ops.loss, operands | more, None, [by], 3, True)
 
 
 def vlb_rows(s: Source, decoder: bool = False) -> Tensor:
@@ -200,9 +189,15 @@ def vlb_rows(s: Source, decoder: bool = False) -> Tensor:
 
 
 def vlb(s: Source, decoder: bool = False, **more: Any) -> Call:
-    operands = {"pred": s.data(), "x_t": s.data(), "x0": s.data(), "t": s.t, "rows": vlb_rows(s, decoder)}
+    operands = {
+        "pred": s.data(),
+        "x_t": s.data(),
+        "x0": s.data(),
+        "t": s.t,
+        "rows": vlb_rows(s, decoder),
+    }
     by = ["raw_variance"] if "raw_variance" in more else ["pred"]
-    return call(ops.vlb, None, by, 3, True, **operands, **more)
+    return Call(ops.vlb, operands | more, None, by, 3, True)
 
 
 def vlb_learned(s: Source) -> Call:
@@ -217,8 +212,15 @@ def vlb_learned(s: Source) -> Call:
         delta = low + (raw_variance.float() + 1) / 2 * (high - low)
         return 0.5 * (delta + torch.expm1(-delta) + w * error.square() * torch.exp(-delta)).mean()
 
-    operands = {"pred": s.data(), "raw_variance": s.data(), "x_t": s.data(), "x0": s.data(), "t": t, "rows": rows}
-    return call(ops.vlb, eager, ["pred", "raw_variance"], 4, True, **operands, reduction="mean")
+    operands = {
+        "pred": s.data(),
+        "raw_variance": s.data(),
+        "x_t": s.data(),
+        "x0": s.data(),
+        "t": t,
+        "rows": rows,
+    }
+    return Call(ops.vlb, operands | {"reduction": "mean"}, eager, ["pred", "raw_variance"], 4, True)
 
 
 # --- sums, gates and norms --------------------------------------------------------------------------------------
@@ -230,8 +232,8 @@ def inner(s: Source) -> Call:
         a, p = (v - v.mean(1, keepdim=True) for v in (a, b + guidance * (a - b)))
         return torch.stack([(a * a).sum(1), (a * p).sum(1), (p * p).sum(1)], 1)
 
-    guidance = 4 * s.table(1, 1)[0]
-    return call(ops.inner, eager, ["a"], 2, a=s.data(), b=s.data(), guidance=guidance, centred=True)
+    operands = {"a": s.data(), "b": s.data(), "guidance": 4 * s.table(1, 1)[0], "centred": True}
+    return Call(ops.inner, operands, eager, ["a"], 2)
 
 
 def gated_gelu(s: Source) -> Call:
@@ -239,7 +241,7 @@ def gated_gelu(s: Source) -> Call:
         hidden, gate = x.chunk(2, -1)
         return hidden * F.gelu(gate)
 
-    return call(ops.gated_gelu, eager, ["x"], x=s.data(*s.shape[:-1], 2 * s.shape[-1]))
+    return Call(ops.gated_gelu, {"x": s.data(*s.shape[:-1], 2 * s.shape[-1])}, eager, ["x"])
 
 
 def rotate(s: Source, step: int = 1, norm: bool = False) -> Call:
@@ -254,8 +256,8 @@ def rotate(s: Source, step: int = 1, norm: bool = False) -> Call:
     batch, *tokens, heads, pairs = (s.shape[0], *(1,) * (4 - len(s.shape)), *s.shape[1:])
     x = s.data(batch, math.prod(tokens), heads, 2 * pairs)
     cos, sin = (s.table(2 * pairs, x.shape[1])[:, ::step] for _ in range(2))
-    more: dict[str, Any] = {"weight": s.row(2 * pairs), "eps": EPS} if norm else {}
-    return call(ops.rotate, eager if step == 1 else None, ["x"] * norm, x=x, cos=cos, sin=sin, **more)
+    operands = {"x": x, "cos": cos, "sin": sin} | ({"weight": s.row(2 * pairs), "eps": EPS} if norm else {})
+    return Call(ops.rotate, operands, eager if step == 1 else None, ["x"] * norm)
 
 
 def group_norm_silu(s: Source, *names: str) -> Call:
@@ -274,8 +276,8 @@ def group_norm_silu(s: Source, *names: str) -> Call:
     operands = {"x": s.data(*shape), "weight": s.row(channels), "bias": s.row(channels)}
     operands |= {name: s.row(batch, channels) for name in names}
     groups = max(1, math.gcd(channels, 16) // 2)
-    twin = None if "add" in names else eager
-    return call(ops.group_norm_silu, twin, [*operands], 3, True, num_groups=groups, eps=EPS, **operands)
+    options = {"num_groups": groups, "eps": EPS}
+    return Call(ops.group_norm_silu, operands | options, None if "add" in names else eager, [*operands], 3, True)
 
 
 def spread(rows: Tensor, x: Tensor) -> Tensor:
@@ -295,8 +297,8 @@ def layer_norm(s: Source, *names: str) -> Call:
 
     batch, *_, channels = shape = (*s.shape, 1)[: max(2, len(s.shape))]
     sizes = {"weight": [channels], "bias": [channels]}
-    operands = {name: s.row(*sizes.get(name, [batch, channels])) for name in names}
-    return call(ops.layer_norm, eager, ["x"] * ("scale" in names), x=s.data(*shape), **operands)
+    operands = {"x": s.data(*shape)} | {name: s.row(*sizes.get(name, [batch, channels])) for name in names}
+    return Call(ops.layer_norm, operands, eager, ["x"] * ("scale" in names))
 
 
 def add_layer_norm(s: Source) -> Call:
@@ -306,13 +308,13 @@ def add_layer_norm(s: Source) -> Call:
 
     batch, *_, channels = shape = (*s.shape, 1)[: max(2, len(s.shape))]
     gate, scale, shift = s.row(batch, 3 * channels).chunk(3, 1)
-    x, y = s.data(*shape), s.data(*shape)
-    return call(ops.add_layer_norm, eager, ["y", "gate", "scale"], x=x, y=y, gate=gate, scale=scale, shift=shift)
+    operands = {"x": s.data(*shape), "y": s.data(*shape), "gate": gate, "scale": scale, "shift": shift}
+    return Call(ops.add_layer_norm, operands, eager, ["y", "gate", "scale"])
 
 
 CALLS: dict[str, Callable[[Source], Call]] = {
     "normal": normal,
-    "normal, out": lambda s: call(ops.normal, shape=s.shape, seed=s.seed, out=s.data()),
+    "normal, out": lambda s: Call(ops.normal, {"shape": s.shape, "seed": s.seed, "out": s.data()}),
     "normal, step": lambda s: normal(s, step=s.t, sample_ids=s.ids),
     "noising": noising,
     "noising, ids": lambda s: noising(s, sample_ids=s.ids),
@@ -335,7 +337,7 @@ CALLS: dict[str, Callable[[Source], Call]] = {
     "vlb, each": lambda s: vlb(s, raw_variance=s.data(), clip=1.0),
     "vlb, decoder": lambda s: vlb(s, True, clip=5.0),
     "inner": inner,
-    "inner, plain": lambda s: call(ops.inner, launches=2, a=s.data(), b=s.data()),
+    "inner, plain": lambda s: Call(ops.inner, {"a": s.data(), "b": s.data()}, launches=2),
     "gated_gelu": gated_gelu,
     "rotate": rotate,
     "rotate, pairs": lambda s: rotate(s, 2),

@@ -5,6 +5,7 @@
 
 import itertools
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,16 +18,16 @@ WIDE_ROW, WIDE_HEAD = 1600, 512
 # A group of a norm is in one part in the first, and in several of the third, as no program holds it.
 SHAPES = ((3, 5, 7, 11), (2, 3, 64, 64), (1, 2, 97, 202), (2, 3, 1, WIDE_ROW), (2, 3, 2, WIDE_HEAD // 2))
 OPERATIONS = list(dict.fromkeys(name.partition(",")[0] for name in CALLS))
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x,
+    lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x,
+)
 
 
 def launch(operation: str, device: torch.device) -> None:
     """Every call of the operation, with gradients if these have a kernel."""
     makers = [make for name, make in CALLS.items() if name.partition(",")[0] == operation]
-    for dtype, shape, lay, make in itertools.product(DTYPES, SHAPES, (Tensor.contiguous, channels_last), makers):
+    for dtype, shape, lay, make in itertools.product(DTYPES, SHAPES, LAYOUTS, makers):
         call = make(Source(shape, dtype, device, lay))
         call.whole(call.op)()
 
