@@ -78,9 +78,6 @@ class Call:
     launches: int = 1
     backward: bool = False
 
-    def __call__(self, **other: Any) -> Any:
-        return self.op(**self.operands | other)
-
     def to(self, dtype: torch.dtype) -> "Call":
         """The call with floating operands of another type."""
         operands = {
@@ -129,19 +126,14 @@ def normal(s: Source, **more: Any) -> Call:
     return Call(ops.normal, operands | more, None if more else eager)
 
 
-def noising(s: Source, **more: Any) -> Call:
+def noising(s: Source, *by: str, **more: Any) -> Call:
     model = Eager(ROWS, torch.device(s.device))
 
     def eager(x0: Tensor, t: Tensor, table: Tensor, seed: Tensor) -> Tensor:
         return model.q_sample(x0, t)
 
-    operands = {"x0": s.data(), "t": s.t, "table": s.table(2), "seed": s.seed}
-    return Call(ops.noising, operands | more, None if more else eager, ["x0"] * bool(more))
-
-
-def noising_given(s: Source) -> Call:
-    operands = {"x0": s.data(), "t": s.t, "table": s.table(2), "noise": s.data(), "out": s.data()}
-    return Call(ops.noising, operands, by=["noise"])
+    operands = {"x0": s.data(), "t": s.t, "table": s.table(2)}
+    return Call(ops.noising, operands | (more or {"seed": s.seed}), None if more else eager, by)
 
 
 def update(s: Source, *by: str, **more: Any) -> Call:
@@ -212,15 +204,9 @@ def vlb_learned(s: Source) -> Call:
         delta = low + (raw_variance.float() + 1) / 2 * (high - low)
         return 0.5 * (delta + torch.expm1(-delta) + w * error.square() * torch.exp(-delta)).mean()
 
-    operands = {
-        "pred": s.data(),
-        "raw_variance": s.data(),
-        "x_t": s.data(),
-        "x0": s.data(),
-        "t": t,
-        "rows": rows,
-    }
-    return Call(ops.vlb, operands | {"reduction": "mean"}, eager, ["pred", "raw_variance"], 4, True)
+    operands: dict[str, Any] = {name: s.data() for name in ("pred", "raw_variance", "x_t", "x0")}
+    operands |= {"t": t, "rows": rows, "reduction": "mean"}
+    return Call(ops.vlb, operands, eager, ["pred", "raw_variance"], 4, True)
 
 
 # --- sums, gates and norms --------------------------------------------------------------------------------------
@@ -317,8 +303,8 @@ CALLS: dict[str, Callable[[Source], Call]] = {
     "normal, out": lambda s: Call(ops.normal, {"shape": s.shape, "seed": s.seed, "out": s.data()}),
     "normal, step": lambda s: normal(s, step=s.t, sample_ids=s.ids),
     "noising": noising,
-    "noising, ids": lambda s: noising(s, sample_ids=s.ids),
-    "noising, given": noising_given,
+    "noising, ids": lambda s: noising(s, "x0", seed=s.seed, sample_ids=s.ids),
+    "noising, given": lambda s: noising(s, "noise", noise=s.data(), out=s.data()),
     "update": lambda s: update(s, "x"),
     "update, learned": lambda s: update(
         s, "raw_variance", seed=s.seed, sample_ids=s.ids, uncond=s.data(), raw_variance=s.data()

@@ -58,7 +58,7 @@ def function(name: str, dtype: torch.dtype = torch.float64) -> tuple[Function, d
     call = EXAMPLES[name].to(dtype)
     x = {name: call.operands[name] for name in call.by}
     v = {name: tensor(tuple(t.shape), salt=salt).to(dtype) / 3 for salt, (name, t) in enumerate(x.items(), start=5)}
-    return (lambda x: last(call(**x))), x, v
+    return (lambda x: last(call.op(**call.operands | x))), x, v
 
 
 def differences(f, x, v, step: float = 1e-5) -> Tensor:
