@@ -243,7 +243,7 @@ def rotate(s: Source, step: int = 1, norm: bool = False) -> Call:
     x = s.data(batch, math.prod(tokens), heads, 2 * pairs)
     cos, sin = (s.table(2 * pairs, x.shape[1])[:, ::step] for _ in range(2))
     operands = {"x": x, "cos": cos, "sin": sin} | ({"weight": s.row(2 * pairs), "eps": EPS} if norm else {})
-    return Call(ops.rotate, operands, eager if step == 1 else None, ["x"] * norm)
+    return Call(ops.rotate, operands, eager if step == 1 else None, ["x"] * (step == 1))
 
 
 def group_norm_silu(s: Source, *names: str) -> Call:
@@ -323,7 +323,9 @@ CALLS: dict[str, Callable[[Source], Call]] = {
     "vlb, each": lambda s: vlb(s, raw_variance=s.data(), clip=1.0),
     "vlb, decoder": lambda s: vlb(s, True, clip=5.0),
     "inner": inner,
-    "inner, plain": lambda s: Call(ops.inner, {"a": s.data(), "b": s.data()}, launches=2),
+    "inner, not centred": lambda s: Call(
+        ops.inner, {"a": s.data(), "b": s.data(), "guidance": s.seed + 2.0}, launches=2
+    ),
     "gated_gelu": gated_gelu,
     "rotate": rotate,
     "rotate, pairs": lambda s: rotate(s, 2),
