@@ -20,7 +20,7 @@ import torch
 from fastdiff.files import writable, write_json
 
 from .gpu.results import ROOT, machine
-from .kernel_workloads import group_norm_silu
+from .kernel_workloads import KERNELS
 from .peers import diffusers_sampling, diffusers_training_step, missing, peer_rows
 from .timing import medians
 from .workloads import OPERATIONS, SMALL, Rows, refuse_interpreter, sampling, training_step
@@ -38,7 +38,7 @@ def cases() -> dict[str, Rows]:
     for name in ("forward_noising", "loss_forward_backward", "noising_and_loss", "reverse_update"):
         rows = OPERATIONS[name](SMALL, torch.float32, CPU) | peer_rows(name, SMALL, torch.float32, CPU)
         found[f"{name} / {SINGLE}"] = rows
-    found[f"group_norm_silu / {SINGLE}"] = group_norm_silu(SMALL, torch.float32, CPU)
+    found[f"group_norm_silu / {SINGLE}"] = KERNELS["group_norm_silu"](SMALL, torch.float32, CPU)
     step, drawn = training_step(TRAINED, torch.float32, CPU), sampling(BATCH, "ddpm", STEPS, CPU, "digits")
     if missing("diffusers") is None:
         step["diffusers"] = diffusers_training_step(TRAINED, CPU)

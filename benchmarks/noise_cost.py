@@ -48,7 +48,7 @@ def rows(dtype: torch.dtype) -> list[dict[str, Any]]:
     """tl.randn, tl.randn4x, and the library's noising by the polynomials and by the approximations."""
     noising = variants.Variant("noising", dtype, "generated", "")
     target, x0 = machine_code.target_of("sm_90"), noising.data()
-    t, table, seed = roofline.integers(len(x0)), roofline.floats(variants.LEVELS, 2), roofline.integers(1)
+    t, table, seed = variants.integers(len(x0)), variants.floats(variants.LEVELS, 2), variants.integers(1)
     with machine_code.compile_only(target) as compiled:
         for four in (False, True):
             sizes = len(x0), x0[0].numel(), len(table)

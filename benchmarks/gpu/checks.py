@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from .launches import LAUNCHES
+from .launches import OPERATIONS
 from .results import ROOT
 from .rows import Figures, NotAvailable, Row, Setup
 
@@ -64,7 +64,7 @@ def packaged_step(device: str, kind: str, setup: Setup) -> Figures:
 
 def rows(setup: Setup) -> list[Row]:
     def sanitized(tool: str) -> list[Row]:
-        return [Row(tool, name, functools.partial(sanitizer, tool, name, setup), 120, turn=3) for name in LAUNCHES]
+        return [Row(tool, name, functools.partial(sanitizer, tool, name, setup), 120, turn=3) for name in OPERATIONS]
 
     def tested(case: str, method: str, arguments: list[str], seconds: float) -> Row:
         chosen = setup.size(arguments, ["--version"])

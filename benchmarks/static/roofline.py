@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastdiff.files import writable, write_json
-from fastdiff.rows import WIDE, WIDTH
 
-from .variants import BATCH, GROUPS, LEVELS, NORMS, STREAM, Variant, variants
+from .variants import NORMS, Variant, launch, variants
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -60,112 +58,6 @@ def predicted(bytes_per_element: float, instructions_per_element: float) -> dict
         memory = bytes_per_element / chip.bandwidth
         fractions[name] = round(memory / max(memory, instructions_per_element / chip.issue_rate), 4)
     return fractions
-
-
-def floats(*shape: int) -> Tensor:
-    return torch.empty(shape, device="meta")
-
-
-def integers(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.int64, device="meta")
-
-
-def output(v: Variant) -> tuple[Tensor, Tensor | None]:
-    """(pred, raw): a model that predicts the variance too returns twice the channels, of which they are halves."""
-    one = v.data(torch.bfloat16 if v.has("mixed") else None)
-    if not v.has("raw"):
-        return one, None
-    pred, raw = torch.cat([one, one], 1).chunk(2, 1)
-    return pred, raw
-
-
-def launch_norm(v: Variant) -> None:
-    """Call the launcher of a norm, or of its gradient, as ops does."""
-    from fastdiff.kernels.group_norm import norm, norm_grad
-
-    y, wide = v.data(), torch.float32 if v.has("mixed") else v.dtype
-    batch, channels = y.shape[:2]
-    x, skip = (v.data(channels=n) for n in (256, channels - 256)) if v.has("skip") else (y, None)
-    weight, statistics = torch.empty(channels, dtype=wide, device="meta"), floats(batch, GROUPS)
-    both = torch.empty(batch, 2 * channels, dtype=v.dtype, device="meta").chunk(2, 1)
-    scale, shift = both if v.has("scale") else (None, None)
-    add = torch.empty(batch, channels, dtype=v.dtype, device="meta") if v.has("add") else None
-    operands = {"x": x, "groups": GROUPS, "weight": weight, "bias": weight, "scale": scale, "shift": shift}
-    operands |= {"add": add, "mean": statistics, "rstd": statistics, "skip": skip, "silu": not v.has("linear")}
-    if v.kernel in ("moments", "norm"):
-        norm(out=y, **operands, eps=1e-5)
-    else:
-        by_rows = {"weight_grad": weight, "bias_grad": weight, "scale_grad": scale, "shift_grad": shift}
-        norm_grad(x_grad=x, **by_rows, add_grad=add, skip_grad=skip, grad=y, **operands)
-
-
-def launch_layer_norm(v: Variant) -> None:
-    """Call the launcher of the layer norm as ops does."""
-    from fastdiff.kernels.layer_norm import layer_norm
-
-    x, y = v.data(), v.data() if v.has("add") else None
-    batch, _, channels = x.shape
-    weight = None
-    if v.has("affine"):
-        weight = torch.empty(channels, dtype=torch.float32 if v.has("mixed") else v.dtype, device="meta")
-    parts = torch.empty(batch, 3 * channels, dtype=v.dtype, device="meta").chunk(3, 1)
-    gate, scale, shift = (part if v.has(o) else None for part, o in zip(parts, ("gate", "scale", "scale"), strict=True))
-    rows = {"weight": weight, "bias": weight, "gate": gate, "scale": scale, "shift": shift}
-    layer_norm(out=x, total=y, x=x, y=y, eps=1e-5, **rows)
-
-
-def launch(v: Variant) -> None:
-    """Call the launcher as ops does."""
-    from fastdiff.kernels.gate import gated_gelu
-    from fastdiff.kernels.inner import inner
-    from fastdiff.kernels.loss import loss, scale_
-    from fastdiff.kernels.noise import normal_
-    from fastdiff.kernels.noising import noising
-    from fastdiff.kernels.rotate import rotate
-    from fastdiff.kernels.update import update
-    from fastdiff.kernels.vlb import vlb
-
-    seed = integers(1) if v.noise == "generated" else None
-    ids = integers(BATCH) if v.has("ids") else None
-    noise = v.data() if v.noise == "given" else None
-    if v.kernel == "normal":
-        normal_(v.data(), seed, ids, integers(1), STREAM)
-    elif v.kernel == "noising":
-        noising(v.data(), v.data(), integers(BATCH), floats(LEVELS, 2), seed, ids, noise, STREAM)
-    elif v.kernel in ("loss", "reduce"):
-        grad = v.data() if v.has("grad") else None
-        x0 = v.data(torch.float32 if v.has("mixed") else None) if v.has("x0") else None
-        t, table, rho = integers(BATCH), floats(LEVELS, 3), v.one_of("l1", "huber", "mse")
-        loss(floats(1), grad, v.data(), x0, t, table, seed, ids, noise, None, STREAM, rho, 1.0, 0.5, 0.5)
-    elif v.kernel == "scale":
-        scale_(v.data(), floats(1), 0.5)
-    elif v.kernel == "vlb":
-        pred, raw = output(v)
-        wide = torch.float32 if pred.dtype == torch.float16 else pred.dtype
-        grads = [torch.empty_like(pred, dtype=wide) if v.has(by) else None for by in ("by_pred", "by_raw")]
-        t, table, clip = integers(BATCH), floats(LEVELS, 6), 1.0 if v.has("clip") else None
-        vlb(floats(1), *grads, pred, raw, v.data(), v.data(), t, table, clip, 0.5)
-    elif v.kernel in ("inner", "merge"):
-        inner(floats(BATCH, 3), v.data(), v.data(), floats(1) if v.has("guidance") else None, v.has("centred"))
-    elif v.kernel == "gated_gelu":
-        x = v.data().flatten(2)
-        gated_gelu(x, torch.cat([x, x], -1))
-    elif v.kernel in NORMS:
-        launch_norm(v)
-    elif v.kernel == "layer_norm":
-        launch_layer_norm(v)
-    elif v.kernel == "rotate":
-        x = v.data()
-        table = floats(x.shape[1], x.shape[3])[:, :: 1 + v.has("pairs")]
-        weight = torch.empty(x.shape[3], dtype=v.dtype, device="meta") if v.has("norm") else None
-        rotate(x, x, table, table, weight, 1e-6)
-    else:
-        pred, raw = output(v)
-        uncond = pred if v.has("uncond") else None
-        clip, keep = 1.0 if v.has("clip") else None, v.one_of("new x0hat", "x0hat", "x", "mix", "none")
-        hist = None if keep == "none" else torch.stack([v.data()] * 3) if v.has("slots") else v.data()
-        rows, step = floats(LEVELS, WIDE if v.has("slots") else WIDTH), integers(1)
-        update(v.data(), v.data(), pred, rows, step, seed, ids, uncond, raw, noise, hist, clip, keep, STREAM)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------

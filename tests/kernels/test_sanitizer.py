@@ -12,6 +12,7 @@ import triton.language as tl
 from strategies import laid, table, tensor
 
 import fastdiff
+from benchmarks.calls import CALLS, Source
 from fastdiff import ops
 from fastdiff.kernels import group_norm
 from fastdiff.ops.dispatch import TRITON
@@ -47,6 +48,13 @@ every = pytest.mark.parametrize(("shape", "dtype", "layout"), CASES)
 drawn = pytest.mark.parametrize("generated", [True, False])
 
 
+# These have tests of their own below: of the plans of a norm, of heads, and of every way to keep what a step needs.
+OTHERS = ("group_norm", "rotate, norm", "update", "combine")
+WITHIN = ("loss", "vlb")  # which read less than others of the operation
+# Operands that are read where they lie; that of a gate only if it is contiguous.
+READ = {"vlb": ("pred", "raw_variance"), "inner": ("a", "b"), "gated_gelu": ("x",)}
+
+
 def noise_of(x, generated):
     """Numbers of samples that are not their places."""
     if generated:
@@ -55,61 +63,14 @@ def noise_of(x, generated):
 
 
 @every
-def test_normal(launches, shape, dtype, layout):
-    out = laid(torch.empty(shape, dtype=dtype), layout)
-    torch.ops.fastdiff.normal_(out, torch.tensor([3]), None, torch.tensor([1]), ops.PRIOR)
-    assert len(launches) == 1
-
-
-@every
-@drawn
-def test_noising(launches, shape, dtype, layout, generated):
-    x0 = tensor(shape, dtype, layout)
-    ops.noising(x0, torch.arange(len(x0)), table(ROWS, 2, salt=0), **noise_of(x0, generated))
-    assert len(launches) == 1
-
-
-@every
-@drawn
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_loss_and_its_gradient(launches, shape, dtype, layout, generated, reduction):
-    pred, x0 = tensor(shape, dtype, layout).requires_grad_(), tensor(shape, dtype, layout, salt=1)
-    t = torch.arange(len(x0))
-    loss = ops.loss(pred, t, table(ROWS, 3, salt=0), x0=x0, reduction=reduction, **noise_of(pred, generated))
-    (3 * loss.sum()).backward()
-    assert len(launches) == 3  # with the sum of the partial sums and the scaling of the gradient
-
-
-@pytest.mark.slow
-@every
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_vlb_and_its_gradients(launches, shape, dtype, layout, reduction):
-    pred, raw = (tensor(shape, dtype, layout, salt=i).requires_grad_() for i in range(2))
-    x_t, x0 = (tensor(shape, dtype, layout, salt=i) for i in (2, 3))
-    rows = table(ROWS, 6, salt=0)
-    rows[:, 5] = torch.arange(ROWS) % 2
-    nats = ops.vlb(pred, x_t, x0, torch.arange(len(x0)), rows, raw_variance=raw, clip=1.0, reduction=reduction)
-    (3 * nats.sum()).backward()
-    assert len(launches) == 4  # with the sum of the partial sums and the scaling of two gradients
-    for half in (pred, raw):
-        assert half.data_ptr() in launches[0].starts, "a copy was read"
-
-
-@every
-@pytest.mark.parametrize("centred", [True, False])
-def test_inner(launches, shape, dtype, layout, centred):
-    a, b = (tensor(shape, dtype, layout, salt=i) for i in range(2))
-    ops.inner(a, b, guidance=torch.tensor([2.0]), centred=centred)
-    assert len(launches) == 2  # with the sum of the partial sums
-    assert {a.data_ptr(), b.data_ptr()} <= launches[0].starts, "a copy was read"
-
-
-@every
-def test_gated_gelu(launches, shape, dtype, layout):
-    x = tensor((*shape[:-1], 2 * shape[-1]), dtype, layout)
-    ops.gated_gelu(x)
-    assert len(launches) == 1
-    assert (x.data_ptr() in launches[0].starts) == x.is_contiguous(), "a copy was read"
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith(OTHERS) and name not in WITHIN])
+def test_calls(launches, name, shape, dtype, layout):
+    call = CALLS[name](Source(shape, dtype, lay=lambda x: laid(x, layout)))
+    call.whole(call.op)()
+    assert len(launches) == call.launches
+    for x in (call.operands.get(operand) for operand in READ.get(call.op.__name__, ())):
+        if x is not None:
+            assert (x.data_ptr() in launches[0].starts) == (name != "gated_gelu" or x.is_contiguous())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks import pictures
 from benchmarks.static import roofline
-from benchmarks.static.variants import COMMON
+from benchmarks.static.variants import COMMON, MORE, TENSORS
 
 pytestmark = pytest.mark.slow  # all wait for one compilation of everything
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "static_roofline.py"
@@ -142,9 +142,7 @@ NORMS = ("norm", "norm_grad")
 
 def minimum_bytes(row):
     """What has to be read and written at least: the tensors, once each."""
-    tensors = {"normal": 1, "noising": 2, "loss": 1, "scale": 2, "update": 3, "reduce": 1, "vlb": 3, "norm": 2}
-    tensors = (tensors | {"norm_grad": 3, "inner": 2, "gated_gelu": 3, "layer_norm": 4, "rotate": 2})[row["kernel"]]
-    tensors += (row["noise"] == "given") + len({"grad", "raw", "by_pred", "by_raw"} & set(row["variant"].split("+")))
+    tensors = TENSORS[row["kernel"]] + (row["noise"] == "given") + len(MORE & set(row["variant"].split("+")))
     return tensors * SIZE[row["dtype"]]
 
 

@@ -2,31 +2,32 @@
 
 from pathlib import Path
 
+from benchmarks import kernel_workloads, workloads
+from benchmarks.calls import CALLS, MEASURED, Source
 from benchmarks.static.variants import COMMON
 from fastdiff import ops
 from fastdiff.ops.dispatch import TRITON
 
 ROOT = Path(__file__).resolve().parents[2]
-# Operations that launch the kernel of another one, which stands in the places of kernels.
+# Operations that launch the kernel of another one, with which it is measured.
 SAME_KERNEL = {"combine", "layer_norm"}
-FOR_ALL = ("benchmarks/host_time.py", "tests/ops/test_quick.py")
-FOR_KERNELS = (
-    *("benchmarks/kernel_workloads.py benchmarks/workloads.py", "benchmarks/gpu/launches.py"),
-    *("tests/kernels/test_sanitizer.py", "tests/ops/test_transforms.py"),
-)
 
 
 def test_every_operation_has_its_places() -> None:
+    names = {name for name in ops.__all__ if callable(getattr(ops, name))}
     page = (ROOT / "docs" / "api" / "ops.md").read_text(encoding="utf-8")
-    missing = []
-    for name in (name for name in ops.__all__ if callable(getattr(ops, name))):
-        if f".{name}\n" not in page:
-            missing.append((name, "docs/api/ops.md"))
-        for places in FOR_ALL if name in SAME_KERNEL else FOR_ALL + FOR_KERNELS:
-            text = "".join((ROOT / place).read_text(encoding="utf-8") for place in places.split())
-            if f"ops.{name}(" not in text:
-                missing.append((name, places))
-    assert not missing, "\n" + "\n".join(f"{name} is not in {place}" for name, place in missing)
+    calls = {name: make(Source((1, 4, 2, 2))) for name, make in CALLS.items()}
+    assert all(call.op is getattr(ops, name.partition(",")[0]) for name, call in calls.items())
+    written = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (workloads, kernel_workloads))
+    places = {
+        "docs/api/ops.md": {name for name in names if f".{name}\n" in page},
+        "CALLS, beside eager PyTorch": {call.op.__name__ for call in calls.values() if call.eager},
+        "CALLS, with a gradient": {call.op.__name__ for call in calls.values() if call.by} | {"normal"},
+        "MEASURED": {calls[row.call].op.__name__ for row in MEASURED.values()} | SAME_KERNEL,
+    }
+    places["MEASURED"] |= {name for name in names if f"ops.{name}(" in written}
+    missing = [f"{name} is not in {place}" for place, found in places.items() for name in sorted(names - found)]
+    assert not missing, "\n" + "\n".join(missing)
 
 
 def test_every_operation_has_a_static_variant() -> None:

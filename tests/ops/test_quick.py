@@ -9,13 +9,14 @@ import forked
 import pytest
 import torch
 from hypothesis import given
-from strategies import BACKENDS, DEVICE, DTYPES, dtypes, index, laid, layouts, salts, shapes, table, tensor
+from strategies import BACKENDS, DEVICE, DTYPES, dtypes, laid, layouts, salts, shapes, table, tensor
 from tolerance import INTERPRETED, assert_same_bits
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
+from benchmarks.calls import CALLS, Source
 from fastdiff import ops
 
 ROWS = 6
@@ -34,48 +35,24 @@ class Watched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def calls(shape, dtype, layout, salt):
-    """Every op on the same operands, by name; those with gradients return them."""
-    x, pred, noise, raw = (tensor(shape, dtype, layout, salt + i) for i in range(4))
-    t, seed = index(ROWS, shape[0], True, salt), torch.tensor([salt], device=DEVICE)
-    leaf = pred.detach().clone().requires_grad_()
-    vlb_rows = table(ROWS, 6, salt)
-    vlb_rows[:, 5] = 0
-
-    def with_gradient(value: Tensor) -> tuple[Tensor, Tensor]:
-        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
-
-    pairs = x.flatten()[: x.numel() // 2 * 2].view(1, 1, -1, 2)
-    found = {
-        "normal": lambda: (ops.normal(shape, seed, dtype=dtype, device=DEVICE),),
-        "noising": lambda: (ops.noising(x, t, table(ROWS, 2, salt), seed=seed),),
-        "update": lambda: (ops.update(x, pred, table(ROWS, 9, salt), t, seed=seed, clip=1.0, raw_variance=raw),),
-        "combine": lambda: (ops.combine(x, pred, table(ROWS, 9, salt), t, z=noise),),
-        "loss": lambda: with_gradient(ops.loss(leaf, t, table(ROWS, 3, salt), seed=seed, x0=x, reduction="none")),
-        "vlb": lambda: with_gradient(ops.vlb(leaf, x, noise, t, vlb_rows)),
-        "inner": lambda: (ops.inner(x, pred, guidance=table(1, 1, salt), centred=True),),
-        "gate": lambda: (ops.gated_gelu(x[..., : shape[-1] // 2 * 2]),),
-        "rotate": lambda: (ops.rotate(pairs, table(1, 2, salt), table(1, 2, salt + 1)),),
-        "layer_norm": lambda: (ops.layer_norm(x, eps=1e-2), *ops.add_layer_norm(x, pred, eps=1e-2)),
-    }
-    if len(shape) > 1:
-        weight, bias = tensor(shape[1:2], salt=salt), tensor(shape[1:2], salt=salt + 1)
-        found["norm"] = lambda: with_gradient(ops.group_norm_silu(leaf, 1, weight, bias, 1e-2))
-    return found
-
-
 @pytest.mark.slow
 @every
 @given(shape=shapes((60,)), dtype=dtypes, layout=layouts, salt=salts)
 def test_equal_bits_by_the_dispatcher(backend, shape, dtype, layout, salt):
     times = 2 if DEVICE.type == "cuda" or backend == "cpu" else 1  # the second call repeats the first
-    parts = 4 if INTERPRETED and backend == "triton" else 1  # so slow that each example has a quarter of the ops
+    parts = 12 if INTERPRETED and backend == "triton" else 4  # so slow that each example has a part of the calls
+
+    def results(make) -> tuple[Tensor, ...]:
+        call = make(Source(shape, dtype, DEVICE, lambda x: laid(x, layout), salt))
+        got = call.whole(call.op)()
+        return got if isinstance(got, tuple) else (got,)
+
     with fastdiff.backend(backend):
-        for name, call in [*calls(shape, dtype, layout, salt).items()][salt % parts :: parts]:
-            results = [call() for _ in range(times)]
+        for name, make in [*CALLS.items()][salt % parts :: parts]:
+            found = [results(make) for _ in range(times)]
             with Watched():
-                want = call()
-            for got in results:
+                want = results(make)
+            for got in found:
                 for a, b in zip(got, want, strict=True):
                     assert a.dtype == b.dtype and a.stride() == b.stride(), name
                     assert_same_bits(a, b)
@@ -130,12 +107,11 @@ def test_calls_on_a_gpu_are_traced_into_one_graph():
 # --- launches, by a driver that notes them instead -----------------------------------------------------------------
 
 SCRIPT = """
-import random, torch, triton
+import importlib, random, torch, triton
 from functools import partial
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops import checks, dispatch, plan, quick
-from fastdiff.kernels import noise, noising, loss, update, vlb
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -153,10 +129,9 @@ def run(self, *args):
 driver.set_active(Driver())
 stream = 7
 CompiledKernel._init_handles = lambda self: setattr(self, "_run", lambda *args: run(self, *args))
-for module in (noise, noising, loss, update):
-    module.on_nvidia = lambda x: True
-for name in ("noise", "noising", "loss", "vlb", "update"):
-    __import__("sys").modules["fastdiff.ops." + name].check_range = lambda *args: None
+for file in dispatch.TRITON:
+    importlib.import_module("fastdiff.kernels." + file).on_nvidia = lambda x: True
+    importlib.import_module("fastdiff.ops." + file).check_range = lambda *args: None
 dispatch.interpreting = lambda: True
 quick.on_gpu, quick.stream_of = lambda x: True, lambda x: stream
 
@@ -180,6 +155,7 @@ def noted(call):
 """
 
 LAUNCHES = """
+from benchmarks.calls import CALLS, Source
 def shown(launches, given):
     '''Launches with the names of the operands for their addresses; for others whether they are aligned.'''
     names = {t.data_ptr(): name for name, t in given.items() if isinstance(t, torch.Tensor)}
@@ -188,58 +164,28 @@ def shown(launches, given):
         return names.get(value, ("made", value % 16) if isinstance(value, int) and value > 2**32 else value)
     return [(kernel, grid, [one(a) for a in args]) for kernel, grid, _, args in launches]
 
-def operands(n, offset, layout, dtype, batch):
-    def data():
-        x = torch.zeros(2 * batch * 6 * 4 * n)[offset:][: batch * 6 * 4 * n].to(dtype) if offset == 0 else \\
-            torch.zeros(2 * batch * 6 * 4 * n, dtype=dtype)[offset:][: batch * 6 * 4 * n]
-        x = x.reshape(batch, 4, n, 6)
-        return x.permute(0, 3, 1, 2) if layout == "last" else x.reshape(batch, 6, 4, n)
-    return data
-
 random.seed(1)
 kinds = repeats = 0
 quickly = set()
-for case in range(30):
+for case in range(33):
     n, offset, layout = random.choice((2, 8, 4)), random.choice((0, 1, 8)), random.choice(("first", "last"))
-    dtype, batch = random.choice((torch.float32, torch.bfloat16)), random.choice((1, 3))
-    data = operands(n, offset, layout, dtype, batch)
-    t, seed = torch.zeros(random.choice((1, batch)), dtype=torch.int64), torch.ones(1, dtype=torch.int64)
-    tables = {c: torch.zeros(5, c) for c in (2, 3, 6, 9)}
-    vector = [torch.zeros(6, requires_grad=True) for _ in range(2)]
-    def make():
-        given = dict(x=data(), y=data(), z=data(), leaf=data().requires_grad_(), t=t.clone(), seed=seed.clone())
-        given |= dict(one=torch.zeros(1, 1), cos=torch.zeros(6, n), sin=torch.zeros(6, n))
-        given |= dict(rows=tables[9].clone(), two=tables[2].clone(), three=tables[3].clone(), six=tables[6].clone())
-        weight, bias = (v.detach().clone().requires_grad_() for v in vector)
-        return given | dict(weight=weight, bias=bias, grad=data())
-    def backward(value, g, *leaves):
-        return torch.autograd.grad(value, leaves, g["grad"] if value.ndim else None)
-    forms = {
-        "normal": lambda g: ops.normal(g["x"].shape, g["seed"], out=g["x"]),
-        "normal_step": lambda g: ops.normal(g["x"].shape, g["seed"], step=g["t"], dtype=dtype),
-        "noising": lambda g: ops.noising(g["x"], g["t"], g["two"], seed=g["seed"]),
-        "given": lambda g: ops.noising(g["x"], g["t"], g["two"], noise=g["y"], out=g["z"]),
-        "update": lambda g: ops.update(g["x"], g["y"], g["rows"], g["t"], seed=g["seed"], clip=1, inplace=True),
-        "hist": lambda g: ops.update(
-            g["x"], g["y"], g["rows"], g["t"], noisy=False, hist=g["z"], keep="x", inplace=True),
-        "loss": lambda g: backward(ops.loss(g["leaf"], g["t"], g["three"], seed=g["seed"], x0=g["x"]), g, g["leaf"]),
-        "vlb": lambda g: backward(ops.vlb(g["leaf"], g["x"], g["y"], g["t"], g["six"], reduction="mean"), g, g["leaf"]),
-        "inner": lambda g: ops.inner(g["x"], g["y"], guidance=g["one"], centred=True),
-        "gate": lambda g: ops.gated_gelu(g["x"]),
-        "norm": lambda g: backward(
-            ops.group_norm_silu(g["leaf"], 2, g["weight"], g["bias"], 0.1), g, g["leaf"], g["weight"], g["bias"]),
-    }
-    if layout == "first" and case < 8:  # so few, as each is compiled
-        forms["rotate"] = lambda g: ops.rotate(g["x"], g["cos"], g["sin"])
-        forms["layer_norm"] = lambda g: ops.add_layer_norm(g["x"], g["y"], eps=0.1, gate=g["z"][:, 0, 0])
-    for name, form in forms.items():
-        first, second = make(), make()
-        _, recorded, _ = noted(lambda: form(first))
-        _, again, repeats_now = noted(lambda: form(second))
+    dtype, batch, each = random.choice((torch.float32, torch.bfloat16)), random.choice((1, 3)), random.choice((1, 3))
+    def lay(x):
+        memory = torch.zeros(x.numel() + offset, dtype=x.dtype)[offset:]
+        b, c, *rest = x.shape
+        return memory.view(b, *rest, c).movedim(-1, 1) if layout == "last" else memory.view(x.shape)
+    def form():
+        source = Source((batch, 4, n, 8), dtype, lay=lay)
+        source.t = source.t[:each]
+        call = maker(source)
+        return call.operands, call.whole(call.op)
+    for name, maker in [*CALLS.items()][case % 3 :: 3]:  # so few, as each is compiled
+        (first, one), (second, two), (third, three) = form(), form(), form()
+        _, recorded, _ = noted(one)
+        _, again, repeats_now = noted(two)
         with torch.utils._python_dispatch._disable_current_modes():
             unwatched, quick.unwatched = quick.unwatched, lambda: False
-            third = make()
-            _, wanted, none = noted(lambda: form(third))
+            _, wanted, none = noted(three)
             quick.unwatched = unwatched
         assert none == 0
         kind = name, n, offset, layout, dtype, batch
@@ -247,7 +193,7 @@ for case in range(30):
         repeats += repeats_now > 0
         quickly |= {name} if repeats_now else set()
         kinds += 1
-print(kinds, repeats, len({"layer_norm", "rotate", *forms} - quickly))
+print(kinds, repeats, *(CALLS.keys() - quickly))
 """
 
 WAYS = """
@@ -372,8 +318,8 @@ def run(script: str) -> str:
 @pytest.mark.slow
 def test_repeated_launches_are_those_of_the_full_way():
     """The same kernels, grids and operands: aligned or not, in every layout, type and batch."""
-    kinds, repeats, never = map(int, run(LAUNCHES).split())
-    assert kinds == 342 and repeats > 220 and never == 0
+    kinds, repeats, *never = run(LAUNCHES).split()
+    assert int(kinds) == 11 * len(CALLS) and int(repeats) > 220 and not never
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """torch.func and forward-mode AD through every op: what the differentiable reference gives, in float64 and float32."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from strategies import BACKENDS, DEVICE, tensor
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils._pytree import tree_map
 
 import fastdiff
+from benchmarks.calls import CALLS, Call, Source, last
 from fastdiff import DDPM, UNet, ops
 from fastdiff.interop import diffusers as ours
 
@@ -23,61 +27,43 @@ def table(columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 # Made before any transform is active.
-DATA = {(salt, n): tensor(SHAPE, salt=salt).clamp(-2, 2) / 3 for salt in range(6) for n in (3,)}
-DATA |= {(salt, 1): tensor((4,), salt=salt) / 3 for salt in (1, 2)}
+DATA = [tensor(SHAPE, salt=salt).clamp(-2, 2) / 3 for salt in range(6)]
 
 
-def data(salt: int, dtype: torch.dtype = torch.float64, ndim: int = 3) -> Tensor:
-    return DATA[salt, ndim].to(dtype)
-
-
-def vlb_rows(decoder: float) -> Tensor:
-    rows = table(6).clone()
-    rows[:, 3], rows[:, 4], rows[:, 5] = -2.0, -1.0, decoder
-    return rows
+def data(salt: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return DATA[salt].to(dtype)
 
 
 T = torch.tensor([1, 3], device=DEVICE)
 IDS = torch.tensor([7, 5], device=DEVICE)
 
 
-def cast(rows: Tensor, x: Tensor) -> Tensor:
-    return rows.to(x.dtype)
+def examples() -> dict[str, Call]:
+    """The calls that have a gradient, in float64."""
+    found = {}
+    for name, make in CALLS.items():
+        call = make(Source(SHAPE, torch.float64, DEVICE, lambda x: x.clamp(-2, 2) / 3))
+        if call.by:
+            found[name] = replace(call, operands={k: v for k, v in call.operands.items() if k != "out"})
+    return found
 
 
-# Each is a function of one tensor (2, 4, 4), by the name of the op and of the operand.
-FUNCTIONS = {
-    "noising by x0": lambda x: ops.noising(x, T, cast(table(2), x), seed=3, sample_ids=IDS),
-    "noising by noise": lambda x: ops.noising(data(1, x.dtype), T, cast(table(2), x), noise=x),
-    "loss mse": lambda x: ops.loss(x, T, cast(table(3), x), x0=data(1, x.dtype), seed=3),
-    "loss huber by x0": lambda x: ops.loss(
-        data(1, x.dtype), 2, cast(table(3), x), x0=x, noise=data(2, x.dtype), kind="huber", delta=0.3, reduction="none"
-    ),
-    "loss l1 by noise": lambda x: ops.loss(data(1, x.dtype), T, cast(table(3), x), noise=x, kind="l1"),
-    "vlb by pred": lambda x: ops.vlb(x, data(1, x.dtype), data(2, x.dtype), T, cast(vlb_rows(0.0), x)),
-    "vlb by raw": lambda x: ops.vlb(
-        data(1, x.dtype), data(2, x.dtype), data(3, x.dtype), T, cast(vlb_rows(0.0), x), raw_variance=x
-    ),
-    "vlb decoder": lambda x: ops.vlb(x, data(1, x.dtype), data(2, x.dtype) * 9, 1, cast(vlb_rows(1.0), x), clip=5.0),
-    "update by x": lambda x: ops.update(x, data(1, x.dtype), cast(table(9), x), T, seed=3, clip=0.6),
-    "update by raw": lambda x: ops.update(
-        data(1, x.dtype), data(2, x.dtype), cast(table(9), x), T, seed=3, raw_variance=x, uncond=data(3, x.dtype)
-    ),
-    "combine": lambda x: ops.combine(data(1, x.dtype), x, cast(table(9), x), 1, z=data(2, x.dtype)),
-    "inner": lambda x: ops.inner(x, data(1, x.dtype), guidance=data(1, x.dtype, 1)[:1], centred=True),
-    "gate": lambda x: ops.gated_gelu(x),
-    "rotate": lambda x: ops.rotate(x.unflatten(-1, (-1, 2)), *data(1, x.dtype)[..., :2]),
-    "norm": lambda x: ops.group_norm_silu(x, 2, data(1, x.dtype, 1), data(2, x.dtype, 1), 1e-3),
-    "norm by scale": lambda x: ops.group_norm_silu(
-        data(1, x.dtype), 2, data(1, x.dtype, 1), data(2, x.dtype, 1), 1e-3, x[..., 0], x[..., 1], x[..., 2]
-    ),
-    "layer norm": lambda x: ops.add_layer_norm(data(1, x.dtype), x, eps=1e-3, gate=x[:, 0], scale=x[:, 1])[1],
-}
-functions = pytest.mark.parametrize("name", FUNCTIONS)
+EXAMPLES = examples()
+functions = pytest.mark.parametrize("name", EXAMPLES)
+Function = Callable[[dict[str, Tensor]], Tensor]
 
 
-def differences(f, x: Tensor, v: Tensor, step: float = 1e-5) -> Tensor:
-    return (f(x + step * v) - f(x - step * v)).double() / (2 * step)
+def function(name: str, dtype: torch.dtype = torch.float64) -> tuple[Function, dict[str, Tensor], dict[str, Tensor]]:
+    """(A function of the operands that have a gradient, by their names; these operands; a direction)."""
+    call = EXAMPLES[name].to(dtype)
+    x = {name: call.operands[name] for name in call.by}
+    v = {name: tensor(tuple(t.shape), salt=salt).to(dtype) / 3 for salt, (name, t) in enumerate(x.items(), start=5)}
+    return (lambda x: last(call.op(**call.operands | x))), x, v
+
+
+def differences(f, x, v, step: float = 1e-5) -> Tensor:
+    forth, back = (f(tree_map(lambda x, v: x + sign * step * v, x, v)) for sign in (1, -1))  # noqa: B023
+    return (forth - back).double() / (2 * step)
 
 
 def tolerance(name: str) -> dict[str, float]:
@@ -87,51 +73,56 @@ def tolerance(name: str) -> dict[str, float]:
 
 @functions
 def test_jvp_is_the_limit_of_differences(name):
-    f, x, v = FUNCTIONS[name], data(4), data(5)
+    f, x, v = function(name)
     value, tangent = jvp(f, (x,), (v,))
     torch.testing.assert_close(value, f(x))
     torch.testing.assert_close(tangent.double(), differences(f, x, v), **tolerance(name))
     assert tangent.abs().max() > 1e-4  # not the zeros of a rule that is missing
     with forward_ad.dual_level():
-        dual = forward_ad.unpack_dual(f(forward_ad.make_dual(x, v)))
+        dual = forward_ad.unpack_dual(f(tree_map(forward_ad.make_dual, x, v)))
     torch.testing.assert_close(dual.tangent, tangent)
 
 
 @every
 @functions
 def test_float32_tangents_of_every_backend(name, backend):
-    f, x, v = FUNCTIONS[name], data(4), data(5)
+    f, x, v = function(name)
     right = jvp(f, (x,), (v,))[1].float()
+    f, x, v = function(name, torch.float32)
     with fastdiff.backend(backend):
-        got = jvp(f, (x.float(),), (v.float(),))[1]
+        got = jvp(f, (x,), (v,))[1]
     torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-4)
 
 
 @every
 @functions
 def test_grad_is_backward(name, backend):
-    f, x = FUNCTIONS[name], data(4, torch.float32)
+    f, x, _ = function(name, torch.float32)
     with fastdiff.backend(backend):
-        leaf = x.clone().requires_grad_()
-        f(leaf).sum().backward()
+        leaves = {name: t.clone().requires_grad_() for name, t in x.items()}
+        f(leaves).sum().backward()
         got = grad(lambda x: f(x).sum())(x)
-    torch.testing.assert_close(got, leaf.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, {name: t.grad for name, t in leaves.items()}, rtol=1e-4, atol=1e-5)
 
 
 @every
 @functions
 def test_vmap_is_a_loop(name, backend):
-    f, many = FUNCTIONS[name], torch.stack([data(k, torch.float32) for k in range(3)])
+    f, x, v = function(name, torch.float32)
+    each = [tree_map(lambda x, v: x + k * v, x, v) for k in range(3)]  # noqa: B023
+    many = tree_map(lambda *parts: torch.stack(parts), *each)
     with fastdiff.backend(backend):
-        torch.testing.assert_close(vmap(f)(many), torch.stack([f(x) for x in many]), rtol=1e-4, atol=1e-5)
-        each = grad(lambda x: f(x).sum())
-        torch.testing.assert_close(vmap(each)(many), torch.stack([each(x) for x in many]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vmap(f)(many), torch.stack([f(x) for x in each]), rtol=1e-4, atol=1e-5)
+        slope = grad(lambda x: f(x).sum())
+        right = tree_map(lambda *parts: torch.stack(parts), *map(slope, each))
+        torch.testing.assert_close(vmap(slope)(many), right, rtol=1e-4, atol=1e-5)
 
 
 @functions
 def test_forward_and_reverse_jacobians_are_equal(name):
-    f, x = FUNCTIONS[name], data(4)
-    torch.testing.assert_close(jacfwd(f)(x).double(), jacrev(f)(x).double(), rtol=1e-5, atol=1e-7)
+    f, x, _ = function(name)
+    forward, reverse = (tree_map(Tensor.double, jacobian(f)(x)) for jacobian in (jacfwd, jacrev))
+    torch.testing.assert_close(forward, reverse, rtol=1e-5, atol=1e-7)
 
 
 BY_NUMBERS = {
@@ -154,14 +145,15 @@ def test_gradients_by_the_numbers_of_a_table(name, backend):
     torch.testing.assert_close(rows.grad, right.float(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["loss mse", "vlb by pred", "vlb decoder", "norm"])
+@pytest.mark.parametrize("name", ["loss, x0", "vlb", "vlb, decoder", "group_norm_silu"])
 def test_hessian_is_the_jacobian_of_the_gradient(name):
-    f, x = FUNCTIONS[name], data(4)
-    total = lambda x: f(x).sum()  # noqa: E731
-    by_differences = differences(grad(total), x, data(5))
-    got = torch.einsum("ijkabc,abc->ijk", hessian(total)(x), data(5)).double()
+    f, operands, directions = function(name)
+    first, x = next(iter(operands.items()))
+    total = lambda x: f(operands | {first: x}).sum()  # noqa: E731
+    by_differences = differences(grad(total), x, directions[first])
+    got = torch.einsum("ijkabc,abc->ijk", hessian(total)(x), directions[first]).double()
     assert not got.isnan().any()
-    torch.testing.assert_close(got, by_differences, rtol=1e-2, atol=1e-2 if name == "loss mse" else 1e-6)
+    torch.testing.assert_close(got, by_differences, rtol=1e-2, atol=1e-2 if name == "loss, x0" else 1e-6)
 
 
 @every
@@ -225,8 +217,9 @@ def test_the_bare_op_refuses_what_it_cannot_do():
 
 @pytest.mark.slow
 def test_compiled_transforms():
-    f, x, v = FUNCTIONS["noising by x0"], data(4), data(5)
-    for made in (lambda x: jvp(f, (x,), (v,))[1], lambda x: vmap(grad(lambda x: f(x).sum()))(x[None])):
+    f, x, v = function("noising, ids")
+    slopes = lambda x: vmap(grad(lambda x: f(x).sum()))(tree_map(lambda t: t[None], x))  # noqa: E731
+    for made in (lambda x: jvp(f, (x,), (v,))[1], slopes):
         torch.testing.assert_close(torch.compile(made, backend="aot_eager")(x), made(x))
 
 
