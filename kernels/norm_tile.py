@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 MINUS_LOG2_E, MINUS_LN_2 = tl.constexpr(-1.4426950408889634), tl.constexpr(-0.6931471805599453)
-# Triton 3.8 forgets the alignment of pointers that are chosen element by element. Triton 3.7 makes less code of them.
-CHOOSES_TILES = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
+# Triton 3.8 forgets the alignment of pointers that are chosen element by element, and the assemblers that come with it
+# spill registers where those before find room. What is done about it costs Triton 3.7 instructions.
+RECENT = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def tile_pointers(
         REST: tl.constexpr = CHANNELS - FIRST
         # Whether no tile of any slab has channels of both: then what is chosen is where its first element lies.
         APART: tl.constexpr = FIRST % SLAB == 0 or (FIRST % LANES == 0 and SLAB % LANES == 0)
-        WHOLE: tl.constexpr = (CHOOSES_TILES and LAST) and APART
+        WHOLE: tl.constexpr = (RECENT and LAST) and APART
         p = column + tl.cast(pixel, tl.int64)
         for k in tl.static_range(BLOCKS):
             c, q = (channel + k * LANES, 0) if WHOLE else (lane + k * LANES, p)
