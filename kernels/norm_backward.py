@@ -33,6 +33,7 @@ from .norm_tile import (
     silu_slope,
     store_row,
     tile_masks,
+    tile_places,
     tile_pointers,
     times,
     zeros,
@@ -74,12 +75,12 @@ def load_both(
     BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """The slab's tiles of x, or of x and skip, and those of the gradient by y, from `pixel` on."""
-    at = tile_pointers(
-        x_ptr, skip_ptr, sample, channel, pixel, SLAB, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+    at, places = tile_places(
+        x_ptr, skip_ptr, masks, sample, channel, pixel, SLAB, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
     )
-    x = load_tiles(at, masks, BLOCKS * TILES)
+    x = load_tiles(at, places, BLOCKS * TILES)
     at = tile_pointers(
-        grad_ptr, None, sample, channel, pixel, SLAB, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+        grad_ptr, None, sample, channel, pixel, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
     )
     return x, load_tiles(at, masks, BLOCKS * TILES)
 
@@ -253,7 +254,8 @@ def store_gradient(
             x = tiles[k * TILES + t]
             rest = (float32_anew(x) if ANEW else to_float32(x)) * by_x[k][:, None] + constant[k][:, None]
             gradient = slopes[k * TILES + t] * slant[k][:, None] + rest
-            tl.store(pointers[k * TILES + t], gradient, mask=masks[k * TILES + t])
+            for i in tl.static_range(k * TILES + t, len(pointers), BLOCKS * TILES):
+                tl.store(pointers[i], gradient, mask=masks[i])
 
 
 @kernel
@@ -318,11 +320,12 @@ def norm_grad_kernel(
             totals = totals + (slant[k] * ones[k] + by_x[k] * aways[k] - pixels * m_1[k],)
         store_row(row + 2 * stride, totals, channels, BLOCKS, LANES)
     if partial_ptr is None:
-        pointers = tile_pointers(
-            x_grad_ptr, skip_grad_ptr, sample, channel, 0, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS, LANES,
-            TILES, TILE, LAST,
+        pointers, places = tile_places(
+            x_grad_ptr, skip_grad_ptr, masks, sample, channel, 0, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS,
+            LANES, TILES, TILE, LAST,
         )  # fmt: skip
-        store_gradient(pointers, slopes, centered if CENTERED else x, masks, slant, by_x, constant, ANEW, BLOCKS, TILES)
+        x = centered if CENTERED else x
+        store_gradient(pointers, slopes, x, places, slant, by_x, constant, ANEW, BLOCKS, TILES)
     else:
         offsets = ()  # as in the forward pass: u = slant x + offset
         for k in tl.static_range(BLOCKS):
@@ -334,11 +337,11 @@ def norm_grad_kernel(
                 BLOCKS, LANES, TILES, TILE, LAST,
             )  # fmt: skip
             slopes = slopes_of(grad, x, slant, offsets, SILU, QUICK, BLOCKS, TILES)
-            pointers = tile_pointers(
-                x_grad_ptr, skip_grad_ptr, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS,
-                LANES, TILES, TILE, LAST,
+            pointers, places = tile_places(
+                x_grad_ptr, skip_grad_ptr, masks, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS,
+                BLOCKS, LANES, TILES, TILE, LAST,
             )  # fmt: skip
-            store_gradient(pointers, slopes, x, masks, slant, by_x, constant, False, BLOCKS, TILES)
+            store_gradient(pointers, slopes, x, places, slant, by_x, constant, False, BLOCKS, TILES)
 
 
 @kernel
