@@ -63,9 +63,9 @@ def float32_anew(x):
     """x of 16 bits as float32, on NVIDIA, by other instructions than to_float32's.
 
     After to_float32 the assembler sees no need to do it twice. It keeps the float32 instead, until registers spill."""
-    if x.dtype == tl.bfloat16:
-        CODE: tl.constexpr = "prmt.b32 $0, $2, 0, 0x1044; prmt.b32 $1, $2, 0, 0x3244;"
-    else:  # -(-x)
-        CODE: tl.constexpr = """{ .reg .b16 low, high; .reg .b32 minus; neg.f16x2 minus, $2; mov.b32 {low, high}, minus;
-            cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; neg.f32 $0, $0; neg.f32 $1, $1; }"""
+    BFLOAT16: tl.constexpr = "prmt.b32 $0, $2, 0, 0x1044; prmt.b32 $1, $2, 0, 0x3244;"
+    # -(-x)
+    FLOAT16: tl.constexpr = """{ .reg .b16 low, high; .reg .b32 minus; neg.f16x2 minus, $2; mov.b32 {low, high}, minus;
+        cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; neg.f32 $0, $0; neg.f32 $1, $1; }"""
+    CODE: tl.constexpr = BFLOAT16 if x.dtype == tl.bfloat16 else FLOAT16
     return tl.inline_asm_elementwise(CODE, "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
