@@ -19,6 +19,7 @@ from .launch import kernel
 from .norm_tile import (
     MINUS_LN_2,
     MINUS_LOG2_E,
+    RECENT,
     affine,
     by_channel,
     by_group,
@@ -32,11 +33,12 @@ from .norm_tile import (
     silu_slope,
     store_row,
     tile_masks,
+    tile_places,
     tile_pointers,
     times,
     zeros,
 )
-from .tile import to_float32
+from .tile import float32_anew, to_float32
 
 
 @triton.jit
@@ -73,12 +75,12 @@ def load_both(
     BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """The slab's tiles of x, or of x and skip, and those of the gradient by y, from `pixel` on."""
-    at = tile_pointers(
-        x_ptr, skip_ptr, sample, channel, pixel, SLAB, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+    at, places = tile_places(
+        x_ptr, skip_ptr, masks, sample, channel, pixel, SLAB, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
     )
-    x = load_tiles(at, masks, BLOCKS * TILES)
+    x = load_tiles(at, places, BLOCKS * TILES)
     at = tile_pointers(
-        grad_ptr, None, sample, channel, pixel, SLAB, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+        grad_ptr, None, sample, channel, pixel, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
     )
     return x, load_tiles(at, masks, BLOCKS * TILES)
 
@@ -108,11 +110,11 @@ def sums_of(
     sums, grads, tiles, masks, center, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr, ADD: tl.constexpr,
     BLOCKS: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """(slopes of the tiles, rows of the sums of slope, of slope (x - center) and, if ADD, of x - center over their
-    pixels).
+    """(slopes of the tiles, their x - center, rows of the sums of slope, of slope (x - center) and, if ADD, of
+    x - center over their pixels).
 
     sums: None, or three rows of [LANES, WIDE]: what further tiles are added to, and not yet summed among threads."""
-    slopes, ones, others, aways = (), (), (), ()
+    slopes, centered, ones, others, aways = (), (), (), (), ()
     for k in tl.static_range(BLOCKS):
         one = None  # Triton 3.3 takes no tuple of these
         other = None
@@ -125,7 +127,7 @@ def sums_of(
             one, other = plus(one, slope), plus(other, slope * x)
             if ADD:
                 away = plus(away, tl.where(masks[k * TILES + t], x, 0.0))
-            slopes = slopes + (slope,)
+            slopes, centered = slopes + (slope,), centered + (x,)
         if sums is None:
             # What comes second is still being added up while threads meet. Then it had better need no x of 32 bits.
             if BLOCKS == 1 and 128 // tiles[0].dtype.primitive_bitwidth == 4:  # Triton 3.3 cannot ask for 32 bits
@@ -136,7 +138,7 @@ def sums_of(
                 other = pixel_sums(other, SPLIT)
             away = pixel_sums(away, SPLIT) if ADD else 0.0
         ones, others, aways = ones + (one,), others + (other,), aways + (away,)
-    return slopes, ones, others, aways
+    return slopes, centered, ones, others, aways
 
 
 @triton.jit
@@ -190,7 +192,7 @@ def norm_sums_kernel(
             x_ptr, skip_ptr, grad_ptr, masks, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS,
             LANES, TILES, TILE, LAST,
         )  # fmt: skip
-        _, ones, others, aways = sums_of(
+        _, _, ones, others, aways = sums_of(
             (ones, others, aways), grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, SPLIT
         )  # fmt: skip
     ones, others = row_sums(ones, SPLIT, BLOCKS), row_sums(others, SPLIT, BLOCKS)
@@ -244,14 +246,16 @@ def slopes_of(
 
 @triton.jit
 def store_gradient(
-    pointers, slopes, tiles, masks, slant, by_x, constant, BLOCKS: tl.constexpr, TILES: tl.constexpr
+    pointers, slopes, tiles, masks, slant, by_x, constant, ANEW: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
-    """Stores slant slope + by_x x + constant of the tiles."""
+    """Stores slant slope + by_x x + constant of the tiles; ANEW: see float32_anew."""
     for k in tl.static_range(BLOCKS):
         for t in tl.static_range(TILES):
-            rest = to_float32(tiles[k * TILES + t]) * by_x[k][:, None] + constant[k][:, None]
+            x = tiles[k * TILES + t]
+            rest = (float32_anew(x) if ANEW else to_float32(x)) * by_x[k][:, None] + constant[k][:, None]
             gradient = slopes[k * TILES + t] * slant[k][:, None] + rest
-            tl.store(pointers[k * TILES + t], gradient, mask=masks[k * TILES + t])
+            for i in tl.static_range(k * TILES + t, len(pointers), BLOCKS * TILES):
+                tl.store(pointers[i], gradient, mask=masks[i])
 
 
 @kernel
@@ -271,6 +275,10 @@ def norm_grad_kernel(
     QUICK: tl.constexpr = (SILU and FAST) and VECTOR == 8
     PER_UNIT: tl.constexpr = MINUS_LN_2 if QUICK else 1.0  # see lines_of
     ADD: tl.constexpr = add_ptr is not None
+    # Few registers are to spare in 16-bit threads with the most elements, and in AMD's of float32. The latter need x no
+    # more once they have x - center.
+    ANEW: tl.constexpr = ((RECENT and FAST) and LAST) and (VECTOR == 8 and BLOCKS > 1)
+    CENTERED: tl.constexpr = (RECENT and not FAST) and (VECTOR == 4 and partial_ptr is None)
     sample, group, channel, channels, span = owned(first, CHANNELS, DEPTH, GROUPS, CHUNKS, SPANS, BLOCKS * LANES)
     groups = sample * (CHANNELS // DEPTH) + group
     row = sums_ptr + (tl.cast(span, tl.int64) * (4 if ADD else 2) * batch + sample) * CHANNELS + channel
@@ -287,7 +295,7 @@ def norm_grad_kernel(
         add_stride, scale_stride, shift_stride, DEPTH, GROUPS, QUICK, BLOCKS, LANES,
     )  # fmt: skip
     if partial_ptr is None:
-        slopes, ones, others, aways = sums_of(
+        slopes, centered, ones, others, aways = sums_of(
             None, grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, SPLIT
         )  # fmt: skip
         store_sums(row, stride, ones, others, rstd, channels, QUICK, BLOCKS, LANES)
@@ -304,7 +312,7 @@ def norm_grad_kernel(
     by_x, constant = (), ()
     for k in tl.static_range(BLOCKS):
         by_x = by_x + (-m_2[k] * rstd[k] * rstd[k],)
-        constant = constant + (m_2[k] * rstd[k] * rstd[k] * center[k] - m_1[k],)
+        constant = constant + (-m_1[k] if CENTERED else m_2[k] * rstd[k] * rstd[k] * center[k] - m_1[k],)
     if ADD:
         pixels = tl.minimum(PIXELS - span * SPAN, SPAN)
         totals = ()
@@ -312,11 +320,12 @@ def norm_grad_kernel(
             totals = totals + (slant[k] * ones[k] + by_x[k] * aways[k] - pixels * m_1[k],)
         store_row(row + 2 * stride, totals, channels, BLOCKS, LANES)
     if partial_ptr is None:
-        pointers = tile_pointers(
-            x_grad_ptr, skip_grad_ptr, sample, channel, 0, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS, LANES,
-            TILES, TILE, LAST,
+        pointers, places = tile_places(
+            x_grad_ptr, skip_grad_ptr, masks, sample, channel, 0, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS,
+            LANES, TILES, TILE, LAST,
         )  # fmt: skip
-        store_gradient(pointers, slopes, x, masks, slant, by_x, constant, BLOCKS, TILES)
+        x = centered if CENTERED else x
+        store_gradient(pointers, slopes, x, places, slant, by_x, constant, ANEW, BLOCKS, TILES)
     else:
         offsets = ()  # as in the forward pass: u = slant x + offset
         for k in tl.static_range(BLOCKS):
@@ -328,11 +337,11 @@ def norm_grad_kernel(
                 BLOCKS, LANES, TILES, TILE, LAST,
             )  # fmt: skip
             slopes = slopes_of(grad, x, slant, offsets, SILU, QUICK, BLOCKS, TILES)
-            pointers = tile_pointers(
-                x_grad_ptr, skip_grad_ptr, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS,
-                LANES, TILES, TILE, LAST,
+            pointers, places = tile_places(
+                x_grad_ptr, skip_grad_ptr, masks, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS,
+                BLOCKS, LANES, TILES, TILE, LAST,
             )  # fmt: skip
-            store_gradient(pointers, slopes, x, masks, slant, by_x, constant, BLOCKS, TILES)
+            store_gradient(pointers, slopes, x, places, slant, by_x, constant, False, BLOCKS, TILES)
 
 
 @kernel

@@ -23,6 +23,7 @@ from .norm_tile import (
     owned,
     silu,
     tile_masks,
+    tile_places,
     tile_pointers,
 )
 from .tile import to_float32
@@ -83,12 +84,12 @@ def moments_kernel(
     mean = tl.zeros([SLOTS], tl.float32)
     square = tl.zeros([SLOTS], tl.float32)
     for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
-        pointers = tile_pointers(
-            x_ptr, skip_ptr, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES,
-            TILE, LAST,
-        )  # fmt: skip
         masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
-        tiles = load_tiles(pointers, masks, BLOCKS * TILES)
+        pointers, places = tile_places(
+            x_ptr, skip_ptr, masks, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS, LANES,
+            TILES, TILE, LAST,
+        )  # fmt: skip
+        tiles = load_tiles(pointers, places, BLOCKS * TILES)
         n, m, s = moments(tiles, masks, add, channels, pixel, PIXELS, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILES, TILE)
         share = n / (count + n)
         square += s + (m - mean) * (m - mean) * (count * share)
@@ -157,11 +158,11 @@ def norm_kernel(
         add = load_row(add_ptr, sample * add_stride + channel, channels, BLOCKS, LANES)
     if partial_ptr is None:
         masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
-        pointers = tile_pointers(
-            x_ptr, skip_ptr, sample, channel, 0, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE,
-            LAST,
+        pointers, places = tile_places(
+            x_ptr, skip_ptr, masks, sample, channel, 0, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES,
+            TILE, LAST,
         )  # fmt: skip
-        tiles = load_tiles(pointers, masks, BLOCKS * TILES)
+        tiles = load_tiles(pointers, places, BLOCKS * TILES)
         _, mean, square = moments(
             tiles, masks, add, channels, 0, PIXELS, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, TILES, TILE
         )
@@ -189,20 +190,18 @@ def norm_kernel(
         offset = offset + (bias[k] * UNIT - center * (weight[k] * rstds[k]),)
     if partial_ptr is None:
         pointers = tile_pointers(
-            out_ptr, None, sample, channel, 0, GROUPS * DEPTH, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE,
-            LAST,
-        )  # fmt: skip
+            out_ptr, None, sample, channel, 0, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+        )
         store_normed(pointers, tiles, masks, factor, offset, SILU, QUICK, BLOCKS, TILES)
     else:
         for pixel in range(span * SPAN, tl.minimum(span * SPAN + SPAN, PIXELS), TILES * TILE):
-            pointers = tile_pointers(
-                x_ptr, skip_ptr, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES,
-                TILE, LAST,
-            )  # fmt: skip
             masks = tile_masks(channels, pixel, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
-            tiles = load_tiles(pointers, masks, BLOCKS * TILES)
-            pointers = tile_pointers(
-                out_ptr, None, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES,
+            pointers, places = tile_places(
+                x_ptr, skip_ptr, masks, sample, channel, pixel, GROUPS * DEPTH, CHANNELS, FIRST, PIXELS, BLOCKS, LANES,
                 TILES, TILE, LAST,
             )  # fmt: skip
+            tiles = load_tiles(pointers, places, BLOCKS * TILES)
+            pointers = tile_pointers(
+                out_ptr, None, sample, channel, pixel, CHANNELS, CHANNELS, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+            )
             store_normed(pointers, tiles, masks, factor, offset, SILU, QUICK, BLOCKS, TILES)

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 MINUS_LOG2_E, MINUS_LN_2 = tl.constexpr(-1.4426950408889634), tl.constexpr(-0.6931471805599453)
-# Triton 3.8 forgets the alignment of pointers that are chosen element by element. Triton 3.7 makes less code of them.
-CHOOSES_TILES = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
+# Triton 3.8 forgets the alignment of pointers that are chosen element by element, and the assemblers that come with it
+# spill registers where those before find room. What is done about it costs Triton 3.7 instructions.
+RECENT = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 
 
 @triton.jit
@@ -53,11 +54,11 @@ def either(first, here, there, WHOLE: tl.constexpr):
 @triton.jit
 def tile_pointers(
     ptr, skip_ptr, sample, channel, pixel,
-    SLAB: tl.constexpr, CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr,
     BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Pointers [LANES, TILE] of the slab's tiles from `pixel` on. With skip_ptr the first FIRST channels lie at ptr,
-    the others at skip_ptr, as tensors of their own. SLAB: the channels of a slab."""
+    the others at skip_ptr, as tensors of their own; see tile_places."""
     lane = channel + tl.arange(0, LANES).to(tl.int64)[:, None]
     column = tl.arange(0, TILE).to(tl.int64)[None, :]
     pointers = ()
@@ -72,9 +73,7 @@ def tile_pointers(
                 pointers = pointers + (at + (k * ACROSS + t * ALONG),)
     else:
         REST: tl.constexpr = CHANNELS - FIRST
-        # Whether no tile of any slab has channels of both: then what is chosen is where its first element lies.
-        APART: tl.constexpr = FIRST % SLAB == 0 or (FIRST % LANES == 0 and SLAB % LANES == 0)
-        WHOLE: tl.constexpr = (CHOOSES_TILES and LAST) and APART
+        WHOLE: tl.constexpr = RECENT and LAST  # what is chosen is where the first element of a tile lies
         p = column + tl.cast(pixel, tl.int64)
         for k in tl.static_range(BLOCKS):
             c, q = (channel + k * LANES, 0) if WHOLE else (lane + k * LANES, p)
@@ -89,6 +88,37 @@ def tile_pointers(
             for t in tl.static_range(TILES):
                 pointers = pointers + (at + along * (t * TILE),)
     return pointers
+
+
+@triton.jit
+def tile_places(
+    ptr, skip_ptr, masks, sample, channel, pixel,
+    SLAB: tl.constexpr, CHANNELS: tl.constexpr, FIRST: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCKS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """(pointers of the slab's tiles from `pixel` on, masks). SLAB: the channels of a slab.
+
+    If tiles may have channels of both tensors, those at skip_ptr can follow, with masks of their own."""
+    APART: tl.constexpr = FIRST % SLAB == 0 or (FIRST % LANES == 0 and SLAB % LANES == 0)
+    if (RECENT and LAST) and not APART:
+        REST: tl.constexpr = CHANNELS - FIRST
+        pointers = tile_pointers(
+            ptr, None, sample, channel, pixel, FIRST, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+        ) + tile_pointers(
+            skip_ptr, None, sample, channel - FIRST, pixel, REST, REST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+        )  # fmt: skip
+        here, there = (), ()
+        for k in tl.static_range(BLOCKS):
+            lane = (channel + k * LANES + tl.arange(0, LANES))[:, None]
+            for t in tl.static_range(TILES):
+                here = here + (masks[k * TILES + t] & (lane < FIRST),)
+                there = there + (masks[k * TILES + t] & (lane >= FIRST),)
+        masks = here + there
+    else:
+        pointers = tile_pointers(
+            ptr, skip_ptr, sample, channel, pixel, CHANNELS, FIRST, PIXELS, BLOCKS, LANES, TILES, TILE, LAST
+        )
+    return pointers, masks
 
 
 @triton.jit
@@ -111,10 +141,13 @@ def tile_masks(
 
 @triton.jit
 def load_tiles(pointers, masks, COUNT: tl.constexpr):
-    """The slab's COUNT tiles as they are stored, 0 beyond it."""
+    """The slab's COUNT tiles as they are stored, 0 beyond it; see tile_places."""
     tiles = ()
     for i in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(pointers[i], mask=masks[i], other=0.0),)
+        tile = tl.load(pointers[i], mask=masks[i], other=0.0)
+        for j in tl.static_range(COUNT + i, len(pointers), COUNT):
+            tile = tl.load(pointers[j], mask=masks[j], other=tile)
+        tiles = tiles + (tile,)
     return tiles
 
 

@@ -4,10 +4,8 @@ checks are left out.
 """
 
 import numpy as np
-import remembered
 import triton
-from triton.language import core
-from triton.language.semantic import TritonSemantic
+from triton.language import core, semantic
 from triton.runtime import interpreter
 
 NUMPY = {
@@ -25,7 +23,11 @@ def numpy_type(dtype: core.dtype) -> np.dtype:
 
 
 def install() -> None:
-    """From here on every launch of the process is quick."""
+    """From here on every launch of the process is quick, but for Triton 3.3, whose interpreter is another."""
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
+    import remembered
+
     # The checks for overflow assert by device_assert, which without debug=True does nothing.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     interpreter._get_np_dtype = numpy_type
@@ -57,7 +59,7 @@ def remember_block_types() -> None:
 
 def compare_first() -> None:
     """What is equal needs no broadcasting, and the same object no comparison by name."""
-    broadcast, equal = TritonSemantic.broadcast_impl_value, core.dtype.__eq__
+    broadcast, equal = semantic.TritonSemantic.broadcast_impl_value, core.dtype.__eq__
 
     def broadcast_unequal(self, lhs, rhs):
         blocks = lhs.type.is_block(), rhs.type.is_block()
@@ -65,7 +67,7 @@ def compare_first() -> None:
             return lhs, rhs
         return broadcast(self, lhs, rhs)
 
-    TritonSemantic.broadcast_impl_value = broadcast_unequal
+    semantic.TritonSemantic.broadcast_impl_value = broadcast_unequal
     core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
 
 

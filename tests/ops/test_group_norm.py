@@ -18,7 +18,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.kernels import group_norm as kernels
-from fastdiff.kernels import norm_tile
+from fastdiff.kernels import norm_backward, norm_tile
 from fastdiff.nn import ResnetBlock
 
 # NumPy, in the interpreter, on exp(-u) beyond the range of float32.
@@ -221,7 +221,7 @@ def test_images_of_several_tiles(layout, limits):
 def test_two_tensors_give_the_bits_of_their_concatenation(monkeypatch, layout, limits, groups, firsts):
     """They meet between two groups or in the middle of one, between two tiles or in the middle of one."""
     if DEVICE.type != "cuda":  # compiled kernels keep their globals
-        monkeypatch.setattr(norm_tile, "CHOOSES_TILES", tl.constexpr(True))
+        monkeypatch.setattr(norm_tile, "RECENT", tl.constexpr(True))
     given = operands((2, 12, 3, 5), torch.bfloat16, torch.float32, layout, 1.0, True, 3, "row")
     grad = tensor((2, 12, 3, 5), torch.bfloat16, salt=9)
     with fastdiff.backend("triton"), mock.patch.object(kernels, "LIMITS", limits):
@@ -231,6 +231,15 @@ def test_two_tensors_give_the_bits_of_their_concatenation(monkeypatch, layout, l
             for name, result in whole.items():
                 assert_same_bits(split[name], result)
                 assert split[name].stride() == result.stride()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled kernels keep their globals")
+@pytest.mark.parametrize("recent", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_gradient_by_every_version_of_triton(monkeypatch, recent, layout):
+    """Some keep x for the second pass over the slab, some x - center."""
+    monkeypatch.setattr(norm_backward, "RECENT", tl.constexpr(recent))
+    check("triton", (1, 6, 3, 5), 2, torch.float32, torch.float32, layout, 3.0, False, 7, "rows")
 
 
 @pytest.mark.parametrize("limits", [LIMITS[0], SMALL._replace(warp=32, held=4, parts=4)])

@@ -18,6 +18,7 @@ from ... import ops
 from ...ops.checks import FLOATING
 from ...reference import work_dtype
 from ...rows import make_rows
+from ...support import transforms
 from ...support.cache import Tables
 from ...support.plain import as_defined
 from ..stock import noising, overridden, reached, stamp
@@ -77,6 +78,8 @@ class FusedScheduler:
         return self._tables.get(name, build, sources, *key)
 
     def _host_timesteps(self) -> list[float]:
+        if transforms.active():  # PyTorch 2.7 has no list of a tensor within one
+            return [t.item() for t in self.timesteps]
         return self._table("timesteps", self.timesteps.tolist, (self.timesteps,))
 
     def _number(self, timestep: Any) -> Any:
@@ -88,7 +91,7 @@ class FusedScheduler:
         if torch.compiler.is_compiling() or timestep.numel() != 1:
             return None
         if timestep.device.type == "cpu":
-            return timestep.reshape(()).tolist()
+            return timestep.item()
         steps = self.timesteps
         if steps.device == timestep.device and _memory(steps) == _memory(timestep) and steps.dtype == timestep.dtype:
             place, rest = divmod(int(timestep.storage_offset() - steps.storage_offset()), int(steps.stride(0)))
@@ -324,7 +327,7 @@ def index_of(timestep: Any, device: torch.device) -> Tensor:
         compiling = torch.compiler.is_compiling()
         if timestep.device == device or compiling or timestep.device.type != "cpu" or timestep.numel() != 1:
             return timestep.to(device, torch.int64).reshape(-1)
-        timestep = timestep.reshape(()).tolist()
+        timestep = timestep.item()
     return torch.full((1,), int(timestep), dtype=torch.int64, device=device)
 
 
