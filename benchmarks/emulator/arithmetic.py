@@ -2,7 +2,7 @@
 
 Integers, conversions, +, -, * and fma give the bits of the hardware; .ftz flushes subnormal numbers. Of max and min,
 zeros of two signs are in no order. Approximations (APPROXIMATE) are only modelled: they are off by as much as the PTX
-manual allows, up or down by chance of their argument's bits, and exact where the result is 0, 1 or infinite.
+manual allows at most, by chance of their argument's bits, and exact where the result is 0, 1 or infinite.
 """
 
 import functools
@@ -18,7 +18,7 @@ LETTERS = {"u": "u", "s": "i", "b": "u", "f": "f"}
 F32, F64, U16, U32 = np.dtype("f4"), np.dtype("f8"), np.dtype("u2"), np.dtype("u4")
 NAN = np.uint32(0x7FFFFFFF).view(F32)  # the one that arithmetic gives
 TINY = np.float32(2.0**-126)  # smaller numbers are subnormal
-# Of each approximation the function, and its largest error: relative, or of lg2 and sines absolute (PTX ISA 9.0, 9.7.3).
+# Of each approximation the function, and its largest error: relative, or absolute of lg2 and sines (PTX ISA, 9.7.3).
 APPROXIMATE: dict[str, tuple[Callable[..., Array], float]] = {
     "ex2": (np.exp2, 2.0**-22),
     "lg2": (np.log2, 2.0**-22),
@@ -175,14 +175,14 @@ def _extreme(name: str, modifiers: list[str]) -> Callable[..., Array]:
 def _approximate(name: str, *x: Array) -> Array:
     function, bound = APPROXIMATE[name]
     exact = function(*(v.astype(F64) for v in x))
-    # One bit by chance of the argument's: a hash, as for every run the same.
-    up = (x[-1].view(U32) * np.uint32(0x9E3779B1) >> np.uint32(31)).astype(F64) * 2 - 1
+    # By chance of the argument's bits: a hash, as every run is the same.
+    by = (x[-1].view(U32) * np.uint32(0x9E3779B1)).astype(F64) * 2.0**-31 - 1
     if name == "lg2":
         off = bound * np.where((x[0] > 0.5) & (x[0] < 2), 1, np.abs(exact))
     else:
         off = bound * (1 if name in ("sin", "cos") else np.abs(exact))
     kept = np.isinf(exact) | (exact == 0) | ((exact == 1) & (name not in ("sin", "cos")))
-    return _canonical(np.where(kept, exact, exact + up * off).astype(F32))
+    return _canonical(np.where(kept, exact, exact + by * off).astype(F32))
 
 
 def _canonical(x: Array) -> Array:

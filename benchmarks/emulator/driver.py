@@ -3,6 +3,7 @@
 import ctypes
 import struct
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,18 +26,20 @@ FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
 class Emulator:
     """Executes every launch of this process, from here on.
 
-    launches: how many of each kernel; instructions: how many its warps executed.
+    launches: how many of each kernel; instructions: how many its warps executed; ties: see memory.py.
     """
 
-    def __init__(self, folder: Path, target: str) -> None:
-        """Args: where the driver is built; what is compiled for, such as sm_90."""
+    def __init__(self, target: str) -> None:
+        """Args: what is compiled for, such as sm_90."""
         from triton import knobs
 
         number = int(target.removeprefix("sm_"))
-        self.library = without_gpu(folder, divmod(number, 10))
+        self.folder = tempfile.TemporaryDirectory()  # of the driver; goes with the process
+        self.library = without_gpu(Path(self.folder.name), divmod(number, 10))
         self.kernels: dict[int, str] = {}
         self.launches: Counter[str] = Counter()
         self.instructions: Counter[str] = Counter()
+        self.ties = 0
         self._launched = LAUNCHED(self._launch)
         ctypes.c_void_p.in_dll(self.library, "launched").value = ctypes.cast(self._launched, ctypes.c_void_p).value
         knobs.runtime.kernel_load_end_hook.add(self._loaded)
@@ -64,7 +67,9 @@ class Emulator:
         }
         memory = Memory([Range.of_host(*span, kernel.grain) for span in spans(given - {0})])
         self.launches[kernel.name] += 1
-        self.instructions[kernel.name] += execute(kernel, grid, values, shared, memory)
+        executed, ties = execute(kernel, grid, values, shared, memory)
+        self.instructions[kernel.name] += executed
+        self.ties += ties
 
 
 def spans(addresses: set[int]) -> set[tuple[int, int]]:

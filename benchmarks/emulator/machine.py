@@ -23,14 +23,19 @@ Array = NDArray[Any]
 Mask = Array | None  # of the threads; None is all of them
 
 
-def execute(kernel: Kernel, grid: Sequence[int], values: list[bytes], shared: int, tensors: Memory) -> int:
-    """Run all programs. values: the parameters' bytes. Returns the instructions that warps executed."""
-    total, step, count = int(np.prod(grid)), max(1, TOGETHER // kernel.threads), 0
+def execute(kernel: Kernel, grid: Sequence[int], values: list[bytes], shared: int, tensors: Memory) -> tuple[int, int]:
+    """Run all programs. values: the parameters' bytes; shared: bytes of a program.
+
+    Returns: the instructions that warps executed, and the ties of shared memory.
+    """
+    total, step, count, ties = int(np.prod(grid)), max(1, TOGETHER // kernel.threads), 0, 0
     for first in range(0, total, step):
         programs = np.arange(first, min(first + step, total))
+        machine = Machine(kernel, grid, programs, values, shared, tensors)
         with np.errstate(all="ignore"):
-            count += Machine(kernel, grid, programs, values, shared, tensors).run()
-    return count
+            count += machine.run()
+        ties += machine.shared.ranges[0].ties
+    return count, ties
 
 
 class Machine:
@@ -112,7 +117,7 @@ class Machine:
     def _value(self, operand: str, wanted: np.dtype[Any]) -> Array:
         """An operand as numbers of a type: of a wider register the lower bits."""
         if (value := self.registers.get(operand)) is not None:
-            if wanted == bool or value.dtype == bool:
+            if bool in (wanted, value.dtype):
                 return value
             if value.itemsize > wanted.itemsize:
                 value = value.astype(NAMES[wanted.itemsize])
@@ -121,7 +126,7 @@ class Machine:
             return value.view(wanted)
         if operand == SHARED:
             return np.zeros(1, wanted)
-        if wanted == bool:
+        if wanted.kind == "b":
             return np.array([int(operand) != 0])
         if operand.startswith("0f"):
             return np.array([int(operand[2:], 16)], np.uint32).view(wanted)

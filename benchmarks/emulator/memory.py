@@ -25,6 +25,9 @@ class Range:
 
     Of each cell: the warp that wrote it last and when, a warp that read it and when. A time is a number of a program's
     barrier; times of two programs differ. 0 is nobody and never.
+
+    Threads of one warp may write different values into a cell of shared memory at once. CUDA keeps any of them, here
+    the last; `ties` counts the others.
     """
 
     def __init__(self, start: int, end: int, grain: int, data: NDArray[np.uint8], known: bool) -> None:
@@ -33,6 +36,7 @@ class Range:
         self.views = {size: data.view(kind) for size, kind in NAMES.items()}
         cells = len(data) // grain
         self.writer, self.wrote, self.reader, self.read_at = (np.zeros(cells, np.int64) for _ in range(4))
+        self.ties = 0
 
     @classmethod
     def of_host(cls, start: int, end: int, grain: int) -> "Range":
@@ -79,10 +83,12 @@ class Range:
         view, place = self.views[size], (at - self.first) // size
         other = (_unordered(wrote, times) & (writer != warps) & (wrote != 0)).reshape(len(at), -1).any(1)
         different = other & (view[place] != value)
-        view[place] = value
-        if different.any() or (view[place] != value).any():
+        view[place], self.writer[cells], self.wrote[cells] = value, warps, times
+        lost = view[place] != value
+        elsewhere = (self.writer[cells] != warps).reshape(len(at), -1).any(1)
+        if (different | (lost & (self.known | elsewhere))).any():
             raise Fault("writes what another thread wrote, another value, with no barrier between")
-        self.writer[cells], self.wrote[cells] = warps, times
+        self.ties += int(lost.sum())
 
 
 def _unordered(then: Ints, now: Ints) -> Ints:
