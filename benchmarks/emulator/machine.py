@@ -130,9 +130,8 @@ class Machine:
             return np.array([int(operand) != 0])
         if operand.startswith("0f"):
             return np.array([int(operand[2:], 16)], np.uint32).view(wanted)
-        number = int(operand.rstrip("U"), 0) if operand[0] in "-0123456789" else None
-        if number is None:
-            raise Fault(f"{operand} is read before it is written")
+        # Half of a pair may be of no use: it is never written, and read as ones, which are NaN.
+        number = -1 if operand[0] == "%" else int(operand.rstrip("U"), 0)
         return np.array([number % (1 << 8 * wanted.itemsize)], NAMES[wanted.itemsize]).view(wanted)
 
     def _set(self, register: str, value: Array, mask: Mask) -> None:
@@ -145,7 +144,7 @@ class Machine:
             value = value.view(NAMES[width])
         if mask is not None:
             old = self.registers.get(register)
-            value = np.where(mask, value, np.zeros(1, value.dtype) if old is None else old)
+            value = np.where(mask, value, ~np.zeros(1, value.dtype) if old is None else old)
         self.registers[register] = value
 
     # --- instructions -------------------------------------------------------------------------------------------
