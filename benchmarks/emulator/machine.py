@@ -235,7 +235,7 @@ class Machine:
         size = size_of(kind_)
         value = memory.read(at[:, None] + size * np.arange(len(names)), who, size, size * len(names))
         for k, name in enumerate(names):
-            self._set_some(name, value[:, k].view(kind(kind_)), mask)
+            self._set_some(name, np.ascontiguousarray(value[:, k]).view(kind(kind_)), mask)
         return True
 
     def _do_st(self, i: Instruction, mask: Mask) -> bool:
