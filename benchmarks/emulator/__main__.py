@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     emulator = Emulator(args.target)
     with fastdiff.backend("triton"):
         for name, run in chosen.items():
-            distances.clear(), emulator.launches.clear(), emulator.instructions.clear()
+            for kept in (distances, emulator.launches, emulator.instructions):
+                kept.clear()
             start, fault, emulator.ties = time.process_time(), "", 0
             try:
                 run()

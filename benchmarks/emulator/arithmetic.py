@@ -50,6 +50,10 @@ def kind(name: str) -> np.dtype[Any]:
     return np.dtype(f"{LETTERS[name[0]]}{int(name[1:]) // 8}")
 
 
+def _select(a: Array, b: Array, p: Array) -> Array:
+    return np.where(p, a, b)
+
+
 def resolve(parts: list[str]) -> Operation:
     """Raises: KeyError or ValueError for an unknown instruction."""
     name, *modifiers = parts
@@ -63,7 +67,7 @@ def resolve(parts: list[str]) -> Operation:
         return Operation(sources, lambda *x: _float(name, modifiers[:-1])(*map(_single, x)))
     own = kind(modifiers[-1])
     if name == "selp":
-        return Operation([own, own, np.dtype(bool)], lambda a, b, p: np.where(p, a, b))
+        return Operation([own, own, np.dtype(bool)], _select)
     if own.kind == "f":
         return Operation([own] * (1 + (name not in ONE) + (name == "fma")), _float(name, modifiers))
     return _integer(name, modifiers, own)
@@ -180,7 +184,7 @@ def _approximate(name: str, *x: Array) -> Array:
     if name == "lg2":
         off = bound * np.where((x[0] > 0.5) & (x[0] < 2), 1, np.abs(exact))
     else:
-        off = bound * (1 if name in ("sin", "cos") else np.abs(exact))
+        off = np.asarray(bound) if name in ("sin", "cos") else bound * np.abs(exact)
     kept = np.isinf(exact) | (exact == 0) | ((exact == 1) & (name not in ("sin", "cos")))
     return _canonical(np.where(kept, exact, exact + by * off).astype(F32))
 

@@ -56,7 +56,7 @@ class Machine:
         x, y, z = (self.program % grid[0], self.program // grid[0] % grid[1], self.program // (grid[0] * grid[1]))
         numbers = {"%tid.x": thread, "%ctaid.x": x, "%ctaid.y": y, "%ctaid.z": z}
         self.registers = {name: number.astype(np.uint32) for name, number in numbers.items()}
-        self.registers |= {f"%nctaid.{axis}": np.uint32([n]) for axis, n in zip("xyz", grid, strict=True)}
+        self.registers |= {f"%nctaid.{axis}": np.array([n], np.uint32) for axis, n in zip("xyz", grid, strict=True)}
 
     def run(self) -> int:
         """Returns the instructions that warps executed."""
@@ -206,21 +206,17 @@ class Machine:
         target, source, by, clamp, members = i.operands
         if (clamp, members) != ("31", "-1") or i.parts[2] not in ("bfly", "idx"):
             return False
-        whole = self._warps(mask)
+        self._warps(mask)
         value = np.broadcast_to(self._value(source, np.dtype(np.uint32)), (self.threads,))
         lane, by_lane = np.arange(self.threads) % WARP, self._value(by, np.dtype(np.uint32)).astype(np.int64)
         other = lane ^ by_lane if i.parts[2] == "bfly" else np.broadcast_to(by_lane, lane.shape)
-        self._set(target, value[np.arange(self.threads) - lane + other % WARP], None if whole is None else mask)
+        self._set(target, value[np.arange(self.threads) - lane + other % WARP], mask)
         return True
 
-    def _warps(self, mask: Mask) -> Array | None:
-        """Which warps take part, all of whose threads have to; None is all."""
-        if mask is None:
-            return None
-        warps = mask.reshape(-1, WARP)
-        if (warps.any(1) != warps.all(1)).any():
+    def _warps(self, mask: Mask) -> None:
+        """Of each warp all threads take part, or none."""
+        if mask is not None and (mask.reshape(-1, WARP).any(1) != mask.reshape(-1, WARP).all(1)).any():
             raise Fault("threads of a warp are missing")
-        return warps.all(1)
 
     # --- memory -------------------------------------------------------------------------------------------------
 
@@ -277,6 +273,7 @@ class Machine:
         a row, or with .trans of a column."""
         names, at, who = self._matrices(i, i.operands[0], i.operands[1], mask)
         lane = np.arange(WARP)
+        places: Array
         for k, name in enumerate(names):
             rows = at[:, 8 * k : 8 * k + 8]
             if "trans" in i.parts:

@@ -42,9 +42,8 @@ class Range:
     def of_host(cls, start: int, end: int, grain: int) -> "Range":
         """Memory of this process."""
         first, last = start - start % 16, end + -end % 16
-        return cls(
-            start, end, grain, np.frombuffer((ctypes.c_char * (last - first)).from_address(first), np.uint8), True
-        )
+        memory = memoryview((ctypes.c_char * (last - first)).from_address(first)).cast("B")
+        return cls(start, end, grain, np.frombuffer(memory, np.uint8), True)
 
     @classmethod
     def empty(cls, size: int, grain: int) -> "Range":
@@ -122,10 +121,12 @@ class Memory:
         warps, times = (np.broadcast_to(w[:, None], at.shape) for w in who)
         value = np.empty(at.shape, NAMES[size])
         for part, mine in self._split(at, size, aligned):
-            value[mine] = part.read(*(a[mine].ravel() for a in (at, warps, times)), size).reshape(value[mine].shape)
+            places, by, when = (a[mine].ravel() for a in (at, warps, times))
+            value[mine] = part.read(places, by, when, size).reshape(value[mine].shape)
         return value
 
     def write(self, at: Ints, value: Ints, who: tuple[Ints, Ints], size: int, aligned: int) -> None:
         warps, times = (np.broadcast_to(w[:, None], at.shape) for w in who)
         for part, mine in self._split(at, size, aligned):
-            part.write(*(a[mine].ravel() for a in (at, value, warps, times)), size)
+            places, given, by, when = (a[mine].ravel() for a in (at, value, warps, times))
+            part.write(places, given, by, when, size)
