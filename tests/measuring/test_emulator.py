@@ -132,14 +132,22 @@ PROGRAM = """
 import torch
 import fastdiff
 from benchmarks.emulator import __main__ as command, driver
+from fastdiff import ops
+
+def parts():
+    # Four warps merge the ten parts of a group, and round the products.
+    torch.manual_seed(2)
+    x = torch.randn(1, 3, 97, 101, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    ops.group_norm_silu(x, 1, torch.ones(3), torch.ones(3), 1e-5)
 
 emulator, parse = driver.Emulator("sm_90"), driver.parse
-rows = command.rows()
+rows = command.rows() | {"parts": parts}
 for name, old, new in [
     ("reverse_update / against float64", "", ""),
     ("reverse_update / against float64", "cos.approx", "sin.approx"),
     ("layer_norm / 3x5x7x11 bfloat16", "", ""),
     ("layer_norm / 3x5x7x11 bfloat16", "bar.sync \\t0;", ""),
+    ("parts", "", ""),
 ]:
     driver.parse = lambda text: parse(text.replace(old, new))
     try:
@@ -158,6 +166,6 @@ def test_compiled_kernels_are_executed():
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_BACKEND")}
     done = forked.run("-c", PROGRAM, env=environment | {"PYTHONPATH": str(TREE)}, cwd=TREE)
     assert done.returncode == 0, done.stderr
-    right, wrong, ordered, race, launches = done.stdout.splitlines()
-    assert right == ordered == "right" and int(launches) == 10
+    right, wrong, ordered, race, merged, launches = done.stdout.splitlines()
+    assert right == ordered == merged == "right" and int(launches) == 12
     assert "off the float64 reference" in wrong and "with no barrier between" in race
