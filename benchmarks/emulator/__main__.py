@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, run in chosen.items():
             for kept in (distances, emulator.launches, emulator.instructions):
                 kept.clear()
+            torch.manual_seed(0)
             start, fault, emulator.ties = time.process_time(), "", 0
             try:
                 run()
