@@ -8,16 +8,11 @@ The tensors are small, so that the host decides.
 """
 
 import argparse
-import ctypes
 import gc
-import importlib
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,50 +22,12 @@ import torch
 
 import fastdiff
 from benchmarks.calls import CALLS, Source
+from benchmarks.without_gpu import without_gpu
 from fastdiff.files import writable, write_json
 
 TIMES, ROUNDS = 50, 200  # a call is made in a round; rounds, of which the second fastest counts
 SHAPE = (4, 16, 8, 8)
 Case = tuple[Callable[[], Any], Callable[[], Any]]  # ours, and what it replaces
-
-
-# --- the driver that does nothing -------------------------------------------------------------------------------
-
-
-def without_gpu(folder: Path) -> None:
-    """Let Triton launch on CPU tensors, through a driver that does nothing; it is built in the folder."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    library, source = folder / "libcuda.so.1", Path(__file__).with_name("host_driver.c")
-    headers = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "include"  # type: ignore
-    build = ["gcc", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{headers}"]
-    subprocess.run([*build, str(source), "-o", str(library)], check=True)
-    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-    from triton.backends.nvidia.driver import CudaDriver
-    from triton.runtime import driver
-
-    class Driver(CudaDriver):
-        def __init__(self) -> None:
-            super().__init__()
-            self.get_current_device = lambda: 0
-            self.get_current_stream = lambda device: 0
-            self.get_device_capability = lambda device: (9, 0)
-
-    driver.set_active(Driver())
-
-    # What tells a GPU's tensor from a CPU's, at the price that it has on a GPU.
-    dispatch: Any = importlib.import_module("fastdiff.ops.dispatch")
-    dispatch.interpreting = lambda: True
-    for file in dispatch.TRITON:
-        kernels: Any = importlib.import_module(f"fastdiff.kernels.{file}")
-        kernels.on_nvidia = lambda x: True
-        op: Any = importlib.import_module(f"fastdiff.ops.{file}")
-        op.check_range = lambda name, index, end: index is not None and index.is_cuda
-    quick: Any = importlib.import_module("fastdiff.ops.quick")
-    here, stream = (lambda: -1), (lambda device: 0)
-    quick.on_gpu = lambda x: x.is_cpu
-    quick.stream_of = lambda x: stream(device) if x.is_cpu and (device := x.get_device()) == here() else None
 
 
 # --- the calls --------------------------------------------------------------------------------------------------

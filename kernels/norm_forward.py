@@ -114,10 +114,12 @@ def merged(
     means = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_last")
     squares = tl.load(pointers + 1, mask=mask, other=0.0, eviction_policy="evict_last")
     channels = tl.minimum(DEPTH - part // SPANS * WIDTH, WIDTH if CHUNKS > 1 else DEPTH).to(tl.float32)
-    counts = tl.where(mask, channels * tl.minimum(PIXELS - part % SPANS * SPAN, SPAN), 0.0)
-    mean = tl.sum(means * counts, 1) / (DEPTH * PIXELS)
-    deviations = tl.where(mask, means - mean[:, None], 0.0)
-    return mean, tl.sum(squares, 1) + tl.sum(deviations * deviations * counts, 1)
+    counts = channels * tl.minimum(PIXELS - part % SPANS * SPAN, SPAN)
+    # Every warp merges all parts. The mask comes after the products: a product that goes straight into a sum among
+    # threads is fused with its first addition, and then threads, and warps, disagree about the last bits.
+    mean = tl.sum(tl.where(mask, means * counts, 0.0), 1) / (DEPTH * PIXELS)
+    deviations = means - mean[:, None]
+    return mean, tl.sum(squares, 1) + tl.sum(tl.where(mask, deviations * deviations * counts, 0.0), 1)
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 Without CUDA the Triton kernels run in Triton's interpreter on CPU tensors, which has to be asked for before anything
 imports triton, and every launch of the suite is watched by the sanitizer. Child processes inherit both variables, so
-that none of them interprets kernels by accident.
+that none of them interprets kernels by accident. FASTDIFF_EMULATOR=sm_90 executes compiled kernels instead, as
+benchmarks/emulator does; it is for `pytest tests/ops -k triton`.
 """
 
 import gc
@@ -44,7 +45,11 @@ def prepare() -> None:
     import torch.fx.traceback as stacks
     from hypothesis import HealthCheck, settings
 
-    if not torch.cuda.is_available():
+    if target := os.environ.get("FASTDIFF_EMULATOR"):
+        from benchmarks.emulator.driver import Emulator
+
+        Emulator(target)
+    elif not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
         os.environ["FASTDIFF_BACKEND"] = "reference"
 

@@ -34,6 +34,10 @@ SAME_WEIGHTS = 1e-5
 # and 2; and all that is relative to r: the rest of the logarithm, sine or cosine on [-pi, pi], and four roundings.
 FAST_SQUARE, FAST_RELATIVE = 2 * math.log(2) * 2.0**-22, 2.0**-20
 
+# NVIDIA's powers and quotients of float32, relative: two units in the last place (PTX ISA, ex2.approx and div.full).
+# Those of the interpreter are NumPy's.
+POWER = QUOTIENT = 0.0 if INTERPRETED else 2.0**-22
+
 
 def normals(
     shape: tuple[int, ...], seed: Tensor, ids: Tensor | None, step: Tensor, stream: int, fast: bool = False

@@ -12,7 +12,7 @@ from fastdiff.kernels.norm_tile import MINUS_LN_2, MINUS_LOG2_E, quick_sigmoid, 
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import DEVICE, dtypes, laid, salts, tensor
-from tolerance import ARITHMETIC, ROUNDING, SUMMATION, assert_close, assert_same_bits
+from tolerance import ARITHMETIC, INTERPRETED, ROUNDING, SUMMATION, assert_close, assert_same_bits
 from torch import Tensor
 
 import fastdiff
@@ -220,7 +220,7 @@ def test_images_of_several_tiles(layout, limits):
 )
 def test_two_tensors_give_the_bits_of_their_concatenation(monkeypatch, layout, limits, groups, firsts):
     """They meet between two groups or in the middle of one, between two tiles or in the middle of one."""
-    if DEVICE.type != "cuda":  # compiled kernels keep their globals
+    if INTERPRETED:  # compiled kernels keep their globals
         monkeypatch.setattr(norm_tile, "RECENT", tl.constexpr(True))
     given = operands((2, 12, 3, 5), torch.bfloat16, torch.float32, layout, 1.0, True, 3, "row")
     grad = tensor((2, 12, 3, 5), torch.bfloat16, salt=9)
@@ -233,7 +233,7 @@ def test_two_tensors_give_the_bits_of_their_concatenation(monkeypatch, layout, l
                 assert split[name].stride() == result.stride()
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled kernels keep their globals")
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels keep their globals")
 @pytest.mark.parametrize("recent", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_gradient_by_every_version_of_triton(monkeypatch, recent, layout):
@@ -307,7 +307,7 @@ def exact_sigmoid(v):
     return MINUS_LN_2 / (1.0 + tl.exp2(v))
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled kernels keep their globals")
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels keep their globals")
 @pytest.mark.parametrize("limits", LIMITS[:2])
 def test_the_units_of_the_approximate_sigmoid(monkeypatch, limits):
     """With an exact one in its place, a group in one program and in parts: u, slopes and their sums are rescaled."""

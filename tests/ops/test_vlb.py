@@ -9,7 +9,7 @@ from bound_inputs import ROWS, bound_rows, inputs, nats_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import BACKENDS, DEVICE, DTYPES, dtypes, index, layouts, salts, shapes, tensor
-from tolerance import ARITHMETIC, BOUND, SUMMATION, assert_close, assert_same_bits
+from tolerance import ARITHMETIC, BOUND, POWER, SUMMATION, assert_close, assert_same_bits
 from torch import Tensor
 
 import fastdiff
@@ -34,7 +34,9 @@ def test_bins_of_a_known_gaussian(backend):
         if backend == "reference":
             wide = ops.vlb(torch.full_like(x0.double(), 0.1), x0.double(), x0.double(), 0, DECODER[None].double())
             assert wide.dtype == torch.float64
-    assert_close(nats, torch.tensor([17.668359, 4.292660, 12.500363], device=DEVICE).double(), 4e-6)
+    want = torch.tensor([17.668359, 4.292660, 12.500363], device=DEVICE).double()
+    # Nearly half the square of a distance over the standard deviation, which is a power.
+    assert_close(nats, want, 4e-6 + 2 * POWER * want * (backend == "triton"))
 
 
 @pytest.mark.parametrize("mean", [0.1, -0.97, 1.3, 0.0])
