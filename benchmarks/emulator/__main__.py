@@ -10,6 +10,7 @@ is not. The tests of operations run so too: `FASTDIFF_EMULATOR=sm_90 pytest test
 
 import argparse
 import functools
+import itertools
 import math
 import sys
 import time
@@ -21,14 +22,17 @@ from torch import Tensor
 
 import fastdiff
 from benchmarks import kernel_workloads, workloads
-from benchmarks.gpu import launches, norms, smoke
+from benchmarks.calls import CALLS, Call, Source
+from benchmarks.gpu import norms, smoke
+from benchmarks.gpu.launches import LAYOUTS
 from benchmarks.gpu.rows import Setup
 
 from .driver import Emulator
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPE, NORM_SHAPES = (3, 5, 7, 11), ((2, 4, 5, 7), (1, 4, 97, 101))
+# Rows of 1600 and heads of 512 are shared by several warps. A group of the last map is in several parts.
+SHAPES, MAPS = [(3, 5, 7, 11), (1, 2, 1, 1600), (1, 2, 2, 256)], [(2, 4, 5, 7), (1, 4, 97, 101)]
 CPU = torch.device("cpu")
 T = TypeVar("T")
 
@@ -46,12 +50,20 @@ def rows() -> dict[str, Callable[[], Any]]:
     for row in smoke.rows(First(CPU, toy=True)):
         if row.method == "against float64":
             found[row.name] = row.run
-    for name, function in launches.LAUNCHES.items():
-        for dtype in DTYPES:
-            for shape in NORM_SHAPES if name == "group_norm" else (SHAPE,):
-                kind = f"{name} / {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
-                found[kind] = functools.partial(function, shape, dtype, CPU)
+    for name, make in CALLS.items():
+        found[name] = functools.partial(launch, name, make)
     return found
+
+
+def launch(name: str, make: Callable[[Source], Call]) -> None:
+    """The call in every type and at several shapes, with gradients if these have kernels."""
+    maps = name.startswith("group_norm")
+    for dtype, shape, lay in itertools.product(DTYPES, MAPS if maps else SHAPES, LAYOUTS if maps else LAYOUTS[:1]):
+        call = make(Source(shape, dtype, lay=lay))
+        try:
+            call.whole(call.op)()
+        except RuntimeError as error:
+            raise RuntimeError(f"{shape} {dtype}: {error}") from error
 
 
 def watched_agreement() -> list[float]:
