@@ -28,7 +28,6 @@ from .driver import Emulator
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPE, NORM_SHAPES = (3, 5, 7, 11), ((2, 4, 5, 7), (1, 4, 97, 101))
 CPU = torch.device("cpu")
 T = TypeVar("T")
 
@@ -46,11 +45,13 @@ def rows() -> dict[str, Callable[[], Any]]:
     for row in smoke.rows(First(CPU, toy=True)):
         if row.method == "against float64":
             found[row.name] = row.run
-    for name, function in launches.LAUNCHES.items():
+    odd, _, parts, row, head = launches.SHAPES
+    others = {"group_norm_silu": parts, "rotate": head}
+    for name in launches.OPERATIONS:
+        shapes = odd, others.get(name, row)
         for dtype in DTYPES:
-            for shape in NORM_SHAPES if name == "group_norm" else (SHAPE,):
-                kind = f"{name} / {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
-                found[kind] = functools.partial(function, shape, dtype, CPU)
+            run = functools.partial(launches.launch, name, CPU, [dtype], shapes)
+            found[f"{name} / {str(dtype).removeprefix('torch.')}"] = run
     return found
 
 
