@@ -46,9 +46,9 @@ def rows() -> dict[str, Callable[[], Any]]:
         if row.method == "against float64":
             found[row.name] = row.run
     odd, _, parts, row, head = launches.SHAPES
-    others = {"group_norm_silu": parts, "rotate": head}
+    wide = {"group_norm_silu": [parts], "rotate": [head], "layer_norm": [row], "add_layer_norm": [row]}
     for name in launches.OPERATIONS:
-        shapes = odd, others.get(name, row)
+        shapes = [odd, *wide.get(name, [])]
         for dtype in DTYPES:
             run = functools.partial(launches.launch, name, CPU, [dtype], shapes)
             found[f"{name} / {str(dtype).removeprefix('torch.')}"] = run
