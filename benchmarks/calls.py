@@ -21,6 +21,7 @@ from fastdiff.rows import WIDTH
 from .eager import Eager
 
 ROWS = 6  # of a table
+MIXED = [False, True] * (ROWS // 2)  # levels of the decoder
 EPS = 1e-5
 Shape = tuple[int, ...]
 
@@ -43,7 +44,7 @@ class Source:
     ) -> None:
         self.shape, self.dtype, self.device, self.lay = shape, dtype, device, lay
         self.random = torch.Generator(device).manual_seed(salt)
-        self.t = torch.randint(1, ROWS, shape[:1], generator=self.random, device=device)
+        self.t = (torch.arange(shape[0], device=device) + salt) % (ROWS - 1) + 1  # levels of their own
         self.step, self.seed = self.t[:1].clone(), torch.full((1,), salt, device=device)
         self.ids = torch.arange(10, 10 + shape[0], device=device)
 
@@ -173,23 +174,17 @@ def loss_of_x0(s: Source, by: str = "pred", **more: Any) -> Call:
     return Call(ops.loss, operands | more, None, [by], 3, True)
 
 
-def vlb_rows(s: Source, decoder: bool = False) -> Tensor:
+def vlb_rows(s: Source, decoder: bool | Sequence[bool] = False) -> Tensor:
     """The logarithms of the variances, and whether a level is that of the decoder, have a meaning."""
     rows = s.table(6)
-    rows[:, 3], rows[:, 4], rows[:, 5] = -2.0, -1.0, decoder
+    rows[:, 3], rows[:, 4], rows[:, 5] = -2.0, -1.0, torch.tensor(decoder)
     return rows
 
 
-def vlb(s: Source, decoder: bool = False, **more: Any) -> Call:
-    operands = {
-        "pred": s.data(),
-        "x_t": s.data(),
-        "x0": s.data(),
-        "t": s.t,
-        "rows": vlb_rows(s, decoder),
-    }
-    by = ["raw_variance"] if "raw_variance" in more else ["pred"]
-    return Call(ops.vlb, operands | more, None, by, 3, True)
+def vlb(s: Source, decoder: bool | Sequence[bool] = False, **more: Any) -> Call:
+    operands = {name: s.data() for name in ("pred", "x_t", "x0")} | {"t": s.t, "rows": vlb_rows(s, decoder)}
+    by = ["pred", *more.keys() & {"raw_variance"}]
+    return Call(ops.vlb, operands | more, None, by, 2 + len(by), True)
 
 
 def vlb_learned(s: Source) -> Call:
@@ -320,7 +315,7 @@ CALLS: dict[str, Callable[[Source], Call]] = {
     "loss, l1": lambda s: loss_of_x0(s, "noise", noise=s.data(), kind="l1"),
     "vlb": lambda s: vlb(s, reduction="mean"),
     "vlb, learned": vlb_learned,
-    "vlb, each": lambda s: vlb(s, raw_variance=s.data(), clip=1.0),
+    "vlb, each": lambda s: vlb(s, MIXED, raw_variance=s.data(), clip=1.0),
     "vlb, decoder": lambda s: vlb(s, True, clip=5.0),
     "inner": inner,
     "inner, not centred": lambda s: Call(

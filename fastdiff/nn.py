@@ -271,10 +271,8 @@ class Attention(nn.Module):
         layers = (self.to_q, self.to_k, self.to_v)
         if is_fused(h) and all(map(is_linear, layers)):
             join: Any = torch.cat if torch.is_grad_enabled() else joined
-            weights, biases = (
-                [layer.weight for layer in layers],
-                (self.to_q.bias, bias_of_keys(self.to_k), self.to_v.bias),
-            )
+            weights = [layer.weight for layer in layers]
+            biases = [self.to_q.bias, bias_of_keys(self.to_k), self.to_v.bias]
             return F.linear(h, join(weights), join(biases)).chunk(3, dim=-1)
         return self.to_q(h), keys(self.to_k, h), self.to_v(h)
 

@@ -5,12 +5,12 @@
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.calls import CALLS, Source
+from benchmarks.calls import CALLS, Shape, Source
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Rows whose threads are of several warps: only these meet in shared memory.
@@ -24,10 +24,12 @@ LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 
 
-def launch(operation: str, device: torch.device) -> None:
+def launch(
+    operation: str, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES, shapes: Sequence[Shape] = SHAPES
+) -> None:
     """Every call of the operation, with gradients if these have a kernel."""
     makers = [make for name, make in CALLS.items() if name.partition(",")[0] == operation]
-    for dtype, shape, lay, make in itertools.product(DTYPES, SHAPES, LAYOUTS, makers):
+    for dtype, shape, lay, make in itertools.product(dtypes, shapes, LAYOUTS, makers):
         call = make(Source(shape, dtype, device, lay))
         call.whole(call.op)()
 

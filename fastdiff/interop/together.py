@@ -32,8 +32,8 @@ def separate(layers: Sequence[nn.Module]) -> None:
 
 
 def product(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
-    """layer(x) of each, or None if they must be called."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """layer(x) of each, or None if they must be called, as under autocast, which keeps the weights that it has cast."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return None
     operands = _operands(layers)
     if not operands or not all(map(adjacent, operands)):

@@ -115,14 +115,16 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
 
 
 def are_alike(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
-    """Whether all are of one type, lie in memory without gaps, and each pair in the same order."""
-    dtype, last = averages[0].dtype, torch.channels_last
+    """Whether all are float32, lie in memory without gaps, and each pair in the same order.
+
+    The kernel rounds a rate for float64 to float32. For half precision PyTorch's kernel of CPUs is wrong.
+    """
     return all(
         is_ordinary(a)
         and is_ordinary(w)
-        and a.dtype == w.dtype == dtype
+        and a.dtype == w.dtype == torch.float32
         and a.stride() == w.stride()
-        and (a.is_contiguous() or a.is_contiguous(memory_format=last))
+        and (a.is_contiguous() or a.is_contiguous(memory_format=torch.channels_last))
         for a, w in zip(averages, weights, strict=True)
     )
 

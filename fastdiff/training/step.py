@@ -202,12 +202,13 @@ def clipped(
 ) -> Iterator[None]:
     """Let the step of an optimizer in the block see a gradient of at most that norm; `norm` is what it has.
 
-    A fused optimizer divides the gradients while it reads them, which saves a pass.
+    A fused optimizer divides the gradients while it reads them, which saves a pass, by a float32 number.
     """
     known: Any = vars(optimizer)
+    divides = is_fused(optimizer) and known.get("_step_supports_amp_scaling")
     if largest is None:
         yield
-    elif is_fused(optimizer) and known.get("_step_supports_amp_scaling") and is_ordinary(norm):
+    elif divides and is_ordinary(norm) and norm.dtype != torch.float64:
         known["grad_scale"] = ((norm.float() + TINY) / largest).clamp(min=1)
         try:
             yield

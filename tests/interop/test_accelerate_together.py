@@ -56,6 +56,8 @@ def test_one_product_for_each_input(bias):
     torch.testing.assert_close(got, want, rtol=4e-6, atol=4e-6)
     assert (theirs, products) == (8, 1 + 1 + 2 + 1)  # those after attention too
     assert [id(p) for p in ours.parameters()] == parameters and fastdiff.accelerate(ours, channels_last=True) == []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(ours)[1] == 8  # of weights that stay cast
     ours.own.to_q.weight.requires_grad_()
     assert torch.autograd.grad(ours(X, TEXT).sum(), ours.own.to_q.weight)[0].abs().sum() > 0
     fastdiff.restore(ours)

@@ -145,8 +145,8 @@ rows = command.rows() | {"parts": parts}
 for name, old, new in [
     ("reverse_update / against float64", "", ""),
     ("reverse_update / against float64", "cos.approx", "sin.approx"),
-    ("layer_norm / 3x5x7x11 bfloat16", "", ""),
-    ("layer_norm / 3x5x7x11 bfloat16", "bar.sync \\t0;", ""),
+    ("add_layer_norm / bfloat16", "", ""),
+    ("add_layer_norm / bfloat16", "bar.sync \\t0;", ""),
     ("parts", "", ""),
 ]:
     driver.parse = lambda text: parse(text.replace(old, new))

@@ -147,10 +147,11 @@ def test_what_the_sanitizer_is_given_launches_every_kernel():
         "def call(self, *args, **kwargs):\n    seen.add(self.fn.__name__)\n    run(self, *args, **kwargs)\n"
         "i.GridExecutor.__call__ = call\n"
         "import torch\nfrom benchmarks.gpu import launches\n"
-        "launches.DTYPES, shapes = launches.DTYPES[:1], launches.SHAPES\n"
+        "shapes, layouts = launches.SHAPES[::2], launches.LAYOUTS\n"
         "for name in launches.OPERATIONS:\n"
-        "    launches.SHAPES = (shapes[0], shapes[2])[: 1 + (name == 'group_norm_silu')]\n"
-        "    launches.launch(name, torch.device('cpu'))\n"
+        "    norm = name == 'group_norm_silu'\n"
+        "    launches.LAYOUTS = layouts[: 1 + norm]\n"
+        "    launches.launch(name, torch.device('cpu'), [torch.float32], shapes[: 1 + norm])\n"
         "print(*sorted(seen))\n"
     )
     environment = {"TRITON_INTERPRET": "1", "FASTDIFF_BACKEND": "triton", "PYTHONPATH": HELPED, "PATH": ""}

@@ -65,8 +65,10 @@ def ahead_of(block: nn.Module, given: Tensor | None, make: Any) -> Any:
 
     It is None outside of such a call, and if given is another tensor than was the first block's.
     """
-    call = None if given is None or torch.compiler.is_compiling() or torch.is_grad_enabled() else CALL.get()
-    return None if call is None or given is None else call.of(block, given, make)
+    if given is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    call = CALL.get()
+    return None if call is None else call.of(block, given, make)
 
 
 def keys_and_values(blocks: Sequence[Any], text: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
