@@ -28,7 +28,6 @@ from .driver import Emulator
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPE, NORM_SHAPES = (3, 5, 7, 11), ((2, 4, 5, 7), (1, 4, 97, 101))
 CPU = torch.device("cpu")
 T = TypeVar("T")
 
@@ -46,11 +45,12 @@ def rows() -> dict[str, Callable[[], Any]]:
     for row in smoke.rows(First(CPU, toy=True)):
         if row.method == "against float64":
             found[row.name] = row.run
-    for name, function in launches.LAUNCHES.items():
+    for name in launches.OPERATIONS:
+        shapes = launches.shapes_of(name)
         for dtype in DTYPES:
-            for shape in NORM_SHAPES if name == "group_norm" else (SHAPE,):
+            for shape in shapes if name == "group_norm_silu" else shapes[:1]:
                 kind = f"{name} / {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
-                found[kind] = functools.partial(function, shape, dtype, CPU)
+                found[kind] = functools.partial(launches.launch, name, CPU, shape, [dtype])
     return found
 
 
