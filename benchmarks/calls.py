@@ -262,7 +262,9 @@ def group_norm_silu(s: Source, *names: str, skip: bool = False) -> Call:
     more = -(-first // 2) if skip else 0
     channels = first + more
     operands = {"x": s.data(*shape), "weight": s.row(channels), "bias": s.row(channels)}
-    operands |= {name: s.row(batch, channels) for name in names} | ({"skip": s.data(batch, more, *rest)} if skip else {})
+    operands |= {name: s.row(batch, channels) for name in names} | (
+        {"skip": s.data(batch, more, *rest)} if skip else {}
+    )
     groups = max(1, math.gcd(channels, 16) // 2)
     options = {"num_groups": groups, "eps": EPS}
     return Call(ops.group_norm_silu, operands | options, None if "add" in names else eager, [*operands], 3, True)
