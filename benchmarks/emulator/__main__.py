@@ -22,17 +22,13 @@ from torch import Tensor
 
 import fastdiff
 from benchmarks import kernel_workloads, workloads
-from benchmarks.calls import CALLS, Call, Source
-from benchmarks.gpu import norms, smoke
-from benchmarks.gpu.launches import LAYOUTS
+from benchmarks.gpu import launches, norms, smoke
 from benchmarks.gpu.rows import Setup
 
 from .driver import Emulator
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows of 1600 and heads of 512 are shared by several warps. A group of the last map is in several parts.
-SHAPES, MAPS = [(3, 5, 7, 11), (1, 2, 1, 1600), (1, 2, 2, 256)], [(2, 4, 5, 7), (1, 4, 97, 101)]
 CPU = torch.device("cpu")
 T = TypeVar("T")
 
@@ -50,20 +46,15 @@ def rows() -> dict[str, Callable[[], Any]]:
     for row in smoke.rows(First(CPU, toy=True)):
         if row.method == "against float64":
             found[row.name] = row.run
-    for name, make in CALLS.items():
-        found[name] = functools.partial(launch, name, make)
+    for name, dtype in itertools.product(launches.OPERATIONS, DTYPES):
+        kind = f"{name} / {str(dtype).removeprefix('torch.')}"
+        found[kind] = functools.partial(launch, name, dtype)
     return found
 
 
-def launch(name: str, make: Callable[[Source], Call]) -> None:
-    """The call in every type and at several shapes, with gradients if these have kernels."""
-    maps = name.startswith("group_norm")
-    for dtype, shape, lay in itertools.product(DTYPES, MAPS if maps else SHAPES, LAYOUTS if maps else LAYOUTS[:1]):
-        call = make(Source(shape, dtype, lay=lay))
-        try:
-            call.whole(call.op)()
-        except RuntimeError as error:
-            raise RuntimeError(f"{shape} {dtype}: {error}") from error
+def launch(name: str, dtype: torch.dtype) -> None:
+    for shape in launches.shapes_of(name):
+        launches.launch(name, CPU, shape, [dtype])
 
 
 def watched_agreement() -> list[float]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.calls import CALLS, Shape, Source
+from benchmarks.calls import CALLS, Source
 
 DTYPES = (torch.float32, torch.bfloat16)
 # One part and several, of a sample. Fewer shapes are fewer kernels to compile, which is what takes time.
@@ -31,14 +31,6 @@ LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 
 
-<<<<<<< HEAD
-def launch(
-    operation: str, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES, shapes: Sequence[Shape] = SHAPES
-) -> None:
-    """Every call of the operation, with gradients if these have a kernel."""
-    makers = [make for name, make in CALLS.items() if name.partition(",")[0] == operation]
-    for dtype, shape, lay, make in itertools.product(dtypes, shapes, LAYOUTS, makers):
-=======
 def shapes_of(operation: str) -> tuple[tuple[int, ...], ...]:
     return SHAPES_OF.get(operation, SHAPES)
 
@@ -49,7 +41,6 @@ def launch(
     """Every call of the operation, with gradients if these have a kernel."""
     makers = [make for name, make in CALLS.items() if name.partition(",")[0] == operation]
     for dtype, lay, make in itertools.product(dtypes, LAYOUTS, makers):
->>>>>>> kit
         call = make(Source(shape, dtype, device, lay))
         call.whole(call.op)()
 
