@@ -31,9 +31,10 @@ def arrange(layers: Sequence[Any]) -> None:
 
 def separate(layers: Sequence[nn.Module]) -> None:
     """Undo `arrange`, also in what was wrapped since."""
-    for layer in (part for layer in layers for part in walk.modules(layer) if vars(part).pop(TOGETHER, False)):
-        for p in layer.parameters(recurse=False):
-            if shares_storage(p):
+    for part in (part for layer in layers for part in walk.modules(layer)):
+        moved = vars(part).pop(TOGETHER, False)
+        for p in part.parameters(recurse=False):
+            if moved and shares_storage(p):
                 p.data = p.data.clone()
 
 
