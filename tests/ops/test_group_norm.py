@@ -411,6 +411,19 @@ def test_second_derivatives(add):
         torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-4)
 
 
+def test_gradients_with_a_graph_of_operands_that_are_made_of_each_other():
+    """As a U-Net's skip, of which x was made: what comes by x is not counted twice."""
+    given = operands((2, 4, 3, 3), torch.float32, torch.float32, "contiguous", 0.0, False, 1)
+    skip, weight = given["x"].detach().requires_grad_(), torch.cat([given["weight"]] * 2)
+    found = []
+    for backend, graph in (("reference", False), ("triton", False), ("triton", True)):
+        with fastdiff.backend(backend):
+            y = ops.group_norm_silu(2 * skip.sin(), 2, weight, weight, EPS, skip=skip, add=weight)
+        found += torch.autograd.grad(y.square().sum(), skip, create_graph=graph)
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_a_block_of_the_network_compiles_to_one_graph_with_the_kernel(scale_shift):
