@@ -209,27 +209,34 @@ def test_images_of_several_tiles(layout, limits):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "limits", "groups", "firsts"),
+    ("layout", "limits", "groups", "firsts", "within"),
     [
-        ("contiguous", LIMITS[0], 2, [7]),
-        ("contiguous", LIMITS[1], 2, [7]),
-        ("channels_last", LIMITS[0], 2, [3, 4, 6, 7]),
-        ("channels_last", LIMITS[1], 2, [7]),
-        ("channels_last", LIMITS[3], 4, [4]),  # slabs of 3 channels in tiles of 4
+        ("contiguous", LIMITS[0], 2, [7], []),
+        ("contiguous", LIMITS[1], 2, [7], []),
+        ("channels_last", LIMITS[0], 2, [3, 4, 6, 7], [3, 7]),
+        ("channels_last", LIMITS[1], 2, [7], [7]),
+        ("channels_last", LIMITS[3], 4, [4], [4]),  # slabs of 3 channels in tiles of 4
     ],
 )
-def test_two_tensors_give_the_bits_of_their_concatenation(monkeypatch, layout, limits, groups, firsts):
-    """They meet between two groups or in the middle of one, between two tiles or in the middle of one."""
+def test_two_tensors_give_the_bits_of_their_concatenation(monkeypatch, layout, limits, groups, firsts, within):
+    """They meet between two groups or in the middle of one, between two tiles or in the middle of one.
+
+    within: where they meet in the middle of an access. There compiled threads read element by element, hold other
+    pixels, and so sum the gradients of the rows in another order."""
     if INTERPRETED:  # compiled kernels keep their globals
         monkeypatch.setattr(norm_tile, "RECENT", tl.constexpr(True))
     given = operands((2, 12, 3, 5), torch.bfloat16, torch.float32, layout, 1.0, True, 3, "row")
     grad = tensor((2, 12, 3, 5), torch.bfloat16, salt=9)
+    bounds = errors(given, groups, grad, False)
     with fastdiff.backend("triton"), mock.patch.object(kernels, "LIMITS", limits):
         whole = with_gradients(given, groups, grad)
         for first in firsts:
             split = with_gradients(given, groups, grad, first=first, layout=layout)
             for name, result in whole.items():
-                assert_same_bits(split[name], result)
+                if INTERPRETED or first not in within or name in ("y", "x"):
+                    assert_same_bits(split[name], result)
+                else:
+                    assert_close(split[name], result, bounds[name])
                 assert split[name].stride() == result.stride()
 
 
