@@ -4,7 +4,8 @@
 
 The rows are those of the smoke stage of benchmarks/gpu, and the launches that compute-sanitizer watches there. A fault
 is an access outside the tensors of a launch, a misaligned one, a race, a read of shared memory that nobody wrote, or an
-instruction that the emulator does not know. See machine.py, memory.py and arithmetic.py for what is modelled and what
+instruction that the emulator does not know. Ties, where threads of a warp write different values to one place of shared
+memory, are counted: any of them may stay. See machine.py, memory.py and arithmetic.py for what is modelled and what
 is not. The tests of operations run so too: `FASTDIFF_EMULATOR=sm_90 pytest tests/ops -k triton`.
 """
 

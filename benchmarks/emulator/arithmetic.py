@@ -36,6 +36,10 @@ COMPARE: dict[str, Callable[..., Array]] = {
 BITWISE: dict[str, Callable[..., Array]] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
+# Of pairs in half precision. NumPy has no fma, and a product and a sum round twice.
+HALF: dict[str, Callable[..., Array]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
 class Operation(NamedTuple):
     """An instruction that only computes: types of its operands, and a function of arrays of these."""
 
@@ -204,11 +208,18 @@ def _packed(name: str, modifiers: list[str]) -> Operation:
         function = _float(name, [*modifiers[:-1], "f16"])
         return Operation([pair, pair], lambda *x: function(*(v.view(single).reshape(-1, 2) for v in x)))
     if single != F32:
-        raise ValueError("no arithmetic of pairs in half precision")
+        if set(modifiers[:-1]) - {"rn"}:
+            raise ValueError("no such arithmetic of pairs in half precision")
+        return Operation([pair, pair], functools.partial(_halves, HALF[name]))
     function = _float(name, [*modifiers[:-1], "f32"])
     split = lambda *x: function(*(v.view(F32).reshape(-1, 2) for v in x))  # noqa: E731
     count = 1 + (name not in ONE) + (name == "fma")
     return Operation([pair] * count, lambda *x: np.ascontiguousarray(split(*x)).view(pair).ravel())
+
+
+def _halves(function: Callable[..., Array], *x: Array) -> Array:
+    result = function(*(v.view("f2").reshape(-1, 2) for v in x))
+    return np.where(np.isnan(result), U16.type(0x7FFF).view("f2"), result).view(U32).ravel()
 
 
 # --- conversions ------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ class Machine:
                 try:
                     i.does = resolve(i.parts)
                 except (KeyError, ValueError) as error:
-                    raise Fault("an unknown instruction") from error
+                    raise Fault("an unknown instruction (arithmetic.py has the known ones)") from error
             target, *sources = i.operands
             kinds, function = i.does
             value = function(*(self._value(s, k) for s, k in zip(sources, kinds, strict=True)))

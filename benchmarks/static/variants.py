@@ -231,6 +231,8 @@ def launch(v: Variant) -> None:
         table = floats(x.shape[1], x.shape[3])[:, :: 1 + v.has("pairs")]
         weight = torch.empty(x.shape[3], dtype=v.dtype, device="meta") if v.has("norm") else None
         rotate(x, x, table, table, weight, 1e-6)
+    elif v.kernel != "update":
+        raise ValueError(f"kernel: expected a launch of {v.kernel} in benchmarks/static/variants.py, got none")
     else:
         pred, raw = output(v)
         uncond = pred if v.has("uncond") else None

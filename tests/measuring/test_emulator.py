@@ -127,6 +127,18 @@ def test_pairs_in_half_precision(kind, dtype):
     assert got.view(np.int16).tolist() == want.flatten().tolist()
 
 
+@pytest.mark.parametrize("name", ["add", "sub", "mul"])
+def test_arithmetic_of_pairs_in_half_precision(name):
+    x = np.random.default_rng(0).normal(size=128).astype(np.float16)
+    x[:6] = 65504, np.inf, np.nan, -0.0, 2.0**-24, 1 + 2.0**-10
+    body = f"	ld.global.b32 {{ %r2 }}, [ %rd1 + 0 ];\n	{name}.f16x2 %r3, %r2, 0x38013c03;\n"
+    got = torch.from_numpy(run(body + "	st.global.b32 [ %rd2 + 0 ], { %r3 };", x).view(np.float16))
+    other = torch.tensor([0x3C03, 0x3801], dtype=torch.int16).view(torch.float16).double().repeat(64)
+    want = getattr(torch, name)(torch.from_numpy(x).double(), other).half()
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert got[2].view(torch.int16) == 0x7FFF
+
+
 # Rows of the command in a process whose kernels are compiled, as they are and with one instruction another.
 PROGRAM = """
 import torch
