@@ -45,8 +45,8 @@ def rows() -> dict[str, Callable[[], Any]]:
     for row in smoke.rows(First(CPU, toy=True)):
         if row.method == "against float64":
             found[row.name] = row.run
-    odd, _, parts, row, head = launches.SHAPES
-    wide = {"group_norm_silu": [parts], "rotate": [head], "layer_norm": [row], "add_layer_norm": [row]}
+    odd, _, parts, tokens, heads = launches.SHAPES
+    wide = {"group_norm_silu": [parts], "rotate": [heads], "layer_norm": [tokens], "add_layer_norm": [tokens]}
     for name in launches.OPERATIONS:
         shapes = [odd, *wide.get(name, [])]
         for dtype in DTYPES:
