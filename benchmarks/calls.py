@@ -241,8 +241,8 @@ def rotate(s: Source, step: int = 1, norm: bool = False) -> Call:
     return Call(ops.rotate, operands, eager if step == 1 else None, ["x"] * (step == 1))
 
 
-def group_norm_silu(s: Source, *names: str) -> Call:
-    """names: of the rows that are given."""
+def group_norm_silu(s: Source, *names: str, skip: bool = False) -> Call:
+    """names: of the rows that are given. skip: half of the channels once more, as a tensor of their own."""
 
     def eager(
         x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
@@ -253,9 +253,13 @@ def group_norm_silu(s: Source, *names: str) -> Call:
             y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
         return F.silu(y)
 
-    batch, channels, *_ = shape = (*s.shape, 1)[: max(2, len(s.shape))]
+    batch, first, *rest = shape = (*s.shape, 1)[: max(2, len(s.shape))]
+    more = -(-first // 2) if skip else 0
+    channels = first + more
     operands = {"x": s.data(*shape), "weight": s.row(channels), "bias": s.row(channels)}
-    operands |= {name: s.row(batch, channels) for name in names}
+    operands |= {name: s.row(batch, channels) for name in names} | (
+        {"skip": s.data(batch, more, *rest)} if skip else {}
+    )
     groups = max(1, math.gcd(channels, 16) // 2)
     options = {"num_groups": groups, "eps": EPS}
     return Call(ops.group_norm_silu, operands | options, None if "add" in names else eager, [*operands], 3, True)
@@ -327,7 +331,7 @@ CALLS: dict[str, Callable[[Source], Call]] = {
     "rotate, norm": lambda s: rotate(s, norm=True),
     "group_norm_silu": group_norm_silu,
     "group_norm_silu, scale and shift": lambda s: group_norm_silu(s, "scale", "shift"),
-    "group_norm_silu, add": lambda s: group_norm_silu(s, "scale", "shift", "add"),
+    "group_norm_silu, add and skip": lambda s: group_norm_silu(s, "scale", "shift", "add", skip=True),
     "layer_norm": lambda s: layer_norm(s, "weight", "bias"),
     "layer_norm, scale and shift": lambda s: layer_norm(s, "scale", "shift"),
     "add_layer_norm": add_layer_norm,

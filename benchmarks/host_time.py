@@ -22,7 +22,7 @@ import torch
 
 import fastdiff
 from benchmarks.calls import CALLS, Source
-from benchmarks.without_gpu import without_gpu
+from benchmarks.without_gpu import unchecked, without_gpu
 from fastdiff.files import writable, write_json
 
 TIMES, ROUNDS = 50, 200  # a call is made in a round; rounds, of which the second fastest counts
@@ -98,6 +98,7 @@ def run(rounds: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         if device == "cpu":
             without_gpu(Path(folder))
+            unchecked()
         rows = []
         with fastdiff.backend("triton"):
             for name, case in cases(device).items():

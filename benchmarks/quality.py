@@ -14,6 +14,7 @@ from fastdiff.files import write_json
 from fastdiff.steps import SAMPLERS, StepTable
 from fastdiff.training import checkpoint, data
 from fastdiff.training.evaluate import frechet_distance
+from fastdiff.training.samples import conditions
 
 CALLS = (5, 10, 20, 50)
 HALF = ("ddim", 50)  # once more in bfloat16
@@ -53,15 +54,18 @@ def measure(
     The cost is a ratio: the time to draw a batch over that of a call of the network, timed just before. So the load of
     the machine mostly cancels.
     """
-    model.sample(2, sampler=sampler, steps=2, seed=0, dtype=dtype)  # compiles what is compiled at its first use
     batches = torch.arange(n).split(BATCH)
+    how: list[dict[str, Any]] = [{"sample_ids": ids, **conditions(model, ids)} for ids in batches]
+    of_network = {name: value.to(model.device) for name, value in conditions(model, batches[0]).items()}
     x, t = torch.zeros(len(batches[0]), *held_out.shape[1:], device=model.device), torch.ones(1, device=model.device)
+    # The first call compiles what is compiled then.
+    model.sample(len(x), sampler=sampler, steps=2, seed=0, dtype=dtype, **how[0])
     clocks, drawn = [_clock(model.device)], []
     with torch.no_grad():
-        model.model(x, t.expand(len(x)))
+        model.model(x, t.expand(len(x)), **of_network)
     clocks.append(_clock(model.device))
-    for ids in batches:
-        drawn.append(model.sample(len(ids), sample_ids=ids, sampler=sampler, steps=steps, seed=0, dtype=dtype))
+    for ids, options in zip(batches, how, strict=True):
+        drawn.append(model.sample(len(ids), sampler=sampler, steps=steps, seed=0, dtype=dtype, **options))
         clocks.append(_clock(model.device))
     return {
         "sampler": sampler if dtype is None else f"{sampler}, {str(dtype).removeprefix('torch.')}",

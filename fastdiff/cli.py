@@ -273,10 +273,10 @@ def sample(args: argparse.Namespace) -> int:
         raise ValueError(f"--out: expected the start of two file names, got {str(args.out)!r}")
     grid, array = (args.out.with_name(args.out.name + end) for end in (".png", ".npy"))
     places = [grid, array] if args.format == "npy" else [args.out]
+    model, start = ready(args), time.perf_counter()  # first: without a checkpoint no folder is made
     if args.format == "npy":
         for place in places:
             writable(place)
-    model, start = ready(args), time.perf_counter()
     with ranks.joined(device_of(args)) as processes:
         processes.share(model)
         numbers = torch.arange(args.n).split(args.batch_size)

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra, from PyPI and in a clone."""
+    return f"pip install 'fastdiff-kernels[{extra}]' (in a clone '.[{extra}]')"
+
+
 def need(module: str, extra: str = "train") -> Any:
     """Import an optional dependency.
 
@@ -24,7 +29,7 @@ def need(module: str, extra: str = "train") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is not installed: pip install 'fastdiff-kernels[{extra}]'") from error
+        raise ImportError(f"{module} is not installed: {install(extra)}") from error
 
 
 @contextmanager

@@ -291,7 +291,7 @@ class Attention(nn.Module):
 
     def _normed(self, x: Tensor, owed: Tensor | None) -> Tensor:
         """group_norm(x + owed)."""
-        if isinstance(self.group_norm, nn.GroupNorm) and is_fused(x):
+        if isinstance(self.group_norm, nn.GroupNorm) and (is_fused(x) or transforms.active()):
             return norm_silu(self.group_norm, x, add=owed, silu=False)
         normed: Tensor = self.group_norm(x if owed is None else x + owed[:, None, None])
         return normed

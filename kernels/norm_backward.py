@@ -28,7 +28,9 @@ from .norm_tile import (
     load_tiles,
     owned,
     pixel_sums,
+    plus,
     product,
+    rounded,
     row_sums,
     silu_slope,
     store_row,
@@ -86,17 +88,6 @@ def load_both(
 
 
 @triton.jit
-def plus(total, tile):
-    """total [LANES, WIDE] and the sums of neighbouring pixels of a tile [LANES, TILE]. Without a total, the tile."""
-    if total is not None:
-        WIDE: tl.constexpr = total.shape[1]
-        if tile.shape[1] > WIDE:
-            tile = tl.sum(tl.reshape(tile, [tile.shape[0], WIDE, tile.shape[1] // WIDE]), 2)
-        tile += total
-    return tile
-
-
-@triton.jit
 def slope_of(grad, x, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr):
     """The slopes of a tile by u, or -log2(e) u if QUICK, = slant x + offset; 0 where grad is, so beyond the slab."""
     slope = to_float32(grad)
@@ -108,12 +99,14 @@ def slope_of(grad, x, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr):
 @triton.jit
 def sums_of(
     sums, grads, tiles, masks, center, slant, offset, SILU: tl.constexpr, QUICK: tl.constexpr, ADD: tl.constexpr,
-    BLOCKS: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, ONE_PIXEL: tl.constexpr,
 ):  # fmt: skip
     """(slopes of the tiles, their x - center, rows of the sums of slope, of slope (x - center) and, if ADD, of
     x - center over their pixels).
 
-    sums: None, or three rows of [LANES, WIDE]: what further tiles are added to, and not yet summed among threads."""
+    sums: None, or three rows of [LANES, WIDE]: what further tiles are added to, and not yet summed among threads.
+    ONE_PIXEL: a thread holds one pixel of a tile. Then, if there is nothing to add it to, see rounded."""
+    ROUND: tl.constexpr = (ONE_PIXEL and TILES == 1) and sums is None
     slopes, centered, ones, others, aways = (), (), (), (), ()
     for k in tl.static_range(BLOCKS):
         one = None  # Triton 3.3 takes no tuple of these
@@ -124,7 +117,10 @@ def sums_of(
         for t in tl.static_range(TILES):
             x = to_float32(tiles[k * TILES + t]) - center[k][:, None]
             slope = slope_of(grads[k * TILES + t], x, slant[k], offset[k], SILU, QUICK)
-            one, other = plus(one, slope), plus(other, slope * x)
+            moment = slope * x
+            if ROUND:
+                slope, moment = rounded(slope) if SILU else slope, rounded(moment)
+            one, other = plus(one, slope), plus(other, moment)
             if ADD:
                 away = plus(away, tl.where(masks[k * TILES + t], x, 0.0))
             slopes, centered = slopes + (slope,), centered + (x,)
@@ -144,12 +140,13 @@ def sums_of(
 @triton.jit
 def weighed(
     slant, rows, DEPTH: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr,
-    LANES: tl.constexpr,
+    LANES: tl.constexpr, ONE_LANE: tl.constexpr,
 ):  # fmt: skip
-    """[SLOTS]: sums of slant times a row over each group."""
+    """[SLOTS]: sums of slant times a row over each group. ONE_LANE: a thread holds one channel of a block."""
     columns = ()
     for k in tl.static_range(BLOCKS):
-        columns = columns + ((slant[k] * rows[k])[:, None],)
+        column = slant[k] * rows[k]
+        columns = columns + ((rounded(column) if ONE_LANE and BLOCKS == 1 else column)[:, None],)
     return by_group(columns, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, 1)
 
 
@@ -181,6 +178,7 @@ def norm_sums_kernel(
         add_stride, scale_stride, shift_stride, DEPTH, GROUPS, QUICK, BLOCKS, LANES,
     )  # fmt: skip
     SPLIT: tl.constexpr = LAST and BLOCKS * VECTOR >= 8  # channels of a thread
+    ONE_LANE: tl.constexpr = (SPLIT or not LAST) or (CHANNELS | FIRST) % 2 != 0  # an odd number has narrow accesses
     # Threads are summed after the loop. Eight neighbouring pixels of a thread are summed at once, to spare registers.
     WIDE: tl.constexpr = TILE if (LAST or VECTOR < 8) or PIXELS % VECTOR != 0 else TILE // VECTOR
     ones = zeros(BLOCKS, LANES, WIDE)
@@ -193,7 +191,7 @@ def norm_sums_kernel(
             LANES, TILES, TILE, LAST,
         )  # fmt: skip
         _, _, ones, others, aways = sums_of(
-            (ones, others, aways), grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, SPLIT
+            (ones, others, aways), grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, SPLIT, False
         )  # fmt: skip
     ones, others = row_sums(ones, SPLIT, BLOCKS), row_sums(others, SPLIT, BLOCKS)
     row = sums_ptr + (tl.cast(span, tl.int64) * (4 if ADD else 2) * batch + sample) * CHANNELS + channel
@@ -203,8 +201,8 @@ def norm_sums_kernel(
         store_row(row + 3 * stride, row_sums(aways, SPLIT, BLOCKS), channels, BLOCKS, LANES)
     slot = tl.arange(0, SLOTS)
     at = partial_ptr + ((groups + slot) * (CHUNKS * SPANS) + tl.program_id(1)) * 2
-    tl.store(at, weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES), mask=slot < GROUPS)
-    tl.store(at + 1, weighed(slant, others, DEPTH, GROUPS, SLOTS, BLOCKS, LANES), mask=slot < GROUPS)
+    tl.store(at, weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, ONE_LANE), mask=slot < GROUPS)
+    tl.store(at + 1, weighed(slant, others, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, ONE_LANE), mask=slot < GROUPS)
 
 
 @triton.jit
@@ -284,6 +282,8 @@ def norm_grad_kernel(
     row = sums_ptr + (tl.cast(span, tl.int64) * (4 if ADD else 2) * batch + sample) * CHANNELS + channel
     stride = tl.cast(batch, tl.int64) * CHANNELS
     SPLIT: tl.constexpr = LAST and BLOCKS * VECTOR >= 8  # as there
+    ONE_LANE: tl.constexpr = (SPLIT or not LAST) or (CHANNELS | FIRST) % 2 != 0
+    ONE_PIXEL: tl.constexpr = LAST or PIXELS % 2 != 0
     if partial_ptr is None:
         masks = tile_masks(channels, 0, FULL, PIXELS, BLOCKS, LANES, TILES, TILE)
         x, grad = load_both(
@@ -296,11 +296,11 @@ def norm_grad_kernel(
     )  # fmt: skip
     if partial_ptr is None:
         slopes, centered, ones, others, aways = sums_of(
-            None, grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, SPLIT
+            None, grad, x, masks, center, slant, offset, SILU, QUICK, ADD, BLOCKS, TILES, SPLIT, ONE_PIXEL
         )  # fmt: skip
         store_sums(row, stride, ones, others, rstd, channels, QUICK, BLOCKS, LANES)
-        one = weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
-        other = weighed(slant, others, DEPTH, GROUPS, SLOTS, BLOCKS, LANES)
+        one = weighed(slant, ones, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, ONE_LANE)
+        other = weighed(slant, others, DEPTH, GROUPS, SLOTS, BLOCKS, LANES, ONE_LANE)
     else:
         one, other = merged_sums(partial_ptr, groups, GROUPS, SLOTS, CHUNKS * SPANS, PARTS)
         if ADD:

@@ -259,12 +259,32 @@ def product(a, b, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def rounded(product):
+    """A product, rounded; fused with the 0, it costs nothing.
+
+    A product that goes straight into a sum among threads is fused with the first addition. Then each thread rounds only
+    what others send, and threads disagree about the last bits of the sum."""
+    return product + 0.0
+
+
+@triton.jit
 def zeros(BLOCKS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
     """BLOCKS tensors [LANES, WIDE]."""
     row = ()
     for _ in tl.static_range(BLOCKS):
         row = row + (tl.zeros([LANES, WIDE], tl.float32),)
     return row
+
+
+@triton.jit
+def plus(total, tile):
+    """total [LANES, WIDE] and the sums of neighbouring pixels of a tile [LANES, TILE]. Without a total, the tile."""
+    if total is not None:
+        WIDE: tl.constexpr = total.shape[1]
+        if tile.shape[1] > WIDE:
+            tile = tl.sum(tl.reshape(tile, [tile.shape[0], WIDE, tile.shape[1] // WIDE]), 2)
+        tile += total
+    return tile
 
 
 @triton.jit

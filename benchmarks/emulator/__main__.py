@@ -10,6 +10,7 @@ is not. The tests of operations run so too: `FASTDIFF_EMULATOR=sm_90 pytest test
 
 import argparse
 import functools
+import itertools
 import math
 import sys
 import time
@@ -45,14 +46,15 @@ def rows() -> dict[str, Callable[[], Any]]:
     for row in smoke.rows(First(CPU, toy=True)):
         if row.method == "against float64":
             found[row.name] = row.run
-    odd, _, parts, tokens, heads = launches.SHAPES
-    wide = {"group_norm_silu": [parts], "rotate": [heads], "layer_norm": [tokens], "add_layer_norm": [tokens]}
-    for name in launches.OPERATIONS:
-        shapes = [odd, *wide.get(name, [])]
-        for dtype in DTYPES:
-            run = functools.partial(launches.launch, name, CPU, [dtype], shapes)
-            found[f"{name} / {str(dtype).removeprefix('torch.')}"] = run
+    for name, dtype in itertools.product(launches.OPERATIONS, DTYPES):
+        kind = f"{name} / {str(dtype).removeprefix('torch.')}"
+        found[kind] = functools.partial(launch, name, dtype)
     return found
+
+
+def launch(name: str, dtype: torch.dtype) -> None:
+    for shape in launches.shapes_of(name):
+        launches.launch(name, CPU, shape, [dtype])
 
 
 def watched_agreement() -> list[float]:

@@ -10,13 +10,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.calls import CALLS, Shape, Source
+from benchmarks.calls import CALLS, Source
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Rows whose threads are of several warps: only these meet in shared memory.
+# One part and several, of a sample. Fewer shapes are fewer kernels to compile, which is what takes time.
+SHAPES = ((3, 5, 7, 11), (2, 3, 64, 64))
+# No program holds a group of the norm's second. Only rows and heads as wide as these have threads of several warps,
+# which meet in shared memory.
 WIDE_ROW, WIDE_HEAD = 1600, 512
-# A group of a norm is in one part in the first, and in several of the third, as no program holds it.
-SHAPES = ((3, 5, 7, 11), (2, 3, 64, 64), (1, 2, 97, 202), (2, 3, 1, WIDE_ROW), (2, 3, 2, WIDE_HEAD // 2))
+SHAPES_OF = {
+    "group_norm_silu": (SHAPES[0], (1, 2, 97, 202)),
+    "layer_norm": (SHAPES[0], (2, 3, 1, WIDE_ROW)),
+    "add_layer_norm": (SHAPES[0], (2, 3, 1, WIDE_ROW)),
+    "rotate": (SHAPES[0], (2, 3, 2, WIDE_HEAD // 2)),
+}
 OPERATIONS = list(dict.fromkeys(name.partition(",")[0] for name in CALLS))
 LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: x,
@@ -24,15 +31,20 @@ LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 
 
+def shapes_of(operation: str) -> tuple[tuple[int, ...], ...]:
+    return SHAPES_OF.get(operation, SHAPES)
+
+
 def launch(
-    operation: str, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES, shapes: Sequence[Shape] = SHAPES
+    operation: str, device: torch.device, shape: tuple[int, ...], dtypes: Sequence[torch.dtype] = DTYPES
 ) -> None:
     """Every call of the operation, with gradients if these have a kernel."""
     makers = [make for name, make in CALLS.items() if name.partition(",")[0] == operation]
-    for dtype, shape, lay, make in itertools.product(dtypes, shapes, LAYOUTS, makers):
+    for dtype, lay, make in itertools.product(dtypes, LAYOUTS, makers):
         call = make(Source(shape, dtype, device, lay))
         call.whole(call.op)()
 
 
 if __name__ == "__main__":
-    launch(sys.argv[1], torch.device(sys.argv[2]))
+    for shape in shapes_of(sys.argv[1]):
+        launch(sys.argv[1], torch.device(sys.argv[2]), shape)

@@ -10,12 +10,13 @@ from .networks import SMALL_STABLE_DIFFUSION_3, diffusers, stock_cifar10
 from .rows import Setup
 
 WIDTH, TOKENS = 32, 13  # of a text
+WIDE = 128  # of one whose keys and values are one product for all blocks
 # Widths that kernels read 16 bytes at a time, as those of large networks.
 STABLE_DIFFUSION = {
     "sample_size": 8,
     "block_out_channels": (64, 128),
     "layers_per_block": 1,
-    "cross_attention_dim": WIDTH,
+    "cross_attention_dim": WIDE,
     "attention_head_dim": 4,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -48,7 +49,7 @@ def cifar10() -> tuple[nn.Module, Given]:
 
 
 def stable_diffusion() -> tuple[nn.Module, Given]:
-    text = torch.randn(2, TOKENS, WIDTH)
+    text = torch.randn(2, TOKENS, WIDE)
     given = {"sample": torch.randn(2, 4, 8, 8), "timestep": 10, "encoder_hidden_states": text}
     return diffusers().UNet2DConditionModel(**STABLE_DIFFUSION), given
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from benchmarks.kernel_workloads import KERNELS
 from benchmarks.workloads import OPERATIONS, SEED
 from fastdiff import DDPM, accelerate
+from fastdiff.cast import channels_last_convolutions
 from fastdiff.guidance import Projected
-from fastdiff.training import TrainingStep
+from fastdiff.training import TrainingStep, update_ema
 
 from .networks import cifar10
 from .norms import LAYOUTS, Case, fused
@@ -25,12 +26,17 @@ from .small import NETWORKS, cast, made
 CALLS = 6
 # Between weights, of their way: gradients are summed in any order, and Adam makes a step of every sign of rounding.
 LARGEST_DISTANCE = 0.1
+# Powers of two, as a captured step has them in float32.
+RATE, DECAY = 2**-10, 1 - 2**-2
 # Roundings of results in another order: how much further than stock's they may be from those in float64.
 FURTHER = 1.5
 DTYPES = (torch.float32, torch.bfloat16)
 # Of the first and the last two the rows of a norm have 48, 192 and 3072 channels, and the heads of a rotation 16, 64
 # and 128 elements.
 SHAPES = [(3, 5, 12, 20), (2, 3, 64, 64), (64, 3, 64, 64), (2, 15, 8, 8), (2, 24, 64, 128)]
+
+# What a norm has beside its weights.
+MORE: list[dict[str, bool]] = [{}, {"scaled": True}, {"halves": True}]
 
 
 def operation(name: str, setup: Setup) -> Figures:
@@ -45,18 +51,25 @@ def norm(layout: str, setup: Setup) -> Figures:
     shapes = setup.size([(2, 96, 7, 9), (3, 64, 32, 32), (2, 128, 128, 128)], [(2, 32, 3, 5), (1, 64, 4, 4)])
     for shape in shapes:
         for dtype in DTYPES:
-            for scaled in (False, True):
-                twice(functools.partial(Case(shape, dtype, layout, setup.device, scaled=scaled).check, fused))
-    return {"checked": 2 * len(shapes) * len(DTYPES)}
+            for more in MORE:
+                twice(functools.partial(Case(shape, dtype, layout, setup.device, **more).check, fused))
+    return {"checked": len(MORE) * len(shapes) * len(DTYPES)}
 
 
 def twice(check: Callable[[], None]) -> None:
     """The second call of a kind repeats the launches of the first. Memory that neither wrote holds NaN."""
+    with in_one_order():
+        for _ in range(2):
+            check()
+
+
+@contextmanager
+def in_one_order() -> Iterator[None]:
+    """Let PyTorch take kernels that sum in one order, where it has them, and fill new memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        for _ in range(2):
-            check()
+        yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
@@ -166,22 +179,37 @@ def same(pairs: list[list[torch.Tensor]]) -> None:
 
 
 def training_step(setup: Setup) -> Figures:
-    """Losses and weights of captured steps are those of plain ones. The loss grows with the images of its step."""
+    """Losses, weights and averages of captured steps are those of plain ones. The loss grows with the images.
+
+    equal_bits: whether they are equal, which every kernel of PyTorch that sums in one order makes them."""
     ddpm = DDPM(cifar10(small(setup)).train(), objective="x0").to(setup.device)
+    channels_last_convolutions(ddpm.model)
     models = [copy.deepcopy(ddpm) for _ in range(2)]
+    averages = [copy.deepcopy(ddpm.model) for _ in models]
     losses = []
-    for model, graph in zip(models, (True, False), strict=True):
+    for model, ema, graph in zip(models, averages, (True, False), strict=True):
         torch.manual_seed(SEED)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        step = TrainingStep(model, optimizer, clip_grad=1.0, autocast=torch.bfloat16, graph=graph)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
+        average = functools.partial(update_ema, ema, model.model)
+        how: dict[str, Any] = {"average": average, "clip_grad": 1.0, "autocast": torch.bfloat16}
+        step = TrainingStep(model, optimizer, **how, graph=graph)
         images = (call + torch.rand(2, 3, 8, 8, device=setup.device) for call in range(CALLS))
-        losses.append(torch.stack([step(batch) for batch in images]))
+        with in_one_order():
+            losses.append(torch.stack([step(batch, decay=DECAY) for batch in images]))
     torch.testing.assert_close(*losses, rtol=LARGEST_DISTANCE, atol=0.0)
-    start, captured, plain = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (ddpm, *models))
-    off = ((captured - plain).norm() / (plain - start).norm()).item()
-    if not off < LARGEST_DISTANCE:
-        raise RuntimeError(f"the weights are {off:.1e} of their way off")
-    return {"off": off}
+    figures: Figures = {"equal_bits": torch.equal(*losses)}
+    start = weights(ddpm.model)
+    for name, nets in {"weights": [model.model for model in models], "averages": averages}.items():
+        captured, plain = map(weights, nets)
+        off = figures[f"{name}_off"] = ((captured - plain).norm() / (plain - start).norm()).item()
+        figures["equal_bits"] &= torch.equal(captured, plain)
+        if not off < LARGEST_DISTANCE:
+            raise RuntimeError(f"the {name} are {off:.1e} of their way off")
+    return figures
+
+
+def weights(net: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
 def required(run: Callable[[Setup], Figures], setup: Setup) -> Figures:

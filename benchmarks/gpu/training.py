@@ -80,6 +80,8 @@ METHODS: dict[str, Callable[[Tensor, Setup], Step]] = {
     "fastdiff graph compiled": lambda data, setup: own_step(data, setup, graph=True, compiled=True),
 }
 
+TURNS = {"diffusers eager": 1, "fastdiff graph": 1, "diffusers compiled": 2}
+
 
 def train(batch: int, method: str, setup: Setup) -> Figures:
     size, steps = setup.size((32, STEPS), (8, TOY_STEPS))
@@ -96,12 +98,11 @@ def train(batch: int, method: str, setup: Setup) -> Figures:
 
 
 def rows(setup: Setup) -> list[Row]:
-    """First what needs no compiler, then the compiled row of diffusers."""
+    """First the goals: what needs no compiler, then the compiled row of diffusers."""
     found = []
     for batch in setup.size((16, 128), (2,)):
         for method in METHODS:
-            compiled = method.endswith("compiled")
-            turn = 1 if not compiled else 2 if method.startswith("diffusers") else 3
+            turn = TURNS.get(method, 3)
             run = functools.partial(train, batch, method, setup)
-            found.append(Row(f"cifar10 U-Net, batch {batch}", method, run, 180 if compiled else 120, turn))
+            found.append(Row(f"cifar10 U-Net, batch {batch}", method, run, 120 if turn < 3 else 180, turn))
     return found

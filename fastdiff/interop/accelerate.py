@@ -131,11 +131,7 @@ def accelerate(
         parameter = next(network.parameters(), None)
         on_gpu = parameter is not None and parameter.is_cuda and not network.training
         if on_gpu if channels_last is None else channels_last:
-            changed = vars(network).setdefault(LAID_OUT, [])
-            changed += channels_last_convolutions(network)
-            for part in walk.modules(network):
-                for layers in _projections(part):
-                    arrange(layers)
+            _lay_out(network)
     if graph or compile:
         called = {name: network for name, network in networks.items() if name in ("", *DENOISERS)}
         if not called:
@@ -161,14 +157,16 @@ def restore(target: Any) -> list[str]:
     for name, part, _ in _parts(target):
         for stock, fused in _kinds().items():
             if type(part) is fused:
-                for layers in _projections(part):
-                    separate(layers)
+                with torch.inference_mode(False):
+                    for layers in _projections(part):
+                        separate(layers)
                 _put_back(part, stock, fused)
                 done.append(name)
     for name, network in _networks(target).items():
         for inner, module in network.named_modules():  # a part may have been accelerated, or what is wrapped since
             for convolution in vars(module).pop(LAID_OUT, []):
-                convolution.weight.data = convolution.weight.data.to(memory_format=torch.contiguous_format)
+                with torch.inference_mode(False):
+                    convolution.weight.data = convolution.weight.data.to(memory_format=torch.contiguous_format)
             if take_out(module):
                 done.append(".".join(filter(None, (name, inner, "forward"))))
     for name, scheduler, holders in _schedulers(target):
@@ -176,6 +174,16 @@ def restore(target: Any) -> list[str]:
             _hold(holders, _become(type(scheduler).stock, scheduler))
             done.append(name)
     return done
+
+
+@torch.inference_mode(False)  # tensors that are made in it could not be trained later
+def _lay_out(network: nn.Module) -> None:
+    """Convolutions channels last, projections of one input side by side."""
+    changed = vars(network).setdefault(LAID_OUT, [])
+    changed += channels_last_convolutions(network)
+    for part in walk.modules(network):
+        for layers in _projections(part):
+            arrange(layers)
 
 
 def _networks(target: Any) -> dict[str, nn.Module]:

@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..support import walk
 from ..support.adjacent import adjacent, joined, lay_together, shares_storage, with_own_storage
 from ..support.plain import is_plain
+
+# An attribute of layers that `arrange` moved. Others may lie in one memory too, as in that of an optimizer.
+TOGETHER = "_laid_together_by_accelerate"
 
 
 def arrange(layers: Sequence[Any]) -> None:
@@ -21,13 +25,16 @@ def arrange(layers: Sequence[Any]) -> None:
         alike = len({(p.dtype, p.device, p.shape[1:]) for p in parts}) == 1
         if alone and alike and len({id(p) for p in parts}) == len(parts):
             lay_together(parts)
+            for layer in layers:
+                setattr(layer, TOGETHER, True)
 
 
 def separate(layers: Sequence[nn.Module]) -> None:
-    """Undo `arrange`."""
-    for layer in layers:
-        for p in layer.parameters():
-            if shares_storage(p):
+    """Undo `arrange`, also in what was wrapped since."""
+    for part in (part for layer in layers for part in walk.modules(layer)):
+        moved = vars(part).pop(TOGETHER, False)
+        for p in part.parameters(recurse=False):
+            if moved and shares_storage(p):
                 p.data = p.data.clone()
 
 

@@ -15,6 +15,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_f
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.compiler import is_compiling
 
+from ..files import install
 from ..support import transforms
 from ..support.versions import warn_if_untested
 from .memory import keep_freed_memory
@@ -104,7 +105,7 @@ def interpreting() -> bool:
 def has_numba() -> bool:
     """Whether the kernels for CPU tensors can be compiled; warns once if not."""
     if importlib.util.find_spec("numba") is None:
-        reason = "pip install 'fastdiff-kernels[cpu]' adds compiled kernels"
+        reason = f"{install('cpu')} adds compiled kernels"
     else:
         try:
             launchers("cpu")

@@ -159,7 +159,8 @@ def _gradients(*args: Any) -> tuple[Tensor, ...]:
 def _differentiable_gradients(ctx: Any, grad: Tensor, *operands: Any) -> list[Tensor | None]:
     """The gradients that are wanted of x, weight, bias, scale, shift, add and skip, through the reference."""
     graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad():  # views, of which none is made of another: the gradient ends at them
+        operands = tuple(None if t is None else t.view_as(t) for t in operands)
         x, weight, bias, scale, shift, add, skip = operands
         y = reference.group_norm_silu(x, ctx.groups, weight, bias, scale, shift, add, ctx.eps, skip, ctx.silu)
     wanted = [t for t, want in zip(operands, ctx.needs_input_grad, strict=False) if want]

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from ..files import install
+
 
 def bar(n: int, progress: bool) -> Iterable[int]:
     """0..n-1, with a progress bar where asked for. ImportError, naming the extra, where tqdm is missing."""
@@ -10,6 +12,6 @@ def bar(n: int, progress: bool) -> Iterable[int]:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError("progress: needs tqdm; pip install 'fastdiff-kernels[train]'") from error
+        raise ImportError(f"progress: needs tqdm; {install('train')}") from error
     steps: Iterable[int] = tqdm(range(n), desc="sampling", unit="step")
     return steps

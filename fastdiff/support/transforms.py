@@ -94,6 +94,13 @@ def visible(index: Tensor | None) -> Tensor | None:
     return values if values is not None and values.is_cpu else None
 
 
+def as_list(t: Tensor) -> Any:
+    """t.tolist(); PyTorch 2.7 has none within a transform."""
+    if not active():
+        return t.tolist()
+    return [as_list(part) for part in t] if t.ndim else t.item()
+
+
 def overwrite(name: str, tensor: Tensor, value: Tensor) -> Tensor:
     """The tensor, which becomes `value` as the active transforms understand it.
 

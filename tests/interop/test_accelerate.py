@@ -212,6 +212,15 @@ def test_a_pipeline_that_was_accelerated_is_saved_as_stock(tmp_path):
     assert type(again.scheduler) is diffusers.DDPMScheduler and not fastdiff.restore(again)
 
 
+def test_another_pipeline_takes_an_accelerated_network_over():
+    """It asks for the exact type of a network."""
+    pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.DDPMScheduler())
+    fastdiff.accelerate(pipeline)
+    assert diffusers.DDIMPipeline.from_pipe(pipeline).unet is pipeline.unet
+    kind = type(pipeline.unet)
+    assert kind == diffusers.UNet2DModel != diffusers.UNet2DConditionModel and kind != diffusers.UNet2DConditionModel
+
+
 @pytest.mark.slow
 def test_other_schedulers_and_networks_are_left():
     pipeline = diffusers.DDPMPipeline(made("unet"), diffusers.SASolverScheduler())

@@ -116,6 +116,33 @@ def test_layers_that_are_changed_afterwards_are_called(treatment, pair):
     assert kernels["silu"] == SILUS + 2
 
 
+def free(block, *_):
+    for p in block.parameters():
+        p.kept, p.data = p.data, torch.empty(0)
+
+
+def fetch(block, *_):
+    for p in block.parameters():
+        p.data = p.kept
+
+
+def write_embedding(block, given):
+    given[2].mul_(1.5)
+
+
+def test_what_changes_within_a_call_is_seen(pair):
+    """An embedding that is written in place. And weights that are there only while their block runs."""
+    stock, ours = copy.deepcopy(pair)
+    for net in (stock, ours):
+        net.up_blocks[1].register_forward_pre_hook(write_embedding)
+        free(last := blocks(net)[-1])
+        last.register_forward_pre_hook(fetch)
+        last.register_forward_hook(free)
+    with torch.no_grad():
+        want = output(stock)
+    torch.testing.assert_close(run(ours)[0], want, rtol=4e-6, atol=4e-6)
+
+
 def test_what_is_made_ends_with_the_call(pair):
     """A block that is called with another embedding within a call reads that one."""
     stock, ours = pair

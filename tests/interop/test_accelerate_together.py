@@ -1,6 +1,5 @@
 """Projections of one input, whose weights accelerate lays one behind the other: one product instead of two or three."""
 
-import copy
 
 import pytest
 import torch
@@ -108,5 +107,16 @@ def test_memory_that_others_read_stays():
     for layer, part in zip((net.own.to_q, net.own.to_k, net.own.to_v), whole, strict=True):
         layer.weight.data = part[:]
     before = [p.data_ptr() for p in net.parameters()]
-    fastdiff.accelerate(copy.copy(net), channels_last=True)
+    fastdiff.accelerate(net, channels_last=True)
     assert [p.data_ptr() for p in net.parameters()] == before
+    fastdiff.restore(net)
+    assert [p.data_ptr() for p in net.parameters()] == before
+
+
+def test_weights_that_are_laid_together_in_inference_mode_are_trained_later():
+    net = Both()
+    for change in (lambda: fastdiff.accelerate(net, channels_last=True), lambda: fastdiff.restore(net)):
+        with torch.inference_mode():
+            change()
+        net(X, TEXT).sum().backward()
+    assert not any(p.is_inference() for p in net.parameters())

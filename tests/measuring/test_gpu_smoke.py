@@ -9,8 +9,11 @@ from tape import Recorders, Tape
 import fastdiff
 from benchmarks.gpu import smoke
 from benchmarks.gpu.rows import NotAvailable, Setup
+from benchmarks.gpu.small import made
 from fastdiff.capture import Captures
 from fastdiff.graphs import CapturedCall
+from fastdiff.interop.diffusers.layers import ahead
+from fastdiff.interop.diffusers.layers.attention import Attention
 from fastdiff.ops.plan import Plan
 from fastdiff.ops.quick import forget
 
@@ -68,7 +71,7 @@ def taped(monkeypatch) -> Faulty:
 @pytest.mark.slow
 @pytest.mark.parametrize("row", CAPTURED)
 def test_graphs_that_are_right_pass(row, taped):
-    CAPTURED[row](SETUP)
+    assert CAPTURED[row](SETUP)["equal_bits"]
     assert sum(tape.replayed for tape in taped) > 1
 
 
@@ -130,3 +133,11 @@ def test_a_repeated_launch_that_writes_nothing_is_found(monkeypatch):
         smoke.operation("forward_noising", SETUP)
     forget()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@torch.no_grad()
+def test_the_small_network_of_stable_diffusion_takes_what_large_ones_take():
+    net, given = made("SD 1.5 U-Net", torch.device("cpu"))
+    fastdiff.accelerate(net, channels_last=True)
+    blocks = [part for part in net.modules() if isinstance(part, Attention)]
+    assert len(ahead.keys_and_values(blocks, given["encoder_hidden_states"])) == len(ahead.of_text(blocks)) > 1

@@ -77,12 +77,14 @@ LONG = "9" * 23
         (["sample", "MODEL", "--out", "x", "--batch-size", LONG], "--batch-size: expected"),
         (["sample", "MODEL", "--out", ".", "--n", "1"], "--out: expected the start of two file names, got '.'"),
         (["sample", "", "--out", "x"], "expected a path"),
+        (["sample", "missing", "--out", "new/x"], "missing: No such file"),
         (["eval", "MODEL", "--json", ""], "expected a path"),
     ],
 )
 def test_bad_arguments_are_one_line(model, tmp_path, monkeypatch, capsys, args, said):
     monkeypatch.chdir(tmp_path)
     assert said in refused(capsys, *(model if arg == "MODEL" else arg for arg in args))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,26 @@ from PIL import Image
 
 from benchmarks import quality
 from fastdiff import FlowMatching, training
+from fastdiff.training import checkpoint, data
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("pictures")
-    few = {"channels": 8, "steps": 1, "timesteps": 100, "sample_every": 0}
+def trained(out: Path, **more) -> Path:
+    few = {"channels": 8, "steps": 1, "timesteps": 100, "sample_every": 0, **more}
     training.train(training.Options(**{**training.DIGITS, "data": "digits", **few}), out, CPU)
     return out / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def model_of_classes(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("classes"), classes=True)
 
 
 @pytest.mark.slow
@@ -49,12 +58,10 @@ def test_editing(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_inversion(tmp_path, monkeypatch):
-    few = {"data": "digits", "classes": True, "channels": 8, "steps": 1, "timesteps": 100, "sample_every": 0}
-    training.train(training.Options(**{**training.DIGITS, **few}), tmp_path, CPU)
+def test_inversion(model_of_classes, tmp_path, monkeypatch):
     example = runpy.run_path(str(ROOT / "examples" / "inversion.py"))
     monkeypatch.setitem(example["main"].__globals__, "STEPS", 10)
-    example["main"](tmp_path / "model.safetensors", tmp_path / "inversion.png")
+    example["main"](model_of_classes, tmp_path / "inversion.png")
     picture = np.asarray(Image.open(tmp_path / "inversion.png"))
     assert picture.shape == (50 * 6, 50 * 10)
     images, back, *others = picture.reshape(6, 50, 500).astype(float)
@@ -95,6 +102,17 @@ def test_quality(model, tmp_path, monkeypatch, capsys):
     assert "heun" in said and "DDPM" in said and "cost / calls" in said
     with Image.open(tmp_path / "q.png") as picture:
         assert len(picture.getcolors(1 << 20)) > 20
+
+
+@pytest.mark.slow
+def test_quality_of_a_model_of_classes_is_that_of_all_classes(model_of_classes):
+    model, held_out = checkpoint.load_model(model_of_classes), data.digits()[2][:]
+    asked = []
+    model.model.register_forward_pre_hook(
+        lambda net, args, given: asked.append(given["class_labels"]), with_kwargs=True
+    )
+    quality.measure(model, "ddim", 2, 12, held_out)
+    assert all(labels.tolist() == [*range(10), 0, 1] for labels in asked) and len(asked) == 2 + 1 + 2
 
 
 def test_steps_of_a_number_of_calls():

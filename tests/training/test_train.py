@@ -373,7 +373,8 @@ def test_a_missing_dependency_names_the_extra():
     for extra, args in (("train", ()), ("ode", ("ode",))):
         with pytest.raises(ImportError) as error:
             files.need("no_such_module", *args)
-        assert str(error.value) == f"no_such_module is not installed: pip install 'fastdiff-kernels[{extra}]'"
+        command = f"pip install 'fastdiff-kernels[{extra}]' (in a clone '.[{extra}]')"
+        assert str(error.value) == f"no_such_module is not installed: {command}"
 
 
 def test_old_paths_lead_to_what_moved():

@@ -48,9 +48,9 @@ try:
     import scipy.optimize  # noqa: F401
     import tqdm.auto  # noqa: F401
 except ImportError as error:
-    message = (
-        "fastdiff.interop.denoising_diffusion needs scipy and tqdm: pip install 'fastdiff-kernels[denoising-diffusion]'"
-    )
+    from ...files import install
+
+    message = f"fastdiff.interop.denoising_diffusion needs scipy and tqdm: {install('denoising-diffusion')}"
     raise ImportError(f"{message} ({error})") from error
 
 from .continuous_time import ContinuousTimeGaussianDiffusion

@@ -65,7 +65,9 @@ from typing import Any
 try:
     import diffusers.schedulers.scheduling_utils
 except ImportError as error:
-    message = "fastdiff.interop.diffusers needs diffusers: pip install 'fastdiff-kernels[diffusers]'"
+    from ...files import install
+
+    message = f"fastdiff.interop.diffusers needs diffusers: {install('diffusers')}"
     raise ImportError(f"{message} ({error})") from error
 
 from ...support.versions import numbers, warn_if_untested

@@ -78,9 +78,7 @@ class FusedScheduler:
         return self._tables.get(name, build, sources, *key)
 
     def _host_timesteps(self) -> list[float]:
-        if transforms.active():  # PyTorch 2.7 has no list of a tensor within one
-            return [t.item() for t in self.timesteps]
-        return self._table("timesteps", self.timesteps.tolist, (self.timesteps,))
+        return self._table("timesteps", lambda: transforms.as_list(self.timesteps), (self.timesteps,))
 
     def _number(self, timestep: Any) -> Any:
         """The timestep as a number, or None if finding out would wait for a device or break a graph."""

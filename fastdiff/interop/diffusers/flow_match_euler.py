@@ -8,6 +8,7 @@ from torch.compiler import is_compiling
 
 from ... import ops
 from ...rows import make_rows
+from ...support import transforms
 from .common import Generators, typed
 from .sigmas import FlowScheduler
 
@@ -49,7 +50,7 @@ class FlowMatchEulerDiscreteScheduler(
 
         plain = sample.dtype == torch.float32 and self.sigmas.is_cpu  # torch.add rounds twice in smaller types
         if plain and not (self.config.get("stochastic_sampling") or is_compiling()):
-            dt = self._table("dt", lambda: self.sigmas.diff().tolist(), (self.sigmas,))
+            dt = self._table("dt", lambda: transforms.as_list(self.sigmas.diff()), (self.sigmas,))
             prev_sample = torch.add(sample, model_output, alpha=dt[i])
         else:
             prev_sample = self._by_row(model_output, sample, generator, i)

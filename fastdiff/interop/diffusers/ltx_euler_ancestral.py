@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from ... import ops
 from ...rows import make_rows
+from ...support import transforms
 from .common import Generators, typed
 from .sigmas import SigmaScheduler
 
@@ -45,7 +46,8 @@ class LTXEulerAncestralRFScheduler(
         rows = self._table("steps", lambda: self._steps(device, eta, s_noise), (self.sigmas,), device, eta, s_noise)
         random = eta > 0 and s_noise > 0
         if random and not is_compiling():  # then noise that is multiplied by 0 may be drawn
-            random = self._table("noisy", lambda: (self.sigmas[1:].abs() >= 1e-8).tolist(), (self.sigmas,))[i]
+            noisy = self._table("noisy", lambda: transforms.as_list(self.sigmas[1:].abs() >= 1e-8), (self.sigmas,))
+            random = noisy[i]
         noise: dict[str, Any] = {"noisy": False}
         if random:
             noise = self._noise(typed(sample, torch.float32), generator, i)

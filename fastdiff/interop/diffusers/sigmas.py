@@ -203,7 +203,8 @@ class ChurningScheduler(VarianceExplodingScheduler):
         rows = derivative_rows(a, b, (sigma_next - sigma_hat) / sigma_hat, kept_from_x0=1.0)
         std = s_noise * (sigma_hat**2 - sigma**2).clamp(min=0) ** 0.5  # stock adds no noise if gamma < 0
         churning = make_rows(sigma, torch.float32, from_x=1.0, noise=std)
-        return rows.to(device), churning.to(device), within.tolist() if gamma > 0 else []  # a compiler cannot read it
+        churned = transforms.as_list(within) if gamma > 0 else []  # a compiler cannot read it
+        return rows.to(device), churning.to(device), churned
 
 
 def derivative_rows(

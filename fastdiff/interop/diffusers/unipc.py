@@ -9,6 +9,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from ...support.transforms import as_list
 from ..stock import promoted
 from .common import PREDICTIONS, alike, say_once
 from .multistep import MultistepScheduler, weights_at
@@ -42,7 +43,7 @@ class UniPCMultistepScheduler(
         """The corrected state of the last step."""
         if self._predicted is not None:
             i, order = self._predicted_by
-            keep, from_m, ages = (values[i].tolist() for values in self._predictors()[order])
+            keep, from_m, ages = (as_list(values[i]) for values in self._predictors()[order])
             moved = sum(c * m for c, m in zip((from_m, *ages[: order - 1]), reversed(self.model_outputs), strict=False))
             self.last_sample = ((self._predicted - moved) / keep).to(self._predicted.dtype)
         found: Tensor | None = self.__dict__.get("last_sample")

@@ -36,15 +36,20 @@ class Call:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.made: dict[type, tuple[Tensor, dict[nn.Module, Any]]] = {}
+        self.made: dict[type, tuple[Tensor, int, dict[nn.Module, Any]]] = {}
 
     def of(self, block: nn.Module, given: Tensor, make: Any) -> Any:
         kind = type(block)
         if kind not in self.made:
             blocks = [part for part in walk.modules(self.network) if isinstance(part, kind)]
-            self.made[kind] = given, make(blocks, given)
-        first, made = self.made[kind]
-        return made.get(block) if first is given else None
+            self.made[kind] = given, _version(given), make(blocks, given)
+        first, version, made = self.made[kind]
+        return made.get(block) if first is given and version == _version(given) else None
+
+
+def _version(t: Tensor) -> int:
+    """It grows when the tensor is written in place; those of inference mode have none."""
+    return -1 if t.is_inference() else t._version
 
 
 # It ends with the call: a tensor that is known longer may be written by a graph, of which its version says nothing.
@@ -115,6 +120,7 @@ def _takes(block: Any, temb: Tensor) -> bool:
         is_linear(layer)
         and temb.ndim == 2
         and layer.in_features == temb.shape[1]
+        and layer.out_features == len(layer.weight)  # freed between its calls it is empty
         and not block.skip_time_act
         and (not added or adds_bias(block.conv1))
         and _alike(temb, layer.weight, layer.bias, *([block.conv1.bias] if added else []))

@@ -13,6 +13,15 @@ from .modulated import wrapped
 from .resnet import ResnetBlock2D
 
 
+class EqualsStock(type):
+    """The class of a class that equals its base: `from_pipe` of diffusers takes over a network by its exact type."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or cls.__base__ is other
+
+    __hash__ = type.__hash__
+
+
 def makes_ahead(kind: Any) -> Any:
     """A decorator of a class: its forward is stock's, within which blocks have what is made ahead."""
     stock = kind.__base__
@@ -44,22 +53,22 @@ def projections(network: Any) -> list[list[Any]]:
 
 
 @makes_ahead
-class UNet2DModel(diffusers.UNet2DModel):
+class UNet2DModel(diffusers.UNet2DModel, metaclass=EqualsStock):
     """diffusers' network with the same parameters. `accelerate` turns one into it by its class."""
 
 
 @makes_ahead
-class UNet2DConditionModel(diffusers.UNet2DConditionModel):
+class UNet2DConditionModel(diffusers.UNet2DConditionModel, metaclass=EqualsStock):
     """As UNet2DModel."""
 
 
 @makes_ahead
-class ControlNetModel(diffusers.ControlNetModel):
+class ControlNetModel(diffusers.ControlNetModel, metaclass=EqualsStock):
     """As UNet2DModel."""
 
 
 @makes_ahead
-class UNetMotionModel(diffusers.UNetMotionModel):
+class UNetMotionModel(diffusers.UNetMotionModel, metaclass=EqualsStock):
     """As UNet2DModel."""
 
 
