@@ -64,7 +64,10 @@ def same(pair, cats) -> None:
     assert kernels["cat"] == CATS + cats
 
 
-def test_no_skip_is_concatenated(pair):
+@pytest.mark.parametrize("training", [False, True])
+def test_no_skip_is_concatenated(pair, training):
+    for net in pair:
+        net.train(training)
     same(pair, 0)
 
 

@@ -78,7 +78,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         else:
             h = without_bias(self.conv1, h)  # the bias is in add
         h = self.dropout(norm_silu(self.norm2, h, scale, shift, add))
-        if self.conv_shortcut is not None and self.training:
+        if self.conv_shortcut is not None and self.training and torch.is_grad_enabled():
             x = x.contiguous()  # as stock: else the strides of DDP's gradients differ
         out = with_shortcut(self.conv_shortcut, x, self.conv2, h, bias, skip)
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
