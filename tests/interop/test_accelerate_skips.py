@@ -87,6 +87,14 @@ def test_freeu_is_stocks(pair):
     same(pair, SKIPS)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_skip_that_is_missing_is_an_error_as_in_stock(nets, which):
+    """Otherwise its block would be left out, and nobody would know."""
+    block, x = nets[1].up_blocks[which], torch.ones(1, 8, 2, 2)
+    with as_kernels(), torch.no_grad(), pytest.raises(IndexError):
+        block(x, (), temb=torch.ones(1, 16))
+
+
 def test_what_is_done_to_a_block_counts(pair):
     """Hooks and wrappers are given whole maps, and a layer of a block is called with them."""
     for net in pair:

@@ -18,9 +18,10 @@ def _joined(resnet: Any, x: Tensor, skip: Tensor, temb: Tensor | None) -> Tensor
     return made
 
 
-def _is_plain_sum(block: Any, options: Any) -> bool:
-    """Whether there is no FreeU and no deprecated argument."""
-    return not options and not all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
+def _is_plain_sum(block: Any, skips: tuple[Tensor, ...], options: Any) -> bool:
+    """Whether there is a skip for each block, no FreeU and no deprecated argument. Stock's says what it misses."""
+    free = all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
+    return not options and not free and len(skips) >= len(block.resnets)
 
 
 @stands_in
@@ -31,7 +32,7 @@ class UpBlock2D(unet_2d_blocks.UpBlock2D):
         self, hidden_states: Tensor, res_hidden_states_tuple: tuple[Tensor, ...], temb: Tensor | None = None,
         upsample_size: Any = None, *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        if not _is_plain_sum(self, args or kwargs):
+        if not _is_plain_sum(self, res_hidden_states_tuple, args or kwargs):
             made: Tensor = unet_2d_blocks.UpBlock2D.forward(
                 self, hidden_states, res_hidden_states_tuple, temb, upsample_size, *args, **kwargs
             )
@@ -52,7 +53,7 @@ class CrossAttnUpBlock2D(unet_2d_blocks.CrossAttnUpBlock2D):
         encoder_hidden_states: Any = None, cross_attention_kwargs: Any = None, upsample_size: Any = None,
         attention_mask: Tensor | None = None, encoder_attention_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        if not _is_plain_sum(self, cross_attention_kwargs):
+        if not _is_plain_sum(self, res_hidden_states_tuple, cross_attention_kwargs):
             made: Tensor = unet_2d_blocks.CrossAttnUpBlock2D.forward(
                 self, hidden_states, res_hidden_states_tuple, temb, encoder_hidden_states, cross_attention_kwargs,
                 upsample_size, attention_mask, encoder_attention_mask,
