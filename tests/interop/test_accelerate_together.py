@@ -1,6 +1,5 @@
 """Projections of one input, whose weights accelerate lays one behind the other: one product instead of two or three."""
 
-
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
