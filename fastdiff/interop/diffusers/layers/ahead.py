@@ -120,7 +120,7 @@ def _takes(block: Any, temb: Tensor) -> bool:
         is_linear(layer)
         and temb.ndim == 2
         and layer.in_features == temb.shape[1]
-        and layer.out_features == len(layer.weight)  # freed between its calls it is empty
+        and layer.weight.untyped_storage().nbytes() > 0  # else it is freed between calls of the block
         and not block.skip_time_act
         and (not added or adds_bias(block.conv1))
         and _alike(temb, layer.weight, layer.bias, *([block.conv1.bias] if added else []))
