@@ -247,7 +247,7 @@ def rotate(s: Source, step: int = 1, norm: bool = False) -> Call:
 
 
 def group_norm_silu(s: Source, *names: str) -> Call:
-    """names: of the rows that are given."""
+    """names: of the rows that are given; and "skip", whose norm is not followed by SiLU."""
 
     def eager(
         x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
@@ -259,10 +259,12 @@ def group_norm_silu(s: Source, *names: str) -> Call:
         return F.silu(y)
 
     batch, channels, *_ = shape = (*s.shape, 1)[: max(2, len(s.shape))]
-    operands = {"x": s.data(*shape), "weight": s.row(channels), "bias": s.row(channels)}
-    operands |= {name: s.row(batch, channels) for name in names}
-    groups = max(1, math.gcd(channels, 16) // 2)
-    options = {"num_groups": groups, "eps": EPS}
+    operands = {"x": s.data(*shape)} | ({"skip": s.data(*shape)} if "skip" in names else {})
+    channels *= len(operands)
+    operands |= {"weight": s.row(channels), "bias": s.row(channels)}
+    operands |= {name: s.row(batch, channels) for name in names if name != "skip"}
+    options: dict[str, Any] = {"num_groups": max(1, math.gcd(channels, 16) // 2), "eps": EPS}
+    options |= {"silu": False} if "skip" in names else {}
     return Call(ops.group_norm_silu, operands | options, None if "add" in names else eager, [*operands], 3, True)
 
 
@@ -317,7 +319,7 @@ CALLS: dict[str, Callable[[Source], Call]] = {
     "loss, x0": lambda s: loss_of_x0(s, seed=s.seed, sample_ids=s.ids),
     "loss, each": lambda s: loss_of_x0(s, seed=s.seed, reduction="none"),
     "loss, huber": lambda s: loss_of_x0(s, "x0", noise=s.data(), kind="huber", delta=0.3, reduction="none"),
-    "loss, l1": lambda s: loss_of_x0(s, "noise", noise=s.data(), kind="l1"),
+    "loss, l1": lambda s: loss_of_x0(s, "noise", noise=s.data(), mask=s.data(), kind="l1"),
     "vlb": lambda s: vlb(s, reduction="mean"),
     "vlb, learned": vlb_learned,
     "vlb, each": lambda s: vlb(s, raw_variance=s.data(), clip=1.0),
@@ -332,7 +334,7 @@ CALLS: dict[str, Callable[[Source], Call]] = {
     "rotate, norm": lambda s: rotate(s, norm=True),
     "group_norm_silu": group_norm_silu,
     "group_norm_silu, scale and shift": lambda s: group_norm_silu(s, "scale", "shift"),
-    "group_norm_silu, add": lambda s: group_norm_silu(s, "scale", "shift", "add"),
+    "group_norm_silu, add": lambda s: group_norm_silu(s, "scale", "shift", "add", "skip"),
     "layer_norm": lambda s: layer_norm(s, "weight", "bias"),
     "layer_norm, scale and shift": lambda s: layer_norm(s, "scale", "shift"),
     "add_layer_norm": add_layer_norm,
