@@ -242,7 +242,7 @@ def rotate(s: Source, step: int = 1, norm: bool = False) -> Call:
 
 
 def group_norm_silu(s: Source, *names: str, skip: bool = False) -> Call:
-    """names: of the rows that are given. skip: half of the channels once more, as a tensor of their own."""
+    """names: of the rows that are given. skip: half of the channels once more, in a tensor of their own; and no SiLU."""
 
     def eager(
         x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
@@ -261,7 +261,7 @@ def group_norm_silu(s: Source, *names: str, skip: bool = False) -> Call:
         {"skip": s.data(batch, more, *rest)} if skip else {}
     )
     groups = max(1, math.gcd(channels, 16) // 2)
-    options = {"num_groups": groups, "eps": EPS}
+    options: dict[str, Any] = {"num_groups": groups, "eps": EPS} | ({"silu": False} if skip else {})
     return Call(ops.group_norm_silu, operands | options, None if "add" in names else eager, [*operands], 3, True)
 
 
@@ -316,7 +316,7 @@ CALLS: dict[str, Callable[[Source], Call]] = {
     "loss, x0": lambda s: loss_of_x0(s, seed=s.seed, sample_ids=s.ids),
     "loss, each": lambda s: loss_of_x0(s, seed=s.seed, reduction="none"),
     "loss, huber": lambda s: loss_of_x0(s, "x0", noise=s.data(), kind="huber", delta=0.3, reduction="none"),
-    "loss, l1": lambda s: loss_of_x0(s, "noise", noise=s.data(), kind="l1"),
+    "loss, l1": lambda s: loss_of_x0(s, "noise", noise=s.data(), mask=s.data(), kind="l1"),
     "vlb": lambda s: vlb(s, reduction="mean"),
     "vlb, learned": vlb_learned,
     "vlb, each": lambda s: vlb(s, MIXED, raw_variance=s.data(), clip=1.0),

@@ -7,7 +7,7 @@ manual allows at most, by chance of their argument's bits, and exact where the r
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +65,10 @@ def resolve(parts: list[str]) -> Operation:
         return _conversion(modifiers)
     if modifiers[-1] in ("f32x2", "f16x2"):
         return _packed(name, modifiers)
+    if modifiers[-1] in ("s16x2", "u16x2"):
+        half = kind(modifiers[-1][:-2])
+        sources, function = _integer(name, [*modifiers[:-1], ""], half)
+        return Operation([U32] * len(sources), lambda *x: _pairs(function, half, x).view(U32).ravel())
     if name in ("add", "sub", "fma") and modifiers[-2:-1] == ["f32"]:  # of half and single precision
         narrow = np.dtype("u2") if modifiers[-1] == "bf16" else np.dtype("f2")
         sources = [narrow] * (1 + (name == "fma")) + [F32]
@@ -201,20 +205,26 @@ def _flush(x: Array) -> Array:
     return np.where(np.abs(x) < TINY, np.copysign(np.float32(0), x), x)
 
 
+def _pairs(function: Callable[..., Array], half: np.dtype[Any], x: Sequence[Array]) -> Array:
+    """The function of the halves of registers, in a last dimension."""
+    return np.ascontiguousarray(function(*(v.view(half).reshape(-1, 2) for v in x)))
+
+
 def _packed(name: str, modifiers: list[str]) -> Operation:
     """Two numbers in a register. Of a comparison the results are in a new last dimension."""
     pair, single = (U32, np.dtype("f2")) if modifiers[-1] == "f16x2" else (np.dtype("u8"), F32)
     if name == "setp":
         function = _float(name, [*modifiers[:-1], "f16"])
-        return Operation([pair, pair], lambda *x: function(*(v.view(single).reshape(-1, 2) for v in x)))
+        return Operation([pair, pair], lambda *x: _pairs(function, single, x))
+    if (name, modifiers) == ("neg", ["f16x2"]):
+        return Operation([pair], lambda x: x ^ np.uint32(0x80008000))
     if single != F32:
         if set(modifiers[:-1]) - {"rn"}:
             raise ValueError("no such arithmetic of pairs in half precision")
         return Operation([pair, pair], functools.partial(_halves, HALF[name]))
     function = _float(name, [*modifiers[:-1], "f32"])
-    split = lambda *x: function(*(v.view(F32).reshape(-1, 2) for v in x))  # noqa: E731
     count = 1 + (name not in ONE) + (name == "fma")
-    return Operation([pair] * count, lambda *x: np.ascontiguousarray(split(*x)).view(pair).ravel())
+    return Operation([pair] * count, lambda *x: _pairs(function, F32, x).view(pair).ravel())
 
 
 def _halves(function: Callable[..., Array], *x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""PTX as Triton's compiler writes it, one statement a line: parameters, registers, and instructions in blocks."""
+"""PTX as Triton's compiler writes it, line by line: parameters, registers, and instructions in blocks."""
 
 import functools
 import re
@@ -72,7 +72,8 @@ def parse(text: str) -> Kernel:
     header = text[text.index(".entry") : text.index(".reqntid")]
     declared = re.findall(r"\.param \.[a-z](\d+)( \.ptr)?[^,\n]*?(\w+),?\n", header)
     parameters = {parameter: (int(bits) // 8, bool(pointer)) for bits, pointer, parameter in declared}
-    widths = {letters: WIDTHS[kind.lstrip("busf")] for kind, letters in re.findall(r"\.reg \.(\w+)\s+(%\w+)<", text)}
+    names = re.findall(r"\.reg \.(\w+)\s+([%\w, ]+)[<;]", text)
+    widths = {name: WIDTHS[kind.lstrip("busf")] for kind, several in names for name in several.split(", ")}
     return Kernel(name, threads, parameters, widths, _blocks(list(_statements(text))))
 
 
@@ -89,18 +90,22 @@ def _statements(text: str) -> Iterator[str | Instruction]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith("}"):
             return
-        statement = line.split("//")[0].strip()
         inside = inside or line.startswith("{")
-        if not inside or not statement or statement in "{}" or statement[0] == ".":
+        *statements, rest = (part.lstrip("{} \t").rstrip() for part in line.split("//")[0].split(";"))
+        if not inside:
             continue
-        if label := re.fullmatch(r"(\$\w+):", statement):
+        if label := re.fullmatch(r"(\$\w+):", rest):
             yield label[1]
-            continue
-        parsed = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*([^;]*);", statement)
-        if parsed is None:
-            raise ValueError(f"PTX: line {number} is not one statement: {statement}")
-        inverted, guard, opcode, operands = parsed.groups()
-        yield Instruction(number, statement, guard, bool(inverted), opcode.split("."), _operands(operands))
+        elif rest and rest[0] != ".":
+            raise ValueError(f"PTX: line {number} does not end with a statement: {rest}")
+        for statement in statements:
+            if statement[0] == ".":
+                continue
+            parsed = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", statement)
+            if parsed is None:
+                raise ValueError(f"PTX: line {number} is not understood: {statement}")
+            inverted, guard, opcode, operands = parsed.groups()
+            yield Instruction(number, statement, guard, bool(inverted), opcode.split("."), _operands(operands))
 
 
 def _operands(text: str) -> list[str]:
