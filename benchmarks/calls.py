@@ -242,7 +242,7 @@ def rotate(s: Source, step: int = 1, norm: bool = False) -> Call:
 
 
 def group_norm_silu(s: Source, *names: str, skip: bool = False) -> Call:
-    """names: of the rows that are given. skip: half of the channels once more, in a tensor of their own; and no SiLU."""
+    """names: of the rows that are given. skip: half of the channels again, in a tensor of its own; no SiLU."""
 
     def eager(
         x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
