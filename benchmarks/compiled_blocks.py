@@ -14,7 +14,7 @@ from fastdiff import accelerate
 from fastdiff.fused import Ahead
 from fastdiff.nn import ResnetBlock
 
-# What the second table compares, and what it is called there.
+# What network_cost.py compares in its second table, and what it is called there.
 NORMS = {
     "fastdiff": "fastdiff's, with its norm",
     "accelerate": "diffusers', by accelerate",

@@ -33,7 +33,7 @@ class Cost(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of the first table. by_operator: kernels of each."""
+    """What a call of a network, or a step of training, costs. by_operator: kernels of each."""
 
     network: str
     batch: int
@@ -42,9 +42,7 @@ class Row(NamedTuple):
     by_operator: dict[str, int]
 
 
-GRADIENTS = {
-    "convolution_backward", "native_group_norm_backward", "group_norm_silu_grad", "attention_backward",
-}  # fmt: skip
+GRADIENTS = {"convolution_backward", "native_group_norm_backward", "group_norm_silu_grad", "attention_backward"}
 DENSE = {"convolution", "convolution_backward", "group_norm_silu", "group_norm_silu_grad"}  # need maps without gaps
 # How many tensors and blocks a launch over lists takes, by the number of lists; a block has so many elements.
 TENSORS_A_LAUNCH, BLOCKS_A_LAUNCH, BLOCK = (110, 64, 48, 36, 30), 320, 65536

@@ -62,7 +62,7 @@ class _Cast(torch.autograd.Function):
 
 @contextmanager
 def weights_cast(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let the layers of a network that autocast would cast the weights of have them in that type already.
+    """Give convolutions and linear layers their float32 weights in the type to which autocast would cast them.
 
     All are cast in one pass, and so are their gradients, where autocast launches a kernel for each. Within the block
     these layers have tensors in place of their parameters. A backward pass that computes parts of the forward again

@@ -270,7 +270,8 @@ def group_norm_silu(
     arXiv:1803.08494, eq. 7; Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.3). skip: further channels of x."""
     work, x = work_dtype(x), x if skip is None else torch.cat((x, skip), 1)
     if transforms.active():
-        x = x.clone(memory_format=torch.contiguous_format)  # the norm has no rules for others, which cannot tell
+        # The norm has rules for no other layout, and here x cannot tell its own.
+        x = x.clone(memory_format=torch.contiguous_format)
     u = torch.group_norm(with_channels(x, add), groups, as_type(weight, work), as_type(bias, work), eps)
     if scale is not None and shift is not None:
         u = u * (1 + _per_channel(as_type(scale, work), u)) + _per_channel(as_type(shift, work), u)

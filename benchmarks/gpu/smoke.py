@@ -182,7 +182,7 @@ def same(pairs: list[list[torch.Tensor]]) -> None:
 def training_step(setup: Setup) -> Figures:
     """Losses, weights and averages of captured steps are those of plain ones. The loss grows with the images.
 
-    equal_bits: whether they are equal, which every kernel of PyTorch that sums in one order makes them."""
+    equal_bits: whether they have the same bits, as they do where each of PyTorch's kernels sums in one order."""
     ddpm = DDPM(cifar10(small(setup)).train(), objective="x0").to(setup.device)
     channels_last_convolutions(ddpm.model)
     models = [copy.deepcopy(ddpm) for _ in range(2)]

@@ -112,7 +112,7 @@ def accelerate(
             done.left[name] = reason
         elif reason is None and type(part) in _kinds():
             if any(part is network for network in networks.values()):
-                part.__module__ = type(part).__module__  # as of this library a pipeline made of it is saved
+                part.__module__ = type(part).__module__  # so a pipeline that is made of it saves it as stock's
             part.__class__ = _kinds()[type(part)]
             done.append(name)
     for name, scheduler, holders in _schedulers(target):
