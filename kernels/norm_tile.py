@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 MINUS_LOG2_E, MINUS_LN_2 = tl.constexpr(-1.4426950408889634), tl.constexpr(-0.6931471805599453)
-# Triton 3.8 forgets the alignment of pointers that are chosen element by element, and the assemblers that come with it
+# Triton 3.8 forgets the alignment of pointers that are chosen element by element. The assemblers that come with it
 # spill registers where those before find room. What is done about it costs Triton 3.7 instructions.
 RECENT = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 

@@ -3,10 +3,10 @@
     python -m benchmarks.emulator [--target sm_90] [NAME ...]
 
 The rows are those of the smoke stage of benchmarks/gpu, and the launches that compute-sanitizer watches there. A fault
-is an access outside the tensors of a launch, a misaligned one, a race, a read of shared memory that nobody wrote, or an
-instruction that the emulator does not know. Ties, where threads of a warp write different values to one place of shared
-memory, are counted: any of them may stay. See machine.py, memory.py and arithmetic.py for what is modelled and what
-is not. The tests of operations run so too: `FASTDIFF_EMULATOR=sm_90 pytest tests/ops -k triton`.
+is an access outside the tensors of a launch, a misaligned one, or a race. So is a read of shared memory that nobody
+wrote, and an instruction that the emulator does not know. Ties, where threads of a warp write different values to one
+place of shared memory, are counted: any of them may stay. See machine.py, memory.py and arithmetic.py for what is
+modelled and what is not. The tests of operations run so too: `FASTDIFF_EMULATOR=sm_90 pytest tests/ops -k triton`.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """What instructions compute: for the parts of a name, such as mul.wide.u32, the types that it reads and a function.
 
 Integers, conversions, +, -, * and fma give the bits of the hardware; .ftz flushes subnormal numbers. Of max and min,
-zeros of two signs are in no order. Approximations (APPROXIMATE) are only modelled: they are off by as much as the PTX
-manual allows at most, by chance of their argument's bits, and exact where the result is 0, 1 or infinite.
+zeros of two signs are in no order. Approximations (APPROXIMATE) are only modelled. They are off by at most what the
+PTX manual allows; bits of the argument decide by how much. They are exact where the result is 0, 1 or infinite.
 """
 
 import functools

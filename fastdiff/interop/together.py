@@ -39,7 +39,7 @@ def separate(layers: Sequence[nn.Module]) -> None:
 
 
 def product(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
-    """layer(x) of each, or None if they must be called, as under autocast, which keeps the weights that it has cast."""
+    """layer(x) of each, or None if they must be called. Autocast needs that: it keeps the weights that it has cast."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return None
     operands = _operands(layers)

@@ -39,8 +39,8 @@ class TrainingStep:
         average: called after each step with `decay`, to update a moving average. Captured too, so it has to write to
             the same tensors each time. A number that it counts or computes on the host stays as it was captured.
         clip_grad: largest norm of the gradient, above 0, or None.
-        autocast: the type of autocast for the loss, such as torch.bfloat16, or None. If the loss is a Diffusion of a
-            UNet or DiT, their layers have tensors of that type in place of their weights while it is computed.
+        autocast: the type of autocast for the loss, such as torch.bfloat16, or None. In a Diffusion of a UNet or
+            DiT, layers then have tensors of that type in place of their weights while a step computes its gradient.
         graph: None captures on CUDA unless something forbids it, and warns if so; False never does; True raises then.
 
     `reason` says what the last step would have needed to be a graph; None if nothing forbade it. `norm` () is the norm

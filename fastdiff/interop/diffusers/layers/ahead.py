@@ -1,7 +1,7 @@
 """What the blocks of a network (diffusers 0.42.1) take that does not depend on the image.
 
-It is made once a call of the network, when the first block asks. All projections of the time embedding are one product,
-all sums of two biases are one operation, and all keys and values of a text are one product. Without a gradient.
+It is made once a call of the network, without a gradient, when the first block asks. All projections of the time
+embedding are one product, and all keys and values of a text are another. All sums of two biases are one operation.
 """
 
 from collections.abc import Sequence
