@@ -25,7 +25,7 @@ from benchmarks.calls import CALLS, Source
 from benchmarks.without_gpu import unchecked, without_gpu
 from fastdiff.files import writable, write_json
 
-TIMES, ROUNDS = 50, 200  # a call is made in a round; rounds, of which the second fastest counts
+TIMES, ROUNDS = 50, 200  # calls in a round; rounds, of which the second fastest counts
 SHAPE = (4, 16, 8, 8)
 Case = tuple[Callable[[], Any], Callable[[], Any]]  # ours, and what it replaces
 
