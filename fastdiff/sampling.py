@@ -234,7 +234,7 @@ def walk(
         path[0] = run.x
     eval_mode = run.denoiser.evaluating()
     with transforms.with_values():
-        levels = run.table.levels.tolist()
+        levels = transforms.as_list(run.table.levels)
     with transforms.without_gradients():
         with eval_mode:
             steps.start()
