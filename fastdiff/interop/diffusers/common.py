@@ -89,7 +89,7 @@ class FusedScheduler:
         if torch.compiler.is_compiling() or timestep.numel() != 1:
             return None
         if timestep.device.type == "cpu":
-            return timestep.item()
+            return transforms.as_list(timestep.reshape(()))
         steps = self.timesteps
         if steps.device == timestep.device and _memory(steps) == _memory(timestep) and steps.dtype == timestep.dtype:
             place, rest = divmod(int(timestep.storage_offset() - steps.storage_offset()), int(steps.stride(0)))
@@ -325,7 +325,7 @@ def index_of(timestep: Any, device: torch.device) -> Tensor:
         compiling = torch.compiler.is_compiling()
         if timestep.device == device or compiling or timestep.device.type != "cpu" or timestep.numel() != 1:
             return timestep.to(device, torch.int64).reshape(-1)
-        timestep = timestep.item()
+        timestep = transforms.as_list(timestep.reshape(()))
     return torch.full((1,), int(timestep), dtype=torch.int64, device=device)
 
 
