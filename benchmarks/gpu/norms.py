@@ -42,8 +42,7 @@ def fused(
     shift: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> Tensor:
-    more = () if skip is None else (None, skip)
-    return ops.group_norm_silu(x, groups, weight, bias, EPS, scale, shift, *more)
+    return ops.group_norm_silu(x, groups, weight, bias, EPS, scale, shift, skip=skip)
 
 
 Norm = Callable[..., Tensor]

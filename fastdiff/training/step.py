@@ -223,7 +223,9 @@ def leave_out(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
     """Let the next step of a fused optimizer change nothing where bad () is true, without a wait for the device."""
     if is_fused(optimizer):  # others refuse to step
         known: Any = vars(optimizer)
-        known.setdefault("found_inf", torch.zeros((), device=bad.device)).copy_(bad)
+        if "found_inf" not in known:
+            known["found_inf"] = torch.zeros((), device=bad.device)
+        known["found_inf"].copy_(bad)
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
