@@ -36,12 +36,14 @@ class Call:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
+        self.parts: list[nn.Module] = []  # walked when a block asks, once for all kinds
         self.made: dict[type, tuple[Tensor, int, dict[nn.Module, Any]]] = {}
 
     def of(self, block: nn.Module, given: Tensor, make: Any) -> Any:
         kind = type(block)
         if kind not in self.made:
-            blocks = [part for part in walk.modules(self.network) if isinstance(part, kind)]
+            self.parts = self.parts or walk.modules(self.network)
+            blocks = [part for part in self.parts if isinstance(part, kind)]
             self.made[kind] = given, _version(given), make(blocks, given)
         first, version, made = self.made[kind]
         return made.get(block) if first is given and version == _version(given) else None
